@@ -1,0 +1,32 @@
+# Two commands: `make demo` and `make test`; each does all set-up in .venv from pinned constraints.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+# glibc keeps freed memory: CPU training is up to twice as fast without the page faults.
+export MALLOC_MMAP_THRESHOLD_ = 4294967296
+export MALLOC_TRIM_THRESHOLD_ = 17179869184
+export MALLOC_TOP_PAD_ = 268435456
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: demo test check clean
+
+demo: $(READY)
+	$(BIN)/holdfast demo
+
+test: $(READY)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt "torch==2.13.0"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $(READY)
+
+clean:
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache src/*.egg-info

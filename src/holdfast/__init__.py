@@ -1,0 +1,36 @@
+"""holdfast: fine-tune language models without forgetting what they know.
+
+The method of Song et al. 2025 (arXiv 2501.13669) and what goes beyond it. Names load on first use, so that importing holdfast does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from holdfast import layers
+    from holdfast.callback import HoldfastCallback, RecorderCallback, hold
+    from holdfast.importance.container import Importance
+    from holdfast.importance.path import PathIntegral
+    from holdfast.penalty.pull import Penalty
+
+__version__ = "0.1.0"
+__all__ = ["HoldfastCallback", "Importance", "PathIntegral", "Penalty", "RecorderCallback", "hold", "layers"]
+
+_HOME = {
+    "HoldfastCallback": "holdfast.callback",
+    "Importance": "holdfast.importance.container",
+    "PathIntegral": "holdfast.importance.path",
+    "Penalty": "holdfast.penalty.pull",
+    "RecorderCallback": "holdfast.callback",
+    "hold": "holdfast.callback",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "layers":
+        return importlib.import_module("holdfast.layers")
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'holdfast' has no attribute '{name}'")

@@ -1,0 +1,92 @@
+"""The thin bridge to the transformers Trainer and every TRL trainer: these classes delegate, they compute nothing.
+
+    hold(trainer, importance, strength=1.0)          # before trainer.train()
+
+Two facts about the host (transformers 5.23): the optimizer exists from `on_train_begin` on, inside accelerate's wrapper; reporters are called before user
+callbacks and `log_history` is copied before `on_log`, so `hold` puts its callback first and writes into both.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from holdfast.config import OptionError
+from holdfast.importance.container import Importance
+from holdfast.importance.path import PathIntegral
+from holdfast.penalty.pull import Penalty
+
+
+class HoldfastCallback(TrainerCallback):
+    """Attaches a penalty to the trainer's optimizer, logs energy, pull norm and pull/gradient ratio, and stops on a non-finite loss or gradient.
+
+    Added by hand (`callbacks=[HoldfastCallback(penalty)]`) it comes after the reporters: the console and `log_history` get its numbers, TensorBoard
+    does not. `hold` puts it first.
+    """
+
+    def __init__(self, penalty: Penalty):
+        self.penalty = penalty
+        self._attachment: Any = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.close()
+        self._attachment = self.penalty.attach(kwargs["optimizer"])
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.close()
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if logs is None or "loss" not in logs:
+            return
+        mine = self.penalty.logs()
+        logs.update(mine)
+        if state.log_history:
+            state.log_history[-1].update(mine)
+
+    def close(self) -> None:
+        """Take the penalty off the optimizer."""
+        if self._attachment is not None:
+            self._attachment.close()
+        self._attachment = None
+
+
+class RecorderCallback(TrainerCallback):
+    """Records importance under a Trainer: attaches the recorder, ends its epochs with the trainer's, hands it the GradScaler.
+
+    Raises OptionError when the trainer clips gradients (max_grad_norm > 0) and the recorder reads the factors' gradients (gradient="effective"): by the time
+    of the step they have been clipped. gradient="exact" is taken in the backward pass and is not affected.
+    """
+
+    def __init__(self, recorder: PathIntegral, *, trainer: Any = None):
+        self.recorder, self.trainer = recorder, trainer
+        self._attachment: Any = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        reads_parameters = self.recorder.gradient == "effective" or any(not hasattr(w, "A") for w in self.recorder.weights)
+        if args.max_grad_norm and reads_parameters:
+            raise OptionError(f"max_grad_norm is {args.max_grad_norm}: the recorder would see clipped gradients; set max_grad_norm=0 while recording")
+        if args.fp16 and self.trainer is None:
+            raise OptionError("fp16 scales the loss: pass RecorderCallback(recorder, trainer=trainer) so that the scale is known")
+        scaler = getattr(getattr(self.trainer, "accelerator", None), "scaler", None)
+        self._attachment = self.recorder.attach(kwargs["optimizer"], scaler=scaler)
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.recorder.end_epoch()
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._attachment is not None:
+            self._attachment.close()
+        self._attachment = None
+
+
+def hold(trainer: Any, importance: Importance | str | Path, *, strength: float = 1.0, layers: Any = None, anchor: str = "base") -> HoldfastCallback:
+    """Hold `trainer.model` while it trains: builds the penalty, and puts its callback first so that TensorBoard and the console show its numbers.
+
+    Raises ValueError when importance does not fit the model, OptionError for wrong settings. Returns the callback; its `.penalty` tells the energy.
+    """
+    loaded = importance if isinstance(importance, Importance) else Importance.load(importance)
+    callback = HoldfastCallback(Penalty(trainer.model, loaded, strength=strength, layers=layers, anchor=anchor))
+    trainer.callback_handler.callbacks.insert(0, callback)
+    return callback

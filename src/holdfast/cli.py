@@ -1,0 +1,160 @@
+"""The verbs. Each is made from its options dataclass; nothing heavy is imported before an option has been checked.
+
+Exit codes: 0 done, 1 failed, 2 wrong options, 3 a budget or check was not met, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from holdfast.config import (RECORD_PRESETS, TUNE_PRESETS, EvalOptions, OptionError, RecordOptions, TuneOptions, nearest, read_yaml, resolve)  # fmt: skip
+
+VERBS: dict[str, tuple[str, str]] = {
+    "record": ("record what matters in a base model, once, into an importance file", "holdfast record MODEL --general wiki.jsonl --out model.importance.safetensors"),
+    "tune": ("fine-tune on domain data while holding it", "holdfast tune MODEL --data domain.jsonl --importance model.importance.safetensors --out run"),
+    "eval": ("measure what was learned and what was lost", "holdfast eval MODEL --adapter run/final --general held-out.jsonl --tasks sciq"),
+    "inspect": ("show what is in an importance file", "holdfast inspect model.importance.safetensors"),
+    "merge": ("merge an adapter into its base model", "holdfast merge run/final --out merged"),
+}
+NEEDED = {"record": ("model", "general", "out"), "tune": ("model", "data", "out"), "eval": ("model",)}
+OPTIONS: dict[str, tuple[Any, dict[str, dict[str, Any]] | None]] = {
+    "record": (RecordOptions, RECORD_PRESETS),
+    "tune": (TuneOptions, TUNE_PRESETS),
+    "eval": (EvalOptions, None),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that names the nearest option or verb."""
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments:"):
+            wrong = message.split(":", 1)[1].split()[0]
+            known = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+            message = f"unknown option '{wrong}'; {nearest(wrong, known)}"
+        print(f"{self.prog}: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    verb = next((word for word in words if not word.startswith("-")), None)
+    if verb is not None and verb not in VERBS:
+        print(f"holdfast: unknown verb '{verb}'; {nearest(verb, VERBS)}", file=sys.stderr)
+        return 2
+    parser = _parser()
+    if verb is None:
+        parser.parse_args(words)
+        parser.print_help()
+        return 2 if words else 0
+    given = vars(_verb_parser(verb).parse_args(words[words.index(verb) + 1 :]))
+    debug, quiet = given.pop("debug", False), given.pop("quiet", False)
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
+    logging.getLogger("holdfast").setLevel(logging.WARNING if quiet else logging.INFO)
+    try:
+        return _status(_action(verb, given)())
+    except KeyboardInterrupt:
+        print(f"\nholdfast {verb}: interrupted; finished files are whole, --resume goes on where the verb has it", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        expected = isinstance(error, (ValueError, OSError))
+        hint = "" if expected or debug else f" ({type(error).__name__}; run again with --debug for the traceback)"
+        print(f"holdfast {verb}: {error}{hint}", file=sys.stderr)
+        return 2 if isinstance(error, OptionError) else 1
+
+
+def _status(result: Any) -> int:
+    """3 where the result says that a budget or check was not met."""
+    return 3 if isinstance(result, dict) and result.get("verdict", "met") != "met" else 0
+
+
+def _action(verb: str, given: dict[str, Any]) -> Callable[[], Any]:
+    """What the verb does, with its options checked."""
+    if verb == "inspect":
+        from holdfast.storage import describe_file
+
+        return lambda: print(describe_file(given["file"]))
+    if verb == "merge":
+        from holdfast.training import merge
+
+        return lambda: merge(given["adapter"], given["out"], dtype=given.get("dtype"))
+    kind, presets = OPTIONS[verb]
+    config = given.pop("config", None)
+    options = resolve(kind, {**(read_yaml(config) if config else {}), **given}, presets)
+    missing = [name for name in NEEDED[verb] if not getattr(options, name)]
+    if missing:
+        raise OptionError(f"missing {', '.join('MODEL' if name == 'model' else '--' + name for name in missing)}; for example: {VERBS[verb][1]}")
+    if verb == "eval" and not (options.general or options.data or options.tasks):
+        raise OptionError("nothing to measure: give --general TEXT, --data DATA or --tasks NAMES")
+    if verb == "record":
+        from holdfast.recording import record
+
+        return lambda: record(options)
+    if verb == "tune":
+        from holdfast.training import tune
+
+        return lambda: tune(options)
+    from holdfast.evaluation import evaluate
+
+    return lambda: evaluate(options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    lines = "\n".join(f"  {verb:<9} {text}" for verb, (text, _) in VERBS.items())
+    parser = Parser(prog="holdfast", description="Fine-tune language models without forgetting what they know.", epilog=f"verbs:\n{lines}\n\nholdfast VERB --help says more.",
+                    formatter_class=argparse.RawDescriptionHelpFormatter, usage="holdfast VERB ...")  # fmt: skip
+    parser.add_argument("--version", action="version", version=_version())
+    return parser
+
+
+def _version() -> str:
+    from holdfast import __version__
+
+    return f"holdfast {__version__}"
+
+
+def _verb_parser(verb: str) -> argparse.ArgumentParser:
+    text, example = VERBS[verb]
+    parser = Parser(prog=f"holdfast {verb}", description=text[0].upper() + text[1:] + ".", epilog=f"example: {example}",
+                    argument_default=argparse.SUPPRESS, allow_abbrev=False)  # fmt: skip
+    if verb == "inspect":
+        parser.add_argument("file", metavar="FILE", help="importance file")
+    elif verb == "merge":
+        parser.add_argument("adapter", metavar="ADAPTER", help="adapter folder")
+        parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
+        parser.add_argument("--dtype", help="dtype of the merged weights; default: the base's")
+    else:
+        kind, presets = OPTIONS[verb]
+        for spec in dataclasses.fields(kind):
+            _add(parser, spec, presets)
+        parser.add_argument("--config", metavar="FILE.yaml", help="options from a YAML file; the command line wins")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--quiet", action="store_true", help="only warnings, errors and results")
+    return parser
+
+
+def _add(parser: argparse.ArgumentParser, spec: Any, presets: dict[str, dict[str, Any]] | None) -> None:
+    meta, flag, kind = spec.metadata, "--" + spec.name.replace("_", "-"), str(spec.type)
+    decided = {name: values[spec.name] for name, values in (presets or {}).items() if spec.name in values}
+    shown = ", ".join(f"{name}: {value}" for name, value in decided.items()) if decided else spec.default
+    text = meta["help"] + ("" if shown in (None, "", False) else f" [{shown}]")
+    if meta["positional"]:
+        parser.add_argument(spec.name, nargs="?", metavar=meta["metavar"], help=text)
+    elif kind.startswith("bool"):
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text.replace("%", "%%"))
+    else:
+        # Values stay text here: `config.resolve` checks and converts them, whether they come from a flag or from YAML.
+        parser.add_argument(flag, metavar=meta["metavar"] or ("{" + ",".join(meta["choices"]) + "}" if meta["choices"] else "X"), help=text.replace("%", "%%"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

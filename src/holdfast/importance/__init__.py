@@ -1,0 +1,1 @@
+"""Importance and the recorders that estimate it."""

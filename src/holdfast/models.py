@@ -1,0 +1,82 @@
+"""Loading models and tokenizers, with errors that say what to do."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from holdfast.config import ModelOptions
+
+
+def device_of(options: ModelOptions) -> torch.device:
+    """The device that `options` ask for; auto takes CUDA, then MPS, then the CPU."""
+    if options.device != "auto":
+        return torch.device(options.device)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def load_model(options: ModelOptions, name: str | None = None) -> nn.Module:
+    """The causal LM `name` (default `options.model`), in eval mode. Raises ValueError when it is not there."""
+    from transformers import AutoModelForCausalLM
+
+    settings: dict[str, Any] = {"dtype": "auto" if options.dtype == "auto" else getattr(torch, options.dtype)}
+    if options.quantize != "none":
+        settings["quantization_config"] = _quantization(options)
+        settings["device_map"] = {"": device_of(options)}
+    model = _load(AutoModelForCausalLM, name or options.model, options, settings)
+    if options.quantize == "none":
+        model = model.to(device_of(options))
+    return model.eval()
+
+
+def load_tokenizer(options: ModelOptions, name: str | None = None) -> Any:
+    """The tokenizer of `options.model`; without a padding token the end-of-text token pads, and nothing is resized."""
+    from transformers import AutoTokenizer
+
+    tokenizer = _load(AutoTokenizer, name or options.model, options, {})
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token or tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
+
+
+def context_length(model: nn.Module) -> int:
+    """The longest sequence in tokens that the model's configuration allows; 2048 where it does not say."""
+    config = model.config
+    for key in ("max_position_embeddings", "n_positions", "n_ctx", "seq_length"):
+        if isinstance(getattr(config, key, None), int):
+            return int(getattr(config, key))
+    return 2048
+
+
+def _load(kind: Any, name: str, options: ModelOptions, settings: dict[str, Any]) -> Any:
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    path = Path(name).expanduser()
+    if looks_local and not path.exists():
+        raise ValueError(f"model '{name}' does not exist; expected a Hub name or a folder with config.json and weights")
+    if path.is_dir() and not (path / "config.json").is_file():
+        hint = "; it holds an adapter: give its base model here, and the adapter with --adapter" if (path / "adapter_config.json").is_file() else ""
+        raise ValueError(f"'{name}' is not a model folder: expected config.json in it{hint}")
+    try:
+        return kind.from_pretrained(str(path) if path.is_dir() else name, revision=options.revision, trust_remote_code=options.trust_remote_code, **settings)
+    except OSError as error:
+        offline = " (offline mode is on: HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"cannot load '{name}'{offline}: {first}; check the name, the connection or your access, or give a local folder") from error
+
+
+def _quantization(options: ModelOptions) -> Any:
+    import importlib.util
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(f"--quantize {options.quantize} needs bitsandbytes, which is not installed; pip install 'holdfast[bnb]'")
+    from transformers import BitsAndBytesConfig
+
+    if options.quantize == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16, bnb_4bit_use_double_quant=True)

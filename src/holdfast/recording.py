@@ -1,0 +1,182 @@
+"""record(): stage 1 of Song et al. 2025 (arXiv 2501.13669), from general text to an importance file.
+
+Load the model, wrap it with LoRA, train briefly on general text without clipping while the recorder watches, write one file. Everything that can be
+refused is refused before training. A state is saved every `save_steps` steps beside the file to write (`FILE.state`); `--resume` goes on from the last one with the
+same result as an uninterrupted run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from holdfast.config import OptionError, RecordOptions, as_dict
+from holdfast.importance.container import Importance
+from holdfast.importance.path import PathIntegral
+from holdfast.models import context_length, load_model, load_tokenizer
+from holdfast.runs import atomic_path, check_output_file, environment
+from holdfast.texts import batches, encode, fingerprint_rows, load_documents, sample_documents
+from holdfast.weights import add_adapter, fingerprint
+
+logger = logging.getLogger("holdfast")
+
+
+def record(options: RecordOptions) -> Importance:
+    """Record importance as `options` say and write it to `options.out`; also returned. Raises ValueError or OptionError before training starts."""
+    out = Path(options.out)
+    check_output_file(out)
+    state = _load_state(options)
+    torch.manual_seed(options.seed)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    tokenizer, model = load_tokenizer(options), load_model(options)
+    documents = (
+        sample_documents(model, tokenizer, options.self_documents, min(options.length or 256, context_length(model)), options.seed)
+        if options.general == "self"
+        else load_documents(options.general, column=options.text_column, split=options.general_split, limit=options.documents)
+    )
+    length = min(options.length or 1024, context_length(model))
+    encoded = encode(documents, tokenizer, length=length)
+    steps_per_epoch = math.ceil(len(encoded) / (options.batch_size * options.accumulation))
+    total = steps_per_epoch * options.epochs if options.max_steps is None else min(options.max_steps, steps_per_epoch * options.epochs)
+    source = {
+        "source": options.general,
+        "documents": len(documents),
+        "tokens": sum(len(ids) for ids, _ in encoded),
+        "sha256": fingerprint_rows([dataclasses.asdict(d) for d in documents]),
+    }
+    if state is not None and state["data"] != source["sha256"]:
+        raise ValueError(f"{options.out}.state was made from other general text; give the same --general, or start again without --resume")
+    mark = fingerprint(model)
+    torch.manual_seed(options.seed)
+    peft_model = add_adapter(model, names=options.targets, rank=options.rank, alpha=options.alpha, dropout=options.dropout, rslora=options.rslora)
+    if options.gradient_checkpointing:
+        peft_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        peft_model.enable_input_require_grads()
+    trainable = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
+    logger.info("recording %s on %s: %d documents, %s tokens, %d steps; %s trainable parameters; path integral, %s gradient; seed %d", options.model,
+                options.general, len(documents), f"{source['tokens']:,}", total, f"{trainable:,}", options.gradient, options.seed)  # fmt: skip
+    started = time.perf_counter()
+    recorder = PathIntegral(peft_model, gradient=options.gradient, xi=options.xi, clamp=options.clamp)
+    spent = _train(peft_model, recorder, encoded, options, length, total, steps_per_epoch, tokenizer.pad_token_id, state, source["sha256"])
+    importance = recorder.finish()
+    info = {
+        **importance.info,
+        "model": {"name": options.model, "revision": options.revision, "fingerprint": mark},
+        "data": source,
+        "settings": {**importance.info["settings"], **{k: v for k, v in as_dict(options).items() if k not in ("out", "resume", "model", "general")}},
+        "timings": {"train_seconds": spent + time.perf_counter() - started},
+        "versions": environment(str(next(peft_model.parameters()).device)),
+    }
+    importance = Importance(importance.entries, importance.anchors if options.keep_anchor else {}, info).to_tier(options.tier)
+    importance.save(out)
+    _state_path(options).unlink(missing_ok=True)
+    logger.info("wrote %s: %d weights, %.2f MiB, %.1f s", out, len(importance), out.stat().st_size / 2**20, info["timings"]["train_seconds"])
+    return importance
+
+
+def _train(model: nn.Module, recorder: PathIntegral, encoded: list[Any], options: RecordOptions, length: int, total: int, per_epoch: int,
+           pad_id: int, state: dict[str, Any] | None, data: str) -> float:  # fmt: skip
+    """Train for `total` optimizer steps under the recorder. Returns the seconds spent before the resumed state was saved."""
+    from tqdm import tqdm
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=0.0)
+    decay = (lambda step: 1.0 - step / total) if options.schedule == "linear" else (lambda step: 1.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, decay)
+    done, spent = _restore(model, recorder, optimizer, scheduler, state)
+    model.train()
+    started = time.perf_counter()
+    with recorder.attach(optimizer), tqdm(total=total, initial=done, desc="recording", unit="step", disable=not sys.stderr.isatty()) as bar:
+        while done < total:
+            epoch, first = divmod(done, per_epoch)
+            for group in _groups(encoded, options, length, pad_id, epoch)[first : first + total - done]:
+                loss, tokens = _step(model, optimizer, group, done)
+                scheduler.step()
+                done += 1
+                bar.update()
+                bar.set_postfix(loss=f"{loss:.3f}", tokens=tokens, refresh=False)
+                if done % per_epoch == 0:
+                    recorder.end_epoch()
+                if done % options.save_steps == 0 and done < total:
+                    _save_state(options, model, recorder, optimizer, scheduler, done, spent + time.perf_counter() - started, data)
+    return spent
+
+
+def _groups(encoded: list[Any], options: RecordOptions, length: int, pad_id: int, epoch: int) -> list[list[dict[str, torch.Tensor]]]:
+    """The micro-batches of each optimizer step of one epoch, in the order that the seed and the epoch give."""
+    micro = list(batches(encoded, batch_size=options.batch_size, pad_id=pad_id, shuffle_seed=options.seed * 1000 + epoch))
+    return [micro[i : i + options.accumulation] for i in range(0, len(micro), options.accumulation)]
+
+
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, group: list[dict[str, torch.Tensor]], step: int) -> tuple[float, int]:
+    """One optimizer step on the mean cross-entropy of all scored tokens in the group; (nats per token, tokens)."""
+    device = next(model.parameters()).device
+    tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in group)
+    loss = 0.0
+    for batch in group:
+        here = {key: value.to(device) for key, value in batch.items()}
+        logits = model(input_ids=here["input_ids"], attention_mask=here["attention_mask"]).logits[:, :-1]
+        nats = nn.functional.cross_entropy(logits.flatten(0, 1).float(), here["labels"][:, 1:].flatten(), ignore_index=-100, reduction="sum")
+        (nats / max(tokens, 1)).backward()
+        loss += float(nats.detach()) / max(tokens, 1)
+    if not math.isfinite(loss):
+        raise ValueError(f"the loss is {loss} at step {step + 1}; lower --learning-rate or use --dtype float32; the last saved state is kept for --resume")
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss, tokens
+
+
+def _state_path(options: RecordOptions) -> Path:
+    return Path(str(options.out) + ".state")
+
+
+def _comparable(options: RecordOptions) -> dict[str, Any]:
+    """The options that decide the result, as they must be again to go on."""
+    return {k: v for k, v in as_dict(options).items() if k not in ("resume", "save_steps", "device", "threads", "tier", "keep_anchor")}
+
+
+def _save_state(options: RecordOptions, model: nn.Module, recorder: PathIntegral, optimizer: Any, scheduler: Any, done: int, seconds: float, data: str) -> None:
+    adapter = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    state = {"options": _comparable(options), "data": data, "adapter": adapter, "recorder": recorder.state_dict(), "optimizer": optimizer.state_dict(),
+             "scheduler": scheduler.state_dict(), "done": done, "seconds": seconds, "rng": torch.get_rng_state()}  # fmt: skip
+    with atomic_path(_state_path(options)) as temporary:
+        torch.save(state, temporary)
+
+
+def _load_state(options: RecordOptions) -> dict[str, Any] | None:
+    """The saved state to go on from, or None. Read with weights_only, so no code in it can run."""
+    if not options.resume:
+        return None
+    path = _state_path(options)
+    if not path.is_file():
+        logger.info("no saved state beside %s: starting from the beginning", options.out)
+        return None
+    state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+    now, then = _comparable(options), state["options"]
+    different = sorted(key for key in now if now[key] != then.get(key))
+    if different:
+        raise OptionError(f"{path} was made with other options: {', '.join(f'{k}={then.get(k)!r} (now {now[k]!r})' for k in different)}; use the same, or no --resume")
+    return state
+
+
+def _restore(model: nn.Module, recorder: PathIntegral, optimizer: Any, scheduler: Any, state: dict[str, Any] | None) -> tuple[int, float]:
+    if state is None:
+        return 0, 0.0
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(state["adapter"][name])
+    recorder.load_state_dict(state["recorder"])
+    optimizer.load_state_dict(state["optimizer"])
+    scheduler.load_state_dict(state["scheduler"])
+    torch.set_rng_state(state["rng"])
+    return int(state["done"]), float(state["seconds"])

@@ -1,0 +1,117 @@
+"""Files of a run: written whole or not at all, with what is needed to trace a number back. Standard library only."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("holdfast", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "safetensors", "lm_eval")
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside `path`; renamed to it when the block succeeds, removed when it does not (Ctrl-C included)."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, data: Any) -> None:
+    """Write JSON atomically; NaN and infinities become null."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(_plain(data), indent=1) + "\n", encoding="utf-8")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file. Raises ValueError naming the file when it is missing or broken."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: expected a JSON file, found {error}") from None
+
+
+def _plain(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {str(key): _plain(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_plain(value) for value in data]
+    if isinstance(data, float) and not math.isfinite(data):
+        return None
+    return str(data) if isinstance(data, Path) else data
+
+
+def environment(device: str | None = None) -> dict[str, Any]:
+    """Versions, platform, device, and the commit of the source tree where it is a git checkout (null otherwise)."""
+    versions = {}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    commit, dirty = _commit()
+    return {"python": platform.python_version(), "platform": platform.platform(), "versions": versions, "device": device, "commit": commit, "dirty": dirty}
+
+
+def _commit() -> tuple[str | None, bool | None]:
+    here = Path(__file__).resolve().parent
+    try:
+        run = lambda *words: subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True, timeout=10).stdout.strip()  # noqa: E731
+        if run("ls-files", "runs.py") != "runs.py":
+            return None, None
+        return run("rev-parse", "HEAD"), bool(run("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+
+
+def sha256_file(path: str | Path) -> str:
+    """sha256 of a file's bytes, in hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check_output_folder(path: str | Path) -> None:
+    """Make the folder and try to write into it. Raises ValueError before any long work where that fails."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path) as probe:
+            probe.write(b"holdfast")
+    except OSError as error:
+        raise ValueError(f"cannot write into '{path}': {error.strerror or error}; give another --out, or make room there") from None
+
+
+def check_output_file(path: str | Path) -> None:
+    """Check that a file can be written at `path`. Raises ValueError before any long work where not."""
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"'{path}' is a folder, expected the name of a file to write; give another --out")
+    check_output_folder(path.parent)
+
+
+def check_free_space(path: str | Path, needed: int) -> None:
+    """Raise ValueError unless `needed` bytes are free where `path` lies."""
+    folder = Path(path).resolve()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ValueError(f"'{path}' needs about {needed / 2**20:.0f} MiB, found {free / 2**20:.0f} MiB free; give another --out, or make room there")

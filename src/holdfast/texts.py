@@ -1,0 +1,204 @@
+"""Text in: files and Hub datasets -> rows -> documents -> token ids with a mask of what is scored -> padded batches.
+
+A .txt file holds documents separated by blank lines. A document is plain text (all tokens scored) or a chat (assistant tokens scored).
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.config import OptionError
+
+FILES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
+TEXT_COLUMNS = ("text", "content", "messages")
+Encoded = tuple[list[int], list[bool]]  # token ids, and whether each is scored as a prediction target
+
+
+@dataclass(frozen=True)
+class Document:
+    """One piece of general text: exactly one of `text` and `messages` is set. `source` groups documents that come from one place."""
+
+    text: str | None
+    messages: list[dict[str, str]] | None
+    source: str
+
+
+def load_rows(spec: str, *, split: str = "train") -> list[dict[str, Any]]:
+    """Rows of a local file, or of a Hub dataset. Raises ValueError naming file and line when something is missing, broken or empty."""
+    path = Path(spec).expanduser()
+    if path.suffix.lower() in FILES or path.exists():
+        rows = _file_rows(path)
+    else:
+        rows = _hub_rows(spec, split)
+    if not rows:
+        raise ValueError(f"'{spec}' is empty; expected at least one document")
+    return rows
+
+
+def _file_rows(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise ValueError(f"'{path}' is not a file; expected {', '.join(FILES)} or the name of a Hub dataset")
+    kind = path.suffix.lower()
+    if kind == ".parquet":
+        import pyarrow.parquet as parquet
+
+        try:
+            return list(parquet.read_table(path).to_pylist())
+        except Exception as error:
+            raise ValueError(f"'{path}' is not a readable parquet file: {error}") from None
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"'{path}' is not UTF-8 text (byte {error.start}); convert it first") from None
+    if kind == ".jsonl":
+        return [_json_line(path, number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if kind == ".json":
+        try:
+            rows = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"'{path}', line {error.lineno}: not valid JSON ({error.msg})") from None
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise ValueError(f"'{path}': expected a list of objects; one object per line goes into .jsonl")
+        return rows
+    if kind == ".csv":
+        return list(csv.DictReader(text.splitlines(keepends=True)))
+    if kind == ".txt":
+        return [{"text": part.strip()} for part in text.replace("\r\n", "\n").split("\n\n") if part.strip()]
+    raise ValueError(f"'{path}' has an unknown format '{kind}'; expected {', '.join(FILES)}")
+
+
+def _json_line(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"'{path}', line {number}: not valid JSON ({error.msg}); fix or remove the line") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"'{path}', line {number}: expected an object, found {type(row).__name__}")
+    return row
+
+
+def _hub_rows(spec: str, split: str) -> list[dict[str, Any]]:
+    from datasets import load_dataset
+
+    name, _, config = spec.partition(":")
+    try:
+        return list(load_dataset(name, config or None, split=split))
+    except Exception as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"'{spec}' is neither a local file nor a dataset that can be loaded ({first}); check the name, the split '{split}' or the connection") from error
+
+
+def load_documents(spec: str, *, column: str | None = None, split: str = "train", limit: int | None = None) -> list[Document]:
+    """Documents in `spec`, the first `limit` of them. Raises ValueError naming the columns found when none holds text or messages."""
+    rows = load_rows(spec, split=split)
+    found = list(rows[0])
+    column = column or next((name for name in TEXT_COLUMNS if name in found), None)
+    if column is None or column not in found:
+        wanted = f"'{column}'" if column else " or ".join(TEXT_COLUMNS)
+        raise ValueError(f"'{spec}' has the columns {', '.join(map(str, found))}; expected {wanted}: name yours with --text-column")
+    documents = [_document(spec, number, row, column) for number, row in enumerate(rows, 1)]
+    return documents[:limit] if limit else documents
+
+
+def _document(spec: str, number: int, row: dict[str, Any], column: str) -> Document:
+    value, source = row.get(column), str(row.get("source", spec))
+    if isinstance(value, list):
+        return Document(None, value, source)
+    if isinstance(value, str) and value.strip():
+        return Document(value, None, source)
+    raise ValueError(f"'{spec}', row {number}: column '{column}' holds {'nothing' if not value else type(value).__name__}, expected text or messages")
+
+
+def fingerprint_rows(rows: Sequence[Any]) -> str:
+    """sha256 over the rows' content, whatever file they came from."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode())
+        digest.update(b"\n")
+    return digest.hexdigest()
+
+
+def encode(documents: Sequence[Document], tokenizer: Any, *, length: int | None = None) -> list[Encoded]:
+    """Token ids and scored mask of each document, cut into pieces of at most `length` tokens; pieces of one token are dropped (nothing to predict)."""
+    pieces: list[Encoded] = []
+    for document in documents:
+        ids, scored = _chat(document.messages, tokenizer) if document.messages is not None else _plain(document.text or "", tokenizer)
+        step = length or max(len(ids), 1)
+        pieces += [(ids[i : i + step], scored[i : i + step]) for i in range(0, len(ids), step) if len(ids[i : i + step]) > 1]
+    if not pieces:
+        raise ValueError("the text is too short: no document has two tokens; give more general text")
+    return pieces
+
+
+def _plain(text: str, tokenizer: Any) -> Encoded:
+    ids = list(tokenizer(text, verbose=False)["input_ids"])
+    return ids, [True] * len(ids)
+
+
+def _chat(messages: list[dict[str, str]], tokenizer: Any) -> Encoded:
+    """A chat through the tokenizer's template; assistant turns are found by templating ever longer prefixes."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError("the general text holds chat messages, but the tokenizer has no chat template; give plain text, or an instruct model")
+
+    def template(count: int, prompt: bool) -> list[int]:
+        if count == 0:
+            return []
+        return list(tokenizer.apply_chat_template(messages[:count], tokenize=True, add_generation_prompt=prompt, return_dict=False))
+
+    ids = template(len(messages), False)
+    scored = [False] * len(ids)
+    for index, message in enumerate(messages):
+        if message.get("role") == "assistant":
+            start, end = len(template(index, True)), len(template(index + 1, False))
+            scored[start:end] = [True] * (end - start)
+    return ids, scored
+
+
+def batches(encoded: Sequence[Encoded], *, batch_size: int, pad_id: int, shuffle_seed: int | None = None) -> Iterator[dict[str, Tensor]]:
+    """Batches of input_ids, attention_mask and labels (batch, longest); labels are -100 on padding and where nothing is scored."""
+    order = list(range(len(encoded)))
+    if shuffle_seed is not None:
+        random.Random(shuffle_seed).shuffle(order)
+    for start in range(0, len(order), batch_size):
+        yield collate([encoded[i] for i in order[start : start + batch_size]], pad_id)
+
+
+def collate(pieces: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:
+    """One right-padded batch."""
+    width = max(len(ids) for ids, _ in pieces)
+    ids = torch.full((len(pieces), width), pad_id)
+    mask = torch.zeros(len(pieces), width, dtype=torch.long)
+    labels = torch.full((len(pieces), width), -100)
+    for row, (tokens, scored) in enumerate(pieces):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        mask[row, : len(tokens)] = 1
+        labels[row, : len(tokens)] = torch.tensor([t if s else -100 for t, s in zip(tokens, scored, strict=True)])
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def sample_documents(model: nn.Module, tokenizer: Any, count: int, length: int, seed: int, *, batch_size: int = 16) -> list[Document]:
+    """`count` documents of at most `length` tokens sampled from the model at temperature 1, for --general self."""
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        raise OptionError("--general self needs a tokenizer with a begin- or end-of-text token; give a text file instead")
+    device = next(model.parameters()).device
+    torch.manual_seed(seed)
+    texts: list[str] = []
+    for _ in range(4 * (count // batch_size + 1)):
+        prompt = torch.full((batch_size, 1), start, device=device)
+        out = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                             max_new_tokens=length - 1, pad_token_id=tokenizer.pad_token_id)  # fmt: skip
+        texts += [text for text in tokenizer.batch_decode(out, skip_special_tokens=True) if text.strip()]
+        if len(texts) >= count:
+            break
+    return [Document(text, None, "self") for text in texts[:count]]

@@ -1,0 +1,248 @@
+"""tune(): stage 2 of Song et al. 2025 (arXiv 2501.13669), from domain data and an importance file to a plain PEFT adapter.
+
+The story: load, refuse what cannot work, measure the bare base, add an adapter, train with TRL's SFTTrainer while the penalty pulls, measure again, write.
+
+    DIR/final/          the adapter (or model with --full), with the tokenizer; loads without holdfast
+    DIR/checkpoints/    the trainer's, for --resume
+    DIR/config.yaml     the resolved options
+    DIR/run.json        configuration, environment, data, before, after, forgetting, learning, log
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+from transformers import TrainerCallback, set_seed
+
+from holdfast.callback import hold
+from holdfast.config import ModelOptions, OptionError, TuneOptions, as_dict
+from holdfast.evaluation import changes, measure, table
+from holdfast.importance.container import Importance
+from holdfast.layers import from_option
+from holdfast.models import context_length, load_model, load_tokenizer
+from holdfast.penalty.pull import check_fit
+from holdfast.runs import atomic_path, check_output_folder, environment, sha256_file, write_json
+from holdfast.tasks import load_training_data
+from holdfast.texts import fingerprint_rows
+from holdfast.weights import LowRankWeight, add_adapter, matching, target_weights, unwrapped
+
+logger = logging.getLogger("holdfast")
+
+
+def tune(options: TuneOptions) -> dict[str, Any]:
+    """Fine-tune as `options` say; writes `options.out` and returns what is in its run.json. Raises ValueError or OptionError before training starts."""
+    out = Path(options.out)
+    _check(options, out)
+    importance = Importance.load(options.importance) if options.importance else None
+    data = load_training_data(options.data, split=options.data_split)
+    how = from_option(options.layers, tau=options.tau, per=options.per)
+    set_seed(options.seed)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    tokenizer, model = load_tokenizer(options), load_model(options)
+    _check_model(options, model, importance)
+    wanted = dict(general=options.general, data=options.eval_data, tasks=options.tasks, text_column=options.text_column,
+                  general_split=options.general_split, data_split=options.eval_split, limit=options.limit)  # fmt: skip
+    before = measure(model, tokenizer, **wanted)
+    model = _prepared(options, model, importance)
+    trainer = _trainer(options, model, tokenizer, data)
+    if importance is not None and options.strength:
+        hold(trainer, importance, strength=options.strength, layers=how, anchor=options.anchor)
+    _announce(options, model, importance, len(data))
+    write_text(out / "config.yaml", yaml.safe_dump(as_dict(options), sort_keys=False))
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=_last_checkpoint(out) if options.resume else None)
+    seconds = time.perf_counter() - started
+    _save_final(model, tokenizer, out / "final")
+    after = measure(model, tokenizer, **wanted)
+    run = {
+        "configuration": as_dict(options),
+        "environment": environment(str(next(model.parameters()).device)),
+        "data": {"source": options.data, "rows": len(data), "sha256": fingerprint_rows(list(data))},
+        "importance": {"file": options.importance, "sha256": sha256_file(options.importance)} if options.importance else None,
+        "before": before,
+        "after": after,
+        **changes(before, after),
+        "energy": _last(trainer.state.log_history, "energy"),
+        "train_seconds": seconds,
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "log": trainer.state.log_history,
+    }
+    write_json(out / "run.json", run)
+    if any(wanted[key] for key in ("general", "data", "tasks")):
+        print(table(before, after))
+    logger.info("wrote %s in %.0f s", out / "final", seconds)
+    return run
+
+
+def merge(adapter: str, out: str, *, dtype: str | None = None) -> None:
+    """Merge a PEFT adapter into its base model and save the result, a plain transformers model, to `out`."""
+    from peft import PeftConfig, PeftModel
+
+    if not (Path(adapter) / "adapter_config.json").is_file():
+        raise ValueError(f"'{adapter}' is not an adapter folder: expected adapter_config.json in it; give the final/ folder of a run")
+    check_output_folder(out)
+    if any(Path(out).iterdir()):
+        raise ValueError(f"'{out}' is not empty; give a new folder")
+    base = str(PeftConfig.from_pretrained(adapter).base_model_name_or_path)
+    options = ModelOptions(model=base, dtype=dtype or "auto")
+    model = PeftModel.from_pretrained(load_model(options), adapter).merge_and_unload()
+    _save_final(model, load_tokenizer(options), Path(out))
+    logger.info("merged %s into %s: %s", adapter, base, out)
+
+
+def _check(options: TuneOptions, out: Path) -> None:
+    """Everything that can be refused without loading a model."""
+    if options.full and options.quantize != "none":
+        raise OptionError("--full trains the weights themselves, which a quantised base does not allow; leave out --quantize")
+    if options.anchor == "recorded" and options.importance is None:
+        raise OptionError("--anchor recorded (also in --preset paper) needs --importance FILE")
+    if options.anchor == "recorded" and options.full:
+        raise OptionError("--anchor recorded starts from the recorded adapter; use --anchor base with --full")
+    check_output_folder(out)
+    if (out / "run.json").exists() and not (options.overwrite or options.resume):
+        raise ValueError(f"'{out}' holds a finished run; give another --out, or --overwrite")
+    if (out / "checkpoints").exists() and not options.resume:
+        if not options.overwrite:
+            raise ValueError(f"'{out}' holds checkpoints of an unfinished run; go on with --resume, or start again with --overwrite")
+        shutil.rmtree(out / "checkpoints")
+
+
+def _check_model(options: TuneOptions, model: nn.Module, importance: Importance | None) -> None:
+    """Everything that can be refused with the bare model at hand."""
+
+    @dataclasses.dataclass
+    class Named:
+        name: str
+
+    names = [path + ".weight" for path, _ in matching(model, options.targets)]
+    if importance is not None:
+        check_fit(model, importance, [Named(name) for name in names], options.anchor)  # type: ignore[misc]
+    if options.anchor == "recorded" and importance is not None:
+        rank = importance.anchors[names[0]][0].shape[0]
+        if rank != options.rank:
+            raise OptionError(f"--anchor recorded goes on from the recorded adapter of rank {rank}, found --rank {options.rank}; use --rank {rank} or --anchor base")
+
+
+def _prepared(options: TuneOptions, model: nn.Module, importance: Importance | None) -> nn.Module:
+    """The model to train: with a fresh adapter, with the recorded one, or with its target weights unfrozen."""
+    if options.full:
+        model.requires_grad_(False)
+        for _, module in matching(model, options.targets):
+            module.weight.requires_grad_(True)
+        return model
+    if options.quantize != "none":
+        from peft import prepare_model_for_kbit_training
+
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=options.gradient_checkpointing)
+    set_seed(options.seed)
+    model = add_adapter(model, names=options.targets, rank=options.rank, alpha=options.alpha, dropout=options.dropout, rslora=options.rslora)
+    if options.anchor == "recorded" and importance is not None:
+        for weight in target_weights(model):
+            assert isinstance(weight, LowRankWeight)
+            A, B = importance.anchors[weight.name]
+            weight.A.data.copy_(A)
+            weight.B.data.copy_(B / weight.scale)
+    return model
+
+
+def _trainer(options: TuneOptions, model: nn.Module, tokenizer: Any, data: Any) -> Any:
+    """TRL's SFTTrainer with our settings; nothing in it knows of the penalty."""
+    from trl import SFTConfig, SFTTrainer
+
+    chat = "messages" in data.column_names
+    base = unwrapped(model)
+    held = load_training_data(options.eval_data, split=options.eval_split) if options.eval_steps and options.eval_data else None
+    if held is not None and options.limit:
+        held = held.select(range(min(options.limit, len(held))))
+    bf16 = next(base.parameters()).dtype == torch.bfloat16 and torch.cuda.is_available()
+    config = SFTConfig(
+        output_dir=str(Path(options.out) / "checkpoints"),
+        learning_rate=options.learning_rate,
+        lr_scheduler_type=options.schedule,
+        warmup_steps=options.warmup,
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.max_grad_norm,
+        num_train_epochs=options.epochs,
+        max_steps=options.max_steps,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.accumulation,
+        max_length=min(options.length, context_length(base)),
+        packing=options.packing,
+        completion_only_loss=None if chat or "prompt" not in data.column_names else options.completion_only is not False,
+        assistant_only_loss=chat and options.completion_only is not False,
+        gradient_checkpointing=options.gradient_checkpointing,
+        bf16=bf16,
+        seed=options.seed,
+        data_seed=options.seed,
+        eval_strategy="steps" if held is not None else "no",
+        eval_steps=options.eval_steps or None,
+        save_steps=options.save_steps,
+        save_total_limit=2,
+        logging_steps=options.log_steps,
+        logging_nan_inf_filter=False,
+        report_to=options.report_to,
+        use_cpu=options.device == "cpu",
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    return SFTTrainer(model=model, args=config, train_dataset=data, eval_dataset=held, processing_class=tokenizer, callbacks=[StopOnNonFinite()])
+
+
+class StopOnNonFinite(TrainerCallback):
+    """Stops before the optimizer takes a step on a non-finite gradient, so that the last checkpoint stays good. Under fp16 the GradScaler does that itself."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.fp16:
+            return
+        norms = torch._foreach_norm([p.grad for p in kwargs["model"].parameters() if p.grad is not None])
+        if norms and not math.isfinite(float(torch.stack([norm.float().cpu() for norm in norms]).sum())):
+            raise ValueError(f"non-finite gradient at step {state.global_step + 1}; the last good checkpoint is kept. "
+                             "Lower --learning-rate or --strength, or use --dtype float32, and go on with --resume")  # fmt: skip
+
+
+def _announce(options: TuneOptions, model: nn.Module, importance: Importance | None, rows: int) -> None:
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    held = "plain fine-tuning (no penalty)"
+    if importance is not None and options.strength:
+        held = f"strength {options.strength:g}, layers {options.layers}, anchor {options.anchor}, dense pull (tier {importance.tier}) from {options.importance}"
+    logger.info("tuning %s on %s (%d rows): %s trainable parameters, %s; seed %d", options.model, options.data, rows, f"{trainable:,}", held, options.seed)
+
+
+def _last_checkpoint(out: Path) -> str | None:
+    """The newest whole checkpoint: the trainer writes trainer_state.json last."""
+    whole = [p for p in (out / "checkpoints").glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
+    return str(max(whole, key=lambda p: int(p.name.split("-")[-1]))) if whole else None
+
+
+def _save_final(model: nn.Module, tokenizer: Any, folder: Path) -> None:
+    """Save under a temporary name beside `folder`, then rename: a partial result is never taken for a whole one."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        model.save_pretrained(str(temporary))
+        tokenizer.save_pretrained(str(temporary))
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small text file atomically."""
+    with atomic_path(path) as temporary:
+        Path(temporary).write_text(text, encoding="utf-8")
+
+
+def _last(log: list[dict[str, Any]], key: str) -> float | None:
+    return next((entry[key] for entry in reversed(log) if key in entry), None)

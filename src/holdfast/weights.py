@@ -1,0 +1,271 @@
+"""Which weights are trained, what they are called in the base model, and their effective update U = W - W(base), always (out, in).
+
+With LoRA U = scale * B @ A; with full fine-tuning U is the difference to a snapshot of the base. This is the only file that knows PEFT's names.
+Everything else works with two kinds of target weight: `LowRankWeight` and `FullWeight`.
+
+    for weight in target_weights(peft_model):
+        weight.name            # 'model.layers.0.self_attn.q_proj.weight', whatever wraps the model
+        weight.update()        # (out, in), accumulated in at least f32
+
+A quantised base needs nothing special: only the factors are read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.config import OptionError, nearest
+
+FUSED_EXPERTS = "fused expert tensors of mixture models hold many weights in one (experts, ...) tensor; holdfast has no importance for them: leave them out of the targets"
+MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of init_lora_weights that change the base weight
+
+
+def wider(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that holdfast accumulates in: f32, or f64 for f64 parameters."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True, eq=False)
+class LowRankWeight:
+    """A base weight with one active LoRA adapter: U = scale * (B @ A - B0 @ A0), where the initial product is None unless the adapter starts away from the base."""
+
+    name: str
+    shape: tuple[int, int]  # (out, in)
+    layer: int | None
+    kind: str
+    module: nn.Module
+    A: nn.Parameter  # (r, in)
+    B: nn.Parameter  # (out, r)
+    scale: float
+    initial: tuple[Tensor, Tensor] | None = None  # (r, in), (out, r)
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        return (self.A, self.B)
+
+    def update(self) -> Tensor:
+        """U, (out, in), in f32 or wider."""
+        dtype = wider(self.A.dtype)
+        product = self.B.detach().to(dtype) @ self.A.detach().to(dtype)
+        if self.initial is not None:
+            product -= self.initial[1].to(product) @ self.initial[0].to(product)
+        return product.mul_(self.scale)
+
+
+@dataclass(frozen=True, eq=False)
+class FullWeight:
+    """A base weight that is trained itself: U = W - base. `base` is a copy taken when the target was made; costs one more copy of the weight."""
+
+    name: str
+    shape: tuple[int, int]  # (out, in)
+    layer: int | None
+    kind: str
+    module: nn.Module
+    W: nn.Parameter  # (out, in), or (in, out) where transposed
+    base: Tensor  # as W
+    transposed: bool
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        return (self.W,)
+
+    def oriented(self, tensor: Tensor) -> Tensor:
+        """A tensor shaped like the parameter, seen as (out, in)."""
+        return tensor.T if self.transposed else tensor
+
+    def update(self) -> Tensor:
+        """U, (out, in), in f32 or wider."""
+        dtype = wider(self.W.dtype)
+        return self.oriented(self.W.detach().to(dtype) - self.base.to(self.W.device, dtype))
+
+
+TargetWeight = LowRankWeight | FullWeight
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The transformers model inside DDP, torch.compile and PEFT wrappers; LoRA layers stay in place, so module names are those of the base model."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
+            model = model.get_base_model()
+        else:
+            return model
+
+
+def target_weights(model: nn.Module, *, names: str | None = None, subtract_initial: bool = False) -> list[TargetWeight]:
+    """The target weights of `model`, in the model's order.
+
+    With LoRA layers these are the weights under the active adapter; without, the weights matched by `names` (see `matching`, default all-linear) are
+    trained themselves and a snapshot of each is taken now. `subtract_initial` accepts adapters that start away from the base (PiSSA, OLoRA, CorDA) and
+    takes their product as it is now for the start; otherwise they are refused.
+
+    Raises ValueError for what cannot be held: several active adapters, DoRA and other variants, merged adapters, fused experts, embeddings.
+    """
+    base = unwrapped(model)
+    found = [weight for path, module in base.named_modules() if (weight := _low_rank(path, module, model, subtract_initial)) is not None]
+    if found:
+        return list(found)
+    if hasattr(model, "peft_config"):
+        raise ValueError(f"the model has no LoRA layer that holdfast can hold (found {_adapter_types(model)}); use LoRA, or full fine-tuning without PEFT")
+    return [_full(path, module) for path, module in matching(base, names or "all-linear")]
+
+
+def _adapter_types(model: nn.Module) -> str:
+    return ", ".join(sorted({str(getattr(c, "peft_type", c)) for c in model.peft_config.values()}))
+
+
+def _low_rank(path: str, module: nn.Module, model: nn.Module, subtract_initial: bool) -> LowRankWeight | None:
+    from peft.tuners.lora import LoraLayer
+
+    if not isinstance(module, LoraLayer):
+        return None
+    active = [a for a in module.active_adapters if a in module.lora_A or a in module.lora_embedding_A or a in module.lora_B]
+    if not active:
+        return None
+    where = f"'{path}'"
+    if type(module).__name__ == "ParamWrapper":
+        raise ValueError(f"{where}: {FUSED_EXPERTS}")
+    if len(active) > 1:
+        raise ValueError(f"{where} has {len(active)} active adapters ({', '.join(active)}); holdfast holds one: call model.set_adapter(name)")
+    adapter = active[0]
+    if adapter not in module.lora_A or not isinstance(module.lora_A[adapter], nn.Linear):
+        raise ValueError(f"{where} is a LoRA layer on {type(module.get_base_layer()).__name__}; expected a linear layer: leave it out of target_modules")
+    if module.merged:
+        raise ValueError(f"{where} has its adapter merged into the base weight; call model.unmerge_adapter() first")
+    if module.use_dora.get(adapter) or getattr(module, "lora_variant", {}).get(adapter) is not None:
+        raise ValueError(f"{where} uses DoRA or another LoRA variant, whose update is not scale * B @ A; use plain LoRA or rsLoRA")
+    A, B = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+    initial = None
+    if _moves_the_base(model, adapter):
+        if not subtract_initial:
+            raise ValueError(f"{where}: the adapter starts away from the base model (init_lora_weights moves the base weight); importance belongs to the bare base. "
+                             "Use the default initialisation, or pass subtract_initial=True before training to measure U from the start of this adapter")  # fmt: skip
+        initial = (A.detach().clone(), B.detach().clone())
+    return LowRankWeight(path + ".weight", (B.shape[0], A.shape[1]), *_place(path), module, A, B, float(module.scaling[adapter]), initial)
+
+
+def _moves_the_base(model: nn.Module, adapter: str) -> bool:
+    configs = getattr(model, "peft_config", {})
+    how = getattr(configs.get(adapter), "init_lora_weights", True) if isinstance(configs, dict) else True
+    return isinstance(how, str) and how.lower().startswith(MOVES_THE_BASE)
+
+
+def _place(path: str) -> tuple[int | None, str]:
+    """(index of the transformer block, kind): 'model.layers.3.self_attn.q_proj' -> (3, 'q_proj')."""
+    index = re.search(r"\.(\d+)\.", path)
+    return (int(index.group(1)) if index else None), path.rsplit(".", 1)[-1]
+
+
+def _full(path: str, module: nn.Module) -> FullWeight:
+    W = module.weight
+    if not W.is_floating_point():
+        raise ValueError(f"'{path}' is quantised ({W.dtype}) and cannot be trained itself; use LoRA")
+    transposed = _is_conv1d(module)
+    shape = (W.shape[1], W.shape[0]) if transposed else (W.shape[0], W.shape[1])
+    return FullWeight(path + ".weight", shape, *_place(path), module, W, W.detach().clone(), transposed)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
+
+
+def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) of every linear layer that can be a target, in the model's order; the output head is left out, as PEFT's all-linear does."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    for path, module in model.named_modules():
+        is_linear = isinstance(module, nn.Linear) or _is_conv1d(module) or type(module).__name__ in ("Linear4bit", "Linear8bitLt")
+        if is_linear and module is not head:
+            yield path, module
+
+
+def matching(model: nn.Module, names: str) -> list[tuple[str, nn.Module]]:
+    """Linear layers of a bare model chosen by `names`: 'all-linear', comma-separated last parts of module paths ('q_proj,v_proj'), or a regular
+    expression that matches the whole path. Raises OptionError naming the nearest kind when nothing matches, ValueError for fused experts."""
+    layers = list(linear_layers(model))
+    kinds = {path.rsplit(".", 1)[-1] for path, _ in layers}
+    if names == "all-linear":
+        chosen = layers
+    elif re.fullmatch(r"[\w, ]+", names):
+        wanted = {name.strip() for name in names.split(",") if name.strip()}
+        for name in sorted(wanted - kinds):
+            if any(path.rsplit(".", 1)[-1].startswith("experts") or name in path for path, p in model.named_parameters() if p.ndim == 3):
+                raise ValueError(f"'{name}': {FUSED_EXPERTS}")
+            raise OptionError(f"no linear layer of the model is called '{name}'; {nearest(name, kinds)}")
+        chosen = [(path, module) for path, module in layers if path.rsplit(".", 1)[-1] in wanted]
+    else:
+        try:
+            pattern = re.compile(names)
+        except re.error as error:
+            raise OptionError(f"--targets '{names}' is not a regular expression: {error}") from None
+        chosen = [(path, module) for path, module in layers if pattern.fullmatch(path)]
+    if not chosen:
+        raise OptionError(f"--targets '{names}' matches no linear layer of the model; kinds: {', '.join(sorted(kinds))}")
+    return chosen
+
+
+def base_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Base weight name -> (out, in) for every linear layer, below any adapter; quantised layers say their shape by in_features and out_features."""
+    shapes = {}
+    for path, module in unwrapped(model).named_modules():
+        inner = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+        if _is_conv1d(inner):
+            shapes[path + ".weight"] = (inner.weight.shape[1], inner.weight.shape[0])
+        elif isinstance(inner, nn.Linear) or hasattr(inner, "in_features") and hasattr(inner, "weight"):
+            shapes[path + ".weight"] = (inner.out_features, inner.in_features)
+    return {name: shape for name, shape in shapes.items() if ".lora_" not in name and ".base_layer." not in name}
+
+
+def fingerprint(model: nn.Module, *, samples: int = 65_536) -> str:
+    """sha256 over the shapes of the linear weights and the sign bits of evenly spaced elements of the input embedding.
+
+    Signs survive f32, bf16, f16 and loading in 4 or 8 bit (which leaves embeddings alone), so the fingerprint does not depend on how the model was loaded.
+    It tells base models apart, not a base from a fine-tune of it that left the embedding alone.
+    """
+    digest = hashlib.sha256()
+    for name, shape in sorted(base_shapes(model).items()):
+        digest.update(f"{name} {shape}\n".encode())
+    embedding = unwrapped(model).get_input_embeddings()
+    table = getattr(embedding, "base_layer", embedding).weight.detach().flatten()
+    chosen = table[:: max(1, table.numel() // samples)]
+    digest.update(torch.signbit(chosen).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def add_adapter(model: nn.Module, *, names: str, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False) -> nn.Module:
+    """`model` wrapped by PEFT with a fresh LoRA adapter (U = 0) on the layers chosen by `names`."""
+    from peft import LoraConfig, get_peft_model
+
+    paths = [path for path, _ in matching(model, names)]
+    kinds = {path.rsplit(".", 1)[-1] for path in paths}
+    by_kind = {path for path, _ in linear_layers(model) if path.rsplit(".", 1)[-1] in kinds}
+    modules = sorted(kinds) if by_kind == set(paths) else paths
+    conv1d = any(_is_conv1d(module) for path, module in matching(model, names))
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, use_rslora=rslora, target_modules=modules,
+                        task_type="CAUSAL_LM", fan_in_fan_out=conv1d)  # fmt: skip
+    return get_peft_model(model, config)
+
+
+def scale_update(model: nn.Module, factor: float) -> None:
+    """Multiply the active adapter's update by `factor`, in place, by its scaling: plain LoRA layers of any kind."""
+    from peft.tuners.lora import LoraLayer
+
+    if factor == 1.0:
+        return
+    layers = [module for module in unwrapped(model).modules() if isinstance(module, LoraLayer)]
+    if not layers:
+        raise ValueError(f"only LoRA updates can be scaled, found {_adapter_types(model)}")
+    for module in layers:
+        for adapter in module.active_adapters:
+            if adapter in module.scaling:
+                module.scaling[adapter] *= factor

@@ -1,0 +1,265 @@
+"""The path-integral recorder: against design.md's formulas, against the measured loss, and in every awkward situation of real training."""
+
+import copy
+
+import pytest
+import torch
+
+from holdfast.config import OptionError
+from holdfast.importance.path import PathIntegral, effective_gradient, low_rank_movement, normalise
+from holdfast.penalty.pull import Penalty
+from holdfast.weights import add_adapter, target_weights
+
+
+@pytest.fixture
+def adapted(tiny):
+    return add_adapter(tiny(dtype=torch.float64), names="all-linear", rank=3, alpha=6)
+
+
+def parameters(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def loss_of(model, ids):
+    return model(input_ids=ids, labels=ids).loss
+
+
+def train(model, optimizer, ids, steps=5, accumulation=1):
+    for _ in range(steps):
+        for part in ids.chunk(accumulation):
+            (loss_of(model, part) / accumulation).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("gradient", ["effective", "exact"])
+def test_recorder_agrees_with_the_formulas_to_1e_6_in_f64(adapted, batch, gradient):
+    """Replays every step by hand: w <- max(0, w - g d), Omega = sum over epochs of w / (U^2 + xi), two epochs."""
+    twin = copy.deepcopy(adapted)
+    optimizer = torch.optim.AdamW(parameters(adapted), lr=1e-2)
+    recorder = PathIntegral(adapted, gradient=gradient, xi=1e-9)
+    mine = torch.optim.AdamW(parameters(twin), lr=1e-2)
+    weights = target_weights(twin)
+    w = {x.name: torch.zeros(x.shape, dtype=torch.float64) for x in weights}
+    omega = {name: torch.zeros_like(value) for name, value in w.items()}
+    with recorder.attach(optimizer):
+        for _epoch in range(2):
+            train(adapted, optimizer, batch, steps=3)
+            recorder.end_epoch()
+            for _ in range(3):
+                deltas = exact_gradients(twin, batch)
+                loss_of(twin, batch).backward()
+                before = {x.name: (x.A.detach().clone(), x.B.detach().clone(), x.A.grad.clone(), x.B.grad.clone()) for x in weights}
+                mine.step()
+                mine.zero_grad()
+                for x in weights:
+                    A, B, gA, gB = before[x.name]
+                    s = x.scale
+                    g = s * (B @ gA + gB @ A - 1e-2 * gB @ gA) if gradient == "effective" else deltas[x.name]
+                    d = s * (x.B.detach() @ x.A.detach()) - s * (B @ A)
+                    w[x.name] = torch.clamp(w[x.name] - g * d, min=0)
+            for x in weights:
+                omega[x.name] += w[x.name] / (x.update() ** 2 + 1e-9)
+                w[x.name].zero_()
+    importance = recorder.finish()
+    for name, expected in omega.items():
+        torch.testing.assert_close(importance[name].values, expected, rtol=1e-6, atol=1e-9 * float(expected.max()))
+
+
+def exact_gradients(model, ids):
+    """dL/dU by autograd through the merged weights: brute force."""
+    merged = copy.deepcopy(model).merge_and_unload()
+    for p in merged.parameters():
+        p.requires_grad_(True)
+    loss_of(merged, ids).backward()
+    return {name: p.grad for name, p in merged.named_parameters()}
+
+
+def test_pure_functions_match_their_definitions():
+    torch.manual_seed(0)
+    A, gA, A1 = (torch.randn(2, 5, dtype=torch.float64) for _ in range(3))
+    B, gB, B1 = (torch.randn(4, 2, dtype=torch.float64) for _ in range(3))
+    eta, s = 0.1, 2.0
+    step = s * ((B - eta * gB) @ (A - eta * gA) - B @ A)  # one SGD step of the factors
+    torch.testing.assert_close(effective_gradient(A, B, gA, gB, s, eta), -step / eta)
+    torch.testing.assert_close(low_rank_movement(A, B, A1, B1, s), s * (B1 @ A1 - B @ A))
+    assert normalise(torch.tensor([-1.0, 2.0]), torch.tensor([1.0, 1.0]), 1.0).tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_credits_sum_to_the_measured_loss_decrease_within_5_percent(tiny, batch, full):
+    model = tiny(dtype=torch.float64)
+    model = model if full else add_adapter(model, names="all-linear", rank=3, alpha=6)
+    recorder = PathIntegral(model)
+    optimizer = torch.optim.SGD([p for w in recorder.weights for p in w.parameters], lr=1e-2)
+    before = float(loss_of(model, batch))
+    with recorder.attach(optimizer):
+        train(model, optimizer, batch, steps=120)
+    decrease = before - float(loss_of(model, batch))
+    assert decrease > 0.01
+    assert recorder.decrease == pytest.approx(decrease, rel=0.05)
+
+
+def test_accumulation_checkpointing_and_clipping_do_not_change_the_exact_gradient(adapted, batch):
+    omegas = []
+    for accumulation, checkpointing in ((1, False), (4, False), (2, True)):
+        model = copy.deepcopy(adapted)
+        if checkpointing:
+            model.train()
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recorder = PathIntegral(model)
+        optimizer = torch.optim.SGD(parameters(model), lr=1e-2)
+        with recorder.attach(optimizer):
+            train(model, optimizer, batch, steps=3, accumulation=accumulation)
+        omegas.append(recorder.finish())
+    for other in omegas[1:]:
+        for name in other:
+            torch.testing.assert_close(other[name].values, omegas[0][name].values, rtol=1e-6, atol=1e-12)
+
+
+def test_closures_frozen_factors_and_parameters_without_gradient(adapted, batch):
+    recorder = PathIntegral(adapted)
+    weights = recorder.weights
+    weights[0].A.requires_grad_(False)
+    optimizer = torch.optim.SGD(parameters(adapted), lr=1e-2)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(adapted, batch)
+        loss.backward()
+        return loss
+
+    with recorder.attach(optimizer):
+        optimizer.step(closure)
+        optimizer.step(closure=closure)
+        assert recorder.steps == 2
+        optimizer.zero_grad()
+        optimizer.step()  # nothing has a gradient: nothing moves, nothing is recorded
+    assert recorder.steps == 2
+    lbfgs = torch.optim.LBFGS(parameters(adapted), lr=1e-2, max_iter=4)
+    with pytest.raises(ValueError, match="several times per step"), recorder.attach(lbfgs):
+        lbfgs.step(closure)
+
+
+def test_a_step_skipped_by_the_scaler_is_not_recorded_and_scaled_gradients_count_in_nats(adapted, batch):
+    plain, scaled = copy.deepcopy(adapted), copy.deepcopy(adapted)
+    recorders = []
+    for model, factor in ((plain, 1.0), (scaled, 64.0)):
+        recorder = PathIntegral(model)
+        optimizer = torch.optim.SGD(parameters(model), lr=1e-2)
+        scaler = FakeScaler(factor)
+        with recorder.attach(optimizer, scaler=scaler):
+            (loss_of(model, batch) * float("inf")).backward()  # the scaler would skip this step: optimizer.step is never called
+            optimizer.zero_grad()
+            for _ in range(2):
+                (loss_of(model, batch) * factor).backward()
+                for p in parameters(model):
+                    p.grad /= factor
+                optimizer.step()
+                optimizer.zero_grad()
+        recorders.append(recorder)
+    assert recorders[0].decrease == pytest.approx(recorders[1].decrease, rel=1e-9)
+
+
+class FakeScaler:
+    def __init__(self, scale):
+        self.scale = scale
+
+    def is_enabled(self):
+        return True
+
+    def get_scale(self):
+        return self.scale
+
+
+def test_non_finite_gradients_stop_the_recording_with_the_step(adapted, batch):
+    recorder = PathIntegral(adapted)
+    optimizer = torch.optim.SGD(parameters(adapted), lr=1e-2)
+    with recorder.attach(optimizer):
+        train(adapted, optimizer, batch, steps=2)
+        (loss_of(adapted, batch) * float("nan")).backward()
+        with pytest.raises(ValueError, match="step 3"):
+            optimizer.step()
+
+
+def test_bf16_factors_are_credited_in_f32(tiny, batch):
+    model = add_adapter(tiny(), names="all-linear", rank=3, alpha=6)
+    for p in parameters(model):
+        p.data = p.data.to(torch.bfloat16)
+    model = model.to(torch.bfloat16)
+    recorder = PathIntegral(model)
+    optimizer = torch.optim.SGD(parameters(model), lr=0.5)
+    with recorder.attach(optimizer):
+        train(model, optimizer, batch, steps=3)
+    importance = recorder.finish()
+    assert all(entry.values.dtype == torch.float32 for entry in importance.entries.values())
+    assert recorder.decrease > 0
+
+
+def test_recorder_sees_the_gradient_before_the_pull(adapted, batch):
+    first = PathIntegral(adapted)
+    optimizer = torch.optim.SGD(parameters(adapted), lr=1e-3)
+    with first.attach(optimizer):
+        train(adapted, optimizer, batch, steps=2)
+    importance = first.finish()
+    recorder = PathIntegral(adapted, gradient="effective")
+    penalty = Penalty(adapted, importance, strength=1.0)
+    seen = {}
+    with penalty.attach(optimizer), recorder.attach(optimizer) as _:
+        loss_of(adapted, batch).backward()
+        weight = recorder.weights[0]
+        alone = effective_gradient(weight.A.detach(), weight.B.detach(), weight.A.grad.clone(), weight.B.grad.clone(), weight.scale, 1e-3)
+        original = recorder.record_step
+        recorder.record_step = lambda before, gradients: (seen.update(gradients), original(before, gradients))
+        optimizer.step()
+    torch.testing.assert_close(seen[weight.name], alone)
+    assert penalty.pull_norm > 0
+
+
+def test_what_cannot_be_recorded_is_refused(adapted, batch):
+    recorder = PathIntegral(adapted, gradient="effective")
+    A = [w.A for w in recorder.weights]
+    B = [w.B for w in recorder.weights]
+    with pytest.raises(OptionError, match="different learning rates"):
+        recorder.attach(torch.optim.SGD([{"params": A, "lr": 1e-3}, {"params": B, "lr": 1e-2}]))
+    with pytest.raises(ValueError, match="not among this optimizer"):
+        recorder.attach(torch.optim.SGD(A, lr=1e-3))
+    with pytest.raises(ValueError, match="no optimizer step was recorded"):
+        recorder.finish()
+    handle = A[0].register_post_accumulate_grad_hook(lambda p: None)
+    with pytest.raises(ValueError, match="inside the backward"):
+        recorder.attach(torch.optim.SGD(A + B, lr=1e-3))
+    handle.remove()
+    for w in recorder.weights:
+        w.A.requires_grad_(False), w.B.requires_grad_(False)
+    with pytest.raises(ValueError, match="frozen"):
+        recorder.attach(torch.optim.SGD(A + B, lr=1e-3))
+
+
+def test_closing_and_exceptions_remove_every_hook(adapted, batch):
+    recorder = PathIntegral(adapted)
+    optimizer = torch.optim.SGD(parameters(adapted), lr=1e-3)
+    with pytest.raises(RuntimeError), recorder.attach(optimizer):
+        train(adapted, optimizer, batch, steps=1)
+        raise RuntimeError
+    assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
+    assert all(not w.module._forward_hooks for w in recorder.weights)
+
+
+def test_state_dict_goes_on_exactly(adapted, batch):
+    whole, parted = copy.deepcopy(adapted), copy.deepcopy(adapted)
+    recorder = PathIntegral(whole)
+    optimizer = torch.optim.SGD(parameters(whole), lr=1e-2)
+    with recorder.attach(optimizer):
+        train(whole, optimizer, batch, steps=4)
+    first = PathIntegral(parted)
+    optimizer = torch.optim.SGD(parameters(parted), lr=1e-2)
+    with first.attach(optimizer):
+        train(parted, optimizer, batch, steps=2)
+    second = PathIntegral(parted)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    with second.attach(optimizer):
+        train(parted, optimizer, batch, steps=2)
+    a, b = recorder.finish(), second.finish()
+    assert all(torch.equal(a[name].values, b[name].values) for name in a)
