@@ -34,3 +34,38 @@ def tiny():
 def batch():
     """Token ids (4, 12)."""
     return torch.randint(3, 48, (4, 12), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def tokenizer():
+    """A word-level tokenizer of 48 tokens over a few English words, with <pad>, <s> and </s> as 0, 1 and 2."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = [*"the cat sat on mat and dog then too user assistant : . Question Answer ? yes no one two three a b c d".split()]  # noqa: SIM905
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", *words])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>", model_max_length=32)
+
+
+@pytest.fixture
+def model_folder(tiny, tokenizer, tmp_path):
+    """A tiny Llama with its tokenizer on disk."""
+    folder = tmp_path / "model"
+    tiny().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    """A small .jsonl of general text."""
+    import json
+    import random
+
+    words = ["the", "cat", "sat", "on", "mat", "and", "dog", "then", "too", "yes", "no", "one", "two", "three"]
+    rng = random.Random(0)
+    path = tmp_path / "general.jsonl"
+    path.write_text("\n".join(json.dumps({"text": " ".join(rng.choices(words, k=rng.randint(5, 20)))}) for _ in range(24)))
+    return path

@@ -62,7 +62,9 @@ def test_pull_steps_like_the_loss_term_of_the_paper_over_many_steps(adapted, anc
                 A0, B0 = importance.anchors[w.name]
                 star = B0 @ A0 if anchor == "recorded" else torch.zeros(w.shape)
                 c = penalty.coefficients[w.name]
-                loss = loss + 0.3 * c * reference.energy(w.A, w.B, w.scale, importance[w.name].dense(), star) + 0.005 * (w.A.square().sum() + w.B.square().sum())
+                loss = (
+                    loss + 0.3 * c * reference.energy(w.A, w.B, w.scale, importance[w.name].dense(), star) + 0.005 * (w.A.square().sum() + w.B.square().sum())
+                )
             loss.backward()
             b.step()
     for x, y in zip(ours, theirs, strict=True):

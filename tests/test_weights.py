@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import CONFIGS
 from peft import LoraConfig, get_peft_model
 
+from conftest import CONFIGS
 from holdfast.config import OptionError
 from holdfast.weights import add_adapter, base_shapes, fingerprint, matching, target_weights
 

@@ -8,15 +8,20 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from holdfast.config import (RECORD_PRESETS, TUNE_PRESETS, EvalOptions, OptionError, RecordOptions, TuneOptions, nearest, read_yaml, resolve)  # fmt: skip
+from holdfast.config import RECORD_PRESETS, TUNE_PRESETS, EvalOptions, OptionError, RecordOptions, TuneOptions, nearest, read_yaml, resolve  # fmt: skip
 
 VERBS: dict[str, tuple[str, str]] = {
-    "record": ("record what matters in a base model, once, into an importance file", "holdfast record MODEL --general wiki.jsonl --out model.importance.safetensors"),
+    "record": (
+        "record what matters in a base model, once, into an importance file",
+        "holdfast record MODEL --general wiki.jsonl --out model.importance.safetensors",
+    ),
     "tune": ("fine-tune on domain data while holding it", "holdfast tune MODEL --data domain.jsonl --importance model.importance.safetensors --out run"),
     "eval": ("measure what was learned and what was lost", "holdfast eval MODEL --adapter run/final --general held-out.jsonl --tasks sciq"),
     "inspect": ("show what is in an importance file", "holdfast inspect model.importance.safetensors"),
@@ -56,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2 if words else 0
     given = vars(_verb_parser(verb).parse_args(words[words.index(verb) + 1 :]))
     debug, quiet = given.pop("debug", False), given.pop("quiet", False)
+    _quiet_hosts()
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
     logging.getLogger("holdfast").setLevel(logging.WARNING if quiet else logging.INFO)
     try:
@@ -70,6 +76,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = "" if expected or debug else f" ({type(error).__name__}; run again with --debug for the traceback)"
         print(f"holdfast {verb}: {error}{hint}", file=sys.stderr)
         return 2 if isinstance(error, OptionError) else 1
+
+
+def _quiet_hosts() -> None:
+    """Silence the hosts' progress bars where nobody watches, and their announcements of what they will rename."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def _status(result: Any) -> int:
@@ -110,7 +124,8 @@ def _action(verb: str, given: dict[str, Any]) -> Callable[[], Any]:
 
 def _parser() -> argparse.ArgumentParser:
     lines = "\n".join(f"  {verb:<9} {text}" for verb, (text, _) in VERBS.items())
-    parser = Parser(prog="holdfast", description="Fine-tune language models without forgetting what they know.", epilog=f"verbs:\n{lines}\n\nholdfast VERB --help says more.",
+    parser = Parser(prog="holdfast", description="Fine-tune language models without forgetting what they know.", 
+                    epilog=f"verbs:\n{lines}\n\nholdfast VERB --help says more.",
                     formatter_class=argparse.RawDescriptionHelpFormatter, usage="holdfast VERB ...")  # fmt: skip
     parser.add_argument("--version", action="version", version=_version())
     return parser

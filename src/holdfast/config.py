@@ -1,8 +1,8 @@
 """Options of every verb: one frozen dataclass each, from which the command line, the YAML files and the Python calls are made.
 
 An option has one name everywhere (`learning_rate` in Python and YAML, `--learning-rate` on the command line), one help text and one default.
-`None` as a default means "the preset decides"; presets are dict literals below that hold only what differs. Precedence, strongest first:
-given on the command line, given in `--config FILE.yaml`, the preset, the default.
+`None` as the default of an option that is not optional means "the preset decides"; presets are dict literals below that hold only what differs.
+Precedence, strongest first: given on the command line, given in `--config FILE.yaml`, the preset, the default.
 
 This file imports nothing but the standard library (and PyYAML when a file is read), so that `--help` answers at once.
 """
@@ -62,10 +62,10 @@ class ModelOptions:
 class AdapterOptions:
     """LoRA as PEFT builds it."""
 
-    targets: str | None = option(None, "weights to adapt: names (q_proj,v_proj), all-linear, or a regular expression; default: preset", metavar="NAMES")
-    rank: int | None = option(None, "LoRA rank r")
-    alpha: float | None = option(None, "LoRA alpha; the update is scaled by alpha / rank")
-    dropout: float | None = option(None, "LoRA dropout")
+    targets: str = option(None, "weights to adapt: names (q_proj,v_proj), all-linear, or a regular expression; default: preset", metavar="NAMES")
+    rank: int = option(None, "LoRA rank r")
+    alpha: float = option(None, "LoRA alpha; the update is scaled by alpha / rank")
+    dropout: float = option(None, "LoRA dropout")
     rslora: bool = option(False, "scale the update by alpha / sqrt(rank)")
 
 
@@ -85,19 +85,19 @@ class RecordOptions(AdapterOptions, TextOptions, ModelOptions):
     out: str = option("", "importance file to write (.safetensors)", metavar="FILE")
     preset: str = option("default", "default: our recipe; paper: Song et al. 2025 (arXiv 2501.13669)", choices=PRESETS)
     estimator: str = option("path", "how importance is estimated", choices=("path",))
-    gradient: str | None = option(None, "gradient of the path integral: exact dL/dU, or the paper's effective gradient", choices=("exact", "effective"))
-    clamp: str | None = option(None, "clamp credits at zero after every step (the paper) or at the end of an epoch", choices=("step", "end"))
-    xi: float | None = option(None, "added to the squared movement before dividing by it")
+    gradient: str = option(None, "gradient of the path integral: exact dL/dU, or the paper's effective gradient", choices=("exact", "effective"))
+    clamp: str = option(None, "clamp credits at zero after every step (the paper) or at the end of an epoch", choices=("step", "end"))
+    xi: float = option(None, "added to the squared movement before dividing by it")
     tier: str = option("f32", "number format of the file", choices=("f32", "bf16"))
     keep_anchor: bool = option(True, "store the adapter at the end of recording, for anchor: recorded")
     documents: int | None = option(None, "use at most this many documents")
-    length: int | None = option(None, "tokens per sequence; default: preset, at most the model's context")
-    epochs: int | None = option(None, "passes over the general text")
+    length: int = option(None, "tokens per sequence; default: preset, at most the model's context")
+    epochs: int = option(None, "passes over the general text")
     max_steps: int | None = option(None, "stop after this many optimizer steps")
-    batch_size: int | None = option(None, "sequences per forward pass")
-    accumulation: int | None = option(None, "forward passes per optimizer step")
-    learning_rate: float | None = option(None, "AdamW learning rate")
-    schedule: str | None = option(None, "learning-rate schedule", choices=("linear", "constant"))
+    batch_size: int = option(None, "sequences per forward pass")
+    accumulation: int = option(None, "forward passes per optimizer step")
+    learning_rate: float = option(None, "AdamW learning rate")
+    schedule: str = option(None, "learning-rate schedule", choices=("linear", "constant"))
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
     self_documents: int = option(64, "how many documents to sample with --general self")
     save_steps: int = option(100, "write a state to resume from every so many steps")
@@ -122,22 +122,22 @@ class TuneOptions(AdapterOptions, TextOptions, ModelOptions):
     importance: str | None = option(None, "importance file of `holdfast record`; without one the run is plain fine-tuning", metavar="FILE")
     out: str = option("", "folder to write: adapter (or model), checkpoints, run.json", metavar="DIR")
     preset: str = option("default", "default: our recipe; paper: Song et al. 2025 (arXiv 2501.13669)", choices=PRESETS)
-    strength: float | None = option(None, "how hard important weights are held (lambda); 0 is plain fine-tuning")
+    strength: float = option(None, "how hard important weights are held (lambda); 0 is plain fine-tuning")
     layers: Any = option(None, "layer coefficients: uniform, softmax, scale-free; a list over depth or a map of kinds in YAML", metavar="HOW")
     per: str = option("weight", "coefficients for each weight, or shared by the weights of a block", choices=("weight", "block"))
-    tau: float | None = option(None, "temperature of the softmax over layers")
-    anchor: str | None = option(None, "hold towards the base model, or towards the adapter at the end of recording", choices=("base", "recorded"))
+    tau: float = option(None, "temperature of the softmax over layers")
+    anchor: str = option(None, "hold towards the base model, or towards the adapter at the end of recording", choices=("base", "recorded"))
     full: bool = option(False, "train the target weights themselves instead of an adapter")
-    learning_rate: float | None = option(None, "AdamW learning rate")
+    learning_rate: float = option(None, "AdamW learning rate")
     schedule: str = option("linear", "learning-rate schedule", choices=("linear", "cosine", "constant"))
     warmup: float = option(0.0, "share of the steps that warm up the learning rate")
     weight_decay: float = option(0.0, "AdamW weight decay")
     max_grad_norm: float = option(1.0, "clip the gradient of the task loss to this norm; 0: never. The pull is added after clipping")
-    epochs: float | None = option(None, "passes over the data")
+    epochs: float = option(None, "passes over the data")
     max_steps: int = option(-1, "stop after this many optimizer steps; -1: epochs decide")
-    batch_size: int | None = option(None, "sequences per forward pass")
-    accumulation: int | None = option(None, "forward passes per optimizer step")
-    length: int | None = option(None, "tokens per sequence; default: preset, at most the model's context")
+    batch_size: int = option(None, "sequences per forward pass")
+    accumulation: int = option(None, "forward passes per optimizer step")
+    length: int = option(None, "tokens per sequence; default: preset, at most the model's context")
     packing: bool = option(False, "pack several documents into one sequence")
     completion_only: bool | None = option(None, "score only completions or assistant turns; default: yes where the data has them")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")

@@ -101,7 +101,7 @@ def text_loss(model: nn.Module, encoded: Sequence[Encoded], *, window: int, stri
     from tqdm import tqdm
 
     stride = stride or max(1, window // 2)
-    if not 2 <= window or not 1 <= stride < window:
+    if not window >= 2 or not 1 <= stride < window:
         raise OptionError(f"expected 1 <= stride < window and window >= 2, found window {window} and stride {stride}")
     cut = sorted(_windows(encoded, window, stride), key=lambda item: -len(item[1][0]))
     nats, tokens = np.zeros(len(encoded)), np.zeros(len(encoded))
@@ -189,8 +189,9 @@ def lm_eval_accuracy(model: nn.Module, tokenizer: Any, name: str, *, file: str |
     """One lm-eval task on the live model through `HFLM`, from the Hub or with its data replaced by a local JSONL file."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
-    manager = lm_eval.tasks.TaskManager()
+    manager = TaskManager()
     if name not in manager.all_tasks:
         from holdfast.config import nearest
 
@@ -198,7 +199,7 @@ def lm_eval_accuracy(model: nn.Module, tokenizer: Any, name: str, *, file: str |
     task: Any = name
     if file:
         splits = {split: str(Path(file).resolve()) for split in ("train", "validation", "test")}
-        task = {"task": name, "dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": splits}}
+        task = {**manager.task_index[name].cfg, "task": f"{name}-local", "dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": splits}}
     with _evaluating(model):
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8)
         result = lm_eval.simple_evaluate(model=wrapped, tasks=[task], num_fewshot=shots, limit=limit, task_manager=manager, bootstrap_iters=0)
@@ -212,7 +213,7 @@ def measure(model: nn.Module, tokenizer: Any, *, general: str | None = None, dat
     """The numbers of one state of a model: {"general": ..., "domain": ..., "tasks": {...}}; what was not asked for is None."""
     documents = load_documents(general, column=text_column, split=general_split, limit=limit) if general else None
     held = load_training_data(data, split=data_split, limit=limit) if data else None
-    found = {
+    found: dict[str, Any] = {
         "general": general_loss(model, tokenizer, documents, length=length, stride=stride, batch_tokens=batch_tokens).numbers() if documents else None,
         "domain": completion_loss(model, tokenizer, held, length=length, batch_tokens=batch_tokens).numbers() if held is not None else None,
         "tasks": {},

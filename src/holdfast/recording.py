@@ -1,8 +1,8 @@
 """record(): stage 1 of Song et al. 2025 (arXiv 2501.13669), from general text to an importance file.
 
 Load the model, wrap it with LoRA, train briefly on general text without clipping while the recorder watches, write one file. Everything that can be
-refused is refused before training. A state is saved every `save_steps` steps beside the file to write (`FILE.state`); `--resume` goes on from the last one with the
-same result as an uninterrupted run.
+refused is refused before training. A state is saved every `save_steps` steps beside the file to write (`FILE.state`); `--resume` goes on from
+the last one with the same result as an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ logger = logging.getLogger("holdfast")
 
 def record(options: RecordOptions) -> Importance:
     """Record importance as `options` say and write it to `options.out`; also returned. Raises ValueError or OptionError before training starts."""
+    assert options.general is not None  # the command line has checked
     out = Path(options.out)
     check_output_file(out)
     state = _load_state(options)
@@ -47,7 +48,7 @@ def record(options: RecordOptions) -> Importance:
     encoded = encode(documents, tokenizer, length=length)
     steps_per_epoch = math.ceil(len(encoded) / (options.batch_size * options.accumulation))
     total = steps_per_epoch * options.epochs if options.max_steps is None else min(options.max_steps, steps_per_epoch * options.epochs)
-    source = {
+    source: dict[str, Any] = {
         "source": options.general,
         "documents": len(documents),
         "tokens": sum(len(ids) for ids, _ in encoded),
@@ -164,7 +165,9 @@ def _load_state(options: RecordOptions) -> dict[str, Any] | None:
     now, then = _comparable(options), state["options"]
     different = sorted(key for key in now if now[key] != then.get(key))
     if different:
-        raise OptionError(f"{path} was made with other options: {', '.join(f'{k}={then.get(k)!r} (now {now[k]!r})' for k in different)}; use the same, or no --resume")
+        raise OptionError(
+            f"{path} was made with other options: {', '.join(f'{k}={then.get(k)!r} (now {now[k]!r})' for k in different)}; use the same, or no --resume"
+        )
     return state
 
 

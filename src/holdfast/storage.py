@@ -96,7 +96,8 @@ def describe(importance: Importance) -> str:
         f"unit         {info.get('unit', '?')}",
         f"tier         {importance.tier}",
         f"base model   {model.get('name', '?')} (fingerprint {str(model.get('fingerprint', '?'))[:12]})",
-        f"data         {data.get('source', '?')}: {data.get('documents', '?')} documents, {data.get('tokens', '?')} tokens, sha256 {str(data.get('sha256', '?'))[:12]}",
+        f"data         {data.get('source', '?')}: {data.get('documents', '?')} documents, {data.get('tokens', '?')} tokens, "
+        f"sha256 {str(data.get('sha256', '?'))[:12]}",
         f"anchor       {'recorded adapter, rank ' + str(next(iter(importance.anchors.values()))[0].shape[0]) if importance.anchors else 'none'}",
         f"weights      {len(importance)} with {sum(e.values.numel() for e in importance.entries.values()):,} elements",
     ]
@@ -105,7 +106,9 @@ def describe(importance: Importance) -> str:
     for name, entry in importance.entries.items():
         v = entry.dense()
         shape = f"{entry.shape[0]} x {entry.shape[1]}"
-        rows.append(f"{name:<{width}}  {shape:>14}  {entry.norm():>9.3g}  {float(v.mean()):>9.3g}  {float(v.max()):>9.3g}  {float((v == 0).float().mean()):>6.1%}")
+        rows.append(
+            f"{name:<{width}}  {shape:>14}  {entry.norm():>9.3g}  {float(v.mean()):>9.3g}  {float(v.max()):>9.3g}  {float((v == 0).float().mean()):>6.1%}"
+        )
     return "\n".join([*head, "", *rows])
 
 

@@ -95,7 +95,9 @@ def _hub_rows(spec: str, split: str) -> list[dict[str, Any]]:
         return list(load_dataset(name, config or None, split=split))
     except Exception as error:
         first = str(error).strip().splitlines()[0]
-        raise ValueError(f"'{spec}' is neither a local file nor a dataset that can be loaded ({first}); check the name, the split '{split}' or the connection") from error
+        raise ValueError(
+            f"'{spec}' is neither a local file nor a dataset that can be loaded ({first}); check the name, the split '{split}' or the connection"
+        ) from error
 
 
 def load_documents(spec: str, *, column: str | None = None, split: str = "train", limit: int | None = None) -> list[Document]:

@@ -10,11 +10,11 @@ The story: load, refuse what cannot work, measure the bare base, add an adapter,
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ def tune(options: TuneOptions) -> dict[str, Any]:
         torch.set_num_threads(options.threads)
     tokenizer, model = load_tokenizer(options), load_model(options)
     _check_model(options, model, importance)
-    wanted = dict(general=options.general, data=options.eval_data, tasks=options.tasks, text_column=options.text_column,
+    wanted: dict[str, Any] = dict(general=options.general, data=options.eval_data, tasks=options.tasks, text_column=options.text_column,
                   general_split=options.general_split, data_split=options.eval_split, limit=options.limit)  # fmt: skip
     before = measure(model, tokenizer, **wanted)
     model = _prepared(options, model, importance)
@@ -120,18 +120,15 @@ def _check(options: TuneOptions, out: Path) -> None:
 
 def _check_model(options: TuneOptions, model: nn.Module, importance: Importance | None) -> None:
     """Everything that can be refused with the bare model at hand."""
-
-    @dataclasses.dataclass
-    class Named:
-        name: str
-
     names = [path + ".weight" for path, _ in matching(model, options.targets)]
     if importance is not None:
-        check_fit(model, importance, [Named(name) for name in names], options.anchor)  # type: ignore[misc]
+        check_fit(model, importance, names, options.anchor)
     if options.anchor == "recorded" and importance is not None:
         rank = importance.anchors[names[0]][0].shape[0]
         if rank != options.rank:
-            raise OptionError(f"--anchor recorded goes on from the recorded adapter of rank {rank}, found --rank {options.rank}; use --rank {rank} or --anchor base")
+            raise OptionError(
+                f"--anchor recorded goes on from the recorded adapter of rank {rank}, found --rank {options.rank}; use --rank {rank} or --anchor base"
+            )
 
 
 def _prepared(options: TuneOptions, model: nn.Module, importance: Importance | None) -> nn.Module:
@@ -193,6 +190,7 @@ def _trainer(options: TuneOptions, model: nn.Module, tokenizer: Any, data: Any) 
         logging_steps=options.log_steps,
         logging_nan_inf_filter=False,
         report_to=options.report_to,
+        disable_tqdm=not sys.stderr.isatty(),
         use_cpu=options.device == "cpu",
         dataloader_pin_memory=torch.cuda.is_available(),
     )

@@ -22,7 +22,9 @@ from torch import Tensor, nn
 
 from holdfast.config import OptionError, nearest
 
-FUSED_EXPERTS = "fused expert tensors of mixture models hold many weights in one (experts, ...) tensor; holdfast has no importance for them: leave them out of the targets"
+FUSED_EXPERTS = (
+    "fused expert tensors of mixture models hold many weights in one (experts, ...) tensor; holdfast has no importance for them: leave them out of the targets"
+)
 MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of init_lora_weights that change the base weight
 
 
@@ -33,7 +35,7 @@ def wider(dtype: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True, eq=False)
 class LowRankWeight:
-    """A base weight with one active LoRA adapter: U = scale * (B @ A - B0 @ A0), where the initial product is None unless the adapter starts away from the base."""
+    """A base weight with one active LoRA adapter: U = scale * (B @ A - B0 @ A0); no initial product unless the adapter starts away from the base."""
 
     name: str
     shape: tuple[int, int]  # (out, in)
@@ -147,8 +149,8 @@ def _low_rank(path: str, module: nn.Module, model: nn.Module, subtract_initial: 
     initial = None
     if _moves_the_base(model, adapter):
         if not subtract_initial:
-            raise ValueError(f"{where}: the adapter starts away from the base model (init_lora_weights moves the base weight); importance belongs to the bare base. "
-                             "Use the default initialisation, or pass subtract_initial=True before training to measure U from the start of this adapter")  # fmt: skip
+            raise ValueError(f"{where}: the adapter starts away from the base model (init_lora_weights moves the base weight); importance "
+                             "belongs to the bare base. Use the default initialisation, or pass subtract_initial=True before training")  # fmt: skip
         initial = (A.detach().clone(), B.detach().clone())
     return LowRankWeight(path + ".weight", (B.shape[0], A.shape[1]), *_place(path), module, A, B, float(module.scaling[adapter]), initial)
 
@@ -221,7 +223,7 @@ def base_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
         inner = module.get_base_layer() if hasattr(module, "get_base_layer") else module
         if _is_conv1d(inner):
             shapes[path + ".weight"] = (inner.weight.shape[1], inner.weight.shape[0])
-        elif isinstance(inner, nn.Linear) or hasattr(inner, "in_features") and hasattr(inner, "weight"):
+        elif isinstance(inner, nn.Linear) or (hasattr(inner, "in_features") and hasattr(inner, "weight")):
             shapes[path + ".weight"] = (inner.out_features, inner.in_features)
     return {name: shape for name, shape in shapes.items() if ".lora_" not in name and ".base_layer." not in name}
 

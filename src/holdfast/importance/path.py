@@ -274,7 +274,9 @@ def _check_optimizer(recorder: PathIntegral, optimizer: torch.optim.Optimizer) -
         if any(id(p) not in groups for p in trained):
             raise ValueError(f"'{weight.name}' is not among this optimizer's parameters; attach the recorder to the optimizer that trains it")
         if any(getattr(p, "_post_accumulate_grad_hooks", None) for p in trained):
-            raise ValueError(f"'{weight.name}' has a hook that runs inside the backward pass, as optimizers that step there have; use one that steps afterwards")
+            raise ValueError(
+                f"'{weight.name}' has a hook that runs inside the backward pass, as optimizers that step there have; use one that steps afterwards"
+            )
         if recorder.gradient == "effective":
             if isinstance(weight, FullWeight):
                 raise OptionError("gradient='effective' is defined for LoRA factors only; use gradient='exact' for full fine-tuning")
@@ -286,6 +288,4 @@ def _check_optimizer(recorder: PathIntegral, optimizer: torch.optim.Optimizer) -
 
 def _anchors(weights: list[TargetWeight]) -> dict[str, tuple[Tensor, Tensor]]:
     """(A, scale * B) of every LoRA weight as it is now; full weights and adapters that started away from the base have none."""
-    return {
-        w.name: (w.A.detach().float().clone(), (w.B.detach().float() * w.scale)) for w in weights if isinstance(w, LowRankWeight) and w.initial is None
-    }
+    return {w.name: (w.A.detach().float().clone(), (w.B.detach().float() * w.scale)) for w in weights if isinstance(w, LowRankWeight) and w.initial is None}

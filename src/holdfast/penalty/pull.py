@@ -11,6 +11,7 @@ Song et al. 2025, arXiv 2501.13669; what we do differently: no graph, no dense c
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from holdfast.importance.container import Importance
 from holdfast.layers import Uniform
 from holdfast.penalty import dense
 from holdfast.stepping import before_step, pending_scale, unwrapped_optimizer, will_skip
-from holdfast.weights import FullWeight, LowRankWeight, TargetWeight, base_shapes, fingerprint, target_weights, wider
+from holdfast.weights import FullWeight, TargetWeight, base_shapes, fingerprint, target_weights, wider
 
 
 class Penalty:
@@ -45,7 +46,7 @@ class Penalty:
             raise OptionError(f"unknown anchor '{anchor}'; {nearest(anchor, ('base', 'recorded'))}")
         self.importance, self.strength, self.anchor = importance, float(strength), anchor
         self.weights = target_weights(model, names=names)
-        check_fit(model, importance, self.weights, anchor)
+        check_fit(model, importance, [weight.name for weight in self.weights], anchor)
         self.coefficients: dict[str, float] = (layers or Uniform()).coefficients(importance.norms(), self.weights)
         self.pull_norm: float | None = None  # of the last pull over all factors, before it was added
         self.gradient_norm: float | None = None  # of the gradient it was added to
@@ -149,7 +150,7 @@ def _total(parts: list[Any]) -> Any:
     return sum(float(part) for part in parts)
 
 
-def check_fit(model: nn.Module, importance: Importance, weights: list[TargetWeight], anchor: str) -> None:
+def check_fit(model: nn.Module, importance: Importance, targets: Sequence[str], anchor: str) -> None:
     """Raise ValueError unless `importance` was recorded on this base model and covers every target weight (and has its anchors where needed)."""
     source = importance.info.get("path", "the importance")
     shapes = base_shapes(model)
@@ -158,15 +159,17 @@ def check_fit(model: nn.Module, importance: Importance, weights: list[TargetWeig
     advice = f"It was recorded on {recorded_on}; record again on this model." if recorded_on else "Record again on this model."
     if wrong:
         first, more = wrong[0], f" ({len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        raise ValueError(f"{source} does not fit the model: '{first}' is {importance[first].shape} in the file and {shapes[first]} in the model{more}. {advice}")
-    missing = [weight.name for weight in weights if weight.name not in importance]
+        raise ValueError(
+            f"{source} does not fit the model: '{first}' is {importance[first].shape} in the file and {shapes[first]} in the model{more}. {advice}"
+        )
+    missing = [name for name in targets if name not in importance]
     if missing:
-        raise ValueError(f"{source} does not cover {len(missing)} of {len(weights)} target weights, first '{missing[0]}'; "
+        raise ValueError(f"{source} does not cover {len(missing)} of {len(targets)} target weights, first '{missing[0]}'; "
                          f"it holds {len(importance)} weights. Record with these targets, or tune fewer. {advice}")  # fmt: skip
-    expected, found = importance.info.get("model", {}).get("fingerprint"), None
-    if expected and expected != (found := fingerprint(model)):
+    expected, found = importance.info.get("model", {}).get("fingerprint"), fingerprint(model)
+    if expected and expected != found:
         raise ValueError(f"{source} was recorded on another base model: fingerprint {expected[:12]} in the file, {found[:12]} here. {advice}")
     if anchor == "recorded":
-        bare = [weight.name for weight in weights if weight.name not in importance.anchors]
+        bare = [name for name in targets if name not in importance.anchors]
         if bare:
             raise ValueError(f"{source} has no recorded adapter for '{bare[0]}'; use anchor 'base', or record with --keep-anchor")

@@ -1,0 +1,80 @@
+"""The command line: help without torch, exit codes, nearest names, precedence of flags, YAML and presets."""
+
+import subprocess
+import sys
+
+import pytest
+
+from holdfast.cli import VERBS, main
+from holdfast.config import RECORD_PRESETS, TUNE_PRESETS, OptionError, RecordOptions, TuneOptions, read_yaml, resolve
+
+
+@pytest.mark.parametrize("verb", ["", *sorted(VERBS)])
+def test_help_answers_without_importing_torch(verb):
+    code = f"""
+import sys
+from holdfast.cli import main
+try:
+    main({[verb, "--help"] if verb else ["--help"]!r})
+except SystemExit as stop:
+    assert not stop.code, stop.code
+assert not {{"torch", "transformers", "numpy"}} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage: holdfast" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["tuen"], "did you mean 'tune'"),
+        (["tune", "m", "--dat", "x"], "did you mean '--data'"),
+        (["tune", "m", "--data", "x"], "missing --out"),
+        (["record", "m", "--general", "x", "--out", "y", "--gradient", "exactly"], "did you mean 'exact'"),
+        (["record", "m", "--general", "x", "--out", "y", "--rank", "eight"], "--rank expects int, found 'eight'"),
+        (["eval", "m"], "nothing to measure"),
+        (["tune", "m", "--data", "x", "--out", "y", "--anchor", "recorded"], "needs --importance"),
+    ],
+)
+def test_wrong_options_exit_with_2_and_say_what_to_do(words, expected, capsys):
+    try:
+        status = main(words)
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_bad_input_exits_with_1_without_a_traceback(tmp_path, capsys):
+    assert main(["tune", "./no-model", "--data", "nothing.jsonl", "--out", str(tmp_path / "run")]) == 1
+    assert "'nothing.jsonl' is not a file" in capsys.readouterr().err
+    assert main(["record", "./no-model", "--general", "x.txt", "--out", str(tmp_path / "i.safetensors")]) == 1
+    error = capsys.readouterr().err
+    assert "model './no-model' does not exist" in error and "Traceback" not in error
+    assert main(["inspect", str(tmp_path / "none.safetensors")]) == 1
+    assert "holdfast record MODEL" in capsys.readouterr().err
+
+
+def test_precedence_is_flag_then_yaml_then_preset_then_default(tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text("preset: paper\nlearning-rate: 1e-4\nrank: 4\n")
+    options = resolve(TuneOptions, {**read_yaml(config), "rank": "2"}, TUNE_PRESETS)
+    assert (options.rank, options.learning_rate, options.strength, options.weight_decay) == (2, 1e-4, 1e-3, 0.0)
+
+
+def test_the_paper_preset_holds_the_authors_settings():
+    record, tune = resolve(RecordOptions, {"preset": "paper"}, RECORD_PRESETS), resolve(TuneOptions, {"preset": "paper"}, TUNE_PRESETS)
+    assert (record.targets, record.rank, record.alpha, record.dropout, record.xi, record.gradient) == ("q_proj,v_proj", 8, 32.0, 0.1, 1e-9, "effective")
+    assert (record.epochs, record.batch_size, record.accumulation, record.documents, record.length) == (5, 20, 4, 2000, 800)
+    assert (tune.strength, tune.tau, tune.layers, tune.anchor, tune.learning_rate) == (1e-3, 1e-8, "softmax", "recorded", 8e-4)
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1", "1: 2"])
+def test_broken_yaml_is_an_option_error(tmp_path, text):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(OptionError, match=r"c\.yaml"):
+        read_yaml(path)
+    with pytest.raises(OptionError, match="did you mean 'learning_rate'"):
+        resolve(TuneOptions, {"learnin_rate": 1}, TUNE_PRESETS)

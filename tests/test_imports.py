@@ -1,0 +1,44 @@
+"""Rooms import only from rooms above them, and only weights.py knows PEFT's names."""
+
+import ast
+from pathlib import Path
+
+SOURCE = Path(__file__).parents[1] / "src" / "holdfast"
+ORDER = ["config", "runs", "stepping", "weights", "importance", "storage", "layers", "penalty", "callback", "models", "texts", "tasks", "evaluation",
+         "recording", "training", "cli"]  # fmt: skip
+LAZY = {("importance", "storage")}  # Importance.save and .load, inside the functions
+
+
+def room(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module, node
+        elif isinstance(node, ast.Import):
+            yield from ((alias.name, node) for alias in node.names)
+
+
+def test_imports_point_one_way():
+    files = [path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py"]
+    assert {room(path) for path in files} == set(ORDER)
+    for path in files:
+        for module, _ in imports(path):
+            parts = module.split(".")
+            if parts[0] == "holdfast" and len(parts) > 1:
+                mine, theirs = room(path), parts[1]
+                assert ORDER.index(theirs) <= ORDER.index(mine) or (mine, theirs) in LAZY, f"{path.name} imports {module}"
+
+
+def test_only_weights_knows_the_insides_of_peft():
+    for path in SOURCE.rglob("*.py"):
+        if path.name != "weights.py":
+            assert "lora_A" not in path.read_text() and not any(module.startswith("peft.") for module, _ in imports(path)), path
+
+
+def test_the_readme_tree_is_true():
+    text = (SOURCE.parents[1] / "README.md").read_text()
+    named = {line.split()[0] for line in text.split("src/holdfast/\n")[1].split("tests/ ")[0].splitlines() if line.strip()}
+    assert named == {str(p.relative_to(SOURCE)) for p in SOURCE.rglob("*.py") if p.name != "__init__.py"}

@@ -1,0 +1,202 @@
+"""record and tune end to end on a tiny model: files, resuming, equivalences, and what reaches the trainer's log."""
+
+import json
+import random
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from holdfast import recording
+from holdfast.config import RECORD_PRESETS, TUNE_PRESETS, OptionError, RecordOptions, TuneOptions, resolve
+from holdfast.importance.container import Importance
+from holdfast.recording import record
+from holdfast.training import merge, tune
+
+
+@pytest.fixture
+def recorded(model_folder, text_file, tmp_path):
+    """A function: options -> importance recorded on the tiny model."""
+
+    def run(**given):
+        options = {"model": str(model_folder), "general": str(text_file), "out": str(tmp_path / "i.safetensors"), "rank": 2, "epochs": 2, "batch_size": 3,
+                   "accumulation": 2, "learning_rate": 1e-2, "save_steps": 1, **given}  # fmt: skip
+        return record(resolve(RecordOptions, options, RECORD_PRESETS))
+
+    return run
+
+
+@pytest.fixture
+def tuned(model_folder, tmp_path):
+    """A function: options -> the run of tuning the tiny model on new text."""
+    rng = random.Random(7)
+    path = tmp_path / "domain.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": f"Question {rng.choice('abcd')} ?", "completion": " yes no " + rng.choice("abcd")}) for _ in range(32)))
+
+    def run(**given):
+        options = {"model": str(model_folder), "data": str(path), "out": str(tmp_path / "run"), "rank": 2, "batch_size": 4, "accumulation": 1, "max_steps": 6,
+                   "learning_rate": 1e-2, "log_steps": 1, "device": "cpu", **given}  # fmt: skip
+        return tune(resolve(TuneOptions, options, TUNE_PRESETS))
+
+    return run
+
+
+def factors(folder):
+    return load_file(folder / "final" / "adapter_model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_record_writes_a_file_with_provenance_and_cleans_up(recorded, tmp_path):
+    recorded()
+    loaded = Importance.load(tmp_path / "i.safetensors")
+    info = loaded.info
+    assert len(loaded) == 14 and len(loaded.anchors) == 14
+    assert info["settings"]["steps"] == 8 and info["settings"]["epochs"] == 2 and info["data"]["documents"] == 24
+    assert len(info["data"]["sha256"]) == len(info["model"]["fingerprint"]) == 64 and info["timings"]["train_seconds"] > 0
+    assert all(value > 0 for value in info["norms"].values())
+    assert not (tmp_path / "i.safetensors.state").exists()
+
+
+@pytest.mark.parametrize("stop", [1, 4, 6])
+def test_interrupted_recording_resumes_to_the_same_file(recorded, tmp_path, monkeypatch, stop):
+    whole = recorded(dropout=0.1)
+    calls = 0
+    step = recording._step
+
+    def interrupted(*arguments):
+        nonlocal calls
+        calls += 1
+        if calls > stop:
+            raise KeyboardInterrupt
+        return step(*arguments)
+
+    monkeypatch.setattr(recording, "_step", interrupted)
+    out = tmp_path / "j.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        recorded(dropout=0.1, out=str(out))
+    assert not out.exists()
+    monkeypatch.setattr(recording, "_step", step)
+    with pytest.raises(OptionError, match="learning_rate"):
+        recorded(dropout=0.1, out=str(out), resume=True, learning_rate=0.5)
+    parted = recorded(dropout=0.1, out=str(out), resume=True)
+    assert all(torch.equal(whole[name].values, parted[name].values) for name in whole)
+
+
+def test_record_on_text_sampled_from_the_model_itself(recorded):
+    importance = recorded(general="self", self_documents=6, length=12, epochs=1)
+    assert importance.info["data"]["source"] == "self" and importance.info["data"]["documents"] == 6
+
+
+def test_strength_zero_is_plain_fine_tuning_bit_for_bit(recorded, tuned, tmp_path):
+    recorded()
+    tuned(out=str(tmp_path / "plain"))
+    tuned(out=str(tmp_path / "zero"), importance=str(tmp_path / "i.safetensors"), strength=0.0)
+    tuned(out=str(tmp_path / "held"), importance=str(tmp_path / "i.safetensors"), strength=10.0)
+    assert same(factors(tmp_path / "plain"), factors(tmp_path / "zero"))
+    assert not same(factors(tmp_path / "plain"), factors(tmp_path / "held"))
+
+
+def test_the_penalty_holds(recorded, tuned, tmp_path):
+    """More strength, less energy at the end: the update stays away from what matters."""
+    importance = recorded()
+    energies = []
+    for strength in (1e-6, 1e-2, 1.0):
+        tuned(out=str(tmp_path / f"s{strength}"), importance=str(tmp_path / "i.safetensors"), strength=strength, max_steps=20)
+        held = factors(tmp_path / f"s{strength}")
+        energy = 0.0
+        for name in importance:
+            A = held[f"base_model.model.{name.removesuffix('.weight')}.lora_A.weight"]
+            B = held[f"base_model.model.{name.removesuffix('.weight')}.lora_B.weight"]
+            energy += float(importance[name].energy(32 / 2 * B @ A))
+        energies.append(energy)
+    assert energies[0] > 10 * max(energies[1:])  # the floor of the strong ones is the size of an Adam step
+
+
+def test_accumulation_gives_the_same_update(recorded, tuned, tmp_path):
+    """4 x 1 against 1 x 4, dropout off: the same factors to 1e-5."""
+    recorded()
+    common = {"importance": str(tmp_path / "i.safetensors"), "strength": 0.1}
+    tuned(out=str(tmp_path / "a"), batch_size=4, accumulation=1, **common)
+    tuned(out=str(tmp_path / "b"), batch_size=1, accumulation=4, **common)
+    a, b = factors(tmp_path / "a"), factors(tmp_path / "b")
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-5)
+
+
+def test_resuming_equals_an_uninterrupted_run(recorded, tuned, tmp_path):
+    from holdfast import training
+
+    recorded()
+    common = {"importance": str(tmp_path / "i.safetensors"), "strength": 0.1, "save_steps": 2, "dropout": 0.1}
+    tuned(out=str(tmp_path / "whole"), **common)
+    original = training.StopOnNonFinite.on_pre_optimizer_step
+
+    def interrupted(self, args, state, control, **kwargs):
+        if state.global_step == 4:
+            raise KeyboardInterrupt
+        original(self, args, state, control, **kwargs)
+
+    training.StopOnNonFinite.on_pre_optimizer_step = interrupted
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            tuned(out=str(tmp_path / "parted"), **common)
+    finally:
+        training.StopOnNonFinite.on_pre_optimizer_step = original
+    with pytest.raises(ValueError, match="--resume"):
+        tuned(out=str(tmp_path / "parted"), **common)
+    tuned(out=str(tmp_path / "parted"), resume=True, **common)
+    assert same(factors(tmp_path / "whole"), factors(tmp_path / "parted"))
+
+
+def test_energy_and_pull_reach_log_console_and_tensorboard(recorded, tuned, tmp_path, capsys):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    recorded()
+    run = tuned(importance=str(tmp_path / "i.safetensors"), strength=0.1, report_to="tensorboard")
+    logged = [entry for entry in run["log"] if "loss" in entry]
+    assert len(logged) == 6 and all({"energy", "pull_norm", "pull_ratio"} <= entry.keys() for entry in logged)
+    assert logged[-1]["energy"] > 0 and run["energy"] == logged[-1]["energy"]
+    printed = capsys.readouterr()
+    assert "'energy'" in printed.out + printed.err
+    event = next((tmp_path / "run").rglob("events.*"))
+    found = EventAccumulator(str(event.parent))
+    found.Reload()
+    assert {"train/energy", "train/pull_norm", "train/pull_ratio"} <= set(found.Tags()["scalars"])
+
+
+def test_the_paper_preset_goes_on_from_the_recorded_adapter(recorded, tuned, tmp_path):
+    recorded(preset="paper", rank=2)
+    run = tuned(preset="paper", importance=str(tmp_path / "i.safetensors"), rank=2, epochs=1.0, dropout=0.0, max_steps=2)
+    assert run["configuration"]["anchor"] == "recorded" and run["configuration"]["tau"] == 1e-8
+    assert run["log"][0]["energy"] == pytest.approx(0.0, abs=1e-4)
+    with pytest.raises(OptionError, match="rank 2, found --rank 4"):
+        tuned(preset="paper", importance=str(tmp_path / "i.safetensors"), rank=4, overwrite=True)
+
+
+def test_full_fine_tuning_and_merging_load_without_holdfast(recorded, tuned, tmp_path, text_file):
+    from transformers import AutoModelForCausalLM
+
+    recorded()
+    run = tuned(full=True, importance=str(tmp_path / "i.safetensors"), strength=1.0, general=str(text_file))
+    assert run["forgetting"]["nats"] is not None and run["before"]["general"]["documents"] == 24
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
+    tuned(out=str(tmp_path / "lora"))
+    merge(str(tmp_path / "lora" / "final"), str(tmp_path / "merged"))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+
+
+def test_a_non_finite_loss_stops_before_the_step_and_keeps_the_checkpoint(tuned, tmp_path):
+    with pytest.raises(ValueError, match="non-finite gradient at step"):
+        tuned(learning_rate=1e30, save_steps=1, max_grad_norm=0.0)
+    assert list((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))
+    assert not (tmp_path / "run" / "final").exists() and not (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_finished_run_is_not_overwritten_unasked(tuned):
+    tuned()
+    with pytest.raises(ValueError, match="finished run"):
+        tuned()
+    tuned(overwrite=True)
