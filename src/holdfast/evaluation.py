@@ -180,7 +180,7 @@ def answers(model: nn.Module, tokenizer: Any, task: Task, rows: Sequence[Row], *
         gold_tokens.append(loss.tokens_by_document[place + gold])
         place += count
     answer = TextLoss(np.array(gold_nats), np.array(gold_tokens))
-    error = lambda values: float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None  # noqa: E731
+    error = lambda values: float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
     return {"acc": float(np.mean(right)), "acc_stderr": error(right), "acc_norm": float(np.mean(right_norm)), "acc_norm_stderr": error(right_norm),
             "questions": len(rows), "answer_loss": answer.numbers()}  # fmt: skip
 
@@ -259,7 +259,7 @@ def table(before: dict[str, Any], after: dict[str, Any] | None, *, authors_perpl
         for metric in ("acc", "acc_norm"):
             if metric in a:
                 rows.append((f"{name} {metric}", a[metric], b and b[metric], (b or a).get(f"{metric}_stderr")))
-    show = lambda value: "-" if value is None else f"{value:.4f}"  # noqa: E731
+    show = lambda value: "-" if value is None else f"{value:.4f}"
     lines = [f"{'':<34}{'before':>10}{'after':>10}{'change':>10}{'std.err.':>10}"]
     for label, x, y, error in rows:
         change = None if x is None or y is None else y - x

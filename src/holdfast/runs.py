@@ -71,7 +71,7 @@ def environment(device: str | None = None) -> dict[str, Any]:
 def _commit() -> tuple[str | None, bool | None]:
     here = Path(__file__).resolve().parent
     try:
-        run = lambda *words: subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True, timeout=10).stdout.strip()  # noqa: E731
+        run = lambda *words: subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
         if run("ls-files", "runs.py") != "runs.py":
             return None, None
         return run("rev-parse", "HEAD"), bool(run("status", "--porcelain", "--untracked-files=no"))
