@@ -40,5 +40,5 @@ def test_only_weights_knows_the_insides_of_peft():
 
 def test_the_readme_tree_is_true():
     text = (SOURCE.parents[1] / "README.md").read_text()
-    named = {line.split()[0] for line in text.split("src/holdfast/\n")[1].split("tests/ ")[0].splitlines() if line.strip()}
+    named = {line.split()[0] for line in text.split("src/holdfast/\n")[1].split("experiments/ ")[0].splitlines() if line.strip()}
     assert named == {str(p.relative_to(SOURCE)) for p in SOURCE.rglob("*.py") if p.name != "__init__.py"}
