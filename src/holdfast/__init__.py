@@ -12,15 +12,19 @@ if TYPE_CHECKING:
     from holdfast import layers
     from holdfast.callback import HoldfastCallback, RecorderCallback, hold
     from holdfast.importance.container import Importance
+    from holdfast.importance.fisher import Fisher
+    from holdfast.importance.kronecker import Kronecker
     from holdfast.importance.path import PathIntegral
     from holdfast.penalty.pull import Penalty
 
 __version__ = "0.1.0"
-__all__ = ["HoldfastCallback", "Importance", "PathIntegral", "Penalty", "RecorderCallback", "hold", "layers"]
+__all__ = ["Fisher", "HoldfastCallback", "Importance", "Kronecker", "PathIntegral", "Penalty", "RecorderCallback", "hold", "layers"]
 
 _HOME = {
+    "Fisher": "holdfast.importance.fisher",
     "HoldfastCallback": "holdfast.callback",
     "Importance": "holdfast.importance.container",
+    "Kronecker": "holdfast.importance.kronecker",
     "PathIntegral": "holdfast.importance.path",
     "Penalty": "holdfast.penalty.pull",
     "RecorderCallback": "holdfast.callback",

@@ -24,6 +24,7 @@ VERBS: dict[str, tuple[str, str]] = {
     ),
     "tune": ("fine-tune on domain data while holding it", "holdfast tune MODEL --data domain.jsonl --importance model.importance.safetensors --out run"),
     "eval": ("measure what was learned and what was lost", "holdfast eval MODEL --adapter run/final --general held-out.jsonl --tasks sciq"),
+    "convert": ("bring an importance file into another form", "holdfast convert full.safetensors --tier kronecker:16 --out small.safetensors"),
     "inspect": ("show what is in an importance file", "holdfast inspect model.importance.safetensors"),
     "merge": ("merge an adapter into its base model", "holdfast merge run/final --out merged"),
 }
@@ -97,6 +98,10 @@ def _action(verb: str, given: dict[str, Any]) -> Callable[[], Any]:
         from holdfast.storage import describe_file
 
         return lambda: print(describe_file(given["file"]))
+    if verb == "convert":
+        from holdfast.storage import convert
+
+        return lambda: convert(given["file"], given["tier"], given["out"])
     if verb == "merge":
         from holdfast.training import merge
 
@@ -104,7 +109,8 @@ def _action(verb: str, given: dict[str, Any]) -> Callable[[], Any]:
     kind, presets = OPTIONS[verb]
     config = given.pop("config", None)
     options = resolve(kind, {**(read_yaml(config) if config else {}), **given}, presets)
-    missing = [name for name in NEEDED[verb] if not getattr(options, name)]
+    needed = [name for name in NEEDED[verb] if name != "general" or getattr(options, "estimator", "") != "uniform"]
+    missing = [name for name in needed if not getattr(options, name)]
     if missing:
         raise OptionError(f"missing {', '.join('MODEL' if name == 'model' else '--' + name for name in missing)}; for example: {VERBS[verb][1]}")
     if verb == "eval" and not (options.general or options.data or options.tasks):
@@ -143,6 +149,10 @@ def _verb_parser(verb: str) -> argparse.ArgumentParser:
                     argument_default=argparse.SUPPRESS, allow_abbrev=False)  # fmt: skip
     if verb == "inspect":
         parser.add_argument("file", metavar="FILE", help="importance file")
+    elif verb == "convert":
+        parser.add_argument("file", metavar="FILE", help="importance file")
+        parser.add_argument("--tier", required=True, metavar="TIER", help="f32, bf16, factored[:K], kronecker[:K]")
+        parser.add_argument("--out", required=True, metavar="FILE", help="importance file to write")
     elif verb == "merge":
         parser.add_argument("adapter", metavar="ADAPTER", help="adapter folder")
         parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")

@@ -41,6 +41,7 @@ def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, p
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PRESETS = ("default", "paper")
+ESTIMATORS = ("path", "fisher", "kronecker", "activation", "uniform")
 LAYERS = ("uniform", "softmax", "scale-free")
 
 
@@ -84,11 +85,13 @@ class RecordOptions(AdapterOptions, TextOptions, ModelOptions):
 
     out: str = option("", "importance file to write (.safetensors)", metavar="FILE")
     preset: str = option("default", "default: our recipe; paper: Song et al. 2025 (arXiv 2501.13669)", choices=PRESETS)
-    estimator: str = option("path", "how importance is estimated", choices=("path",))
+    estimator: str = option("path", "how importance is estimated; all but path make one pass over the text without training", choices=ESTIMATORS)
+    labels: str = option("empirical", "labels of fisher and kronecker: the text's own tokens, or sampled from the model", choices=("empirical", "sampled"))
+    cov_rank: int | None = option(None, "kronecker: keep covariances as this rank + constant diagonal; default: whole")
     gradient: str = option(None, "gradient of the path integral: exact dL/dU, or the paper's effective gradient", choices=("exact", "effective"))
     clamp: str = option(None, "clamp credits at zero after every step (the paper) or at the end of an epoch", choices=("step", "end"))
     xi: float = option(None, "added to the squared movement before dividing by it")
-    tier: str = option("f32", "number format of the file", choices=("f32", "bf16"))
+    tier: str | None = option(None, "form of the file: f32, bf16, factored[:K], kronecker[:K]; default: as the estimator records it", metavar="TIER")
     keep_anchor: bool = option(True, "store the adapter at the end of recording, for anchor: recorded")
     documents: int | None = option(None, "use at most this many documents")
     length: int = option(None, "tokens per sequence; default: preset, at most the model's context")
@@ -111,6 +114,25 @@ RECORD_PRESETS: dict[str, dict[str, Any]] = {
     "default": dict(targets="all-linear", rank=8, alpha=32.0, dropout=0.0, gradient="exact", clamp="step", xi=1e-9, length=1024,
                     epochs=1, batch_size=4, accumulation=4, learning_rate=5e-4, schedule="constant"),
 }  # fmt: skip
+
+
+TRAINING_ONLY = ("rank", "alpha", "dropout", "rslora", "gradient", "clamp", "xi", "keep_anchor", "epochs", "max_steps", "accumulation", "learning_rate", "schedule",
+                 "gradient_checkpointing")  # fmt: skip
+LABELLED = ("fisher", "kronecker")
+
+
+def check_estimator(given: Mapping[str, Any], estimator: str) -> None:
+    """Raise OptionError where an option was given that the estimator would ignore."""
+    trains = estimator.startswith("path")
+    wrong = [] if trains else [name for name in TRAINING_ONLY if given.get(name) is not None]
+    wrong += ["labels"] if estimator not in LABELLED and given.get("labels") is not None else []
+    wrong += ["cov_rank"] if estimator != "kronecker" and given.get("cov_rank") is not None else []
+    if wrong:
+        flags = ", ".join("--" + name.replace("_", "-") for name in wrong)
+        why = "trains an adapter" if trains else "makes one pass over the text, without training"
+        raise OptionError(f"{flags}: not used by --estimator {estimator}, which {why}; leave out")
+    if not trains and given.get("preset") == "paper":
+        raise OptionError(f"--preset paper records the path integral, found --estimator {estimator}; leave out one of them")
 
 
 @dataclass(frozen=True)
@@ -187,6 +209,8 @@ def resolve(kind: type[Options], given: Mapping[str, Any], presets: Mapping[str,
         if name not in known:
             raise OptionError(f"unknown option '{name}' for {kind.__name__}; {nearest(name, known)}")
     values = {name: _checked(known[name], value) for name, value in given.items()}
+    if kind is RecordOptions:
+        check_estimator(values, values.get("estimator") or known["estimator"].default)
     if presets is not None:
         preset = values.get("preset", known["preset"].default)
         values = {**presets[preset], **{name: value for name, value in values.items() if value is not None or known[name].default is not None}}

@@ -1,8 +1,8 @@
-"""record(): stage 1 of Song et al. 2025 (arXiv 2501.13669), from general text to an importance file.
+"""record(): stage 1, from general text to an importance file.
 
-Load the model, wrap it with LoRA, train briefly on general text without clipping while the recorder watches, write one file. Everything that can be
-refused is refused before training. A state is saved every `save_steps` steps beside the file to write (`FILE.state`); `--resume` goes on from
-the last one with the same result as an uninterrupted run.
+`path` (Song et al. 2025, arXiv 2501.13669): wrap the model with LoRA, train briefly on general text without clipping while the recorder watches. The other
+estimators make one pass over the text with the bare model. Everything that can be refused is refused before. A state is saved every `save_steps` steps
+beside the file to write (`FILE.state`); `--resume` goes on from the last one with the same result as an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -17,13 +17,20 @@ from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
-from holdfast.config import OptionError, RecordOptions, as_dict
+from holdfast.config import TRAINING_ONLY, OptionError, RecordOptions, as_dict
+from holdfast.importance.activation import Activation
 from holdfast.importance.container import Importance
+from holdfast.importance.controls import uniform
+from holdfast.importance.fisher import Fisher
+from holdfast.importance.kronecker import Kronecker
+from holdfast.importance.observing import ObservingRecorder
 from holdfast.importance.path import PathIntegral
+from holdfast.importance.tiers import parse_tier
 from holdfast.models import context_length, load_model, load_tokenizer
 from holdfast.runs import atomic_path, check_output_file, environment
-from holdfast.texts import batches, encode, fingerprint_rows, load_documents, sample_documents
+from holdfast.texts import Encoded, batches, encode, fingerprint_rows, load_documents, sample_documents
 from holdfast.weights import add_adapter, fingerprint
 
 logger = logging.getLogger("holdfast")
@@ -31,64 +38,124 @@ logger = logging.getLogger("holdfast")
 
 def record(options: RecordOptions) -> Importance:
     """Record importance as `options` say and write it to `options.out`; also returned. Raises ValueError or OptionError before training starts."""
-    assert options.general is not None  # the command line has checked
     out = Path(options.out)
     check_output_file(out)
+    if options.tier:
+        _check_tier(options)
     state = _load_state(options)
     torch.manual_seed(options.seed)
     if options.threads:
         torch.set_num_threads(options.threads)
     tokenizer, model = load_tokenizer(options), load_model(options)
+    device, mark = str(next(model.parameters()).device), fingerprint(model)
+    if options.estimator == "uniform":
+        recorded, seconds, source = uniform(model, options.targets), 0.0, {}
+    else:
+        encoded, source = _text(options, model, tokenizer)
+        if state is not None and state["data"] != source["sha256"]:
+            raise ValueError(f"{options.out}.state was made from other general text; give the same --general, or start again without --resume")
+        torch.manual_seed(options.seed)
+        job = _by_training if options.estimator.startswith("path") else _by_observing
+        recorded, seconds = job(options, model, encoded, tokenizer.pad_token_id, state, source)
+    shown = {k: v for k, v in as_dict(options).items() if k not in ("out", "resume", "model", "general") and v is not None}
+    shown = {k: v for k, v in shown.items() if options.estimator.startswith("path") or k not in TRAINING_ONLY}
+    info = {
+        **recorded.info,
+        "model": {"name": options.model, "revision": options.revision, "fingerprint": mark},
+        "data": source,
+        "settings": {**shown, **recorded.info["settings"]},
+        "timings": {"train_seconds": seconds, "tokens_per_second": source["tokens"] / seconds if "tokens" in source else None},
+        "versions": environment(device),
+    }
+    importance = Importance(recorded.entries, recorded.anchors if options.keep_anchor else {}, info)
+    importance = importance.to_tier(options.tier) if options.tier else importance
+    importance.save(out)
+    _state_path(options).unlink(missing_ok=True)
+    logger.info("wrote %s: %d weights, tier %s, %.2f MiB, %.1f s", out, len(importance), importance.tier, out.stat().st_size / 2**20, seconds)
+    return importance
+
+
+def _text(options: RecordOptions, model: nn.Module, tokenizer: Any) -> tuple[list[Encoded], dict[str, Any]]:
+    """The general text as pieces of token ids, and where it came from."""
+    assert options.general is not None  # the command line has checked
+    longest = context_length(model)
     documents = (
-        sample_documents(model, tokenizer, options.self_documents, min(options.length or 256, context_length(model)), options.seed)
+        sample_documents(model, tokenizer, options.self_documents, min(options.length or 256, longest), options.seed)
         if options.general == "self"
         else load_documents(options.general, column=options.text_column, split=options.general_split, limit=options.documents)
     )
-    length = min(options.length or 1024, context_length(model))
-    encoded = encode(documents, tokenizer, length=length)
-    steps_per_epoch = math.ceil(len(encoded) / (options.batch_size * options.accumulation))
-    total = steps_per_epoch * options.epochs if options.max_steps is None else min(options.max_steps, steps_per_epoch * options.epochs)
-    source: dict[str, Any] = {
+    encoded = encode(documents, tokenizer, length=min(options.length or 1024, longest))
+    source = {
         "source": options.general,
         "documents": len(documents),
         "tokens": sum(len(ids) for ids, _ in encoded),
         "sha256": fingerprint_rows([dataclasses.asdict(d) for d in documents]),
     }
-    if state is not None and state["data"] != source["sha256"]:
-        raise ValueError(f"{options.out}.state was made from other general text; give the same --general, or start again without --resume")
-    mark = fingerprint(model)
-    torch.manual_seed(options.seed)
+    return encoded, source
+
+
+def _by_training(options: RecordOptions, model: nn.Module, encoded: list[Encoded], pad_id: int, state: dict[str, Any] | None,
+                 source: dict[str, Any]) -> tuple[Importance, float]:  # fmt: skip
+    """The path integral: train a fresh adapter. Returns importance and seconds (with those before a resume)."""
+    per_epoch = math.ceil(len(encoded) / (options.batch_size * options.accumulation))
+    total = per_epoch * options.epochs if options.max_steps is None else min(options.max_steps, per_epoch * options.epochs)
     peft_model = add_adapter(model, names=options.targets, rank=options.rank, alpha=options.alpha, dropout=options.dropout, rslora=options.rslora)
     if options.gradient_checkpointing:
         peft_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         peft_model.enable_input_require_grads()
     trainable = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
     logger.info("recording %s on %s: %d documents, %s tokens, %d steps; %s trainable parameters; path integral, %s gradient; seed %d", options.model,
-                options.general, len(documents), f"{source['tokens']:,}", total, f"{trainable:,}", options.gradient, options.seed)  # fmt: skip
+                options.general, source["documents"], f"{source['tokens']:,}", total, f"{trainable:,}", options.gradient, options.seed)  # fmt: skip
     started = time.perf_counter()
     recorder = PathIntegral(peft_model, gradient=options.gradient, xi=options.xi, clamp=options.clamp)
-    spent = _train(peft_model, recorder, encoded, options, length, total, steps_per_epoch, tokenizer.pad_token_id, state, source["sha256"])
+    spent = _train(peft_model, recorder, encoded, options, total, per_epoch, pad_id, state, source["sha256"])
     importance = recorder.finish()
-    info = {
-        **importance.info,
-        "model": {"name": options.model, "revision": options.revision, "fingerprint": mark},
-        "data": source,
-        "settings": {**importance.info["settings"], **{k: v for k, v in as_dict(options).items() if k not in ("out", "resume", "model", "general")}},
-        "timings": {"train_seconds": spent + time.perf_counter() - started},
-        "versions": environment(str(next(peft_model.parameters()).device)),
-    }
-    importance = Importance(importance.entries, importance.anchors if options.keep_anchor else {}, info).to_tier(options.tier)
-    importance.save(out)
-    _state_path(options).unlink(missing_ok=True)
-    logger.info("wrote %s: %d weights, %.2f MiB, %.1f s", out, len(importance), out.stat().st_size / 2**20, info["timings"]["train_seconds"])
-    return importance
+    return importance, spent + time.perf_counter() - started
 
 
-def _train(model: nn.Module, recorder: PathIntegral, encoded: list[Any], options: RecordOptions, length: int, total: int, per_epoch: int,
-           pad_id: int, state: dict[str, Any] | None, data: str) -> float:  # fmt: skip
+def _by_observing(options: RecordOptions, model: nn.Module, encoded: list[Encoded], pad_id: int, state: dict[str, Any] | None,
+                  source: dict[str, Any]) -> tuple[Importance, float]:  # fmt: skip
+    """Every other estimator: one pass over the text with the bare model."""
+    recorder = _observer(options, model)
+    device = str(next(model.parameters()).device)
+    logger.info("recording %s on %s: %d documents, %s tokens, one pass; %d weights; %s; seed %d", options.model, options.general, source["documents"],
+                f"{source['tokens']:,}", len(recorder.layers), recorder.describe(), options.seed)  # fmt: skip
+    done, spent = 0, 0.0
+    if state is not None:
+        recorder.load_state_dict(state["recorder"])
+        done, spent = int(state["done"]), float(state["seconds"])
+    started = time.perf_counter()
+    pieces = list(batches(encoded, batch_size=options.batch_size, pad_id=pad_id))
+    with tqdm(total=len(pieces), initial=done, desc="recording", unit="batch", disable=not sys.stderr.isatty()) as bar:
+        for batch in pieces[done:]:
+            loss = recorder.observe(**{key: value.to(device) for key, value in batch.items()})
+            done += 1
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.3f}", tokens=recorder.tokens, refresh=False)
+            if done % options.save_steps == 0 and done < len(pieces):
+                rest = {"recorder": recorder.state_dict(), "done": done, "seconds": spent + time.perf_counter() - started}
+                _write_state(options, {"options": _comparable(options), "data": source["sha256"], **rest})
+    importance = recorder.finish()
+    return importance, spent + time.perf_counter() - started
+
+
+def _check_tier(options: RecordOptions) -> None:
+    kind, _ = parse_tier(options.tier or "")
+    if kind == "kronecker" and options.estimator != "kronecker":
+        raise OptionError(f"--tier {options.tier} needs --estimator kronecker, found --estimator {options.estimator}")
+
+
+def _observer(options: RecordOptions, model: nn.Module) -> ObservingRecorder:
+    if options.estimator == "fisher":
+        return Fisher(model, options.targets, labels=options.labels, seed=options.seed)
+    if options.estimator == "kronecker":
+        return Kronecker(model, options.targets, labels=options.labels, rank=options.cov_rank, seed=options.seed)
+    return Activation(model, options.targets)
+
+
+def _train(model: nn.Module, recorder: PathIntegral, encoded: list[Encoded], options: RecordOptions, total: int, per_epoch: int, pad_id: int,
+           state: dict[str, Any] | None, data: str) -> float:  # fmt: skip
     """Train for `total` optimizer steps under the recorder. Returns the seconds spent before the resumed state was saved."""
-    from tqdm import tqdm
-
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=0.0)
     decay = (lambda step: 1.0 - step / total) if options.schedule == "linear" else (lambda step: 1.0)
@@ -99,7 +166,7 @@ def _train(model: nn.Module, recorder: PathIntegral, encoded: list[Any], options
     with recorder.attach(optimizer), tqdm(total=total, initial=done, desc="recording", unit="step", disable=not sys.stderr.isatty()) as bar:
         while done < total:
             epoch, first = divmod(done, per_epoch)
-            for group in _groups(encoded, options, length, pad_id, epoch)[first : first + total - done]:
+            for group in _groups(encoded, options, pad_id, epoch)[first : first + total - done]:
                 loss, tokens = _step(model, optimizer, group, done)
                 scheduler.step()
                 done += 1
@@ -112,7 +179,7 @@ def _train(model: nn.Module, recorder: PathIntegral, encoded: list[Any], options
     return spent
 
 
-def _groups(encoded: list[Any], options: RecordOptions, length: int, pad_id: int, epoch: int) -> list[list[dict[str, torch.Tensor]]]:
+def _groups(encoded: list[Encoded], options: RecordOptions, pad_id: int, epoch: int) -> list[list[dict[str, torch.Tensor]]]:
     """The micro-batches of each optimizer step of one epoch, in the order that the seed and the epoch give."""
     micro = list(batches(encoded, batch_size=options.batch_size, pad_id=pad_id, shuffle_seed=options.seed * 1000 + epoch))
     return [micro[i : i + options.accumulation] for i in range(0, len(micro), options.accumulation)]
@@ -149,6 +216,10 @@ def _save_state(options: RecordOptions, model: nn.Module, recorder: PathIntegral
     adapter = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     state = {"options": _comparable(options), "data": data, "adapter": adapter, "recorder": recorder.state_dict(), "optimizer": optimizer.state_dict(),
              "scheduler": scheduler.state_dict(), "done": done, "seconds": seconds, "rng": torch.get_rng_state()}  # fmt: skip
+    _write_state(options, state)
+
+
+def _write_state(options: RecordOptions, state: dict[str, Any]) -> None:
     with atomic_path(_state_path(options)) as temporary:
         torch.save(state, temporary)
 

@@ -1,22 +1,34 @@
-"""Importance files: safetensors, one tensor per base weight name, one JSON string in the metadata under `holdfast`. Never pickle.
+"""Importance files: safetensors, tensors by base weight name `K`, one JSON string in the metadata under `holdfast`. Never pickle.
 
-`K` (f32, bf16), optionally `K.anchor_A` (r, in) and `K.anchor_B` (out, r) with the scale folded into B. Written to a temporary name and renamed.
+    K                                        f32, bf16
+    K.row (out, k), K.col (in, k)            factored
+    K.out_cov (out, out), K.in_cov (in, in)  kronecker; as rank k + constant diagonal: K.out_cov.vectors (out, k), .values (k,), .floor (scalar), and so for in_cov
+    K.anchor_A (r, in), K.anchor_B (out, r)  optional: the adapter at the end of recording, with the scale folded into B
+
+Weights that read the same input share one in_cov: it is stored once, and `shared_in_cov` in the metadata names its place for the others. Written to a temporary
+name and renamed.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from holdfast.importance.container import DenseEntry, Importance
-from holdfast.runs import atomic_path
+from holdfast.importance.container import DenseEntry, Entry, FactoredEntry, Importance, KroneckerEntry
+from holdfast.importance.covariance import AnyCovariance, Covariance, LowRankCovariance
+from holdfast.runs import atomic_path, check_output_file
+
+logger = logging.getLogger("holdfast")
 
 FORMAT = 1
+SUFFIXES = (".anchor_A", ".anchor_B", ".row", ".col", *(f".{kind}_cov{part}" for kind in ("out", "in") for part in (".vectors", ".values", ".floor", "")))
 NOT_OURS = "expected an importance file of `holdfast record`"
 
 
@@ -24,12 +36,14 @@ def save(importance: Importance, path: str | Path) -> None:
     """Write `importance` atomically. Raises ValueError on non-finite or negative values, naming the weight."""
     from safetensors.torch import save_file
 
-    for name, entry in importance.entries.items():
-        _check_values(name, entry.values, "the importance")
-    tensors = {name: entry.values.contiguous().cpu() for name, entry in importance.entries.items()}
+    tensors, shared = _tensors(importance.entries, "the importance")
     for name, (A, B) in importance.anchors.items():
         tensors[f"{name}.anchor_A"], tensors[f"{name}.anchor_B"] = A.contiguous().cpu(), B.contiguous().cpu()
-    info = {**{key: value for key, value in importance.info.items() if key != "path"}, "format": FORMAT}
+    info = {
+        **{key: value for key, value in importance.info.items() if key not in ("path", "shared_in_cov")},
+        "format": FORMAT,
+        **({"shared_in_cov": shared} if shared else {}),
+    }
     with atomic_path(path) as temporary:
         save_file(tensors, str(temporary), metadata={"holdfast": json.dumps(info, sort_keys=True)})
 
@@ -37,27 +51,103 @@ def save(importance: Importance, path: str | Path) -> None:
 def load(path: str | Path) -> Importance:
     """Read and check an importance file. Raises ValueError: missing, not safetensors, truncated, foreign, non-finite or negative values."""
     info, tensors = _read(Path(path))
-    entries, anchors = {}, {}
+    parts: dict[str, dict[str, Tensor]] = {}  # base weight name -> suffix -> tensor
     for name, tensor in tensors.items():
-        if name.endswith(".anchor_A"):
-            base = name.removesuffix(".anchor_A")
-            if f"{base}.anchor_B" not in tensors:
-                raise ValueError(f"{path}: '{name}' has no '{base}.anchor_B'; the file is damaged, record again")
-            anchors[base] = (tensor, tensors[f"{base}.anchor_B"])
-        elif not name.endswith(".anchor_B"):
-            if tensor.ndim != 2 or tensor.dtype not in (torch.float32, torch.bfloat16, torch.float64):
-                raise ValueError(f"{path}: '{name}' is {tuple(tensor.shape)} {tensor.dtype}, expected (out, in) in f32 or bf16; {NOT_OURS}")
-            _check_values(name, tensor, str(path))
-            entries[name] = DenseEntry(tensor)
+        suffix = next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
+        parts.setdefault(name.removesuffix(suffix), {})[suffix] = tensor
+    shared = info.pop("shared_in_cov", {})
+    entries, anchors, inputs = {}, {}, {}
+    for name, part in parts.items():
+        where = f"{path}: '{name}'"
+        anchor = [part.pop(suffix, None) for suffix in (".anchor_A", ".anchor_B")]
+        if (anchor[0] is None) != (anchor[1] is None):
+            raise ValueError(f"{where} has half a recorded adapter; the file is damaged, record again")
+        if anchor[0] is not None:
+            anchors[name] = (anchor[0], anchor[1])
+        if name not in shared:
+            entries[name] = _entry(where, part, None)
+            inputs[name] = getattr(entries[name], "in_cov", None)
+    for name, owner in shared.items() if isinstance(shared, dict) else ():
+        if name not in parts or inputs.get(owner) is None:
+            raise ValueError(f"{path}: '{name}' shares the input covariance of '{owner}', which is not in the file; the file is damaged, record again")
+        entries[name] = _entry(f"{path}: '{name}'", parts[name], inputs[owner])
+    entries = {name: entries[name] for name in parts}
+    _check_anchors(path, entries, anchors)
+    if not entries:
+        raise ValueError(f"{path} holds no importance; {NOT_OURS}")
+    return Importance(entries, anchors, {**info, "path": str(path)})
+
+
+def _tensors(entries: Mapping[str, Entry], where: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors of a file, weight -> weight whose in_cov it shares). Raises ValueError on values that are no importance."""
+    tensors: dict[str, Tensor] = {}
+    owners: dict[int, str] = {}
+    shared = {}
+    for name, entry in entries.items():
+        parts = entry.tensors()
+        _check_parts(f"{where}: '{name}'", parts)
+        if isinstance(entry, KroneckerEntry) and (owner := owners.setdefault(id(entry.in_cov), name)) != name:
+            shared[name] = owner
+            parts = {suffix: tensor for suffix, tensor in parts.items() if not suffix.startswith(".in_cov")}
+        tensors.update({name + suffix: tensor.contiguous().cpu() for suffix, tensor in parts.items()})
+    return tensors, shared
+
+
+def _entry(where: str, parts: dict[str, Tensor], in_cov: AnyCovariance | None) -> Entry:
+    """The entry that a file's tensors of one weight make up, checked; `in_cov` where it is stored with another weight."""
+    _check_parts(where, parts)
+    found = set(parts)
+    if found == {""}:
+        return DenseEntry(parts[""])
+    if found == {".row", ".col"}:
+        if parts[".row"].shape[1] != parts[".col"].shape[1]:
+            raise ValueError(f"{where} has {parts['.row'].shape[1]} rows of factors and {parts['.col'].shape[1]} columns; the file is damaged, record again")
+        return FactoredEntry(parts[".row"], parts[".col"])
+    out_cov = _covariance(parts, ".out_cov")
+    in_cov = in_cov if in_cov is not None else _covariance(parts, ".in_cov")
+    if out_cov is None or in_cov is None:
+        raise ValueError(
+            f"{where} is made of {', '.join(sorted(found)) or 'nothing'}, which is no whole importance; the file is damaged, or of a newer holdfast"
+        )
+    return KroneckerEntry(out_cov, in_cov)
+
+
+def _covariance(parts: dict[str, Tensor], kind: str) -> AnyCovariance | None:
+    if kind in parts:
+        return Covariance(parts[kind])
+    thin = [parts.get(kind + suffix) for suffix in (".vectors", ".values", ".floor")]
+    if any(part is None for part in thin):
+        return None
+    return LowRankCovariance(*thin)  # type: ignore[arg-type]
+
+
+def _check_parts(where: str, parts: dict[str, Tensor]) -> None:
+    """Raise ValueError unless every tensor of one weight has a fitting shape and dtype and can be (part of) importance."""
+    for suffix, tensor in parts.items():
+        dimensions = 0 if suffix.endswith(".floor") else 1 if suffix.endswith(".values") else 2
+        if tensor.ndim != dimensions or tensor.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+            raise ValueError(f"{where}{suffix} is {tuple(tensor.shape)} {tensor.dtype}, expected {dimensions} dimensions in f32 or bf16; {NOT_OURS}")
+        if suffix.endswith("_cov") and tensor.shape[0] != tensor.shape[1]:
+            raise ValueError(f"{where}{suffix} is {tuple(tensor.shape)}, expected a square covariance; {NOT_OURS}")
+        # Whole covariances and eigenvectors have entries of either sign; a covariance with a negative diagonal has a negative eigenvalue.
+        signed = suffix.endswith((".vectors", "_cov"))
+        _check_values(where + suffix, tensor, signed)
+        if suffix.endswith("_cov") and float(tensor.diagonal().min()) < 0:
+            raise ValueError(f"{where}{suffix} has negative variances (down to {float(tensor.diagonal().min()):.3g}); {NOT_OURS}, record again")
+        if suffix.endswith("_cov") and float((tensor - tensor.T).abs().max()) > 1e-2 * float(tensor.diagonal().max()):
+            raise ValueError(f"{where}{suffix} is not symmetric, as covariances are; the file is damaged, record again")
+    for kind in (".out_cov", ".in_cov"):
+        if f"{kind}.vectors" in parts and parts[f"{kind}.vectors"].shape[1:] != parts.get(f"{kind}.values", parts[f"{kind}.vectors"]).shape:
+            raise ValueError(f"{where}{kind} has {parts[f'{kind}.vectors'].shape[1]} directions and other values; the file is damaged, record again")
+
+
+def _check_anchors(path: str | Path, entries: Mapping[str, Entry], anchors: dict[str, tuple[Tensor, Tensor]]) -> None:
     for name, (A, B) in anchors.items():
         if name not in entries or A.ndim != 2 or B.ndim != 2 or (B.shape[0], A.shape[1]) != entries[name].shape or A.shape[0] != B.shape[1]:
             raise ValueError(f"{path}: the recorded adapter of '{name}' does not fit its weight; the file is damaged, record again")
         for part in (A, B):
             if not bool(torch.isfinite(part).all()):
                 raise ValueError(f"{path}: the recorded adapter of '{name}' has non-finite values; record again, or use anchor 'base' with a new file")
-    if not entries:
-        raise ValueError(f"{path} holds no importance; {NOT_OURS}")
-    return Importance(entries, anchors, {**info, "path": str(path)})
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -79,12 +169,12 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"{path} is not a whole safetensors file ({error}); {NOT_OURS}; copy it or record again") from None
 
 
-def _check_values(name: str, values: Tensor, where: str) -> None:
+def _check_values(where: str, values: Tensor, signed: bool) -> None:
     low, high = (float(v) for v in values.aminmax()) if values.numel() else (0.0, 0.0)
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise ValueError(f"{where}: '{name}' has non-finite importance; record again with a lower learning rate or in f32")
-    if low < 0:
-        raise ValueError(f"{where}: '{name}' has negative importance (down to {low:.3g}); importance is never negative, record again")
+        raise ValueError(f"{where} has non-finite importance; record again with a lower learning rate or in f32")
+    if low < 0 and not signed:
+        raise ValueError(f"{where} has negative importance (down to {low:.3g}); importance is never negative, record again")
 
 
 def describe(importance: Importance) -> str:
@@ -99,19 +189,43 @@ def describe(importance: Importance) -> str:
         f"data         {data.get('source', '?')}: {data.get('documents', '?')} documents, {data.get('tokens', '?')} tokens, "
         f"sha256 {str(data.get('sha256', '?'))[:12]}",
         f"anchor       {'recorded adapter, rank ' + str(next(iter(importance.anchors.values()))[0].shape[0]) if importance.anchors else 'none'}",
-        f"weights      {len(importance)} with {sum(e.values.numel() for e in importance.entries.values()):,} elements",
+        f"weights      {len(importance)} with {sum(e.shape[0] * e.shape[1] for e in importance.entries.values()):,} elements, "
+        f"stored in {_bytes(importance.entries) / 2**20:.2f} MiB",
     ]
+    if importance.tier.startswith("kronecker"):
+        head.append("             mean, max and zero are of the diagonal; size without an input covariance that is stored with another weight")
     width = max(len(name) for name in importance)
-    rows = [f"{'weight':<{width}}  {'shape':>14}  {'norm':>9}  {'mean':>9}  {'max':>9}  {'zero':>6}"]
+    rows = [f"{'weight':<{width}}  {'shape':>14}  {'KiB':>9}  {'norm':>9}  {'mean':>9}  {'max':>9}  {'zero':>6}"]
+    met: set[int] = set()
     for name, entry in importance.entries.items():
         v = entry.dense()
         shape = f"{entry.shape[0]} x {entry.shape[1]}"
-        rows.append(
-            f"{name:<{width}}  {shape:>14}  {entry.norm():>9.3g}  {float(v.mean()):>9.3g}  {float(v.max()):>9.3g}  {float((v == 0).float().mean()):>6.1%}"
-        )
+        rows.append(f"{name:<{width}}  {shape:>14}  {_bytes({name: entry}, met) / 1024:>9.1f}  {entry.norm():>9.3g}  {float(v.mean()):>9.3g}  "
+                    f"{float(v.max()):>9.3g}  {float((v == 0).float().mean()):>6.1%}")  # fmt: skip
     return "\n".join([*head, "", *rows])
+
+
+def _bytes(entries: Mapping[str, Entry], met: set[int] | None = None) -> int:
+    """Bytes of the tensors of some entries, each counted once; `met` carries what was counted before."""
+    met, total = set() if met is None else met, 0
+    for entry in entries.values():
+        for tensor in entry.tensors().values():
+            total += 0 if id(tensor) in met else tensor.numel() * tensor.element_size()
+            met.add(id(tensor))
+    return total
 
 
 def describe_file(path: str | Path) -> str:
     """`describe` of the file at `path`, with its size."""
     return f"file         {path} ({Path(path).stat().st_size / 2**20:.2f} MiB)\n" + describe(load(path)) if Path(path).is_file() else describe(load(path))
+
+
+def convert(path: str | Path, tier: str, out: str | Path) -> Importance:
+    """The importance of one file in another tier, written to `out`. Raises OptionError or ValueError before anything is written."""
+    check_output_file(out)
+    importance = load(path)
+    converted = importance.to_tier(tier)
+    save(converted, out)
+    before, after = Path(path).stat().st_size, Path(out).stat().st_size
+    logger.info("wrote %s: %d weights, tier %s, %.2f MiB (%s: %.2f MiB)", out, len(converted), converted.tier, after / 2**20, importance.tier, before / 2**20)
+    return converted

@@ -30,7 +30,7 @@ from holdfast.evaluation import changes, measure, table
 from holdfast.importance.container import Importance
 from holdfast.layers import from_option
 from holdfast.models import context_length, load_model, load_tokenizer
-from holdfast.penalty.pull import check_fit
+from holdfast.penalty.pull import check_fit, implementation
 from holdfast.runs import atomic_path, check_output_folder, environment, sha256_file, write_json
 from holdfast.tasks import load_training_data
 from holdfast.texts import fingerprint_rows
@@ -213,7 +213,7 @@ def _announce(options: TuneOptions, model: nn.Module, importance: Importance | N
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     held = "plain fine-tuning (no penalty)"
     if importance is not None and options.strength:
-        held = f"strength {options.strength:g}, layers {options.layers}, anchor {options.anchor}, dense pull (tier {importance.tier}) from {options.importance}"
+        held = f"strength {options.strength:g}, layers {options.layers}, anchor {options.anchor}, {implementation(importance)} from {options.importance}"
     logger.info("tuning %s on %s (%d rows): %s trainable parameters, %s; seed %d", options.model, options.data, rows, f"{trainable:,}", held, options.seed)
 
 

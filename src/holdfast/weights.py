@@ -12,6 +12,7 @@ A quantised base needs nothing special: only the factors are read.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 from collections.abc import Iterator
@@ -183,12 +184,22 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 
 def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) of every linear layer that can be a target, in the model's order; the output head is left out, as PEFT's all-linear does."""
+    """(path, module) of every linear layer that can be a target, in the model's order; the output head is left out, as PEFT's all-linear does.
+
+    Under an adapter this is the base layer inside it, with the path that it has in the bare model.
+    """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    inside: list[str] = []  # paths of adapter layers: what lies below them belongs to the adapter
     for path, module in model.named_modules():
-        is_linear = isinstance(module, nn.Linear) or _is_conv1d(module) or type(module).__name__ in ("Linear4bit", "Linear8bitLt")
-        if is_linear and module is not head:
-            yield path, module
+        if inside and path.startswith(inside[-1]):
+            continue
+        inner = module
+        if hasattr(module, "get_base_layer"):
+            inside.append(path + ".")
+            inner = module.get_base_layer()
+        is_linear = isinstance(inner, nn.Linear) or _is_conv1d(inner) or type(inner).__name__ in ("Linear4bit", "Linear8bitLt")
+        if is_linear and module is not head and inner is not head:
+            yield path, inner
 
 
 def matching(model: nn.Module, names: str) -> list[tuple[str, nn.Module]]:
@@ -214,6 +225,63 @@ def matching(model: nn.Module, names: str) -> list[tuple[str, nn.Module]]:
     if not chosen:
         raise OptionError(f"--targets '{names}' matches no linear layer of the model; kinds: {', '.join(sorted(kinds))}")
     return chosen
+
+
+@dataclass(frozen=True, eq=False)
+class BaseLayer:
+    """A linear layer of the bare base model, below any adapter."""
+
+    name: str  # of its weight
+    shape: tuple[int, int]  # (out, in)
+    module: nn.Module
+
+
+def base_layers(model: nn.Module, names: str) -> list[BaseLayer]:
+    """The base layers chosen by `names` (see `matching`), with or without adapters around them.
+
+    Raises ValueError where switching the adapters off would not give the bare base: merged adapters, or ones that moved the base weight.
+    """
+    base = unwrapped(model)
+    for path, module in base.named_modules():
+        if getattr(module, "merged", False):
+            raise ValueError(f"'{path}' has its adapter merged into the base weight; call model.unmerge_adapter() first")
+    for adapter in getattr(_wrapper(model), "peft_config", None) or {}:
+        if _moves_the_base(_wrapper(model), adapter):
+            raise ValueError(f"adapter '{adapter}' moved the base weight when it was made (init_lora_weights); importance belongs to the bare base: "
+                             "record on the model without the adapter")  # fmt: skip
+    shapes = base_shapes(model)
+    return [BaseLayer(path + ".weight", shapes[path + ".weight"], module) for path, module in matching(base, names)]
+
+
+def _wrapper(model: nn.Module) -> nn.Module:
+    """The PEFT wrapper inside DDP and torch.compile, where there is one."""
+    while hasattr(model, "_orig_mod") or isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+    return model
+
+
+@contextlib.contextmanager
+def bare(model: nn.Module) -> Iterator[nn.Module]:
+    """The transformers model with its adapters switched off, in eval mode, with every parameter frozen; all of it as before on leaving."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    base = unwrapped(model)
+    training = {module: module.training for module in base.modules()}
+    trainable = {parameter: parameter.requires_grad for parameter in base.parameters()}
+    adapters = [module for module in base.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not module.disable_adapters]
+    try:
+        for module in adapters:
+            module.enable_adapters(False)
+        base.requires_grad_(False)
+        yield base.eval()
+    finally:
+        for module in adapters:
+            module.enable_adapters(True)  # also unfreezes the adapter, so flags are put back after it
+        for module, was in training.items():
+            module.training = was
+        for parameter, was in trainable.items():
+            parameter.requires_grad_(was)
 
 
 def base_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:

@@ -8,42 +8,17 @@ Keyed by the name of the base weight, always (out, in), so one record per base m
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-TIERS = {"f32": torch.float32, "bf16": torch.bfloat16}
+from holdfast.importance.entries import DenseEntry, Entry, FactoredEntry, KroneckerEntry
+from holdfast.importance.tiers import converted
 
-
-@dataclass(frozen=True)
-class DenseEntry:
-    """Importance of one weight, element by element; the unit is that of the estimator (path: nats per squared weight)."""
-
-    values: Tensor  # (out, in), f32 or bf16, non-negative
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return (self.values.shape[0], self.values.shape[1])
-
-    @property
-    def tier(self) -> str:
-        return {torch.float32: "f32", torch.bfloat16: "bf16"}.get(self.values.dtype, str(self.values.dtype))
-
-    def dense(self) -> Tensor:
-        """(out, in), f32 (f64 stays f64)."""
-        return self.values if self.values.dtype == torch.float64 else self.values.float()
-
-    def energy(self, U: Tensor) -> Tensor:
-        """sum_ij Omega_ij U_ij^2, a scalar; U is (out, in)."""
-        return (self.dense().to(U) * U * U).sum()
-
-    def norm(self) -> float:
-        """Frobenius norm, accumulated in f64."""
-        return float(self.values.double().norm())
+__all__ = ["DenseEntry", "Entry", "FactoredEntry", "Importance", "KroneckerEntry"]
 
 
 @dataclass(frozen=True)
@@ -53,11 +28,11 @@ class Importance:
     `anchors` maps names to (A, B) with U* = B @ A: (r, in) and (out, r), the scale folded into B. `info` is plain data as stored in the file.
     """
 
-    entries: dict[str, DenseEntry]
+    entries: Mapping[str, Entry]
     anchors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
 
-    def __getitem__(self, name: str) -> DenseEntry:
+    def __getitem__(self, name: str) -> Entry:
         if name not in self.entries:
             from holdfast.config import nearest
 
@@ -76,7 +51,9 @@ class Importance:
     @property
     def tier(self) -> str:
         tiers = {entry.tier for entry in self.entries.values()}
-        return tiers.pop() if len(tiers) == 1 else "mixed"
+        kinds = {tier.partition(":")[0] for tier in tiers}
+        # Small weights may have less than the rank asked for.
+        return max(tiers, key=lambda tier: int(tier.partition(":")[2] or 0)) if len(kinds) == 1 else "mixed"
 
     def norms(self) -> dict[str, float]:
         """Frobenius norm of each weight's importance; taken from the file where it holds them."""
@@ -84,11 +61,13 @@ class Importance:
         return {name: float(stored[name]) if name in stored else entry.norm() for name, entry in self.entries.items()}
 
     def to_tier(self, tier: str) -> Importance:
-        """The same importance in another number format: f32 or bf16."""
-        if tier not in TIERS:
-            raise ValueError(f"unknown tier '{tier}'; known: {', '.join(TIERS)}")
-        entries = {name: DenseEntry(entry.values.to(TIERS[tier])) for name, entry in self.entries.items()}
-        return Importance(entries, self.anchors, {**self.info, "tier": tier})
+        """The same importance in another form (see `holdfast.importance.tiers`): f32, bf16, factored, factored:4, kronecker:16.
+
+        Raises OptionError for an unknown tier, ValueError where this importance cannot be brought there.
+        """
+        entries = converted(dict(self.entries), tier)
+        norms = {"norms": {name: entry.norm() for name, entry in entries.items()}} if "norms" in self.info else {}
+        return Importance(entries, self.anchors, {**self.info, **norms, "tier": tier})
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; a temporary name first, then renamed."""

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.config import OptionError, nearest
-from holdfast.importance.container import Importance
+from holdfast.importance.container import DenseEntry, Entry, FactoredEntry, Importance, KroneckerEntry
 from holdfast.layers import Uniform
-from holdfast.penalty import dense
+from holdfast.penalty import dense, factored, kronecker
 from holdfast.stepping import before_step, pending_scale, unwrapped_optimizer, will_skip
 from holdfast.weights import FullWeight, TargetWeight, base_shapes, fingerprint, target_weights, wider
 
@@ -51,6 +51,13 @@ class Penalty:
         self.pull_norm: float | None = None  # of the last pull over all factors, before it was added
         self.gradient_norm: float | None = None  # of the gradient it was added to
         self._last_energy: float | None = None
+        self._entries: dict[str, Entry] = {}
+        self._moved: dict[Any, Any] = {}  # covariances that weights share are moved once
+
+    @property
+    def implementation(self) -> str:
+        """Which algebra the pull uses, and why."""
+        return implementation(self.importance)
 
     def attach(self, optimizer: Any) -> PenaltyAttachment:
         """Pull before every step of `optimizer`; returns a handle, also a context manager, whose `close()` removes the hook."""
@@ -96,23 +103,67 @@ class Penalty:
     def _pull_of(self, weight: TargetWeight, k: float) -> tuple[tuple[Tensor, ...], Tensor]:
         """(pull per parameter, energy without coefficient) of one weight, in f32 or wider."""
         dtype, device = wider(weight.parameters[0].dtype), weight.parameters[0].device
-        omega = self.importance[weight.name].values.to(device, dtype)  # (out, in)
+        entry = self._placed(weight.name, device, dtype)
         anchor = self._anchor_of(weight, device, dtype)
         if isinstance(weight, FullWeight):
-            D = weight.update() if anchor is None else weight.update() - anchor
-            part, energy = dense.full_pull(D, omega, k)
+            D = weight.update() if anchor is None else weight.update().sub_(torch.mm(anchor[1], anchor[0]))
+            part, energy = _full_pull(D, entry, k)
             return (weight.oriented(part),), energy
-        if weight.initial is not None:
-            start = torch.mm(weight.initial[1].to(device, dtype), weight.initial[0].to(device, dtype)).mul_(weight.scale)
-            anchor = start if anchor is None else anchor + start
-        pull_A, pull_B, energy = dense.pull(weight.A.to(dtype), weight.B.to(dtype), weight.scale, omega, anchor, k)
+        A, B = weight.A.to(dtype), weight.B.to(dtype)
+        initial = None if weight.initial is None else (weight.initial[0].to(device, dtype), weight.initial[1].to(device, dtype))
+        pull_A, pull_B, energy = _low_rank_pull(A, B, weight.scale, entry, initial, anchor, k)
         return (pull_A, pull_B), energy
 
-    def _anchor_of(self, weight: TargetWeight, device: torch.device, dtype: torch.dtype) -> Tensor | None:
+    def _placed(self, name: str, device: torch.device, dtype: torch.dtype) -> Entry:
+        """The entry where the weight is, in its dtype: dense values anew in each step, thin factors and covariances once."""
+        entry = self.importance[name]
+        if not isinstance(entry, (FactoredEntry, KroneckerEntry)):
+            return entry
+        if name not in self._entries:
+            self._entries[name] = entry.to(device, dtype, self._moved)
+        return self._entries[name]
+
+    def _anchor_of(self, weight: TargetWeight, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """(A*, B*), (r, in) and (out, r), or None: held towards the base."""
         if self.anchor == "base":
             return None
         A, B = self.importance.anchors[weight.name]
-        return torch.mm(B.to(device, dtype), A.to(device, dtype))  # (out, in)
+        return A.to(device, dtype), B.to(device, dtype)
+
+
+IMPLEMENTATIONS = {
+    DenseEntry: "dense pull (element by element, one layer at a time)",
+    FactoredEntry: "factored pull (algebra on thin factors, no tensor of the weight's size)",
+    KroneckerEntry: "kronecker pull (covariances times thin factors, no tensor of the weight's size)",
+}
+
+
+def implementation(importance: Importance) -> str:
+    """Which pull this importance gets, and why, for people."""
+    kinds = sorted({IMPLEMENTATIONS[type(entry)] for entry in importance.entries.values()})  # type: ignore[index]
+    return f"{' and '.join(kinds)} for tier {importance.tier}"
+
+
+def _low_rank_pull(A: Tensor, B: Tensor, scale: float, entry: Entry, initial: Any, anchor: Any, k: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(pull on A, pull on B, energy) by the algebra that fits the entry; initial (A0, B0) and anchor (A*, B*) are thin factors or None."""
+    if isinstance(entry, FactoredEntry):
+        return factored.pull(A, B, scale, entry, *factored.thin(A, B, scale, initial, anchor), k)
+    if isinstance(entry, KroneckerEntry):
+        return kronecker.pull(A, B, scale, entry, *factored.thin(A, B, scale, initial, anchor), k)
+    star = None if anchor is None else torch.mm(anchor[1], anchor[0])  # (out, in)
+    if initial is not None:
+        start = torch.mm(initial[1], initial[0]).mul_(scale)
+        star = start if star is None else star + start
+    return dense.pull(A, B, scale, entry.dense().to(A), star, k)
+
+
+def _full_pull(D: Tensor, entry: Entry, k: float) -> tuple[Tensor, Tensor]:
+    """(pull on W, energy) by the algebra that fits the entry."""
+    if isinstance(entry, FactoredEntry):
+        return factored.full_pull(D, entry, k)
+    if isinstance(entry, KroneckerEntry):
+        return kronecker.full_pull(D, entry, k)
+    return dense.full_pull(D, entry.dense().to(D), k)
 
 
 class PenaltyAttachment:

@@ -29,3 +29,16 @@ def full_energy(W: Tensor, base: Tensor, omega: Tensor, anchor: Tensor) -> Tenso
     """The same for full fine-tuning, U = W - base; all (out, in) -> scalar."""
     D = W - base - anchor
     return (omega * D * D).sum()
+
+
+def factored_energy(D: Tensor, row: Tensor, col: Tensor) -> Tensor:
+    """sum_k || diag(sqrt a_k) D diag(sqrt b_k) ||_F^2 with a_k, b_k the columns of row (out, k) and col (in, k); D (out, in) -> scalar."""
+    total = D.new_zeros(())
+    for a, b in zip(row.T, col.T, strict=True):
+        total = total + (a.sqrt()[:, None] * D * b.sqrt()[None, :]).square().sum()
+    return total
+
+
+def kronecker_energy(D: Tensor, G: Tensor, A_in: Tensor) -> Tensor:
+    """tr(G D A_in D^T); G (out, out), A_in (in, in), D (out, in) -> scalar."""
+    return torch.trace(G @ D @ A_in @ D.T)

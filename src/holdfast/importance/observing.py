@@ -1,0 +1,190 @@
+"""What recorders see that only watch: each target layer's inputs x and output gradients d, over one forward and backward pass of the bare base model.
+
+    recorder.observe(input_ids, attention_mask, labels)     # adapters are switched off, parameters stay frozen, nothing gets a .grad
+    importance = recorder.finish()
+
+The loss is the sum of cross-entropy (nats) over scored tokens, so d is what one token's output does to the whole sequence's loss. Its labels are
+
+    empirical   the tokens of the text: gives what is called the empirical Fisher
+    sampled     drawn from the model's own predictive distribution at every scored token: gives the true Fisher (the Gauss-Newton matrix of the KL divergence)
+
+Tokens that count are those a scored token can depend on: not padding, not after the last scored one. Gradients start at the embeddings' output, so no
+parameter is involved; there is no per-example backward pass. Memory is that of one batch's activations, and of the sums that an estimator keeps: it does not
+grow with the text. Sampled labels come from one stream of random numbers in the order of the text, whatever the batch size.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.config import OptionError
+from holdfast.importance.container import Entry, Importance
+from holdfast.weights import BaseLayer, bare, base_layers, wider
+
+LABELS = ("empirical", "sampled")
+
+
+class ObservingRecorder(abc.ABC):
+    """A recorder that needs no adapter and no optimizer. Estimators are its final subclasses: they say what to add up, and what it means.
+
+    Args:
+        model: bare, or with adapters, which are switched off while observing.
+        names: target weights, as in `weights.matching`.
+        labels: "empirical" or "sampled" (see the module).
+        seed: of sampled labels.
+
+    Raises OptionError for wrong settings, ValueError where the bare base cannot be had (merged adapters, PiSSA and the like).
+    """
+
+    estimator: str
+    unit = "nats per token and squared weight"
+    needs_gradients = True
+
+    def __init__(self, model: nn.Module, names: str = "all-linear", *, labels: str = "empirical", seed: int = 0):
+        if labels not in LABELS:
+            raise OptionError(f"labels expects 'empirical' or 'sampled', found '{labels}'")
+        self.model, self.labels, self.seed = model, labels, seed
+        self.layers = base_layers(model, names)
+        self.leaders: dict[str, str] = {}  # weight -> the first weight that reads the same input
+        self.tokens = self.positions = self.sequences = 0  # scored; that count as inputs; rows with a scored token
+        self._nats = 0.0
+        self._random = torch.Generator().manual_seed(seed)
+
+    @abc.abstractmethod
+    def _see(self, layer: BaseLayer, x: Tensor, d: Tensor | None, counts: Tensor) -> None:
+        """Add up one layer: x (batch, tokens, in) and d (batch, tokens, out), both in f32 or wider; counts (batch, tokens)."""
+
+    @abc.abstractmethod
+    def _entries(self) -> dict[str, Entry]:
+        """The importance of each weight from the sums."""
+
+    @abc.abstractmethod
+    def _sums(self) -> dict[str, dict[str, Tensor]]:
+        """The dictionaries whose tensors add up, for `state_dict`; loading fills them."""
+
+    @abc.abstractmethod
+    def _settings(self) -> dict[str, Any]:
+        """What the file should say about how it was made."""
+
+    def observe(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None) -> float:
+        """Add one batch: input_ids, attention_mask and labels (batch, tokens), labels -100 where a token is not scored (default: all that are attended to).
+
+        Returns the loss on the text itself in nats per scored token. Raises ValueError on a non-finite loss, before anything is added.
+        """
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        # (batch, tokens - 1): what follows each token. Nothing is predicted from padding, as the first token after left padding would be.
+        targets = (input_ids if labels is None else labels)[:, 1:].masked_fill((mask[:, 1:] == 0) | (mask[:, :-1] == 0), -100)
+        scored = targets != -100
+        counts = torch.zeros_like(input_ids, dtype=torch.bool)
+        counts[:, :-1] = scored.flip(1).cumsum(1).flip(1) > 0
+        counts &= mask != 0
+        if not bool(scored.any()):
+            return 0.0
+        with bare(self.model) as base, torch.set_grad_enabled(self.needs_gradients), self._watched(base, counts):
+            logits = base(input_ids=input_ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+            logits = logits[scored].to(wider(logits.dtype))  # (scored, vocabulary)
+            text = nn.functional.cross_entropy(logits.detach(), targets[scored], reduction="sum")
+            if not bool(torch.isfinite(text)):
+                raise ValueError(f"the loss on the general text is {float(text)} after {self.tokens} tokens; use --dtype float32, or another model")
+            if self.needs_gradients:
+                drawn = targets[scored] if self.labels == "empirical" else self._draw(logits.detach())
+                nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
+        self.tokens += int(scored.sum())
+        self.positions += int(counts.sum())
+        self.sequences += int(scored.any(1).sum())
+        self._nats += float(text)
+        return float(text) / int(scored.sum())
+
+    def describe(self) -> str:
+        """What is recorded, for people."""
+        return self.estimator + (f", {self.labels} labels" if self.needs_gradients else "")
+
+    def finish(self) -> Importance:
+        """The importance of what was observed so far. Raises ValueError if nothing was, or if something is not finite."""
+        if self.tokens == 0:
+            raise ValueError("nothing was observed: call recorder.observe(input_ids, attention_mask, labels) on general text first")
+        entries = self._entries()
+        norms = {name: entry.norm() for name, entry in entries.items()}
+        for name, norm in norms.items():
+            if not math.isfinite(norm):
+                raise ValueError(f"'{name}' has non-finite importance; record again with --dtype float32")
+        counted = {"tokens": self.tokens, "sequences": self.sequences, "nats": self._nats / self.tokens}
+        info = {"estimator": self.estimator, "unit": self.unit, "settings": {**self._settings(), **counted}, "norms": norms}
+        importance = Importance(entries, {}, info)
+        return Importance(entries, {}, {**info, "tier": importance.tier})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on later: tensors and plain numbers."""
+        numbers = {"tokens": self.tokens, "positions": self.positions, "sequences": self.sequences, "nats": self._nats}
+        return {"estimator": self.estimator, "targets": [layer.name for layer in self.layers], "leaders": self.leaders,
+                "numbers": numbers, "sums": self._sums(), "random": self._random.get_state()}  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict()`. Raises ValueError if it belongs to other target weights or another estimator."""
+        if (state["estimator"], state["targets"]) != (self.estimator, [layer.name for layer in self.layers]):
+            raise ValueError("the saved recorder state is for other target weights or another estimator; start again without --resume")
+        device = self.layers[0].module.weight.device
+        for key, part in self._sums().items():
+            part.update({name: tensor.to(part[name].device if name in part else device).clone() for name, tensor in state["sums"][key].items()})
+        numbers = state["numbers"]
+        self.tokens, self.positions, self.sequences, self._nats = numbers["tokens"], numbers["positions"], numbers["sequences"], numbers["nats"]
+        self.leaders = dict(state["leaders"])
+        self._random.set_state(state["random"])
+
+    def _draw(self, logits: Tensor) -> Tensor:
+        """One label per row of logits (scored, vocabulary) from the model's distribution, by inverting its cumulative sum in f64 at uniform numbers."""
+        uniform = torch.rand(len(logits), generator=self._random, dtype=torch.float64).to(logits.device)
+        drawn = [
+            torch.searchsorted(part.double().softmax(1).cumsum(1), u[:, None]).squeeze(1) for part, u in zip(logits.split(256), uniform.split(256), strict=True)
+        ]
+        return torch.cat(drawn).clamp(max=logits.shape[1] - 1)
+
+    @contextlib.contextmanager
+    def _watched(self, base: nn.Module, counts: Tensor) -> Iterator[None]:
+        """Hooks on the embeddings and on every target layer for one pass; removed on leaving, whatever happens."""
+        inputs: dict[int, tuple[Tensor, str]] = {}  # by identity: input, its first reader; held, so that identities stay apart
+        seen: set[str] = set()
+        handles = []
+        if self.needs_gradients:
+            # A copy, not the leaf itself: some models scale embeddings in place.
+            start = lambda module, args, output: output.detach().requires_grad_(True).clone()
+            handles.append(base.get_input_embeddings().register_forward_hook(start))
+
+        def watch(layer: BaseLayer) -> Any:
+            def forward(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+                _check_use(layer, args[0], counts, layer.name in seen)
+                seen.add(layer.name)
+                self._follow(layer.name, inputs.setdefault(id(args[0]), (args[0], layer.name))[1])
+                x = args[0].detach()
+                if not self.needs_gradients:
+                    self._see(layer, x.to(wider(x.dtype)), None, counts)
+                elif output.requires_grad:
+                    output.register_hook(lambda d: self._see(layer, x.to(wider(x.dtype)), d.detach().to(wider(d.dtype)), counts))
+
+            return forward
+
+        handles += [layer.module.register_forward_hook(watch(layer)) for layer in self.layers]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _follow(self, name: str, leader: str) -> None:
+        if self.leaders.setdefault(name, leader) != leader:
+            raise ValueError(f"'{name}' shares its input with '{self.leaders[name]}' in one batch and with '{leader}' in another; leave it out of --targets")
+
+
+def _check_use(layer: BaseLayer, x: Tensor, counts: Tensor, again: bool) -> None:
+    if again:
+        raise ValueError(f"'{layer.name}' is used twice in one forward pass; its gradient is a sum that cannot be seen in one place: leave it out of --targets")
+    if x.ndim != 3 or x.shape[:2] != counts.shape:
+        raise ValueError(f"'{layer.name}' reads {tuple(x.shape)}, expected (batch, tokens, in) = ({counts.shape[0]}, {counts.shape[1]}, {layer.shape[1]}); "
+                         "leave layers that see only some tokens (experts, encoders) out of --targets")  # fmt: skip

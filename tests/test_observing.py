@@ -1,0 +1,200 @@
+"""Estimators that watch: against brute force and closed forms in f64, whatever the batch size, and without a trace on the model."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import holdfast
+from holdfast.config import OptionError
+from holdfast.importance.activation import Activation
+from holdfast.importance.container import Importance, KroneckerEntry
+from holdfast.importance.controls import shuffled, uniform
+from holdfast.importance.fisher import Fisher
+from holdfast.importance.kronecker import Kronecker
+from holdfast.texts import collate
+from holdfast.weights import add_adapter, target_weights
+
+
+@pytest.fixture
+def text():
+    """Five pieces of different lengths; the last two are chats of which only the end (or the middle) is scored."""
+    g = torch.Generator().manual_seed(2)
+    pieces = [(torch.randint(3, 48, (n,), generator=g).tolist(), [True] * n) for n in (12, 7, 2)]
+    pieces += [(torch.randint(3, 48, (9,), generator=g).tolist(), [i >= 6 for i in range(9)])]
+    pieces += [(torch.randint(3, 48, (10,), generator=g).tolist(), [2 <= i < 5 for i in range(10)])]
+    return pieces
+
+
+def observe(recorder, pieces, size):
+    for start in range(0, len(pieces), size):
+        recorder.observe(**collate(pieces[start : start + size], 0))
+    return recorder.finish()
+
+
+def one_by_one(model, pieces):
+    """Each piece's ids and labels as tensors of one row, and its summed loss, in the plainest way."""
+    for ids, scored in pieces:
+        row = torch.tensor([ids])
+        labels = torch.tensor([[t if s else -100 for t, s in zip(ids, scored, strict=True)]])
+        loss = nn.functional.cross_entropy(model(input_ids=row).logits[0, :-1], labels[0, 1:], ignore_index=-100, reduction="sum")
+        yield loss, int((labels[0, 1:] != -100).sum()), max(i for i, s in enumerate(scored) if s)  # loss, scored tokens, tokens that count
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("size", [1, 5])
+def test_fisher_is_the_squared_gradient_of_every_sequence(tiny, text, kind, size):
+    model = tiny(kind, torch.float64)
+    importance = observe(Fisher(model), text, size)
+    weights = target_weights(model)
+    squares, tokens = {w.name: 0 for w in weights}, 0
+    for loss, scored, _ in one_by_one(model.eval(), text):
+        tokens += scored
+        for w, g in zip(weights, torch.autograd.grad(loss, [w.W for w in weights]), strict=True):
+            squares[w.name] = squares[w.name] + w.oriented(g) ** 2
+    assert importance.info["settings"]["tokens"] == tokens == 11 + 6 + 1 + 3 + 3
+    for w in weights:
+        close(importance[w.name].values, squares[w.name] / tokens)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("size", [1, 5])
+def test_kronecker_is_the_mean_outer_product_of_every_token(tiny, text, kind, size):
+    model = tiny(kind, torch.float64)
+    importance = observe(Kronecker(model), text, size)
+    seen = {}
+    for w in target_weights(model):
+        w.module.register_forward_hook(lambda _, args, output, name=w.name: seen.update({name: (args[0], output)}))
+    A, G = {name: 0 for name in importance}, {name: 0 for name in importance}
+    tokens = positions = 0
+    for loss, scored, counted in one_by_one(model.eval(), text):
+        tokens, positions = tokens + scored, positions + counted
+        d = dict(zip(seen, torch.autograd.grad(loss, [output for _, output in seen.values()]), strict=True))
+        for name, (x, _) in seen.items():
+            for t in range(counted):
+                A[name] = A[name] + torch.outer(x[0, t], x[0, t]).detach()
+                G[name] = G[name] + torch.outer(d[name][0, t], d[name][0, t])
+            assert not d[name][0, counted:].any()  # what does not count has no gradient
+    for name, entry in importance.entries.items():
+        close(entry.in_cov.matrix, A[name] / positions)
+        close(entry.out_cov.matrix, G[name] / tokens)
+
+
+def test_activation_is_the_mean_squared_input(tiny, text):
+    model = tiny(dtype=torch.float64)
+    importance, covariances = observe(Activation(model), text, 2), observe(Kronecker(model), text, 2)
+    for name, entry in importance.entries.items():
+        close(entry.dense(), covariances[name].in_cov.diagonal().expand(entry.shape))
+        assert entry.tier == "factored"
+
+
+def test_weights_that_read_the_same_input_share_its_covariance(tiny, text):
+    importance = observe(Kronecker(tiny()), text, 5)
+    block = {name.split(".")[-2]: entry for name, entry in importance.entries.items() if ".layers.0." in name}
+    assert block["q_proj"].in_cov is block["k_proj"].in_cov is block["v_proj"].in_cov
+    assert block["gate_proj"].in_cov is block["up_proj"].in_cov is not block["q_proj"].in_cov
+    assert len({id(entry.in_cov) for entry in importance.entries.values()}) == 8
+    cut = importance.to_tier("kronecker:4")
+    assert len({id(entry.in_cov) for entry in cut.entries.values()}) == 8
+
+
+@pytest.mark.parametrize("estimator", [Fisher, Kronecker])
+def test_sampled_labels_do_not_depend_on_the_batch_size_and_follow_the_seed(tiny, text, estimator):
+    model = tiny(dtype=torch.float64)
+    first, second, other = (observe(estimator(model, labels="sampled", seed=seed), text, size) for seed, size in ((3, 1), (3, 4), (4, 4)))
+    for name in first:
+        close(second[name].dense(), first[name].dense())
+        assert not torch.allclose(other[name].dense(), first[name].dense())
+    assert first.info["settings"]["nats"] == pytest.approx(second.info["settings"]["nats"])  # of the text, not of the samples
+
+
+@pytest.mark.parametrize("estimator", [Fisher, Kronecker, Activation])
+def test_observing_an_adapted_model_sees_the_bare_base_and_leaves_no_trace(tiny, text, estimator):
+    bare = observe(estimator(tiny()), text, 2)
+    model = add_adapter(tiny(), names="q_proj,v_proj", rank=3, alpha=6, dropout=0.1)
+    for weight in target_weights(model):
+        nn.init.normal_(weight.B, std=0.5)
+    frozen = target_weights(model)[0].A.requires_grad_(False)
+    model.train()
+    before = {name: (p.detach().clone(), p.requires_grad) for name, p in model.named_parameters()}
+    importance = observe(estimator(model, "all-linear"), text, 2)
+    assert list(importance) == list(bare)
+    for name in bare:
+        torch.testing.assert_close(importance[name].dense(), bare[name].dense())
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name][0]) and p.requires_grad == before[name][1] and p.grad is None
+    assert not frozen.requires_grad and all(module.training for module in model.modules())
+    assert not any(m._forward_hooks for m in model.modules())
+    loss = lambda: model.eval()(input_ids=torch.tensor([text[0][0]]), labels=torch.tensor([text[0][0]])).loss
+    with model.disable_adapter():
+        off = loss()
+    assert not torch.allclose(loss(), off)  # the adapter is on again
+
+
+def test_exceptions_leave_no_trace_and_add_nothing(tiny, text):
+    model = tiny()
+    recorder = Fisher(model, "q_proj")
+    model.get_input_embeddings().weight.data[5] = float("nan")
+    with pytest.raises(ValueError, match="loss on the general text is nan"):
+        recorder.observe(torch.tensor([[4, 5, 6]]))
+    assert recorder.tokens == 0 and not any(m._forward_hooks for m in model.modules()) and all(p.requires_grad for p in model.parameters())
+    with pytest.raises(ValueError, match="nothing was observed"):
+        recorder.finish()
+
+
+def test_padding_sides_and_lone_tokens(tiny):
+    """Left padding, and rows in which nothing is scored, change nothing."""
+    model = tiny(dtype=torch.float64)
+    ids = [5, 9, 11, 30]
+    plain, padded = Fisher(model), Fisher(model)
+    plain.observe(torch.tensor([ids]))
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [1, 0, 0, 0, 0, 0]])
+    labels = torch.tensor([[-100, -100, *ids], [-100] * 6, [4, -100, -100, -100, -100, -100]])
+    padded.observe(torch.tensor([[0, 0, *ids], [4] * 6, [4, 0, 0, 0, 0, 0]]), mask, labels)
+    assert padded.observe(torch.tensor([[4]])) == 0.0
+    a, b = plain.finish(), padded.finish()
+    assert b.info["settings"]["tokens"] == 3 and b.info["settings"]["sequences"] == 1
+    for name in a:
+        close(b[name].values, a[name].values)
+
+
+@pytest.mark.parametrize("estimator", [Fisher, Kronecker, Activation])
+def test_a_saved_state_goes_on_exactly(tiny, text, estimator):
+    model = tiny()
+    kwargs = {} if estimator is Activation else {"labels": "sampled"}
+    whole, first, second = (estimator(model, "q_proj,down_proj", **kwargs) for _ in range(3))
+    expected = observe(whole, text, 1)
+    for piece in text[:2]:
+        first.observe(**collate([piece], 0))
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    found = observe(second, text[2:], 1)
+    assert all(torch.equal(found[name].dense(), expected[name].dense()) for name in expected)
+    assert found.info == expected.info
+    with pytest.raises(ValueError, match="other target weights"):
+        estimator(model, "q_proj").load_state_dict(first.state_dict())
+
+
+def test_what_cannot_be_observed_is_refused(tiny):
+    with pytest.raises(OptionError, match="labels expects"):
+        Fisher(tiny(), labels="true")
+    with pytest.raises(OptionError, match="rank"):
+        Kronecker(tiny(), rank=0)
+    with pytest.raises(OptionError, match="did you mean 'q_proj'"):
+        Fisher(tiny(), "q_prj")
+    model = add_adapter(tiny(), names="q_proj", rank=2, alpha=2)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="merged"):
+        Fisher(model)
+
+
+def test_bf16_models_accumulate_in_f32(tiny, text):
+    exact, rough = observe(Fisher(tiny()), text, 2), observe(Fisher(tiny(dtype=torch.bfloat16)), text, 2)
+    for name in exact:
+        assert rough[name].values.dtype == torch.float32
+        assert float(rough[name].values.sum()) == pytest.approx(float(exact[name].values.sum()), rel=0.15)  # bf16 has 3 digits; gradients pass two blocks
+    assert observe(Kronecker(tiny(dtype=torch.bfloat16)), text, 2).tier == "kronecker"
