@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from holdfast.config import OptionError
-from holdfast.importance.path import PathIntegral, effective_gradient, low_rank_movement, normalise
+from holdfast.importance.movement import effective_gradient, low_rank_movement
+from holdfast.importance.path import PathIntegral, normalise
+from holdfast.importance.path_factored import PathFactored
 from holdfast.penalty.pull import Penalty
 from holdfast.weights import add_adapter, target_weights
 
@@ -81,8 +83,10 @@ def test_pure_functions_match_their_definitions():
     B, gB, B1 = (torch.randn(4, 2, dtype=torch.float64) for _ in range(3))
     eta, s = 0.1, 2.0
     step = s * ((B - eta * gB) @ (A - eta * gA) - B @ A)  # one SGD step of the factors
-    torch.testing.assert_close(effective_gradient(A, B, gA, gB, s, eta), -step / eta)
-    torch.testing.assert_close(low_rank_movement(A, B, A1, B1, s), s * (B1 @ A1 - B @ A))
+    left, right = effective_gradient(A, B, gA, gB, s, eta)
+    torch.testing.assert_close(left @ right, -step / eta)
+    left, right = low_rank_movement(A, B, A1, B1, s)
+    torch.testing.assert_close(left @ right, s * (B1 @ A1 - B @ A))
     assert normalise(torch.tensor([-1.0, 2.0]), torch.tensor([1.0, 1.0]), 1.0).tolist() == [0.0, 1.0]
 
 
@@ -209,11 +213,11 @@ def test_recorder_sees_the_gradient_before_the_pull(adapted, batch):
     with penalty.attach(optimizer), recorder.attach(optimizer) as _:
         loss_of(adapted, batch).backward()
         weight = recorder.weights[0]
-        alone = effective_gradient(weight.A.detach(), weight.B.detach(), weight.A.grad.clone(), weight.B.grad.clone(), weight.scale, 1e-3)
+        left, right = effective_gradient(weight.A.detach(), weight.B.detach(), weight.A.grad.clone(), weight.B.grad.clone(), weight.scale, 1e-3)
         original = recorder.record_step
         recorder.record_step = lambda before, gradients: (seen.update(gradients), original(before, gradients))
         optimizer.step()
-    torch.testing.assert_close(seen[weight.name], alone)
+    torch.testing.assert_close(seen[weight.name], left @ right)
     assert penalty.pull_norm > 0
 
 
@@ -263,3 +267,82 @@ def test_state_dict_goes_on_exactly(adapted, batch):
         train(parted, optimizer, batch, steps=2)
     a, b = recorder.finish(), second.finish()
     assert all(torch.equal(a[name].values, b[name].values) for name in a)
+
+
+@pytest.mark.parametrize(("gradient", "full"), [("exact", False), ("effective", False), ("exact", True)])
+def test_path_factored_keeps_the_sums_of_the_credits(tiny, batch, gradient, full):
+    """Against credits formed element by element: sums of rows and columns, clamped as sums, divided by sums of U^2, two epochs, accumulated batches."""
+    model = tiny(dtype=torch.float64)
+    model = model if full else add_adapter(model, names="q_proj,up_proj", rank=3, alpha=6)
+    twin = copy.deepcopy(model)
+    recorder, dense = PathFactored(model, gradient=gradient, xi=1e-6), PathIntegral(twin, gradient=gradient, clamp="end")
+    shares = {w.name: [] for w in dense.weights}
+    original = dense._shares
+
+    def kept(weight, g, before):
+        shares[weight.name].append(original(weight, g, before)[0])
+        return (shares[weight.name][-1],)
+
+    dense._shares = kept
+    expected = {w.name: torch.zeros(w.shape, dtype=torch.float64) for w in dense.weights}
+    optimizers = [torch.optim.AdamW([p for w in r.weights for p in w.parameters], lr=1e-2) for r in (recorder, dense)]
+    with recorder.attach(optimizers[0]), dense.attach(optimizers[1]):
+        for _epoch in range(2):
+            train(model, optimizers[0], batch, steps=3, accumulation=2)
+            train(twin, optimizers[1], batch, steps=3, accumulation=2)
+            recorder.end_epoch()
+            for w in dense.weights:
+                row, col = torch.zeros(w.shape[0], dtype=torch.float64), torch.zeros(w.shape[1], dtype=torch.float64)
+                for share in shares[w.name]:
+                    row, col = (row + share.sum(1)).clamp(min=0), (col + share.sum(0)).clamp(min=0)
+                shares[w.name].clear()
+                denominator = w.update() ** 2 + 1e-6
+                inverse = denominator.sum() / torch.outer(denominator.sum(1), denominator.sum(0))  # 1 over the rank-1 form by sums
+                expected[w.name] += torch.outer(row, col) / (row.sum() * col.sum()).sqrt() * inverse
+    assert recorder.decrease == pytest.approx(dense.decrease, rel=1e-9)
+    importance = recorder.finish()
+    assert importance.tier == "factored" and importance.info["estimator"] == "path-factored"
+    for name, omega in expected.items():
+        rank_one = torch.outer(omega.sum(1), omega.sum(0)) / omega.sum()
+        torch.testing.assert_close(importance[name].dense(), rank_one, rtol=1e-6, atol=1e-9 * float(rank_one.max()))
+
+
+def test_path_factored_makes_no_tensor_of_the_weights_size(adapted, batch):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    shapes = {w.shape for w in target_weights(adapted)}
+    made = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            made.update(tuple(t.shape) for t in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(t, torch.Tensor))
+            return out
+
+    recorder = PathFactored(adapted)
+    optimizer = torch.optim.SGD(parameters(adapted), lr=1e-2)
+    with recorder.attach(optimizer):
+        loss_of(adapted, batch[:, :7]).backward()
+        with Watch():
+            optimizer.step()
+            recorder.end_epoch()
+    assert made and not shapes & made
+
+
+def test_path_factored_goes_on_from_its_state(adapted, batch):
+    whole, parted = copy.deepcopy(adapted), copy.deepcopy(adapted)
+    recorder = PathFactored(whole)
+    optimizer = torch.optim.SGD(parameters(whole), lr=1e-2)
+    with recorder.attach(optimizer):
+        train(whole, optimizer, batch, steps=4)
+    first, second = PathFactored(parted), PathFactored(parted)
+    optimizer = torch.optim.SGD(parameters(parted), lr=1e-2)
+    with first.attach(optimizer):
+        train(parted, optimizer, batch, steps=2)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    with second.attach(optimizer):
+        train(parted, optimizer, batch, steps=2)
+    a, b = recorder.finish(), second.finish()
+    assert all(torch.equal(a[name].dense(), b[name].dense()) for name in a)
+    with pytest.raises(ValueError, match="another estimator"):
+        PathIntegral(parted).load_state_dict(first.state_dict())

@@ -1,10 +1,14 @@
 """Importance files: what is written is read back; anything else is refused with what to do."""
 
+import json
+
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from holdfast.importance.container import DenseEntry, Importance
+from holdfast.cli import main
+from holdfast.importance.container import DenseEntry, FactoredEntry, Importance, KroneckerEntry
+from holdfast.importance.covariance import Covariance, LowRankCovariance
 from holdfast.runs import atomic_path, check_output_file, check_output_folder, read_json, write_json
 
 
@@ -76,3 +80,93 @@ def test_unwritable_places_are_refused_before_work(tmp_path):
         check_output_folder(tmp_path / "file" / "below")
     with pytest.raises(ValueError, match="is a folder"):
         check_output_file(tmp_path)
+
+
+def low_rank_of(n, k):
+    return LowRankCovariance(torch.linalg.qr(torch.randn(n, k))[0], torch.rand(k), torch.tensor(0.1))
+
+
+@pytest.fixture
+def forms():
+    """One importance of every form, with a shared input covariance and a weight name that looks like a suffix."""
+    whole, thin = Covariance(torch.eye(5) + 0.1), low_rank_of(5, 2)
+    return {
+        "factored": Importance(
+            {"a.weight": FactoredEntry(torch.rand(3, 1), torch.rand(5, 1)), "b.row.weight": FactoredEntry(torch.rand(4, 1), torch.rand(2, 1))}
+        ),
+        "factored:3": Importance({"a.weight": FactoredEntry(torch.rand(3, 3), torch.rand(5, 3))}, {"a.weight": (torch.rand(2, 5), torch.rand(3, 2))}),
+        "kronecker": Importance({"z.weight": KroneckerEntry(Covariance(torch.eye(3)), whole), "a.weight": KroneckerEntry(Covariance(torch.eye(4)), whole)}),
+        "kronecker:2": Importance({"z.weight": KroneckerEntry(low_rank_of(3, 2), thin), "a.weight": KroneckerEntry(low_rank_of(4, 2), thin)}),
+    }
+
+
+def test_every_form_is_read_back_exactly(forms, tmp_path):
+    for tier, importance in forms.items():
+        path = tmp_path / "i.safetensors"
+        importance.save(path)
+        loaded = Importance.load(path)
+        assert loaded.tier == tier and set(loaded) == set(importance) and set(loaded.anchors) == set(importance.anchors)
+        for name in importance:
+            old, new = importance[name].tensors(), loaded[name].tensors()
+            assert old.keys() == new.keys() and all(torch.equal(old[suffix], new[suffix]) for suffix in old)
+            assert loaded[name].shape == importance[name].shape
+        assert tier in loaded.describe() and all(name in loaded.describe() for name in importance)
+        loaded.save(tmp_path / "again.safetensors")
+        assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
+
+
+def test_a_shared_input_covariance_is_stored_once(forms, tmp_path):
+    for tier, expected in (("kronecker", {"z.weight.out_cov", "a.weight.out_cov", "a.weight.in_cov"}),
+                           ("kronecker:2", {f"{w}.out_cov.{part}" for w in ("z.weight", "a.weight") for part in ("vectors", "values", "floor")}
+                            | {f"a.weight.in_cov.{part}" for part in ("vectors", "values", "floor")})):  # fmt: skip
+        path = tmp_path / "i.safetensors"
+        forms[tier].save(path)
+        assert set(load_file(path)) == expected
+        loaded = Importance.load(path)
+        assert loaded["a.weight"].in_cov is loaded["z.weight"].in_cov
+
+
+def damaged(tmp_path, tensors, shared=None):
+    path = tmp_path / "damaged.safetensors"
+    info = {"format": 1, **({"shared_in_cov": shared} if shared is not None else {})}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(path), metadata={"holdfast": json.dumps(info)})
+    return path
+
+
+@pytest.mark.parametrize(
+    ("tensors", "shared", "message"),
+    [
+        ({"w.row": torch.ones(3, 1)}, None, "'w' is made of .row"),
+        ({"w.row": torch.ones(3, 1), "w.col": torch.ones(2, 2)}, None, "1 .* 2"),
+        ({"w.row": -torch.ones(3, 1), "w.col": torch.ones(2, 1)}, None, r"'w'\.row has negative importance"),
+        ({"w.row": torch.ones(3, 1), "w.col": torch.tensor([[float("inf")]])}, None, r"'w'\.col has non-finite"),
+        ({"w.row": torch.ones(3), "w.col": torch.ones(2, 1)}, None, "expected 2 dimensions"),
+        ({"w.out_cov": torch.eye(3)}, None, "no whole importance"),
+        ({"w.out_cov": torch.ones(3, 2), "w.in_cov": torch.eye(2)}, None, "square"),
+        ({"w.out_cov": -torch.eye(3), "w.in_cov": torch.eye(2)}, None, "negative variances"),
+        ({"w.out_cov": torch.tensor([[1.0, 0.5], [0.0, 1.0]]), "w.in_cov": torch.eye(2)}, None, "not symmetric"),
+        ({"w.out_cov": torch.eye(3)}, {"w": "v"}, "shares the input covariance of 'v'"),
+        ({"w.out_cov.vectors": torch.ones(3, 2), "w.out_cov.values": torch.ones(1), "w.out_cov.floor": torch.tensor(1.0), "w.in_cov": torch.eye(2)},
+         None, "2 directions"),
+        ({"w.out_cov.vectors": torch.ones(3, 1), "w.out_cov.values": torch.ones(1), "w.out_cov.floor": torch.tensor(-1.0), "w.in_cov": torch.eye(2)},
+         None, "negative importance"),
+        ({"w": torch.ones(2, 2), "w.anchor_A": torch.ones(1, 2)}, None, "half a recorded adapter"),
+    ],
+)  # fmt: skip
+def test_damaged_forms_are_refused(tmp_path, tensors, shared, message):
+    with pytest.raises(ValueError, match=message):
+        Importance.load(damaged(tmp_path, tensors, shared))
+
+
+def test_convert_writes_the_new_tier_or_nothing(forms, tmp_path):
+    source, out = tmp_path / "k.safetensors", tmp_path / "out.safetensors"
+    forms["kronecker"].save(source)
+    assert main(["convert", str(source), "--tier", "kronecker:1", "--out", str(out)]) == 0
+    loaded = Importance.load(out)
+    assert loaded.tier == "kronecker:1" and loaded.info["tier"] == "kronecker:1"
+    assert main(["convert", str(source), "--tier", "factored", "--out", str(out)]) == 0
+    assert Importance.load(out).tier == "factored"
+    whole = out.read_bytes()
+    assert main(["convert", str(out), "--tier", "kronecker", "--out", str(out)]) == 1
+    assert main(["convert", str(out), "--tier", "f23", "--out", str(out)]) == 2
+    assert out.read_bytes() == whole

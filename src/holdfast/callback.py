@@ -14,8 +14,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from holdfast.config import OptionError
+from holdfast.importance.attachment import PathRecorder
 from holdfast.importance.container import Importance
-from holdfast.importance.path import PathIntegral
 from holdfast.penalty.pull import Penalty
 
 
@@ -59,7 +59,7 @@ class RecorderCallback(TrainerCallback):
     of the step they have been clipped. gradient="exact" is taken in the backward pass and is not affected.
     """
 
-    def __init__(self, recorder: PathIntegral, *, trainer: Any = None):
+    def __init__(self, recorder: PathRecorder, *, trainer: Any = None):
         self.recorder, self.trainer = recorder, trainer
         self._attachment: Any = None
 

@@ -41,7 +41,7 @@ def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, p
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PRESETS = ("default", "paper")
-ESTIMATORS = ("path", "fisher", "kronecker", "activation", "uniform")
+ESTIMATORS = ("path", "path-factored", "fisher", "kronecker", "activation", "uniform")
 LAYERS = ("uniform", "softmax", "scale-free")
 
 
@@ -116,8 +116,9 @@ RECORD_PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-TRAINING_ONLY = ("rank", "alpha", "dropout", "rslora", "gradient", "clamp", "xi", "keep_anchor", "epochs", "max_steps", "accumulation", "learning_rate", "schedule",
-                 "gradient_checkpointing")  # fmt: skip
+# Options of `record` that only estimators which train an adapter use.
+TRAINING_ONLY = ("rank", "alpha", "dropout", "rslora", "gradient", "clamp", "xi", "keep_anchor", "epochs", "max_steps", "accumulation", "learning_rate",
+                 "schedule", "gradient_checkpointing")  # fmt: skip
 LABELLED = ("fisher", "kronecker")
 
 
@@ -127,6 +128,8 @@ def check_estimator(given: Mapping[str, Any], estimator: str) -> None:
     wrong = [] if trains else [name for name in TRAINING_ONLY if given.get(name) is not None]
     wrong += ["labels"] if estimator not in LABELLED and given.get("labels") is not None else []
     wrong += ["cov_rank"] if estimator != "kronecker" and given.get("cov_rank") is not None else []
+    if given.get("cov_rank") is not None and given["cov_rank"] < 1:
+        raise OptionError(f"--cov-rank must be at least 1, found {given['cov_rank']}; leave it out for whole covariances")
     if wrong:
         flags = ", ".join("--" + name.replace("_", "-") for name in wrong)
         why = "trains an adapter" if trains else "makes one pass over the text, without training"
@@ -210,7 +213,7 @@ def resolve(kind: type[Options], given: Mapping[str, Any], presets: Mapping[str,
             raise OptionError(f"unknown option '{name}' for {kind.__name__}; {nearest(name, known)}")
     values = {name: _checked(known[name], value) for name, value in given.items()}
     if kind is RecordOptions:
-        check_estimator(values, values.get("estimator") or known["estimator"].default)
+        check_estimator(values, str(values.get("estimator") or known["estimator"].default))
     if presets is not None:
         preset = values.get("preset", known["preset"].default)
         values = {**presets[preset], **{name: value for name, value in values.items() if value is not None or known[name].default is not None}}

@@ -21,18 +21,22 @@ from tqdm import tqdm
 
 from holdfast.config import TRAINING_ONLY, OptionError, RecordOptions, as_dict
 from holdfast.importance.activation import Activation
+from holdfast.importance.attachment import PathRecorder
 from holdfast.importance.container import Importance
 from holdfast.importance.controls import uniform
 from holdfast.importance.fisher import Fisher
 from holdfast.importance.kronecker import Kronecker
 from holdfast.importance.observing import ObservingRecorder
 from holdfast.importance.path import PathIntegral
+from holdfast.importance.path_factored import PathFactored
 from holdfast.importance.tiers import parse_tier
 from holdfast.models import context_length, load_model, load_tokenizer
 from holdfast.runs import atomic_path, check_output_file, environment
 from holdfast.texts import Encoded, batches, encode, fingerprint_rows, load_documents, sample_documents
 from holdfast.weights import add_adapter, fingerprint
 
+# Estimators that train an adapter; the others observe.
+ESTIMATORS: dict[str, type[PathRecorder]] = {"path": PathIntegral, "path-factored": PathFactored}
 logger = logging.getLogger("holdfast")
 
 
@@ -48,6 +52,7 @@ def record(options: RecordOptions) -> Importance:
         torch.set_num_threads(options.threads)
     tokenizer, model = load_tokenizer(options), load_model(options)
     device, mark = str(next(model.parameters()).device), fingerprint(model)
+    source: dict[str, Any]
     if options.estimator == "uniform":
         recorded, seconds, source = uniform(model, options.targets), 0.0, {}
     else:
@@ -55,10 +60,10 @@ def record(options: RecordOptions) -> Importance:
         if state is not None and state["data"] != source["sha256"]:
             raise ValueError(f"{options.out}.state was made from other general text; give the same --general, or start again without --resume")
         torch.manual_seed(options.seed)
-        job = _by_training if options.estimator.startswith("path") else _by_observing
+        job = _by_training if options.estimator in ESTIMATORS else _by_observing
         recorded, seconds = job(options, model, encoded, tokenizer.pad_token_id, state, source)
     shown = {k: v for k, v in as_dict(options).items() if k not in ("out", "resume", "model", "general") and v is not None}
-    shown = {k: v for k, v in shown.items() if options.estimator.startswith("path") or k not in TRAINING_ONLY}
+    shown = {k: v for k, v in shown.items() if options.estimator in ESTIMATORS or k not in TRAINING_ONLY}
     info = {
         **recorded.info,
         "model": {"name": options.model, "revision": options.revision, "fingerprint": mark},
@@ -107,7 +112,7 @@ def _by_training(options: RecordOptions, model: nn.Module, encoded: list[Encoded
     logger.info("recording %s on %s: %d documents, %s tokens, %d steps; %s trainable parameters; path integral, %s gradient; seed %d", options.model,
                 options.general, source["documents"], f"{source['tokens']:,}", total, f"{trainable:,}", options.gradient, options.seed)  # fmt: skip
     started = time.perf_counter()
-    recorder = PathIntegral(peft_model, gradient=options.gradient, xi=options.xi, clamp=options.clamp)
+    recorder = ESTIMATORS[options.estimator](peft_model, gradient=options.gradient, xi=options.xi, clamp=options.clamp)
     spent = _train(peft_model, recorder, encoded, options, total, per_epoch, pad_id, state, source["sha256"])
     importance = recorder.finish()
     return importance, spent + time.perf_counter() - started
@@ -153,7 +158,7 @@ def _observer(options: RecordOptions, model: nn.Module) -> ObservingRecorder:
     return Activation(model, options.targets)
 
 
-def _train(model: nn.Module, recorder: PathIntegral, encoded: list[Encoded], options: RecordOptions, total: int, per_epoch: int, pad_id: int,
+def _train(model: nn.Module, recorder: PathRecorder, encoded: list[Encoded], options: RecordOptions, total: int, per_epoch: int, pad_id: int,
            state: dict[str, Any] | None, data: str) -> float:  # fmt: skip
     """Train for `total` optimizer steps under the recorder. Returns the seconds spent before the resumed state was saved."""
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -212,7 +217,7 @@ def _comparable(options: RecordOptions) -> dict[str, Any]:
     return {k: v for k, v in as_dict(options).items() if k not in ("resume", "save_steps", "device", "threads", "tier", "keep_anchor")}
 
 
-def _save_state(options: RecordOptions, model: nn.Module, recorder: PathIntegral, optimizer: Any, scheduler: Any, done: int, seconds: float, data: str) -> None:
+def _save_state(options: RecordOptions, model: nn.Module, recorder: PathRecorder, optimizer: Any, scheduler: Any, done: int, seconds: float, data: str) -> None:
     adapter = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     state = {"options": _comparable(options), "data": data, "adapter": adapter, "recorder": recorder.state_dict(), "optimizer": optimizer.state_dict(),
              "scheduler": scheduler.state_dict(), "done": done, "seconds": seconds, "rng": torch.get_rng_state()}  # fmt: skip
@@ -242,7 +247,7 @@ def _load_state(options: RecordOptions) -> dict[str, Any] | None:
     return state
 
 
-def _restore(model: nn.Module, recorder: PathIntegral, optimizer: Any, scheduler: Any, state: dict[str, Any] | None) -> tuple[int, float]:
+def _restore(model: nn.Module, recorder: PathRecorder, optimizer: Any, scheduler: Any, state: dict[str, Any] | None) -> tuple[int, float]:
     if state is None:
         return 0, 0.0
     with torch.no_grad():

@@ -1,9 +1,10 @@
 """Importance files: safetensors, tensors by base weight name `K`, one JSON string in the metadata under `holdfast`. Never pickle.
 
-    K                                        f32, bf16
-    K.row (out, k), K.col (in, k)            factored
-    K.out_cov (out, out), K.in_cov (in, in)  kronecker; as rank k + constant diagonal: K.out_cov.vectors (out, k), .values (k,), .floor (scalar), and so for in_cov
-    K.anchor_A (r, in), K.anchor_B (out, r)  optional: the adapter at the end of recording, with the scale folded into B
+    K (out, in)                                                 f32, bf16
+    K.row (out, k), K.col (in, k)                               factored
+    K.out_cov (out, out), K.in_cov (in, in)                     kronecker
+    K.out_cov.vectors (out, k), .values (k,), .floor (scalar)   the same as rank k + constant diagonal; so for in_cov
+    K.anchor_A (r, in), K.anchor_B (out, r)                     optional: the adapter at the end of recording, with the scale folded into B
 
 Weights that read the same input share one in_cov: it is stored once, and `shared_in_cov` in the metadata names its place for the others. Written to a temporary
 name and renamed.
@@ -83,7 +84,7 @@ def _tensors(entries: Mapping[str, Entry], where: str) -> tuple[dict[str, Tensor
     tensors: dict[str, Tensor] = {}
     owners: dict[int, str] = {}
     shared = {}
-    for name, entry in entries.items():
+    for name, entry in sorted(entries.items()):  # so that the same weight owns a shared covariance whatever the order
         parts = entry.tensors()
         _check_parts(f"{where}: '{name}'", parts)
         if isinstance(entry, KroneckerEntry) and (owner := owners.setdefault(id(entry.in_cov), name)) != name:

@@ -52,6 +52,15 @@ class LowRankWeight:
     def parameters(self) -> tuple[nn.Parameter, ...]:
         return (self.A, self.B)
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """L (out, q), R (q, in) with L @ R = U, in f32 or wider."""
+        dtype = wider(self.A.dtype)
+        A, B = self.A.detach().to(dtype), self.B.detach().to(dtype) * self.scale
+        if self.initial is None:
+            return B, A
+        A0, B0 = self.initial[0].to(A), self.initial[1].to(A) * self.scale
+        return torch.cat([B - B0, B0], 1), torch.cat([A, A - A0], 0)
+
     def update(self) -> Tensor:
         """U, (out, in), in f32 or wider."""
         dtype = wider(self.A.dtype)

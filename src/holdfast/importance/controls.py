@@ -1,7 +1,7 @@
 """Controls that any estimate of importance must beat: the same for every element, and the right values in the wrong places.
 
 uniform(model, "all-linear")        Omega = 1: L2 to the anchor; arbitrary unit, no text needed
-shuffled(importance, seed=0)        each weight's values in a random order: same norm, same distribution, no knowledge of which element
+shuffled(importance, seed=0)        each weight's values in a random order: same norm and distribution, no knowledge of which element
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def uniform(model: nn.Module, names: str = "all-linear") -> Importance:
 
 
 def shuffled(importance: Importance, seed: int = 0) -> Importance:
-    """`importance` permuted at random within each weight: dense element by element, factored and kronecker by rows and by columns, so that they keep their form.
+    """`importance` permuted at random within each weight: dense by element, factored and kronecker by rows and by columns, so that they keep their form.
 
     The permutation of a weight depends on the seed and its place in the file. Weights that share an input covariance still do.
     """

@@ -53,9 +53,8 @@ class Covariance:
         return math.sqrt(float(torch.linalg.vector_norm(self.matrix, dim=1, dtype=torch.float64).square().sum()))
 
     def cut(self, rank: int) -> LowRankCovariance:
-        """Rank `rank` (at most n) + constant diagonal, keeping the trace. Costs one eigendecomposition."""
-        values, vectors = torch.linalg.eigh(self.full())
-        return low_rank(values.flip(0), vectors.flip(1), rank, self.trace())
+        """Rank `rank` (at most n) + constant diagonal, keeping the trace."""
+        return low_rank(*leading_eigenpairs(self.full(), rank), rank, self.trace())
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Covariance:
         return Covariance(self.matrix.to(device, dtype))
@@ -133,3 +132,20 @@ def low_rank(values: Tensor, vectors: Tensor, rank: int, trace: float) -> LowRan
     above = (top - floor).clamp(min=0)
     floor = max(0.0, trace - float(above.sum())) / n  # the same, unless an estimate put the rest above the top
     return LowRankCovariance(vectors[:, :k].contiguous(), above.to(vectors.dtype), torch.tensor(floor, dtype=vectors.dtype, device=vectors.device))
+
+
+def leading_eigenpairs(matrix: Tensor, rank: int, *, exact_below: int = 2048) -> tuple[Tensor, Tensor]:
+    """(values falling, vectors as columns) of a symmetric (n, n) matrix: all of them for small n, for large n at least the leading `rank`.
+
+    Large matrices take ten subspace iterations from a fixed random start (Halko et al. 2011, arXiv 0909.4061) on twice the rank and 32 more: O(n^2 rank)
+    instead of O(n^3), minutes less per layer at n = 14,336.
+    """
+    n, width = matrix.shape[0], 2 * rank + 32
+    if n < exact_below or width >= n // 2:
+        values, vectors = torch.linalg.eigh(matrix)
+        return values.flip(0), vectors.flip(1)
+    Q = torch.randn(n, width, generator=torch.Generator().manual_seed(0)).to(matrix)
+    for _ in range(10):
+        Q = torch.linalg.qr(matrix @ Q)[0]
+    values, small = torch.linalg.eigh(Q.T @ (matrix @ Q))
+    return values.flip(0), Q @ small.flip(1)

@@ -2,11 +2,13 @@
 
     F_ij = (1 / scored tokens)  sum over sequences  ( sum over tokens t of  d_t,i x_t,j )^2
 
-with x the layer's input and d the gradient of the sequence's summed loss with respect to the layer's output: the squared gradient of one sequence, exactly, without
-a backward pass per sequence. labels="sampled" (drawn from the model) makes it an unbiased estimate of the true Fisher's diagonal; half the energy of a small
-update whose elements are independent is then the expected KL divergence from the base, in nats per token. labels="empirical" (the text's own tokens; the default,
-and what EWC implementations mostly compute: Kirkpatrick et al. 2017, arXiv 1612.00796) is the empirical Fisher: what it predicts is less exact where the model
-fits the text badly (Kunstner et al. 2019, arXiv 1905.12558).
+with x the layer's input and d the gradient of the sequence's summed loss with respect to the layer's output: the squared gradient of one sequence, exactly,
+without a backward pass per sequence.
+
+labels="sampled" (drawn from the model) makes it an unbiased estimate of the true Fisher's diagonal; half the energy of a small update whose elements are
+independent is then the expected KL divergence from the base, in nats per token. labels="empirical" (the text's own tokens; the default, and what EWC
+implementations mostly compute: Kirkpatrick et al. 2017, arXiv 1612.00796) is the empirical Fisher: what it predicts is less exact where the model fits the
+text badly (Kunstner et al. 2019, arXiv 1905.12558).
 
 Cost: one f32 tensor per target weight, a second one for a layer at a time; the operations of one weight gradient per batch.
 

@@ -4,8 +4,8 @@
     G = sum over tokens of d d^T / scored tokens       gradients of the sequences' summed loss with respect to the layer's output
     energy = tr(G U A U^T),  half of which predicts the rise of the general loss in nats per token
 
-It is the Fisher of the whole weight under two assumptions: x and d are independent, and so are the tokens of a sequence. labels="sampled" takes the true Fisher's
-d, "empirical" (default) those of the text. Unlike a diagonal it knows that an update may move along directions that general text never uses.
+It is the Fisher of the whole weight under two assumptions: x and d are independent, and so are the tokens of a sequence. labels="sampled" takes the d of the
+true Fisher, "empirical" (default) those of the text. Unlike a diagonal it knows that an update may move along directions that general text never uses.
 
 `rank=k` keeps rank k + constant diagonal of each covariance (see covariance.py). Cost: one f32 (n, n) matrix per input and output width, n^2 operations per
 token. Weights that get no gradient at all have energy zero.
@@ -26,7 +26,7 @@ from holdfast.config import OptionError
 from holdfast.importance.container import Entry, KroneckerEntry
 from holdfast.importance.covariance import AnyCovariance, Covariance
 from holdfast.importance.observing import ObservingRecorder
-from holdfast.weights import BaseLayer, wider
+from holdfast.weights import BaseLayer
 
 
 class Kronecker(ObservingRecorder):

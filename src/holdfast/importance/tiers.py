@@ -53,6 +53,8 @@ def _factored(entry: Entry, rank: int) -> FactoredEntry:
         return entry
     if isinstance(entry, KroneckerEntry):
         return FactoredEntry(entry.out_cov.diagonal()[:, None].clone(), entry.in_cov.diagonal()[:, None].clone())
+    if isinstance(entry, FactoredEntry) and rank == 1:
+        return FactoredEntry(*factors_of_sums(entry.row, entry.col))
     return FactoredEntry(*factorise(entry.dense(), rank))
 
 
@@ -67,6 +69,12 @@ def _kronecker(name: str, entry: Entry, rank: int | None, cut: dict[int, AnyCova
         if id(cov) not in cut:
             cut[id(cov)] = cov.cut(rank)
     return KroneckerEntry(cut[id(entry.out_cov)], cut[id(entry.in_cov)])
+
+
+def factors_of_sums(row: Tensor, col: Tensor) -> tuple[Tensor, Tensor]:
+    """The rank-1 form, by sums of rows and columns, of row @ col^T: (out, k), (in, k) -> (out, 1), (in, 1), the column summing to 1."""
+    rows, columns = row @ col.sum(0), col @ row.sum(0)
+    return rows[:, None], (columns / columns.sum().clamp(min=torch.finfo(columns.dtype).tiny))[:, None]
 
 
 def factorise(omega: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -133,8 +133,8 @@ class Penalty:
 
 IMPLEMENTATIONS = {
     DenseEntry: "dense pull (element by element, one layer at a time)",
-    FactoredEntry: "factored pull (algebra on thin factors, no tensor of the weight's size)",
-    KroneckerEntry: "kronecker pull (covariances times thin factors, no tensor of the weight's size)",
+    FactoredEntry: "factored pull (rows and columns of importance on the update's own factors)",
+    KroneckerEntry: "kronecker pull (covariances times the update's own factors)",
 }
 
 
