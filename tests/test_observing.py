@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from holdfast.config import OptionError
@@ -189,6 +190,19 @@ def test_what_cannot_be_observed_is_refused(tiny):
     model.merge_adapter()
     with pytest.raises(ValueError, match="merged"):
         Fisher(model)
+    with pytest.raises(ValueError, match="moved the base weight"):
+        Fisher(get_peft_model(tiny(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa")))
+
+
+def test_adapters_inside_a_transformers_model_are_switched_off_too(tiny, text):
+    """transformers' own add_adapter wraps nothing around the model."""
+    bare, model = observe(Fisher(tiny()), text, 5), tiny()
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    found = observe(Fisher(model), text, 5)
+    assert list(found) == list(bare)
+    for name in bare:
+        torch.testing.assert_close(found[name].dense(), bare[name].dense())
+    assert not any(module.disable_adapters for module in model.modules() if hasattr(module, "lora_A"))
 
 
 def test_bf16_models_accumulate_in_f32(tiny, text):

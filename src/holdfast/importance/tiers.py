@@ -3,7 +3,8 @@
     f32, bf16        element by element
     factored[:k]     row @ col^T with k columns. k = 1 (default): Omega_ij ~ (sum of row i) (sum of column j) / total. k > 1: non-negative factorisation by the
                      multiplicative updates of Lee and Seung for the divergence sum Omega log(Omega / R) - Omega + R, of which k = 1 by sums is the exact
-                     minimum. Sums of rows and columns are kept, hence the energy of an update whose squares have no pattern
+                     minimum. Sums of columns are kept, and those of rows as far as it has converged: hence the energy of an update whose
+                     squares have no pattern
     kronecker[:k]    covariances, whole or as rank k + constant diagonal with the trace kept; only from importance recorded by the kronecker estimator
 
 From kronecker, the element-wise tiers and `factored` take the diagonal, which is exactly of rank 1. Costs: k > 1 takes 2 products with the (out, in) tensor in

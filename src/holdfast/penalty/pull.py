@@ -140,7 +140,7 @@ IMPLEMENTATIONS = {
 
 def implementation(importance: Importance) -> str:
     """Which pull this importance gets, and why, for people."""
-    kinds = sorted({IMPLEMENTATIONS[type(entry)] for entry in importance.entries.values()})  # type: ignore[index]
+    kinds = sorted({IMPLEMENTATIONS.get(type(entry), IMPLEMENTATIONS[DenseEntry]) for entry in importance.entries.values()})
     return f"{' and '.join(kinds)} for tier {importance.tier}"
 
 
