@@ -22,9 +22,9 @@ from holdfast.config import OptionError, RecordOptions, as_dict
 from holdfast.importance.container import Importance
 from holdfast.importance.path import PathIntegral
 from holdfast.models import context_length, load_model, load_tokenizer
-from holdfast.runs import atomic_path, check_output_file, environment
+from holdfast.runs import atomic_path, check_free_space, check_output_file, environment
 from holdfast.texts import batches, encode, fingerprint_rows, load_documents, sample_documents
-from holdfast.weights import add_adapter, fingerprint
+from holdfast.weights import add_adapter, fingerprint, target_weights
 
 logger = logging.getLogger("holdfast")
 
@@ -63,6 +63,7 @@ def record(options: RecordOptions) -> Importance:
         peft_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         peft_model.enable_input_require_grads()
     trainable = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
+    check_free_space(out, _disk_needed(options, peft_model, trainable, total))
     logger.info("recording %s on %s: %d documents, %s tokens, %d steps; %s trainable parameters; path integral, %s gradient; seed %d", options.model,
                 options.general, len(documents), f"{source['tokens']:,}", total, f"{trainable:,}", options.gradient, options.seed)  # fmt: skip
     started = time.perf_counter()
@@ -82,6 +83,13 @@ def record(options: RecordOptions) -> Importance:
     _state_path(options).unlink(missing_ok=True)
     logger.info("wrote %s: %d weights, %.2f MiB, %.1f s", out, len(importance), out.stat().st_size / 2**20, info["timings"]["train_seconds"])
     return importance
+
+
+def _disk_needed(options: RecordOptions, model: nn.Module, trainable: int, total: int) -> int:
+    """Bytes of the file with its anchor (f32), and of two states while one replaces the other: credit, Omega, adapter and AdamW's moments, all f32."""
+    elements = sum(math.prod(weight.shape) for weight in target_weights(model))
+    file = elements * (4 if options.tier == "f32" else 2) + 4 * trainable
+    return file + (2 * (8 * elements + 12 * trainable) if total > options.save_steps else 0)
 
 
 def _train(model: nn.Module, recorder: PathIntegral, encoded: list[Any], options: RecordOptions, length: int, total: int, per_epoch: int,
@@ -161,7 +169,11 @@ def _load_state(options: RecordOptions) -> dict[str, Any] | None:
     if not path.is_file():
         logger.info("no saved state beside %s: starting from the beginning", options.out)
         return None
-    state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+    try:
+        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"{path} is not a whole saved state ({first}); remove it, or start again without --resume") from error
     now, then = _comparable(options), state["options"]
     different = sorted(key for key in now if now[key] != then.get(key))
     if different:
