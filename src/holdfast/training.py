@@ -50,6 +50,10 @@ def tune(options: TuneOptions) -> dict[str, Any]:
         torch.set_num_threads(options.threads)
     tokenizer, model = load_tokenizer(options), load_model(options)
     _check_model(options, model, importance, how)
+    if options.quantize != "none":  # before measuring: it turns norms and embeddings to f32, which must not look like forgetting
+        from peft import prepare_model_for_kbit_training
+
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=options.gradient_checkpointing)
     encoded = _encoded(options, data, tokenizer, model)
     held = load_training_data(options.eval_data, split=options.eval_split, limit=options.limit) if options.eval_steps and options.eval_data else None
     wanted: dict[str, Any] = dict(general=options.general, data=options.eval_data, tasks=options.tasks, text_column=options.text_column,
@@ -143,10 +147,6 @@ def _prepared(options: TuneOptions, model: nn.Module, importance: Importance | N
         for _, module in matching(model, options.targets):
             module.weight.requires_grad_(True)
         return model
-    if options.quantize != "none":
-        from peft import prepare_model_for_kbit_training
-
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=options.gradient_checkpointing)
     set_seed(options.seed)
     model = add_adapter(model, names=options.targets, rank=options.rank, alpha=options.alpha, dropout=options.dropout, rslora=options.rslora)
     if options.anchor == "recorded" and importance is not None:
