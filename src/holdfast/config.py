@@ -42,6 +42,13 @@ def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, p
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PRESETS = ("default", "paper")
 LAYERS = ("uniform", "softmax", "scale-free")
+REPORTERS = ("none", "tensorboard", "wandb", "trackio", "mlflow", "swanlab")
+
+# Options that must be at least a number, and those that must be above zero, wherever they occur.
+AT_LEAST = {"rank": 1, "batch_size": 1, "accumulation": 1, "save_steps": 1, "log_steps": 1, "limit": 1, "documents": 1, "self_documents": 1, "threads": 1,
+            "length": 2, "stride": 1, "batch_tokens": 1, "shots": 0, "eval_steps": 0, "strength": 0, "dropout": 0, "warmup": 0, "weight_decay": 0,
+            "max_grad_norm": 0, "seed": 0}  # fmt: skip
+ABOVE_ZERO = ("learning_rate", "epochs", "alpha", "xi")
 
 
 @dataclass(frozen=True)
@@ -148,7 +155,7 @@ class TuneOptions(AdapterOptions, TextOptions, ModelOptions):
     limit: int | None = option(None, "evaluate at most this many documents or questions")
     save_steps: int = option(200, "checkpoint every so many steps")
     log_steps: int = option(10, "log every so many steps")
-    report_to: str = option("none", "where the trainer reports: none, tensorboard, wandb, trackio")
+    report_to: str = option("none", "where the trainer reports", choices=REPORTERS)
     resume: bool = option(False, "go on from the last checkpoint in --out")
     overwrite: bool = option(False, "replace a finished run in --out")
 
@@ -218,6 +225,12 @@ def _checked(spec: dataclasses.Field, value: Any) -> Any:
     choices = spec.metadata.get("choices")
     if choices and value not in choices:
         raise OptionError(f"{flag} expects one of {', '.join(choices)}, found '{value}'; {nearest(str(value), choices)}")
+    if spec.name in AT_LEAST and value < AT_LEAST[spec.name]:
+        raise OptionError(f"{flag} must be at least {AT_LEAST[spec.name]}, found {value}")
+    if spec.name in ABOVE_ZERO and value <= 0:
+        raise OptionError(f"{flag} must be above 0, found {value}")
+    if spec.name == "dropout" and value >= 1:
+        raise OptionError(f"{flag} must be below 1, found {value}")
     return value
 
 

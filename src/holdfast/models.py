@@ -75,6 +75,8 @@ def _load(kind: Any, name: str, options: ModelOptions, settings: dict[str, Any])
         offline = " (offline mode is on: HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"cannot load '{name}'{offline}: {first}; check the name, the connection or your access, or give a local folder") from error
+    except Exception as error:  # a truncated weight file or a foreign configuration: each library has its own exceptions
+        raise ValueError(f"cannot load '{name}': {str(error).strip().splitlines()[0]}; is the model whole, and one that this transformers knows?") from error
 
 
 def _quantization(options: ModelOptions) -> Any:

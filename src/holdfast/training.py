@@ -10,6 +10,7 @@ The story: load, refuse what cannot work, measure the bare base, add an adapter,
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import shutil
@@ -74,7 +75,7 @@ def tune(options: TuneOptions) -> dict[str, Any]:
     run = {
         "configuration": as_dict(options),
         "environment": environment(str(next(model.parameters()).device)),
-        "data": {"source": options.data, "rows": len(data), "sha256": fingerprint_rows(list(data))},
+        "data": {"source": options.data, "rows": len(data), "rows_trained": len(encoded), "sha256": fingerprint_rows(list(data))},
         "importance": {"file": options.importance, "sha256": sha256_file(options.importance)} if options.importance else None,
         "before": before,
         "after": after,
@@ -114,6 +115,8 @@ def _check(options: TuneOptions, out: Path) -> None:
         raise OptionError("--anchor recorded (also in --preset paper) needs --importance FILE")
     if options.anchor == "recorded" and options.full:
         raise OptionError("--anchor recorded starts from the recorded adapter; use --anchor base with --full")
+    if options.report_to != "none" and importlib.util.find_spec(options.report_to) is None:
+        raise OptionError(f"--report-to {options.report_to} needs a package of that name, which is not installed; pip install {options.report_to}")
     check_tasks(options.tasks)
     check_output_folder(out)
     if (out / "run.json").exists() and not (options.overwrite or options.resume):
@@ -164,11 +167,15 @@ def _encoded(options: TuneOptions, data: Any, tokenizer: Any, model: nn.Module) 
 
     encoded = encode_rows(data, tokenizer, completion_only=options.completion_only is not False, end=tokenizer.eos_token or "")
     context = context_length(unwrapped(model))
-    if lost := truncation_report(encoded, min(options.length, context), context):
+    length = min(options.length, context)
+    if lost := truncation_report(encoded, length, context):
         logger.warning("%s", lost)
-    labels = [[token if one else -100 for token, one in zip(ids, scored, strict=True)] for ids, scored in encoded]
-    kept = [(ids, row) for (ids, _), row in zip(encoded, labels, strict=True) if any(label != -100 for label in row[1:])]
-    return Dataset.from_dict({"input_ids": [ids for ids, _ in kept], "labels": [row for _, row in kept]})
+    rows = []
+    for ids, scored in encoded:
+        labels = [token if one else -100 for token, one in zip(ids[:length], scored, strict=False)]
+        if any(label != -100 for label in labels[1:]):
+            rows.append({"input_ids": ids[:length], "labels": labels})
+    return Dataset.from_list(rows)
 
 
 def _disk_needed(options: TuneOptions, model: nn.Module) -> int:
