@@ -1,12 +1,13 @@
 """The command line: help without torch, exit codes, nearest names, precedence of flags, YAML and presets."""
 
+import dataclasses
 import subprocess
 import sys
 
 import pytest
 
 from holdfast.cli import VERBS, main
-from holdfast.config import RECORD_PRESETS, TUNE_PRESETS, OptionError, RecordOptions, TuneOptions, read_yaml, resolve
+from holdfast.config import ABOVE_ZERO, AT_LEAST, RECORD_PRESETS, TUNE_PRESETS, EvalOptions, OptionError, RecordOptions, TuneOptions, read_yaml, resolve
 
 
 @pytest.mark.parametrize("verb", ["", *sorted(VERBS)])
@@ -78,3 +79,13 @@ def test_broken_yaml_is_an_option_error(tmp_path, text):
         read_yaml(path)
     with pytest.raises(OptionError, match="did you mean 'learning_rate'"):
         resolve(TuneOptions, {"learnin_rate": 1}, TUNE_PRESETS)
+
+
+def test_limits_are_those_of_real_options():
+    names = {f.name for kind in (RecordOptions, TuneOptions, EvalOptions) for f in dataclasses.fields(kind)}
+    assert {*AT_LEAST, *ABOVE_ZERO} <= names
+    for presets, kind in ((RECORD_PRESETS, RecordOptions), (TUNE_PRESETS, TuneOptions)):
+        for preset in presets:
+            for name in {*AT_LEAST, *ABOVE_ZERO} & {f.name for f in dataclasses.fields(kind)}:
+                with pytest.raises(OptionError, match=f"--{name.replace('_', '-')} must be"):
+                    resolve(kind, {"preset": preset, name: -1}, presets)

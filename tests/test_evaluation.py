@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from holdfast.evaluation import TextLoss, answers, lm_eval_accuracy, ratio_error, rise, text_loss
+from holdfast.config import EvalOptions, OptionError, resolve
+from holdfast.evaluation import TextLoss, answers, check_tasks, evaluate, lm_eval_accuracy, ratio_error, rise, text_loss
+from holdfast.runs import read_json
 from holdfast.tasks import load_task
 
 
@@ -56,17 +58,58 @@ def test_numbers_and_pairing():
     assert TextLoss(np.array([1.0]), np.array([1])).standard_error is None
 
 
-def test_own_ranking_agrees_with_lm_eval_on_local_rows(tiny, tokenizer, tmp_path):
-    words = ["the", "cat", "sat", "on", "mat", "and", "dog", "then", "too"]
-    rows = [
-        {"goal": f"{words[i % 9]} {words[(3 * i) % 9]}", "sol1": f"{words[(i + 1) % 9]} sat", "sol2": f"{words[(i + 4) % 9]} mat too", "label": i % 2}
-        for i in range(12)
-    ]
-    path = tmp_path / "piqa.jsonl"
+WORDS = ["the", "cat", "sat", "on", "mat", "and", "dog", "then", "too"]
+MADE = {
+    "piqa": lambda i, w: {"goal": f"{w(i)} {w(3 * i)}", "sol1": f"{w(i + 1)} sat", "sol2": f"{w(i + 4)} mat too", "label": i % 2},
+    "sciq": lambda i, w: {"question": f"{w(i)} {w(2 * i)} {w(5 * i)} ?", "correct_answer": w(i + 1), "distractor1": w(i + 2), "distractor2": f"{w(i + 3)} on",
+                          "distractor3": w(i + 5), "support": f" {w(i + 4)} sat ."},
+    "medmcqa": lambda i, w: {"question": f"{w(i)} {w(2 * i)} ?", "opa": w(i + 1), "opb": w(i + 2), "opc": w(i + 3), "opd": w(i + 5), "cop": i % 4},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(MADE))
+def test_own_ranking_and_prompts_agree_with_lm_eval_on_local_rows(tiny, tokenizer, tmp_path, name):
+    rows = [MADE[name](i, lambda k: WORDS[k % 9]) for i in range(12)]
+    path = tmp_path / f"{name}.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows))
     model = tiny().eval()
-    task, loaded = load_task(f"piqa={path}")
+    torch.nn.init.normal_(model.lm_head.weight, std=1.0)  # clear preferences: no ties
+    task, loaded = load_task(f"{name}={path}")
     ours = answers(model, tokenizer, task, loaded)
-    theirs = lm_eval_accuracy(model, tokenizer, "piqa", file=str(path))
-    assert ours["acc"] == pytest.approx(theirs["acc"])
+    theirs = lm_eval_accuracy(model, tokenizer, name, file=str(path))
+    assert ours["acc"] == pytest.approx(theirs["acc"]) and ours["acc_norm"] == pytest.approx(theirs["acc_norm"])
     assert ours["questions"] == 12 and ours["answer_loss"]["nats"] > 0
+
+
+def test_unknown_tasks_and_broken_task_files_are_named_before_a_model_is_loaded(tmp_path):
+    with pytest.raises(OptionError, match="did you mean 'sciq'"):
+        check_tasks("piqa,sciqq")
+    check_tasks("sciq,hellaswag")
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"goal": "x"}\n')
+    with pytest.raises(ValueError, match="missing sol1, sol2, label"):
+        evaluate(resolve(EvalOptions, {"model": "./no-model", "tasks": f"piqa={path}"}))
+
+
+def test_eval_writes_its_run_and_prints_before_after_change_and_error(model_folder, text_file, tmp_path, capsys):
+    """The adapter at scale 0 is the base: no change. Perplexity is exp of nats; the authors' figure is labelled."""
+    from holdfast.models import load_model
+    from holdfast.weights import add_adapter, target_weights
+
+    options = {"model": str(model_folder), "general": str(text_file), "data": str(text_file), "device": "cpu", "out": str(tmp_path / "seen")}
+    adapted = add_adapter(load_model(resolve(EvalOptions, options)), names="all-linear", rank=2, alpha=4)
+    for weight in target_weights(adapted):
+        torch.nn.init.normal_(weight.B)
+    adapted.save_pretrained(tmp_path / "adapter")
+    options["adapter"] = str(tmp_path / "adapter")
+    still = evaluate(resolve(EvalOptions, {**options, "scale": 0.0}))
+    assert still["forgetting"]["nats"] == pytest.approx(0.0, abs=1e-6)
+    run = evaluate(resolve(EvalOptions, {**options, "authors_perplexity": True}))
+    printed = capsys.readouterr().out
+    written = read_json(tmp_path / "seen" / "run.json")
+    before, after = written["before"]["general"], written["after"]["general"]
+    assert written["forgetting"]["nats"] == pytest.approx(after["nats"] - before["nats"]) != 0
+    assert written["learning"]["nats"] == pytest.approx(written["before"]["domain"]["nats"] - written["after"]["domain"]["nats"])
+    assert after["perplexity"] == pytest.approx(math.exp(after["nats"])) and after["bits_per_byte"] > 0
+    assert "2^nats (as the paper's code)" in printed and f"{2 ** before['nats']:.4f}" in printed
+    assert f"{before['nats']:.4f}" in printed and f"{run['forgetting']['nats']:+.4f}" in printed and f"{run['forgetting']['standard_error']:.4f}" in printed

@@ -346,3 +346,72 @@ def test_path_factored_goes_on_from_its_state(adapted, batch):
     assert all(torch.equal(a[name].dense(), b[name].dense()) for name in a)
     with pytest.raises(ValueError, match="another estimator"):
         PathIntegral(parted).load_state_dict(first.state_dict())
+
+
+def test_clamping_at_the_end_keeps_what_steps_take_back(adapted, batch):
+    """The same run: clamped in every step the credit is the larger, and only the other one sums to the loss decrease."""
+    twin = copy.deepcopy(adapted)
+    omegas, recorders = [], []
+    for model, clamp in ((adapted, "step"), (twin, "end")):
+        recorder = PathIntegral(model, clamp=clamp)
+        optimizer = torch.optim.SGD(parameters(model), lr=0.3)
+        with recorder.attach(optimizer):
+            train(model, optimizer, batch, steps=6)
+        recorders.append(recorder)
+        omegas.append({name: parts[0].clone() for name, parts in recorder._credit.items()})
+    for name in omegas[0]:
+        assert (omegas[0][name] >= omegas[1][name] - 1e-15).all()
+    assert any((omegas[1][name] < 0).any() for name in omegas[1])
+    assert sum(float(w.sum()) for w in omegas[1].values()) == pytest.approx(recorders[1].decrease, rel=1e-9)
+    assert all((entry.values >= 0).all() for entry in recorders[1].finish().entries.values())
+
+
+def test_different_learning_rates_per_factor_are_recorded_with_the_exact_gradient(tiny, batch):
+    """As with LoRA+: the movement is the real one, so the credits still add up to the loss decrease."""
+    model = add_adapter(tiny(dtype=torch.float64), names="all-linear", rank=3, alpha=6)
+    recorder = PathIntegral(model)
+    groups = [{"params": [w.A for w in recorder.weights], "lr": 1e-3}, {"params": [w.B for w in recorder.weights], "lr": 1.6e-2}]
+    optimizer = torch.optim.SGD(groups)
+    before = float(loss_of(model, batch))
+    with recorder.attach(optimizer):
+        train(model, optimizer, batch, steps=60)
+    assert recorder.decrease == pytest.approx(before - float(loss_of(model, batch)), rel=0.05)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_real_grad_scaler_skips_and_scales(tiny, batch, fused):
+    """torch's GradScaler on the CPU: an infinite gradient is skipped, and the others count in nats as without a scaler."""
+    decreases = []
+    for enabled in (False, True):
+        model = add_adapter(tiny(), names="all-linear", rank=3, alpha=6)
+        recorder = PathIntegral(model)
+        optimizer = torch.optim.AdamW(parameters(model), lr=1e-2, fused=fused)
+        scaler = torch.amp.GradScaler("cpu", init_scale=256.0, enabled=enabled)
+        with recorder.attach(optimizer, scaler=scaler):
+            if enabled:
+                scaler.scale(loss_of(model, batch) * float("inf")).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+                assert recorder.steps == 0 and scaler.get_scale() == 128.0
+            for _ in range(3):
+                scaler.scale(loss_of(model, batch)).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+        assert recorder.steps == 3
+        decreases.append(recorder.decrease)
+    assert decreases[1] == pytest.approx(decreases[0], rel=1e-4)
+
+
+def test_movements_of_bf16_factors_lose_nothing_to_cancellation():
+    """A step of one bf16 unit on large factors: the low-rank form has it to f32 accuracy, the difference of two f32 products does not."""
+    torch.manual_seed(0)
+    A, B = torch.randn(64, 64).bfloat16(), (100 * torch.randn(64, 64)).bfloat16()
+    after = torch.where(torch.rand(B.shape) < 0.01, B * (1 + 2**-7), B)
+    exact = (after.double() - B.double()) @ A.double()
+    left, right = low_rank_movement(A.float(), B.float(), A.float(), after.float(), 1.0)
+    ours = left @ right
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-6, atol=1e-6 * float(exact.abs().max()))
+    naive = (after.float() @ A.float() - B.float() @ A.float()).double()
+    assert float((naive - exact).abs().max()) > 10 * float((ours - exact).abs().max())

@@ -148,3 +148,57 @@ def test_misfits_are_refused_with_names(adapted, tiny):
         Penalty(adapted, importance, strength=1.0, anchor="recorded")
     with pytest.raises(OptionError, match="strength"):
         Penalty(adapted, importance, strength=float("nan"))
+
+
+def test_different_learning_rates_and_a_frozen_factor(adapted):
+    """The pull is a gradient: each factor moves by its own rate, and a frozen one stays."""
+    penalty = Penalty(adapted, make_importance(adapted), strength=1.0)
+    frozen, weights = penalty.weights[0], penalty.weights[1:]
+    frozen.A.requires_grad_(False)
+    optimizer = torch.optim.SGD([{"params": [frozen.B, *(w.A for w in weights)], "lr": 1e-3}, {"params": [w.B for w in weights], "lr": 1e-2}])
+    before = {w.name: (w.A.detach().clone(), w.B.detach().clone()) for w in penalty.weights}
+    with penalty.attach(optimizer):
+        optimizer.step()
+    assert torch.equal(frozen.A, before[frozen.name][0]) and frozen.A.grad is None and not torch.equal(frozen.B, before[frozen.name][1])
+    for w in weights:
+        torch.testing.assert_close(w.A, before[w.name][0] - 1e-3 * w.A.grad)
+        torch.testing.assert_close(w.B, before[w.name][1] - 1e-2 * w.B.grad)
+
+
+def test_frozen_adapters_and_foreign_optimizers_are_refused(adapted):
+    penalty = Penalty(adapted, make_importance(adapted), strength=1.0)
+    with pytest.raises(ValueError, match="not among this optimizer"):
+        penalty.attach(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1))
+    with pytest.raises(ValueError, match="expected a torch optimizer"):
+        penalty.attach(object())
+    everything = [p for w in penalty.weights for p in w.parameters]
+    for p in everything:
+        p.requires_grad_(False)
+    with pytest.raises(ValueError, match="is_trainable=True"):
+        penalty.attach(torch.optim.SGD(everything, lr=0.1))
+
+
+def test_bf16_factors_are_pulled_in_f32(adapted):
+    exact = copy.deepcopy(adapted)
+    for model in (adapted, exact):
+        for w in target_weights(model):
+            for p in w.parameters:
+                p.data = p.data.bfloat16()
+    for w in target_weights(exact):
+        for p in w.parameters:
+            p.data = p.data.float()
+    importance = make_importance(adapted)
+    low, high = Penalty(adapted, importance, strength=1.0), Penalty(exact, importance, strength=1.0)
+    low.pull(), high.pull()
+    assert low.energy() == pytest.approx(high.energy(), rel=1e-6)
+    for a, b in zip(low.weights, high.weights, strict=True):
+        torch.testing.assert_close(a.A.grad, b.A.grad.bfloat16())
+
+
+def test_a_non_finite_pull_stops_before_anything_moves(adapted):
+    penalty = Penalty(adapted, make_importance(adapted), strength=1e38)
+    optimizer = torch.optim.SGD([p for w in penalty.weights for p in w.parameters], lr=0.1)
+    before = [p.detach().clone() for w in penalty.weights for p in w.parameters]
+    with pytest.raises(ValueError, match="lower the strength"), penalty.attach(optimizer):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, (p for w in penalty.weights for p in w.parameters), strict=True))

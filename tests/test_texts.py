@@ -1,12 +1,13 @@
 """Text and tasks in: files of every kind, broken input, chats, named tasks."""
 
 import json
+import re
 
 import pytest
 
 from holdfast.config import OptionError
-from holdfast.tasks import TASKS, load_task, load_training_data
-from holdfast.texts import batches, encode, load_documents, load_rows
+from holdfast.tasks import TASKS, encode_rows, load_task, load_training_data, truncation_report
+from holdfast.texts import batches, encode, encode_chat, load_documents, load_rows
 
 
 def test_every_file_kind_gives_the_same_documents(tmp_path):
@@ -96,3 +97,118 @@ def test_tasks_from_local_files(name, tmp_path):
 def test_unknown_tasks_name_the_nearest(tmp_path):
     with pytest.raises(OptionError, match="did you mean 'sciq'"):
         load_task("scqi=x.jsonl")
+
+
+def test_line_separators_inside_strings_and_byte_order_marks(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one\u2028two\x85three"}\n{"text": "four"}\n')
+    assert [row["text"] for row in load_rows(str(path))] == ["one\u2028two\x85three", "four"]
+    path = tmp_path / "a.csv"
+    path.write_bytes('\ufefftext\n"one\x0btwo"\n'.encode())
+    assert load_rows(str(path)) == [{"text": "one\x0btwo"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"text": "  "}, "row 1: text must not be empty"),
+        ({"prompt": "x", "completion": ""}, "row 1: prompt and completion must not be empty, 'completion' is"),
+        ({"prompt": [{"role": "user", "content": "x"}], "completion": "y"}, "'prompt' holds list, expected text"),
+        ({"messages": []}, "row 1: messages must not be empty"),
+        ({"messages": [{"from": "human", "value": "x"}]}, "expected chat turns {'role': ..., 'content': ...}"),
+    ],
+)
+def test_empty_or_malformed_rows_are_named(tmp_path, row, expected):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        load_training_data(str(path))
+    if "messages" in row:
+        with pytest.raises(ValueError, match="row 1"):
+            load_documents(str(path))
+
+
+CHAT = [
+    {"role": "user", "content": "the cat"},
+    {"role": "assistant", "content": "sat on"},
+    {"role": "user", "content": "and"},
+    {"role": "assistant", "content": "too"},
+]
+PLAIN = "{% for m in messages %}{{ m['role'] + ' : ' + m['content'] + ' . ' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant : ' }}{% endif %}"
+MARKED = (
+    "{% for m in messages %}{{ m['role'] + ' : ' }}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + ' .' }}{% endgeneration %}"
+    "{% else %}{{ m['content'] + ' .' }}{% endif %}{{ ' ' }}{% endfor %}"
+)
+REWRITING = "{% for m in messages %}{{ m['role'] + ' : ' + (m['content'] if loop.last else 'no') + ' . ' }}{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED])
+def test_chats_are_scored_alike_with_and_without_generation_markers(tokenizer, template):
+    tokenizer.chat_template = template
+    ids, scored = encode_chat(CHAT, tokenizer)
+    assert tokenizer.decode([i for i, s in zip(ids, scored, strict=True) if s]) == "sat on . too ."
+    assert tokenizer.decode(ids) == "user : the cat . assistant : sat on . user : and . assistant : too ."
+    assert all(encode_chat(CHAT, tokenizer, assistant_only=False)[1])
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
+    tokenizer.chat_template = REWRITING
+    with pytest.raises(ValueError, match="writes turn 2 differently once the chat goes on"):
+        encode_chat(CHAT, tokenizer)
+
+
+def test_rows_are_tokenised_as_trl_does(tiny, tokenizer, tmp_path):
+    """The same token ids and labels as TRL's own preparation, for each kind of data."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    tokenizer.chat_template = MARKED
+    config = dict(output_dir=str(tmp_path), max_length=9, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", shuffle_dataset=False)
+    kinds = {
+        "text": [{"text": "the cat sat on the mat and then"}, {"text": "the dog"}],
+        "prompt": [{"prompt": "Question ?", "completion": " the cat sat on the mat"}, {"prompt": "a", "completion": " b"}],
+        "messages": [{"messages": CHAT[:2]}, {"messages": CHAT}],
+    }
+    for kind, rows in kinds.items():
+        data = Dataset.from_list(rows)
+        theirs = SFTTrainer(model=tiny(), args=SFTConfig(**config, assistant_only_loss=kind == "messages"), train_dataset=data, processing_class=tokenizer)
+        ours = encode_rows(data, tokenizer, end=tokenizer.eos_token)
+        for (ids, scored), row in zip(ours, theirs.train_dataset, strict=True):
+            assert ids[:9] == list(row["input_ids"])
+            assert [i if s else -100 for i, s in zip(ids, scored, strict=True)][:9] == list(row["labels"])
+
+
+def test_what_length_cuts_off_is_reported_and_refused_where_nothing_is_left():
+    row = lambda prompt, completion: ([5] * (prompt + completion), [False] * prompt + [True] * completion)
+    rows = [row(3, 2)] * 17 + [row(10, 2)] + [row(6, 4)] * 2
+    assert truncation_report(rows, 12, 32) is None
+    assert truncation_report(rows, 8, 32) == (
+        "3 of 20 rows are longer than --length 8: 1 lose all that is scored and are left out, 2 lose the end of it; "
+        "--length 10 would keep 95% of the rows whole (the model takes at most 32 tokens)"
+    )
+    assert "--length 9 would keep 85% of the rows whole" in truncation_report(rows, 8, 9)
+    assert truncation_report([row(3, 2), row(3, 0)], 12, 32) == "1 of 2 rows have nothing to score and are left out"
+    with pytest.raises(ValueError, match=r"within --length 3 no row keeps a token to score, since prompts fill it; --length 10 would keep 95%"):
+        truncation_report(rows, 3, 32)
+    with pytest.raises(ValueError, match="no row has a token to score"):
+        truncation_report([row(3, 0)], 12, 32)
+
+
+def test_a_task_row_without_a_published_answer_is_refused(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_text(json.dumps({**ROWS["medmcqa"], "cop": -1}) + "\n")
+    with pytest.raises(ValueError, match=r"row 1: cop is -1, which names no choice; use a split with answers \(validation\)"):
+        load_task(f"medmcqa={path}")
+
+
+def test_a_bare_word_that_is_nearly_a_task_names_it():
+    with pytest.raises(ValueError, match="as a task: did you mean 'sciq'"):
+        load_training_data("sciqq")
+
+
+@pytest.mark.parametrize("name", sorted(TASKS))
+def test_prompts_datasets_and_splits_are_those_of_lm_eval(name):
+    from holdfast.evaluation import _task_manager
+
+    settings = _task_manager().task_index[name].cfg
+    assert TASKS[name].hub == settings["dataset_path"] and TASKS[name].held_out == (settings["test_split"] or settings["validation_split"])

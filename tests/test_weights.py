@@ -3,8 +3,9 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
-from conftest import CONFIGS
+from conftest import CONFIGS, SMALL
 from holdfast.config import OptionError
 from holdfast.weights import add_adapter, base_shapes, fingerprint, matching, target_weights
 
@@ -96,3 +97,50 @@ def test_targets_by_name_all_linear_and_regular_expression(tiny):
         matching(model, "nothing.*")
     adapted = add_adapter(tiny(), names=r"model\.layers\.1\..*[qk]_proj", rank=2, alpha=2)
     assert [w.name for w in target_weights(adapted)] == ["model.layers.1.self_attn.q_proj.weight", "model.layers.1.self_attn.k_proj.weight"]
+
+
+@pytest.fixture(params=["mixtral", "qwen3_moe"])
+def mixture(request):
+    torch.manual_seed(0)
+    if request.param == "mixtral":
+        return AutoModelForCausalLM.from_config(MixtralConfig(**SMALL, num_local_experts=2, num_experts_per_tok=1))
+    return AutoModelForCausalLM.from_config(Qwen3MoeConfig(**SMALL, head_dim=8, moe_intermediate_size=8, num_experts=2, num_experts_per_tok=1))
+
+
+def test_fused_experts_are_refused_with_a_reason_and_never_skipped_silently(mixture, caplog):
+    for names in ("gate_up_proj", "experts"):
+        with pytest.raises(ValueError, match="fused expert tensors"):
+            matching(mixture, names)
+    with pytest.raises(ValueError, match="freeze them, or name the targets"):
+        target_weights(mixture)
+    assert {w.kind for w in target_weights(mixture, names="q_proj")} == {"q_proj"}
+    adapted = add_adapter(mixture, names="all-linear", rank=2, alpha=2)
+    assert "leaves out 4 fused expert tensors" in caplog.text
+    assert {w.kind for w in target_weights(adapted)} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+def test_lora_on_fused_experts_is_refused(mixture):
+    adapted = get_peft_model(mixture, LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"]))
+    with pytest.raises(ValueError, match="fused expert tensors"):
+        target_weights(adapted)
+
+
+def test_a_bare_model_is_held_where_it_is_trained(tiny):
+    model = tiny().requires_grad_(False)
+    with pytest.raises(ValueError, match="requires a gradient"):
+        target_weights(model)
+    model.model.layers[1].mlp.up_proj.weight.requires_grad_(True)
+    assert [w.name for w in target_weights(model)] == ["model.layers.1.mlp.up_proj.weight"]
+
+
+@pytest.mark.parametrize(("how", "moves"), [("olora", True), ("pissa_niter_2", True), ("gaussian", False), ("orthogonal", False)])
+def test_initialisations_are_refused_exactly_where_they_move_the_base(tiny, how, moves):
+    bare = tiny()
+    base = bare.model.layers[0].self_attn.q_proj.weight.detach().clone()
+    model = get_peft_model(bare, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=how))
+    assert torch.equal(bare.model.layers[0].self_attn.q_proj.base_layer.weight, base) != moves
+    if moves:
+        with pytest.raises(ValueError, match="starts away from the base model"):
+            target_weights(model)
+    else:
+        assert float(target_weights(model)[0].update().abs().max()) < 1e-6

@@ -8,9 +8,12 @@ callbacks and `log_history` is copied before `on_log`, so `hold` puts its callba
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from holdfast.config import OptionError
@@ -19,8 +22,28 @@ from holdfast.importance.container import Importance
 from holdfast.penalty.pull import Penalty
 
 
+def check_gradients(args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
+    """Raise ValueError on a non-finite gradient, before the optimizer moves anything. Under fp16 the GradScaler skips such steps itself."""
+    norms = [] if args.fp16 else torch._foreach_norm([p.grad for p in model.parameters() if p.grad is not None])
+    if norms and not math.isfinite(float(torch.stack([norm.float().cpu() for norm in norms]).sum())):
+        raise ValueError(f"non-finite loss or gradient at step {state.global_step + 1}; the last good checkpoint is kept. "
+                         "Lower the learning rate or the strength, or train in float32, and resume from it")  # fmt: skip
+
+
+class StopOnNonFinite(TrainerCallback):
+    """Stops before a step on a non-finite gradient, and before a checkpoint of non-finite weights, so that the last checkpoint stays good."""
+
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        check_gradients(args, state, kwargs["model"])
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if control.should_save and not all(bool(torch.isfinite(p).all()) for p in kwargs["model"].parameters() if p.requires_grad):
+            raise ValueError(f"non-finite weights after step {state.global_step}; the last good checkpoint is kept. "
+                             "Lower the learning rate, or train in float32, and resume from it")  # fmt: skip
+
+
 class HoldfastCallback(TrainerCallback):
-    """Attaches a penalty to the trainer's optimizer, logs energy, pull norm and pull/gradient ratio, and stops on a non-finite loss or gradient.
+    """Attaches a penalty to the trainer's optimizer, logs energy, pull norm and pull/gradient ratio, and stops with ValueError on a non-finite gradient.
 
     Added by hand (`callbacks=[HoldfastCallback(penalty)]`) it comes after the reporters: the console and `log_history` get its numbers, TensorBoard
     does not. `hold` puts it first.
@@ -33,6 +56,9 @@ class HoldfastCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.close()
         self._attachment = self.penalty.attach(kwargs["optimizer"])
+
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        check_gradients(args, state, kwargs["model"])
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.close()
@@ -81,12 +107,13 @@ class RecorderCallback(TrainerCallback):
         self._attachment = None
 
 
-def hold(trainer: Any, importance: Importance | str | Path, *, strength: float = 1.0, layers: Any = None, anchor: str = "base") -> HoldfastCallback:
+def hold(trainer: Any, importance: Importance | str | Path, *, strength: float = 1.0, layers: Any = None, anchor: str = "base",
+         names: str | None = None) -> HoldfastCallback:  # fmt: skip
     """Hold `trainer.model` while it trains: builds the penalty, and puts its callback first so that TensorBoard and the console show its numbers.
 
     Raises ValueError when importance does not fit the model, OptionError for wrong settings. Returns the callback; its `.penalty` tells the energy.
     """
     loaded = importance if isinstance(importance, Importance) else Importance.load(importance)
-    callback = HoldfastCallback(Penalty(trainer.model, loaded, strength=strength, layers=layers, anchor=anchor))
+    callback = HoldfastCallback(Penalty(trainer.model, loaded, strength=strength, layers=layers, anchor=anchor, names=names))
     trainer.callback_handler.callbacks.insert(0, callback)
     return callback

@@ -60,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.parse_args(words)
         parser.print_help()
         return 2 if words else 0
-    given = vars(_verb_parser(verb).parse_args(words[words.index(verb) + 1 :]))
+    place = words.index(verb)
+    given = vars(_verb_parser(verb).parse_args(words[:place] + words[place + 1 :]))
     debug, quiet = given.pop("debug", False), given.pop("quiet", False)
     _quiet_hosts()
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
@@ -85,6 +86,7 @@ def _quiet_hosts() -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it announces a kernel that it can do without
 
 
 def _status(result: Any) -> int:

@@ -43,6 +43,13 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 PRESETS = ("default", "paper")
 ESTIMATORS = ("path", "path-factored", "fisher", "kronecker", "activation", "uniform")
 LAYERS = ("uniform", "softmax", "scale-free")
+REPORTERS = ("none", "tensorboard", "wandb", "trackio", "mlflow", "swanlab")
+
+# Options that must be at least a number, and those that must be above zero, wherever they occur.
+AT_LEAST = {"rank": 1, "batch_size": 1, "accumulation": 1, "save_steps": 1, "log_steps": 1, "limit": 1, "documents": 1, "self_documents": 1, "threads": 1,
+            "length": 2, "stride": 1, "batch_tokens": 1, "shots": 0, "eval_steps": 0, "strength": 0, "dropout": 0, "warmup": 0, "weight_decay": 0,
+            "max_grad_norm": 0, "seed": 0}  # fmt: skip
+ABOVE_ZERO = ("learning_rate", "epochs", "alpha", "xi")
 
 
 @dataclass(frozen=True)
@@ -167,13 +174,13 @@ class TuneOptions(AdapterOptions, TextOptions, ModelOptions):
     completion_only: bool | None = option(None, "score only completions or assistant turns; default: yes where the data has them")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
     eval_data: str | None = option(None, "held-out domain data, evaluated before, during and after", metavar="DATA")
-    eval_split: str = option("test", "split of a Hub dataset given by --eval-data")
+    eval_split: str | None = option(None, "split of a Hub dataset given by --eval-data; default: test, or the held-out split of a task")
     eval_steps: int = option(0, "evaluate on --eval-data every so many steps; 0: only before and after")
     tasks: str | None = option(None, "tasks to evaluate before and after: sciq,piqa=test.jsonl,...", metavar="NAMES")
     limit: int | None = option(None, "evaluate at most this many documents or questions")
     save_steps: int = option(200, "checkpoint every so many steps")
     log_steps: int = option(10, "log every so many steps")
-    report_to: str = option("none", "where the trainer reports: none, tensorboard, wandb, trackio")
+    report_to: str = option("none", "where the trainer reports", choices=REPORTERS)
     resume: bool = option(False, "go on from the last checkpoint in --out")
     overwrite: bool = option(False, "replace a finished run in --out")
 
@@ -193,7 +200,7 @@ class EvalOptions(TextOptions, ModelOptions):
     adapter: str | None = option(None, "PEFT adapter to compare with the bare base model", metavar="DIR")
     tuned: str | None = option(None, "fully fine-tuned model to compare with MODEL", metavar="DIR")
     data: str | None = option(None, "held-out domain data: a file, a Hub dataset, or a task (sciq=test.jsonl)", metavar="DATA")
-    data_split: str = option("test", "split of a Hub dataset given by --data")
+    data_split: str | None = option(None, "split of a Hub dataset given by --data; default: test, or the held-out split of a task")
     tasks: str | None = option(None, "tasks, by name or with a local file: sciq,piqa=test.jsonl; any lm-eval task by its name", metavar="NAMES")
     shots: int = option(0, "worked examples before each question")
     limit: int | None = option(None, "evaluate at most this many documents or questions")
@@ -245,6 +252,12 @@ def _checked(spec: dataclasses.Field, value: Any) -> Any:
     choices = spec.metadata.get("choices")
     if choices and value not in choices:
         raise OptionError(f"{flag} expects one of {', '.join(choices)}, found '{value}'; {nearest(str(value), choices)}")
+    if spec.name in AT_LEAST and value < AT_LEAST[spec.name]:
+        raise OptionError(f"{flag} must be at least {AT_LEAST[spec.name]}, found {value}")
+    if spec.name in ABOVE_ZERO and value <= 0:
+        raise OptionError(f"{flag} must be above 0, found {value}")
+    if spec.name == "dropout" and value >= 1:
+        raise OptionError(f"{flag} must be below 1, found {value}")
     return value
 
 

@@ -7,6 +7,7 @@ differ in length; a change is paired by document, which takes most of the noise 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,11 +19,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from holdfast.config import EvalOptions, OptionError, as_dict
+from holdfast.config import EvalOptions, OptionError, as_dict, nearest
 from holdfast.models import context_length, load_model, load_tokenizer
 from holdfast.runs import check_output_folder, environment, write_json
-from holdfast.tasks import Row, Task, find_task, load_task, load_training_data
-from holdfast.texts import Document, Encoded, collate, encode, load_documents
+from holdfast.tasks import TASKS, Row, Task, encode_rows, find_task, load_task, load_training_data
+from holdfast.texts import Document, Encoded, collate, encode, encode_prompted, load_documents
 
 
 @dataclass(frozen=True)
@@ -144,21 +145,15 @@ def general_loss(model: nn.Module, tokenizer: Any, documents: Sequence[Document]
 def completion_loss(model: nn.Module, tokenizer: Any, data: Any, *, length: int | None = None, batch_tokens: int = 4096) -> TextLoss:
     """Loss on held-out domain data: on completions, assistant turns, or all of the text. A prompt too long for the window loses its beginning."""
     window = min(length or 2048, context_length(model))
-    encoded: list[Encoded] = []
-    for row in data:
-        if "prompt" in row:
-            encoded.append(_prompted(tokenizer, row["prompt"], row["completion"], window))
-        else:
-            encoded += encode([Document(row.get("text"), row.get("messages"), "")], tokenizer, length=window)
+    encoded = encode_rows(data, tokenizer)
+    if "prompt" in data.column_names:
+        encoded = [_last(pair, window) for pair in encoded]
     return text_loss(model, encoded, window=window, batch_tokens=batch_tokens, label="domain data")
 
 
-def _prompted(tokenizer: Any, prompt: str, completion: str, window: int) -> Encoded:
-    head = list(tokenizer(prompt, verbose=False)["input_ids"])
-    whole = list(tokenizer(prompt + completion, verbose=False)["input_ids"])
-    start = next((i for i, (a, b) in enumerate(zip(head, whole, strict=False)) if a != b), min(len(head), len(whole)))
-    scored = [i >= max(start, 1) for i in range(len(whole))]
-    return whole[-window:], scored[-window:]
+def _last(encoded: Encoded, window: int) -> Encoded:
+    ids, scored = encoded
+    return ids[-window:], scored[-window:]
 
 
 def answers(model: nn.Module, tokenizer: Any, task: Task, rows: Sequence[Row], *, batch_tokens: int = 4096) -> dict[str, Any]:
@@ -167,9 +162,11 @@ def answers(model: nn.Module, tokenizer: Any, task: Task, rows: Sequence[Row], *
     pieces, sizes = [], []
     for row in rows:
         for choice in task.choices(row):
-            pieces.append(_prompted(tokenizer, task.prompt(row), " " + choice, window))
+            pieces.append(_last(encode_prompted(task.prompt(row), " " + choice, tokenizer), window))
             sizes.append(len(choice.encode()))
     loss = text_loss(model, pieces, window=window, batch_tokens=batch_tokens, label=task.name)
+    if len(loss.nats_by_document) != len(pieces):
+        raise ValueError(f"task {task.name}: {len(pieces) - len(loss.nats_by_document)} choices have no token to score; remove these rows")
     right, right_norm, gold_nats, gold_tokens, place = [], [], [], [], 0
     for row in rows:
         count, gold = len(task.choices(row)), task.gold(row)
@@ -189,13 +186,9 @@ def lm_eval_accuracy(model: nn.Module, tokenizer: Any, name: str, *, file: str |
     """One lm-eval task on the live model through `HFLM`, from the Hub or with its data replaced by a local JSONL file."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
-    manager = TaskManager()
-    if name not in manager.all_tasks:
-        from holdfast.config import nearest
-
-        raise OptionError(f"unknown task '{name}'; {nearest(name, manager.all_tasks)}")
+    check_tasks(name)
+    manager = _task_manager()
     task: Any = name
     if file:
         splits = {split: str(Path(file).resolve()) for split in ("train", "validation", "test")}
@@ -207,8 +200,31 @@ def lm_eval_accuracy(model: nn.Module, tokenizer: Any, name: str, *, file: str |
     return {key.replace(",none", ""): value for key, value in numbers.items() if isinstance(value, (int, float))}
 
 
+def check_tasks(specs: str | None) -> None:
+    """Raise OptionError or ValueError for unknown tasks and unreadable task files, before any model is loaded."""
+    for spec in _task_specs(specs):
+        name, _, file = spec.partition("=")
+        if find_task(spec) is not None:
+            if file:
+                load_task(spec)
+        elif name not in (known := _task_manager().all_tasks):
+            raise OptionError(f"unknown task '{name}'; {nearest(name, [*TASKS, *known])}")
+
+
+def _task_specs(specs: str | None) -> list[str]:
+    return [part.strip() for part in (specs or "").split(",") if part.strip()]
+
+
+@functools.cache
+def _task_manager() -> Any:
+    """lm-eval's index of tasks: takes seconds to make, hence once."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
 def measure(model: nn.Module, tokenizer: Any, *, general: str | None = None, data: str | None = None, tasks: str | None = None,
-            text_column: str | None = None, general_split: str = "train", data_split: str = "test", limit: int | None = None, shots: int = 0,
+            text_column: str | None = None, general_split: str = "train", data_split: str | None = None, limit: int | None = None, shots: int = 0,
             length: int | None = None, stride: int | None = None, batch_tokens: int = 4096) -> dict[str, Any]:  # fmt: skip
     """The numbers of one state of a model: {"general": ..., "domain": ..., "tasks": {...}}; what was not asked for is None."""
     documents = load_documents(general, column=text_column, split=general_split, limit=limit) if general else None
@@ -218,10 +234,10 @@ def measure(model: nn.Module, tokenizer: Any, *, general: str | None = None, dat
         "domain": completion_loss(model, tokenizer, held, length=length, batch_tokens=batch_tokens).numbers() if held is not None else None,
         "tasks": {},
     }
-    for spec in [part.strip() for part in (tasks or "").split(",") if part.strip()]:
+    for spec in _task_specs(tasks):
         ours = find_task(spec)
         if ours is not None and shots == 0:
-            task, rows = load_task(spec, split="validation" if spec == "piqa" else "test")
+            task, rows = load_task(spec, split=None)
             found["tasks"][task.name] = answers(model, tokenizer, task, rows[:limit], batch_tokens=batch_tokens)
         else:
             name, _, file = spec.partition("=")
@@ -275,8 +291,14 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
         raise OptionError("--scale scales an adapter's update; give --adapter")
     if options.adapter and not (Path(options.adapter) / "adapter_config.json").is_file():
         raise ValueError(f"'{options.adapter}' is not an adapter folder: expected adapter_config.json in it; give the final/ folder of a run")
+    if options.tuned and not Path(options.tuned).is_dir():
+        raise ValueError(f"'{options.tuned}' is not a folder; give --tuned the final/ folder of a run with --full")
+    check_tasks(options.tasks)
     if options.out:
         check_output_folder(options.out)
+    torch.manual_seed(options.seed)
+    if options.threads:
+        torch.set_num_threads(options.threads)
     wanted = {key: getattr(options, key) for key in ("general", "data", "tasks", "text_column", "general_split", "data_split", "limit", "shots",
                                                      "length", "stride", "batch_tokens")}  # fmt: skip
     tokenizer, model = load_tokenizer(options), load_model(options)

@@ -9,13 +9,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from holdfast.config import ModelOptions
+from holdfast.config import ModelOptions, OptionError
 
 
 def device_of(options: ModelOptions) -> torch.device:
     """The device that `options` ask for; auto takes CUDA, then MPS, then the CPU."""
     if options.device != "auto":
-        return torch.device(options.device)
+        try:
+            device = torch.device(options.device)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise OptionError(
+                f"--device {options.device} is not to be had here ({str(error).splitlines()[0]}); expected auto, cpu, cuda, cuda:1 or mps"
+            ) from None
+        return device
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -68,6 +75,8 @@ def _load(kind: Any, name: str, options: ModelOptions, settings: dict[str, Any])
         offline = " (offline mode is on: HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"cannot load '{name}'{offline}: {first}; check the name, the connection or your access, or give a local folder") from error
+    except Exception as error:  # a truncated weight file or a foreign configuration: each library has its own exceptions
+        raise ValueError(f"cannot load '{name}': {str(error).strip().splitlines()[0]}; is the model whole, and one that this transformers knows?") from error
 
 
 def _quantization(options: ModelOptions) -> Any:

@@ -31,9 +31,9 @@ from holdfast.importance.path import PathIntegral
 from holdfast.importance.path_factored import PathFactored
 from holdfast.importance.tiers import parse_tier
 from holdfast.models import context_length, load_model, load_tokenizer
-from holdfast.runs import atomic_path, check_output_file, environment
+from holdfast.runs import atomic_path, check_free_space, check_output_file, environment
 from holdfast.texts import Encoded, batches, encode, fingerprint_rows, load_documents, sample_documents
-from holdfast.weights import add_adapter, fingerprint
+from holdfast.weights import add_adapter, fingerprint, target_weights
 
 # Estimators that train an adapter; the others observe.
 ESTIMATORS: dict[str, type[PathRecorder]] = {"path": PathIntegral, "path-factored": PathFactored}
@@ -109,6 +109,7 @@ def _by_training(options: RecordOptions, model: nn.Module, encoded: list[Encoded
         peft_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         peft_model.enable_input_require_grads()
     trainable = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
+    check_free_space(options.out, _disk_needed(options, peft_model, trainable, total))
     logger.info("recording %s on %s: %d documents, %s tokens, %d steps; %s trainable parameters; path integral, %s gradient; seed %d", options.model,
                 options.general, source["documents"], f"{source['tokens']:,}", total, f"{trainable:,}", options.gradient, options.seed)  # fmt: skip
     started = time.perf_counter()
@@ -156,6 +157,13 @@ def _observer(options: RecordOptions, model: nn.Module) -> ObservingRecorder:
     if options.estimator == "kronecker":
         return Kronecker(model, options.targets, labels=options.labels, rank=options.cov_rank, seed=options.seed)
     return Activation(model, options.targets)
+
+
+def _disk_needed(options: RecordOptions, model: nn.Module, trainable: int, total: int) -> int:
+    """Bytes of the file with its anchor (f32), and of two states while one replaces the other: credit, Omega, adapter and AdamW's moments, all f32."""
+    elements = sum(math.prod(weight.shape) for weight in target_weights(model))
+    file = elements * (2 if options.tier == "bf16" else 4) + 4 * trainable
+    return file + (2 * (8 * elements + 12 * trainable) if total > options.save_steps else 0)
 
 
 def _train(model: nn.Module, recorder: PathRecorder, encoded: list[Encoded], options: RecordOptions, total: int, per_epoch: int, pad_id: int,
@@ -237,7 +245,11 @@ def _load_state(options: RecordOptions) -> dict[str, Any] | None:
     if not path.is_file():
         logger.info("no saved state beside %s: starting from the beginning", options.out)
         return None
-    state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+    try:
+        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"{path} is not a whole saved state ({first}); remove it, or start again without --resume") from error
     now, then = _comparable(options), state["options"]
     different = sorted(key for key in now if now[key] != then.get(key))
     if different:

@@ -7,23 +7,26 @@ A task is a record of small functions over a row with the Hub dataset's fields. 
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from holdfast.config import OptionError, nearest
-from holdfast.texts import load_rows
+from holdfast.texts import Encoded, check_messages, encode_chat, encode_prompted, load_rows
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Task:
-    """A multiple-choice task. `choices` are what is ranked after the prompt, without the leading space; `gold` is the index of the right one."""
+    """A multiple-choice task. `choices` are what is ranked after the prompt, without the leading space; `gold` is the index of the right one.
+    `held_out` is the split of the Hub dataset with published answers that lm-eval measures on."""
 
     name: str
     hub: str
+    held_out: str
     columns: tuple[str, ...]
     prompt: Callable[[Row], str]
     choices: Callable[[Row], list[str]]
@@ -52,11 +55,11 @@ def _medmcqa_prompt(row: Row) -> str:
 
 
 TASKS = {
-    "sciq": Task("sciq", "allenai/sciq", ("question", "correct_answer", "distractor1", "distractor2", "distractor3", "support"),
+    "sciq": Task("sciq", "allenai/sciq", "test", ("question", "correct_answer", "distractor1", "distractor2", "distractor3", "support"),
                  _sciq_prompt, _sciq_choices, lambda row: _sciq_order(row).index(0)),
-    "piqa": Task("piqa", "ybisk/piqa", ("goal", "sol1", "sol2", "label"),
+    "piqa": Task("piqa", "baber/piqa", "validation", ("goal", "sol1", "sol2", "label"),
                  lambda row: f"Question: {row['goal']}\nAnswer:", lambda row: [str(row["sol1"]), str(row["sol2"])], lambda row: int(row["label"])),
-    "medmcqa": Task("medmcqa", "openlifescienceai/medmcqa", ("question", "opa", "opb", "opc", "opd", "cop"),
+    "medmcqa": Task("medmcqa", "openlifescienceai/medmcqa", "validation", ("question", "opa", "opb", "opc", "opd", "cop"),
                     _medmcqa_prompt, lambda row: ["A", "B", "C", "D"], lambda row: int(row["cop"])),
 }  # fmt: skip
 
@@ -71,35 +74,97 @@ def find_task(spec: str) -> tuple[Task, str | None] | None:
     return None
 
 
-def load_task(spec: str, *, split: str = "train") -> tuple[Task, list[Row]]:
-    """The task that `spec` names and its rows, from its file or from the Hub. Raises OptionError for unknown names, ValueError naming missing columns."""
+def load_task(spec: str, *, split: str | None = "train") -> tuple[Task, list[Row]]:
+    """The task that `spec` names and its rows, from its file or from the Hub (split None: the task's held-out one).
+
+    Raises OptionError for unknown names, ValueError naming missing columns and rows without an answer."""
     found = find_task(spec)
     if found is None:
         raise OptionError(f"unknown task '{spec}'; {nearest(spec, TASKS)}")
     task, file = found
-    rows = load_rows(file or task.hub, split=split)
+    rows = load_rows(file or task.hub, split=split or task.held_out)
     for number, row in enumerate(rows, 1):
+        where = f"{file or task.hub}, row {number}"
         missing = [column for column in task.columns if row.get(column) is None]
         if missing:
-            raise ValueError(f"{file or task.hub}, row {number}: task {task.name} expects {', '.join(task.columns)}; "
+            raise ValueError(f"{where}: task {task.name} expects {', '.join(task.columns)}; "
                              f"missing {', '.join(missing)}, found {', '.join(map(str, row))}")  # fmt: skip
+        try:
+            answered = 0 <= task.gold(row) < len(task.choices(row))
+        except ValueError:
+            answered = False
+        if not answered:  # published test splits hide their answers as -1
+            raise ValueError(f"{where}: {task.columns[-1]} is {row[task.columns[-1]]!r}, which names no choice; use a split with answers ({task.held_out})")
     return task, rows
 
 
-def load_training_data(spec: str, *, split: str = "train", limit: int | None = None) -> Any:
-    """A datasets.Dataset with `prompt` and `completion`, `messages`, or `text`. Raises ValueError naming the columns found."""
+def load_training_data(spec: str, *, split: str | None = "train", limit: int | None = None) -> Any:
+    """A datasets.Dataset with `prompt` and `completion`, `messages`, or `text`; split None is the held-out one. Raises ValueError naming the columns found."""
     from datasets import Dataset
 
     if find_task(spec) is not None:
         task, rows = load_task(spec, split=split)
         made = [{"prompt": task.prompt(row), "completion": " " + task.choices(row)[task.gold(row)]} for row in rows]
         return Dataset.from_list(made[:limit])
-    rows = load_rows(spec, split=split)
+    try:
+        rows = load_rows(spec, split=split or "test")
+    except ValueError as error:
+        if spec.isidentifier():  # a bare word may be a misspelt task
+            raise ValueError(f"{error}; as a task: {nearest(spec, TASKS)}") from error
+        raise
     for columns in (("prompt", "completion"), ("messages",), ("text",)):
         if all(column in rows[0] for column in columns):
             for number, row in enumerate(rows, 1):
-                if not all(row.get(column) for column in columns):
-                    raise ValueError(f"'{spec}', row {number}: {' and '.join(columns)} must not be empty")
+                _check_row(row, columns, f"'{spec}', row {number}")
             return Dataset.from_list([{column: row[column] for column in columns} for row in rows[:limit]])
     raise ValueError(f"'{spec}' has the columns {', '.join(map(str, rows[0]))}; expected text, or prompt and completion, or messages; "
                      f"or name a task: {', '.join(f'{name}={spec}' for name in TASKS)}")  # fmt: skip
+
+
+def _check_row(row: Row, columns: tuple[str, ...], where: str) -> None:
+    for column in columns:
+        value = row.get(column)
+        if not value or (isinstance(value, str) and not value.strip()):
+            raise ValueError(f"{where}: {' and '.join(columns)} must not be empty, '{column}' is")
+        if column == "messages":
+            check_messages(value, where)
+        elif not isinstance(value, str):
+            raise ValueError(f"{where}: '{column}' holds {type(value).__name__}, expected text; chats go into a column 'messages'")
+
+
+def encode_rows(data: Any, tokenizer: Any, *, completion_only: bool = True, end: str = "") -> list[Encoded]:
+    """Token ids and scored mask of each row of `load_training_data`; `end` (the end-of-text token in training) closes texts and completions without it."""
+    encoded: list[Encoded] = []
+    closed = lambda text: text if text.endswith(end) else text + end
+    for row in data:
+        if "messages" in row:
+            encoded.append(encode_chat(row["messages"], tokenizer, assistant_only=completion_only))
+            continue
+        if "prompt" in row:
+            ids, scored = encode_prompted(row["prompt"], closed(row["completion"]), tokenizer)
+        else:
+            ids = list(tokenizer(closed(row["text"]), verbose=False)["input_ids"])
+            scored = [True] * len(ids)
+        encoded.append((ids, scored if completion_only else [True] * len(ids)))
+    return encoded
+
+
+def truncation_report(encoded: list[Encoded], length: int, context: int) -> str | None:
+    """What cutting every row after `length` tokens loses, with a length that would keep more; None where nothing is lost.
+
+    Raises ValueError where no row keeps a scored token: there would be nothing to learn."""
+    targets = [[i + 1 for i, one in enumerate(scored) if one and i] for _, scored in encoded]  # tokens that a row needs for each scored one
+    rows, blank = len(encoded), sum(not needed for needed in targets)
+    if blank == rows:
+        raise ValueError("no row has a token to score; expected text of at least two tokens, completions, or chats with assistant turns")
+    ends = sorted(needed[-1] for needed in targets if needed)
+    cut, lost = sum(end > length for end in ends), sum(needed[0] > length for needed in targets if needed)
+    wanted = min(ends[math.ceil(0.95 * len(ends)) - 1], context)
+    advice = f"--length {wanted} would keep {sum(end <= wanted for end in ends) / rows:.0%} of the rows whole (the model takes at most {context} tokens)"
+    if lost + blank == rows:
+        raise ValueError(f"within --length {length} no row keeps a token to score, since prompts fill it; {advice}")
+    parts = [
+        f"{cut} of {rows} rows are longer than --length {length}: {lost} lose all that is scored and are left out, {cut - lost} lose the end of it; {advice}"
+    ]
+    parts = (parts if cut else []) + ([f"{blank} of {rows} rows have nothing to score and are left out"] if blank else [])
+    return "; ".join(parts) or None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import random
 from collections.abc import Iterator, Sequence
@@ -57,11 +58,11 @@ def _file_rows(path: Path) -> list[dict[str, Any]]:
         except Exception as error:
             raise ValueError(f"'{path}' is not a readable parquet file: {error}") from None
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"'{path}' is not UTF-8 text (byte {error.start}); convert it first") from None
-    if kind == ".jsonl":
-        return [_json_line(path, number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if kind == ".jsonl":  # not splitlines: JSON strings may hold U+2028 and its like
+        return [_json_line(path, number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if kind == ".json":
         try:
             rows = json.loads(text)
@@ -71,7 +72,7 @@ def _file_rows(path: Path) -> list[dict[str, Any]]:
             raise ValueError(f"'{path}': expected a list of objects; one object per line goes into .jsonl")
         return rows
     if kind == ".csv":
-        return list(csv.DictReader(text.splitlines(keepends=True)))
+        return list(csv.DictReader(io.StringIO(text)))
     if kind == ".txt":
         return [{"text": part.strip()} for part in text.replace("\r\n", "\n").split("\n\n") if part.strip()]
     raise ValueError(f"'{path}' has an unknown format '{kind}'; expected {', '.join(FILES)}")
@@ -114,11 +115,19 @@ def load_documents(spec: str, *, column: str | None = None, split: str = "train"
 
 def _document(spec: str, number: int, row: dict[str, Any], column: str) -> Document:
     value, source = row.get(column), str(row.get("source", spec))
-    if isinstance(value, list):
+    if isinstance(value, list) and value:
+        check_messages(value, f"'{spec}', row {number}")
         return Document(None, value, source)
     if isinstance(value, str) and value.strip():
         return Document(value, None, source)
     raise ValueError(f"'{spec}', row {number}: column '{column}' holds {'nothing' if not value else type(value).__name__}, expected text or messages")
+
+
+def check_messages(messages: Any, where: str) -> None:
+    """Raise ValueError unless `messages` is a chat: a list of {"role": text, "content": text}."""
+    for turn in messages if isinstance(messages, list) else [messages]:
+        if not (isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)):
+            raise ValueError(f"{where}: expected chat turns {{'role': ..., 'content': ...}} with text in both, found {str(turn)[:80]}")
 
 
 def fingerprint_rows(rows: Sequence[Any]) -> str:
@@ -134,7 +143,7 @@ def encode(documents: Sequence[Document], tokenizer: Any, *, length: int | None 
     """Token ids and scored mask of each document, cut into pieces of at most `length` tokens; pieces of one token are dropped (nothing to predict)."""
     pieces: list[Encoded] = []
     for document in documents:
-        ids, scored = _chat(document.messages, tokenizer) if document.messages is not None else _plain(document.text or "", tokenizer)
+        ids, scored = encode_chat(document.messages, tokenizer) if document.messages is not None else _plain(document.text or "", tokenizer)
         step = length or max(len(ids), 1)
         pieces += [(ids[i : i + step], scored[i : i + step]) for i in range(0, len(ids), step) if len(ids[i : i + step]) > 1]
     if not pieces:
@@ -147,23 +156,66 @@ def _plain(text: str, tokenizer: Any) -> Encoded:
     return ids, [True] * len(ids)
 
 
-def _chat(messages: list[dict[str, str]], tokenizer: Any) -> Encoded:
-    """A chat through the tokenizer's template; assistant turns are found by templating ever longer prefixes."""
+def encode_prompted(prompt: str, completion: str, tokenizer: Any) -> Encoded:
+    """Token ids of prompt and completion together; scored from where they differ from the prompt alone, since tokens may merge across the boundary."""
+    head = list(tokenizer(prompt, verbose=False)["input_ids"])
+    whole = list(tokenizer(prompt + completion, verbose=False)["input_ids"])
+    start = _common_prefix(head, whole)
+    return whole, [i >= start for i in range(len(whole))]
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def encode_chat(messages: list[dict[str, str]], tokenizer: Any, *, assistant_only: bool = True) -> Encoded:
+    """A chat through the tokenizer's template, assistant turns scored (or all of it).
+
+    The turns are known from the template's {% generation %} markers; for a template without them, from the training template that TRL has for many model
+    families, else by templating ever longer prefixes. Raises ValueError without a template, and where a longer chat rewrites what came before.
+    """
     if not getattr(tokenizer, "chat_template", None):
-        raise ValueError("the general text holds chat messages, but the tokenizer has no chat template; give plain text, or an instruct model")
+        raise ValueError("the data holds chat messages, but the tokenizer has no chat template; give plain text, or use an instruct model")
+    if not assistant_only:
+        ids = _template(tokenizer, messages)
+        return ids, [True] * len(ids)
+    template = _marked_template(tokenizer)
+    if template is None:
+        return _chat_by_prefixes(messages, tokenizer)
+    made = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    return list(made["input_ids"]), [bool(one) for one in made["assistant_masks"]]
 
-    def template(count: int, prompt: bool) -> list[int]:
-        if count == 0:
-            return []
-        return list(tokenizer.apply_chat_template(messages[:count], tokenize=True, add_generation_prompt=prompt, return_dict=False))
 
-    ids = template(len(messages), False)
+def _marked_template(tokenizer: Any) -> str | None:
+    """A chat template with {% generation %} markers: the tokenizer's own, or TRL's for its family; None where there is none."""
+    from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+
+    if has_generation_markers(tokenizer.chat_template):
+        return str(tokenizer.get_chat_template())
+    try:
+        return get_training_chat_template(tokenizer)
+    except ValueError:  # a template that TRL does not know
+        return None
+
+
+def _chat_by_prefixes(messages: list[dict[str, str]], tokenizer: Any) -> Encoded:
+    """An assistant turn is what the chat up to it has more than the prompt for it; costs two templatings per turn."""
+    ids = _template(tokenizer, messages)
     scored = [False] * len(ids)
     for index, message in enumerate(messages):
-        if message.get("role") == "assistant":
-            start, end = len(template(index, True)), len(template(index + 1, False))
+        if message["role"] == "assistant":
+            prompt = _template(tokenizer, messages[:index], prompt=True) if index else []
+            whole = _template(tokenizer, messages[: index + 1])
+            start, end = _common_prefix(prompt, whole), len(whole)
+            if ids[:end] != whole:
+                raise ValueError(f"the chat template writes turn {index + 1} differently once the chat goes on, so its tokens cannot be told apart; "
+                                 "add {% generation %} markers to the template, or keep one assistant turn per row")  # fmt: skip
             scored[start:end] = [True] * (end - start)
     return ids, scored
+
+
+def _template(tokenizer: Any, messages: list[dict[str, str]], *, prompt: bool = False) -> list[int]:
+    return list(tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=prompt, return_dict=False))
 
 
 def batches(encoded: Sequence[Encoded], *, batch_size: int, pad_id: int, shuffle_seed: int | None = None) -> Iterator[dict[str, Tensor]]:

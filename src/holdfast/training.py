@@ -10,8 +10,8 @@ The story: load, refuse what cannot work, measure the bare base, add an adapter,
 
 from __future__ import annotations
 
+import importlib.util
 import logging
-import math
 import os
 import shutil
 import sys
@@ -22,19 +22,19 @@ from typing import Any
 import torch
 import yaml
 from torch import nn
-from transformers import TrainerCallback, set_seed
+from transformers import set_seed
 
-from holdfast.callback import hold
-from holdfast.config import ModelOptions, OptionError, TuneOptions, as_dict
-from holdfast.evaluation import changes, measure, table
+from holdfast.callback import StopOnNonFinite, hold
+from holdfast.config import ModelOptions, OptionError, TuneOptions, as_dict, resolve
+from holdfast.evaluation import changes, check_tasks, measure, table
 from holdfast.importance.container import Importance
 from holdfast.layers import from_option
 from holdfast.models import context_length, load_model, load_tokenizer
 from holdfast.penalty.pull import check_fit, implementation
-from holdfast.runs import atomic_path, check_output_folder, environment, sha256_file, write_json
-from holdfast.tasks import load_training_data
+from holdfast.runs import atomic_path, check_free_space, check_output_folder, environment, sha256_file, write_json
+from holdfast.tasks import encode_rows, load_training_data, truncation_report
 from holdfast.texts import fingerprint_rows
-from holdfast.weights import LowRankWeight, add_adapter, matching, target_weights, unwrapped
+from holdfast.weights import LowRankWeight, add_adapter, matching, placed, target_weights, unwrapped, warn_of_experts
 
 logger = logging.getLogger("holdfast")
 
@@ -50,14 +50,21 @@ def tune(options: TuneOptions) -> dict[str, Any]:
     if options.threads:
         torch.set_num_threads(options.threads)
     tokenizer, model = load_tokenizer(options), load_model(options)
-    _check_model(options, model, importance)
+    _check_model(options, model, importance, how)
+    if options.quantize != "none":  # before measuring: it turns norms and embeddings to f32, which must not look like forgetting
+        from peft import prepare_model_for_kbit_training
+
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=options.gradient_checkpointing)
+    encoded = _encoded(options, data, tokenizer, model)
+    held = load_training_data(options.eval_data, split=options.eval_split, limit=options.limit) if options.eval_steps and options.eval_data else None
     wanted: dict[str, Any] = dict(general=options.general, data=options.eval_data, tasks=options.tasks, text_column=options.text_column,
                   general_split=options.general_split, data_split=options.eval_split, limit=options.limit)  # fmt: skip
     before = measure(model, tokenizer, **wanted)
     model = _prepared(options, model, importance)
-    trainer = _trainer(options, model, tokenizer, data)
+    check_free_space(out, _disk_needed(options, model))
+    trainer = _trainer(options, model, tokenizer, encoded, None if held is None else _encoded(options, held, tokenizer, model))
     if importance is not None and options.strength:
-        hold(trainer, importance, strength=options.strength, layers=how, anchor=options.anchor)
+        hold(trainer, importance, strength=options.strength, layers=how, anchor=options.anchor, names=options.targets if options.full else None)
     _announce(options, model, importance, len(data))
     write_text(out / "config.yaml", yaml.safe_dump(as_dict(options), sort_keys=False))
     started = time.perf_counter()
@@ -68,7 +75,7 @@ def tune(options: TuneOptions) -> dict[str, Any]:
     run = {
         "configuration": as_dict(options),
         "environment": environment(str(next(model.parameters()).device)),
-        "data": {"source": options.data, "rows": len(data), "sha256": fingerprint_rows(list(data))},
+        "data": {"source": options.data, "rows": len(data), "rows_trained": len(encoded), "sha256": fingerprint_rows(list(data))},
         "importance": {"file": options.importance, "sha256": sha256_file(options.importance)} if options.importance else None,
         "before": before,
         "after": after,
@@ -91,14 +98,13 @@ def merge(adapter: str, out: str, *, dtype: str | None = None) -> None:
 
     if not (Path(adapter) / "adapter_config.json").is_file():
         raise ValueError(f"'{adapter}' is not an adapter folder: expected adapter_config.json in it; give the final/ folder of a run")
+    options = resolve(ModelOptions, {"model": PeftConfig.from_pretrained(adapter).base_model_name_or_path, "dtype": dtype or "auto"})
     check_output_folder(out)
     if any(Path(out).iterdir()):
         raise ValueError(f"'{out}' is not empty; give a new folder")
-    base = str(PeftConfig.from_pretrained(adapter).base_model_name_or_path)
-    options = ModelOptions(model=base, dtype=dtype or "auto")
     model = PeftModel.from_pretrained(load_model(options), adapter).merge_and_unload()
     _save_final(model, load_tokenizer(options), Path(out))
-    logger.info("merged %s into %s: %s", adapter, base, out)
+    logger.info("merged %s into %s: %s", adapter, options.model, out)
 
 
 def _check(options: TuneOptions, out: Path) -> None:
@@ -109,6 +115,9 @@ def _check(options: TuneOptions, out: Path) -> None:
         raise OptionError("--anchor recorded (also in --preset paper) needs --importance FILE")
     if options.anchor == "recorded" and options.full:
         raise OptionError("--anchor recorded starts from the recorded adapter; use --anchor base with --full")
+    if options.report_to != "none" and importlib.util.find_spec(options.report_to) is None:
+        raise OptionError(f"--report-to {options.report_to} needs a package of that name, which is not installed; pip install {options.report_to}")
+    check_tasks(options.tasks)
     check_output_folder(out)
     if (out / "run.json").exists() and not (options.overwrite or options.resume):
         raise ValueError(f"'{out}' holds a finished run; give another --out, or --overwrite")
@@ -118,11 +127,13 @@ def _check(options: TuneOptions, out: Path) -> None:
         shutil.rmtree(out / "checkpoints")
 
 
-def _check_model(options: TuneOptions, model: nn.Module, importance: Importance | None) -> None:
+def _check_model(options: TuneOptions, model: nn.Module, importance: Importance | None, how: Any) -> None:
     """Everything that can be refused with the bare model at hand."""
-    names = [path + ".weight" for path, _ in matching(model, options.targets)]
+    places = placed(model, options.targets)
+    names = [place.name for place in places]
     if importance is not None:
         check_fit(model, importance, names, options.anchor)
+        how.coefficients(importance.norms(), places)
     if options.anchor == "recorded" and importance is not None:
         rank = importance.anchors[names[0]][0].shape[0]
         if rank != options.rank:
@@ -134,14 +145,11 @@ def _check_model(options: TuneOptions, model: nn.Module, importance: Importance 
 def _prepared(options: TuneOptions, model: nn.Module, importance: Importance | None) -> nn.Module:
     """The model to train: with a fresh adapter, with the recorded one, or with its target weights unfrozen."""
     if options.full:
+        warn_of_experts(model, options.targets)
         model.requires_grad_(False)
         for _, module in matching(model, options.targets):
             module.weight.requires_grad_(True)
         return model
-    if options.quantize != "none":
-        from peft import prepare_model_for_kbit_training
-
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=options.gradient_checkpointing)
     set_seed(options.seed)
     model = add_adapter(model, names=options.targets, rank=options.rank, alpha=options.alpha, dropout=options.dropout, rslora=options.rslora)
     if options.anchor == "recorded" and importance is not None:
@@ -153,15 +161,36 @@ def _prepared(options: TuneOptions, model: nn.Module, importance: Importance | N
     return model
 
 
-def _trainer(options: TuneOptions, model: nn.Module, tokenizer: Any, data: Any) -> Any:
-    """TRL's SFTTrainer with our settings; nothing in it knows of the penalty."""
+def _encoded(options: TuneOptions, data: Any, tokenizer: Any, model: nn.Module) -> Any:
+    """`data` as token ids and labels (-100 where nothing is scored), as TRL makes them. Says what --length cuts off; raises ValueError where all is lost."""
+    from datasets import Dataset
+
+    encoded = encode_rows(data, tokenizer, completion_only=options.completion_only is not False, end=tokenizer.eos_token or "")
+    context = context_length(unwrapped(model))
+    length = min(options.length, context)
+    if lost := truncation_report(encoded, length, context):
+        logger.warning("%s", lost)
+    rows = []
+    for ids, scored in encoded:
+        labels = [token if one else -100 for token, one in zip(ids[:length], scored, strict=False)]
+        if any(label != -100 for label in labels[1:]):
+            rows.append({"input_ids": ids[:length], "labels": labels})
+    return Dataset.from_list(rows)
+
+
+def _disk_needed(options: TuneOptions, model: nn.Module) -> int:
+    """Bytes of the result and of up to three checkpoints (two are kept while the next is written) with AdamW's two moments per trained parameter."""
+    size = lambda parameters: sum(p.numel() * p.element_size() for p in parameters)
+    trained = size(p for p in model.parameters() if p.requires_grad)
+    saved = size(model.parameters()) if options.full else trained
+    return saved + 3 * (saved + 2 * trained)
+
+
+def _trainer(options: TuneOptions, model: nn.Module, tokenizer: Any, data: Any, held: Any) -> Any:
+    """TRL's SFTTrainer with our settings on encoded rows; nothing in it knows of the penalty."""
     from trl import SFTConfig, SFTTrainer
 
-    chat = "messages" in data.column_names
     base = unwrapped(model)
-    held = load_training_data(options.eval_data, split=options.eval_split) if options.eval_steps and options.eval_data else None
-    if held is not None and options.limit:
-        held = held.select(range(min(options.limit, len(held))))
     bf16 = next(base.parameters()).dtype == torch.bfloat16 and torch.cuda.is_available()
     config = SFTConfig(
         output_dir=str(Path(options.out) / "checkpoints"),
@@ -177,8 +206,6 @@ def _trainer(options: TuneOptions, model: nn.Module, tokenizer: Any, data: Any) 
         gradient_accumulation_steps=options.accumulation,
         max_length=min(options.length, context_length(base)),
         packing=options.packing,
-        completion_only_loss=None if chat or "prompt" not in data.column_names else options.completion_only is not False,
-        assistant_only_loss=chat and options.completion_only is not False,
         gradient_checkpointing=options.gradient_checkpointing,
         bf16=bf16,
         seed=options.seed,
@@ -195,18 +222,6 @@ def _trainer(options: TuneOptions, model: nn.Module, tokenizer: Any, data: Any) 
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     return SFTTrainer(model=model, args=config, train_dataset=data, eval_dataset=held, processing_class=tokenizer, callbacks=[StopOnNonFinite()])
-
-
-class StopOnNonFinite(TrainerCallback):
-    """Stops before the optimizer takes a step on a non-finite gradient, so that the last checkpoint stays good. Under fp16 the GradScaler does that itself."""
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.fp16:
-            return
-        norms = torch._foreach_norm([p.grad for p in kwargs["model"].parameters() if p.grad is not None])
-        if norms and not math.isfinite(float(torch.stack([norm.float().cpu() for norm in norms]).sum())):
-            raise ValueError(f"non-finite gradient at step {state.global_step + 1}; the last good checkpoint is kept. "
-                             "Lower --learning-rate or --strength, or use --dtype float32, and go on with --resume")  # fmt: skip
 
 
 def _announce(options: TuneOptions, model: nn.Module, importance: Importance | None, rows: int) -> None:

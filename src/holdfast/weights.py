@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from holdfast.config import OptionError, nearest
 
+logger = logging.getLogger("holdfast")
 FUSED_EXPERTS = (
     "fused expert tensors of mixture models hold many weights in one (experts, ...) tensor; holdfast has no importance for them: leave them out of the targets"
 )
@@ -32,6 +34,15 @@ MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of in
 def wider(dtype: torch.dtype) -> torch.dtype:
     """The dtype that holdfast accumulates in: f32, or f64 for f64 parameters."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a target weight will be, before there is an adapter: what layer coefficients need to know."""
+
+    name: str
+    layer: int | None
+    kind: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,9 +127,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def target_weights(model: nn.Module, *, names: str | None = None, subtract_initial: bool = False) -> list[TargetWeight]:
     """The target weights of `model`, in the model's order.
 
-    With LoRA layers these are the weights under the active adapter; without, the weights matched by `names` (see `matching`, default all-linear) are
-    trained themselves and a snapshot of each is taken now. `subtract_initial` accepts adapters that start away from the base (PiSSA, OLoRA, CorDA) and
-    takes their product as it is now for the start; otherwise they are refused.
+    With LoRA layers these are the weights under the active adapter. Without, they are trained themselves and a snapshot of each is taken now: those
+    matched by `names` (see `matching`), by default all linear ones that require a gradient. `subtract_initial` accepts adapters that start away from the
+    base (PiSSA, OLoRA, CorDA) and takes their product as it is now for the start; otherwise they are refused.
 
     Raises ValueError for what cannot be held: several active adapters, DoRA and other variants, merged adapters, fused experts, embeddings.
     """
@@ -128,7 +139,27 @@ def target_weights(model: nn.Module, *, names: str | None = None, subtract_initi
         return list(found)
     if hasattr(model, "peft_config"):
         raise ValueError(f"the model has no LoRA layer that holdfast can hold (found {_adapter_types(model)}); use LoRA, or full fine-tuning without PEFT")
-    return [_full(path, module) for path, module in matching(base, names or "all-linear")]
+    if names is not None:
+        return [_full(path, module) for path, module in matching(base, names)]
+    trained = [(path, module) for path, module in matching(base, "all-linear") if module.weight.requires_grad]
+    if not trained:
+        raise ValueError("the model has neither a LoRA layer nor a linear layer that requires a gradient; add an adapter, or unfreeze what you train")
+    loose = [path for path in fused_experts(base) if base.get_parameter(path).requires_grad]
+    if loose:
+        raise ValueError(f"'{loose[0]}': {FUSED_EXPERTS}: freeze them, or name the targets")
+    return [_full(path, module) for path, module in trained]
+
+
+def fused_experts(model: nn.Module) -> list[str]:
+    """Names of the (experts, ...) tensors of a bare mixture model."""
+    return [path for path, parameter in model.named_parameters() if parameter.ndim == 3 and "experts" in path]
+
+
+def warn_of_experts(model: nn.Module, names: str) -> None:
+    """Say that 'all-linear' leaves fused experts out, as PEFT's does, so that nobody takes them for trained."""
+    experts = fused_experts(model)
+    if experts and names == "all-linear":
+        logger.warning("all-linear leaves out %d fused expert tensors (first '%s'): they are neither trained nor held", len(experts), experts[0])
 
 
 def _adapter_types(model: nn.Module) -> str:
@@ -221,7 +252,7 @@ def matching(model: nn.Module, names: str) -> list[tuple[str, nn.Module]]:
     elif re.fullmatch(r"[\w, ]+", names):
         wanted = {name.strip() for name in names.split(",") if name.strip()}
         for name in sorted(wanted - kinds):
-            if any(path.rsplit(".", 1)[-1].startswith("experts") or name in path for path, p in model.named_parameters() if p.ndim == 3):
+            if any(name in path for path in fused_experts(model)):
                 raise ValueError(f"'{name}': {FUSED_EXPERTS}")
             raise OptionError(f"no linear layer of the model is called '{name}'; {nearest(name, kinds)}")
         chosen = [(path, module) for path, module in layers if path.rsplit(".", 1)[-1] in wanted]
@@ -293,6 +324,11 @@ def bare(model: nn.Module) -> Iterator[nn.Module]:
             parameter.requires_grad_(was)
 
 
+def placed(model: nn.Module, names: str) -> list[Place]:
+    """The places that `names` choose in a bare model (see `matching`)."""
+    return [Place(path + ".weight", *_place(path)) for path, _ in matching(model, names)]
+
+
 def base_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Base weight name -> (out, in) for every linear layer, below any adapter; quantised layers say their shape by in_features and out_features."""
     shapes = {}
@@ -326,6 +362,7 @@ def add_adapter(model: nn.Module, *, names: str, rank: int, alpha: float, dropou
     from peft import LoraConfig, get_peft_model
 
     paths = [path for path, _ in matching(model, names)]
+    warn_of_experts(model, names)
     kinds = {path.rsplit(".", 1)[-1] for path in paths}
     by_kind = {path for path, _ in linear_layers(model) if path.rsplit(".", 1)[-1] in kinds}
     modules = sorted(kinds) if by_kind == set(paths) else paths

@@ -83,6 +83,8 @@ class Penalty:
                 parameter.grad.add_(part, alpha=scale)
         self._last_energy = float(_total(energy))
         self.pull_norm, self.gradient_norm = math.sqrt(float(_total(pulled))), math.sqrt(float(_total(gradient)))
+        if not math.isfinite(self.pull_norm):  # raised before the optimizer moves anything
+            raise ValueError(f"the pull is {self.pull_norm} (energy {self._last_energy}); lower the strength or the learning rate")
 
     @torch.no_grad()
     def energy(self) -> float:
@@ -173,6 +175,8 @@ class PenaltyAttachment:
         self.penalty = penalty
         self.optimizer = unwrapped_optimizer(optimizer)
         known = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        if not any(p.requires_grad for weight in penalty.weights for p in weight.parameters):
+            raise ValueError("every target weight is frozen, so there is nothing to hold; unfreeze the adapter (for PEFT: is_trainable=True)")
         for weight in penalty.weights:
             if any(p.requires_grad and id(p) not in known for p in weight.parameters):
                 raise ValueError(f"'{weight.name}' is not among this optimizer's parameters; attach the penalty to the optimizer that trains it")

@@ -1,0 +1,166 @@
+"""Promises: every YAML file resolves and runs end to end on small models, the scripts run, and so do the blocks of README and examples/README."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from holdfast.cli import NEEDED, OPTIONS, VERBS, _verb_parser, main
+from holdfast.config import as_dict, read_yaml, resolve
+from holdfast.runs import read_json
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+SHARED = ROOT.parent / "shared"
+YAMLS = sorted(EXAMPLES.rglob("*.yaml"))
+MODELS = sorted(path for path in (EXAMPLES / "paper").iterdir() if path.is_dir())
+TASKS = ("sciq", "piqa", "medmcqa")
+ROWS = {
+    "sciq": {"question": "the cat ?", "correct_answer": "yes", "distractor1": "no", "distractor2": "one", "distractor3": "two", "support": "the cat sat ."},
+    "piqa": {"goal": "the dog ?", "sol1": "yes", "sol2": "no", "label": 1},
+    "medmcqa": {"question": "the mat ?", "opa": "one", "opb": "two", "opc": "three", "opd": "no", "cop": 2},
+}
+SHORT = ["--quantize", "none", "--batch-size", "2", "--accumulation", "1", "--max-steps", "2", "--device", "cpu", "--quiet"]
+named = lambda path: str(path.relative_to(EXAMPLES))
+
+
+def test_there_is_a_file_for_each_model_and_domain_of_the_paper():
+    assert [path.name for path in MODELS] == ["gpt-j-6b", "llama-3.2-3b"]
+    for folder in MODELS:
+        assert {path.name for path in folder.iterdir()} == {"record.yaml", *(f"tune-{task}.yaml" for task in TASKS)}
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=named)
+def test_every_yaml_resolves_and_holds_only_what_differs(path):
+    verb = path.stem.split("-")[0]
+    kind, presets = OPTIONS[verb]
+    given = read_yaml(path)
+    options = as_dict(resolve(kind, given, presets))
+    assert options["preset"] == "paper" and all(options[name] for name in NEEDED[verb])
+    for name in given:
+        assert as_dict(resolve(kind, {k: v for k, v in given.items() if k != name}, presets))[name] != options[name], f"{name} repeats a default"
+
+
+def run_paper(folder, model, general, tasks, out, *more):
+    """record, then tune on each domain, with only model, data and size replaced."""
+    importance = str(out / "paper.safetensors")
+    small = [*SHORT, *more]
+    assert main(["record", str(model), "--config", str(folder / "record.yaml"), "--general", str(general), "--out", importance, *small]) == 0
+    for task, file in tasks.items():
+        local = f"{task}={file}"
+        words = ["tune", str(model), "--config", str(folder / f"tune-{task}.yaml"), "--importance", importance, "--data", local, "--tasks", local]
+        assert main([*words, "--general", str(general), "--out", str(out / task), "--limit", "2", "--log-steps", "1", *small]) == 0
+        run = read_json(out / task / "run.json")
+        assert (run["configuration"]["anchor"], run["configuration"]["strength"]) == ("recorded", 1e-3)
+        assert run["energy"] is not None and run["forgetting"]["nats"] is not None and 0 <= run["after"]["tasks"][task]["acc"] <= 1
+        assert load_file(out / task / "final" / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("folder", MODELS, ids=named)
+def test_the_papers_experiments_run_on_tiny_models(folder, tiny, tokenizer, text_file, tmp_path):
+    tiny("gptj" if folder.name.startswith("gpt-j") else "llama").save_pretrained(tmp_path / "tiny")
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    files = {}
+    for task in TASKS:
+        files[task] = tmp_path / f"{task}.jsonl"
+        files[task].write_text("\n".join([json.dumps(ROWS[task])] * 6))
+    run_paper(folder, tmp_path / "tiny", text_file, files, tmp_path)
+
+
+@pytest.mark.lab
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the lab models and data in ../shared")
+@pytest.mark.parametrize("folder", MODELS, ids=named)
+def test_the_papers_experiments_run_on_the_lab_model(folder, tmp_path):
+    def few(file, count):
+        """The first rows of a data file, their long texts cut: the point is that they run."""
+        rows = [json.loads(line) for line in (SHARED / "data" / file).read_text(encoding="utf-8").split("\n")[:count]]
+        out = tmp_path / file.replace("/", "-")
+        out.write_text("\n".join(json.dumps({k: v[:600] if isinstance(v, str) else v for k, v in row.items()}) for row in rows))
+        return out
+
+    files = {task: few(f"{task}/train.jsonl", 4) for task in TASKS}
+    general = few("general/train.jsonl", 4)
+    run_paper(folder, SHARED / "models/lab-english-5m", general, files, tmp_path, "--length", "128")
+
+
+def run_script(name, *words):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, EXAMPLES / name, *map(str, words)], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_plain_pytorch_script(model_folder, text_file, tmp_path):
+    lines = tmp_path / "lines.txt"
+    lines.write_text("\n".join(json.loads(line)["text"] for line in text_file.read_text().splitlines()))
+    out = run_script("plain_pytorch.py", model_folder, lines, lines, "--out", tmp_path / "adapter")
+    before, after = map(float, re.search(r"domain: ([\d.]+) -> ([\d.]+) nats", out).groups())
+    assert after < before and load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+
+
+def test_trl_script(model_folder, text_file, tmp_path):
+    importance = tmp_path / "i.safetensors"
+    assert main(["record", str(model_folder), "--general", str(text_file), "--out", str(importance), "--max-steps", "1", "--quiet"]) == 0
+    out = run_script("trl_sft.py", model_folder, text_file, importance, "--out", tmp_path / "sft", "--steps", "2")
+    assert "'pull_norm'" in out and load_file(tmp_path / "sft" / "adapter_model.safetensors")
+
+
+def blocks(path, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def test_the_readmes_python_blocks_run(tiny, batch, tmp_path, monkeypatch):
+    """In order, with the reader's model, optimizer and trainer at hand, and a few steps in the place of `...`."""
+    from datasets import Dataset
+    from transformers import Trainer, TrainingArguments
+
+    from holdfast import PathIntegral
+    from holdfast.weights import add_adapter
+
+    monkeypatch.chdir(tmp_path)
+    model = add_adapter(tiny(), names="all-linear", rank=2, alpha=4)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+
+    def train():
+        for _ in range(2):
+            model(input_ids=batch, labels=batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    recorder = PathIntegral(model)
+    with recorder.attach(optimizer):
+        train()
+    recorder.finish().save("model.importance.safetensors")
+    rows = Dataset.from_list([{"input_ids": ids, "labels": ids} for ids in batch.tolist()])
+    args = TrainingArguments(output_dir="out", max_steps=2, use_cpu=True, report_to="none", save_strategy="no")
+    reader = {"peft_model": model, "model": model, "optimizer": optimizer, "train": train, "trainer": Trainer(model=model, args=args, train_dataset=rows)}
+    found = blocks(ROOT / "README.md", "python")
+    assert len(found) >= 2
+    for block in found:
+        exec(compile(re.sub(r"^(\s*)\.\.\.", r"\1train()", block, flags=re.MULTILINE), "README.md", "exec"), reader)
+    assert reader["penalty"].pull_norm is not None
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", EXAMPLES / "README.md"], ids=["README", "examples"])
+def test_every_shell_line_of_the_readmes_is_valid(path):
+    lines = [line for block in blocks(path, "sh") for line in block.replace("\\\n", " ").splitlines()]
+    commands = [shlex.split(line, comments=True) for line in lines if line.startswith("holdfast ")]
+    assert len(commands) >= 3
+    for _, verb, *words in commands:
+        assert verb in VERBS
+        given = vars(_verb_parser(verb).parse_args(words))
+        if verb in OPTIONS:
+            kind, presets = OPTIONS[verb]
+            file = given.pop("config", None)
+            options = resolve(kind, {**(read_yaml(ROOT / file) if file else {}), **given}, presets)
+            assert all(getattr(options, name) for name in NEEDED.get(verb, ())), words
+    for line in lines:
+        if line.startswith("python "):
+            assert (ROOT / line.split()[1]).is_file(), line

@@ -1,0 +1,185 @@
+"""hold() and the callbacks under the transformers Trainer and TRL's trainers: their numbers arrive, and training is what a hand loop would make of it."""
+
+import copy
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import Trainer, TrainingArguments
+
+from holdfast import HoldfastCallback, PathIntegral, Penalty, RecorderCallback, hold
+from holdfast.config import OptionError
+from holdfast.importance.container import DenseEntry, Importance
+from holdfast.weights import add_adapter, target_weights
+
+NUMBERS = {"energy", "pull_norm", "pull_ratio"}
+
+
+def ones(weights, scale=1.0):
+    return Importance({w.name: DenseEntry(torch.full(w.shape, scale)) for w in weights})
+
+
+@pytest.fixture
+def adapted(tiny):
+    """A tiny Llama with LoRA away from zero, so that there is something to pull from the first step on."""
+    return away_from_zero(tiny())
+
+
+@pytest.fixture
+def precise(tiny):
+    """The same in f64, for comparisons with a hand loop."""
+    return away_from_zero(tiny(dtype=torch.float64))
+
+
+def away_from_zero(model):
+    model = add_adapter(model, names="q_proj,v_proj", rank=2, alpha=4)
+    for weight in target_weights(model):
+        torch.nn.init.normal_(weight.B, std=0.1)
+    return model
+
+
+def arguments(folder, kind=TrainingArguments, **given):
+    settings = dict(output_dir=str(folder), per_device_train_batch_size=2, max_steps=4, logging_steps=1, learning_rate=1e-2, lr_scheduler_type="constant",
+                    use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True, seed=0)  # fmt: skip
+    return kind(**{**settings, **given})
+
+
+def rows(batch):
+    return Dataset.from_list([{"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids} for ids in batch.tolist() * 2])
+
+
+def plain_trainer(model, batch, tokenizer, folder, **given):
+    return Trainer(model=model, args=arguments(folder, **given), train_dataset=rows(batch))
+
+
+def sft_trainer(model, batch, tokenizer, folder, **given):
+    from trl import SFTConfig, SFTTrainer
+
+    config = arguments(folder, SFTConfig, gradient_checkpointing=False, **given)
+    return SFTTrainer(model=model, args=config, train_dataset=Dataset.from_list([{"text": "the cat sat on the mat"}] * 8), processing_class=tokenizer)
+
+
+def dpo_trainer(model, batch, tokenizer, folder, **given):
+    from trl import DPOConfig, DPOTrainer
+
+    config = arguments(folder, DPOConfig, gradient_checkpointing=False, **given)
+    pairs = Dataset.from_list([{"prompt": "the cat", "chosen": " sat on", "rejected": " and dog"}] * 8)
+    return DPOTrainer(model=model, args=config, train_dataset=pairs, processing_class=tokenizer)
+
+
+def grpo_trainer(model, batch, tokenizer, folder, **given):
+    from trl import GRPOConfig, GRPOTrainer
+
+    config = arguments(folder, GRPOConfig, gradient_checkpointing=False, num_generations=2, max_completion_length=4, **given)
+    reward = lambda completions, **_: [float(len(text)) for text in completions]
+    return GRPOTrainer(model=model, reward_funcs=reward, args=config, train_dataset=Dataset.from_list([{"prompt": "the cat"}] * 8), processing_class=tokenizer)
+
+
+TRAINERS = {"transformers": plain_trainer, "sft": sft_trainer, "dpo": dpo_trainer, "grpo": grpo_trainer}
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_numbers_arrive_in_log_console_and_tensorboard(adapted, batch, tokenizer, tmp_path, kind, capsys):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer = TRAINERS[kind](adapted, batch, tokenizer, tmp_path, report_to="tensorboard")
+    callback = hold(trainer, ones(target_weights(trainer.model)), strength=0.5)
+    start = callback.penalty.energy()
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == 4 and all(entry.keys() >= NUMBERS for entry in logged)
+    assert logged[0]["energy"] == pytest.approx(start, rel=1e-5) and logged[0]["pull_norm"] > 0
+    printed = capsys.readouterr()
+    assert "'pull_ratio'" in printed.out + printed.err
+    found = EventAccumulator(str(next(tmp_path.rglob("events.*")).parent))
+    found.Reload()
+    assert {f"train/{name}" for name in NUMBERS} <= set(found.Tags()["scalars"])
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    assert not optimizer._optimizer_step_pre_hooks  # nothing is left behind
+
+
+def test_a_callback_added_by_hand_pulls_and_logs(adapted, batch, tmp_path):
+    penalty = Penalty(adapted, ones(target_weights(adapted)), strength=0.5)
+    before = penalty.energy()
+    trainer = Trainer(model=adapted, args=arguments(tmp_path), train_dataset=rows(batch), callbacks=[HoldfastCallback(penalty)])
+    trainer.train()
+    assert penalty.energy() < before
+    assert all(entry.keys() >= NUMBERS for entry in trainer.state.log_history if "loss" in entry)
+
+
+def test_the_trainer_does_what_a_hand_loop_does(precise, batch, tmp_path):
+    """Clipped task gradient, then the pull, then the step; accumulation does not multiply the pull."""
+    twin = copy.deepcopy(precise)
+    data = [{"input_ids": ids, "labels": ids} for ids in batch.tolist()]  # one batch, so that the order does not matter
+    trainer = Trainer(model=precise, args=arguments(tmp_path, gradient_accumulation_steps=2, max_grad_norm=0.1), train_dataset=Dataset.from_list(data))
+    hold(trainer, ones(target_weights(precise)), strength=0.5)
+    trainer.train()
+    optimizer = torch.optim.AdamW([p for p in twin.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    with Penalty(twin, ones(target_weights(twin)), strength=0.5).attach(optimizer):
+        for _ in range(4):
+            twin(input_ids=batch, labels=batch).loss.backward()
+            torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+    for a, b in zip(target_weights(precise), target_weights(twin), strict=True):
+        torch.testing.assert_close(a.B, b.B, rtol=1e-6, atol=1e-9)
+
+
+def test_full_fine_tuning_holds_what_is_trained(tiny, batch, tmp_path):
+    model = tiny().requires_grad_(False)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.requires_grad_(True)
+    trainer = Trainer(model=model, args=arguments(tmp_path), train_dataset=rows(batch))
+    callback = hold(trainer, ones(target_weights(model)), strength=1.0)
+    assert [w.kind for w in callback.penalty.weights] == ["q_proj", "q_proj"]
+    trainer.train()
+    assert callback.penalty.energy() > 0
+
+
+def test_a_non_finite_gradient_stops_training_with_its_step(adapted, batch, tmp_path):
+    trainer = Trainer(model=adapted, args=arguments(tmp_path), train_dataset=rows(batch))
+    hold(trainer, ones(target_weights(adapted)))
+    compute = trainer.compute_loss
+    trainer.compute_loss = lambda *a, **k: compute(*a, **k) * (float("nan") if trainer.state.global_step == 2 else 1.0)
+    with pytest.raises(ValueError, match="at step 3"):
+        trainer.train()
+    assert all(bool(torch.isfinite(p).all()) for p in adapted.parameters())
+
+
+@pytest.mark.parametrize("gradient", ["exact", "effective"])
+def test_recorder_callback_equals_a_hand_loop(precise, batch, tmp_path, gradient):
+    twin = copy.deepcopy(precise)
+    clip = 0.1 if gradient == "exact" else 0.0
+    data = Dataset.from_list([{"input_ids": ids, "labels": ids} for ids in batch.tolist()])
+    given = dict(max_steps=-1, num_train_epochs=3, gradient_accumulation_steps=2, max_grad_norm=clip)
+    recorder = PathIntegral(precise, gradient=gradient)
+    Trainer(model=precise, args=arguments(tmp_path, **given), train_dataset=data, callbacks=[RecorderCallback(recorder)]).train()
+    theirs = recorder.finish()
+
+    by_hand = PathIntegral(twin, gradient=gradient)
+    optimizer = torch.optim.AdamW([p for p in twin.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    twin.train()
+    with by_hand.attach(optimizer):
+        for _ in range(3):
+            twin(input_ids=batch, labels=batch).loss.backward()
+            if clip:
+                torch.nn.utils.clip_grad_norm_(twin.parameters(), clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            by_hand.end_epoch()
+    ours = by_hand.finish()
+    assert theirs.info["settings"]["epochs"] == 3 and theirs.info["settings"]["steps"] == 3
+    assert recorder.decrease == pytest.approx(by_hand.decrease, rel=1e-5)
+    for name in ours:
+        torch.testing.assert_close(theirs[name].values, ours[name].values, rtol=1e-4, atol=1e-9 * float(ours[name].values.max()))
+
+
+def test_recorder_callback_refuses_clipping_where_it_would_be_recorded(adapted, tiny, batch, tmp_path):
+    for recorder, model in ((PathIntegral(adapted, gradient="effective"), adapted), (PathIntegral(full := tiny()), full)):
+        trainer = Trainer(model=model, args=arguments(tmp_path), train_dataset=rows(batch), callbacks=[RecorderCallback(recorder)])
+        with pytest.raises(OptionError, match=r"max_grad_norm is 1\.0"):
+            trainer.train()
+    args = arguments(tmp_path, max_grad_norm=0.0)
+    args.fp16 = True
+    with pytest.raises(OptionError, match="trainer=trainer"):
+        RecorderCallback(PathIntegral(adapted)).on_train_begin(args, None, None, optimizer=None)
