@@ -15,7 +15,18 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from holdfast.config import RECORD_PRESETS, TUNE_PRESETS, EvalOptions, OptionError, RecordOptions, TuneOptions, nearest, read_yaml, resolve  # fmt: skip
+from holdfast.config import (  # fmt: skip
+    RECORD_PRESETS,
+    TUNE_PRESETS,
+    DemoOptions,
+    EvalOptions,
+    OptionError,
+    RecordOptions,
+    TuneOptions,
+    nearest,
+    read_yaml,
+    resolve,
+)
 
 VERBS: dict[str, tuple[str, str]] = {
     "record": (
@@ -27,12 +38,14 @@ VERBS: dict[str, tuple[str, str]] = {
     "convert": ("bring an importance file into another form", "holdfast convert full.safetensors --tier kronecker:16 --out small.safetensors"),
     "inspect": ("show what is in an importance file", "holdfast inspect model.importance.safetensors"),
     "merge": ("merge an adapter into its base model", "holdfast merge run/final --out merged"),
+    "demo": ("run the whole method on the embedded model and world, in minutes", "holdfast demo --seeds 3"),
 }
-NEEDED = {"record": ("model", "general", "out"), "tune": ("model", "data", "out"), "eval": ("model",)}
+NEEDED = {"record": ("model", "general", "out"), "tune": ("model", "data", "out"), "eval": ("model",), "demo": ("out",)}
 OPTIONS: dict[str, tuple[Any, dict[str, dict[str, Any]] | None]] = {
     "record": (RecordOptions, RECORD_PRESETS),
     "tune": (TuneOptions, TUNE_PRESETS),
     "eval": (EvalOptions, None),
+    "demo": (DemoOptions, None),
 }
 
 
@@ -125,6 +138,12 @@ def _action(verb: str, given: dict[str, Any]) -> Callable[[], Any]:
         from holdfast.training import tune
 
         return lambda: tune(options)
+    if verb == "demo":
+        if options.seeds < 1:
+            raise OptionError(f"--seeds expects a whole number above 0, found {options.seeds}")
+        from holdfast.demo.run import demo
+
+        return lambda: demo(options)
     from holdfast.evaluation import evaluate
 
     return lambda: evaluate(options)
