@@ -34,7 +34,8 @@ from holdfast.weights import scale_update
 logger = logging.getLogger("holdfast")
 
 MODEL = Path(__file__).parent / "model"
-QUESTIONS = Task("questions", "", ("prompt", "choices", "gold"), lambda row: row["prompt"], lambda row: row["choices"], lambda row: row["gold"])
+QUESTIONS = Task(name="questions", hub="", held_out="", columns=("prompt", "choices", "gold"),
+                 prompt=lambda row: row["prompt"], choices=lambda row: row["choices"], gold=lambda row: row["gold"])  # fmt: skip
 RATES = (2e-3, 4e-3, 8e-3)  # plain fine-tuning tries each
 SMALLER = 0.25  # times the rate that learns best
 SCALES = tuple(round(0.05 * i, 2) for i in range(1, 21))
