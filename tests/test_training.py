@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import pytest
 import torch
@@ -147,8 +148,21 @@ def test_resuming_equals_an_uninterrupted_run(recorded, tuned, tmp_path):
         training.StopOnNonFinite.on_pre_optimizer_step = original
     with pytest.raises(ValueError, match="--resume"):
         tuned(out=str(tmp_path / "parted"), **common)
+    with pytest.raises(OptionError, match=r"strength=0\.1 \(now 0\.2\)"):
+        tuned(out=str(tmp_path / "parted"), resume=True, **{**common, "strength": 0.2})
     tuned(out=str(tmp_path / "parted"), resume=True, **common)
     assert same(factors(tmp_path / "whole"), factors(tmp_path / "parted"))
+
+
+def test_resuming_after_the_last_step_takes_no_further_step(tuned, tmp_path):
+    """As after Ctrl-C while the numbers after training were measured."""
+    first = tuned(save_steps=2)
+    before = factors(tmp_path / "run")
+    (tmp_path / "run" / "run.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "final")
+    again = tuned(save_steps=2, resume=True)
+    assert same(before, factors(tmp_path / "run"))
+    assert [e["loss"] for e in again["log"] if "loss" in e] == [e["loss"] for e in first["log"] if "loss" in e]
 
 
 def test_energy_and_pull_reach_log_console_and_tensorboard(recorded, tuned, tmp_path, capsys):

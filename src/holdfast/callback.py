@@ -9,12 +9,13 @@ callbacks and `log_history` is copied before `on_log`, so `hold` puts its callba
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from holdfast.config import OptionError
 from holdfast.importance.attachment import PathRecorder
@@ -76,6 +77,21 @@ class HoldfastCallback(TrainerCallback):
         if self._attachment is not None:
             self._attachment.close()
         self._attachment = None
+
+
+class ProgressBar(ProgressCallback):
+    """The trainer's bar with loss, energy, pull and tokens/s of the last log beside its ETA."""
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        shown = {name: f"{logs[key]:.3g}" for name, key in (("loss", "loss"), ("energy", "energy"), ("pull", "pull_norm")) if logs and key in logs}
+        now, tokens = time.perf_counter(), float((logs or {}).get("num_tokens", 0))
+        then, seen = getattr(self, "_last", (now, tokens))
+        if tokens > seen and now > then:
+            shown["tokens/s"] = f"{(tokens - seen) / (now - then):,.0f}"
+        self._last = (now, tokens)
+        if self.training_bar is not None and shown:
+            self.training_bar.set_postfix(shown, refresh=False)
+        super().on_log(args, state, control, logs=logs, **kwargs)
 
 
 class RecorderCallback(TrainerCallback):

@@ -40,6 +40,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "merge": ("merge an adapter into its base model", "holdfast merge run/final --out merged"),
     "demo": ("run the whole method on the embedded model and world, in minutes", "holdfast demo --seeds 3"),
 }
+POSITIONAL = {"inspect": "FILE", "convert": "FILE", "merge": "ADAPTER", "demo": ""}
 NEEDED = {"record": ("model", "general", "out"), "tune": ("model", "data", "out"), "eval": ("model",), "demo": ("out",)}
 OPTIONS: dict[str, tuple[Any, dict[str, dict[str, Any]] | None]] = {
     "record": (RecordOptions, RECORD_PRESETS),
@@ -82,7 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _status(_action(verb, given)())
     except KeyboardInterrupt:
-        print(f"\nholdfast {verb}: interrupted; finished files are whole, --resume goes on where the verb has it", file=sys.stderr)
+        more = "; --resume goes on from the last saved state" if verb in ("record", "tune") else ""
+        print(f"\nholdfast {verb}: interrupted; no half-written file is left{more}", file=sys.stderr)
         return 130
     except Exception as error:
         if debug:
@@ -166,8 +168,8 @@ def _version() -> str:
 
 def _verb_parser(verb: str) -> argparse.ArgumentParser:
     text, example = VERBS[verb]
-    parser = Parser(prog=f"holdfast {verb}", description=text[0].upper() + text[1:] + ".", epilog=f"example: {example}",
-                    argument_default=argparse.SUPPRESS, allow_abbrev=False)  # fmt: skip
+    parser = Parser(prog=f"holdfast {verb}", usage=" ".join(f"holdfast {verb} {POSITIONAL.get(verb, 'MODEL')} [options]".split()), argument_default=argparse.SUPPRESS,
+                    description=text[0].upper() + text[1:] + ".", epilog=f"example: {example}", allow_abbrev=False)  # fmt: skip
     if verb == "inspect":
         parser.add_argument("file", metavar="FILE", help="importance file")
     elif verb == "convert":

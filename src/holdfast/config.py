@@ -259,7 +259,8 @@ def _checked(spec: dataclasses.Field, value: Any) -> Any:
         raise OptionError(f"{flag} expects {kind.split(' ')[0]}, found {value!r}") from None
     choices = spec.metadata.get("choices")
     if choices and value not in choices:
-        raise OptionError(f"{flag} expects one of {', '.join(choices)}, found '{value}'; {nearest(str(value), choices)}")
+        near = nearest(str(value), choices)
+        raise OptionError(f"{flag} expects one of {', '.join(choices)}, found '{value}'" + (f"; {near}" if near.startswith("did") else ""))
     if spec.name in AT_LEAST and value < AT_LEAST[spec.name]:
         raise OptionError(f"{flag} must be at least {AT_LEAST[spec.name]}, found {value}")
     if spec.name in ABOVE_ZERO and value <= 0:

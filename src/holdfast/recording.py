@@ -180,11 +180,12 @@ def _train(model: nn.Module, recorder: PathRecorder, encoded: list[Encoded], opt
         while done < total:
             epoch, first = divmod(done, per_epoch)
             for group in _groups(encoded, options, pad_id, epoch)[first : first + total - done]:
+                began = time.perf_counter()
                 loss, tokens = _step(model, optimizer, group, done)
                 scheduler.step()
                 done += 1
                 bar.update()
-                bar.set_postfix(loss=f"{loss:.3f}", tokens=tokens, refresh=False)
+                bar.set_postfix_str(f"loss {loss:.3f}, {tokens / (time.perf_counter() - began):,.0f} tokens/s", refresh=False)
                 if done % per_epoch == 0:
                     recorder.end_epoch()
                 if done % options.save_steps == 0 and done < total:

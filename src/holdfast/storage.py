@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -183,7 +184,8 @@ def describe(importance: Importance) -> str:
     info = importance.info
     model, data = info.get("model", {}), info.get("data", {})
     head = [
-        f"estimator    {info.get('estimator', '?')} ({json.dumps(info.get('settings', {}), sort_keys=True)})",
+        f"estimator    {info.get('estimator', '?')}",
+        textwrap.fill(f"settings     {_settings(info)}", 120, subsequent_indent=" " * 13, break_on_hyphens=False),
         f"unit         {info.get('unit', '?')}",
         f"tier         {importance.tier}",
         f"base model   {model.get('name', '?')} (fingerprint {str(model.get('fingerprint', '?'))[:12]})",
@@ -214,6 +216,12 @@ def _bytes(entries: Mapping[str, Entry], met: set[int] | None = None) -> int:
             total += 0 if id(tensor) in met else tensor.numel() * tensor.element_size()
             met.add(id(tensor))
     return total
+
+
+def _settings(info: dict[str, Any]) -> str:
+    """The settings that say something: not the options left at nothing, off or automatic."""
+    shown = {key: value for key, value in sorted(info.get("settings", {}).items()) if value not in (None, False, "auto", "none", "")}
+    return ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in shown.items())
 
 
 def describe_file(path: str | Path) -> str:

@@ -117,8 +117,9 @@ def load_training_data(spec: str, *, split: str | None = "train", limit: int | N
             for number, row in enumerate(rows, 1):
                 _check_row(row, columns, f"'{spec}', row {number}")
             return Dataset.from_list([{column: row[column] for column in columns} for row in rows[:limit]])
+    fitting = [task.name for task in TASKS.values() if set(task.columns) <= set(rows[0])] or list(TASKS)
     raise ValueError(f"'{spec}' has the columns {', '.join(map(str, rows[0]))}; expected text, or prompt and completion, or messages; "
-                     f"or name a task: {', '.join(f'{name}={spec}' for name in TASKS)}")  # fmt: skip
+                     f"or name a task: {', '.join(f'{name}={spec}' for name in fitting)}")  # fmt: skip
 
 
 def _check_row(row: Row, columns: tuple[str, ...], where: str) -> None:

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 import yaml
 from torch import nn
-from transformers import set_seed
+from transformers import ProgressCallback, TrainerState, set_seed
 
-from holdfast.callback import StopOnNonFinite, hold
-from holdfast.config import ModelOptions, OptionError, TuneOptions, as_dict, resolve
+from holdfast.callback import ProgressBar, StopOnNonFinite, hold
+from holdfast.config import ModelOptions, OptionError, TuneOptions, as_dict, read_yaml, resolve
 from holdfast.evaluation import changes, check_tasks, measure, table
 from holdfast.importance.container import Importance
 from holdfast.layers import from_option
@@ -37,6 +37,8 @@ from holdfast.texts import fingerprint_rows
 from holdfast.weights import LowRankWeight, add_adapter, matching, placed, target_weights, unwrapped, warn_of_experts
 
 logger = logging.getLogger("holdfast")
+MAY_CHANGE = ("resume", "overwrite", "out", "device", "threads", "save_steps", "log_steps", "report_to", "general", "general_split", "text_column", "eval_data",
+              "eval_split", "eval_steps", "tasks", "limit")  # fmt: skip # what a resumed run may change: nothing of it decides the result
 
 
 def tune(options: TuneOptions) -> dict[str, Any]:
@@ -65,10 +67,10 @@ def tune(options: TuneOptions) -> dict[str, Any]:
     trainer = _trainer(options, model, tokenizer, encoded, None if held is None else _encoded(options, held, tokenizer, model))
     if importance is not None and options.strength:
         hold(trainer, importance, strength=options.strength, layers=how, anchor=options.anchor, names=options.targets if options.full else None)
-    _announce(options, model, importance, len(data))
+    _announce(options, model, importance, len(encoded))
     write_text(out / "config.yaml", yaml.safe_dump(as_dict(options), sort_keys=False))
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=_last_checkpoint(out) if options.resume else None)
+    _train(trainer, _last_checkpoint(out) if options.resume else None)
     seconds = time.perf_counter() - started
     _save_final(model, tokenizer, out / "final")
     after = measure(model, tokenizer, **wanted)
@@ -119,6 +121,8 @@ def _check(options: TuneOptions, out: Path) -> None:
         raise OptionError(f"--report-to {options.report_to} needs a package of that name, which is not installed; pip install {options.report_to}")
     check_tasks(options.tasks)
     check_output_folder(out)
+    if options.resume:
+        _check_resumed(options, out)
     if (out / "run.json").exists() and not (options.overwrite or options.resume):
         raise ValueError(f"'{out}' holds a finished run; give another --out, or --overwrite")
     if (out / "checkpoints").exists() and not options.resume:
@@ -204,7 +208,7 @@ def _trainer(options: TuneOptions, model: nn.Module, tokenizer: Any, data: Any, 
         per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=options.batch_size,
         gradient_accumulation_steps=options.accumulation,
-        max_length=min(options.length, context_length(base)),
+        max_length=min(options.length, context_length(base)) if options.packing else None,  # rows come cut already
         packing=options.packing,
         gradient_checkpointing=options.gradient_checkpointing,
         bf16=bf16,
@@ -221,7 +225,34 @@ def _trainer(options: TuneOptions, model: nn.Module, tokenizer: Any, data: Any, 
         use_cpu=options.device == "cpu",
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-    return SFTTrainer(model=model, args=config, train_dataset=data, eval_dataset=held, processing_class=tokenizer, callbacks=[StopOnNonFinite()])
+    trainer = SFTTrainer(model=model, args=config, train_dataset=data, eval_dataset=held, processing_class=tokenizer, callbacks=[StopOnNonFinite()])
+    if not config.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(ProgressBar)
+    return trainer
+
+
+def _train(trainer: Any, checkpoint: str | None) -> None:
+    """Train, from `checkpoint` where there is one. A finished one is only loaded: transformers 5.23 would take one more step from there."""
+    if checkpoint is not None:
+        state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        if state.global_step >= (trainer.args.max_steps if trainer.args.max_steps > 0 else state.max_steps):
+            trainer._load_from_checkpoint(checkpoint)
+            trainer.state = state
+            return
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def _check_resumed(options: TuneOptions, out: Path) -> None:
+    """Raise OptionError where the options that decide the result are not those that the interrupted run was started with."""
+    path = out / "config.yaml"
+    if not path.is_file():
+        return
+    then, now = read_yaml(path), as_dict(options)
+    different = sorted(key for key in now if key in then and now[key] != then[key] and key not in MAY_CHANGE)
+    if different:
+        raise OptionError(f"{path} was made with other options: {', '.join(f'{k}={then[k]!r} (now {now[k]!r})' for k in different)}; "
+                          "use the same, or --overwrite without --resume")  # fmt: skip
 
 
 def _announce(options: TuneOptions, model: nn.Module, importance: Importance | None, rows: int) -> None:
