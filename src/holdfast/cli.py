@@ -168,7 +168,8 @@ def _version() -> str:
 
 def _verb_parser(verb: str) -> argparse.ArgumentParser:
     text, example = VERBS[verb]
-    parser = Parser(prog=f"holdfast {verb}", usage=" ".join(f"holdfast {verb} {POSITIONAL.get(verb, 'MODEL')} [options]".split()), argument_default=argparse.SUPPRESS,
+    usage = " ".join(f"holdfast {verb} {POSITIONAL.get(verb, 'MODEL')} [options]".split())
+    parser = Parser(prog=f"holdfast {verb}", usage=usage, argument_default=argparse.SUPPRESS,
                     description=text[0].upper() + text[1:] + ".", epilog=f"example: {example}", allow_abbrev=False)  # fmt: skip
     if verb == "inspect":
         parser.add_argument("file", metavar="FILE", help="importance file")
