@@ -5,18 +5,19 @@
     code  = the table entry nearest to value / (largest value of the block) * table[top]
     scale = sum of the block's values / sum of its table entries, in bf16
 
-Zero is exact. Within a block decoding never turns an order round. The scale keeps the sum of each block (to bf16's 2^-9), so the energy is unbiased for updates
-that don't depend on importance: stochastic rounding would be too, at 1.4 times the error, and files would no longer be the same twice. The fourth power beats
-geometric steps of equal reach (half the error of the pull); with 15 levels, steps of 2 are the finest that still reach far enough for an update that evades important elements.
+Zero is exact. Within a block decoding never turns an order round. The scale keeps the sum of each block (to bf16's 2^-9), so the energy is unbiased for
+updates that don't depend on importance: stochastic rounding would be too, at 1.4 times the error, and files would no longer be the same twice. The fourth
+power beats geometric steps of equal reach (half the error of the pull); with 15 levels, steps of 2 are the finest that reach far enough for an update that
+evades important elements.
 
 | tier | bytes per weight | energy of a finished update | of one that evades importance | pull    |
 |------|------------------|-----------------------------|-------------------------------|---------|
 | u8   | 1.016            | 0.01 %                      | 0.06 %                        | 0.4 %   |
 | u4   | 0.516            | 0.15 %                      | 1.9 %                         | 9 %     |
 
-(relative errors on recorded path and Fisher importance of a 5M Llama, the worse of the two, all weights together). Rounding moves one element by at most 2 / c of
-itself in u8 (0.8 % at the top, 4 % at a thousandth of it) and by a third in u4, before the scale evens out the block's sum.
-Blocks whose largest value is below 1e-37 lose precision with the scale; values above 3.3e38 are cut there.
+(relative errors on recorded path and Fisher importance of a 5M Llama, the worse of the two, all weights together). Rounding moves one element by at most
+2 / c of itself in u8 (0.8 % at the top, 4 % at a thousandth of it) and by a third in u4, before the scale evens out the block's sum. Blocks whose largest
+value is below 1e-37 lose precision with the scale; values above 3.3e38 are cut there.
 
     codes, scale = encode(omega, "u8")
     decode(codes, scale, omega.shape, "u8")           # (out, in) f32; or rows of it

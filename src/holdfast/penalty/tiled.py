@@ -2,9 +2,9 @@
 
     grad_B[rows] = 2 k s P[rows] A^T        grad_A += 2 k s B[rows]^T P[rows]        energy += sum P[rows] * D[rows]
 
-Nothing of (out, in) exists but the importance itself: U, the anchor and what is decoded from codes are formed for one tile of rows and dropped. Tiles that stay
-in a CPU's cache also make it about 3 times as fast as whole matrices (4096 x 4096 in f32: 30 against 112 ms on one core). The order of additions is fixed, so the
-result is the same at every call. Twin: dense.py.
+Nothing of (out, in) exists but the importance itself: U, the anchor and what is decoded from codes are formed for one tile of rows and dropped. Tiles that
+stay in a CPU's cache also make it about 3 times as fast as whole matrices (4096 x 4096 in f32: 30 against 112 ms on one core). The order of additions is
+fixed, so the result is the same at every call. Twin: dense.py.
 
     tiled.pull(A, B, scale, entry.rows, anchor=None, k=0.1)       # entry.rows(slice) -> (rows, in) f32
 """
@@ -39,7 +39,7 @@ def pull(A: Tensor, B: Tensor, scale: float, omega: Rows, anchor: tuple[Tensor, 
 
 
 def full_pull(update: Rows, omega: Rows, into: Tensor, k: float) -> Tensor:
-    """For full fine-tuning: write the pull 2 k Omega D on W into `into` (out, in), from rows of D = W - W(base) - U* and of the importance; returns the energy."""
+    """Full fine-tuning: write the pull 2 k Omega D on W into `into` (out, in), from rows of D = W - W(base) - U* and of Omega; returns the energy."""
     energy = into.new_zeros(())
     for rows in tiles(into.shape[0], into.shape[1], into.device):
         D = update(rows).to(into)
