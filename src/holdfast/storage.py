@@ -1,6 +1,7 @@
 """Importance files: safetensors, one tensor per base weight name, one JSON string in the metadata under `holdfast`. Never pickle.
 
-`K` (f32, bf16), optionally `K.anchor_A` (r, in) and `K.anchor_B` (out, r) with the scale folded into B. Written to a temporary name and renamed.
+`K` (f32, bf16) or `K.codes` and `K.scale` (u8, u4: codec.py; tier and shape stand in the JSON under `coded`), optionally `K.anchor_A` (r, in) and
+`K.anchor_B` (out, r) with the scale folded into B. Written to a temporary name and renamed.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from holdfast.importance.container import DenseEntry, Importance
+from holdfast import codec
+from holdfast.importance.container import CodedEntry, DenseEntry, Entry, Importance
 from holdfast.runs import atomic_path
 
 FORMAT = 1
@@ -24,12 +26,19 @@ def save(importance: Importance, path: str | Path) -> None:
     """Write `importance` atomically. Raises ValueError on non-finite or negative values, naming the weight."""
     from safetensors.torch import save_file
 
+    tensors: dict[str, Tensor] = {}
+    coded = {}
     for name, entry in importance.entries.items():
-        _check_values(name, entry.values, "the importance")
-    tensors = {name: entry.values.contiguous().cpu() for name, entry in importance.entries.items()}
+        if isinstance(entry, CodedEntry):
+            codec.check(name, entry.codes, entry.scale, entry.shape, entry.tier)
+            tensors[f"{name}.codes"], tensors[f"{name}.scale"] = entry.codes.contiguous().cpu(), entry.scale.contiguous().cpu()
+            coded[name] = [entry.tier, *entry.shape]
+        else:
+            _check_values(name, entry.values, "the importance")
+            tensors[name] = entry.values.contiguous().cpu()
     for name, (A, B) in importance.anchors.items():
         tensors[f"{name}.anchor_A"], tensors[f"{name}.anchor_B"] = A.contiguous().cpu(), B.contiguous().cpu()
-    info = {**{key: value for key, value in importance.info.items() if key != "path"}, "format": FORMAT}
+    info = {**{key: value for key, value in importance.info.items() if key != "path"}, "format": FORMAT, **({"coded": coded} if coded else {})}
     with atomic_path(path) as temporary:
         save_file(tensors, str(temporary), metadata={"holdfast": json.dumps(info, sort_keys=True)})
 
@@ -37,7 +46,8 @@ def save(importance: Importance, path: str | Path) -> None:
 def load(path: str | Path) -> Importance:
     """Read and check an importance file. Raises ValueError: missing, not safetensors, truncated, foreign, non-finite or negative values."""
     info, tensors = _read(Path(path))
-    entries, anchors = {}, {}
+    entries: dict[str, Entry] = _coded(info.pop("coded", {}), tensors, path)
+    anchors = {}
     for name, tensor in tensors.items():
         if name.endswith(".anchor_A"):
             base = name.removesuffix(".anchor_A")
@@ -58,6 +68,18 @@ def load(path: str | Path) -> Importance:
     if not entries:
         raise ValueError(f"{path} holds no importance; {NOT_OURS}")
     return Importance(entries, anchors, {**info, "path": str(path)})
+
+
+def _coded(listed: Any, tensors: dict[str, Tensor], path: str | Path) -> dict[str, Entry]:
+    """The entries in codes, taken out of `tensors`."""
+    entries: dict[str, Entry] = {}
+    for name, (tier, out, into) in listed.items():
+        parts = [tensors.pop(f"{name}.{part}", None) for part in ("codes", "scale")]
+        if parts[0] is None or parts[1] is None:
+            raise ValueError(f"{path}: '{name}' lacks its codes or its scale; the file is damaged, convert or record again")
+        codec.check(name, parts[0], parts[1], (out, into), tier)
+        entries[name] = CodedEntry(parts[0], parts[1], (out, into), tier)
+    return entries
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -99,7 +121,7 @@ def describe(importance: Importance) -> str:
         f"data         {data.get('source', '?')}: {data.get('documents', '?')} documents, {data.get('tokens', '?')} tokens, "
         f"sha256 {str(data.get('sha256', '?'))[:12]}",
         f"anchor       {'recorded adapter, rank ' + str(next(iter(importance.anchors.values()))[0].shape[0]) if importance.anchors else 'none'}",
-        f"weights      {len(importance)} with {sum(e.values.numel() for e in importance.entries.values()):,} elements",
+        f"weights      {len(importance)} with {sum(e.shape[0] * e.shape[1] for e in importance.entries.values()):,} elements",
     ]
     width = max(len(name) for name in importance)
     rows = [f"{'weight':<{width}}  {'shape':>14}  {'norm':>9}  {'mean':>9}  {'max':>9}  {'zero':>6}"]

@@ -16,7 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from holdfast import codec
+
 TIERS = {"f32": torch.float32, "bf16": torch.bfloat16}
+CODED = tuple(codec.BITS)  # u8, u4
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,14 @@ class DenseEntry:
         """(out, in), f32 (f64 stays f64)."""
         return self.values if self.values.dtype == torch.float64 else self.values.float()
 
+    def rows(self, rows: slice) -> Tensor:
+        """Some rows, (rows, in), in the stored dtype."""
+        return self.values[rows]
+
+    def to(self, device: torch.device) -> DenseEntry:
+        """The same on another device."""
+        return self if self.values.device == device else DenseEntry(self.values.to(device))
+
     def energy(self, U: Tensor) -> Tensor:
         """sum_ij Omega_ij U_ij^2, a scalar; U is (out, in)."""
         return (self.dense().to(U) * U * U).sum()
@@ -47,17 +58,50 @@ class DenseEntry:
 
 
 @dataclass(frozen=True)
+class CodedEntry:
+    """Importance of one weight in block codes (codec.py); decoded a few rows at a time wherever it is used."""
+
+    codes: Tensor  # u8 (out, in), or two to a byte (out, ceil(in / 2)) in u4
+    scale: Tensor  # bf16 (out, ceil(in / 128))
+    shape: tuple[int, int]  # (out, in)
+    tier: str  # "u8" or "u4"
+
+    def dense(self) -> Tensor:
+        """(out, in), f32: all of it decoded, for looking at; training reads rows."""
+        return codec.decode(self.codes, self.scale, self.shape, self.tier)
+
+    def rows(self, rows: slice) -> Tensor:
+        """Some rows, (rows, in), f32."""
+        return codec.decode(self.codes, self.scale, self.shape, self.tier, rows)
+
+    def to(self, device: torch.device) -> CodedEntry:
+        """The same on another device."""
+        return self if self.codes.device == device else CodedEntry(self.codes.to(device), self.scale.to(device), self.shape, self.tier)
+
+    def energy(self, U: Tensor) -> Tensor:
+        """sum_ij Omega_ij U_ij^2, a scalar; U is (out, in)."""
+        return (self.dense().to(U) * U * U).sum()
+
+    def norm(self) -> float:
+        """Frobenius norm, accumulated in f64."""
+        return codec.norm(self.codes, self.scale, self.shape, self.tier)
+
+
+Entry = DenseEntry | CodedEntry
+
+
+@dataclass(frozen=True)
 class Importance:
     """Base weight name -> entry, optionally the adapter at the end of recording, and where all of it came from.
 
     `anchors` maps names to (A, B) with U* = B @ A: (r, in) and (out, r), the scale folded into B. `info` is plain data as stored in the file.
     """
 
-    entries: dict[str, DenseEntry]
+    entries: dict[str, Entry]
     anchors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
 
-    def __getitem__(self, name: str) -> DenseEntry:
+    def __getitem__(self, name: str) -> Entry:
         if name not in self.entries:
             from holdfast.config import nearest
 
@@ -84,10 +128,10 @@ class Importance:
         return {name: float(stored[name]) if name in stored else entry.norm() for name, entry in self.entries.items()}
 
     def to_tier(self, tier: str) -> Importance:
-        """The same importance in another number format: f32 or bf16."""
-        if tier not in TIERS:
-            raise ValueError(f"unknown tier '{tier}'; known: {', '.join(TIERS)}")
-        entries = {name: DenseEntry(entry.values.to(TIERS[tier])) for name, entry in self.entries.items()}
+        """The same importance in another number format: f32, bf16, or block codes u8 or u4. The norms in `info` stay those of what was recorded."""
+        if tier not in TIERS and tier not in CODED:
+            raise ValueError(f"unknown tier '{tier}'; known: {', '.join((*TIERS, *CODED))}")
+        entries = {name: entry if entry.tier == tier else _converted(entry, tier) for name, entry in self.entries.items()}
         return Importance(entries, self.anchors, {**self.info, "tier": tier})
 
     def save(self, path: str | Path) -> None:
@@ -108,3 +152,9 @@ class Importance:
         from holdfast.storage import describe
 
         return describe(self)
+
+
+def _converted(entry: Entry, tier: str) -> Entry:
+    if tier in TIERS:
+        return DenseEntry(entry.dense().to(TIERS[tier]))
+    return CodedEntry(*codec.encode(entry.dense(), tier), entry.shape, tier)

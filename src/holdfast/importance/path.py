@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.config import OptionError
-from holdfast.importance.container import DenseEntry, Importance
+from holdfast.importance.container import DenseEntry, Entry, Importance
 from holdfast.stepping import before_step, pending_scale, unwrapped_optimizer, will_skip
 from holdfast.weights import FullWeight, LowRankWeight, TargetWeight, target_weights, wider
 
@@ -107,7 +107,9 @@ class PathIntegral:
         self.end_epoch()
         if self.epochs == 0:
             raise ValueError("no optimizer step was recorded: attach the recorder to the optimizer that trains these weights, then train")
-        entries = {name: DenseEntry(omega.to(torch.float32 if omega.dtype != torch.float64 else omega.dtype)) for name, omega in self._omega.items()}
+        entries: dict[str, Entry] = {
+            name: DenseEntry(omega.to(torch.float32 if omega.dtype != torch.float64 else omega.dtype)) for name, omega in self._omega.items()
+        }
         info = {
             "estimator": "path",
             "tier": "f32",

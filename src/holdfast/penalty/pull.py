@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.config import OptionError, nearest
-from holdfast.importance.container import Importance
+from holdfast.importance.container import CodedEntry, Importance
 from holdfast.layers import Uniform
-from holdfast.penalty import dense
+from holdfast.penalty import fused, tiled
 from holdfast.stepping import before_step, pending_scale, unwrapped_optimizer, will_skip
 from holdfast.weights import FullWeight, TargetWeight, base_shapes, fingerprint, target_weights, wider
 
@@ -35,11 +35,15 @@ class Penalty:
         layers: layer coefficients (`holdfast.layers`); default Uniform().
         anchor: "base" holds towards U = 0, "recorded" towards the adapter stored in the file.
         names: target weights for full fine-tuning.
+        implementation: "tiled" (any device) or "fused", the Triton kernel for LoRA on a GPU: checked in Triton's interpreter only, so not yet the default.
 
     Raises ValueError when importance does not fit the model, OptionError for wrong settings.
     """
 
-    def __init__(self, model: nn.Module, importance: Importance, *, strength: float, layers: Any = None, anchor: str = "base", names: str | None = None):
+    def __init__(self, model: nn.Module, importance: Importance, *, strength: float, layers: Any = None, anchor: str = "base", names: str | None = None,
+                 implementation: str = "tiled"):  # fmt: skip
+        if implementation not in ("tiled", "fused"):
+            raise OptionError(f"unknown implementation '{implementation}'; {nearest(implementation, ('tiled', 'fused'))}")
         if not (math.isfinite(strength) and strength >= 0):
             raise OptionError(f"strength must be finite and not negative, found {strength}")
         if anchor not in ("base", "recorded"):
@@ -47,6 +51,12 @@ class Penalty:
         self.importance, self.strength, self.anchor = importance, float(strength), anchor
         self.weights = target_weights(model, names=names)
         check_fit(model, importance, [weight.name for weight in self.weights], anchor)
+        self.implementation = implementation
+        if implementation == "fused":
+            for device in {weight.parameters[0].device for weight in self.weights}:
+                ok, why = fused.available(device)
+                if not ok:
+                    raise OptionError(f"implementation 'fused' cannot be used: {why}; use 'tiled'")
         self.coefficients: dict[str, float] = (layers or Uniform()).coefficients(importance.norms(), self.weights)
         self.pull_norm: float | None = None  # of the last pull over all factors, before it was added
         self.gradient_norm: float | None = None  # of the gradient it was added to
@@ -96,23 +106,35 @@ class Penalty:
     def _pull_of(self, weight: TargetWeight, k: float) -> tuple[tuple[Tensor, ...], Tensor]:
         """(pull per parameter, energy without coefficient) of one weight, in f32 or wider."""
         dtype, device = wider(weight.parameters[0].dtype), weight.parameters[0].device
-        omega = self.importance[weight.name].values.to(device, dtype)  # (out, in)
+        entry = self.importance[weight.name].to(device)
         anchor = self._anchor_of(weight, device, dtype)
         if isinstance(weight, FullWeight):
-            D = weight.update() if anchor is None else weight.update() - anchor
-            part, energy = dense.full_pull(D, omega, k)
+            part = torch.empty(weight.shape, dtype=dtype, device=device)
+            energy = tiled.full_pull(lambda rows: _movement(weight, rows, anchor), entry.rows, part, k)
             return (weight.oriented(part),), energy
-        if weight.initial is not None:
-            start = torch.mm(weight.initial[1].to(device, dtype), weight.initial[0].to(device, dtype)).mul_(weight.scale)
-            anchor = start if anchor is None else anchor + start
-        pull_A, pull_B, energy = dense.pull(weight.A.to(dtype), weight.B.to(dtype), weight.scale, omega, anchor, k)
+        A, B = weight.A.detach(), weight.B.detach()
+        if self.implementation == "fused":
+            values, scale = (entry.codes, entry.scale) if isinstance(entry, CodedEntry) else (entry.values, None)
+            pull_A, pull_B, energy = fused.pull(A, B, weight.scale, values, scale, entry.tier, anchor, k)
+            return (pull_A, pull_B), energy
+        pull_A, pull_B, energy = tiled.pull(A.to(dtype), B.to(dtype), weight.scale, entry.rows, anchor, k)
         return (pull_A, pull_B), energy
 
-    def _anchor_of(self, weight: TargetWeight, device: torch.device, dtype: torch.dtype) -> Tensor | None:
-        if self.anchor == "base":
+    def _anchor_of(self, weight: TargetWeight, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """(A0, B0) with B0 @ A0 what U = scale * B @ A is held towards: the recorded adapter, and where the adapter started, side by side."""
+        pairs = [self.importance.anchors[weight.name]] if self.anchor == "recorded" else []
+        if not isinstance(weight, FullWeight) and weight.initial is not None:
+            pairs.append((weight.initial[0], weight.initial[1] * weight.scale))
+        if not pairs:
             return None
-        A, B = self.importance.anchors[weight.name]
-        return torch.mm(B.to(device, dtype), A.to(device, dtype))  # (out, in)
+        return torch.cat([A.to(device, dtype) for A, _ in pairs]), torch.cat([B.to(device, dtype) for _, B in pairs], 1)
+
+
+def _movement(weight: FullWeight, rows: slice, anchor: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Rows of W - W(base) - U*, (rows, in), in f32 or wider."""
+    dtype = wider(weight.W.dtype)
+    D = weight.oriented(weight.W.detach())[rows].to(dtype) - weight.oriented(weight.base)[rows].to(weight.W.device, dtype)
+    return D if anchor is None else D.addmm_(anchor[1][rows], anchor[0], alpha=-1)
 
 
 class PenaltyAttachment:
