@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported; tests/test_fused.py needs it
 from transformers import AutoModelForCausalLM, GemmaConfig, GPT2Config, GPTJConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config
 
 SMALL = dict(vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,

@@ -8,6 +8,7 @@ import torch
 from holdfast.importance.container import FactoredEntry, Importance, KroneckerEntry
 from holdfast.importance.covariance import Covariance
 from holdfast.penalty import factored, kronecker, reference
+from holdfast.penalty.difference import thin
 from holdfast.penalty.pull import Penalty
 from holdfast.weights import LowRankWeight, add_adapter, target_weights
 
@@ -57,7 +58,7 @@ def test_pull_is_the_gradient_of_the_reference_energy(form, shape, start):
     D = D if anchor is None else D - anchor[1] @ anchor[0]
     energy = reference_energy(entry, D)
     gA, gB = torch.autograd.grad(k * energy, (A, B))
-    pull_A, pull_B, found = algebra(entry).pull(A.detach(), B.detach(), s, entry, *factored.thin(A.detach(), B.detach(), s, initial, anchor), k)
+    pull_A, pull_B, found = algebra(entry).pull(A.detach(), B.detach(), s, entry, *thin(A.detach(), B.detach(), s, initial, anchor), k)
     for mine, theirs in ((pull_A, gA), (pull_B, gB), (found, energy.detach())):
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-9 * float(theirs.abs().max()))
     torch.testing.assert_close(entry.energy(D.detach()), energy.detach(), rtol=1e-9, atol=0)

@@ -72,6 +72,36 @@ def test_pull_steps_like_the_loss_term_of_the_paper_over_many_steps(adapted, anc
         torch.testing.assert_close(x.B, y.B, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("tier", ["bf16", "u8", "u4"])
+@pytest.mark.parametrize("anchor", ["base", "recorded"])
+def test_every_tier_pulls_as_its_decoded_values_do(adapted, tier, anchor):
+    stored = make_importance(adapted).to_tier(tier)
+    decoded = Importance({name: DenseEntry(stored[name].dense()) for name in stored}, stored.anchors, {"norms": stored.norms()})
+    penalty, plain = (Penalty(adapted, importance, strength=0.3, layers=Softmax(tau=0.5), anchor=anchor) for importance in (stored, decoded))
+    pulls = []
+    for each in (penalty, plain):
+        each.pull()
+        pulls.append([p.grad.clone() for w in each.weights for p in w.parameters])
+        adapted.zero_grad()
+    for ours, theirs in zip(*pulls, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+    assert penalty.energy() == pytest.approx(plain.energy(), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_full_fine_tuning_pulls_from_codes(kind, tiny):
+    model = tiny(kind)
+    weights = target_weights(model, names="all-linear")
+    importance = Importance({w.name: DenseEntry(torch.rand(w.shape) ** 4) for w in weights}).to_tier("u8")
+    penalty = Penalty(model, importance, strength=0.5, names="all-linear")
+    with torch.no_grad():
+        for w in penalty.weights:
+            w.W.add_(0.1)
+    penalty.pull()
+    for w in penalty.weights:
+        torch.testing.assert_close(w.oriented(w.W.grad), 2 * 0.5 * importance[w.name].dense() * 0.1, rtol=1e-4, atol=1e-6)
+
+
 def test_energy_and_value(adapted):
     importance = make_importance(adapted)
     penalty = Penalty(adapted, importance, strength=2.0)
@@ -146,6 +176,8 @@ def test_misfits_are_refused_with_names(adapted, tiny):
         Penalty(adapted, Importance(importance.entries, {}, {"model": {"fingerprint": "0" * 64}}), strength=1.0)
     with pytest.raises(ValueError, match="no recorded adapter"):
         Penalty(adapted, importance, strength=1.0, anchor="recorded")
+    with pytest.raises(OptionError, match=r"'fused' cannot be used: .*use 'tiled'"):
+        Penalty(adapted, importance, strength=1.0, kernel="fused")
     with pytest.raises(OptionError, match="strength"):
         Penalty(adapted, importance, strength=float("nan"))
 

@@ -33,6 +33,36 @@ def test_round_trip_in_both_tiers(importance, tmp_path):
     assert "a.weight" in loaded.describe() and [p.name for p in sorted(tmp_path.iterdir())] == ["bf16.safetensors", "f32.safetensors"]
 
 
+@pytest.mark.parametrize("tier", ["u8", "u4"])
+def test_codes_are_read_back_as_they_were(importance, tier, tmp_path):
+    path, coded = tmp_path / "i.safetensors", importance.to_tier(tier)
+    coded.save(path)
+    loaded = Importance.load(path)
+    assert loaded.tier == tier and loaded.info["tier"] == tier and list(loaded) == list(coded) and "coded" not in loaded.info
+    for name in coded:
+        assert loaded[name].shape == importance[name].shape
+        assert torch.equal(loaded[name].codes, coded[name].codes) and torch.equal(loaded[name].dense(), coded[name].dense())
+        assert torch.equal(loaded[name].rows(slice(1, 3)), coded[name].dense()[1:3])
+        assert loaded[name].norm() == pytest.approx(importance[name].norm(), rel=0.2)
+    assert torch.equal(loaded.anchors["a.weight"][0], importance.anchors["a.weight"][0])
+    assert loaded.to_tier("f32")["a.weight"].values.dtype == torch.float32 and tier in loaded.describe()
+    with pytest.raises(ValueError, match="unknown tier 'u5'; did you mean 'u8'"):
+        importance.to_tier("u5")
+
+
+def test_files_without_their_scale_are_refused(importance, tmp_path):
+    coded = importance.to_tier("u8")["a.weight"]
+    path = tmp_path / "i.safetensors"
+    save_file({"a.weight.codes": coded.codes}, str(path), metadata={"holdfast": '{"format": 1, "coded": {"a.weight": ["u8", 3, 5]}}'})
+    with pytest.raises(ValueError, match=r"'a.weight' lacks its codes or its scale"):
+        Importance.load(path)
+    save_file(
+        {"a.weight.codes": coded.codes, "a.weight.scale": coded.scale}, str(path), metadata={"holdfast": '{"format": 1, "coded": {"a.weight": ["u8", 3, 6]}}'}
+    )
+    with pytest.raises(ValueError, match=r"'a.weight'.codes is \(3, 5\)"):
+        Importance.load(path)
+
+
 def test_bad_files_are_refused(importance, tmp_path):
     path = tmp_path / "i.safetensors"
     importance.save(path)

@@ -1,6 +1,7 @@
 """Importance files: safetensors, tensors by base weight name `K`, one JSON string in the metadata under `holdfast`. Never pickle.
 
     K (out, in)                                                 f32, bf16
+    K.codes, K.scale                                            u8, u4 (codec.py); tier and shape stand in the metadata under `coded`
     K.row (out, k), K.col (in, k)                               factored
     K.out_cov (out, out), K.in_cov (in, in)                     kronecker
     K.out_cov.vectors (out, k), .values (k,), .floor (scalar)   the same as rank k + constant diagonal; so for in_cov
@@ -23,14 +24,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from holdfast.importance.container import DenseEntry, Entry, FactoredEntry, Importance, KroneckerEntry
+from holdfast import codec
+from holdfast.importance.container import CodedEntry, DenseEntry, Entry, FactoredEntry, Importance, KroneckerEntry
 from holdfast.importance.covariance import AnyCovariance, Covariance, LowRankCovariance
 from holdfast.runs import atomic_path, check_output_file
 
 logger = logging.getLogger("holdfast")
 
 FORMAT = 1
-SUFFIXES = (".anchor_A", ".anchor_B", ".row", ".col", *(f".{kind}_cov{part}" for kind in ("out", "in") for part in (".vectors", ".values", ".floor", "")))
+SUFFIXES = (
+    ".anchor_A",
+    ".anchor_B",
+    ".codes",
+    ".scale",
+    ".row",
+    ".col",
+    *(f".{kind}_cov{part}" for kind in ("out", "in") for part in (".vectors", ".values", ".floor", "")),
+)
 NOT_OURS = "expected an importance file of `holdfast record`"
 
 
@@ -41,10 +51,12 @@ def save(importance: Importance, path: str | Path) -> None:
     tensors, shared = _tensors(importance.entries, "the importance")
     for name, (A, B) in importance.anchors.items():
         tensors[f"{name}.anchor_A"], tensors[f"{name}.anchor_B"] = A.contiguous().cpu(), B.contiguous().cpu()
+    coded = {name: [entry.tier, *entry.shape] for name, entry in importance.entries.items() if isinstance(entry, CodedEntry)}
     info = {
-        **{key: value for key, value in importance.info.items() if key not in ("path", "shared_in_cov")},
+        **{key: value for key, value in importance.info.items() if key != "path"},
         "format": FORMAT,
         **({"shared_in_cov": shared} if shared else {}),
+        **({"coded": coded} if coded else {}),
     }
     with atomic_path(path) as temporary:
         save_file(tensors, str(temporary), metadata={"holdfast": json.dumps(info, sort_keys=True)})
@@ -57,7 +69,7 @@ def load(path: str | Path) -> Importance:
     for name, tensor in tensors.items():
         suffix = next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
         parts.setdefault(name.removesuffix(suffix), {})[suffix] = tensor
-    shared = info.pop("shared_in_cov", {})
+    shared, coded = info.pop("shared_in_cov", {}), info.pop("coded", {})
     entries, anchors, inputs = {}, {}, {}
     for name, part in parts.items():
         where = f"{path}: '{name}'"
@@ -67,7 +79,7 @@ def load(path: str | Path) -> Importance:
         if anchor[0] is not None:
             anchors[name] = (anchor[0], anchor[1])
         if name not in shared:
-            entries[name] = _entry(where, part, None)
+            entries[name] = _coded(where, part, coded[name]) if name in coded else _entry(where, part, None)
             inputs[name] = getattr(entries[name], "in_cov", None)
     for name, owner in shared.items() if isinstance(shared, dict) else ():
         if name not in parts or inputs.get(owner) is None:
@@ -87,7 +99,10 @@ def _tensors(entries: Mapping[str, Entry], where: str) -> tuple[dict[str, Tensor
     shared = {}
     for name, entry in sorted(entries.items()):  # so that the same weight owns a shared covariance whatever the order
         parts = entry.tensors()
-        _check_parts(f"{where}: '{name}'", parts)
+        if isinstance(entry, CodedEntry):
+            codec.check(f"{where}: '{name}'", entry.codes, entry.scale, entry.shape, entry.tier)
+        else:
+            _check_parts(f"{where}: '{name}'", parts)
         if isinstance(entry, KroneckerEntry) and (owner := owners.setdefault(id(entry.in_cov), name)) != name:
             shared[name] = owner
             parts = {suffix: tensor for suffix, tensor in parts.items() if not suffix.startswith(".in_cov")}
@@ -112,6 +127,15 @@ def _entry(where: str, parts: dict[str, Tensor], in_cov: AnyCovariance | None) -
             f"{where} is made of {', '.join(sorted(found)) or 'nothing'}, which is no whole importance; the file is damaged, or of a newer holdfast"
         )
     return KroneckerEntry(out_cov, in_cov)
+
+
+def _coded(where: str, parts: dict[str, Tensor], listed: Any) -> CodedEntry:
+    """The entry in codes; `listed` is [tier, out, in]."""
+    if set(parts) != {".codes", ".scale"}:
+        raise ValueError(f"{where} lacks its codes or its scale; the file is damaged, convert or record again")
+    tier, *shape = listed
+    codec.check(where, parts[".codes"], parts[".scale"], shape, tier)
+    return CodedEntry(parts[".codes"], parts[".scale"], (shape[0], shape[1]), tier)
 
 
 def _covariance(parts: dict[str, Tensor], kind: str) -> AnyCovariance | None:

@@ -15,10 +15,10 @@ from typing import Any
 
 from torch import Tensor
 
-from holdfast.importance.entries import DenseEntry, Entry, FactoredEntry, KroneckerEntry
+from holdfast.importance.entries import CodedEntry, DenseEntry, Entry, FactoredEntry, KroneckerEntry
 from holdfast.importance.tiers import converted
 
-__all__ = ["DenseEntry", "Entry", "FactoredEntry", "Importance", "KroneckerEntry"]
+__all__ = ["CodedEntry", "DenseEntry", "Entry", "FactoredEntry", "Importance", "KroneckerEntry"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Importance:
         return {name: float(stored[name]) if name in stored else entry.norm() for name, entry in self.entries.items()}
 
     def to_tier(self, tier: str) -> Importance:
-        """The same importance in another form (see `holdfast.importance.tiers`): f32, bf16, factored, factored:4, kronecker:16.
+        """The same importance in another form (see `holdfast.importance.tiers`): f32, bf16, u8, u4, factored, factored:4, kronecker:16.
 
         Raises OptionError for an unknown tier, ValueError where this importance cannot be brought there.
         """

@@ -1,11 +1,13 @@
 """Entries: the importance of one weight, in one of several forms with one contract.
 
     dense       Omega element by element                                       energy  sum_ij Omega_ij U_ij^2
+    coded       the same in 8 or 4 bits, decoded a few rows at a time           the same
     factored    Omega = row @ col^T, (out, k) and (in, k)                      the same, without an (out, in) tensor
     kronecker   G (out, out) and A (in, in), which also know directions        energy  tr(G U A U^T)
 
 Each has `shape` (out, in), `tier` (how it is stored), `dense()` -> (out, in), `energy(U)`, `norm()` (Frobenius norm of the quadratic form, so that
-coefficients of layers compare across forms) and `tensors()` (what a file holds, by suffix of the weight's name). The penalty picks its algebra by type.
+coefficients of layers compare across forms), `to(device, dtype, moved)` and `tensors()` (what a file holds, by suffix of the weight's name). The penalty
+picks its algebra by type.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from holdfast import codec
 from holdfast.importance.covariance import AnyCovariance
 
 
@@ -30,6 +33,7 @@ class Entry(Protocol):
     def dense(self) -> Tensor: ...
     def energy(self, U: Tensor) -> Tensor: ...
     def norm(self) -> float: ...
+    def to(self, device: torch.device, dtype: torch.dtype, moved: dict[Any, Any]) -> Entry: ...
     def tensors(self) -> dict[str, Tensor]: ...
 
 
@@ -55,6 +59,14 @@ class DenseEntry:
         """(out, in), f32 (f64 stays f64)."""
         return _wide(self.values)
 
+    def rows(self, rows: slice) -> Tensor:
+        """Some rows, (rows, in), in the stored dtype."""
+        return self.values[rows]
+
+    def to(self, device: torch.device, dtype: torch.dtype, moved: dict[Any, Any]) -> DenseEntry:
+        """On a device, as stored: the pull widens a few rows at a time."""
+        return self if self.values.device == device else DenseEntry(self.values.to(device))
+
     def energy(self, U: Tensor) -> Tensor:
         """sum_ij Omega_ij U_ij^2, a scalar; U is (out, in)."""
         return (self.dense().to(U) * U * U).sum()
@@ -66,6 +78,40 @@ class DenseEntry:
     def tensors(self) -> dict[str, Tensor]:
         """What a file holds, by suffix."""
         return {"": self.values}
+
+
+@dataclass(frozen=True)
+class CodedEntry:
+    """Importance of one weight in block codes (codec.py); decoded a few rows at a time wherever it is used."""
+
+    codes: Tensor  # u8 (out, in), or two to a byte (out, ceil(in / 2)) in u4
+    scale: Tensor  # bf16 (out, ceil(in / 128))
+    shape: tuple[int, int]  # (out, in)
+    tier: str  # "u8" or "u4"
+
+    def dense(self) -> Tensor:
+        """(out, in), f32: all of it decoded, for looking at; training reads rows."""
+        return codec.decode(self.codes, self.scale, self.shape, self.tier)
+
+    def rows(self, rows: slice) -> Tensor:
+        """Some rows, (rows, in), f32."""
+        return codec.decode(self.codes, self.scale, self.shape, self.tier, rows)
+
+    def to(self, device: torch.device, dtype: torch.dtype, moved: dict[Any, Any]) -> CodedEntry:
+        """On a device, still in codes."""
+        return self if self.codes.device == device else CodedEntry(self.codes.to(device), self.scale.to(device), self.shape, self.tier)
+
+    def energy(self, U: Tensor) -> Tensor:
+        """sum_ij Omega_ij U_ij^2, a scalar; U is (out, in)."""
+        return (self.dense().to(U) * U * U).sum()
+
+    def norm(self) -> float:
+        """Frobenius norm, accumulated in f64."""
+        return codec.norm(self.codes, self.scale, self.shape, self.tier)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a file holds, by suffix; shape and tier stand in its metadata."""
+        return {".codes": self.codes, ".scale": self.scale}
 
 
 @dataclass(frozen=True, eq=False)

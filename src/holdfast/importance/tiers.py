@@ -1,6 +1,7 @@
 """Tiers: how importance is stored, and how one becomes another.
 
     f32, bf16        element by element
+    u8, u4           block codes of 8 or 4 bits (codec.py)
     factored[:k]     row @ col^T with k columns. k = 1 (default): Omega_ij ~ (sum of row i) (sum of column j) / total. k > 1: non-negative factorisation by the
                      multiplicative updates of Lee and Seung for the divergence sum Omega log(Omega / R) - Omega + R, of which k = 1 by sums is the exact
                      minimum. Sums of columns are kept, and those of rows as far as it has converged: hence the energy of an update whose
@@ -18,12 +19,13 @@ import re
 import torch
 from torch import Tensor
 
+from holdfast import codec
 from holdfast.config import OptionError, nearest
 from holdfast.importance.covariance import AnyCovariance
-from holdfast.importance.entries import DenseEntry, Entry, FactoredEntry, KroneckerEntry
+from holdfast.importance.entries import CodedEntry, DenseEntry, Entry, FactoredEntry, KroneckerEntry
 
 NUMBERS = {"f32": torch.float32, "bf16": torch.bfloat16}
-TIERS = (*NUMBERS, "factored", "kronecker")
+TIERS = (*NUMBERS, *codec.BITS, "factored", "kronecker")
 ITERATIONS = 100
 
 
@@ -33,7 +35,7 @@ def parse_tier(tier: str) -> tuple[str, int | None]:
     kind = match.group(1) if match else tier
     if match is None or kind not in TIERS:
         raise OptionError(f"unknown tier '{tier}'; {nearest(kind, TIERS)}")
-    if match.group(2) and kind in NUMBERS:
+    if match.group(2) and kind not in ("factored", "kronecker"):
         raise OptionError(f"tier '{kind}' has no rank, found '{tier}'; factored:K and kronecker:K do")
     return kind, int(match.group(2)) if match.group(2) else None
 
@@ -43,6 +45,8 @@ def converted(entries: dict[str, Entry], tier: str) -> dict[str, Entry]:
     kind, rank = parse_tier(tier)
     if kind in NUMBERS:
         return {name: DenseEntry(entry.dense().to(NUMBERS[kind])) for name, entry in entries.items()}
+    if kind in codec.BITS:
+        return {name: entry if entry.tier == kind else CodedEntry(*codec.encode(entry.dense(), kind), entry.shape, kind) for name, entry in entries.items()}
     if kind == "factored":
         return {name: _factored(entry, rank or 1) for name, entry in entries.items()}
     cut: dict[int, AnyCovariance] = {}  # by identity: a shared covariance is cut once and stays shared

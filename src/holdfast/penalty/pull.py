@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.config import OptionError, nearest
-from holdfast.importance.container import DenseEntry, Entry, FactoredEntry, Importance, KroneckerEntry
+from holdfast.importance.container import CodedEntry, DenseEntry, Entry, FactoredEntry, Importance, KroneckerEntry
 from holdfast.layers import Uniform
-from holdfast.penalty import dense, factored, kronecker
+from holdfast.penalty import factored, fused, kronecker, tiled
+from holdfast.penalty.difference import thin
 from holdfast.stepping import before_step, pending_scale, unwrapped_optimizer, will_skip
 from holdfast.weights import FullWeight, TargetWeight, base_shapes, fingerprint, target_weights, wider
 
@@ -35,11 +36,16 @@ class Penalty:
         layers: layer coefficients (`holdfast.layers`); default Uniform().
         anchor: "base" holds towards U = 0, "recorded" towards the adapter stored in the file.
         names: target weights for full fine-tuning.
+        kernel: for element-wise importance, "tiled" (any device) or "fused", the Triton kernel for LoRA on a GPU: so far checked in Triton's interpreter
+            only, so not the default.
 
     Raises ValueError when importance does not fit the model, OptionError for wrong settings.
     """
 
-    def __init__(self, model: nn.Module, importance: Importance, *, strength: float, layers: Any = None, anchor: str = "base", names: str | None = None):
+    def __init__(self, model: nn.Module, importance: Importance, *, strength: float, layers: Any = None, anchor: str = "base", names: str | None = None,
+                 kernel: str = "tiled"):  # fmt: skip
+        if kernel not in ("tiled", "fused"):
+            raise OptionError(f"unknown kernel '{kernel}'; {nearest(kernel, ('tiled', 'fused'))}")
         if not (math.isfinite(strength) and strength >= 0):
             raise OptionError(f"strength must be finite and not negative, found {strength}")
         if anchor not in ("base", "recorded"):
@@ -47,12 +53,25 @@ class Penalty:
         self.importance, self.strength, self.anchor = importance, float(strength), anchor
         self.weights = target_weights(model, names=names)
         check_fit(model, importance, [weight.name for weight in self.weights], anchor)
+        self.kernel = kernel
+        if kernel == "fused":
+            self._check_fused()
         self.coefficients: dict[str, float] = (layers or Uniform()).coefficients(importance.norms(), self.weights)
         self.pull_norm: float | None = None  # of the last pull over all factors, before it was added
         self.gradient_norm: float | None = None  # of the gradient it was added to
         self._last_energy: float | None = None
         self._entries: dict[str, Entry] = {}
         self._moved: dict[Any, Any] = {}  # covariances that weights share are moved once
+
+    def _check_fused(self) -> None:
+        reasons = [why for device in {weight.parameters[0].device for weight in self.weights} for ok, why in [fused.available(device)] if not ok]
+        other = next((weight for weight in self.weights if not isinstance(self.importance[weight.name], (DenseEntry, CodedEntry))), None)
+        if other is not None:
+            reasons.append(f"it is for element-wise tiers, '{other.name}' has tier {self.importance[other.name].tier}")
+        if any(isinstance(weight, FullWeight) for weight in self.weights):
+            reasons.append("it is for LoRA, found weights that are trained themselves")
+        if reasons:
+            raise OptionError(f"kernel 'fused' cannot be used: {'; '.join(reasons)}; use 'tiled'")
 
     @property
     def implementation(self) -> str:
@@ -108,21 +127,23 @@ class Penalty:
         entry = self._placed(weight.name, device, dtype)
         anchor = self._anchor_of(weight, device, dtype)
         if isinstance(weight, FullWeight):
-            D = weight.update() if anchor is None else weight.update().sub_(torch.mm(anchor[1], anchor[0]))
-            part, energy = _full_pull(D, entry, k)
+            part, energy = _full_pull(weight, entry, anchor, k)
             return (weight.oriented(part),), energy
-        A, B = weight.A.to(dtype), weight.B.to(dtype)
+        A, B = weight.A.detach(), weight.B.detach()
         initial = None if weight.initial is None else (weight.initial[0].to(device, dtype), weight.initial[1].to(device, dtype))
-        pull_A, pull_B, energy = _low_rank_pull(A, B, weight.scale, entry, initial, anchor, k)
+        if self.kernel == "fused":
+            assert isinstance(entry, (DenseEntry, CodedEntry))
+            values, scale = (entry.codes, entry.scale) if isinstance(entry, CodedEntry) else (entry.values, None)
+            pull_A, pull_B, energy = fused.pull(A, B, weight.scale, values, scale, entry.tier, _together(weight.scale, initial, anchor), k)
+            return (pull_A, pull_B), energy
+        A, B = A.to(dtype), B.to(dtype)
+        pull_A, pull_B, energy = _low_rank_pull(A, B, weight.scale, entry, *thin(A, B, weight.scale, initial, anchor), k)
         return (pull_A, pull_B), energy
 
     def _placed(self, name: str, device: torch.device, dtype: torch.dtype) -> Entry:
-        """The entry where the weight is, in its dtype: dense values anew in each step, thin factors and covariances once."""
-        entry = self.importance[name]
-        if not isinstance(entry, (FactoredEntry, KroneckerEntry)):
-            return entry
+        """The entry where the weight is, brought there once: element-wise ones as stored, thin factors and covariances in the dtype of the algebra."""
         if name not in self._entries:
-            self._entries[name] = entry.to(device, dtype, self._moved)
+            self._entries[name] = self.importance[name].to(device, dtype, self._moved)
         return self._entries[name]
 
     def _anchor_of(self, weight: TargetWeight, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
@@ -133,8 +154,9 @@ class Penalty:
         return A.to(device, dtype), B.to(device, dtype)
 
 
-IMPLEMENTATIONS = {
-    DenseEntry: "dense pull (element by element, one layer at a time)",
+IMPLEMENTATIONS: dict[type, str] = {
+    DenseEntry: "tiled pull (element by element, a few rows at a time)",
+    CodedEntry: "tiled pull (element by element, decoding a few rows at a time)",
     FactoredEntry: "factored pull (rows and columns of importance on the update's own factors)",
     KroneckerEntry: "kronecker pull (covariances times the update's own factors)",
 }
@@ -142,30 +164,43 @@ IMPLEMENTATIONS = {
 
 def implementation(importance: Importance) -> str:
     """Which pull this importance gets, and why, for people."""
-    kinds = sorted({IMPLEMENTATIONS.get(type(entry), IMPLEMENTATIONS[DenseEntry]) for entry in importance.entries.values()})
+    kinds = sorted({IMPLEMENTATIONS[type(entry)] for entry in importance.entries.values()})
     return f"{' and '.join(kinds)} for tier {importance.tier}"
 
 
-def _low_rank_pull(A: Tensor, B: Tensor, scale: float, entry: Entry, initial: Any, anchor: Any, k: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(pull on A, pull on B, energy) by the algebra that fits the entry; initial (A0, B0) and anchor (A*, B*) are thin factors or None."""
+def _low_rank_pull(A: Tensor, B: Tensor, scale: float, entry: Entry, L: Tensor, R: Tensor, k: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(pull on A, pull on B, energy) for D = L @ R, by the algebra that fits the entry."""
     if isinstance(entry, FactoredEntry):
-        return factored.pull(A, B, scale, entry, *factored.thin(A, B, scale, initial, anchor), k)
+        return factored.pull(A, B, scale, entry, L, R, k)
     if isinstance(entry, KroneckerEntry):
-        return kronecker.pull(A, B, scale, entry, *factored.thin(A, B, scale, initial, anchor), k)
-    star = None if anchor is None else torch.mm(anchor[1], anchor[0])  # (out, in)
-    if initial is not None:
-        start = torch.mm(initial[1], initial[0]).mul_(scale)
-        star = start if star is None else star + start
-    return dense.pull(A, B, scale, entry.dense().to(A), star, k)
+        return kronecker.pull(A, B, scale, entry, L, R, k)
+    assert isinstance(entry, (DenseEntry, CodedEntry))
+    return tiled.pull(A, B, scale, entry.rows, L, R, k)
 
 
-def _full_pull(D: Tensor, entry: Entry, k: float) -> tuple[Tensor, Tensor]:
-    """(pull on W, energy) by the algebra that fits the entry."""
+def _full_pull(weight: FullWeight, entry: Entry, anchor: tuple[Tensor, Tensor] | None, k: float) -> tuple[Tensor, Tensor]:
+    """(pull on W as (out, in), energy) for full fine-tuning, by the algebra that fits the entry."""
+    rows = lambda part: _movement(weight, part, anchor)
     if isinstance(entry, FactoredEntry):
-        return factored.full_pull(D, entry, k)
+        return factored.full_pull(rows(slice(None)), entry, k)
     if isinstance(entry, KroneckerEntry):
-        return kronecker.full_pull(D, entry, k)
-    return dense.full_pull(D, entry.dense().to(D), k)
+        return kronecker.full_pull(rows(slice(None)), entry, k)
+    assert isinstance(entry, (DenseEntry, CodedEntry))
+    part = torch.empty(weight.shape, dtype=wider(weight.W.dtype), device=weight.W.device)
+    return part, tiled.full_pull(rows, entry.rows, part, k)
+
+
+def _together(scale: float, initial: tuple[Tensor, Tensor] | None, anchor: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+    """(A0, B0) with B0 @ A0 what s B A is held towards: where the adapter started and the recorded adapter, side by side."""
+    pairs = ([] if initial is None else [(initial[0], scale * initial[1])]) + ([] if anchor is None else [anchor])
+    return (torch.cat([A for A, _ in pairs]), torch.cat([B for _, B in pairs], 1)) if pairs else None
+
+
+def _movement(weight: FullWeight, rows: slice, anchor: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Rows of W - W(base) - U*, (rows, in), in f32 or wider."""
+    dtype = wider(weight.W.dtype)
+    D = weight.oriented(weight.W.detach())[rows].to(dtype) - weight.oriented(weight.base)[rows].to(weight.W.device, dtype)
+    return D if anchor is None else D.addmm_(anchor[1][rows], anchor[0], alpha=-1)
 
 
 class PenaltyAttachment:
