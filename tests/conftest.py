@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any host library reads it: tests use no network
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GemmaConfig, GPT2Config, GPTJConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config
