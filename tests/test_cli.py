@@ -89,3 +89,17 @@ def test_limits_are_those_of_real_options():
             for name in {*AT_LEAST, *ABOVE_ZERO} & {f.name for f in dataclasses.fields(kind)}:
                 with pytest.raises(OptionError, match=f"--{name.replace('_', '-')} must be"):
                     resolve(kind, {"preset": preset, name: -1}, presets)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_bars_are_for_terminals(model_folder, text_file, tmp_path, capsys, monkeypatch, terminal):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    common = ["--max-steps", "2", "--batch-size", "2", "--accumulation", "1", "--rank", "2", "--device", "cpu"]
+    importance = str(tmp_path / "i.safetensors")
+    assert main(["record", str(model_folder), "--general", str(text_file), "--out", importance, *common]) == 0
+    recording = capsys.readouterr().err
+    assert ("recording: 100%" in recording and "loss" in recording and "tokens/s" in recording) is terminal
+    words = ["tune", str(model_folder), "--data", str(text_file), "--importance", importance, "--out", str(tmp_path / "run"), "--log-steps", "1"]
+    assert main([*words, *common]) == 0
+    tuning = capsys.readouterr().err
+    assert ("2/2" in tuning and "energy=" in tuning and "pull=" in tuning) is terminal
