@@ -9,7 +9,7 @@ export MALLOC_TRIM_THRESHOLD_ = 17179869184
 export MALLOC_TOP_PAD_ = 268435456
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test check clean
+.PHONY: demo test check bench bench-gpu clean
 
 demo: $(READY)
 	$(BIN)/holdfast demo
@@ -21,6 +21,18 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench bench-gpu: $(READY)
+	$(BENCH) benchmarks/pull.py $(PULL)
+	$(BENCH) benchmarks/tuning.py $(TOKENS)
+	$(BENCH) benchmarks/sizes.py
+	$(BENCH) benchmarks/table.py
+
+# One thread: on cores that are shared, waiting for the other thread is all one would measure.
+bench: BENCH = CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python
+bench-gpu: BENCH = $(BIN)/python
+bench-gpu: PULL = --gpu
+bench-gpu: TOKENS = --tokens 512,2048,8192
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -1,0 +1,137 @@
+"""A tuning step with and without the pull, and the peak memory of both, on a small randomly initialised Llama with the widths of Llama-3.2-1B.
+
+Two blocks, a vocabulary of 8,192: what one core can do. The pulls of all tiers are timed one after the other within each step, and set against the rest of
+that step, so that the noise of whole steps does not hide them. Memory is the high-water mark of a process of its own that loads the importance from its
+file, all linear layers targeted.
+
+    python benchmarks/tuning.py [--tokens 512,2048]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from measure import append, in_tiers, row, synchronize
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from holdfast.importance.container import Importance
+from holdfast.penalty.pull import Penalty
+from holdfast.weights import add_adapter, base_shapes, target_weights
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LAYERS, LENGTH = 2, 512
+QV = "q_proj,v_proj"
+MEMORY_TIERS = ("f32", "u8", "u4", "factored", "kronecker:16")
+MIB = 2**20
+
+
+def base_model() -> nn.Module:
+    """Two blocks of Llama-3.2-1B's widths, randomly initialised; bf16 on a GPU."""
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=8192, hidden_size=2048, intermediate_size=8192, num_hidden_layers=LAYERS, num_attention_heads=32, num_key_value_heads=8,
+                         max_position_embeddings=LENGTH, tie_word_embeddings=True)  # fmt: skip
+    return LlamaForCausalLM(config).to(DEVICE, torch.bfloat16 if DEVICE == "cuda" else torch.float32)
+
+
+def one_step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: torch.Tensor, penalties: dict[str, Penalty]) -> dict[str, float]:
+    """ms of each penalty's pull, and under "no pull" of all the rest of the step."""
+    synchronize()
+    start = time.perf_counter()
+    model(input_ids=ids, labels=ids).loss.backward()
+    synchronize()
+    spent = {"no pull": time.perf_counter() - start}
+    for tier, penalty in penalties.items():
+        start = time.perf_counter()
+        penalty.pull()
+        synchronize()
+        spent[tier] = time.perf_counter() - start
+    start = time.perf_counter()
+    optimizer.step()
+    optimizer.zero_grad()
+    synchronize()
+    spent["no pull"] += time.perf_counter() - start
+    return {tier: seconds * 1e3 for tier, seconds in spent.items()}
+
+
+def steps(token_counts: list[int], rounds: int) -> None:
+    """Steps with the pull of every tier on q_proj and v_proj, each timed."""
+    model = add_adapter(base_model(), names=QV, rank=8, alpha=32)
+    weights = target_weights(model)
+    optimizer = torch.optim.AdamW([p for w in weights for p in w.parameters], lr=1e-4)
+    penalties = {tier: Penalty(model, i, strength=1e-3) for tier, i in in_tiers({w.name: w.shape for w in weights}, DEVICE).items()}
+    shape = f"{LAYERS} blocks of Llama-3.2-1B"
+    for tokens in token_counts:
+        ids = torch.randint(8192, (max(1, tokens // LENGTH), min(tokens, LENGTH)), device=DEVICE)
+        measured = [one_step(model, optimizer, ids, penalties) for _ in range(rounds + 1)][1:]
+        plain = [spent["no pull"] for spent in measured]
+        rows = [row("tuning step", plain, shape=shape, tier="no pull", tokens=tokens, rank=8)]
+        for tier in penalties:
+            whole = [spent["no pull"] + spent[tier] for spent in measured]
+            rows.append(row("tuning step", whole, shape=shape, tier=tier, tokens=tokens, rank=8, against=plain, baseline="no pull"))
+        append(rows)
+
+
+def memory(repeats: int) -> None:
+    """Peak resident memory with each tier against none, per target weight."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = base_model()
+        shapes = base_shapes(add_adapter(model, names="all-linear", rank=8, alpha=32))
+        shapes = {name: shape for name, shape in shapes.items() if "lm_head" not in name}
+        count = sum(out * into for out, into in shapes.values())
+        del model
+        files = {"no pull": ""}
+        for tier, importance in in_tiers(shapes, tiers=MEMORY_TIERS).items():
+            files[tier] = str(Path(folder) / f"{tier.replace(':', '-')}.safetensors")
+            importance.save(files[tier])
+        peaks: dict[str, list[float]] = {tier: [] for tier in files}
+        for _ in range(repeats):
+            for tier, file in files.items():
+                peaks[tier].append(_peak_of_process(file))
+    shape = f"{LAYERS} blocks of Llama-3.2-1B, all linear"
+    none = peaks.pop("no pull")
+    rows = [row("peak memory", none, shape=shape, tier="no pull", tokens=128, rank=8, unit="MiB")]
+    for tier, values in peaks.items():
+        rows.append(row("peak memory", values, shape=shape, tier=tier, tokens=128, rank=8, unit="MiB", against=none, baseline="no pull"))
+        extra = [(value - other) * MIB / count for value, other in zip(values, none, strict=True)]
+        rows.append(row("added memory", extra, shape=shape, tier=tier, tokens=128, rank=8, unit="bytes per weight"))
+    append(rows)
+
+
+def _peak_of_process(file: str) -> float:
+    """MiB. glibc gives freed memory back here: what it would keep is not what is needed."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+    done = subprocess.run([sys.executable, __file__, "--peak", file], env=environment, capture_output=True, text=True, check=True)
+    return float(json.loads(done.stdout.splitlines()[-1]))
+
+
+def peak(file: str) -> float:
+    """MiB of resident memory (of the GPU where there is one) at the highest, over two steps of 128 tokens with the importance in `file`, or without."""
+    model = add_adapter(base_model(), names="all-linear", rank=8, alpha=32)
+    penalty = Penalty(model, Importance.load(file), strength=1e-3) if file else None
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    for _ in range(2):
+        one_step(model, optimizer, torch.randint(8192, (1, 128), device=DEVICE), {} if penalty is None else {"pull": penalty})
+    return torch.cuda.max_memory_allocated() / MIB if DEVICE == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", default="128,512,2048", help="tokens per step, separated by commas")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.peak is not None:
+        print(json.dumps(peak(options.peak)))
+    else:
+        steps([int(part) for part in options.tokens.split(",")], options.rounds)
+        memory(repeats=3)
