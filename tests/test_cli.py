@@ -96,7 +96,7 @@ def test_progress_bars_are_for_terminals(model_folder, text_file, tmp_path, caps
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
     common = ["--max-steps", "2", "--batch-size", "2", "--accumulation", "1", "--rank", "2", "--device", "cpu"]
     importance = str(tmp_path / "i.safetensors")
-    assert main(["record", str(model_folder), "--general", str(text_file), "--out", importance, *common]) == 0
+    assert main(["record", str(model_folder), "--general", str(text_file), "--out", importance, "--estimator", "path", *common]) == 0
     recording = capsys.readouterr().err
     assert ("recording: 100%" in recording and "loss" in recording and "tokens/s" in recording) is terminal
     words = ["tune", str(model_folder), "--data", str(text_file), "--importance", importance, "--out", str(tmp_path / "run"), "--log-steps", "1"]

@@ -30,7 +30,7 @@ def recorded(model_folder, text_file, tmp_path):
 
 @pytest.mark.parametrize(
     ("estimator", "tier"),
-    [("path", "f32"), ("path-factored", "factored"), ("fisher", "f32"), ("kronecker", "kronecker"), ("activation", "factored"), ("uniform", "factored")],
+    [("path", "f32"), ("path-factored", "factored"), ("fisher", "f32"), ("kronecker", "kronecker:16"), ("activation", "factored"), ("uniform", "factored")],
 )
 def test_every_estimator_writes_a_file_that_holds_any_adapter(recorded, tiny, estimator, tier):
     importance = recorded("--estimator", estimator)
@@ -51,7 +51,8 @@ def test_every_estimator_writes_a_file_that_holds_any_adapter(recorded, tiny, es
 
 
 def test_record_options_choose_form_labels_and_rank(recorded):
-    assert recorded("--estimator", "kronecker", "--cov-rank", "2").tier == "kronecker:2"
+    assert recorded().info["estimator"] == "kronecker" and recorded("--cov-rank", "2").tier == "kronecker:2"
+    assert recorded("--cov-rank", "0").tier == "kronecker" and recorded("--tier", "kronecker").tier == "kronecker"
     assert recorded("--estimator", "kronecker", "--tier", "kronecker:3").tier == "kronecker:3"
     assert recorded("--estimator", "fisher", "--tier", "factored:2", "--labels", "sampled").tier == "factored:2"
     assert recorded("--estimator", "fisher", "--labels", "sampled").info["settings"]["labels"] == "sampled"
@@ -75,7 +76,8 @@ def test_uniform_needs_no_text(model_folder, tmp_path):
         (["--estimator", "fisher", "--tier", "kronecker:4"], "needs --estimator kronecker"),
         (["--estimator", "kronecker", "--tier", "kronecke"], "did you mean 'kronecker'"),
         (["--estimator", "kroneker"], "did you mean 'kronecker'"),
-        (["--estimator", "kronecker", "--cov-rank", "0"], "--cov-rank"),
+        (["--estimator", "kronecker", "--cov-rank", "-1"], "--cov-rank"),
+        (["--learning-rate", "1e-3"], "give --estimator path"),
     ],
 )
 def test_options_that_an_estimator_would_ignore_are_refused(flags, message, capsys):

@@ -65,7 +65,7 @@ def test_the_exact_gradient_is_that_of_the_dequantised_weight(folder, bits, batc
 @BITS
 def test_record_tune_eval_and_merge(folder, bits, text_file, tmp_path):
     common = {"model": folder, "quantize": bits, "device": "cpu", "rank": 2, "batch_size": 4, "accumulation": 1, "max_steps": 3}
-    record(resolve(RecordOptions, {**common, "general": str(text_file), "out": str(tmp_path / "i.safetensors")}, RECORD_PRESETS))
+    record(resolve(RecordOptions, {**common, "general": str(text_file), "out": str(tmp_path / "i.safetensors"), "estimator": "path"}, RECORD_PRESETS))
     importance = Importance.load(tmp_path / "i.safetensors")
     assert importance.info["settings"]["quantize"] == bits and importance.info["settings"]["decrease_nats"] != 0
     given = {**common, "data": str(text_file), "importance": str(tmp_path / "i.safetensors"), "log_steps": 1}

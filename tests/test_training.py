@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from holdfast import recording
-from holdfast.config import RECORD_PRESETS, TUNE_PRESETS, OptionError, RecordOptions, TuneOptions, resolve
+from holdfast.config import RECORD_PRESETS, STRENGTHS, TUNE_PRESETS, OptionError, RecordOptions, TuneOptions, resolve
 from holdfast.importance.container import Importance
 from holdfast.recording import record
 from holdfast.training import merge, tune
@@ -20,8 +20,8 @@ def recorded(model_folder, text_file, tmp_path):
     """A function: options -> importance recorded on the tiny model."""
 
     def run(**given):
-        options = {"model": str(model_folder), "general": str(text_file), "out": str(tmp_path / "i.safetensors"), "rank": 2, "epochs": 2, "batch_size": 3,
-                   "accumulation": 2, "learning_rate": 1e-2, "save_steps": 1, **given}  # fmt: skip
+        options = {"model": str(model_folder), "general": str(text_file), "out": str(tmp_path / "i.safetensors"), "estimator": "path",
+                   "rank": 2, "epochs": 2, "batch_size": 3, "accumulation": 2, "learning_rate": 1e-2, "save_steps": 1, **given}  # fmt: skip
         return record(resolve(RecordOptions, options, RECORD_PRESETS))
 
     return run
@@ -98,6 +98,17 @@ def test_strength_zero_is_plain_fine_tuning_bit_for_bit(recorded, tuned, tmp_pat
     tuned(out=str(tmp_path / "held"), importance=str(tmp_path / "i.safetensors"), strength=10.0)
     assert same(factors(tmp_path / "plain"), factors(tmp_path / "zero"))
     assert not same(factors(tmp_path / "plain"), factors(tmp_path / "held"))
+
+
+def test_the_default_recipe_needs_neither_estimator_nor_strength(model_folder, text_file, tuned, tmp_path):
+    path = str(tmp_path / "d.safetensors")
+    record(resolve(RecordOptions, {"model": str(model_folder), "general": str(text_file), "out": path}, RECORD_PRESETS))
+    run = tuned(importance=path)
+    assert Importance.load(path).tier == "kronecker:16" and run["configuration"]["strength"] == STRENGTHS["kronecker"] and run["energy"] > 0
+    uniform = str(tmp_path / "u.safetensors")
+    record(resolve(RecordOptions, {"model": str(model_folder), "estimator": "uniform", "out": uniform}, RECORD_PRESETS))
+    with pytest.raises(OptionError, match="no default strength"):
+        tuned(importance=uniform, out=str(tmp_path / "other"))
 
 
 def test_the_penalty_holds(recorded, tuned, tmp_path):

@@ -1,6 +1,6 @@
 """The thin bridge to the transformers Trainer and every TRL trainer: these classes delegate, they compute nothing.
 
-    hold(trainer, importance, strength=1.0)          # before trainer.train()
+    hold(trainer, importance)          # before trainer.train()
 
 Two facts about the host (transformers 5.23): the optimizer exists from `on_train_begin` on, inside accelerate's wrapper; reporters are called before user
 callbacks and `log_history` is copied before `on_log`, so `hold` puts its callback first and writes into both.
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from holdfast.config import OptionError
+from holdfast.config import OptionError, default_strength
 from holdfast.importance.attachment import PathRecorder
 from holdfast.importance.container import Importance
 from holdfast.penalty.pull import Penalty
@@ -123,13 +123,15 @@ class RecorderCallback(TrainerCallback):
         self._attachment = None
 
 
-def hold(trainer: Any, importance: Importance | str | Path, *, strength: float = 1.0, layers: Any = None, anchor: str = "base",
+def hold(trainer: Any, importance: Importance | str | Path, *, strength: float | None = None, layers: Any = None, anchor: str = "base",
          names: str | None = None) -> HoldfastCallback:  # fmt: skip
     """Hold `trainer.model` while it trains: builds the penalty, and puts its callback first so that TensorBoard and the console show its numbers.
 
-    Raises ValueError when importance does not fit the model, OptionError for wrong settings. Returns the callback; its `.penalty` tells the energy.
+    `strength` None takes what suits the importance's estimator (`config.STRENGTHS`). Returns the callback; its `.penalty` tells the energy.
+    Raises ValueError when importance does not fit the model, OptionError for wrong settings.
     """
     loaded = importance if isinstance(importance, Importance) else Importance.load(importance)
+    strength = default_strength(loaded.info.get("estimator", "?")) if strength is None else strength
     callback = HoldfastCallback(Penalty(trainer.model, loaded, strength=strength, layers=layers, anchor=anchor, names=names))
     trainer.callback_handler.callbacks.insert(0, callback)
     return callback

@@ -47,8 +47,8 @@ REPORTERS = ("none", "tensorboard", "wandb", "trackio", "mlflow", "swanlab")
 
 # Options that must be at least a number, and those that must be above zero, wherever they occur.
 AT_LEAST = {"rank": 1, "batch_size": 1, "accumulation": 1, "save_steps": 1, "log_steps": 1, "limit": 1, "documents": 1, "self_documents": 1, "threads": 1,
-            "length": 2, "stride": 1, "batch_tokens": 1, "shots": 0, "eval_steps": 0, "strength": 0, "dropout": 0, "warmup": 0, "weight_decay": 0,
-            "max_grad_norm": 0, "seed": 0}  # fmt: skip
+            "length": 2, "stride": 1, "batch_tokens": 1, "shots": 0, "eval_steps": 0, "strength": 0, "cov_rank": 0, "dropout": 0, "warmup": 0,
+            "weight_decay": 0, "max_grad_norm": 0, "seed": 0}  # fmt: skip
 ABOVE_ZERO = ("learning_rate", "epochs", "alpha", "xi")
 
 
@@ -92,9 +92,9 @@ class RecordOptions(AdapterOptions, TextOptions, ModelOptions):
 
     out: str = option("", "importance file to write (.safetensors)", metavar="FILE")
     preset: str = option("default", "default: our recipe; paper: Song et al. 2025 (arXiv 2501.13669)", choices=PRESETS)
-    estimator: str = option("path", "how importance is estimated; all but path make one pass over the text without training", choices=ESTIMATORS)
+    estimator: str = option(None, "how importance is estimated; all but path make one pass over the text without training", choices=ESTIMATORS)
     labels: str = option("empirical", "labels of fisher and kronecker: the text's own tokens, or sampled from the model", choices=("empirical", "sampled"))
-    cov_rank: int | None = option(None, "kronecker: keep covariances as this rank + constant diagonal; default: whole")
+    cov_rank: int = option(None, "kronecker: keep covariances as this rank + constant diagonal; 0: whole")
     gradient: str = option(None, "gradient of the path integral: exact dL/dU, or the paper's effective gradient", choices=("exact", "effective"))
     clamp: str = option(None, "clamp credits at zero after every step (the paper) or at the end of an epoch", choices=("step", "end"))
     xi: float = option(None, "added to the squared movement before dividing by it")
@@ -116,10 +116,10 @@ class RecordOptions(AdapterOptions, TextOptions, ModelOptions):
 
 RECORD_PRESETS: dict[str, dict[str, Any]] = {
     # Song et al. 2025, section "Experiments"; the base in 8 bit is left to --quantize 8bit. Padding is masked, unlike in the released code.
-    "paper": dict(targets="q_proj,v_proj", rank=8, alpha=32.0, dropout=0.1, gradient="effective", clamp="step", xi=1e-9, documents=2000,
+    "paper": dict(estimator="path", targets="q_proj,v_proj", rank=8, alpha=32.0, dropout=0.1, gradient="effective", clamp="step", xi=1e-9, documents=2000,
                   length=800, epochs=5, batch_size=20, accumulation=4, learning_rate=8e-4, schedule="linear"),
-    "default": dict(targets="all-linear", rank=8, alpha=32.0, dropout=0.0, gradient="exact", clamp="step", xi=1e-9, length=1024,
-                    epochs=1, batch_size=4, accumulation=4, learning_rate=5e-4, schedule="constant"),
+    "default": dict(estimator="kronecker", cov_rank=16, targets="all-linear", rank=8, alpha=32.0, dropout=0.0, gradient="exact", clamp="step", xi=1e-9,
+                    length=1024, epochs=1, batch_size=4, accumulation=4, learning_rate=5e-4, schedule="constant"),
 }  # fmt: skip
 
 
@@ -135,12 +135,11 @@ def check_estimator(given: Mapping[str, Any], estimator: str) -> None:
     wrong = [] if trains else [name for name in TRAINING_ONLY if given.get(name) is not None]
     wrong += ["labels"] if estimator not in LABELLED and given.get("labels") is not None else []
     wrong += ["cov_rank"] if estimator != "kronecker" and given.get("cov_rank") is not None else []
-    if given.get("cov_rank") is not None and given["cov_rank"] < 1:
-        raise OptionError(f"--cov-rank must be at least 1, found {given['cov_rank']}; leave it out for whole covariances")
     if wrong:
         flags = ", ".join("--" + name.replace("_", "-") for name in wrong)
         why = "trains an adapter" if trains else "makes one pass over the text, without training"
-        raise OptionError(f"{flags}: not used by --estimator {estimator}, which {why}; leave out")
+        advice = "leave out" if trains else "leave out, or give --estimator path"
+        raise OptionError(f"{flags}: not used by --estimator {estimator}, which {why}; {advice}")
     if not trains and given.get("preset") == "paper":
         raise OptionError(f"--preset paper records the path integral, found --estimator {estimator}; leave out one of them")
 
@@ -154,7 +153,7 @@ class TuneOptions(AdapterOptions, TextOptions, ModelOptions):
     importance: str | None = option(None, "importance file of `holdfast record`; without one the run is plain fine-tuning", metavar="FILE")
     out: str = option("", "folder to write: adapter (or model), checkpoints, run.json", metavar="DIR")
     preset: str = option("default", "default: our recipe; paper: Song et al. 2025 (arXiv 2501.13669)", choices=PRESETS)
-    strength: float = option(None, "how hard important weights are held (lambda); 0 is plain fine-tuning")
+    strength: float | None = option(None, "how hard important weights are held (lambda); 0 is plain fine-tuning; default: what suits the file's estimator")
     layers: Any = option(None, "layer coefficients: uniform, softmax, scale-free; a list over depth or a map of kinds in YAML", metavar="HOW")
     per: str = option("weight", "coefficients for each weight, or shared by the weights of a block", choices=("weight", "block"))
     tau: float = option(None, "temperature of the softmax over layers")
@@ -188,9 +187,20 @@ class TuneOptions(AdapterOptions, TextOptions, ModelOptions):
 TUNE_PRESETS: dict[str, dict[str, Any]] = {
     "paper": dict(targets="q_proj,v_proj", rank=8, alpha=32.0, dropout=0.1, strength=1e-3, layers="softmax", tau=1e-8, anchor="recorded",
                   learning_rate=8e-4, epochs=5.0, batch_size=20, accumulation=4, length=800),
-    "default": dict(targets="all-linear", rank=8, alpha=32.0, dropout=0.0, strength=1.0, layers="uniform", tau=1.0, anchor="base",
+    "default": dict(targets="all-linear", rank=8, alpha=32.0, dropout=0.0, layers="uniform", tau=1.0, anchor="base",
                     learning_rate=1e-3, epochs=1.0, batch_size=4, accumulation=4, length=1024),
 }  # fmt: skip
+
+
+# Strengths that kept most of the learning and lost least of the rest on the lab model and the demo (LOG.md); units differ between estimators.
+STRENGTHS = {"kronecker": 10.0, "fisher": 10.0, "path": 0.01}
+
+
+def default_strength(estimator: str) -> float:
+    """The strength for importance of this estimator where none is given. Raises OptionError for estimators without one."""
+    if estimator not in STRENGTHS:
+        raise OptionError(f"importance of estimator '{estimator}' has no default strength (known: {', '.join(STRENGTHS)}); give --strength")
+    return STRENGTHS[estimator]
 
 
 @dataclass(frozen=True)
@@ -228,7 +238,7 @@ def resolve(kind: type[Options], given: Mapping[str, Any], presets: Mapping[str,
             raise OptionError(f"unknown option '{name}' for {kind.__name__}; {nearest(name, known)}")
     values = {name: _checked(known[name], value) for name, value in given.items()}
     if kind is RecordOptions:
-        check_estimator(values, str(values.get("estimator") or known["estimator"].default))
+        check_estimator(values, str(values.get("estimator") or RECORD_PRESETS[str(values.get("preset") or "default")]["estimator"]))
     if presets is not None:
         preset = values.get("preset", known["preset"].default)
         values = {**presets[preset], **{name: value for name, value in values.items() if value is not None or known[name].default is not None}}

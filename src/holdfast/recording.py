@@ -155,7 +155,9 @@ def _observer(options: RecordOptions, model: nn.Module) -> ObservingRecorder:
     if options.estimator == "fisher":
         return Fisher(model, options.targets, labels=options.labels, seed=options.seed)
     if options.estimator == "kronecker":
-        return Kronecker(model, options.targets, labels=options.labels, rank=options.cov_rank, seed=options.seed)
+        return Kronecker(
+            model, options.targets, labels=options.labels, rank=None if options.tier else options.cov_rank or None, seed=options.seed
+        )  # a tier is cut from the whole
     return Activation(model, options.targets)
 
 

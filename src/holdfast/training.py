@@ -16,6 +16,7 @@ import os
 import shutil
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch import nn
 from transformers import ProgressCallback, TrainerState, set_seed
 
 from holdfast.callback import ProgressBar, StopOnNonFinite, hold
-from holdfast.config import ModelOptions, OptionError, TuneOptions, as_dict, read_yaml, resolve
+from holdfast.config import ModelOptions, OptionError, TuneOptions, as_dict, default_strength, read_yaml, resolve
 from holdfast.evaluation import changes, check_tasks, measure, table
 from holdfast.importance.container import Importance
 from holdfast.layers import from_option
@@ -46,6 +47,8 @@ def tune(options: TuneOptions) -> dict[str, Any]:
     out = Path(options.out)
     _check(options, out)
     importance = Importance.load(options.importance) if options.importance else None
+    if importance is not None and options.strength is None:
+        options = replace(options, strength=default_strength(importance.info.get("estimator", "?")))
     data = load_training_data(options.data, split=options.data_split)
     how = from_option(options.layers, tau=options.tau, per=options.per)
     set_seed(options.seed)
