@@ -15,7 +15,18 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from holdfast.config import RECORD_PRESETS, TUNE_PRESETS, EvalOptions, OptionError, RecordOptions, TuneOptions, nearest, read_yaml, resolve  # fmt: skip
+from holdfast.config import (  # fmt: skip
+    RECORD_PRESETS,
+    TUNE_PRESETS,
+    DemoOptions,
+    EvalOptions,
+    OptionError,
+    RecordOptions,
+    TuneOptions,
+    nearest,
+    read_yaml,
+    resolve,
+)
 
 VERBS: dict[str, tuple[str, str]] = {
     "record": (
@@ -26,13 +37,15 @@ VERBS: dict[str, tuple[str, str]] = {
     "eval": ("measure what was learned and what was lost", "holdfast eval MODEL --adapter run/final --general held-out.jsonl --tasks sciq"),
     "inspect": ("show what is in an importance file", "holdfast inspect model.importance.safetensors"),
     "merge": ("merge an adapter into its base model", "holdfast merge run/final --out merged"),
+    "demo": ("run the whole method on the embedded model and world, in minutes", "holdfast demo --seeds 3"),
 }
-POSITIONAL = {"inspect": "FILE", "merge": "ADAPTER"}
-NEEDED = {"record": ("model", "general", "out"), "tune": ("model", "data", "out"), "eval": ("model",)}
+POSITIONAL = {"inspect": "FILE ", "merge": "ADAPTER ", "demo": ""}
+NEEDED = {"record": ("model", "general", "out"), "tune": ("model", "data", "out"), "eval": ("model",), "demo": ("out",)}
 OPTIONS: dict[str, tuple[Any, dict[str, dict[str, Any]] | None]] = {
     "record": (RecordOptions, RECORD_PRESETS),
     "tune": (TuneOptions, TUNE_PRESETS),
     "eval": (EvalOptions, None),
+    "demo": (DemoOptions, None),
 }
 
 
@@ -121,6 +134,12 @@ def _action(verb: str, given: dict[str, Any]) -> Callable[[], Any]:
         from holdfast.training import tune
 
         return lambda: tune(options)
+    if verb == "demo":
+        if options.seeds < 1:
+            raise OptionError(f"--seeds expects a whole number above 0, found {options.seeds}")
+        from holdfast.demo.run import demo
+
+        return lambda: demo(options)
     from holdfast.evaluation import evaluate
 
     return lambda: evaluate(options)
@@ -143,8 +162,9 @@ def _version() -> str:
 
 def _verb_parser(verb: str) -> argparse.ArgumentParser:
     text, example = VERBS[verb]
-    parser = Parser(prog=f"holdfast {verb}", usage=f"holdfast {verb} {POSITIONAL.get(verb, 'MODEL')} [options]", argument_default=argparse.SUPPRESS,
-                    description=text[0].upper() + text[1:] + ".", epilog=f"example: {example}", allow_abbrev=False)  # fmt: skip
+    usage = f"holdfast {verb} {POSITIONAL.get(verb, 'MODEL ')}[options]"
+    parser = Parser(prog=f"holdfast {verb}", usage=usage, description=text[0].upper() + text[1:] + ".", epilog=f"example: {example}",
+                    argument_default=argparse.SUPPRESS, allow_abbrev=False)  # fmt: skip
     if verb == "inspect":
         parser.add_argument("file", metavar="FILE", help="importance file")
     elif verb == "merge":

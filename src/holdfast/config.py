@@ -187,6 +187,14 @@ class EvalOptions(TextOptions, ModelOptions):
     out: str | None = option(None, "folder for run.json", metavar="DIR")
 
 
+@dataclass(frozen=True)
+class DemoOptions:
+    """Options of `holdfast demo`: the whole method on the embedded world and model."""
+
+    out: str = option("holdfast-demo", "folder to write: texts, importance, adapters, demo.json, demo.md, demo.png", metavar="DIR")
+    seeds: int = option(1, "how many seeds; the table shows mean and standard error over them")
+
+
 def resolve(kind: type[Options], given: Mapping[str, Any], presets: Mapping[str, Mapping[str, Any]] | None = None) -> Options:
     """The frozen options of one verb from what was given, filled up from the preset. Raises OptionError for unknown names and wrong types."""
     known = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]

@@ -26,11 +26,11 @@ class Task:
 
     name: str
     hub: str
-    held_out: str
     columns: tuple[str, ...]
     prompt: Callable[[Row], str]
     choices: Callable[[Row], list[str]]
     gold: Callable[[Row], int]
+    held_out: str = "test"
 
 
 def _sciq_order(row: Row) -> list[int]:
@@ -55,12 +55,13 @@ def _medmcqa_prompt(row: Row) -> str:
 
 
 TASKS = {
-    "sciq": Task("sciq", "allenai/sciq", "test", ("question", "correct_answer", "distractor1", "distractor2", "distractor3", "support"),
+    "sciq": Task("sciq", "allenai/sciq", ("question", "correct_answer", "distractor1", "distractor2", "distractor3", "support"),
                  _sciq_prompt, _sciq_choices, lambda row: _sciq_order(row).index(0)),
-    "piqa": Task("piqa", "baber/piqa", "validation", ("goal", "sol1", "sol2", "label"),
-                 lambda row: f"Question: {row['goal']}\nAnswer:", lambda row: [str(row["sol1"]), str(row["sol2"])], lambda row: int(row["label"])),
-    "medmcqa": Task("medmcqa", "openlifescienceai/medmcqa", "validation", ("question", "opa", "opb", "opc", "opd", "cop"),
-                    _medmcqa_prompt, lambda row: ["A", "B", "C", "D"], lambda row: int(row["cop"])),
+    "piqa": Task("piqa", "baber/piqa", ("goal", "sol1", "sol2", "label"),
+                 lambda row: f"Question: {row['goal']}\nAnswer:", lambda row: [str(row["sol1"]), str(row["sol2"])],
+                 lambda row: int(row["label"]), held_out="validation"),
+    "medmcqa": Task("medmcqa", "openlifescienceai/medmcqa", ("question", "opa", "opb", "opc", "opd", "cop"),
+                    _medmcqa_prompt, lambda row: ["A", "B", "C", "D"], lambda row: int(row["cop"]), held_out="validation"),
 }  # fmt: skip
 
 
