@@ -10,12 +10,13 @@ from safetensors.torch import load_file, save_file
 
 from holdfast import recording
 from holdfast.cli import main
+from holdfast.importance.observing import ObservingRecorder
 
 
 @pytest.fixture
 def importance_file(model_folder, text_file, tmp_path):
     path = tmp_path / "i.safetensors"
-    assert main(["record", str(model_folder), "--general", str(text_file), "--out", str(path), "--max-steps", "1", "--rank", "2", "--quiet"]) == 0
+    assert main(["record", str(model_folder), "--general", str(text_file), "--out", str(path), "--quiet"]) == 0
     return path
 
 
@@ -136,9 +137,10 @@ def test_places(fails, importance_file, model_folder, text_file, tmp_path, monke
     fails(["eval", model_folder, "--general", text_file, "--out", below], 1, "cannot write into", "--out")
     trained = []
     monkeypatch.setattr(recording, "_train", lambda *a: trained.append(a))
+    monkeypatch.setattr(ObservingRecorder, "observe", lambda *a, **k: trained.append(a))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    for out, extra in ((tmp_path / "j.safetensors", []), (tmp_path / "k.safetensors", ["--tier", "bf16"])):
-        fails(["record", model_folder, "--general", text_file, "--out", out, *extra], 1, "MiB free", "make room")
+    for extra in (["--estimator", "path"], ["--estimator", "path", "--tier", "bf16"], [], ["--estimator", "fisher"], ["--cov-rank", "0"]):
+        fails(["record", model_folder, "--general", text_file, "--out", tmp_path / "j.safetensors", *extra], 1, "MiB free", "make room")
     fails(["tune", model_folder, "--data", text_file, "--out", tmp_path / "run", "--device", "cpu"], 1, "MiB free", "make room")
     assert not trained and not (tmp_path / "run" / "final").exists()
 
@@ -147,7 +149,11 @@ def test_places(fails, importance_file, model_folder, text_file, tmp_path, monke
 def test_a_non_finite_loss_names_the_step_and_keeps_what_was_saved(fails, model_folder, text_file, tmp_path, verb):
     out = tmp_path / "out"
     given = ["--out", out, "--learning-rate", "1e30", "--batch-size", "2", "--accumulation", "1", "--save-steps", "1", "--rank", "2", "--device", "cpu"]
-    words = ["record", model_folder, "--general", text_file, *given] if verb == "record" else ["tune", model_folder, "--data", text_file, *given]
+    words = (
+        ["record", model_folder, "--general", text_file, "--estimator", "path", *given]
+        if verb == "record"
+        else ["tune", model_folder, "--data", text_file, *given]
+    )
     fails(words, 1, "step 2", "earning", "kept")
     if verb == "record":
         assert torch.load(f"{out}.state", weights_only=True)["done"] == 1 and not out.exists()

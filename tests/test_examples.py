@@ -107,7 +107,7 @@ def test_plain_pytorch_script(model_folder, text_file, tmp_path):
 
 def test_trl_script(model_folder, text_file, tmp_path):
     importance = tmp_path / "i.safetensors"
-    assert main(["record", str(model_folder), "--general", str(text_file), "--out", str(importance), "--max-steps", "1", "--quiet"]) == 0
+    assert main(["record", str(model_folder), "--general", str(text_file), "--out", str(importance), "--quiet"]) == 0
     out = run_script("trl_sft.py", model_folder, text_file, importance, "--out", tmp_path / "sft", "--steps", "2")
     assert "'pull_norm'" in out and load_file(tmp_path / "sft" / "adapter_model.safetensors")
 
@@ -121,7 +121,7 @@ def test_the_readmes_python_blocks_run(tiny, batch, tmp_path, monkeypatch):
     from datasets import Dataset
     from transformers import Trainer, TrainingArguments
 
-    from holdfast import PathIntegral
+    from holdfast import Kronecker
     from holdfast.weights import add_adapter
 
     monkeypatch.chdir(tmp_path)
@@ -134,13 +134,20 @@ def test_the_readmes_python_blocks_run(tiny, batch, tmp_path, monkeypatch):
             optimizer.step()
             optimizer.zero_grad()
 
-    recorder = PathIntegral(model)
-    with recorder.attach(optimizer):
-        train()
+    batches = [{"input_ids": batch}]
+    recorder = Kronecker(model)
+    recorder.observe(batch)
     recorder.finish().save("model.importance.safetensors")
     rows = Dataset.from_list([{"input_ids": ids, "labels": ids} for ids in batch.tolist()])
     args = TrainingArguments(output_dir="out", max_steps=2, use_cpu=True, report_to="none", save_strategy="no")
-    reader = {"peft_model": model, "model": model, "optimizer": optimizer, "train": train, "trainer": Trainer(model=model, args=args, train_dataset=rows)}
+    reader = {
+        "peft_model": model,
+        "model": model,
+        "optimizer": optimizer,
+        "train": train,
+        "batches": batches,
+        "trainer": Trainer(model=model, args=args, train_dataset=rows),
+    }
     found = blocks(ROOT / "README.md", "python")
     assert len(found) >= 2
     for block in found:

@@ -89,7 +89,7 @@ def test_what_the_kernel_does_not_do_is_refused(monkeypatch):
         fused.pull(A.double(), B, 1.0, stored, scale, "u8", None, 1.0)
     with pytest.raises(ValueError, match=r"tier 'f32' as torch.uint8"):
         fused.pull(A, B, 1.0, stored, None, "f32", None, 1.0)
-    with pytest.raises(ValueError, match=r"'importance.codes' is \(5, 7\)"):
+    with pytest.raises(ValueError, match=r"importance.codes is \(5, 7\)"):
         fused.pull(A, B, 1.0, stored, scale, "u4", None, 1.0)
     with pytest.raises(ValueError, match="ranks up to 128, found 200"):
         fused.pull(A.new_zeros(200, 7), B.new_zeros(5, 200), 1.0, stored, scale, "u8", None, 1.0)

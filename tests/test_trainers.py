@@ -138,7 +138,7 @@ def test_full_fine_tuning_holds_what_is_trained(tiny, batch, tmp_path):
 
 def test_a_non_finite_gradient_stops_training_with_its_step(adapted, batch, tmp_path):
     trainer = Trainer(model=adapted, args=arguments(tmp_path), train_dataset=rows(batch))
-    hold(trainer, ones(target_weights(adapted)))
+    hold(trainer, ones(target_weights(adapted)), strength=1.0)
     compute = trainer.compute_loss
     trainer.compute_loss = lambda *a, **k: compute(*a, **k) * (float("nan") if trainer.state.global_step == 2 else 1.0)
     with pytest.raises(ValueError, match="at step 3"):

@@ -85,7 +85,7 @@ def test_dtype_checkpointing_and_rslora(tuned, tmp_path):
 
 
 def test_full_fine_tuning_of_some_targets_holds_those(tuned, model_folder, text_file, tmp_path):
-    options = {"model": str(model_folder), "general": str(text_file), "out": str(tmp_path / "i.safetensors"), "targets": "q_proj", "max_steps": 2}
+    options = {"model": str(model_folder), "general": str(text_file), "out": str(tmp_path / "i.safetensors"), "targets": "q_proj"}
     record(resolve(RecordOptions, options, RECORD_PRESETS))
     held = {"importance": str(tmp_path / "i.safetensors"), "strength": 10.0}
     run, after = tuned([{"text": "the cat sat on"}] * 8, full=True, targets="q_proj", **held)

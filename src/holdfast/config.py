@@ -199,7 +199,7 @@ STRENGTHS = {"kronecker": 10.0, "fisher": 10.0, "path": 0.01}
 def default_strength(estimator: str) -> float:
     """The strength for importance of this estimator where none is given. Raises OptionError for estimators without one."""
     if estimator not in STRENGTHS:
-        raise OptionError(f"importance of estimator '{estimator}' has no default strength (known: {', '.join(STRENGTHS)}); give --strength")
+        raise OptionError(f"importance of estimator '{estimator}' has no default strength (known: {', '.join(STRENGTHS)}); give the strength")
     return STRENGTHS[estimator]
 
 

@@ -123,6 +123,7 @@ def _by_observing(options: RecordOptions, model: nn.Module, encoded: list[Encode
                   source: dict[str, Any]) -> tuple[Importance, float]:  # fmt: skip
     """Every other estimator: one pass over the text with the bare model."""
     recorder = _observer(options, model)
+    check_free_space(options.out, 4 * _numbers_kept(options, [layer.shape for layer in recorder.layers]))
     device = str(next(model.parameters()).device)
     logger.info("recording %s on %s: %d documents, %s tokens, one pass; %d weights; %s; seed %d", options.model, options.general, source["documents"],
                 f"{source['tokens']:,}", len(recorder.layers), recorder.describe(), options.seed)  # fmt: skip
@@ -143,6 +144,14 @@ def _by_observing(options: RecordOptions, model: nn.Module, encoded: list[Encode
                 _write_state(options, {"options": _comparable(options), "data": source["sha256"], **rest})
     importance = recorder.finish()
     return importance, spent + time.perf_counter() - started
+
+
+def _numbers_kept(options: RecordOptions, shapes: list[tuple[int, int]]) -> int:
+    """Numbers in the file of an observing estimator, at most: shared covariances count for each weight."""
+    if options.estimator == "kronecker":
+        thin = options.cov_rank + 1 if options.cov_rank and not options.tier else max(max(shape) for shape in shapes)
+        return sum(min(n, thin) * n for shape in shapes for n in shape)
+    return sum(math.prod(shape) if options.estimator == "fisher" else sum(shape) for shape in shapes)
 
 
 def _check_tier(options: RecordOptions) -> None:
