@@ -16,7 +16,7 @@ from holdfast.importance.observing import ObservingRecorder
 @pytest.fixture
 def importance_file(model_folder, text_file, tmp_path):
     path = tmp_path / "i.safetensors"
-    assert main(["record", str(model_folder), "--general", str(text_file), "--out", str(path), "--quiet"]) == 0
+    assert main(["record", str(model_folder), "--general", str(text_file), "--out", str(path), "--estimator", "fisher", "--quiet"]) == 0
     return path
 
 
