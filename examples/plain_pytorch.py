@@ -1,6 +1,6 @@
 """Record and tune in a plain PyTorch loop, without any trainer.
 
-    python examples/plain_pytorch.py MODEL general.txt domain.txt [--strength 1.0] [--out adapter]
+    python examples/plain_pytorch.py MODEL general.txt domain.txt [--strength 10] [--out adapter]
 
 Each text file holds one document per line. Prints the loss on both texts before and after.
 """
@@ -38,31 +38,25 @@ def loss(model, data):
     return sum(float(model(**batch).loss) for batch in data) / len(data)
 
 
-def adapted(name):
-    """A fresh LoRA adapter, and the optimizer that trains it."""
-    base = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
-    return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-4)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("model", "general", "domain"):
         parser.add_argument(name)
-    parser.add_argument("--strength", type=float, default=1.0)
+    parser.add_argument("--strength", type=float, default=10.0)
     parser.add_argument("--out", default="adapter")
     given = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     general, domain = list(batches(given.general, tokenizer)), list(batches(given.domain, tokenizer))
 
-    model, optimizer = adapted(given.model)
-    recorder = holdfast.PathIntegral(model)
-    with recorder.attach(optimizer):
-        train(model, optimizer, general)
-    importance = recorder.finish()  # .save("model.importance.safetensors") keeps it for the next domain
+    base = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
+    recorder = holdfast.Kronecker(base)
+    for batch in general:
+        recorder.observe(**batch)
+    importance = recorder.finish().to_tier("kronecker:16")  # .save("model.importance.safetensors") keeps it for the next domain
 
-    model, optimizer = adapted(given.model)
+    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-4)
     before = loss(model, general), loss(model, domain)
     with holdfast.Penalty(model, importance, strength=given.strength).attach(optimizer) as penalty:
         train(model, optimizer, domain)

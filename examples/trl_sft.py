@@ -1,6 +1,6 @@
 """TRL's SFTTrainer, held by an importance file of `holdfast record`.
 
-    python examples/trl_sft.py MODEL domain.jsonl model.importance.safetensors [--strength 1.0] [--out sft] [--steps 100]
+    python examples/trl_sft.py MODEL domain.jsonl model.importance.safetensors [--strength 10] [--out sft] [--steps 100]
 
 `domain.jsonl` has rows that TRL knows: text, prompt and completion, or messages. The two lines that hold the model are marked.
 """
@@ -19,7 +19,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("model", "data", "importance"):
         parser.add_argument(name)
-    parser.add_argument("--strength", type=float, default=1.0)
+    parser.add_argument("--strength", type=float, help="default: what suits the file's estimator")
     parser.add_argument("--out", default="sft")
     parser.add_argument("--steps", type=int, default=100)
     given = parser.parse_args()

@@ -39,7 +39,7 @@ QUESTIONS = Task(name="questions", hub="", held_out="", columns=("prompt", "choi
 RATES = (2e-3, 4e-3, 8e-3)  # plain fine-tuning tries each
 SMALLER = 0.25  # times the rate that learns best
 SCALES = tuple(round(0.05 * i, 2) for i in range(1, 21))
-TRAINING = dict(max_steps=150, batch_size=16, accumulation=1, length=128, dtype="float32", log_steps=50, overwrite=True)
+TRAINING = dict(max_steps=150, batch_size=16, accumulation=1, length=128, dtype="float32", log_steps=1000, overwrite=True)
 METHODS = ("base", "plain", "plain, smaller rate", "plain, scaled back", "holdfast")
 
 
