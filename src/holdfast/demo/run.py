@@ -4,7 +4,7 @@ Record what matters on text about the world, teach the model a herbal of new fac
 what it still knows: accuracy on questions about the world, loss on text about it in phrasings that it never saw.
 
 Plain fine-tuning gets the learning rate at which it learns the herbal best. Two more rivals cost no method at all and are shown with it: plain at a smaller
-learning rate, and the plain update scaled back until its domain accuracy is that of holdfast. Everything is written under `--out`: texts and questions as
+learning rate, and the plain update scaled back to the domain accuracy of holdfast, or to its own best where it never gets there. Everything is written under `--out`: texts and questions as
 JSON lines, the importance file, the adapters, demo.json, demo.md (the table) and demo.png.
 """
 
@@ -122,13 +122,16 @@ class Exam:
         return PeftModel.from_pretrained(load_model(self.loading), str(adapter))
 
     def scaled(self, adapter: Path, domain_accuracy: float) -> Score:
-        """The adapter's update times the smallest of SCALES at which it reaches the domain accuracy."""
+        """The adapter's update times the smallest of SCALES that reaches the domain accuracy or, where none does, the best of them all."""
+        model, accuracies, now = self.adapted(adapter), [], 1.0
         for scale in SCALES:
-            model = self.adapted(adapter)
-            scale_update(model, scale)
-            if accuracy(model, self.tokenizer, self.rows["domain-questions"]) >= domain_accuracy:
-                break
-        return self.score(model, None, f"update x {scale:g}")
+            scale_update(model, scale / now)
+            now = scale
+            accuracies.append(accuracy(model, self.tokenizer, self.rows["domain-questions"]))
+        best = max(accuracies)
+        chosen = SCALES[next(i for i, found in enumerate(accuracies) if found >= min(domain_accuracy, best))]
+        scale_update(model, chosen / now)
+        return self.score(model, None, f"update x {chosen:g}" + ("" if best >= domain_accuracy else ", its best"))
 
 
 def record_importance(out: Path) -> tuple[Path, float]:
