@@ -4,8 +4,8 @@ Record what matters on text about the world, teach the model a herbal of new fac
 what it still knows: accuracy on questions about the world, loss on text about it in phrasings that it never saw.
 
 Plain fine-tuning gets the learning rate at which it learns the herbal best. Two more rivals cost no method at all and are shown with it: plain at a smaller
-learning rate, and the plain update scaled back to the domain accuracy of holdfast, or to its own best where it never gets there. Everything is written under `--out`: texts and questions as
-JSON lines, the importance file, the adapters, demo.json, demo.md (the table) and demo.png.
+learning rate, and the plain update scaled back to the domain accuracy of holdfast, or to its own best where it never gets there. Everything is written
+under `--out`: texts and questions as JSON lines, the importance file, the adapters, demo.json, demo.md (the table) and demo.png.
 """
 
 from __future__ import annotations
