@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "holdfast"
-ORDER = ["config", "runs", "codec", "stepping", "weights", "importance", "storage", "layers", "penalty", "callback", "models", "texts", "tasks",
+ORDER = ["config", "runs", "codec", "stepping", "checkpoint", "weights", "importance", "storage", "layers", "penalty", "callback", "models", "texts", "tasks",
          "evaluation", "recording", "training", "demo", "cli"]  # fmt: skip
 LAZY = {("importance", "storage")}  # Importance.save and .load, inside the functions
 

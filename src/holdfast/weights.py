@@ -1,6 +1,7 @@
 """Which weights are trained, what they are called in the base model, and their effective update U = W - W(base), always (out, in).
 
-With LoRA U = scale * B @ A; with full fine-tuning U is the difference to a snapshot of the base. This is the only file that knows PEFT's names.
+With LoRA U = scale * B @ A; with full fine-tuning U is the difference to the base, read from its checkpoint (checkpoint.py) or from a copy. This is the
+only file that knows PEFT's names.
 Everything else works with two kinds of target weight: `LowRankWeight` and `FullWeight`.
 
     for weight in target_weights(peft_model):
@@ -22,12 +23,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from holdfast.checkpoint import KeptWeight, StoredWeight, stored_weights
 from holdfast.config import OptionError, nearest
 
 logger = logging.getLogger("holdfast")
 FUSED_EXPERTS = (
     "fused expert tensors of mixture models hold many weights in one (experts, ...) tensor; holdfast has no importance for them: leave them out of the targets"
 )
+BASE_ROWS = 1 << 22  # elements of the base in memory at a time
 MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of init_lora_weights that change the base weight
 
 
@@ -83,7 +86,7 @@ class LowRankWeight:
 
 @dataclass(frozen=True, eq=False)
 class FullWeight:
-    """A base weight that is trained itself: U = W - base. `base` is a copy taken when the target was made; costs one more copy of the weight."""
+    """A base weight that is trained itself: U = W - base. `base` is what W was when the target was made: in the checkpoint's file, or a copy in memory."""
 
     name: str
     shape: tuple[int, int]  # (out, in)
@@ -91,7 +94,7 @@ class FullWeight:
     kind: str
     module: nn.Module
     W: nn.Parameter  # (out, in), or (in, out) where transposed
-    base: Tensor  # as W
+    base: KeptWeight | StoredWeight  # as W
     transposed: bool
 
     @property
@@ -102,10 +105,24 @@ class FullWeight:
         """A tensor shaped like the parameter, seen as (out, in)."""
         return tensor.T if self.transposed else tensor
 
+    def base_rows(self, rows: slice) -> Tensor:
+        """Rows of W(base), (rows, in), in f32 or wider, where W is; rounded to W's dtype as loading did."""
+        part = (slice(None), rows) if self.transposed else (rows, slice(None))
+        return self.oriented(self.base.read(part).to(self.W.dtype).to(self.W.device)).to(wider(self.W.dtype))
+
     def update(self) -> Tensor:
         """U, (out, in), in f32 or wider."""
-        dtype = wider(self.W.dtype)
-        return self.oriented(self.W.detach().to(dtype) - self.base.to(self.W.device, dtype))
+        return self.moved(slice(None))
+
+    def moved(self, rows: slice) -> Tensor:
+        """Rows of U, (rows, in), in f32 or wider. However many are asked for, the base is in memory a few at a time."""
+        U = self.oriented(self.W.detach())[rows].to(wider(self.W.dtype), copy=True)
+        first, last, _ = rows.indices(self.shape[0])
+        some = max(1, BASE_ROWS // max(self.shape[1], 1))
+        for start in range(first, last, some):
+            end = min(start + some, last)
+            U[start - first : end - first] -= self.base_rows(slice(start, end))
+        return U
 
 
 TargetWeight = LowRankWeight | FullWeight
@@ -127,7 +144,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def target_weights(model: nn.Module, *, names: str | None = None, subtract_initial: bool = False) -> list[TargetWeight]:
     """The target weights of `model`, in the model's order.
 
-    With LoRA layers these are the weights under the active adapter. Without, they are trained themselves and a snapshot of each is taken now: those
+    With LoRA layers these are the weights under the active adapter. Without, they are trained themselves, and the base is what they are now: those
     matched by `names` (see `matching`), by default all linear ones that require a gradient. `subtract_initial` accepts adapters that start away from the
     base (PiSSA, OLoRA, CorDA) and takes their product as it is now for the start; otherwise they are refused.
 
@@ -140,14 +157,14 @@ def target_weights(model: nn.Module, *, names: str | None = None, subtract_initi
     if hasattr(model, "peft_config"):
         raise ValueError(f"the model has no LoRA layer that holdfast can hold (found {_adapter_types(model)}); use LoRA, or full fine-tuning without PEFT")
     if names is not None:
-        return [_full(path, module) for path, module in matching(base, names)]
+        return _full(base, matching(base, names))
     trained = [(path, module) for path, module in matching(base, "all-linear") if module.weight.requires_grad]
     if not trained:
         raise ValueError("the model has neither a LoRA layer nor a linear layer that requires a gradient; add an adapter, or unfreeze what you train")
     loose = [path for path in fused_experts(base) if base.get_parameter(path).requires_grad]
     if loose:
         raise ValueError(f"'{loose[0]}': {FUSED_EXPERTS}: freeze them, or name the targets")
-    return [_full(path, module) for path, module in trained]
+    return _full(base, trained)
 
 
 def fused_experts(model: nn.Module) -> list[str]:
@@ -208,13 +225,26 @@ def _place(path: str) -> tuple[int | None, str]:
     return (int(index.group(1)) if index else None), path.rsplit(".", 1)[-1]
 
 
-def _full(path: str, module: nn.Module) -> FullWeight:
-    W = module.weight
-    if not W.is_floating_point():
-        raise ValueError(f"'{path}' is quantised ({W.dtype}) and cannot be trained itself; use LoRA")
-    transposed = _is_conv1d(module)
+def _full(model: nn.Module, layers: list[tuple[str, nn.Module]]) -> list[TargetWeight]:
+    """Weights that are trained themselves, each with its base: in the checkpoint's file where it stands there as it is now, else copied."""
+    for path, module in layers:
+        if not module.weight.is_floating_point():
+            raise ValueError(f"'{path}' is quantised ({module.weight.dtype}) and cannot be trained itself; use LoRA")
+    stored = stored_weights(model, {path + ".weight": module.weight for path, module in layers})
+    copied = [path + ".weight" for path, _ in layers if path + ".weight" not in stored]
+    if copied:
+        size = sum(module.weight.numel() * module.weight.element_size() for path, module in layers if path + ".weight" not in stored)
+        logger.info("base of %d of %d weights is kept as a copy, %.0f MiB (first '%s'): no safetensors file that the model was loaded from holds them "
+                    "as they are now", len(copied), len(layers), size / 2**20, copied[0])  # fmt: skip
+    else:
+        logger.info("base of %d weights is read from the checkpoint, a few rows at a time: no second copy in memory", len(layers))
+    return [_full_weight(path, module, stored.get(path + ".weight")) for path, module in layers]
+
+
+def _full_weight(path: str, module: nn.Module, stored: StoredWeight | None) -> FullWeight:
+    W, transposed = module.weight, _is_conv1d(module)
     shape = (W.shape[1], W.shape[0]) if transposed else (W.shape[0], W.shape[1])
-    return FullWeight(path + ".weight", shape, *_place(path), module, W, W.detach().clone(), transposed)
+    return FullWeight(path + ".weight", shape, *_place(path), module, W, stored or KeptWeight(W.detach().clone()), transposed)
 
 
 def _is_conv1d(module: nn.Module) -> bool:

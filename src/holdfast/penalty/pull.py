@@ -198,8 +198,7 @@ def _together(scale: float, initial: tuple[Tensor, Tensor] | None, anchor: tuple
 
 def _movement(weight: FullWeight, rows: slice, anchor: tuple[Tensor, Tensor] | None) -> Tensor:
     """Rows of W - W(base) - U*, (rows, in), in f32 or wider."""
-    dtype = wider(weight.W.dtype)
-    D = weight.oriented(weight.W.detach())[rows].to(dtype) - weight.oriented(weight.base)[rows].to(weight.W.device, dtype)
+    D = weight.moved(rows)
     return D if anchor is None else D.addmm_(anchor[1][rows], anchor[0], alpha=-1)
 
 
