@@ -5,7 +5,7 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "holdfast"
 ORDER = ["config", "runs", "codec", "stepping", "weights", "importance", "storage", "layers", "penalty", "callback", "models", "texts", "tasks",
-         "evaluation", "recording", "training", "demo", "cli"]  # fmt: skip
+         "evaluation", "recording", "methods", "training", "demo", "cli"]  # fmt: skip
 LAZY = {("importance", "storage")}  # Importance.save and .load, inside the functions
 
 
