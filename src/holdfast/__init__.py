@@ -10,24 +10,30 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from holdfast import layers
-    from holdfast.callback import HoldfastCallback, RecorderCallback, hold
+    from holdfast.callback import HoldfastCallback, RecorderCallback, TermCallback, add_term, hold
     from holdfast.importance.container import Importance
     from holdfast.importance.fisher import Fisher
     from holdfast.importance.kronecker import Kronecker
     from holdfast.importance.path import PathIntegral
+    from holdfast.methods.terms import KL, Replay
     from holdfast.penalty.pull import Penalty
 
 __version__ = "0.1.0"
-__all__ = ["Fisher", "HoldfastCallback", "Importance", "Kronecker", "PathIntegral", "Penalty", "RecorderCallback", "hold", "layers"]
+__all__ = ["KL", "Fisher", "HoldfastCallback", "Importance", "Kronecker", "PathIntegral", "Penalty", "RecorderCallback", "Replay", "TermCallback", "add_term",
+           "hold", "layers"]  # fmt: skip
 
 _HOME = {
     "Fisher": "holdfast.importance.fisher",
     "HoldfastCallback": "holdfast.callback",
     "Importance": "holdfast.importance.container",
+    "KL": "holdfast.methods.terms",
     "Kronecker": "holdfast.importance.kronecker",
     "PathIntegral": "holdfast.importance.path",
     "Penalty": "holdfast.penalty.pull",
     "RecorderCallback": "holdfast.callback",
+    "Replay": "holdfast.methods.terms",
+    "TermCallback": "holdfast.callback",
+    "add_term": "holdfast.callback",
     "hold": "holdfast.callback",
 }
 

@@ -67,10 +67,7 @@ class HoldfastCallback(TrainerCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs is None or "loss" not in logs:
             return
-        mine = self.penalty.logs()
-        logs.update(mine)
-        if state.log_history:
-            state.log_history[-1].update(mine)
+        _log(self.penalty.logs(), logs, state)
 
     def close(self) -> None:
         """Take the penalty off the optimizer."""
@@ -79,11 +76,40 @@ class HoldfastCallback(TrainerCallback):
         self._attachment = None
 
 
+class TermCallback(TrainerCallback):
+    """Adds a term's gradient once per optimizer step, before that of the data, so that clipping sees the sum; logs what the term says.
+
+    A term is anything with `add(step, scale=...)` and `logs()`, as `holdfast.KL`. In several processes each adds the whole term; their mean is the term.
+    """
+
+    def __init__(self, term: Any, *, trainer: Any):
+        self.term, self.trainer = term, trainer
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        accelerator = self.trainer.accelerator
+        scale = 1.0 if accelerator.scaler is None else float(accelerator.scaler.get_scale())
+        with accelerator.no_sync(self.trainer.model_wrapped):
+            self.term.add(state.global_step, scale=scale)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if logs is not None and "loss" in logs:
+            _log(self.term.logs(), logs, state)
+
+
+def _log(mine: dict[str, float], logs: dict[str, Any], state: TrainerState) -> None:
+    logs.update(mine)
+    if state.log_history:
+        state.log_history[-1].update(mine)
+
+
+SHOWN = (("loss", "loss"), ("kl", "kl"), ("energy", "energy"), ("pull", "pull_norm"))  # name in the bar, name in the log
+
+
 class ProgressBar(ProgressCallback):
     """The trainer's bar with loss, energy, pull and tokens/s of the last log beside its ETA."""
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        shown = {name: f"{logs[key]:.3g}" for name, key in (("loss", "loss"), ("energy", "energy"), ("pull", "pull_norm")) if logs and key in logs}
+        shown = {name: f"{logs[key]:.3g}" for name, key in SHOWN if logs and key in logs}
         now, tokens = time.perf_counter(), float((logs or {}).get("num_tokens", 0))
         then, seen = getattr(self, "_last", (now, tokens))
         if tokens > seen and now > then:
@@ -132,6 +158,18 @@ def hold(trainer: Any, importance: Importance | str | Path, *, strength: float |
     """
     loaded = importance if isinstance(importance, Importance) else Importance.load(importance)
     strength = default_strength(loaded.info.get("estimator", "?")) if strength is None else strength
-    callback = HoldfastCallback(Penalty(trainer.model, loaded, strength=strength, layers=layers, anchor=anchor, names=names))
+    return add_penalty(trainer, Penalty(trainer.model, loaded, strength=strength, layers=layers, anchor=anchor, names=names))
+
+
+def add_penalty(trainer: Any, penalty: Penalty) -> HoldfastCallback:
+    """Let `penalty` pull before every step of `trainer`; its callback comes first, so that TensorBoard and the console show its numbers."""
+    callback = HoldfastCallback(penalty)
+    trainer.callback_handler.callbacks.insert(0, callback)
+    return callback
+
+
+def add_term(trainer: Any, term: Any) -> TermCallback:
+    """Add `term` (as `holdfast.KL`) to what `trainer` minimises; its callback comes first, so that TensorBoard and the console show its numbers."""
+    callback = TermCallback(term, trainer=trainer)
     trainer.callback_handler.callbacks.insert(0, callback)
     return callback

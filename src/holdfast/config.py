@@ -48,7 +48,7 @@ REPORTERS = ("none", "tensorboard", "wandb", "trackio", "mlflow", "swanlab")
 # Options that must be at least a number, and those that must be above zero, wherever they occur.
 AT_LEAST = {"rank": 1, "batch_size": 1, "accumulation": 1, "save_steps": 1, "log_steps": 1, "limit": 1, "documents": 1, "self_documents": 1, "threads": 1,
             "length": 2, "stride": 1, "batch_tokens": 1, "shots": 0, "eval_steps": 0, "strength": 0, "cov_rank": 0, "dropout": 0, "warmup": 0,
-            "weight_decay": 0, "max_grad_norm": 0, "seed": 0}  # fmt: skip
+            "weight_decay": 0, "max_grad_norm": 0, "seed": 0, "replay_documents": 1, "replay_share": 0, "kl_weight": 0, "kl_sequences": 1}  # fmt: skip
 ABOVE_ZERO = ("learning_rate", "epochs", "alpha", "xi")
 
 
@@ -153,6 +153,13 @@ class TuneOptions(AdapterOptions, TextOptions, ModelOptions):
     importance: str | None = option(None, "importance file of `holdfast record`; without one the run is plain fine-tuning", metavar="FILE")
     out: str = option("", "folder to write: adapter (or model), checkpoints, run.json", metavar="DIR")
     preset: str = option("default", "default: our recipe; paper: Song et al. 2025 (arXiv 2501.13669)", choices=PRESETS)
+    method: str = option(None, "plain, holdfast, kl, replay; several with commas; default: holdfast where --importance is given, else plain", metavar="NAMES")
+    replay: str | None = option(None, "general text used while tuning: as --general, but other text; 'self': sampled from the model; 'domain': --data (kl)",
+                                metavar="TEXT")  # fmt: skip
+    replay_documents: int | None = option(None, "use at most this many documents of --replay; with 'self', how many to sample [256]")
+    replay_share: float | None = option(None, "replay: general tokens per domain token, 0.01 for 1 % [0.05]")
+    kl_weight: float | None = option(None, "kl: weight of the divergence from the base [1]")
+    kl_sequences: int | None = option(None, "kl: general sequences per optimizer step [2]")
     strength: float | None = option(None, "how hard important weights are held (lambda); 0 is plain fine-tuning; default: what suits the file's estimator")
     layers: Any = option(None, "layer coefficients: uniform, softmax, scale-free; a list over depth or a map of kinds in YAML", metavar="HOW")
     per: str = option("weight", "coefficients for each weight, or shared by the weights of a block", choices=("weight", "block"))
@@ -190,6 +197,22 @@ TUNE_PRESETS: dict[str, dict[str, Any]] = {
     "default": dict(targets="all-linear", rank=8, alpha=32.0, dropout=0.0, layers="uniform", tau=1.0, anchor="base",
                     learning_rate=1e-3, epochs=1.0, batch_size=4, accumulation=4, length=1024),
 }  # fmt: skip
+
+
+# What a method sets where neither the command line nor a YAML file does; stronger than the preset.
+METHOD_SETTINGS: dict[str, dict[str, Any]] = {
+    "kl": dict(kl_weight=1.0, kl_sequences=2),
+    "replay": dict(replay_share=0.05),
+}
+
+
+def method_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The method by its default, and the settings of the methods that it names; wrong names are left to `holdfast.methods`."""
+    method = given.get("method") or ("holdfast" if given.get("importance") else "plain")
+    settings = {"method": method}
+    for name in method.split(","):
+        settings.update(METHOD_SETTINGS.get(name.strip(), {}))
+    return settings
 
 
 # Strengths that kept most of the learning and lost least of the rest on the lab model and the demo (LOG.md); units differ between estimators.
@@ -241,7 +264,8 @@ def resolve(kind: type[Options], given: Mapping[str, Any], presets: Mapping[str,
         check_estimator(values, str(values.get("estimator") or RECORD_PRESETS[str(values.get("preset") or "default")]["estimator"]))
     if presets is not None:
         preset = values.get("preset", known["preset"].default)
-        values = {**presets[preset], **{name: value for name, value in values.items() if value is not None or known[name].default is not None}}
+        decided = method_settings(values) if kind is TuneOptions else {}
+        values = {**presets[preset], **decided, **{name: value for name, value in values.items() if value is not None or known[name].default is not None}}
     return kind(**values)
 
 

@@ -25,11 +25,14 @@ import yaml
 from torch import nn
 from transformers import ProgressCallback, TrainerState, set_seed
 
-from holdfast.callback import ProgressBar, StopOnNonFinite, hold
+from holdfast.callback import ProgressBar, StopOnNonFinite, add_penalty, add_term
 from holdfast.config import ModelOptions, OptionError, TuneOptions, as_dict, default_strength, read_yaml, resolve
 from holdfast.evaluation import changes, check_tasks, measure, table
 from holdfast.importance.container import Importance
 from holdfast.layers import from_option
+from holdfast.methods.method import Setup
+from holdfast.methods.table import chosen
+from holdfast.methods.text import replay_text
 from holdfast.models import context_length, load_model, load_tokenizer
 from holdfast.penalty.pull import check_fit, implementation
 from holdfast.runs import atomic_path, check_free_space, check_output_folder, environment, sha256_file, write_json
@@ -45,6 +48,7 @@ MAY_CHANGE = ("resume", "overwrite", "out", "device", "threads", "save_steps", "
 def tune(options: TuneOptions) -> dict[str, Any]:
     """Fine-tune as `options` say; writes `options.out` and returns what is in its run.json. Raises ValueError or OptionError before training starts."""
     out = Path(options.out)
+    methods = chosen(options)
     _check(options, out)
     importance = Importance.load(options.importance) if options.importance else None
     if importance is not None and options.strength is None:
@@ -64,12 +68,17 @@ def tune(options: TuneOptions) -> dict[str, Any]:
     held = load_training_data(options.eval_data, split=options.eval_split, limit=options.limit) if options.eval_steps and options.eval_data else None
     wanted: dict[str, Any] = dict(general=options.general, data=options.eval_data, tasks=options.tasks, text_column=options.text_column,
                   general_split=options.general_split, data_split=options.eval_split, limit=options.limit)  # fmt: skip
+    text, source = replay_text(options, model, tokenizer, encoded)
     before = measure(model, tokenizer, **wanted)
+    setup = Setup(options, tokenizer, text, _tokens_per_step(options, encoded), importance, how)
     model = _prepared(options, model, importance)
     check_free_space(out, _disk_needed(options, model))
     trainer = _trainer(options, model, tokenizer, encoded, None if held is None else _encoded(options, held, tokenizer, model))
-    if importance is not None and options.strength:
-        hold(trainer, importance, strength=options.strength, layers=how, anchor=options.anchor, names=options.targets if options.full else None)
+    for method in methods.values():
+        if method.loss and (term := method.loss(setup, model)) is not None:
+            add_term(trainer, term)
+        if method.pull and (penalty := method.pull(setup, model)) is not None:
+            add_penalty(trainer, penalty)
     _announce(options, model, importance, len(encoded))
     write_text(out / "config.yaml", yaml.safe_dump(as_dict(options), sort_keys=False))
     started = time.perf_counter()
@@ -81,6 +90,8 @@ def tune(options: TuneOptions) -> dict[str, Any]:
         "configuration": as_dict(options),
         "environment": environment(str(next(model.parameters()).device)),
         "data": {"source": options.data, "rows": len(data), "rows_trained": len(encoded), "sha256": fingerprint_rows(list(data))},
+        "method": list(methods),
+        "replay": source,
         "importance": {"file": options.importance, "sha256": sha256_file(options.importance)} if options.importance else None,
         "before": before,
         "after": after,
@@ -185,6 +196,13 @@ def _encoded(options: TuneOptions, data: Any, tokenizer: Any, model: nn.Module) 
     return Dataset.from_list(rows)
 
 
+def _tokens_per_step(options: TuneOptions, encoded: Any) -> float:
+    """Scored domain tokens of an optimizer step, on average."""
+    scored = sum(label != -100 for labels in encoded["labels"] for label in labels[1:])
+    sequences = sum(map(len, encoded["labels"])) / options.length if options.packing else len(encoded)
+    return scored / sequences * options.batch_size * options.accumulation
+
+
 def _disk_needed(options: TuneOptions, model: nn.Module) -> int:
     """Bytes of the result and of up to three checkpoints (two are kept while the next is written) with AdamW's two moments per trained parameter."""
     size = lambda parameters: sum(p.numel() * p.element_size() for p in parameters)
@@ -260,9 +278,9 @@ def _check_resumed(options: TuneOptions, out: Path) -> None:
 
 def _announce(options: TuneOptions, model: nn.Module, importance: Importance | None, rows: int) -> None:
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    held = "plain fine-tuning (no penalty)"
+    held = "plain fine-tuning (no penalty)" if options.method == "plain" else f"method {options.method}"
     if importance is not None and options.strength:
-        held = f"strength {options.strength:g}, layers {options.layers}, anchor {options.anchor}, {implementation(importance)} from {options.importance}"
+        held += f", strength {options.strength:g}, layers {options.layers}, anchor {options.anchor}, {implementation(importance)} from {options.importance}"
     logger.info("tuning %s on %s (%d rows): %s trainable parameters, %s; seed %d", options.model, options.data, rows, f"{trainable:,}", held, options.seed)
 
 
