@@ -115,3 +115,13 @@ def check_free_space(path: str | Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ValueError(f"'{path}' needs about {needed / 2**20:.0f} MiB, found {free / 2**20:.0f} MiB free; give another --out, or make room there")
+
+
+def free_memory() -> int | None:
+    """Bytes of CPU memory that a process may still take: free, or held by caches that give way; None where the system does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        names = os.sysconf_names if hasattr(os, "sysconf_names") else {}
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if "SC_AVPHYS_PAGES" in names else None
