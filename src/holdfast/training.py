@@ -39,7 +39,7 @@ from holdfast.weights import LowRankWeight, add_adapter, matching, placed, targe
 
 logger = logging.getLogger("holdfast")
 MAY_CHANGE = ("resume", "overwrite", "out", "device", "threads", "save_steps", "log_steps", "report_to", "general", "general_split", "text_column", "eval_data",
-              "eval_split", "eval_steps", "tasks", "limit")  # fmt: skip # what a resumed run may change: nothing of it decides the result
+              "offload_importance", "eval_split", "eval_steps", "tasks", "limit")  # fmt: skip # what a resumed run may change: nothing of it decides the result
 
 
 def tune(options: TuneOptions) -> dict[str, Any]:
@@ -69,7 +69,9 @@ def tune(options: TuneOptions) -> dict[str, Any]:
     check_free_space(out, _disk_needed(options, model))
     trainer = _trainer(options, model, tokenizer, encoded, None if held is None else _encoded(options, held, tokenizer, model))
     if importance is not None and options.strength:
-        hold(trainer, importance, strength=options.strength, layers=how, anchor=options.anchor, names=options.targets if options.full else None)
+        held_by = hold(trainer, importance, strength=options.strength, layers=how, anchor=options.anchor,
+                       names=options.targets if options.full else None, offload=options.offload_importance)  # fmt: skip
+        importance = held_by.penalty.importance  # not a second one beside it in pinned memory
     _announce(options, model, importance, len(encoded))
     write_text(out / "config.yaml", yaml.safe_dump(as_dict(options), sort_keys=False))
     started = time.perf_counter()
