@@ -1,6 +1,7 @@
 """record and tune end to end on a tiny model: files, resuming, equivalences, and what reaches the trainer's log."""
 
 import json
+import os
 import random
 import shutil
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from holdfast import recording
+from holdfast import recording, runs
 from holdfast.config import RECORD_PRESETS, STRENGTHS, TUNE_PRESETS, OptionError, RecordOptions, TuneOptions, resolve
 from holdfast.importance.container import Importance
 from holdfast.importance.kronecker import Kronecker
@@ -124,6 +125,13 @@ def test_groups_follow_from_free_memory_and_are_announced(model_folder, text_fil
         record(resolve(RecordOptions, {**options, "out": str(tmp_path / "l")}, RECORD_PRESETS))
     assert "--groups 2: the sums of all weights take" in caplog.text
     assert same(load_file(tmp_path / "k"), load_file(tmp_path / "l"))
+
+
+def test_free_memory_is_within_what_the_machine_has():
+    free = runs.free_memory()
+    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
+        pytest.skip("the system does not say how much memory there is")
+    assert free is None or 0 < free <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_record_on_text_sampled_from_the_model_itself(recorded):

@@ -118,10 +118,27 @@ def check_free_space(path: str | Path, needed: int) -> None:
 
 
 def free_memory() -> int | None:
-    """Bytes of CPU memory that a process may still take: free, or held by caches that give way; None where the system does not say."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        names = os.sysconf_names if hasattr(os, "sysconf_names") else {}
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if "SC_AVPHYS_PAGES" in names else None
+    """Bytes of CPU memory that may still be taken: free, or held by caches that give way, within a container's limit; None where the system does not say."""
+    free = [_kilobytes("/proc/meminfo", "MemAvailable:"), _left_in_container()]
+    if free[0] is None and hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        free[0] = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min((size for size in free if size is not None), default=None)
+
+
+def _kilobytes(file: str, label: str) -> int | None:
+    """The number behind `label` in a file of the kernel, in bytes."""
+    with contextlib.suppress(OSError):
+        for line in Path(file).read_text(encoding="ascii").splitlines():
+            if line.startswith(label):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def _left_in_container() -> int | None:
+    """What a control group's limit leaves, its file cache not counted; None without a limit."""
+    folder = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):  # 'max' is no number: no limit
+        limit, used = (int((folder / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current"))
+        counts = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
+        return max(0, limit - used + int(counts.get("inactive_file", 0)) + int(counts.get("active_file", 0)))
+    return None

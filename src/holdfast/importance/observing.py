@@ -65,6 +65,7 @@ class ObservingRecorder(abc.ABC):
         self.group = 0
         self._groups = [self.layers]
         self._done: dict[str, Entry] = {}  # of the groups before
+        self.errors: dict[str, tuple[float, float]] = {}  # of the energy, where what was summed is cut (fidelity.py)
         self._first_pass: int | None = None  # tokens that it saw
         self.leaders: dict[str, str] = {}  # weight -> the first weight that reads the same input
         self.tokens = self.positions = self.sequences = 0  # scored; that count as inputs; rows with a scored token
@@ -202,6 +203,8 @@ class ObservingRecorder(abc.ABC):
                 raise ValueError(f"'{name}' has non-finite importance; record again with --dtype float32")
         counted = {"tokens": self.tokens, "sequences": self.sequences, "nats": self._nats / self.tokens}
         info = {"estimator": self.estimator, "unit": self.unit, "settings": {**self._settings(), **counted}, "norms": norms}
+        if self.errors:
+            info["energy_error"] = {"against": self.estimator, "weights": {name: list(self.errors[name]) for name in entries}}
         importance = Importance(entries, {}, info)
         return Importance(entries, {}, {**info, "tier": importance.tier})
 
@@ -210,7 +213,7 @@ class ObservingRecorder(abc.ABC):
         numbers = {"tokens": self.tokens, "positions": self.positions, "sequences": self.sequences, "nats": self._nats}
         made: dict[int, Any] = {}
         passes = {"group": self.group, "tokens": self._first_pass, "groups": [[layer.name for layer in group] for group in self._groups],
-                  "done": {name: to_plain(entry, made) for name, entry in self._done.items()}}  # fmt: skip
+                  "errors": self.errors, "done": {name: to_plain(entry, made) for name, entry in self._done.items()}}  # fmt: skip
         return {"estimator": self.estimator, "targets": [layer.name for layer in self.layers], "leaders": self.leaders, "passes": passes,
                 "numbers": numbers, "sums": self._sums(), "random": self._random.get_state()}  # fmt: skip
 
@@ -222,6 +225,7 @@ class ObservingRecorder(abc.ABC):
         made: dict[int, Any] = {}
         self._groups = [[layers[name] for name in group] for group in passes["groups"]]
         self._done = {name: from_plain(plain, made) for name, plain in passes["done"].items()}
+        self.errors = dict(passes["errors"])
         self.group, self._first_pass = passes["group"], passes["tokens"]
         self.observed = self._groups[min(self.group, len(self._groups) - 1)]
         for key, part in self._sums().items():
