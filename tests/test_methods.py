@@ -118,7 +118,9 @@ def test_terms_do_not_depend_on_gradient_accumulation(world, name):
 
 
 def test_kl_is_in_the_log_and_holds_the_model_to_its_base(world):
-    run = {weight: world(f"w{weight}", method="kl", replay="TEXT", kl_weight=weight, kl_sequences=8, max_steps=24, learning_rate=3e-3) for weight in (0.01, 100.0)}
+    run = {
+        weight: world(f"w{weight}", method="kl", replay="TEXT", kl_weight=weight, kl_sequences=8, max_steps=24, learning_rate=3e-3) for weight in (0.01, 100.0)
+    }
     ends = {weight: [entry["kl"] for entry in r["log"] if "kl" in entry][-1] for weight, r in run.items()}
     first = run[0.01]["log"][0]
     assert first["kl"] == pytest.approx(0.0, abs=1e-6)  # a fresh adapter is the base

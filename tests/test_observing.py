@@ -179,6 +179,62 @@ def test_a_saved_state_goes_on_exactly(tiny, text, estimator):
         estimator(model, "q_proj").load_state_dict(first.state_dict())
 
 
+def observe_in_groups(recorder, pieces, groups):
+    recorder.look(torch.tensor([pieces[0][0]]))
+    assert recorder.divide(groups) == groups
+    for _ in range(groups):
+        for piece in pieces:
+            recorder.observe(**collate([piece], 0))
+        recorder.end_pass()
+    return recorder.finish()
+
+
+SEPARATE = [(Fisher, {"labels": "sampled"}), (Kronecker, {"labels": "sampled"}), (Kronecker, {"rank": 3}), (Activation, {})]
+
+
+@pytest.mark.parametrize("groups", [2, 5])
+@pytest.mark.parametrize(("estimator", "kwargs"), SEPARATE)
+def test_groups_give_the_result_of_one_pass_bit_for_bit(tiny, text, estimator, kwargs, groups):
+    model = tiny()
+    expected = observe(estimator(model, **kwargs), text, 1)
+    found = observe_in_groups(estimator(model, **kwargs), text, groups)
+    assert list(found) == list(expected) and found.info == expected.info
+    for name, entry in expected.entries.items():
+        assert all(torch.equal(found[name].tensors()[key], part) for key, part in entry.tensors().items())
+    if estimator is Kronecker:  # shared input covariances are stored once
+        assert len({id(e.in_cov) for e in found.entries.values()}) == len({id(e.in_cov) for e in expected.entries.values()}) == 8
+
+
+def test_a_group_holds_only_its_own_sums(tiny, text):
+    recorder = Kronecker(tiny(), rank=3)
+    recorder.look(torch.tensor([text[0][0]]))
+    whole, largest = recorder.bytes(), recorder.bytes(4)
+    recorder.divide(4)
+    assert whole / 4 <= largest < whole / 2
+    for _ in range(4):
+        recorder.observe(**collate(text, 0))
+        assert sum(t.numel() * t.element_size() for sums in recorder._sums().values() for t in sums.values()) <= largest
+        recorder.end_pass()
+    assert not any(recorder._sums().values())
+
+
+def test_passes_over_different_texts_or_too_few_are_refused(tiny, text):
+    recorder = Fisher(tiny())
+    recorder.look(torch.tensor([text[0][0]]))
+    recorder.divide(2)
+    with pytest.raises(ValueError, match="nothing was observed"):
+        recorder.end_pass()
+    recorder.observe(**collate(text, 0))
+    with pytest.raises(ValueError, match="0 of 2 passes"):
+        recorder.finish()
+    with pytest.raises(ValueError, match="before anything is observed"):
+        recorder.divide(3)
+    recorder.end_pass()
+    recorder.observe(**collate(text[:2], 0))
+    with pytest.raises(ValueError, match="pass 2 saw 17 tokens, the first 24"):
+        recorder.finish()
+
+
 def test_what_cannot_be_observed_is_refused(tiny):
     with pytest.raises(OptionError, match="labels expects"):
         Fisher(tiny(), labels="true")

@@ -1,6 +1,7 @@
 """record and tune end to end on a tiny model: files, resuming, equivalences, and what reaches the trainer's log."""
 
 import json
+import os
 import random
 import shutil
 
@@ -8,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from holdfast import recording
+from holdfast import recording, runs
 from holdfast.config import RECORD_PRESETS, STRENGTHS, TUNE_PRESETS, OptionError, RecordOptions, TuneOptions, resolve
 from holdfast.importance.container import Importance
+from holdfast.importance.kronecker import Kronecker
 from holdfast.recording import record
 from holdfast.training import merge, tune
 
@@ -84,6 +86,52 @@ def test_interrupted_recording_resumes_to_the_same_file(recorded, tmp_path, monk
         recorded(dropout=0.1, out=str(out), resume=True, learning_rate=0.5)
     parted = recorded(dropout=0.1, out=str(out), resume=True)
     assert all(torch.equal(whole[name].values, parted[name].values) for name in whole)
+
+
+@pytest.mark.parametrize("stop", [1, 8, 11])
+def test_recording_in_groups_resumes_to_the_file_of_one_pass(model_folder, text_file, tmp_path, monkeypatch, stop):
+    def run(name, **given):
+        options = {"model": str(model_folder), "general": str(text_file), "out": str(tmp_path / name), "cov_rank": 4, "batch_size": 3, "save_steps": 1,
+                   "labels": "sampled", **given}  # fmt: skip
+        return record(resolve(RecordOptions, options, RECORD_PRESETS))
+
+    observe, calls = Kronecker.observe, 0
+
+    def interrupted(*arguments, **batch):
+        nonlocal calls
+        calls += 1
+        if calls > stop:
+            raise KeyboardInterrupt
+        return observe(*arguments, **batch)
+
+    run("whole")  # 8 batches
+    monkeypatch.setattr(Kronecker, "observe", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run("parted", groups=2)
+    monkeypatch.setattr(Kronecker, "observe", observe)
+    run("parted", resume=True)  # in the groups it was begun with
+    whole, parted = load_file(tmp_path / "whole"), load_file(tmp_path / "parted")
+    assert same(whole, parted)
+
+
+def test_groups_follow_from_free_memory_and_are_announced(model_folder, text_file, tmp_path, monkeypatch, caplog):
+    options = {"model": str(model_folder), "general": str(text_file), "out": str(tmp_path / "k"), "cov_rank": 4}
+    needed = 4 * 2 * (16**2 * 6 + 8**2 * 2 + 24**2 * 3)  # two blocks: q, o, down and the inputs of qkv, o, gate and up; k, v; gate, up and the input of down
+    with caplog.at_level("INFO", "holdfast"):
+        monkeypatch.setattr(recording, "free_memory", lambda: 2 * needed)
+        record(resolve(RecordOptions, options, RECORD_PRESETS))
+        assert "--groups" not in caplog.text and "1 pass" in caplog.text
+        monkeypatch.setattr(recording, "free_memory", lambda: 2 * needed - 1)
+        record(resolve(RecordOptions, {**options, "out": str(tmp_path / "l")}, RECORD_PRESETS))
+    assert "--groups 2: the sums of all weights take" in caplog.text
+    assert same(load_file(tmp_path / "k"), load_file(tmp_path / "l"))
+
+
+def test_free_memory_is_within_what_the_machine_has():
+    free = runs.free_memory()
+    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
+        pytest.skip("the system does not say how much memory there is")
+    assert free is None or 0 < free <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_record_on_text_sampled_from_the_model_itself(recorded):

@@ -150,15 +150,16 @@ class RecorderCallback(TrainerCallback):
 
 
 def hold(trainer: Any, importance: Importance | str | Path, *, strength: float | None = None, layers: Any = None, anchor: str = "base",
-         names: str | None = None) -> HoldfastCallback:  # fmt: skip
+         names: str | None = None, offload: bool = False) -> HoldfastCallback:  # fmt: skip
     """Hold `trainer.model` while it trains: builds the penalty, and puts its callback first so that TensorBoard and the console show its numbers.
 
-    `strength` None takes what suits the importance's estimator (`config.STRENGTHS`). Returns the callback; its `.penalty` tells the energy.
+    `strength` None takes what suits the importance's estimator (`config.STRENGTHS`); the rest is as in `Penalty`. Returns the callback; its `.penalty` tells
+    the energy.
     Raises ValueError when importance does not fit the model, OptionError for wrong settings.
     """
     loaded = importance if isinstance(importance, Importance) else Importance.load(importance)
     strength = default_strength(loaded.info.get("estimator", "?")) if strength is None else strength
-    return add_penalty(trainer, Penalty(trainer.model, loaded, strength=strength, layers=layers, anchor=anchor, names=names))
+    return add_penalty(trainer, Penalty(trainer.model, loaded, strength=strength, layers=layers, anchor=anchor, names=names, offload=offload))
 
 
 def add_penalty(trainer: Any, penalty: Penalty) -> HoldfastCallback:

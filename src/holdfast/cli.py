@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import logging
 import os
 import sys
@@ -112,8 +113,10 @@ def _status(result: Any) -> int:
 def _action(verb: str, given: dict[str, Any]) -> Callable[[], Any]:
     """What the verb does, with its options checked."""
     if verb == "inspect":
-        from holdfast.storage import describe_file
+        from holdfast.inspection import describe_file
 
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show blocks gets question marks, not an error
         return lambda: print(describe_file(given["file"]))
     if verb == "convert":
         from holdfast.storage import convert
@@ -175,7 +178,7 @@ def _verb_parser(verb: str) -> argparse.ArgumentParser:
         parser.add_argument("file", metavar="FILE", help="importance file")
     elif verb == "convert":
         parser.add_argument("file", metavar="FILE", help="importance file")
-        parser.add_argument("--tier", required=True, metavar="TIER", help="f32, bf16, factored[:K], kronecker[:K]")
+        parser.add_argument("--tier", required=True, metavar="TIER", help="f32, bf16, u8, u4, factored[:K], kronecker[:K]")
         parser.add_argument("--out", required=True, metavar="FILE", help="importance file to write")
     elif verb == "merge":
         parser.add_argument("adapter", metavar="ADAPTER", help="adapter folder")

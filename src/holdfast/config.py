@@ -47,8 +47,9 @@ REPORTERS = ("none", "tensorboard", "wandb", "trackio", "mlflow", "swanlab")
 
 # Options that must be at least a number, and those that must be above zero, wherever they occur.
 AT_LEAST = {"rank": 1, "batch_size": 1, "accumulation": 1, "save_steps": 1, "log_steps": 1, "limit": 1, "documents": 1, "self_documents": 1, "threads": 1,
-            "length": 2, "stride": 1, "batch_tokens": 1, "shots": 0, "eval_steps": 0, "strength": 0, "cov_rank": 0, "dropout": 0, "warmup": 0,
-            "weight_decay": 0, "max_grad_norm": 0, "seed": 0, "replay_documents": 1, "replay_share": 0, "kl_weight": 0, "kl_sequences": 1}  # fmt: skip
+            "length": 2, "stride": 1, "batch_tokens": 1, "shots": 0, "eval_steps": 0, "strength": 0, "cov_rank": 0, "groups": 1, "dropout": 0,
+            "warmup": 0, "weight_decay": 0, "max_grad_norm": 0, "seed": 0, "replay_documents": 1, "replay_share": 0, "kl_weight": 0,
+            "kl_sequences": 1}  # fmt: skip
 ABOVE_ZERO = ("learning_rate", "epochs", "alpha", "xi")
 
 
@@ -99,6 +100,9 @@ class RecordOptions(AdapterOptions, TextOptions, ModelOptions):
     clamp: str = option(None, "clamp credits at zero after every step (the paper) or at the end of an epoch", choices=("step", "end"))
     xi: float = option(None, "added to the squared movement before dividing by it")
     tier: str | None = option(None, "form of the file: f32, bf16, factored[:K], kronecker[:K]; default: as the estimator records it", metavar="TIER")
+    groups: int | None = option(None, "kronecker and fisher: see the weights in this many groups, one pass over the text each, for less memory; "
+                                "default: as few as fit")  # fmt: skip
+    offload: bool = option(False, "path: keep credits and importance in CPU memory while training on a GPU")
     keep_anchor: bool = option(True, "store the adapter at the end of recording, for anchor: recorded")
     documents: int | None = option(None, "use at most this many documents")
     length: int = option(None, "tokens per sequence; default: preset, at most the model's context")
@@ -125,7 +129,7 @@ RECORD_PRESETS: dict[str, dict[str, Any]] = {
 
 # Options of `record` that only estimators which train an adapter use.
 TRAINING_ONLY = ("rank", "alpha", "dropout", "rslora", "gradient", "clamp", "xi", "keep_anchor", "epochs", "max_steps", "accumulation", "learning_rate",
-                 "schedule", "gradient_checkpointing")  # fmt: skip
+                 "schedule", "gradient_checkpointing", "offload")  # fmt: skip
 LABELLED = ("fisher", "kronecker")
 
 
@@ -133,7 +137,7 @@ def check_estimator(given: Mapping[str, Any], estimator: str) -> None:
     """Raise OptionError where an option was given that the estimator would ignore."""
     trains = estimator.startswith("path")
     wrong = [] if trains else [name for name in TRAINING_ONLY if given.get(name) is not None]
-    wrong += ["labels"] if estimator not in LABELLED and given.get("labels") is not None else []
+    wrong += [name for name in ("labels", "groups") if estimator not in LABELLED and given.get(name) is not None]
     wrong += ["cov_rank"] if estimator != "kronecker" and given.get("cov_rank") is not None else []
     if wrong:
         flags = ", ".join("--" + name.replace("_", "-") for name in wrong)
@@ -165,6 +169,7 @@ class TuneOptions(AdapterOptions, TextOptions, ModelOptions):
     per: str = option("weight", "coefficients for each weight, or shared by the weights of a block", choices=("weight", "block"))
     tau: float = option(None, "temperature of the softmax over layers")
     anchor: str = option(None, "hold towards the base model, or towards the adapter at the end of recording", choices=("base", "recorded"))
+    offload_importance: bool = option(False, "keep importance in CPU memory and bring it to the GPU one weight at a time")
     full: bool = option(False, "train the target weights themselves instead of an adapter")
     learning_rate: float = option(None, "AdamW learning rate")
     schedule: str = option("linear", "learning-rate schedule", choices=("linear", "cosine", "constant"))

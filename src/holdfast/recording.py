@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from holdfast.config import TRAINING_ONLY, OptionError, RecordOptions, as_dict
+from holdfast.config import LABELLED, TRAINING_ONLY, OptionError, RecordOptions, as_dict
 from holdfast.importance.activation import Activation
 from holdfast.importance.attachment import PathRecorder
 from holdfast.importance.container import Importance
@@ -31,7 +31,7 @@ from holdfast.importance.path import PathIntegral
 from holdfast.importance.path_factored import PathFactored
 from holdfast.importance.tiers import parse_tier
 from holdfast.models import context_length, load_model, load_tokenizer
-from holdfast.runs import atomic_path, check_free_space, check_output_file, environment
+from holdfast.runs import atomic_path, check_free_space, check_output_file, environment, free_memory
 from holdfast.texts import Encoded, batches, encode, fingerprint_rows, load_documents, sample_documents
 from holdfast.weights import add_adapter, fingerprint, target_weights
 
@@ -62,7 +62,7 @@ def record(options: RecordOptions) -> Importance:
         torch.manual_seed(options.seed)
         job = _by_training if options.estimator in ESTIMATORS else _by_observing
         recorded, seconds = job(options, model, encoded, tokenizer.pad_token_id, state, source)
-    shown = {k: v for k, v in as_dict(options).items() if k not in ("out", "resume", "model", "general") and v is not None}
+    shown = {k: v for k, v in as_dict(options).items() if k not in ("out", "resume", "model", "general", "groups", "offload") and v is not None}
     shown = {k: v for k, v in shown.items() if options.estimator in ESTIMATORS or k not in TRAINING_ONLY}
     info = {
         **recorded.info,
@@ -113,7 +113,7 @@ def _by_training(options: RecordOptions, model: nn.Module, encoded: list[Encoded
     logger.info("recording %s on %s: %d documents, %s tokens, %d steps; %s trainable parameters; path integral, %s gradient; seed %d", options.model,
                 options.general, source["documents"], f"{source['tokens']:,}", total, f"{trainable:,}", options.gradient, options.seed)  # fmt: skip
     started = time.perf_counter()
-    recorder = ESTIMATORS[options.estimator](peft_model, gradient=options.gradient, xi=options.xi, clamp=options.clamp)
+    recorder = ESTIMATORS[options.estimator](peft_model, gradient=options.gradient, xi=options.xi, clamp=options.clamp, offload=options.offload)
     spent = _train(peft_model, recorder, encoded, options, total, per_epoch, pad_id, state, source["sha256"])
     importance = recorder.finish()
     return importance, spent + time.perf_counter() - started
@@ -121,29 +121,56 @@ def _by_training(options: RecordOptions, model: nn.Module, encoded: list[Encoded
 
 def _by_observing(options: RecordOptions, model: nn.Module, encoded: list[Encoded], pad_id: int, state: dict[str, Any] | None,
                   source: dict[str, Any]) -> tuple[Importance, float]:  # fmt: skip
-    """Every other estimator: one pass over the text with the bare model."""
+    """Every other estimator: one pass over the text with the bare model, or one for each group of weights."""
     recorder = _observer(options, model)
-    check_free_space(options.out, 4 * _numbers_kept(options, [layer.shape for layer in recorder.layers]))
-    device = str(next(model.parameters()).device)
-    logger.info("recording %s on %s: %d documents, %s tokens, one pass; %d weights; %s; seed %d", options.model, options.general, source["documents"],
-                f"{source['tokens']:,}", len(recorder.layers), recorder.describe(), options.seed)  # fmt: skip
+    device = next(model.parameters()).device
+    pieces = list(batches(encoded, batch_size=options.batch_size, pad_id=pad_id))
     done, spent = 0, 0.0
     if state is not None:
         recorder.load_state_dict(state["recorder"])
         done, spent = int(state["done"]), float(state["seconds"])
+    else:
+        _divide(options, recorder, pieces[0]["input_ids"].to(device))
+    total = recorder.passes * len(pieces)
+    disk = 4 * _numbers_kept(options, [layer.shape for layer in recorder.layers])
+    check_free_space(options.out, disk + (2 * recorder.bytes(recorder.passes) if total > options.save_steps else 0))
+    logger.info("recording %s on %s: %d documents, %s tokens, %d pass(es); %d weights; %s; seed %d", options.model, options.general, source["documents"],
+                f"{source['tokens']:,}", recorder.passes, len(recorder.layers), recorder.describe(), options.seed)  # fmt: skip
     started = time.perf_counter()
-    pieces = list(batches(encoded, batch_size=options.batch_size, pad_id=pad_id))
-    with tqdm(total=len(pieces), initial=done, desc="recording", unit="batch", disable=not sys.stderr.isatty()) as bar:
-        for batch in pieces[done:]:
-            loss = recorder.observe(**{key: value.to(device) for key, value in batch.items()})
+    with tqdm(total=total, initial=done, desc="recording", unit="batch", disable=not sys.stderr.isatty()) as bar:
+        while done < total:
+            loss = recorder.observe(**{key: value.to(device) for key, value in pieces[done % len(pieces)].items()})
             done += 1
             bar.update()
             bar.set_postfix(loss=f"{loss:.3f}", tokens=recorder.tokens, refresh=False)
-            if done % options.save_steps == 0 and done < len(pieces):
+            if done % len(pieces) == 0 and done < total:
+                recorder.end_pass()
+            if done % options.save_steps == 0 and done < total:
                 rest = {"recorder": recorder.state_dict(), "done": done, "seconds": spent + time.perf_counter() - started}
                 _write_state(options, {"options": _comparable(options), "data": source["sha256"], **rest})
     importance = recorder.finish()
     return importance, spent + time.perf_counter() - started
+
+
+def _divide(options: RecordOptions, recorder: ObservingRecorder, row: torch.Tensor) -> None:
+    """Split the weights into the groups asked for, or into as few as fit into half of the free memory (activations and cutting need the rest)."""
+    if options.groups == 1 or options.estimator not in LABELLED:
+        return
+    recorder.look(row)
+    if options.groups is not None:
+        recorder.divide(options.groups)
+        return
+    on_gpu = row.device.type == "cuda"
+    # On a CPU only a cut makes room for the next group; on a GPU what a group amounts to is moved to the CPU in any case.
+    if not on_gpu and getattr(recorder, "rank", None) is None:
+        return
+    free = torch.cuda.mem_get_info(row.device)[0] if on_gpu else free_memory()
+    if free is None or recorder.bytes() <= free // 2:
+        return
+    groups = next((n for n in range(2, len(recorder.layers)) if recorder.bytes(n) <= free // 2), len(recorder.layers))
+    passes = recorder.divide(groups)
+    logger.info("--groups %d: the sums of all weights take %.1f GiB, %.1f GiB of memory are free, of which half is for them; one pass over the text for each "
+                "group", passes, recorder.bytes() / 2**30, free / 2**30)  # fmt: skip
 
 
 def _numbers_kept(options: RecordOptions, shapes: list[tuple[int, int]]) -> int:
@@ -234,7 +261,7 @@ def _state_path(options: RecordOptions) -> Path:
 
 def _comparable(options: RecordOptions) -> dict[str, Any]:
     """The options that decide the result, as they must be again to go on."""
-    return {k: v for k, v in as_dict(options).items() if k not in ("resume", "save_steps", "device", "threads", "tier", "keep_anchor")}
+    return {k: v for k, v in as_dict(options).items() if k not in ("resume", "save_steps", "device", "threads", "tier", "keep_anchor", "groups", "offload")}
 
 
 def _save_state(options: RecordOptions, model: nn.Module, recorder: PathRecorder, optimizer: Any, scheduler: Any, done: int, seconds: float, data: str) -> None:

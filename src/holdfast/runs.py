@@ -115,3 +115,30 @@ def check_free_space(path: str | Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ValueError(f"'{path}' needs about {needed / 2**20:.0f} MiB, found {free / 2**20:.0f} MiB free; give another --out, or make room there")
+
+
+def free_memory() -> int | None:
+    """Bytes of CPU memory that may still be taken: free, or held by caches that give way, within a container's limit; None where the system does not say."""
+    free = [_kilobytes("/proc/meminfo", "MemAvailable:"), _left_in_container()]
+    if free[0] is None and hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        free[0] = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min((size for size in free if size is not None), default=None)
+
+
+def _kilobytes(file: str, label: str) -> int | None:
+    """The number behind `label` in a file of the kernel, in bytes."""
+    with contextlib.suppress(OSError):
+        for line in Path(file).read_text(encoding="ascii").splitlines():
+            if line.startswith(label):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def _left_in_container() -> int | None:
+    """What a control group's limit leaves, its file cache not counted; None without a limit."""
+    folder = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):  # 'max' is no number: no limit
+        limit, used = (int((folder / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current"))
+        counts = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
+        return max(0, limit - used + int(counts.get("inactive_file", 0)) + int(counts.get("active_file", 0)))
+    return None

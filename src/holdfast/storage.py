@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -201,56 +200,6 @@ def _check_values(where: str, values: Tensor, signed: bool) -> None:
         raise ValueError(f"{where} has non-finite importance; record again with a lower learning rate or in f32")
     if low < 0 and not signed:
         raise ValueError(f"{where} has negative importance (down to {low:.3g}); importance is never negative, record again")
-
-
-def describe(importance: Importance) -> str:
-    """Where an importance file comes from, and for each weight its shape, norm, mean, largest value and share of zeros."""
-    info = importance.info
-    model, data = info.get("model", {}), info.get("data", {})
-    head = [
-        f"estimator    {info.get('estimator', '?')}",
-        textwrap.fill(f"settings     {_settings(info)}", 120, subsequent_indent=" " * 13, break_on_hyphens=False),
-        f"unit         {info.get('unit', '?')}",
-        f"tier         {importance.tier}",
-        f"base model   {model.get('name', '?')} (fingerprint {str(model.get('fingerprint', '?'))[:12]})",
-        f"data         {data.get('source', '?')}: {data.get('documents', '?')} documents, {data.get('tokens', '?')} tokens, "
-        f"sha256 {str(data.get('sha256', '?'))[:12]}",
-        f"anchor       {'recorded adapter, rank ' + str(next(iter(importance.anchors.values()))[0].shape[0]) if importance.anchors else 'none'}",
-        f"weights      {len(importance)} with {sum(e.shape[0] * e.shape[1] for e in importance.entries.values()):,} elements, "
-        f"stored in {_bytes(importance.entries) / 2**20:.2f} MiB",
-    ]
-    if importance.tier.startswith("kronecker"):
-        head.append("             mean, max and zero are of the diagonal; size without an input covariance that is stored with another weight")
-    width = max(len(name) for name in importance)
-    rows = [f"{'weight':<{width}}  {'shape':>14}  {'KiB':>9}  {'norm':>9}  {'mean':>9}  {'max':>9}  {'zero':>6}"]
-    met: set[int] = set()
-    for name, entry in importance.entries.items():
-        v = entry.dense()
-        shape = f"{entry.shape[0]} x {entry.shape[1]}"
-        rows.append(f"{name:<{width}}  {shape:>14}  {_bytes({name: entry}, met) / 1024:>9.1f}  {entry.norm():>9.3g}  {float(v.mean()):>9.3g}  "
-                    f"{float(v.max()):>9.3g}  {float((v == 0).float().mean()):>6.1%}")  # fmt: skip
-    return "\n".join([*head, "", *rows])
-
-
-def _bytes(entries: Mapping[str, Entry], met: set[int] | None = None) -> int:
-    """Bytes of the tensors of some entries, each counted once; `met` carries what was counted before."""
-    met, total = set() if met is None else met, 0
-    for entry in entries.values():
-        for tensor in entry.tensors().values():
-            total += 0 if id(tensor) in met else tensor.numel() * tensor.element_size()
-            met.add(id(tensor))
-    return total
-
-
-def _settings(info: dict[str, Any]) -> str:
-    """The settings that say something: not the options left at nothing, off or automatic."""
-    shown = {key: value for key, value in sorted(info.get("settings", {}).items()) if value not in (None, False, "auto", "none", "")}
-    return ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in shown.items())
-
-
-def describe_file(path: str | Path) -> str:
-    """`describe` of the file at `path`, with its size."""
-    return f"file         {path} ({Path(path).stat().st_size / 2**20:.2f} MiB)\n" + describe(load(path)) if Path(path).is_file() else describe(load(path))
 
 
 def convert(path: str | Path, tier: str, out: str | Path) -> Importance:

@@ -42,7 +42,7 @@ from holdfast.weights import LowRankWeight, add_adapter, matching, placed, targe
 
 logger = logging.getLogger("holdfast")
 MAY_CHANGE = ("resume", "overwrite", "out", "device", "threads", "save_steps", "log_steps", "report_to", "general", "general_split", "text_column", "eval_data",
-              "eval_split", "eval_steps", "tasks", "limit")  # fmt: skip # what a resumed run may change: nothing of it decides the result
+              "offload_importance", "eval_split", "eval_steps", "tasks", "limit")  # fmt: skip # what a resumed run may change: nothing of it decides the result
 
 
 def tune(options: TuneOptions) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def tune(options: TuneOptions) -> dict[str, Any]:
         if method.loss and (term := method.loss(setup, model)) is not None:
             add_term(trainer, term)
         if method.pull and (penalty := method.pull(setup, model)) is not None:
-            add_penalty(trainer, penalty)
+            importance = add_penalty(trainer, penalty).penalty.importance  # not a second one beside it in pinned memory
     _announce(options, model, importance, len(encoded))
     write_text(out / "config.yaml", yaml.safe_dump(as_dict(options), sort_keys=False))
     started = time.perf_counter()

@@ -37,9 +37,12 @@ class Activation(ObservingRecorder):
             squares = x[counts].square().sum(0)
             self._squares[layer.name] = self._squares.get(layer.name, 0) + squares
 
+    def _size(self, layer: BaseLayer) -> int:
+        return layer.shape[1]
+
     def _entries(self) -> dict[str, Entry]:
         entries: dict[str, Entry] = {}
-        for layer in self.layers:
+        for layer in self.observed:
             means = self._squares[self.leaders[layer.name]] / self.positions  # (in,)
             entries[layer.name] = FactoredEntry(means.new_ones(layer.shape[0], 1), means[:, None])
         return entries

@@ -36,13 +36,15 @@ class PathRecorder(abc.ABC):
         xi: added to U^2, in squared weight units.
         clamp: "step" clamps credits at zero after every step (the paper), "end" once per epoch.
         names: target weights for full fine-tuning, as in `weights.matching`.
+        offload: keep credits and Omega in CPU memory while the model is on a GPU, at the price of one transfer of each weight's credits per step.
 
     Raises ValueError for models that cannot be recorded (see `weights.target_weights`).
     """
 
     estimator: str
 
-    def __init__(self, model: nn.Module, *, gradient: str = "exact", xi: float = 1e-9, clamp: str = "step", names: str | None = None):
+    def __init__(self, model: nn.Module, *, gradient: str = "exact", xi: float = 1e-9, clamp: str = "step", names: str | None = None,
+                 offload: bool = False):  # fmt: skip
         if gradient not in ("exact", "effective"):
             raise OptionError(f"gradient expects 'exact' or 'effective', found '{gradient}'")
         if clamp not in ("step", "end"):
@@ -50,12 +52,17 @@ class PathRecorder(abc.ABC):
         if not xi > 0:
             raise OptionError(f"xi must be positive, found {xi}")
         self.weights = target_weights(model, names=names)
-        self.gradient, self.xi, self.clamp = gradient, xi, clamp
+        self.gradient, self.xi, self.clamp, self.offload = gradient, xi, clamp, offload
         self.steps = self.skipped = self.epochs = 0
         self.decrease = 0.0  # nats: sum over steps and elements of -g * d, before clamping
         self._credit: Sums = {weight.name: self._zeros(weight) for weight in self.weights}
         self._omega: Sums = {weight.name: self._zeros(weight) for weight in self.weights}
         self._steps_in_epoch = 0
+
+    def _new(self, weight: TargetWeight, *shape: int) -> Tensor:
+        """Zeros where credits are kept, in f32 or wider."""
+        first = weight.parameters[0]
+        return torch.zeros(shape, dtype=wider(first.dtype), device="cpu" if self.offload else first.device)
 
     @abc.abstractmethod
     def _zeros(self, weight: TargetWeight) -> tuple[Tensor, ...]:
@@ -150,7 +157,7 @@ class PathRecorder(abc.ABC):
             shares = self._shares(weight, gradients[weight.name], before[weight.name])
             self.decrease += float(shares[0].sum())
             for credit, share in zip(self._credit[weight.name], shares, strict=True):
-                credit.add_(share)
+                credit.add_(share.to(credit.device))
                 if self.clamp == "step":
                     credit.clamp_(min=0)
         self.steps += 1

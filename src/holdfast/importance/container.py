@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from holdfast.importance.entries import CodedEntry, DenseEntry, Entry, FactoredEntry, KroneckerEntry
+from holdfast.importance.fidelity import energy_errors
 from holdfast.importance.tiers import converted
 
 __all__ = ["CodedEntry", "DenseEntry", "Entry", "FactoredEntry", "Importance", "KroneckerEntry"]
@@ -63,11 +64,13 @@ class Importance:
     def to_tier(self, tier: str) -> Importance:
         """The same importance in another form (see `holdfast.importance.tiers`): f32, bf16, u8, u4, factored, factored:4, kronecker:16.
 
+        What it does to the energy of each weight (see `holdfast.importance.fidelity`) goes into `info`, for `holdfast inspect`.
         Raises OptionError for an unknown tier, ValueError where this importance cannot be brought there.
         """
         entries = converted(dict(self.entries), tier)
+        errors = {name: energy_errors(self.entries[name], entry) for name, entry in entries.items()}
         norms = {"norms": {name: entry.norm() for name, entry in entries.items()}} if "norms" in self.info else {}
-        return Importance(entries, self.anchors, {**self.info, **norms, "tier": tier})
+        return Importance(entries, self.anchors, {**self.info, **norms, "energy_error": {"against": self.tier, "weights": errors}, "tier": tier})
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; a temporary name first, then renamed."""
@@ -83,7 +86,7 @@ class Importance:
         return load(path)
 
     def describe(self) -> str:
-        """A table for people: where it came from, norms per weight."""
-        from holdfast.storage import describe
+        """A table for people: where it came from, norms and a histogram per weight."""
+        from holdfast.inspection import describe
 
         return describe(self)

@@ -13,14 +13,17 @@ picks its algebra by type.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from holdfast import codec
-from holdfast.importance.covariance import AnyCovariance
+from holdfast.importance.covariance import AnyCovariance, Covariance, LowRankCovariance
+
+Part = TypeVar("Part")
 
 
 class Entry(Protocol):
@@ -190,3 +193,36 @@ class KroneckerEntry:
         """What a file holds, by suffix."""
         parts = {f".out_cov{suffix}": tensor for suffix, tensor in self.out_cov.tensors().items()}
         return {**parts, **{f".in_cov{suffix}": tensor for suffix, tensor in self.in_cov.tensors().items()}}
+
+
+FORMS: dict[str, Any] = {form.__name__: form for form in (DenseEntry, CodedEntry, FactoredEntry, KroneckerEntry, Covariance, LowRankCovariance)}
+
+
+def with_tensors(part: Part, change: Callable[[Tensor], Tensor], made: dict[int, Any]) -> Part:
+    """An entry (or a covariance) with `change` made to each of its tensors; `made`, by identity, keeps shared parts shared across calls."""
+    if isinstance(part, Tensor):
+        return change(part)
+    if not is_dataclass(part) or isinstance(part, type):
+        return part
+    if id(part) not in made:
+        made[id(part)] = replace(part, **{field.name: with_tensors(getattr(part, field.name), change, made) for field in fields(part)})
+    new: Part = made[id(part)]
+    return new
+
+
+def to_plain(part: Any, made: dict[int, Any]) -> Any:
+    """An entry as dictionaries, tensors and plain values, for a saved state. What entries share is one dictionary, which torch.save and load keep one."""
+    if type(part).__name__ not in FORMS:
+        return part
+    if id(part) not in made:
+        made[id(part)] = {"form": type(part).__name__, **{field.name: to_plain(getattr(part, field.name), made) for field in fields(part)}}
+    return made[id(part)]
+
+
+def from_plain(plain: Any, made: dict[int, Any]) -> Any:
+    """What `to_plain` was made from."""
+    if not isinstance(plain, dict):
+        return plain
+    if id(plain) not in made:
+        made[id(plain)] = FORMS[plain["form"]](**{key: from_plain(value, made) for key, value in plain.items() if key != "form"})
+    return made[id(plain)]

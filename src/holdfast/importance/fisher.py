@@ -36,17 +36,27 @@ class Fisher(ObservingRecorder):
 
     def __init__(self, model: nn.Module, names: str = "all-linear", *, labels: str = "empirical", seed: int = 0):
         super().__init__(model, names, labels=labels, seed=seed)
-        self._squares = {x.name: torch.zeros(x.shape, dtype=wider(x.module.weight.dtype), device=x.module.weight.device) for x in self.layers}
+        self._squares: dict[str, Tensor] = {}
 
     def _see(self, layer: BaseLayer, x: Tensor, d: Tensor | None, counts: Tensor) -> None:
         assert d is not None
-        total = self._squares[layer.name]
+        total = self._of(layer)
         for x_one, d_one, counted in zip(x, d, counts, strict=True):
             g = d_one[counted].T @ x_one[counted]  # (out, in): one sequence's gradient
             total.addcmul_(g, g)
 
+    def _of(self, layer: BaseLayer) -> Tensor:
+        """The sum of one weight; zeros where it got no gradient."""
+        if layer.name not in self._squares:
+            weight = layer.module.weight
+            self._squares[layer.name] = torch.zeros(layer.shape, dtype=wider(weight.dtype), device=weight.device)
+        return self._squares[layer.name]
+
+    def _size(self, layer: BaseLayer) -> int:
+        return layer.shape[0] * layer.shape[1]
+
     def _entries(self) -> dict[str, Entry]:
-        return {name: DenseEntry(total / self.tokens) for name, total in self._squares.items()}
+        return {layer.name: DenseEntry(self._of(layer) / self.tokens) for layer in self.observed}
 
     def _sums(self) -> dict[str, dict[str, Tensor]]:
         return {"squares": self._squares}

@@ -7,8 +7,9 @@
 It is the Fisher of the whole weight under two assumptions: x and d are independent, and so are the tokens of a sequence. labels="sampled" takes the d of the
 true Fisher, "empirical" (default) those of the text. Unlike a diagonal it knows that an update may move along directions that general text never uses.
 
-`rank=k` keeps rank k + constant diagonal of each covariance (see covariance.py). Cost: one f32 (n, n) matrix per input and output width, n^2 operations per
-token. Weights that get no gradient at all have energy zero.
+`rank=k` keeps rank k + constant diagonal of each covariance (see covariance.py). Cost: one f32 (n, n) matrix per input and per weight's output, n^2
+operations per token: 92 GB for all linear weights of an 8B Llama, until they are cut. `divide` (observing.py) sees one group of weights per pass over the text,
+so that only a group's matrices are there at once; N passes, the same result.
 
     recorder = Kronecker(model, "all-linear", rank=16)
     for batch in batches: recorder.observe(**batch)
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from holdfast.config import OptionError
 from holdfast.importance.container import Entry, KroneckerEntry
 from holdfast.importance.covariance import AnyCovariance, Covariance
+from holdfast.importance.fidelity import energy_errors
 from holdfast.importance.observing import ObservingRecorder
 from holdfast.weights import BaseLayer
 
@@ -55,13 +57,23 @@ class Kronecker(ObservingRecorder):
             sums[name] = torch.zeros(rows.shape[1], rows.shape[1], dtype=rows.dtype, device=rows.device)
         sums[name].addmm_(rows.T, rows)
 
+    def _size(self, layer: BaseLayer) -> int:
+        return layer.shape[0] ** 2 + (layer.shape[1] ** 2 if self.leaders.get(layer.name, layer.name) == layer.name else 0)
+
     def _entries(self) -> dict[str, Entry]:
-        finish = lambda total, count: self._cut(Covariance(total / count))
-        inputs = {name: finish(total, self.positions) for name, total in self._in.items()}
-        missing = [layer.name for layer in self.layers if layer.name not in self._out]
+        missing = [layer.name for layer in self.observed if layer.name not in self._out]
         if missing:
             raise ValueError(f"'{missing[0]}' got no gradient from the general text; leave it out of --targets")
-        return {layer.name: KroneckerEntry(finish(self._out[layer.name], self.tokens), inputs[self.leaders[layer.name]]) for layer in self.layers}
+        entries: dict[str, Entry] = {}
+        for leader, total in self._in.items():  # one whole input covariance and one of an output at a time
+            whole_in = Covariance(total / self.positions)
+            cut_in = self._cut(whole_in)
+            for layer in (layer for layer in self.observed if self.leaders[layer.name] == leader):
+                whole_out = Covariance(self._out[layer.name] / self.tokens)
+                entries[layer.name] = KroneckerEntry(self._cut(whole_out), cut_in)
+                if self.rank is not None:
+                    self.errors[layer.name] = energy_errors(KroneckerEntry(whole_out, whole_in), entries[layer.name])
+        return entries
 
     def _cut(self, covariance: Covariance) -> AnyCovariance:
         return covariance if self.rank is None else covariance.cut(self.rank)

@@ -11,6 +11,14 @@ The loss is the sum of cross-entropy (nats) over scored tokens, so d is what one
 Tokens that count are those a scored token can depend on: not padding, not after the last scored one. Gradients start at the embeddings' output, so no
 parameter is involved; there is no per-example backward pass. Memory is that of one batch's activations, and of the sums that an estimator keeps: it does not
 grow with the text. Sampled labels come from one stream of random numbers in the order of the text, whatever the batch size.
+
+Where the sums of all weights do not fit, `divide` splits the weights into groups, each seen in a pass of its own over the same text. What a finished group
+amounts to waits on the CPU. The result is the same bit for bit: a pass differs from the whole only in which layers are watched.
+
+    recorder.look(input_ids)                 # which weights read the same input: they stay together
+    for _ in range(recorder.divide(4)):
+        for batch in batches: recorder.observe(**batch)
+        recorder.end_pass()
 """
 
 from __future__ import annotations
@@ -26,6 +34,7 @@ from torch import Tensor, nn
 
 from holdfast.config import OptionError
 from holdfast.importance.container import Entry, Importance
+from holdfast.importance.entries import from_plain, to_plain, with_tensors
 from holdfast.weights import BaseLayer, bare, base_layers, wider
 
 LABELS = ("empirical", "sampled")
@@ -52,6 +61,12 @@ class ObservingRecorder(abc.ABC):
             raise OptionError(f"labels expects 'empirical' or 'sampled', found '{labels}'")
         self.model, self.labels, self.seed = model, labels, seed
         self.layers = base_layers(model, names)
+        self.observed = self.layers  # of these, what the current pass sees
+        self.group = 0
+        self._groups = [self.layers]
+        self._done: dict[str, Entry] = {}  # of the groups before
+        self.errors: dict[str, tuple[float, float]] = {}  # of the energy, where what was summed is cut (fidelity.py)
+        self._first_pass: int | None = None  # tokens that it saw
         self.leaders: dict[str, str] = {}  # weight -> the first weight that reads the same input
         self.tokens = self.positions = self.sequences = 0  # scored; that count as inputs; rows with a scored token
         self._nats = 0.0
@@ -63,7 +78,11 @@ class ObservingRecorder(abc.ABC):
 
     @abc.abstractmethod
     def _entries(self) -> dict[str, Entry]:
-        """The importance of each weight from the sums."""
+        """The importance of each observed weight from the sums."""
+
+    @abc.abstractmethod
+    def _size(self, layer: BaseLayer) -> int:
+        """How many numbers the sums of one weight are; those of a shared input count for the weight that reads it first."""
 
     @abc.abstractmethod
     def _sums(self) -> dict[str, dict[str, Tensor]]:
@@ -87,7 +106,7 @@ class ObservingRecorder(abc.ABC):
         counts &= mask != 0
         if not bool(scored.any()):
             return 0.0
-        with bare(self.model) as base, torch.set_grad_enabled(self.needs_gradients), self._watched(base, counts):
+        with bare(self.model) as base, torch.set_grad_enabled(self.needs_gradients), self._watched(base, counts, self._see):
             logits = base(input_ids=input_ids, attention_mask=mask, use_cache=False).logits[:, :-1]
             logits = logits[scored].to(wider(logits.dtype))  # (scored, vocabulary)
             text = nn.functional.cross_entropy(logits.detach(), targets[scored], reduction="sum")
@@ -102,37 +121,115 @@ class ObservingRecorder(abc.ABC):
         self._nats += float(text)
         return float(text) / int(scored.sum())
 
+    def look(self, input_ids: Tensor) -> None:
+        """Find out which weights read the same input, by one forward pass over a row of token ids (1, tokens)."""
+        row = input_ids[:1]
+        with bare(self.model) as base, torch.no_grad(), self._watched(base, torch.ones_like(row, dtype=torch.bool), None):
+            base(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False)
+
+    def bytes(self, groups: int = 1) -> int:
+        """Bytes of the sums of the largest of so many groups: what has to fit into memory at once."""
+        return max(sum(self._size(layer) * wider(layer.module.weight.dtype).itemsize for layer in group) for group in self._division(groups))
+
+    def divide(self, groups: int) -> int:
+        """Split the weights into so many groups of similar size, those that read the same input together; returns how many there are (never more than asked).
+
+        Call it after `look`. Raises ValueError once something was observed.
+        """
+        if self.tokens or self._done:
+            raise ValueError("the weights are divided before anything is observed; make a new recorder")
+        self._groups = self._division(groups)
+        self.observed = self._groups[0]
+        return len(self._groups)
+
+    @property
+    def passes(self) -> int:
+        """How many passes over the text there are to be: one per group."""
+        return len(self._groups)
+
+    def _division(self, groups: int) -> list[list[BaseLayer]]:
+        together: dict[str, list[BaseLayer]] = {}
+        for layer in self.layers:
+            together.setdefault(self.leaders.get(layer.name, layer.name), []).append(layer)
+        total, before = sum(self._size(layer) for layer in self.layers), 0
+        found: dict[int, list[BaseLayer]] = {}
+        for layers in together.values():
+            size = sum(self._size(layer) for layer in layers)
+            found.setdefault(int(groups * (before + size / 2) / total), []).extend(layers)  # by where its middle lies among all
+            before += size
+        return list(found.values())
+
+    def end_pass(self) -> None:
+        """End a pass over the text: the next group begins. After the last one, `finish` is all that is left. Raises ValueError if nothing was observed."""
+        self._check_observed()
+        if self._first_pass not in (None, self.tokens):
+            raise ValueError(f"pass {self.group + 1} saw {self.tokens} tokens, the first {self._first_pass}: give every pass the same text")
+        self._first_pass = self.tokens
+        made: dict[int, Any] = {}
+        entries = self._entries()
+        self._done.update({name: with_tensors(entry, lambda tensor: tensor.cpu(), made) for name, entry in entries.items()})
+        for sums in self._sums().values():
+            sums.clear()
+        self.group += 1
+        if self.group < len(self._groups):
+            self._begin(self.group)
+
+    def _begin(self, group: int) -> None:
+        self.group, self.observed = group, self._groups[group]
+        self.tokens = self.positions = self.sequences = 0
+        self._nats = 0.0
+        self._random.manual_seed(self.seed)  # every pass draws the same labels
+
+    def _check_observed(self) -> None:
+        if self.tokens == 0:
+            raise ValueError("nothing was observed: call recorder.observe(input_ids, attention_mask, labels) on general text first")
+
     def describe(self) -> str:
         """What is recorded, for people."""
         return self.estimator + (f", {self.labels} labels" if self.needs_gradients else "")
 
     def finish(self) -> Importance:
         """The importance of what was observed so far. Raises ValueError if nothing was, or if something is not finite."""
-        if self.tokens == 0:
-            raise ValueError("nothing was observed: call recorder.observe(input_ids, attention_mask, labels) on general text first")
-        entries = self._entries()
+        self._check_observed()
+        if self.group < len(self._groups) - 1:
+            raise ValueError(f"{self.group} of {len(self._groups)} passes have ended: observe the same text again, and call end_pass() after each pass")
+        if len(self._groups) > 1 and self.group < len(self._groups):
+            self.end_pass()
+        found = self._done or self._entries()
+        entries = {layer.name: found[layer.name] for layer in self.layers}
         norms = {name: entry.norm() for name, entry in entries.items()}
         for name, norm in norms.items():
             if not math.isfinite(norm):
                 raise ValueError(f"'{name}' has non-finite importance; record again with --dtype float32")
         counted = {"tokens": self.tokens, "sequences": self.sequences, "nats": self._nats / self.tokens}
         info = {"estimator": self.estimator, "unit": self.unit, "settings": {**self._settings(), **counted}, "norms": norms}
+        if self.errors:
+            info["energy_error"] = {"against": self.estimator, "weights": {name: list(self.errors[name]) for name in entries}}
         importance = Importance(entries, {}, info)
         return Importance(entries, {}, {**info, "tier": importance.tier})
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on later: tensors and plain numbers."""
         numbers = {"tokens": self.tokens, "positions": self.positions, "sequences": self.sequences, "nats": self._nats}
-        return {"estimator": self.estimator, "targets": [layer.name for layer in self.layers], "leaders": self.leaders,
+        made: dict[int, Any] = {}
+        passes = {"group": self.group, "tokens": self._first_pass, "groups": [[layer.name for layer in group] for group in self._groups],
+                  "errors": self.errors, "done": {name: to_plain(entry, made) for name, entry in self._done.items()}}  # fmt: skip
+        return {"estimator": self.estimator, "targets": [layer.name for layer in self.layers], "leaders": self.leaders, "passes": passes,
                 "numbers": numbers, "sums": self._sums(), "random": self._random.get_state()}  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict()`. Raises ValueError if it belongs to other target weights or another estimator."""
         if (state["estimator"], state["targets"]) != (self.estimator, [layer.name for layer in self.layers]):
             raise ValueError("the saved recorder state is for other target weights or another estimator; start again without --resume")
-        device = self.layers[0].module.weight.device
+        layers, passes = {layer.name: layer for layer in self.layers}, state["passes"]
+        made: dict[int, Any] = {}
+        self._groups = [[layers[name] for name in group] for group in passes["groups"]]
+        self._done = {name: from_plain(plain, made) for name, plain in passes["done"].items()}
+        self.errors = dict(passes["errors"])
+        self.group, self._first_pass = passes["group"], passes["tokens"]
+        self.observed = self._groups[min(self.group, len(self._groups) - 1)]
         for key, part in self._sums().items():
-            part.update({name: tensor.to(part[name].device if name in part else device).clone() for name, tensor in state["sums"][key].items()})
+            part.update({name: tensor.to(layers[name].module.weight.device).clone() for name, tensor in state["sums"][key].items()})
         numbers = state["numbers"]
         self.tokens, self.positions, self.sequences, self._nats = numbers["tokens"], numbers["positions"], numbers["sequences"], numbers["nats"]
         self.leaders = dict(state["leaders"])
@@ -147,8 +244,8 @@ class ObservingRecorder(abc.ABC):
         return torch.cat(drawn).clamp(max=logits.shape[1] - 1)
 
     @contextlib.contextmanager
-    def _watched(self, base: nn.Module, counts: Tensor) -> Iterator[None]:
-        """Hooks on the embeddings and on every target layer for one pass; removed on leaving, whatever happens."""
+    def _watched(self, base: nn.Module, counts: Tensor, see: Any) -> Iterator[None]:
+        """Hooks on the embeddings and on every layer observed, or on all where `see` is None, for one pass; removed on leaving, whatever happens."""
         inputs: dict[int, tuple[Tensor, str]] = {}  # by identity: input, its first reader; held, so that identities stay apart
         seen: set[str] = set()
         handles = []
@@ -163,14 +260,16 @@ class ObservingRecorder(abc.ABC):
                 seen.add(layer.name)
                 self._follow(layer.name, inputs.setdefault(id(args[0]), (args[0], layer.name))[1])
                 x = args[0].detach()
+                if see is None:
+                    return
                 if not self.needs_gradients:
-                    self._see(layer, x.to(wider(x.dtype)), None, counts)
+                    see(layer, x.to(wider(x.dtype)), None, counts)
                 elif output.requires_grad:
-                    output.register_hook(lambda d: self._see(layer, x.to(wider(x.dtype)), d.detach().to(wider(d.dtype)), counts))
+                    output.register_hook(lambda d: see(layer, x.to(wider(x.dtype)), d.detach().to(wider(d.dtype)), counts))
 
             return forward
 
-        handles += [layer.module.register_forward_hook(watch(layer)) for layer in self.layers]
+        handles += [layer.module.register_forward_hook(watch(layer)) for layer in (self.layers if see is None else self.observed)]
         try:
             yield
         finally:

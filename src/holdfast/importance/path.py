@@ -9,7 +9,8 @@ At every optimizer step, with g a gradient of the effective update U and d the m
 squared weight. It is what the backward pass saw: neither clipping nor the number of accumulated batches changes it. `gradient="effective"` is the paper's
 g = s (B gA + gB A - eta gB gA), built from the factors' gradients: arbitrary units, and wrong if those gradients were clipped first.
 
-Cost while recording: two f32 tensors per target weight (credit, Omega), one more with the exact gradient, plus one (out, in) product per layer and batch.
+Cost while recording: two f32 tensors per target weight (credit, Omega; in CPU memory with `offload=True`), one more with the exact gradient, plus one (out,
+in) product per layer and batch.
 `path_factored.py` keeps sums of rows and columns instead.
 
     recorder = PathIntegral(peft_model)
@@ -21,13 +22,12 @@ Cost while recording: two f32 tensors per target weight (credit, Omega), one mor
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from holdfast.importance.attachment import PathRecorder
 from holdfast.importance.container import DenseEntry, Entry
 from holdfast.importance.movement import movement
-from holdfast.weights import LowRankWeight, TargetWeight, wider
+from holdfast.weights import LowRankWeight, TargetWeight
 
 
 def normalise(w: Tensor, U: Tensor, xi: float) -> Tensor:
@@ -41,7 +41,7 @@ class PathIntegral(PathRecorder):
     estimator = "path"
 
     def _zeros(self, weight: TargetWeight) -> tuple[Tensor, ...]:
-        return (torch.zeros(weight.shape, dtype=wider(weight.parameters[0].dtype), device=weight.parameters[0].device),)
+        return (self._new(weight, *weight.shape),)
 
     def gather(self, weight: LowRankWeight, before: Tensor | None, x: Tensor, d: Tensor) -> Tensor:
         return d.T @ x if before is None else before.addmm_(d.T, x)  # (out, in)

@@ -29,7 +29,7 @@ from holdfast.importance.attachment import PathRecorder
 from holdfast.importance.container import Entry, FactoredEntry
 from holdfast.importance.movement import movement
 from holdfast.importance.tiers import factors_of_sums
-from holdfast.weights import LowRankWeight, TargetWeight, wider
+from holdfast.weights import LowRankWeight, TargetWeight
 
 Products = list[tuple[Tensor, Tensor]]  # (out, q) @ (q, in), to be added
 
@@ -55,7 +55,7 @@ class PathFactored(PathRecorder):
     estimator = "path-factored"
 
     def _zeros(self, weight: TargetWeight) -> tuple[Tensor, ...]:
-        return tuple(torch.zeros(n, dtype=wider(weight.parameters[0].dtype), device=weight.parameters[0].device) for n in weight.shape)
+        return tuple(self._new(weight, n) for n in weight.shape)
 
     def gather(self, weight: LowRankWeight, before: Products | None, x: Tensor, d: Tensor) -> Products:
         return [*(before or []), (d.T, x)]

@@ -14,4 +14,5 @@ def from_file(setup: Setup, model: nn.Module) -> Penalty | None:
     assert setup.importance is not None and o.strength is not None
     if o.strength == 0:
         return None
-    return Penalty(model, setup.importance, strength=o.strength, layers=setup.layers, anchor=o.anchor, names=o.targets if o.full else None)
+    return Penalty(model, setup.importance, strength=o.strength, layers=setup.layers, anchor=o.anchor, names=o.targets if o.full else None,
+                   offload=o.offload_importance)  # fmt: skip

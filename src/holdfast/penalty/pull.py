@@ -11,7 +11,7 @@ Song et al. 2025, arXiv 2501.13669; what we do differently: no graph, no dense c
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from holdfast.importance.container import CodedEntry, DenseEntry, Entry, Factore
 from holdfast.layers import Uniform
 from holdfast.penalty import factored, fused, kronecker, tiled
 from holdfast.penalty.difference import thin
+from holdfast.penalty.offload import in_cpu_memory, placed
 from holdfast.stepping import before_step, pending_scale, unwrapped_optimizer, will_skip
 from holdfast.weights import FullWeight, TargetWeight, base_shapes, fingerprint, target_weights, wider
 
@@ -38,12 +39,13 @@ class Penalty:
         names: target weights for full fine-tuning.
         kernel: for element-wise importance, "tiled" (any device) or "fused", the Triton kernel for LoRA on a GPU: so far checked in Triton's interpreter
             only, so not the default.
+        offload: keep importance in CPU memory (pinned where the model is on CUDA) and bring it to the device one weight at a time; see offload.py.
 
     Raises ValueError when importance does not fit the model, OptionError for wrong settings.
     """
 
     def __init__(self, model: nn.Module, importance: Importance, *, strength: float, layers: Any = None, anchor: str = "base", names: str | None = None,
-                 kernel: str = "tiled"):  # fmt: skip
+                 kernel: str = "tiled", offload: bool = False):  # fmt: skip
         if kernel not in ("tiled", "fused"):
             raise OptionError(f"unknown kernel '{kernel}'; {nearest(kernel, ('tiled', 'fused'))}")
         if not (math.isfinite(strength) and strength >= 0):
@@ -56,6 +58,10 @@ class Penalty:
         self.kernel = kernel
         if kernel == "fused":
             self._check_fused()
+        self.offload = offload
+        if offload:
+            names_held = [weight.name for weight in self.weights]
+            self.importance = in_cpu_memory(importance, names_held, any(weight.parameters[0].is_cuda for weight in self.weights))
         self.coefficients: dict[str, float] = (layers or Uniform()).coefficients(importance.norms(), self.weights)
         self.pull_norm: float | None = None  # of the last pull over all factors, before it was added
         self.gradient_norm: float | None = None  # of the gradient it was added to
@@ -88,9 +94,9 @@ class Penalty:
         if self.strength == 0:
             return
         energy, pulled, gradient = [], [], []
-        for weight in self.weights:
+        for weight, entry in self._placed():
             c = self.coefficients[weight.name]
-            parts, e = self._pull_of(weight, self.strength * c)
+            parts, e = self._pull_of(weight, entry, self.strength * c)
             energy.append(c * e)
             for parameter, part in zip(weight.parameters, parts, strict=True):
                 if not parameter.requires_grad:
@@ -108,7 +114,7 @@ class Penalty:
     @torch.no_grad()
     def energy(self) -> float:
         """sum_l c_l * energy_l at the weights as they are now, in nats for importance in nats per squared weight."""
-        return float(_total([self.coefficients[w.name] * self._pull_of(w, 0.0)[1] for w in self.weights]))
+        return float(_total([self.coefficients[weight.name] * self._pull_of(weight, entry, 0.0)[1] for weight, entry in self._placed()]))
 
     def value(self) -> float:
         """strength * energy(): what the paper adds to the loss."""
@@ -121,10 +127,9 @@ class Penalty:
         ratio = self.pull_norm / self.gradient_norm if self.gradient_norm > 0 else 0.0
         return {"energy": self._last_energy, "pull_norm": self.pull_norm, "pull_ratio": ratio}
 
-    def _pull_of(self, weight: TargetWeight, k: float) -> tuple[tuple[Tensor, ...], Tensor]:
+    def _pull_of(self, weight: TargetWeight, entry: Entry, k: float) -> tuple[tuple[Tensor, ...], Tensor]:
         """(pull per parameter, energy without coefficient) of one weight, in f32 or wider."""
         dtype, device = wider(weight.parameters[0].dtype), weight.parameters[0].device
-        entry = self._placed(weight.name, device, dtype)
         anchor = self._anchor_of(weight, device, dtype)
         if isinstance(weight, FullWeight):
             part, energy = _full_pull(weight, entry, anchor, k)
@@ -140,11 +145,17 @@ class Penalty:
         pull_A, pull_B, energy = _low_rank_pull(A, B, weight.scale, entry, *thin(A, B, weight.scale, initial, anchor), k)
         return (pull_A, pull_B), energy
 
-    def _placed(self, name: str, device: torch.device, dtype: torch.dtype) -> Entry:
-        """The entry where the weight is, brought there once: element-wise ones as stored, thin factors and covariances in the dtype of the algebra."""
-        if name not in self._entries:
-            self._entries[name] = self.importance[name].to(device, dtype, self._moved)
-        return self._entries[name]
+    def _placed(self) -> Iterator[tuple[TargetWeight, Entry]]:
+        """Each weight with its entry where the weight is: element-wise ones as stored, thin factors and covariances in the dtype of the algebra."""
+        places = [(weight.parameters[0].device, wider(weight.parameters[0].dtype)) for weight in self.weights]
+        if self.offload:
+            entries = placed((self.importance[weight.name], *place) for weight, place in zip(self.weights, places, strict=True))
+            yield from zip(self.weights, entries, strict=True)
+            return
+        for weight, place in zip(self.weights, places, strict=True):
+            if weight.name not in self._entries:  # brought there once
+                self._entries[weight.name] = self.importance[weight.name].to(*place, self._moved)
+            yield weight, self._entries[weight.name]
 
     def _anchor_of(self, weight: TargetWeight, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """(A*, B*), (r, in) and (out, r), or None: held towards the base."""
