@@ -10,12 +10,13 @@ updates that don't depend on importance: stochastic rounding would be too, at 1.
 power beats geometric steps of equal reach (half the error of the pull); with 15 levels, steps of 2 are the finest that reach far enough for an update that
 evades important elements.
 
-| tier | bytes per weight | energy of a finished update | of one that evades importance | pull    |
-|------|------------------|-----------------------------|-------------------------------|---------|
-| u8   | 1.016            | 0.01 %                      | 0.06 %                        | 0.4 %   |
-| u4   | 0.516            | 0.15 %                      | 1.9 %                         | 9 %     |
+| tier | bytes per weight | finished update: energy, pull | update that evades importance: energy, pull |
+|------|------------------|-------------------------------|---------------------------------------------|
+| u8   | 1.016            | 0.01 %, 0.4 %                 | 0.07 %, 2 %                                 |
+| u4   | 0.516            | 0.15 %, 9 %                   | 1.9 %, 20 %                                 |
 
-(relative errors on recorded path and Fisher importance of a 5M Llama, the worse of the two, all weights together). Rounding moves one element by at most
+(relative errors on recorded path and Fisher importance of a 5M Llama, the worse of the two, all weights together;
+evading: U / (1 + 100 Omega / mean)). Rounding moves one element by at most
 2 / c of itself in u8 (0.8 % at the top, 4 % at a thousandth of it) and by a third in u4, before the scale evens out the block's sum. Blocks whose largest
 value is below 1e-37 lose precision with the scale; values above 3.3e38 are cut there.
 
