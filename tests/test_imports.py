@@ -34,7 +34,7 @@ def test_imports_point_one_way():
 
 def test_only_weights_knows_the_insides_of_peft():
     for path in SOURCE.rglob("*.py"):
-        if path.name != "weights.py":
+        if path.name not in ("weights.py", "adapters.py"):  # adapters.py: methods that are PEFT's
             assert "lora_A" not in path.read_text() and not any(module.startswith("peft.") for module, _ in imports(path)), path
 
 

@@ -2,47 +2,71 @@
 
 import json
 import random
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from holdfast import training
-from holdfast.config import METHOD_SETTINGS, RECORD_PRESETS, TUNE_PRESETS, OptionError, RecordOptions, TuneOptions, resolve
-from holdfast.methods import terms
+from holdfast.config import METHOD_SETTINGS, RECORD_PRESETS, TUNE_PRESETS, EvalOptions, OptionError, RecordOptions, TuneOptions, resolve
+from holdfast.evaluation import evaluate
+from holdfast.methods import scaling, terms
 from holdfast.methods.divergence import kl_gradient, kl_reference
+from holdfast.methods.laplace import FactorPenalty, curvature
 from holdfast.methods.table import METHODS
 from holdfast.recording import record
 from holdfast.training import tune
+from holdfast.weights import add_adapter, target_weights
 
-# Options of each row, and those that switch the method off (None: it has no zero). "FILE" and "TEXT" stand for an importance file and general text.
+# Options of each row, and those that switch the method off (None: it has no zero). FILE and TEXT stand for an importance file and general text.
 ROWS = [
     ("plain", {}, None),
     ("holdfast", {"importance": "FILE", "strength": 1.0}, {"strength": 0.0}),
     ("kl", {"replay": "TEXT"}, {"kl_weight": 0.0}),
     ("replay", {"replay": "TEXT", "replay_share": 0.5}, {"replay_share": 0.0}),
+    ("rslora", {}, {"rslora": False}),
+    ("full", {}, None),
+    ("small-lr", {"learning_rate": None}, {"learning_rate": 1e-2}),
+    ("wise", {"scale": 0.5}, {"scale": 1.0}),
+    ("ewc-lora", {"replay": "TEXT"}, {"strength": 0.0}),
+    ("la-lora", {"replay": "TEXT", "strength": 100.0}, {"strength": 0.0}),
+    ("l2", {"strength": 0.01}, {"strength": 0.0}),
+    ("shuffled", {"importance": "FILE", "strength": 1.0}, {"strength": 0.0}),
+    ("general-steps", {"replay": "TEXT"}, {"general_steps": 0}),
+    ("oft", {}, None),
+    ("osf", {}, None),
+    ("corda", {"replay": "TEXT"}, None),
+    ("lora-fa", {}, None),
+    ("lora-fa,holdfast", {"importance": "FILE", "strength": 1.0}, None),
     ("holdfast,kl,replay", {"importance": "FILE", "strength": 1.0, "replay": "TEXT"}, {"strength": 0.0, "kl_weight": 0.0, "replay_share": 0.0}),
 ]
 IDS = [row[0] for row in ROWS]
 
 
 @pytest.fixture
-def world(model_folder, text_file, tmp_path):
-    """A function: options -> the run of tuning the tiny model; FILE and TEXT are put in place, and the importance file is recorded once."""
+def world(model_folder, text_file, tmp_path, tmp_path_factory):
+    """A function: options -> the run of tuning the tiny model. FILE, TEXT and DATA are put in place; importance and plain tuning are made once for all."""
     rng = random.Random(7)
-    data = tmp_path / "domain.jsonl"
+    data, shared = tmp_path / "domain.jsonl", tmp_path_factory.getbasetemp()
     data.write_text("\n".join(json.dumps({"prompt": f"Question {rng.choice('abcd')} ?", "completion": " yes no " + rng.choice("abcd")}) for _ in range(32)))
-    file = tmp_path / "i.safetensors"
+    files = {"FILE": str(shared / "methods.safetensors"), "TEXT": str(text_file), "DATA": str(data)}
 
     def run(name, **given):
-        if "FILE" in given.values() and not file.exists():
-            record(resolve(RecordOptions, {"model": str(model_folder), "general": str(text_file), "out": str(file), "device": "cpu"}, RECORD_PRESETS))
-        given = {key: {"FILE": str(file), "TEXT": str(text_file)}.get(value, value) if isinstance(value, str) else value for key, value in given.items()}
+        if "FILE" in given.values() and not Path(files["FILE"]).exists():
+            record(resolve(RecordOptions, {"model": str(model_folder), "general": str(text_file), "out": files["FILE"], "device": "cpu"}, RECORD_PRESETS))
+        given = {key: files.get(value, value) if isinstance(value, str) else value for key, value in given.items()}
         options = {"model": str(model_folder), "data": str(data), "out": str(tmp_path / name), "rank": 2, "batch_size": 4, "accumulation": 1, "max_steps": 4,
                    "learning_rate": 1e-2, "log_steps": 1, "device": "cpu", **given}  # fmt: skip
         return tune(resolve(TuneOptions, options, TUNE_PRESETS))
 
-    run.folder = tmp_path
+    def plain():
+        if not (shared / "plain" / "final").exists():
+            run("plain", out=str(shared / "plain"))
+        return tensors(shared / "plain")
+
+    run.folder, run.plain = tmp_path, plain
     return run
 
 
@@ -54,57 +78,64 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize(("name", "given", "off"), ROWS, ids=IDS)
-def test_every_method_trains_and_reports_and_resumes(world, monkeypatch, name, given, off):
-    run = world("whole", method=name, save_steps=2, **given)
-    assert run["method"] == name.split(",") and run["configuration"]["method"] == name
-    losses = [entry["loss"] for entry in run["log"] if "loss" in entry]
-    assert len(losses) == 4 and losses[-1] < losses[0]
-    assert (run["replay"] is not None) == ("replay" in given)
-    written = json.loads((world.folder / "whole" / "run.json").read_text())
-    assert written["method"] == run["method"] and written["configuration"] == json.loads(json.dumps(run["configuration"]))
-
+def interrupt_after(monkeypatch, step):
+    """Ctrl-C before the optimizer's step number `step` + 1."""
     original = training.StopOnNonFinite.on_pre_optimizer_step
 
     def interrupted(self, args, state, control, **kwargs):
-        if state.global_step == 3:
+        if state.global_step == step:
+            monkeypatch.setattr(training.StopOnNonFinite, "on_pre_optimizer_step", original)
             raise KeyboardInterrupt
         original(self, args, state, control, **kwargs)
 
     monkeypatch.setattr(training.StopOnNonFinite, "on_pre_optimizer_step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        world("parted", method=name, save_steps=2, **given)
-    monkeypatch.setattr(training.StopOnNonFinite, "on_pre_optimizer_step", original)
-    world("parted", method=name, save_steps=2, resume=True, **given)
-    assert same(tensors(world.folder / "whole"), tensors(world.folder / "parted"))
 
 
-@pytest.mark.parametrize(("name", "given", "off"), ROWS, ids=IDS)
-def test_no_method_touches_frozen_weights(world, monkeypatch, name, given, off):
-    """What is not trained is the same bit for bit after training."""
-    frozen, models = {}, []
+def watch_frozen(monkeypatch):
+    """A function: whether what tuning does not train is the same bit for bit as when the model to train was made, and got no gradient."""
+    seen = []
     prepared = training._prepared
 
     def watched(*arguments):
         model = prepared(*arguments)
-        models.append(model)
-        frozen.update({key: p.detach().clone() for key, p in model.named_parameters() if not p.requires_grad})
+        seen.append((model, {key: p.detach().clone() for key, p in model.named_parameters() if not p.requires_grad}))
         return model
 
     monkeypatch.setattr(training, "_prepared", watched)
-    world("run", method=name, **given)
-    after = dict(models[0].named_parameters())
-    assert frozen and all(torch.equal(value, after[key]) for key, value in frozen.items())
-    assert all(p.grad is None for key, p in after.items() if key in frozen)
+
+    def untouched():
+        model, frozen = seen[0]
+        after = dict(model.named_parameters())
+        return bool(frozen) and all(torch.equal(value, after[key]) and after[key].grad is None for key, value in frozen.items())
+
+    return untouched
 
 
-@pytest.mark.parametrize(("name", "given", "off"), [row for row in ROWS if row[2] is not None], ids=[row[0] for row in ROWS if row[2] is not None])
-def test_a_method_that_is_off_changes_nothing(world, name, given, off):
-    world("plain")
-    world("on", method=name, **given)
-    world("off", method=name, **{**given, **off})
-    assert same(tensors(world.folder / "plain"), tensors(world.folder / "off"))
-    assert not same(tensors(world.folder / "plain"), tensors(world.folder / "on"))
+@pytest.mark.parametrize(("name", "given", "off"), ROWS, ids=IDS)
+def test_the_contract_of_every_method(world, monkeypatch, name, given, off):
+    untouched = watch_frozen(monkeypatch)
+    run = world("whole", method=name, save_steps=2, eval_data="DATA", **given)
+    assert run["method"] == name.split(",") and run["configuration"]["method"] == name
+    assert len([entry for entry in run["log"] if "loss" in entry]) == 4 and run["learning"]["nats"] > 0
+    assert (run["replay"] is not None) == ("replay" in given)
+    written = json.loads((world.folder / "whole" / "run.json").read_text())
+    assert written["method"] == run["method"] and written["configuration"] == json.loads(json.dumps(run["configuration"]))
+    assert untouched()
+
+    final, kind = str(world.folder / "whole" / "final"), "tuned" if run["configuration"]["full"] else "adapter"
+    again = evaluate(resolve(EvalOptions, {"model": str(world.folder / "model"), kind: final, "data": str(world.folder / "domain.jsonl"), "device": "cpu"}))
+    assert again["after"]["domain"]["nats"] == pytest.approx(run["after"]["domain"]["nats"], abs=1e-5)  # what is saved is what was measured
+
+    interrupt_after(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        world("parted", method=name, save_steps=2, **given)
+    world("parted", method=name, save_steps=2, resume=True, **given)
+    assert same(tensors(world.folder / "whole"), tensors(world.folder / "parted"))
+
+    assert same(tensors(world.folder / "whole"), world.plain()) == (name == "plain")
+    if off is not None:
+        world("off", method=name, **{**given, **off})
+        assert same(tensors(world.folder / "off"), world.plain())
 
 
 @pytest.mark.parametrize("name", ["kl", "replay"])
@@ -118,9 +149,8 @@ def test_terms_do_not_depend_on_gradient_accumulation(world, name):
 
 
 def test_kl_is_in_the_log_and_holds_the_model_to_its_base(world):
-    run = {
-        weight: world(f"w{weight}", method="kl", replay="TEXT", kl_weight=weight, kl_sequences=8, max_steps=24, learning_rate=3e-3) for weight in (0.01, 100.0)
-    }
+    common = dict(method="kl", replay="TEXT", kl_sequences=8, max_steps=24, learning_rate=3e-3)
+    run = {weight: world(f"w{weight}", kl_weight=weight, **common) for weight in (0.01, 100.0)}
     ends = {weight: [entry["kl"] for entry in r["log"] if "kl" in entry][-1] for weight, r in run.items()}
     first = run[0.01]["log"][0]
     assert first["kl"] == pytest.approx(0.0, abs=1e-6)  # a fresh adapter is the base
@@ -153,9 +183,7 @@ def test_the_gradient_of_kl_is_that_of_autograd(at_a_time):
 
 
 def test_the_term_is_the_loss_that_it_says(tiny, batch):
-    """KL.add puts the gradient of weight * mean KL per token into .grad; Replay's the cross-entropy over the domain's tokens."""
-    from holdfast.weights import add_adapter
-
+    """KL.add puts the gradient of weight * mean KL per token into .grad."""
     model = add_adapter(tiny(), names="q_proj", rank=2, alpha=4)
     factors = [p for p in model.parameters() if p.requires_grad]
     with torch.no_grad():
@@ -199,6 +227,20 @@ def test_replay_mixes_in_its_share(tiny, share):
         ({"replay": "TEXT"}, "--replay is not used by --method plain"),
         ({"method": "kl", "replay": "TEXT", "general": "TEXT"}, "give two files"),
         ({"method": "replay", "replay": "domain"}, "--replay domain is for --method kl"),
+        ({"method": "wise"}, "--method wise needs --scale S or --max-forgetting"),
+        ({"method": "wise", "max_forgetting": 0.1}, "give --general TEXT"),
+        ({"method": "ewc-lora"}, "ewc-lora needs --importance FILE .* or --replay TEXT"),
+        ({"method": "ewc-lora", "importance": "FILE"}, "found importance of estimator 'kronecker'"),
+        ({"method": "l2"}, "--method l2 needs --strength"),
+        ({"method": "la-lora", "replay": "TEXT", "strength": 1.0, "full": True}, "--method la-lora is about adapters"),
+        ({"method": "holdfast,l2", "importance": "FILE", "strength": 1.0}, "each brings its own pull"),
+        ({"method": "oft,osf"}, "each brings its own adapter"),
+        ({"method": "oft,holdfast", "importance": "FILE"}, "oft and holdfast cannot be combined: its update is not the product"),
+        ({"method": "corda,kl", "replay": "TEXT"}, "corda and kl cannot be combined: corda starts by taking"),
+        ({"method": "general-steps,kl", "replay": "TEXT"}, "it is the control"),
+        ({"method": "osf", "quantize": "4bit"}, "--quantize does not allow"),
+        ({"method": "oft", "rank": 3}, "not divisible by the block size of 4 x --rank = 12"),
+        ({"method": "osf", "rank": 30}, "is more than the smallest target has"),
         ({"method": "plain,kl", "replay": "TEXT"}, "plain is tuning without a method"),
     ],
 )
@@ -211,4 +253,60 @@ def test_wrong_methods_and_needs_are_refused_before_training(world, given, expec
 def test_settings_and_help_name_real_methods():
     assert set(METHOD_SETTINGS) <= set(METHODS)
     help_text = next(f.metadata["help"] for f in TuneOptions.__dataclass_fields__.values() if f.name == "method")
-    assert set(METHODS) <= set(help_text.replace(";", ",").replace(" ", "").split(","))
+    assert set(METHODS) <= set(re.findall(r"[\w-]+", help_text))
+
+
+def test_wise_takes_the_largest_scale_that_keeps_the_bound(world):
+    free = world("free", general="TEXT", max_steps=12, learning_rate=3e-2)
+    bound = free["forgetting"]["nats"] / 2
+    assert bound > 0
+    run = world("run", method="wise", max_forgetting=bound, general="TEXT", max_steps=12, learning_rate=3e-2)
+    scale, tried = run["finished"]["wise"]["scale"], {float(k): v for k, v in run["finished"]["wise"]["tried"].items()}
+    assert 0 < scale < 1 and run["forgetting"]["nats"] == pytest.approx(tried[scale], abs=1e-6) and tried[scale] <= bound < tried[round(scale + 0.05, 2)]
+    none = world("none", method="wise", max_forgetting=0.0, general="TEXT", max_steps=12, learning_rate=3e-2, full=True)
+    assert none["forgetting"]["nats"] <= 0.0
+
+
+@pytest.mark.parametrize("answer", range(21))
+def test_the_bisection_finds_every_step(answer):
+    assert scaling.largest(lambda step: step <= answer) == answer
+
+
+def test_wise_scales_the_update(world):
+    """The finished adapter of wise is plain's with B times the scale; combined with a penalty and full fine-tuning, likewise."""
+    world("half", method="wise", scale=0.5)
+    whole, half = world.plain(), tensors(world.folder / "half")
+    assert all(torch.equal(half[key], whole[key] * (0.5 if "lora_B" in key else 1.0)) for key in whole)
+    world("full", method="full", **{"learning_rate": 1e-3})
+    world("full half", method="full,wise", scale=0.5, **{"learning_rate": 1e-3})
+    base, whole, half = load_file(world.folder / "model" / "model.safetensors"), tensors(world.folder / "full"), tensors(world.folder / "full half")
+    moved = [key for key in whole if not torch.equal(whole[key], base[key])]
+    assert moved
+    for key in whole:
+        torch.testing.assert_close(half[key], (whole[key] + base[key]) / 2, rtol=0, atol=1e-7)
+
+
+def test_the_laplace_pull_is_the_gradient_of_its_penalty(tiny, batch):
+    """Against autograd, at a point where both factors have moved; a fresh adapter has no curvature in A."""
+    model = add_adapter(tiny(), names="q_proj", rank=2, alpha=4)
+    factors = [p for weight in target_weights(model) for p in weight.parameters]
+    text = [(row.tolist(), [True] * len(row)) for row in batch]
+    assert all(float(F.abs().max()) == 0 for F in curvature(model, factors, text, 0)[::2])
+    with torch.no_grad():
+        for p in factors:
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(5)))
+    penalty, starts, F = FactorPenalty(model, text, strength=3.0), [p.detach().clone() for p in factors], curvature(model, factors, text, 0)
+    with torch.no_grad():
+        for p in factors:
+            p.add_(0.1)
+    value = 3.0 * sum((f * (p - start).square()).sum() for f, p, start in zip(F, factors, starts, strict=True))
+    expected = torch.autograd.grad(value, factors)
+    penalty.pull()
+    for p, g in zip(factors, expected, strict=True):
+        torch.testing.assert_close(p.grad, g)
+    assert 3.0 * penalty.logs()["energy"] == pytest.approx(float(value), rel=1e-5)
+
+
+def test_every_method_has_a_card():
+    cards = (Path(__file__).parents[1] / "docs" / "methods.md").read_text()
+    assert set(re.findall(r"^### `([\w-]+)`", cards, re.M)) == set(METHODS)

@@ -49,7 +49,7 @@ REPORTERS = ("none", "tensorboard", "wandb", "trackio", "mlflow", "swanlab")
 AT_LEAST = {"rank": 1, "batch_size": 1, "accumulation": 1, "save_steps": 1, "log_steps": 1, "limit": 1, "documents": 1, "self_documents": 1, "threads": 1,
             "length": 2, "stride": 1, "batch_tokens": 1, "shots": 0, "eval_steps": 0, "strength": 0, "cov_rank": 0, "groups": 1, "dropout": 0,
             "warmup": 0, "weight_decay": 0, "max_grad_norm": 0, "seed": 0, "replay_documents": 1, "replay_share": 0, "kl_weight": 0,
-            "kl_sequences": 1}  # fmt: skip
+            "kl_sequences": 1, "general_steps": 0, "scale": 0, "max_forgetting": 0}  # fmt: skip
 ABOVE_ZERO = ("learning_rate", "epochs", "alpha", "xi")
 
 
@@ -157,13 +157,18 @@ class TuneOptions(AdapterOptions, TextOptions, ModelOptions):
     importance: str | None = option(None, "importance file of `holdfast record`; without one the run is plain fine-tuning", metavar="FILE")
     out: str = option("", "folder to write: adapter (or model), checkpoints, run.json", metavar="DIR")
     preset: str = option("default", "default: our recipe; paper: Song et al. 2025 (arXiv 2501.13669)", choices=PRESETS)
-    method: str = option(None, "plain, holdfast, kl, replay; several with commas; default: holdfast where --importance is given, else plain", metavar="NAMES")
+    method: str = option(None, "method, or several with commas: plain, rslora, full, small-lr, holdfast, kl, replay, wise, ewc-lora, la-lora, l2, shuffled, "
+                         "general-steps, oft, osf, corda, lora-fa; see docs/methods.md; default: holdfast where --importance is given, else plain",
+                         metavar="NAMES")  # fmt: skip
     replay: str | None = option(None, "general text used while tuning: as --general, but other text; 'self': sampled from the model; 'domain': --data (kl)",
                                 metavar="TEXT")  # fmt: skip
     replay_documents: int | None = option(None, "use at most this many documents of --replay; with 'self', how many to sample [256]")
     replay_share: float | None = option(None, "replay: general tokens per domain token, 0.01 for 1 % [0.05]")
     kl_weight: float | None = option(None, "kl: weight of the divergence from the base [1]")
     kl_sequences: int | None = option(None, "kl: general sequences per optimizer step [2]")
+    scale: float | None = option(None, "wise: scale the finished update by this number")
+    max_forgetting: float | None = option(None, "wise: the largest scale with at most this rise of the loss on --general", metavar="NATS")
+    general_steps: int | None = option(None, "general-steps: optimizer steps on --replay before tuning; default: one pass over it")
     strength: float | None = option(None, "how hard important weights are held (lambda); 0 is plain fine-tuning; default: what suits the file's estimator")
     layers: Any = option(None, "layer coefficients: uniform, softmax, scale-free; a list over depth or a map of kinds in YAML", metavar="HOW")
     per: str = option("weight", "coefficients for each weight, or shared by the weights of a block", choices=("weight", "block"))
@@ -206,6 +211,10 @@ TUNE_PRESETS: dict[str, dict[str, Any]] = {
 
 # What a method sets where neither the command line nor a YAML file does; stronger than the preset.
 METHOD_SETTINGS: dict[str, dict[str, Any]] = {
+    "rslora": dict(rslora=True),
+    "full": dict(full=True),
+    "small-lr": dict(learning_rate=1e-4),
+    "ewc-lora": dict(strength=10.0),  # as STRENGTHS has it for fisher
     "kl": dict(kl_weight=1.0, kl_sequences=2),
     "replay": dict(replay_share=0.05),
 }

@@ -10,6 +10,7 @@ The story: load, refuse what cannot work, measure the bare base, add an adapter,
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import os
@@ -30,7 +31,7 @@ from holdfast.config import ModelOptions, OptionError, TuneOptions, as_dict, def
 from holdfast.evaluation import changes, check_tasks, measure, table
 from holdfast.importance.container import Importance
 from holdfast.layers import from_option
-from holdfast.methods.method import Setup
+from holdfast.methods.method import Method, Setup
 from holdfast.methods.table import chosen
 from holdfast.methods.text import replay_text
 from holdfast.models import context_length, load_model, load_tokenizer
@@ -48,8 +49,7 @@ MAY_CHANGE = ("resume", "overwrite", "out", "device", "threads", "save_steps", "
 def tune(options: TuneOptions) -> dict[str, Any]:
     """Fine-tune as `options` say; writes `options.out` and returns what is in its run.json. Raises ValueError or OptionError before training starts."""
     out = Path(options.out)
-    methods = chosen(options)
-    _check(options, out)
+    methods = _check(options, out)
     importance = Importance.load(options.importance) if options.importance else None
     if importance is not None and options.strength is None:
         options = replace(options, strength=default_strength(importance.info.get("estimator", "?")))
@@ -70,27 +70,32 @@ def tune(options: TuneOptions) -> dict[str, Any]:
                   general_split=options.general_split, data_split=options.eval_split, limit=options.limit)  # fmt: skip
     text, source = replay_text(options, model, tokenizer, encoded)
     before = measure(model, tokenizer, **wanted)
-    setup = Setup(options, tokenizer, text, _tokens_per_step(options, encoded), importance, how)
-    model = _prepared(options, model, importance)
+    setup = Setup(options, tokenizer, text, _tokens_per_step(options, encoded), importance, how, before)
+    model = _prepared(setup, methods, model)
     check_free_space(out, _disk_needed(options, model))
-    trainer = _trainer(options, model, tokenizer, encoded, None if held is None else _encoded(options, held, tokenizer, model))
+    trainer = _trainer(options, model, tokenizer, encoded, None if held is None else _encoded(options, held, tokenizer, model),
+                       next((method.optimizer(setup, model) for method in methods.values() if method.optimizer), None))  # fmt: skip
     for method in methods.values():
         if method.loss and (term := method.loss(setup, model)) is not None:
             add_term(trainer, term)
         if method.pull and (penalty := method.pull(setup, model)) is not None:
-            importance = add_penalty(trainer, penalty).penalty.importance  # not a second one beside it in pinned memory
+            add_penalty(trainer, penalty)
+            importance = getattr(penalty, "importance", importance)  # what was offloaded: not a second one beside it in pinned memory
     _announce(options, model, importance, len(encoded))
     write_text(out / "config.yaml", yaml.safe_dump(as_dict(options), sort_keys=False))
     started = time.perf_counter()
     _train(trainer, _last_checkpoint(out) if options.resume else None)
     seconds = time.perf_counter() - started
-    _save_final(model, tokenizer, out / "final")
+    finished = {name: method.finish(setup, model) for name, method in methods.items() if method.finish}
+    save = next((functools.partial(method.save, setup) for method in methods.values() if method.save), None)
+    _save_final(model, tokenizer, out / "final", save)
     after = measure(model, tokenizer, **wanted)
     run = {
         "configuration": as_dict(options),
         "environment": environment(str(next(model.parameters()).device)),
         "data": {"source": options.data, "rows": len(data), "rows_trained": len(encoded), "sha256": fingerprint_rows(list(data))},
         "method": list(methods),
+        "finished": finished,
         "replay": source,
         "importance": {"file": options.importance, "sha256": sha256_file(options.importance)} if options.importance else None,
         "before": before,
@@ -123,8 +128,8 @@ def merge(adapter: str, out: str, *, dtype: str | None = None) -> None:
     logger.info("merged %s into %s: %s", adapter, options.model, out)
 
 
-def _check(options: TuneOptions, out: Path) -> None:
-    """Everything that can be refused without loading a model."""
+def _check(options: TuneOptions, out: Path) -> dict[str, Method]:
+    """Everything that can be refused without loading a model; the methods that the options name."""
     if options.full and options.quantize != "none":
         raise OptionError("--full trains the weights themselves, which a quantised base does not allow; leave out --quantize")
     if options.anchor == "recorded" and options.importance is None:
@@ -133,6 +138,7 @@ def _check(options: TuneOptions, out: Path) -> None:
         raise OptionError("--anchor recorded starts from the recorded adapter; use --anchor base with --full")
     if options.report_to != "none" and importlib.util.find_spec(options.report_to) is None:
         raise OptionError(f"--report-to {options.report_to} needs a package of that name, which is not installed; pip install {options.report_to}")
+    methods = chosen(options)
     check_tasks(options.tasks)
     check_output_folder(out)
     if options.resume:
@@ -143,6 +149,7 @@ def _check(options: TuneOptions, out: Path) -> None:
         if not options.overwrite:
             raise ValueError(f"'{out}' holds checkpoints of an unfinished run; go on with --resume, or start again with --overwrite")
         shutil.rmtree(out / "checkpoints")
+    return methods
 
 
 def _check_model(options: TuneOptions, model: nn.Module, importance: Importance | None, how: Any) -> None:
@@ -160,15 +167,25 @@ def _check_model(options: TuneOptions, model: nn.Module, importance: Importance 
             )
 
 
-def _prepared(options: TuneOptions, model: nn.Module, importance: Importance | None) -> nn.Module:
-    """The model to train: with a fresh adapter, with the recorded one, or with its target weights unfrozen."""
+def _prepared(setup: Setup, methods: dict[str, Method], model: nn.Module) -> nn.Module:
+    """The model to train: with a method's adapter, a fresh LoRA adapter or the recorded one, or with its target weights unfrozen."""
+    set_seed(setup.options.seed)
+    own = next((method.adapter for method in methods.values() if method.adapter), _trained)
+    model = own(setup, model)
+    for method in methods.values():
+        if method.start:
+            method.start(setup, model)
+    return model
+
+
+def _trained(setup: Setup, model: nn.Module) -> nn.Module:
+    options, importance = setup.options, setup.importance
     if options.full:
         warn_of_experts(model, options.targets)
         model.requires_grad_(False)
         for _, module in matching(model, options.targets):
             module.weight.requires_grad_(True)
         return model
-    set_seed(options.seed)
     model = add_adapter(model, names=options.targets, rank=options.rank, alpha=options.alpha, dropout=options.dropout, rslora=options.rslora)
     if options.anchor == "recorded" and importance is not None:
         for weight in target_weights(model):
@@ -211,8 +228,8 @@ def _disk_needed(options: TuneOptions, model: nn.Module) -> int:
     return saved + 3 * (saved + 2 * trained)
 
 
-def _trainer(options: TuneOptions, model: nn.Module, tokenizer: Any, data: Any, held: Any) -> Any:
-    """TRL's SFTTrainer with our settings on encoded rows; nothing in it knows of the penalty."""
+def _trainer(options: TuneOptions, model: nn.Module, tokenizer: Any, data: Any, held: Any, optimizer: Any = None) -> Any:
+    """TRL's SFTTrainer with our settings on encoded rows; nothing in it knows of the penalty. Without `optimizer` it makes its AdamW."""
     from trl import SFTConfig, SFTTrainer
 
     base = unwrapped(model)
@@ -246,7 +263,8 @@ def _trainer(options: TuneOptions, model: nn.Module, tokenizer: Any, data: Any, 
         use_cpu=options.device == "cpu",
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-    trainer = SFTTrainer(model=model, args=config, train_dataset=data, eval_dataset=held, processing_class=tokenizer, callbacks=[StopOnNonFinite()])
+    trainer = SFTTrainer(model=model, args=config, train_dataset=data, eval_dataset=held, processing_class=tokenizer, callbacks=[StopOnNonFinite()],
+                         optimizers=(optimizer, None))  # fmt: skip
     if not config.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(ProgressBar)
@@ -290,11 +308,11 @@ def _last_checkpoint(out: Path) -> str | None:
     return str(max(whole, key=lambda p: int(p.name.split("-")[-1]))) if whole else None
 
 
-def _save_final(model: nn.Module, tokenizer: Any, folder: Path) -> None:
+def _save_final(model: Any, tokenizer: Any, folder: Path, save: Any = None) -> None:
     """Save under a temporary name beside `folder`, then rename: a partial result is never taken for a whole one."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
-        model.save_pretrained(str(temporary))
+        save(model, temporary) if save else model.save_pretrained(str(temporary))
         tokenizer.save_pretrained(str(temporary))
         if folder.exists():
             shutil.rmtree(folder)

@@ -387,16 +387,20 @@ def fingerprint(model: nn.Module, *, samples: int = 65_536) -> str:
     return digest.hexdigest()
 
 
-def add_adapter(model: nn.Module, *, names: str, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False) -> nn.Module:
-    """`model` wrapped by PEFT with a fresh LoRA adapter (U = 0) on the layers chosen by `names`."""
-    from peft import LoraConfig, get_peft_model
-
+def peft_targets(model: nn.Module, names: str) -> tuple[list[str], bool]:
+    """(target_modules for a PEFT configuration, whether some of them store their weight transposed) for the layers of a bare model chosen by `names`."""
     paths = [path for path, _ in matching(model, names)]
     warn_of_experts(model, names)
     kinds = {path.rsplit(".", 1)[-1] for path in paths}
     by_kind = {path for path, _ in linear_layers(model) if path.rsplit(".", 1)[-1] in kinds}
-    modules = sorted(kinds) if by_kind == set(paths) else paths
-    conv1d = any(_is_conv1d(module) for path, module in matching(model, names))
+    return sorted(kinds) if by_kind == set(paths) else paths, any(_is_conv1d(module) for _, module in matching(model, names))
+
+
+def add_adapter(model: nn.Module, *, names: str, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False) -> nn.Module:
+    """`model` wrapped by PEFT with a fresh LoRA adapter (U = 0) on the layers chosen by `names`."""
+    from peft import LoraConfig, get_peft_model
+
+    modules, conv1d = peft_targets(model, names)
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, use_rslora=rslora, target_modules=modules,
                         task_type="CAUSAL_LM", fan_in_fan_out=conv1d)  # fmt: skip
     return get_peft_model(model, config)

@@ -8,17 +8,37 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from holdfast.config import OptionError, TuneOptions, nearest
-from holdfast.methods import pulls, terms
+from holdfast.methods import adapters, control, laplace, pulls, scaling, terms
 from holdfast.methods.method import Method
 
 PLACES = ("adapter", "optimizer", "pull", "finish")  # at most one method fills each; terms add up
 
+PULLS = ("holdfast", "ewc-lora", "la-lora", "l2", "shuffled")
+NOT_LORA = {**dict.fromkeys((*PULLS, "lora-fa", "rslora", "wise"), "its update is not the product of two LoRA factors"),
+            "full": "it is an adapter"}  # fmt: skip
+ALONE = dict.fromkeys((*PULLS, "kl", "replay"), "it is the control without a penalty and without general text while tuning")
+MOVES = dict.fromkeys((*PULLS, "kl", "wise", "lora-fa"), "corda starts by taking directions out of the base weight, so its factors are not the update")
+
 METHODS: dict[str, Method] = {
     "plain": Method(),
+    "rslora": Method(check=adapters.needs_lora("rslora")),  # config.METHOD_SETTINGS
+    "full": Method(),  # likewise
+    "small-lr": Method(),  # likewise
     "holdfast": Method(needs=("importance",), reads=("strength",), pull=pulls.from_file),
     "kl": Method(needs=("replay",), reads=("replay_documents", "kl_weight", "kl_sequences"), loss=terms.kl_term),
     "replay": Method(needs=("replay",), reads=("replay_documents", "replay_share"), loss=terms.replay_term),
-}
+    "wise": Method(reads=("scale", "max_forgetting"), check=scaling.check, finish=scaling.wise),
+    "ewc-lora": Method(reads=("importance", "replay", "replay_documents", "strength"), check=pulls.needs_fisher, pull=pulls.ewc_lora),
+    "la-lora": Method(needs=("replay", "strength"), reads=("replay_documents",), check=adapters.needs_lora("la-lora"), pull=laplace.la_lora),
+    "l2": Method(needs=("strength",), check=pulls.no_file, pull=pulls.l2),
+    "shuffled": Method(needs=("importance",), reads=("strength",), pull=pulls.of_shuffled),
+    "general-steps": Method(needs=("replay",), reads=("replay_documents", "general_steps"), start=control.general_steps, refuses=ALONE),
+    "oft": Method(check=adapters.needs_lora("oft"), adapter=adapters.oft, refuses=NOT_LORA),
+    "osf": Method(check=adapters.needs_whole_weights("osf"), adapter=adapters.osf, refuses=NOT_LORA),
+    "corda": Method(needs=("replay",), reads=("replay_documents",), check=adapters.needs_whole_weights("corda"), adapter=adapters.corda,
+                    save=adapters.save_as_lora, refuses=MOVES),
+    "lora-fa": Method(check=adapters.needs_lora("lora-fa"), optimizer=adapters.lora_fa),
+}  # fmt: skip
 
 
 def chosen(options: TuneOptions) -> dict[str, Method]:
@@ -30,13 +50,15 @@ def chosen(options: TuneOptions) -> dict[str, Method]:
     picked = {name: METHODS[name] for name in names}
     _check_combination(picked)
     for name, method in picked.items():
-        missing = [need for need in method.needs if not getattr(options, need)]
+        missing = [need for need in method.needs if getattr(options, need) in (None, "")]
         if missing:
             raise OptionError(f"--method {name} needs {' and '.join(map(_flag, missing))}")
+        if method.check:
+            method.check(options)
     _check_unused(options, picked)
     if options.replay and options.replay == options.general:
         raise OptionError(f"--replay and --general are both '{options.replay}': what is lost must be measured on other text than is trained on; give two files")
-    if options.replay == "domain" and set(picked) - {"kl"}:
+    if options.replay == "domain" and any("replay" in (*method.needs, *method.reads) for name, method in picked.items() if name != "kl"):
         raise OptionError(f"--replay domain is for --method kl, found --method {options.method}; give general text, or 'self'")
     return picked
 
@@ -58,7 +80,7 @@ def _check_unused(options: TuneOptions, picked: Mapping[str, Method]) -> None:
     """Raise OptionError where an option was given that only other methods read."""
     readers = {option: [name for name, m in METHODS.items() if option in (*m.needs, *m.reads)] for m in METHODS.values() for option in (*m.needs, *m.reads)}
     for option, methods in readers.items():
-        if option != "general" and getattr(options, option) is not None and not set(methods) & set(picked):
+        if getattr(options, option) is not None and not set(methods) & set(picked):
             raise OptionError(f"{_flag(option)} is not used by --method {options.method}; it is for {', '.join(methods)}: leave it out, or add the method")
 
 
