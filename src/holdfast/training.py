@@ -73,14 +73,16 @@ def tune(options: TuneOptions) -> dict[str, Any]:
     setup = Setup(options, tokenizer, text, _tokens_per_step(options, encoded), importance, how, before)
     model = _prepared(setup, methods, model)
     check_free_space(out, _disk_needed(options, model))
+    # Before the trainer, which makes its folder: what they refuse must leave no trace.
+    terms = [term for method in methods.values() if method.loss and (term := method.loss(setup, model)) is not None]
+    penalties = [penalty for method in methods.values() if method.pull and (penalty := method.pull(setup, model)) is not None]
     trainer = _trainer(options, model, tokenizer, encoded, None if held is None else _encoded(options, held, tokenizer, model),
                        next((method.optimizer(setup, model) for method in methods.values() if method.optimizer), None))  # fmt: skip
-    for method in methods.values():
-        if method.loss and (term := method.loss(setup, model)) is not None:
-            add_term(trainer, term)
-        if method.pull and (penalty := method.pull(setup, model)) is not None:
-            add_penalty(trainer, penalty)
-            importance = getattr(penalty, "importance", importance)  # what was offloaded: not a second one beside it in pinned memory
+    for term in terms:
+        add_term(trainer, term)
+    for penalty in penalties:
+        add_penalty(trainer, penalty)
+        importance = getattr(penalty, "importance", importance)  # what was offloaded: not a second one beside it in pinned memory
     _announce(options, model, importance, len(encoded))
     write_text(out / "config.yaml", yaml.safe_dump(as_dict(options), sort_keys=False))
     started = time.perf_counter()
