@@ -1,7 +1,7 @@
-"""Importance that stays in CPU memory and visits the device one weight at a time: what the pull takes of a GPU's memory is at
-most three weights' importance (one in use, the next one arriving, the one before not yet let go).
+"""Importance that stays in CPU memory and visits the device one weight at a time: what the pull takes of a GPU's memory is at most three weights' importance
+(one in use, the next one arriving, the one before not yet let go).
 
-    for entry in placed(entries, devices, dtype): ...       # in order; the copy of the next one is under way while this one is worked with
+    for entry in placed([(entry, device, dtype), ...]): ...     # in order; the copy of the next one is under way while this one is worked with
 
 On CUDA the entries lie in pinned memory, and copies run on a stream of their own: the copy of weight i + 1 starts before the pull of weight i is computed.
 Cost per step: one transfer of the importance (u8 for q_proj and v_proj of an 8B model: 0.7 GB). On a CPU nothing is copied and the results are the same
@@ -44,7 +44,9 @@ def placed(entries: Iterable[tuple[Entry, torch.device, torch.dtype]]) -> Iterat
         entry, device, dtype = item
         if device.type != "cuda":
             return entry, device, dtype, None
-        stream = streams.setdefault(device, torch.cuda.Stream(device))
+        if device not in streams:
+            streams[device] = torch.cuda.Stream(device)
+        stream = streams[device]
         mine: dict[int, Any] = {key: part for key, part in made.get(device, {}).items() if key in _parts(entry)}
         with torch.cuda.stream(stream):
             copy = with_tensors(entry, lambda tensor: tensor.to(device, non_blocking=True), mine)
