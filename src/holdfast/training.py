@@ -10,6 +10,7 @@ The story: load, refuse what cannot work, measure the bare base, add an adapter,
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import logging
@@ -281,7 +282,8 @@ def _train(trainer: Any, checkpoint: str | None) -> None:
             trainer._load_from_checkpoint(checkpoint)
             trainer.state = state
             return
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with contextlib.redirect_stdout(sys.stderr):  # the trainer prints its log: progress, not a result
+        trainer.train(resume_from_checkpoint=checkpoint)
 
 
 def _check_resumed(options: TuneOptions, out: Path) -> None:
