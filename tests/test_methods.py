@@ -4,12 +4,15 @@ import json
 import random
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 from holdfast import training
+from holdfast.callback import TermCallback
 from holdfast.config import METHOD_SETTINGS, RECORD_PRESETS, TUNE_PRESETS, EvalOptions, OptionError, RecordOptions, TuneOptions, resolve
 from holdfast.demo.run import MODEL
 from holdfast.demo.world import build, documents
@@ -250,6 +253,12 @@ def test_wrong_methods_and_needs_are_refused_before_training(world, given, expec
     with pytest.raises(OptionError, match=expected):
         world("run", **given)
     assert not (world.folder / "run" / "checkpoints").exists()
+
+
+def test_terms_refuse_sharded_training():
+    trainer = SimpleNamespace(accelerator=SimpleNamespace(distributed_type=DistributedType.FSDP))
+    with pytest.raises(ValueError, match="FSDP does not allow"):
+        TermCallback(None, trainer=trainer).on_train_begin(None, None, None)
 
 
 def test_settings_and_help_name_real_methods():

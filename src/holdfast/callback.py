@@ -85,6 +85,11 @@ class TermCallback(TrainerCallback):
     def __init__(self, term: Any, *, trainer: Any):
         self.term, self.trainer = term, trainer
 
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        kind = str(getattr(self.trainer.accelerator.distributed_type, "value", ""))
+        if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+            raise ValueError(f"terms such as kl and replay run the model beside the trainer, which {kind} does not allow; train in one process or with DDP")
+
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         accelerator = self.trainer.accelerator
         scale = 1.0 if accelerator.scaler is None else float(accelerator.scaler.get_scale())
