@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 from holdfast.config import (  # fmt: skip
     RECORD_PRESETS,
     TUNE_PRESETS,
+    CompareOptions,
     DemoOptions,
     EvalOptions,
     OptionError,
@@ -36,17 +37,20 @@ VERBS: dict[str, tuple[str, str]] = {
     ),
     "tune": ("fine-tune on domain data while holding it", "holdfast tune MODEL --data domain.jsonl --importance model.importance.safetensors --out run"),
     "eval": ("measure what was learned and what was lost", "holdfast eval MODEL --adapter run/final --general held-out.jsonl --tasks sciq"),
+    "compare": ("run every method of an experiment and put them on one frontier", "holdfast compare experiment.yaml --out comparison"),
     "convert": ("bring an importance file into another form", "holdfast convert full.safetensors --tier kronecker:16 --out small.safetensors"),
     "inspect": ("show what is in an importance file", "holdfast inspect model.importance.safetensors"),
     "merge": ("merge an adapter into its base model", "holdfast merge run/final --out merged"),
     "demo": ("run the whole method on the embedded model and world, in minutes", "holdfast demo --seeds 3"),
 }
-POSITIONAL = {"inspect": "FILE", "convert": "FILE", "merge": "ADAPTER", "demo": ""}
-NEEDED = {"record": ("model", "general", "out"), "tune": ("model", "data", "out"), "eval": ("model",), "demo": ("out",)}
+POSITIONAL = {"inspect": "FILE", "convert": "FILE", "merge": "ADAPTER", "demo": "", "compare": "EXPERIMENT.yaml"}
+NEEDED = {"record": ("model", "general", "out"), "tune": ("model", "data", "out"), "eval": ("model",), "demo": ("out",),
+          "compare": ("experiment", "out")}  # fmt: skip
 OPTIONS: dict[str, tuple[Any, dict[str, dict[str, Any]] | None]] = {
     "record": (RecordOptions, RECORD_PRESETS),
     "tune": (TuneOptions, TUNE_PRESETS),
     "eval": (EvalOptions, None),
+    "compare": (CompareOptions, None),
     "demo": (DemoOptions, None),
 }
 
@@ -84,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _status(_action(verb, given)())
     except KeyboardInterrupt:
-        more = "; --resume goes on from the last saved state" if verb in ("record", "tune") else ""
+        more = "; --resume goes on from the last saved state" if verb in ("record", "tune") else "; the same command goes on" if verb == "compare" else ""
         print(f"\nholdfast {verb}: interrupted; no half-written file is left{more}", file=sys.stderr)
         return 130
     except Exception as error:
@@ -132,7 +136,8 @@ def _action(verb: str, given: dict[str, Any]) -> Callable[[], Any]:
     needed = [name for name in NEEDED[verb] if name != "general" or getattr(options, "estimator", "") != "uniform"]
     missing = [name for name in needed if not getattr(options, name)]
     if missing:
-        raise OptionError(f"missing {', '.join('MODEL' if name == 'model' else '--' + name for name in missing)}; for example: {VERBS[verb][1]}")
+        names = [POSITIONAL.get(verb, "MODEL") if name in ("model", "experiment") else "--" + name for name in missing]
+        raise OptionError(f"missing {', '.join(names)}; for example: {VERBS[verb][1]}")
     if verb == "eval" and not (options.general or options.data or options.tasks):
         raise OptionError("nothing to measure: give --general TEXT, --data DATA or --tasks NAMES")
     if verb == "record":
@@ -143,6 +148,10 @@ def _action(verb: str, given: dict[str, Any]) -> Callable[[], Any]:
         from holdfast.training import tune
 
         return lambda: tune(options)
+    if verb == "compare":
+        from holdfast.campaign import compare
+
+        return lambda: compare(options)
     if verb == "demo":
         if options.seeds < 1:
             raise OptionError(f"--seeds expects a whole number above 0, found {options.seeds}")

@@ -49,7 +49,7 @@ REPORTERS = ("none", "tensorboard", "wandb", "trackio", "mlflow", "swanlab")
 AT_LEAST = {"rank": 1, "batch_size": 1, "accumulation": 1, "save_steps": 1, "log_steps": 1, "limit": 1, "documents": 1, "self_documents": 1, "threads": 1,
             "length": 2, "stride": 1, "batch_tokens": 1, "shots": 0, "eval_steps": 0, "strength": 0, "cov_rank": 0, "groups": 1, "dropout": 0,
             "warmup": 0, "weight_decay": 0, "max_grad_norm": 0, "seed": 0, "replay_documents": 1, "replay_share": 0, "kl_weight": 0,
-            "kl_sequences": 1, "general_steps": 0, "scale": 0, "max_forgetting": 0}  # fmt: skip
+            "kl_sequences": 1, "general_steps": 0, "scale": 0, "max_forgetting": 0, "jobs": 1}  # fmt: skip
 ABOVE_ZERO = ("learning_rate", "epochs", "alpha", "xi")
 
 
@@ -239,6 +239,17 @@ def default_strength(estimator: str) -> float:
     if estimator not in STRENGTHS:
         raise OptionError(f"importance of estimator '{estimator}' has no default strength (known: {', '.join(STRENGTHS)}); give the strength")
     return STRENGTHS[estimator]
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """Options of `holdfast compare`: every method of an experiment on one frontier."""
+
+    experiment: str = option("", "experiment: a YAML file (docs/compare.md)", positional=True, metavar="EXPERIMENT.yaml")
+    out: str = option("", "folder to write: runs, importance, compare.json", metavar="DIR")
+    jobs: int = option(1, "processes that run trials at the same time; with several GPUs each gets its own")
+    part: str = option("both", "validation: only choose settings; both: then test the chosen ones with fresh seeds", choices=("validation", "both"))
+    dry_run: bool = option(False, "say what would be run")
 
 
 @dataclass(frozen=True)

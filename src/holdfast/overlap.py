@@ -37,16 +37,16 @@ class Overlap:
 
 def overlap(general: Sequence[str], training: Sequence[str]) -> Overlap:
     """Which documents of `general` occur in `training`, ignoring case and white space."""
-    words = [_words(text) for text in training]
+    rows = [words(text) for text in training]
     every = 1
-    while sum(map(len, words)) / every > MOST:
+    while sum(map(len, rows)) / every > MOST:
         every *= 2
-    whole = {" ".join(row) for row in words}
-    known = {shingle for row in words for shingle in _shingles(row, every)}
+    whole = {" ".join(row) for row in rows}
+    known = {shingle for row in rows for shingle in shingles(row, every)}
     exact, near = [], []
     for index, text in enumerate(general):
-        mine = _words(text)
-        runs = set(_shingles(mine, every))
+        mine = words(text)
+        runs = set(shingles(mine, every))
         if " ".join(mine) in whole:
             exact.append(index)
         elif runs and len(runs & known) >= SHARE * len(runs):
@@ -54,11 +54,11 @@ def overlap(general: Sequence[str], training: Sequence[str]) -> Overlap:
     return Overlap(exact, near, len(general))
 
 
-def _words(text: str) -> list[str]:
+def words(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
 
 
-def _shingles(words: list[str], every: int) -> Iterator[int]:
+def shingles(words: list[str], every: int) -> Iterator[int]:
     for start in range(len(words) - WORDS + 1):
         value = zlib.crc32(" ".join(words[start : start + WORDS]).encode())
         if value % every == 0:

@@ -1,0 +1,388 @@
+"""compare(): runs what an experiment asks for and has not been run yet, one process or several, and keeps DIR/compare.json up to date.
+
+    DIR/data/               the parts of every text and domain, carved once
+    DIR/base.json           the bare base model on each of them
+    DIR/importance/         one file per recipe
+    DIR/runs/ID/run.json    one run; ID is a hash of all that decides it, so what is finished is never run again
+    DIR/runs/ID/adapter/    its finished adapter
+    DIR/compare.json        the summary (compare.py), all that `holdfast report` reads
+
+A run trains by `tune`, then its finished update is evaluated at every scale on every text. Settings are chosen on validation parts carved from the training
+data; the test parts are used once, at the chosen settings, with fresh seeds. Whatever stops the campaign, at most the run at hand is lost. Out of memory is
+a result; another failure is noted and tried again the next time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from holdfast.carving import carve
+from holdfast.compare import choose, progress_line, summarise
+from holdfast.config import CompareOptions, ModelOptions, TuneOptions, resolve
+from holdfast.evaluation import completion_loss, general_loss, rise
+from holdfast.experiment import Experiment, Trial, final_trials, identity, read, record_options, tune_options, validation_trials
+from holdfast.models import load_model, load_tokenizer
+from holdfast.runs import atomic_path, check_output_folder, environment, read_json, sha256_file, write_json
+from holdfast.tasks import load_training_data
+from holdfast.texts import load_documents
+from holdfast.weights import scale_update
+
+logger = logging.getLogger("holdfast")
+PARTS = ("validation", "test")
+SHARES = {"text": {True: (0.8, 0.2), False: (0.6, 0.2, 0.2)}, "other": {True: (1.0,), False: (0.5, 0.5)}}  # by whether a test file is given
+LOGGED = ("step", "loss", "energy", "pull_ratio", "strength", "kl")
+SAMPLES, SAMPLE_TOKENS = 3, 40  # prompts of each domain that are answered in the report
+
+
+def compare(options: CompareOptions) -> dict[str, Any]:
+    """Run the experiment and return the summary. Raises OptionError or ValueError for what is wrong with it before anything is trained."""
+    experiment, out = read(options.experiment), Path(options.out)
+    if options.dry_run:
+        print(_plan(experiment, options.part))
+        return {}
+    check_output_folder(out)
+    with _locked(out):
+        write_text(out / "experiment.yaml", yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(experiment))), sort_keys=False))
+        files = prepare(experiment, out)
+        measure_base(experiment, files, out)
+        recipes = record_all(experiment, files, out)
+        jobs = [_job(experiment, trial, files, recipes, out) for trial in validation_trials(experiment)]
+        _run_all(experiment, jobs, options.jobs, out)
+        if options.part != "validation" and experiment.seeds.get("test"):
+            chosen = choose(experiment, [read_json(job["folder"] / "run.json") for job in jobs])
+            final = [_job(experiment, trial, files, recipes, out) for trial in final_trials(experiment, chosen)]
+            _run_all(experiment, final, options.jobs, out, before=jobs)
+            jobs += final
+        _answer(experiment, jobs, files, out)
+        summary = summarise(out, [job["id"] for job in jobs])
+    print("\n".join(summary["verdict"]))
+    if not any(run["status"] == "done" for run in summary["runs"]):
+        raise ValueError(f"no run of {len(jobs)} succeeded; the first error was: {summary['runs'][0]['error']}")
+    return summary
+
+
+def _plan(experiment: Experiment, part: str) -> str:
+    trials = validation_trials(experiment)
+    final = 0 if part == "validation" else len(experiment.methods) * len(experiment.domains) * len(experiment.seeds.get("test", []))
+    lines = [f"{experiment.title}: {len(trials)} validation runs and {final} test runs; general text {', '.join(experiment.general)}"]
+    for label, method in experiment.methods.items():
+        lines.append(f"  {label:<20} {method.options['method']:<16} {' '.join(f'{key}={values}' for key, values in method.grid.items())}")
+    return "\n".join(lines)
+
+
+def prepare(experiment: Experiment, out: Path) -> dict[str, str]:
+    """Carve every text and domain into parts: 'general/NAME/record', 'general/NAME/test', 'domain/NAME/train', ... -> file."""
+    files: dict[str, str] = {}
+    for name, place in experiment.general.items():
+        own = name == experiment.recorded
+        rows = [dataclasses.asdict(document) for document in load_documents(place["text"])]
+        held = [dataclasses.asdict(document) for document in load_documents(place["test"])] if "test" in place else None
+        parts = (("record",) if own else ()) + (PARTS if held is None else PARTS[:1])
+        files |= _carved(out, f"general/{name}", rows, held, parts, SHARES["text" if own else "other"][held is not None])
+    for name, place in experiment.domains.items():
+        rows = list(load_training_data(place["data"]))
+        held = list(load_training_data(place["test"], split=None)) if "test" in place else None
+        files |= _carved(out, f"domain/{name}", rows, held, ("train", *(PARTS if held is None else PARTS[:1])), SHARES["text"][held is not None])
+    return files
+
+
+def _carved(
+    out: Path, name: str, rows: list[dict[str, Any]], held: list[dict[str, Any]] | None, parts: Iterable[str], shares: tuple[float, ...]
+) -> dict[str, str]:
+    """Write the parts of `rows`, and `held` as the test part in an order that depends on its text alone."""
+    key = lambda row: str(row.get("prompt") or row.get("text") or row.get("messages"))
+    found = {part: [rows[i] for i in chosen] for part, chosen in zip(parts, carve([key(row) for row in rows], shares), strict=True)}
+    if held is not None:
+        found["test"] = [held[i] for i in carve([key(row) for row in held], (1.0,))[0]]
+    places = {}
+    for part, some in found.items():
+        if not some:
+            raise ValueError(f"{name}: {len(rows)} rows leave none for the {part} part (near duplicates stay together); give more")
+        path = out / "data" / name / f"{part}.jsonl"
+        write_text(path, "".join(json.dumps({k: v for k, v in row.items() if v is not None}, ensure_ascii=False) + "\n" for row in some))
+        places[f"{name}/{part}"] = str(path)
+    return places
+
+
+def _evaluate(experiment: Experiment, model: nn.Module, tokenizer: Any, files: dict[str, str], part: str, domains: Iterable[str]) -> dict[str, Any]:
+    """{general: {text: numbers}, domains: {domain: numbers}} of one state of a model."""
+    limit = experiment.limit.get(part)
+    found: dict[str, Any] = {"general": {}, "domains": {}}
+    for name in experiment.general:
+        documents = load_documents(files[f"general/{name}/{part}"], limit=limit)
+        if experiment.characters:
+            documents = [dataclasses.replace(d, text=d.text[: experiment.characters]) if d.text is not None else d for d in documents]
+        found["general"][name] = general_loss(model, tokenizer, documents).numbers()
+    for name in domains:
+        found["domains"][name] = completion_loss(model, tokenizer, load_training_data(files[f"domain/{name}/{part}"], limit=limit)).numbers()
+    return found
+
+
+def measure_base(experiment: Experiment, files: dict[str, str], out: Path) -> dict[str, Any]:
+    """The bare base model on every part, measured once."""
+    held = {key: sha256_file(path) for key, path in sorted(files.items()) if key.rsplit("/", 1)[1] in PARTS}
+    mark = {"model": experiment.model, "files": held, "limit": experiment.limit, "characters": experiment.characters}
+    path = out / "base.json"
+    if path.exists() and read_json(path)["made_from"] == json.loads(json.dumps(mark)):
+        return dict(read_json(path))
+    options = resolve(ModelOptions, experiment.model)
+    model, tokenizer = load_model(options), load_tokenizer(options)
+    base = {part: _evaluate(experiment, model, tokenizer, files, part, experiment.domains) for part in PARTS}
+    rows = {name: len(Path(files[f"domain/{name}/train"]).read_text(encoding="utf-8").splitlines()) for name in experiment.domains}
+    write_json(path, {"made_from": mark, "environment": environment(str(next(model.parameters()).device)), "rows_trained": rows, **base})
+    return dict(read_json(path))
+
+
+def record_all(experiment: Experiment, files: dict[str, str], out: Path) -> dict[str, dict[str, Any]]:
+    """Every importance file, recorded once: label -> what it is made from, and where it is."""
+    from holdfast.importance.container import Importance
+    from holdfast.recording import record
+
+    general = files[f"general/{experiment.recorded}/record"]
+    found = {}
+    for label, recipe in experiment.importance.items():
+        mark = [experiment.model, recipe, sha256_file(general) if recipe.get("general", "") != "self" else "self"]
+        name = f"{label}-{hashlib.sha256(json.dumps(mark, sort_keys=True, default=str).encode()).hexdigest()[:8]}"
+        path = out / "importance" / f"{name}.safetensors"
+        if not path.exists():
+            logger.info("recording importance '%s'", label)
+            path.parent.mkdir(exist_ok=True)
+            record(record_options(experiment, recipe, general=general, out=str(path)))
+        info = path.with_suffix(".json")
+        if not info.exists():
+            write_json(info, _described(Importance.load(path), label, path))
+        found[label] = {"mark": mark, "path": str(path), "bytes": path.stat().st_size}
+    return found
+
+
+def _described(importance: Any, label: str, path: Path) -> dict[str, Any]:
+    info, settings = importance.info, importance.info.get("settings", {})
+    norms = importance.norms()
+    return {"name": label, "file": path.name, "estimator": info.get("estimator"), "tier": importance.tier, "bytes": path.stat().st_size,
+            "seconds": info.get("timings", {}).get("train_seconds"), "tokens": settings.get("tokens") or info.get("data", {}).get("tokens"),
+            "weights": [{"name": name, "layer": _layer(name), "kind": name.split(".")[-2], "norm": norm, "coefficient": None}
+                        for name, norm in norms.items()]}  # fmt: skip
+
+
+def _layer(name: str) -> int | None:
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def _job(experiment: Experiment, trial: Trial, files: dict[str, str], recipes: dict[str, Any], out: Path) -> dict[str, Any]:
+    """All that a process needs to run one trial."""
+    recipe = recipes.get(str(trial.settings.get("importance")), {})
+    train, general = files[f"domain/{trial.domain}/train"], files[f"general/{experiment.recorded}/record"]
+    options = tune_options(experiment, trial.settings, data=train, replay=general, importance=recipe.get("path"), out="", seed=trial.seed)
+    held = [files[key] for key in (*(f"general/{name}/{trial.part}" for name in experiment.general), f"domain/{trial.domain}/{trial.part}")]
+    replayed = [sha256_file(general)] if trial.settings.get("replay") == "recorded" else []
+    run = identity(options, more=[sha256_file(train), recipe.get("mark"), replayed, [sha256_file(path) for path in held], trial.part,
+                                  list(experiment.scales), experiment.limit.get(trial.part), experiment.characters])  # fmt: skip
+    folder = out / "runs" / run
+    return {"id": run, "folder": folder, "trial": trial, "options": dataclasses.replace(options, out=str(folder / "work"), overwrite=True), "files": files,
+            "experiment": experiment, "file_bytes": recipe.get("bytes"), "base": str(out / "base.json")}  # fmt: skip
+
+
+def _finished(job: dict[str, Any]) -> bool:
+    path = job["folder"] / "run.json"
+    return path.exists() and read_json(path)["status"] != "failed"
+
+
+def _run_all(experiment: Experiment, jobs: list[dict[str, Any]], processes: int, out: Path, before: Iterable[dict[str, Any]] = ()) -> None:
+    """Run the jobs that are not finished, in their order, and write the summary after each."""
+    waiting = {job["id"]: job for job in jobs if not _finished(job)}  # two settings may be the same run
+    every = [job["id"] for job in (*before, *jobs)]
+    started = time.perf_counter()
+    for done, job in enumerate(_running(list(waiting.values()), processes), 1):
+        summary = summarise(out, every, pending=len(waiting) - done)
+        seconds = (time.perf_counter() - started) / done * (len(waiting) - done)
+        result = read_json(job["folder"] / "run.json")
+        logger.info("%s", progress_line(result, summary, seconds))
+
+
+def _running(jobs: list[dict[str, Any]], processes: int) -> Iterator[dict[str, Any]]:
+    """Each job once it is done."""
+    if processes <= 1:
+        for job in jobs:
+            run(job)
+            yield job
+        return
+    pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"), initializer=_started, initargs=(multiprocessing.Value("i", 0),))
+    try:
+        pending = {pool.submit(run, job): job for job in jobs}
+        for future in as_completed(pending):
+            future.result()
+            yield pending[future]
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _started(counter: Any) -> None:
+    """Give each process its own GPU where there are several."""
+    with counter.get_lock():
+        number, counter.value = counter.value, counter.value + 1
+    if torch.cuda.device_count() > 1:
+        torch.cuda.set_device(number % torch.cuda.device_count())
+
+
+def run(job: dict[str, Any]) -> None:
+    """One trial: its run.json says how it ended. What it prints goes into its folder."""
+    folder: Path = job["folder"]
+    folder.mkdir(parents=True, exist_ok=True)
+    trial: Trial = job["trial"]
+    result = {"id": job["id"], "method": trial.method, "domain": trial.domain, "part": trial.part, "seed": trial.seed, "settings": trial.settings}
+    started = time.perf_counter()
+    try:
+        with open(folder / "log.txt", "w", encoding="utf-8") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            result |= {"status": "done", "error": None, **_trained(job)}
+    except Exception as error:
+        memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "out of memory" in str(error).lower()
+        result |= {"status": "out of memory" if memory else "failed", "error": f"{type(error).__name__}: {error}", "points": [], "log": [], "moved": None}
+        logger.warning("%s on %s, %s: %s", trial.method, trial.domain, result["status"], result["error"])
+    finally:
+        shutil.rmtree(folder / "work", ignore_errors=True)
+    write_json(folder / "run.json", {**result, "wall_seconds": time.perf_counter() - started})
+
+
+def _trained(job: dict[str, Any]) -> dict[str, Any]:
+    """Train, then evaluate the finished update at every scale."""
+    from holdfast.training import tune
+
+    experiment, trial, folder, options = job["experiment"], job["trial"], job["folder"], job["options"]
+    _forget_peak()
+    finished = tune(options)
+    shutil.rmtree(folder / "adapter", ignore_errors=True)
+    os.replace(folder / "work" / "final", folder / "adapter")
+    base = read_json(job["base"])[trial.part]
+    tokenizer, points = load_tokenizer(options), []
+    for scale, model in _scaled(options, folder / "adapter", experiment.scales):
+        after = _evaluate(experiment, model, tokenizer, job["files"], trial.part, [trial.domain])
+        gained = rise(base["domains"][trial.domain], after["domains"][trial.domain])
+        points.append({"scale": scale, "learning": {**gained, "nats": -float(gained["nats"] or 0.0)}, "accuracy": None, "accuracy_general": None,
+                       "forgetting": {name: rise(base["general"][name], numbers) for name, numbers in after["general"].items()}})  # fmt: skip
+    extra = {"self": "text sampled from the model", "domain": "the domain text again"}.get(str(trial.settings.get("replay")), trial.settings.get("replay"))
+    return {"points": points, "energy": finished["energy"], "seconds": finished["train_seconds"], "peak_memory_bytes": _peak(), "extra_data": extra,
+            "file_bytes": job["file_bytes"], "trainable_parameters": finished["trainable_parameters"], "moved": finished.get("moved"),
+            "log": [{key: entry.get(key) for key in LOGGED} for entry in finished["log"] if "loss" in entry],
+            "environment": finished["environment"]}  # fmt: skip
+
+
+def _scaled(options: TuneOptions, adapter: Path, scales: Iterable[float]) -> Iterator[tuple[float, nn.Module]]:
+    """The base with the finished update at 1 and at each smaller scale; 1 alone where the update cannot be scaled (OFT, OSF)."""
+    if options.full:
+        tuned, base = load_model(options, str(adapter)), load_model(options)
+        moved = [(p, q.detach().clone(), q.detach() - p.detach()) for p, q in zip(base.parameters(), tuned.parameters(), strict=True)]
+        for scale in (1.0, *sorted(scales, reverse=True)):
+            with torch.no_grad():
+                for p, whole, U in moved:
+                    p.copy_(whole if scale == 1 else whole - (1 - scale) * U)
+            yield scale, base
+        return
+    from peft import PeftModel
+
+    model, now = PeftModel.from_pretrained(load_model(options), str(adapter)), 1.0
+    for scale in (1.0, *sorted(scales, reverse=True)):
+        try:
+            scale_update(model, scale / now)
+        except ValueError:
+            return
+        now = scale
+        yield scale, model
+
+
+def _forget_peak() -> None:
+    """Start counting the peak of memory anew, where the system lets us."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak() -> int | None:
+    """Bytes at the peak: of the GPU, or of the process."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def _answer(experiment: Experiment, jobs: list[dict[str, Any]], files: dict[str, str], out: Path) -> None:
+    """Greedy answers to a few held-out prompts by the base, plain and each method of the holdfast family: what people want to read."""
+    from peft import PeftModel
+
+    wanted = {experiment.reference, *(label for label, method in experiment.methods.items() if method.family == "holdfast")}
+    samples: list[dict[str, Any]] = []
+    options = resolve(ModelOptions, experiment.model)
+    for domain in experiment.domains:
+        rows = list(load_training_data(files[f"domain/{domain}/test"], limit=SAMPLES))
+        found: list[dict[str, Any]] = [
+            {"domain": domain, "prompt": prompt, "reference": reference, "outputs": {}} for prompt, reference in map(_prompted, rows)
+        ]
+        last = {job["trial"].method: job for job in jobs if job["trial"].domain == domain and job["trial"].method in wanted and not job["options"].full
+                and (job["folder"] / "adapter").is_dir()}  # fmt: skip # of the test part where there is one
+        for method in ("base", *last):
+            model = load_model(options)
+            model = model if method == "base" else PeftModel.from_pretrained(model, str(last[method]["folder"] / "adapter"))
+            for sample in found:
+                sample["outputs"][method] = _continued(model, load_tokenizer(options), sample["prompt"])
+        samples += found
+    write_json(out / "samples.json", samples)
+
+
+def _prompted(row: dict[str, Any]) -> tuple[str, str]:
+    """(prompt, what should follow) of a row of domain data; running text is cut in the middle, a chat before its last turn."""
+    if "prompt" in row:
+        return row["prompt"], row["completion"]
+    if "text" in row:
+        words = row["text"].split(" ")
+        return " ".join(words[: len(words) // 2]), " ".join(words[len(words) // 2 :])
+    return "\n".join(turn["content"] for turn in row["messages"][:-1]), row["messages"][-1]["content"]
+
+
+def _continued(model: Any, tokenizer: Any, prompt: str) -> str:
+    ids = tokenizer(prompt, return_tensors="pt", truncation=True, max_length=256)["input_ids"].to(next(model.parameters()).device)
+    with torch.no_grad():
+        made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=SAMPLE_TOKENS, do_sample=False,
+                              pad_token_id=tokenizer.pad_token_id)  # fmt: skip
+    return str(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """One campaign per folder. Raises ValueError where another process is at it."""
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    with open(out / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"another process is comparing in '{out}'; wait for it, or give another --out") from None
+        yield
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

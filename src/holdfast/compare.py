@@ -1,0 +1,237 @@
+"""From finished runs to one table: DIR/compare.json, all that a report needs. Reads files only; no model, no torch.
+
+For each domain and general text: the points of every method (mean over seeds; each setting and scale is a point), forgetting at equal learning, the area under
+the frontier, the noise floor, the differences to plain fine-tuning, and a verdict in plain sentences. Numbers are of the test parts where they were run, of
+the validation parts until then (said so).
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from holdfast.config import read_yaml
+from holdfast.experiment import Experiment, from_resolved
+from holdfast.frontier import Curve, area, at_share, difference, mean_and_error, on_frontier, rank
+from holdfast.runs import read_json, write_json
+
+CHOSEN_AT = 0.95  # share of plain's learning at which settings are chosen and the verdict is given
+Run = dict[str, Any]
+
+
+def curve(run: Run, text: str) -> Curve:
+    """(learning, forgetting on `text`) of a run by rising scale."""
+    points = sorted(run["points"], key=lambda point: point["scale"])
+    return [(point["learning"]["nats"], point["forgetting"][text]["nats"]) for point in points]
+
+
+def _settings(run: Run) -> str:
+    return repr(sorted(run["settings"].items(), key=lambda item: item[0]))
+
+
+def by_setting(runs: Sequence[Run]) -> list[list[Run]]:
+    """Runs of one method, grouped by setting: the seeds of each."""
+    found: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        if run["status"] == "done":
+            found[_settings(run)].append(run)
+    return list(found.values())
+
+
+def reference_learning(runs: Sequence[Run]) -> float | None:
+    """What plain fine-tuning learns, whole, at its best setting: mean over seeds."""
+    return max((statistics.fmean(curve(run, next(iter(run["points"][0]["forgetting"])))[-1][0] for run in group) for group in by_setting(runs)), default=None)
+
+
+def choose(experiment: Experiment, runs: Sequence[Run]) -> dict[tuple[str, str], dict[str, Any]]:
+    """The setting of each (method, domain) to be tested: least forgetting of the recorded kind of text at 95 % of plain's learning, scaled variants
+    included; where none reaches it, the one that learns most. For plain itself: the one that learns most."""
+    chosen = {}
+    for domain in experiment.domains:
+        here = [run for run in runs if run["domain"] == domain and run["part"] == "validation"]
+        reference = reference_learning([run for run in here if run["method"] == experiment.reference])
+        if reference is None:
+            continue
+        for method in experiment.methods:
+            groups = by_setting([run for run in here if run["method"] == method])
+            curves = [[curve(run, experiment.recorded) for run in group] for group in groups]
+            if groups and method == experiment.reference:
+                best = max(range(len(groups)), key=lambda k: statistics.fmean(c[-1][0] for c in curves[k]))
+            elif groups:
+                best = min(range(len(groups)), key=lambda k: rank(curves[k], CHOSEN_AT * reference))
+            else:
+                continue
+            chosen[method, domain] = groups[best][0]["settings"]
+    return chosen
+
+
+def summarise(out: Path, ids: Sequence[str], *, pending: int = 0) -> dict[str, Any]:
+    """Read the runs `ids` below `out`, write out/compare.json and return it. Runs that are not finished are left out."""
+    experiment = read_experiment_back(out)
+    base = read_json(out / "base.json")
+    runs = [read_json(path) for run in dict.fromkeys(ids) if (path := out / "runs" / run / "run.json").exists()]
+    chosen = choose(experiment, runs)
+    for run in runs:
+        run["chosen"] = chosen.get((run["method"], run["domain"])) == run["settings"]
+    importance = {path.stem: read_json(path) for path in sorted((out / "importance").glob("*.json"))} if (out / "importance").is_dir() else {}
+    summary: dict[str, Any] = {
+        "format": 1, "title": experiment.title, "model": experiment.model["model"], "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "environment": base["environment"], "experiment": (out / "experiment.yaml").read_text(encoding="utf-8"),
+        "settings": {**{key: experiment.training.get(key) for key in ("max_steps", "batch_size", "length")}, "seeds": experiment.seeds,
+                     "shares": list(experiment.shares), "scales": [*experiment.scales, 1.0], "trials": experiment.trials},
+        "progress": {"done": sum(run["status"] == "done" for run in runs), "of": len(runs) + pending,
+                     "failed": sum(run["status"] != "done" for run in runs), "seconds": sum(run.get("wall_seconds", 0.0) for run in runs)},
+        "texts": _texts(experiment, base), "domains": _domains(experiment, base, runs), "methods": _methods(experiment, chosen), "runs": runs,
+        "frontier": {}, "equal_learning": {}, "noise": {}, "differences": [],
+        "importance": list(importance.values()), "samples": read_json(out / "samples.json") if (out / "samples.json").exists() else [], "sequences": None,
+    }  # fmt: skip
+    for domain in experiment.domains:
+        _compare_domain(experiment, summary, [run for run in runs if run["domain"] == domain], domain)
+    summary["verdict"] = verdict(experiment, summary)
+    write_json(out / "compare.json", summary)
+    return summary
+
+
+def read_experiment_back(out: Path) -> Experiment:
+    """The experiment whose runs lie in `out`, as it was resolved."""
+    return from_resolved(read_yaml(out / "experiment.yaml"))
+
+
+def _part(experiment: Experiment, runs: Sequence[Run]) -> str:
+    return "test" if any(run["part"] == "test" and run["method"] == experiment.reference and run["status"] == "done" for run in runs) else "validation"
+
+
+def _compare_domain(experiment: Experiment, summary: dict[str, Any], runs: Sequence[Run], domain: str) -> None:
+    """Frontier, equal learning, noise and differences of one domain."""
+    part = _part(experiment, runs)
+    here = {method: [run for run in runs if run["method"] == method and run["part"] == part] for method in experiment.methods}
+    plain = here[experiment.reference]
+    reference = reference_learning(plain)
+    summary["frontier"][domain], summary["equal_learning"][domain] = {}, {}
+    if reference is None:
+        return
+    noise = summary["noise"][domain] = _noise(experiment, runs)
+    for text in experiment.general:
+        frontier = summary["frontier"][domain][text] = {}
+        rows = summary["equal_learning"][domain][text] = []
+        at: dict[tuple[str, float], dict[str, Any]] = {}
+        flat: list[tuple[float, float]] = []
+        every: list[dict[str, Any]] = []
+        for method, mine in here.items():
+            groups = by_setting(mine)
+            points = [point for group in groups for point in _points(group, text)]
+            areas = [area([curve(group[seed], text) for group in groups], reference) for seed in range(min(map(len, groups), default=0))]
+            whole = [value for value in areas if value is not None]
+            mean, error = mean_and_error(whole) if whole and len(whole) == len(areas) else (None, None)
+            flat += [(point["learning"], point["forgetting"]) for point in points]
+            every += points
+            frontier[method] = {"points": points, "area": mean, "area_error": error}
+            for share in experiment.shares:
+                best = min(groups, key=lambda group: rank([curve(run, text) for run in group], share * reference), default=None)
+                found = at_share([curve(run, text) for run in best] if best else [], share * reference)
+                at[method, share] = found
+                rows.append({"method": method, "share": share, "part": part, **found})
+        for point, flag in zip(every, on_frontier(flat), strict=True):
+            point["on_frontier"] = flag
+        for share in experiment.shares:
+            for method in experiment.methods:
+                against = experiment.reference
+                if method != against and (gap := difference(at[method, share], at[against, share], noise["forgetting"].get(text))) is not None:
+                    summary["differences"].append({"domain": domain, "text": text, "share": share, "a": method, "b": against, **gap})
+
+
+def _points(group: Sequence[Run], text: str) -> list[dict[str, Any]]:
+    """The points of one setting: one per scale, mean over seeds; the standard error is over seeds, or over documents for one."""
+    found = []
+    for k, point in enumerate(group[0]["points"]):
+        numbers: dict[str, Any] = {"run": group[0]["id"], "scale": point["scale"], "seeds": len(group)}
+        for key, pick in (("learning", lambda p: p["learning"]), ("forgetting", lambda p: p["forgetting"][text])):
+            each = [pick(run["points"][k]) for run in group]
+            mean, error = mean_and_error([value["nats"] for value in each])
+            numbers |= {key: mean, f"{key}_error": each[0]["standard_error"] if error is None else error}
+        found.append(numbers)
+    return found
+
+
+def _noise(experiment: Experiment, runs: Sequence[Run]) -> dict[str, Any]:
+    """How much plain fine-tuning at one setting varies over seeds: data order and initialisation."""
+    groups = by_setting([run for run in runs if run["method"] == experiment.reference and run["part"] == "test"]) or by_setting(
+        [run for run in runs if run["method"] == experiment.reference]
+    )
+    group = max(groups, key=len, default=[])
+    spread = lambda values: statistics.stdev(values) if len(values) > 1 else None
+    whole = {text: [curve(run, text)[-1] for run in group] for text in experiment.general}
+    return {"learning": spread([x for x, _ in next(iter(whole.values()))]), "forgetting": {text: spread([y for _, y in ends]) for text, ends in whole.items()},
+            "how": f"standard deviation of {experiment.reference} over {len(group)} seed{'s' * (len(group) != 1)} (data order and initialisation)"}  # fmt: skip
+
+
+def _texts(experiment: Experiment, base: dict[str, Any]) -> list[dict[str, Any]]:
+    numbers = base["test"]["general"]
+    return [{"name": name, "kind": "recorded" if name == experiment.recorded else "other", "documents": numbers[name]["documents"],
+             "tokens": numbers[name]["tokens"], "before": {key: numbers[name][key] for key in ("nats", "standard_error", "perplexity")}}
+            for name in experiment.general]  # fmt: skip
+
+
+def _domains(experiment: Experiment, base: dict[str, Any], runs: Sequence[Run]) -> list[dict[str, Any]]:
+    numbers = base["test"]["domains"]
+    return [{"name": name, "rows": numbers[name]["documents"], "rows_trained": base["rows_trained"][name],
+             "before": {"nats": numbers[name]["nats"], "standard_error": numbers[name]["standard_error"], "accuracy": None}}
+            for name in experiment.domains]  # fmt: skip
+
+
+def _methods(experiment: Experiment, chosen: dict[tuple[str, str], dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"name": label, "label": label, "family": method.family, "needs": method.needs, "trials": len(method.settings()),
+             "chosen": {domain: settings for (name, domain), settings in chosen.items() if name == label}}
+            for label, method in experiment.methods.items()]  # fmt: skip
+
+
+def verdict(experiment: Experiment, summary: dict[str, Any]) -> list[str]:
+    """Plain sentences, the most important first: for each domain, on the text of the recorded kind, who forgets least at 95 % of plain's learning."""
+    share = max(experiment.shares)
+    lines = []
+    for domain in experiment.domains:
+        rows = [row for row in summary["equal_learning"][domain].get(experiment.recorded, []) if row["share"] == share]
+        reached = sorted((row for row in rows if row["forgetting"] is not None), key=lambda row: row["forgetting"])
+        if not reached:
+            lines.append(f"{domain}: no method has reached {share:.0%} of what {experiment.reference} learns.")
+            continue
+        best, plain = reached[0], next((row for row in reached if row["method"] == experiment.reference), None)
+        text = (f"{domain}: at {share:.0%} of what {experiment.reference} fine-tuning learns, {best['method']} forgets least, {_nats(best)} per token of "
+                f"{experiment.recorded}")  # fmt: skip
+        if plain is not None and best is not plain:
+            gap = next(
+                d for d in summary["differences"] if (d["domain"], d["text"], d["share"], d["a"]) == (domain, experiment.recorded, share, best["method"])
+            )
+            noise = {True: "beyond the noise", False: "within the noise", None: "of unknown noise: one seed"}[gap["beyond_noise"]]
+            text += f"; {experiment.reference} scaled back forgets {_nats(plain)} ({gap['ratio']:.2f}x, {noise})"
+        lines.append(text + ("" if best["part"] == "test" else " (validation part, not yet tested)") + ".")
+        missed = [row["method"] for row in rows if row["forgetting"] is None]
+        if missed:
+            lines.append(f"{domain}: {', '.join(missed)} did not reach that learning{'' if len(missed) == 1 else ' (in every seed)'}.")
+    counts = {method["name"]: method["trials"] for method in summary["methods"]}
+    if len(set(counts.values())) > 1:
+        lines.append("Methods had unequal numbers of trials: " + ", ".join(f"{name} {count}" for name, count in counts.items()) + ".")
+    failed = summary["progress"]["failed"]
+    return lines + ([f"{failed} run{'s' * (failed != 1)} failed or ran out of memory."] if failed else [])
+
+
+def _nats(row: dict[str, Any]) -> str:
+    error = "" if row["standard_error"] is None else f" ± {row['standard_error']:.4f}"
+    return f"{row['forgetting']:.4f}{error} nats"
+
+
+def progress_line(run: Run, summary: dict[str, Any], seconds: float) -> str:
+    """What is said after each run: how far, how long still, and the frontier so far in this run's domain."""
+    progress = summary["progress"]
+    rows: list[dict[str, Any]] = next(iter(summary["equal_learning"][run["domain"]].values()), [])
+    share = max((row["share"] for row in rows), default=0.0)
+    best = sorted((row for row in rows if row["share"] == share and row["forgetting"] is not None), key=lambda row: row["forgetting"])[:3]
+    far = "; ".join(f"{row['method']} {row['forgetting']:.4f}" for row in best) or "not reached yet"
+    whole = next((point for point in run["points"] if point["scale"] == 1.0), None)
+    here = run["status"] if whole is None else f"learned {whole['learning']['nats']:.3f}, forgot {next(iter(whole['forgetting'].values()))['nats']:.3f}"
+    return (f"{progress['done'] + progress['failed']} of {progress['of']} runs ({progress['failed']} failed), {seconds / 60:.0f} min left | {run['method']} on "
+            f"{run['domain']}, {run['part']}: {here} | forgetting at {share:.0%}: {far}")  # fmt: skip

@@ -1,0 +1,255 @@
+"""An experiment: methods, settings, domains and seeds in one YAML file, from which every run follows. Nothing heavy is imported.
+
+    model: Qwen/Qwen3-0.6B
+    general:                                  # the first is what importance is recorded on, replayed and held by KL; the others are only measured
+      wiki: {text: wiki.jsonl, test: wiki-held-out.jsonl}
+      code: {text: code.jsonl}
+    domains:
+      medicine: {data: medicine.jsonl, test: medicine-test.jsonl}
+    training: {max_steps: 300, batch_size: 8, length: 512}          # options of `holdfast tune`
+    importance:
+      default: {documents: 500}                                     # options of `holdfast record`
+    methods:
+      plain: {grid: {learning_rate: [3.0e-4, 1.0e-3, 3.0e-3]}}
+      holdfast: {importance: default, learning_rate: 3.0e-3, grid: {strength: [3, 10, 30]}}
+      kl: {method: kl, replay: recorded, learning_rate: 1.0e-3, grid: {kl_weight: [0.3, 1, 3]}}
+    seeds: {validation: [0], test: [1, 2, 3]}
+
+`base: other.yaml` starts from another file; mappings are merged, null removes a key. docs/compare.md tells the rest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from holdfast.config import RECORD_PRESETS, TUNE_PRESETS, OptionError, RecordOptions, TuneOptions, as_dict, nearest, read_yaml, resolve
+
+OURS = {
+    "data",
+    "eval_data",
+    "general",
+    "out",
+    "model",
+    "resume",
+    "overwrite",
+    "seed",
+    "tasks",
+    "limit",
+    "eval_steps",
+}  # options that the experiment itself sets
+RECORDED = "recorded"  # as the value of replay: the text that importance is recorded on
+FAMILIES = ("baseline", "holdfast", "penalty", "data", "adapter", "control")
+FAMILY = {"holdfast": "holdfast", "ewc-lora": "penalty", "la-lora": "penalty", "l2": "control", "shuffled": "control", "general-steps": "control", "kl": "data",
+          "replay": "data", "oft": "adapter", "osf": "adapter", "corda": "adapter", "lora-fa": "adapter", "rslora": "adapter"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """One method: options of `tune`, and lists of values of which every combination is tried."""
+
+    label: str
+    options: Mapping[str, Any]
+    grid: Mapping[str, list[Any]]
+    family: str
+
+    def settings(self) -> list[dict[str, Any]]:
+        """Every combination of the grid with the fixed options."""
+        names = list(self.grid)
+        return [{**self.options, **dict(zip(names, values, strict=True))} for values in itertools.product(*self.grid.values())]
+
+    @property
+    def needs(self) -> str:
+        """What it takes besides the domain data."""
+        if self.options.get("replay") and self.options["replay"] not in ("self", "domain"):
+            return "general text while tuning"
+        return "importance file" if self.options.get("importance") else "nothing"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What a YAML file says, checked."""
+
+    title: str
+    model: dict[str, Any]  # options that say which model is loaded, and how
+    general: dict[str, dict[str, str]]  # name -> text, test
+    domains: dict[str, dict[str, str]]  # name -> data, test
+    methods: dict[str, MethodSpec]
+    training: dict[str, Any] = field(default_factory=dict)
+    importance: dict[str, dict[str, Any]] = field(default_factory=dict)
+    seeds: dict[str, list[int]] = field(default_factory=lambda: {"validation": [0], "test": [1, 2, 3]})
+    scales: tuple[float, ...] = (0.25, 0.5, 0.75)
+    shares: tuple[float, ...] = (0.5, 0.8, 0.95)
+    limit: dict[str, int] = field(default_factory=lambda: {"validation": 100, "test": 300})
+    trials: str = "equal"
+    characters: int | None = None  # of each general document that are evaluated
+
+    @property
+    def reference(self) -> str:
+        """The method whose learning is the measure: plain fine-tuning."""
+        return next(label for label, method in self.methods.items() if method.options.get("method") == "plain")
+
+    @property
+    def recorded(self) -> str:
+        """The general text that importance is recorded on."""
+        return next(iter(self.general))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run: a method at a setting on a domain, with a seed, evaluated on one part."""
+
+    method: str
+    domain: str
+    settings: dict[str, Any]
+    part: str
+    seed: int
+
+
+KNOWN = {f.name for f in dataclasses.fields(Experiment)} | {"base", "dtype", "device", "revision", "quantize", "threads", "trust_remote_code"}
+
+
+def read(path: str | Path) -> Experiment:
+    """The experiment in a YAML file. Raises OptionError for unknown keys, missing parts, wrong options, and an unequal number of trials."""
+    given = _with_base(Path(path))
+    for key in given:
+        if key not in KNOWN:
+            raise OptionError(f"{path}: unknown key '{key}'; {nearest(key, KNOWN)}")
+    for key in ("model", "general", "domains", "methods"):
+        if not given.get(key):
+            raise OptionError(f"{path}: missing '{key}'; see docs/compare.md")
+    model = {key: given[key] for key in ("model", "dtype", "device", "revision", "quantize", "threads", "trust_remote_code") if given.get(key) is not None}
+    importance = {label: dict(recipe or {}) for label, recipe in (given.get("importance") or {}).items()}
+    methods = {label: _method(label, dict(spec or {}), importance) for label, spec in given["methods"].items()}
+    rest = {key: given[key] for key in ("training", "trials", "characters") if given.get(key) is not None}
+    rest.update({key: tuple(map(float, given[key])) for key in ("scales", "shares") if given.get(key) is not None})
+    rest.update({key: dict(given[key]) for key in ("seeds", "limit") if given.get(key) is not None})
+    found = Experiment(title=str(given.get("title") or Path(path).stem), model=model, importance=importance, methods=methods,
+                       general={name: _place(path, "general", name, value, "text") for name, value in given["general"].items()},
+                       domains={name: _place(path, "domains", name, value, "data") for name, value in given["domains"].items()}, **rest)  # fmt: skip
+    _check(path, found)
+    return found
+
+
+def _with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The mapping of a file laid over that of its base. Keys of methods and domains are kept as written."""
+    if path.resolve() in above:
+        raise OptionError(f"{path}: its base leads back to itself")
+    given = read_yaml(path)
+    base = given.pop("base", None)
+    return _merged(_with_base(path.parent / str(base), (*above, path.resolve())), given) if base else given
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        if value is None:
+            merged.pop(key, None)
+        elif isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = _merged(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _place(path: Any, where: str, name: str, value: Any, main: str) -> dict[str, str]:
+    """{main, test} of a text or a domain, which may be given as the one file alone."""
+    given = {main: value} if isinstance(value, str) else dict(value or {})
+    unknown = set(given) - {main, "test"}
+    if unknown or not given.get(main):
+        raise OptionError(f"{path}: {where}: {name} expects {main} (and test), found {', '.join(map(str, given)) or 'nothing'}")
+    return {key: str(item) for key, item in given.items()}
+
+
+def _method(label: str, spec: dict[str, Any], importance: Mapping[str, Any]) -> MethodSpec:
+    grid = {key.replace("-", "_"): list(values) if isinstance(values, (list, tuple)) else [values] for key, values in (spec.pop("grid", None) or {}).items()}
+    options = {key.replace("-", "_"): value for key, value in spec.items()}
+    options.setdefault("method", "holdfast" if options.get("importance") else "plain")
+    family = str(options.pop("family", FAMILY.get(str(options["method"]).split(",")[0], "baseline")))
+    if family not in FAMILIES:
+        raise OptionError(f"methods: {label}: unknown family '{family}'; {nearest(family, FAMILIES)}")
+    for key in (*options, *grid):
+        if key in OURS:
+            raise OptionError(f"methods: {label}: '{key}' is set by the experiment itself; leave it out")
+    if options.get("importance") and options["importance"] not in importance:
+        raise OptionError(f"methods: {label}: unknown importance '{options['importance']}'; {nearest(str(options['importance']), importance or ['none'])}")
+    return MethodSpec(label, options, grid, family)
+
+
+def _check(path: Any, experiment: Experiment) -> None:
+    if len(experiment.general) < 2:
+        raise OptionError(f"{path}: general: expected at least two texts, of the recorded kind and of another, found {len(experiment.general)}: "
+                          "what is kept may be just what was recorded")  # fmt: skip
+    if not any(method.options["method"] == "plain" for method in experiment.methods.values()):
+        raise OptionError(f"{path}: methods: none is plain fine-tuning, which learning is measured by; add `plain: {{grid: {{learning_rate: [...]}}}}`")
+    for key in ("seeds", "limit"):
+        if set(getattr(experiment, key)) - {"validation", "test"}:
+            raise OptionError(f"{path}: {key} expects validation and test, found {', '.join(getattr(experiment, key))}")
+    if set(experiment.seeds.get("validation", [])) & set(experiment.seeds.get("test", [])):
+        raise OptionError(f"{path}: seeds: the test part needs fresh seeds, found {experiment.seeds}")
+    if not all(0 < scale < 1 for scale in experiment.scales):
+        raise OptionError(f"{path}: scales lie between 0 and 1 (1 is always evaluated), found {list(experiment.scales)}")
+    counts = {label: len(method.settings()) for label, method in experiment.methods.items()}
+    if experiment.trials != "free" and len(set(counts.values())) > 1:
+        raise OptionError(f"{path}: methods have unequal numbers of trials ({', '.join(f'{k} {n}' for k, n in counts.items())}): the one with more tries has "
+                          "an advantage. Give each as many, or `trials: free`, which the verdict will say")  # fmt: skip
+    for label, recipe in experiment.importance.items():
+        _named(path, f"importance: {label}", lambda recipe=recipe: record_options(experiment, recipe, general="x", out="x"))
+    for label, method in experiment.methods.items():
+        for settings in method.settings():
+            _named(
+                path, f"methods: {label}", lambda settings=settings: tune_options(experiment, settings, data="x", replay="x", importance="x", out="x", seed=0)
+            )
+
+
+def _named(path: Any, where: str, make: Any) -> None:
+    try:
+        make()
+    except OptionError as error:
+        raise OptionError(f"{path}: {where}: {error}") from None
+
+
+def from_resolved(given: Mapping[str, Any]) -> Experiment:
+    """The experiment that `dataclasses.asdict` made plain."""
+    methods = {label: MethodSpec(**spec) for label, spec in given["methods"].items()}
+    return Experiment(**{**given, "methods": methods, "scales": tuple(given["scales"]), "shares": tuple(given["shares"])})
+
+
+def record_options(experiment: Experiment, recipe: Mapping[str, Any], *, general: str, out: str) -> RecordOptions:
+    """The options of one recording."""
+    return resolve(RecordOptions, {**experiment.model, "general": general, **recipe, "out": out}, RECORD_PRESETS)
+
+
+def tune_options(experiment: Experiment, settings: Mapping[str, Any], *, data: str, replay: str, importance: str | None, out: str, seed: int) -> TuneOptions:
+    """The options of one run; `replay` and `importance` are what the settings' words stand for."""
+    given = {**experiment.model, **experiment.training, **settings, "data": data, "out": out, "seed": seed}
+    if given.get("replay") == RECORDED:
+        given["replay"] = replay
+    if given.get("importance"):
+        given["importance"] = importance
+    return resolve(TuneOptions, given, TUNE_PRESETS)
+
+
+def validation_trials(experiment: Experiment) -> list[Trial]:
+    """Every setting on every domain with the validation seeds; plain first, since the others are measured by it."""
+    order = sorted(experiment.methods.values(), key=lambda method: method.label != experiment.reference)
+    return [Trial(method.label, domain, settings, "validation", seed) for domain in experiment.domains for method in order for settings in method.settings()
+            for seed in experiment.seeds.get("validation", [])]  # fmt: skip
+
+
+def final_trials(experiment: Experiment, chosen: Mapping[tuple[str, str], dict[str, Any]]) -> list[Trial]:
+    """The chosen setting of each (method, domain) with the test seeds."""
+    return [Trial(method, domain, settings, "test", seed) for (method, domain), settings in chosen.items() for seed in experiment.seeds.get("test", [])]
+
+
+def identity(options: TuneOptions, *, more: Iterable[Any]) -> str:
+    """16 hex digits of everything that decides a run: its options without places and machine, and `more` (hashes of data, recipe, evaluation)."""
+    unimportant = ("data", "replay", "importance", "out", "threads", "device", "save_steps", "log_steps", "report_to", "overwrite", "resume")
+    decided = {key: value for key, value in as_dict(options).items() if key not in unimportant}
+    return hashlib.sha256(json.dumps([decided, *more], sort_keys=True, default=str).encode()).hexdigest()[:16]
