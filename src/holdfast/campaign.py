@@ -38,11 +38,11 @@ from holdfast.compare import choose, progress_line, summarise
 from holdfast.config import CompareOptions, ModelOptions, TuneOptions, resolve
 from holdfast.evaluation import completion_loss, general_loss, rise
 from holdfast.experiment import Experiment, Trial, final_trials, identity, read, record_options, tune_options, validation_trials
-from holdfast.models import load_model, load_tokenizer
+from holdfast.models import context_length, load_model, load_tokenizer
 from holdfast.runs import atomic_path, check_output_folder, environment, read_json, sha256_file, write_json
 from holdfast.tasks import load_training_data
 from holdfast.texts import load_documents
-from holdfast.weights import scale_update
+from holdfast.weights import scale_update, unwrapped
 
 logger = logging.getLogger("holdfast")
 PARTS = ("validation", "test")
@@ -359,7 +359,8 @@ def _prompted(row: dict[str, Any]) -> tuple[str, str]:
 
 
 def _continued(model: Any, tokenizer: Any, prompt: str) -> str:
-    ids = tokenizer(prompt, return_tensors="pt", truncation=True, max_length=256)["input_ids"].to(next(model.parameters()).device)
+    room = context_length(unwrapped(model)) - SAMPLE_TOKENS
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"][:, -max(room, 1) :].to(next(model.parameters()).device)
     with torch.no_grad():
         made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=SAMPLE_TOKENS, do_sample=False,
                               pad_token_id=tokenizer.pad_token_id)  # fmt: skip

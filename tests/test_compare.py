@@ -1,0 +1,184 @@
+"""holdfast compare end to end on a tiny model: nothing twice, nothing lost, fair by default."""
+
+import json
+import random
+import subprocess
+import sys
+
+import pytest
+
+from holdfast import campaign
+from holdfast.carving import carve, groups
+from holdfast.cli import main
+from holdfast.config import OptionError
+from holdfast.experiment import read, validation_trials
+
+WORDS = "the cat sat on mat and dog then too yes no one two three".split()  # noqa: SIM905
+
+
+@pytest.fixture
+def experiment(model_folder, tmp_path):
+    """Writes an experiment of two methods with two settings each; `change` is laid over it. Returns its path."""
+    rng = random.Random(0)
+    texts = lambda n: "\n".join(json.dumps({"text": " ".join(rng.choices(WORDS, k=rng.randint(12, 24)))}) for _ in range(n))
+    rows = lambda n: "\n".join(json.dumps({"prompt": f"Question {i} {rng.choice('abcd')} ?", "completion": " a b " + rng.choice("abcd")}) for i in range(n))
+    for name, content in (("wide", texts(40)), ("other", texts(20)), ("domain", rows(40)), ("held", rows(8))):
+        (tmp_path / f"{name}.jsonl").write_text(content)
+
+    def write(**change):
+        given = {
+            "model": str(model_folder), "device": "cpu",
+            "general": {"wide": str(tmp_path / "wide.jsonl"), "other": {"text": str(tmp_path / "other.jsonl")}},
+            "domains": {"domain": {"data": str(tmp_path / "domain.jsonl"), "test": str(tmp_path / "held.jsonl")}},
+            "training": {"max_steps": 3, "batch_size": 4, "accumulation": 1, "rank": 2, "log_steps": 1},
+            "importance": {"default": {"batch_size": 8}},
+            "methods": {"plain": {"grid": {"learning_rate": [1e-3, 1e-2]}},
+                        "holdfast": {"importance": "default", "learning_rate": 1e-2, "grid": {"strength": [1, 10]}}},
+            "seeds": {"validation": [0], "test": [1, 2]}, "scales": [0.5],
+        }  # fmt: skip
+        path = tmp_path / "experiment.yaml"
+        path.write_text(json.dumps({**given, **change}))  # JSON is YAML
+        return path
+
+    return write
+
+
+def run(path, out, *more):
+    return main([str(word) for word in ("compare", path, "--out", out, "--quiet", *more)])
+
+
+def test_a_comparison_says_who_forgets_least_and_is_not_run_twice(experiment, tmp_path, capsys, monkeypatch):
+    path, out = experiment(), tmp_path / "out"
+    assert run(path, out) == 0
+    assert "domain: " in capsys.readouterr().out
+    summary = json.loads((out / "compare.json").read_text())
+    assert summary["progress"] == {**summary["progress"], "done": 8, "of": 8, "failed": 0}  # 4 settings, then 2 chosen x 2 seeds
+    tested = [r for r in summary["runs"] if r["part"] == "test"]
+    assert {(r["method"], r["seed"]) for r in tested} == {("plain", 1), ("plain", 2), ("holdfast", 1), ("holdfast", 2)} and all(r["chosen"] for r in tested)
+    for r in summary["runs"]:
+        assert sorted(point["scale"] for point in r["points"]) == [0.5, 1.0] and set(r["points"][0]["forgetting"]) == {"wide", "other"}
+        assert r["trainable_parameters"] > 0 and r["peak_memory_bytes"] > 0 and [entry["step"] for entry in r["log"]] == [1, 2, 3]
+    assert summary["noise"]["domain"]["forgetting"]["wide"] > 0 and {row["share"] for row in summary["equal_learning"]["domain"]["wide"]} == {0.5, 0.8, 0.95}
+    assert [text["kind"] for text in summary["texts"]] == ["recorded", "other"]
+    assert {"base", "plain", "holdfast"} == set(summary["samples"][0]["outputs"])
+    monkeypatch.setattr(campaign, "run", lambda job: pytest.fail("ran again"))
+    assert run(path, out) == 0
+    again = json.loads((out / "compare.json").read_text())
+    assert [r["id"] for r in again["runs"]] == [r["id"] for r in summary["runs"]] and again["frontier"] == summary["frontier"]
+
+
+def test_another_setting_runs_only_what_is_new(experiment, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    assert run(experiment(), out, "--part", "validation") == 0
+    before = set((out / "runs").iterdir())
+    methods = json.loads(experiment().read_text())["methods"]
+    methods["holdfast"]["grid"]["strength"] = [10, 100]
+    assert run(experiment(methods=methods), out, "--part", "validation") == 0
+    assert len(set((out / "runs").iterdir()) - before) == 1
+
+
+def test_interrupted_and_gone_on_with_is_the_same(experiment, tmp_path, monkeypatch):
+    path, original, calls = experiment(), campaign._trained, []
+
+    def interrupted(job):
+        calls.append(job["id"])
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(job)
+
+    assert run(path, tmp_path / "whole", "--part", "validation") == 0
+    monkeypatch.setattr(campaign, "_trained", interrupted)
+    assert run(path, tmp_path / "parted", "--part", "validation") == 130
+    assert len(list((tmp_path / "parted" / "runs").glob("*/run.json"))) == 2
+    assert run(path, tmp_path / "parted", "--part", "validation") == 0
+    assert len(calls) == 5  # the third one twice
+    whole, parted = (json.loads((tmp_path / name / "compare.json").read_text()) for name in ("whole", "parted"))
+    assert whole["frontier"] == parted["frontier"] and whole["equal_learning"] == parted["equal_learning"]
+
+
+def test_out_of_memory_is_a_result_and_a_failure_is_tried_again(experiment, tmp_path, monkeypatch):
+    path, out, original = experiment(), tmp_path / "out", campaign._trained
+    failing = {"holdfast": MemoryError("no room"), "plain": None}
+
+    def trained(job):
+        if (error := failing[job["trial"].method]) is not None:
+            raise error
+        return original(job)
+
+    monkeypatch.setattr(campaign, "_trained", trained)
+    assert run(path, out, "--part", "validation") == 0
+    summary = json.loads((out / "compare.json").read_text())
+    assert [r["status"] for r in summary["runs"]] == ["done", "done", "out of memory", "out of memory"] and "2 runs failed" in summary["verdict"][-1]
+    failing["plain"] = RuntimeError("broken")
+    assert run(path, tmp_path / "other", "--part", "validation") == 1  # nothing succeeded
+    failing["plain"] = None
+    assert run(path, tmp_path / "other", "--part", "validation") == 0  # what failed was tried again, what had no room was not
+    assert sorted(r["status"] for r in json.loads((tmp_path / "other" / "compare.json").read_text())["runs"]) == ["done", "done"] + ["out of memory"] * 2
+
+
+def test_two_processes_give_what_one_gives(experiment, tmp_path):
+    path = experiment()
+    assert run(path, tmp_path / "one", "--part", "validation") == 0 and run(path, tmp_path / "two", "--part", "validation", "--jobs", "2") == 0
+    one, two = (json.loads((tmp_path / name / "compare.json").read_text()) for name in ("one", "two"))
+    assert [r["points"] for r in one["runs"]] == [r["points"] for r in two["runs"]]
+
+
+def test_one_campaign_at_a_time(experiment, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    with campaign._locked(tmp_path / "out"):
+        assert run(experiment(), tmp_path / "out") == 1
+    assert "another process is comparing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"method": {}}, "unknown key 'method'; did you mean 'methods'?"),
+    ({"general": {"wide": "wide.jsonl"}}, "at least two texts"),
+    ({"methods": {"holdfast": {"importance": "default", "strength": 1}}}, "none is plain fine-tuning"),
+    ({"methods": {"plain": {"grid": {"rank": [1, 2]}}, "kl": {"method": "kl", "replay": "recorded"}}}, "unequal numbers of trials (plain 2, kl 1)"),
+    ({"methods": {"plain": {}, "x": {"importance": "defualt"}}}, "unknown importance 'defualt'; did you mean 'default'?"),
+    ({"methods": {"plain": {"learnign_rate": 1}}}, "methods: plain: "),
+    ({"methods": {"plain": {"seed": 1}}}, "'seed' is set by the experiment itself"),
+    ({"seeds": {"validation": [1], "test": [1]}}, "fresh seeds"),
+    ({"scales": [0.5, 2]}, "scales lie between 0 and 1"),
+    ({"domains": {"domain": {"test": "x"}}}, "domains: domain expects data"),
+])  # fmt: skip
+def test_wrong_experiments_are_refused_before_anything_is_loaded(experiment, tmp_path, capsys, change, message):
+    assert run(experiment(**change), tmp_path / "out") == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_an_experiment_may_differ_from_another_one(experiment, tmp_path):
+    path = experiment()
+    other = tmp_path / "other.yaml"
+    other.write_text("base: experiment.yaml\nmethods: {holdfast: null}\ntraining: {max_steps: 5}\nseeds: {validation: [0, 7]}\n")
+    found = read(other)
+    assert list(found.methods) == ["plain"] and found.training["max_steps"] == 5 and found.training["rank"] == 2
+    assert [trial.seed for trial in validation_trials(found)] == [0, 7, 0, 7] and found.seeds["test"] == read(path).seeds["test"]
+    other.write_text("base: other.yaml\n")
+    with pytest.raises(OptionError, match="leads back to itself"):
+        read(other)
+
+
+def test_dry_run_says_what_would_be_run(experiment, tmp_path, capsys):
+    assert run(experiment(), tmp_path / "out", "--dry-run") == 0
+    assert "4 validation runs and 4 test runs" in capsys.readouterr().out and not (tmp_path / "out").exists()
+
+
+def test_near_duplicates_fall_into_one_part_whatever_the_order():
+    rng = random.Random(1)
+    texts = [" ".join(rng.choices(WORDS, k=30)) + f" {i}" for i in range(60)]
+    near = [text.replace("cat", "cow", 1) + " at the end" for text in texts[:20]]
+    both = [*texts, *near, texts[5].upper()]
+    found = groups(both)
+    assert all(found[i] == found[60 + i] for i in range(20)) and found[80] == found[5] and len(set(found)) == 60
+    parts = carve(both, (0.7, 0.3))
+    assert sorted(parts[0] + parts[1]) == list(range(81)) and 10 < len(parts[1]) < 40
+    assert all((i in parts[0]) == (60 + i in parts[0]) for i in range(20))
+    order = list(range(81))
+    rng.shuffle(order)
+    assert [[both[order[i]] for i in part] for part in carve([both[i] for i in order], (0.7, 0.3))] == [[both[i] for i in part] for part in parts]
+
+
+def test_reading_results_needs_no_torch():
+    code = "import sys, holdfast.compare, holdfast.frontier, holdfast.experiment; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

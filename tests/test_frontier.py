@@ -1,0 +1,56 @@
+"""Equal learning, area and differences on points written by hand."""
+
+import pytest
+
+from holdfast.frontier import area, at_learning, at_share, difference, on_frontier, rank
+
+CURVE = [(0.4, 0.01), (0.8, 0.05), (1.0, 0.25)]  # a run at scales 0.5, 0.75 and 1
+
+
+def test_forgetting_at_a_learning_lies_on_the_line_between_scales():
+    assert at_learning(CURVE, 0.2) == pytest.approx(0.005)  # half of the way from the base
+    assert at_learning(CURVE, 0.6) == pytest.approx(0.03)
+    assert at_learning(CURVE, 1.0) == pytest.approx(0.25)
+    assert at_learning(CURVE, 1.01) is None
+
+
+def test_a_run_past_its_best_is_read_where_it_first_gets_there():
+    assert at_learning([(0.5, 0.01), (0.9, 0.1), (0.6, 0.5)], 0.6) == pytest.approx(0.01 + 0.09 / 4)
+
+
+def test_over_seeds_a_number_needs_every_seed():
+    other = [(0.4, 0.03), (0.8, 0.07), (1.0, 0.35)]
+    found = at_share([CURVE, other], 0.8)
+    assert found["forgetting"] == pytest.approx(0.06) and found["standard_error"] == pytest.approx(0.01) and found["status"] == "reached"
+    lost = at_share([CURVE, [(0.3, 0.0)]], 0.8)
+    assert lost["forgetting"] is None and lost["status"] == "reached by 1 of 2"
+    assert at_share([[(0.3, 0.0)]], 0.8)["status"] == "not reached"
+
+
+def test_settings_that_reach_the_learning_come_before_those_that_learn_more_nearly():
+    assert rank([CURVE], 0.8) < rank([[(0.79, 0.0)]], 0.8) < rank([[(0.5, 0.0)]], 0.8)
+
+
+def test_the_area_is_the_mean_of_the_lower_envelope():
+    straight, better = [(1.0, 0.2)], [(0.5, 0.02)]
+    assert area([straight], 1.0) == pytest.approx(0.2 * 0.95 / 2, rel=0.01)
+    assert area([better], 1.0) is None  # ends at half
+    both = area([straight, better], 1.0)
+    assert both is not None and both < area([straight], 1.0)
+
+
+def test_points_that_are_beaten_are_not_on_the_frontier():
+    assert on_frontier([(1.0, 0.1), (0.5, 0.1), (0.5, 0.01), (1.0, 0.1)]) == [True, False, True, True]
+
+
+def test_a_difference_is_beyond_the_noise_by_two_standard_errors():
+    a, b = ({"forgetting": f, "standard_error": e} for f, e in ((0.10, 0.003), (0.20, 0.004)))
+    gap = difference(a, b, noise=None)
+    assert gap["ratio"] == pytest.approx(0.5) and gap["standard_error"] == pytest.approx(0.005) and gap["beyond_noise"]
+    assert not difference(a, {**b, "forgetting": 0.105}, noise=None)["beyond_noise"]
+    one = {"forgetting": 0.1, "standard_error": None}
+    assert difference(one, {**one, "forgetting": 0.2}, noise=None)["beyond_noise"] is None  # one seed and nothing known of the noise
+    assert (
+        difference(one, {**one, "forgetting": 0.2}, noise=0.04)["beyond_noise"] and not difference(one, {**one, "forgetting": 0.2}, noise=0.06)["beyond_noise"]
+    )
+    assert difference({**one, "forgetting": None}, one, noise=None) is None
