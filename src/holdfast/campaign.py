@@ -223,7 +223,8 @@ def _running(jobs: list[dict[str, Any]], processes: int) -> Iterator[dict[str, A
             run(job)
             yield job
         return
-    pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"), initializer=_started, initargs=(multiprocessing.Value("i", 0),))
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_started, initargs=(context.Value("i", 0),))
     try:
         pending = {pool.submit(run, job): job for job in jobs}
         for future in as_completed(pending):
@@ -359,10 +360,11 @@ def _prompted(row: dict[str, Any]) -> tuple[str, str]:
 
 
 def _continued(model: Any, tokenizer: Any, prompt: str) -> str:
-    room = context_length(unwrapped(model)) - SAMPLE_TOKENS
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"][:, -max(room, 1) :].to(next(model.parameters()).device)
+    context = context_length(unwrapped(model))
+    new = min(SAMPLE_TOKENS, context // 2)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"][:, new - context :].to(next(model.parameters()).device)
     with torch.no_grad():
-        made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=SAMPLE_TOKENS, do_sample=False,
+        made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False,
                               pad_token_id=tokenizer.pad_token_id)  # fmt: skip
     return str(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
 
