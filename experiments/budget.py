@@ -176,7 +176,7 @@ def few(path: Path, rows: list[dict[str, Any]]) -> str:
 
 
 def table(out: Path) -> str:
-    """Promised against checked, and learning, for each method and budget; refusals as such."""
+    """Promised against checked, and learning, for each method and budget; then what probing took and some trajectories."""
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for path in sorted((out / "results").glob("*.json")):
         result = read_json(path)
@@ -196,7 +196,7 @@ def table(out: Path) -> str:
         shares = ", ".join(f"{run['share']:.2f}" for run in done)
         lines.append(f"| {domain} | {budget} | {method} | {count['met']} / {count['not shown']} / {count['exceeded']} | {' | '.join(rises)} | "
                      f"{mean(learned):.3f}{spread(learned)} | {shares} | {len(done)} |")  # fmt: skip
-    return "\n".join([*lines, "", *costs(groups)])
+    return "\n".join([*lines, "", *costs(groups), "", *trajectories(groups)])
 
 
 def costs(groups: dict[tuple[str, str, str], list[dict[str, Any]]]) -> list[str]:
@@ -207,6 +207,19 @@ def costs(groups: dict[tuple[str, str, str], list[dict[str, Any]]]) -> list[str]
     each = [100 * probe["seconds"] / probe["train_seconds"] for probe in probes if probe["train_seconds"]]
     return [f"Probing took {min(each):.1f} to {max(each):.1f} % of the training time ({len(each)} runs, every {probes[0]['every']} steps, "
             f"{probes[0]['pieces']} pieces)."]  # fmt: skip
+
+
+def trajectories(groups: dict[tuple[str, str, str], list[dict[str, Any]]]) -> list[str]:
+    """Ours at the first seed: what each probe found, as a share of the budget, and the strength that followed."""
+    lines = ["| domain | budget | seed | | each probe |", "|---|---|---|---|---|"]
+    for (domain, budget, method), runs in sorted(groups.items()):
+        points = next((run["trajectory"] for run in runs if run.get("trajectory")), None)
+        if method != "ours" or points is None:
+            continue
+        seed, limit = next((run["seed"], run["budget_nats"]) for run in runs if run.get("trajectory"))
+        rises, strengths = (" ".join(f"{point['rise'] / limit:.2f}" for point in points), " ".join(f"{point['strength']:.2g}" for point in points))
+        lines += [f"| {domain} | {budget} | {seed} | smoothed rise / budget | {rises} |", f"| | | | strength | {strengths} |"]
+    return lines
 
 
 def mean(values: Any) -> float:
