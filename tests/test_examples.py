@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import shlex
 import subprocess
@@ -43,7 +44,7 @@ def test_every_yaml_resolves_and_holds_only_what_differs(path):
     kind, presets = OPTIONS[verb]
     given = read_yaml(path)
     options = as_dict(resolve(kind, given, presets))
-    assert options["preset"] == "paper" and all(options[name] for name in NEEDED[verb])
+    assert options["preset"] == ("paper" if path.is_relative_to(EXAMPLES / "paper") else "default") and all(options[name] for name in NEEDED[verb])
     for name in given:
         assert as_dict(resolve(kind, {k: v for k, v in given.items() if k != name}, presets))[name] != options[name], f"{name} repeats a default"
 
@@ -72,6 +73,34 @@ def test_the_papers_experiments_run_on_tiny_models(folder, tiny, tokenizer, text
         files[task] = tmp_path / f"{task}.jsonl"
         files[task].write_text("\n".join([json.dumps(ROWS[task])] * 6))
     run_paper(folder, tmp_path / "tiny", text_file, files, tmp_path)
+
+
+def wide(path):
+    """Enough general text for a budget: 200 documents of random words."""
+    rng, words = random.Random(0), "the cat sat on mat and dog then too yes no one two three".split()  # noqa: SIM905
+    path.write_text("\n".join(json.dumps({"text": " ".join(rng.choices(words, k=12))}) for _ in range(200)))
+    return path
+
+
+def test_the_budgets_example_runs_on_a_tiny_model(model_folder, tmp_path):
+    general, rows, importance = wide(tmp_path / "wide.jsonl"), tmp_path / "sciq.jsonl", tmp_path / "i.safetensors"
+    rows.write_text("\n".join([json.dumps(ROWS["sciq"])] * 16))
+    assert main(["record", str(model_folder), "--general", str(general), "--out", str(importance), "--documents", "20", "--quiet"]) == 0
+    small = [
+        "--data",
+        f"sciq={rows}",
+        "--eval-data",
+        f"sciq={rows}",
+        "--general",
+        str(general),
+        "--importance",
+        str(importance),
+        "--out",
+        str(tmp_path / "kept"),
+    ]
+    code = main(["tune", str(model_folder), "--config", str(EXAMPLES / "budget/tune-budget.yaml"), *small, "--budget", "5%", *SHORT])
+    verdict = read_json(tmp_path / "kept" / "run.json")["verdict"]
+    assert (code == 0) == (verdict == "met") and load_file(tmp_path / "kept" / "final" / "adapter_model.safetensors")
 
 
 @pytest.mark.lab
@@ -116,7 +145,7 @@ def blocks(path, language):
     return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
-def test_the_readmes_python_blocks_run(tiny, batch, tmp_path, monkeypatch):
+def test_the_readmes_python_blocks_run(tiny, tokenizer, batch, tmp_path, monkeypatch):
     """In order, with the reader's model, optimizer and trainer at hand, and a few steps in the place of `...`."""
     from datasets import Dataset
     from transformers import Trainer, TrainingArguments
@@ -125,6 +154,7 @@ def test_the_readmes_python_blocks_run(tiny, batch, tmp_path, monkeypatch):
     from holdfast.weights import add_adapter
 
     monkeypatch.chdir(tmp_path)
+    wide(tmp_path / "held-out.jsonl")
     model = add_adapter(tiny(), names="all-linear", rank=2, alpha=4)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
 
@@ -146,7 +176,7 @@ def test_the_readmes_python_blocks_run(tiny, batch, tmp_path, monkeypatch):
         "optimizer": optimizer,
         "train": train,
         "batches": batches,
-        "trainer": Trainer(model=model, args=args, train_dataset=rows),
+        "trainer": Trainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer),
     }
     found = blocks(ROOT / "README.md", "python")
     assert len(found) >= 2

@@ -7,7 +7,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "holdfast"
 ORDER = ["config", "runs", "experiment", "frontier", "compare", "codec", "budget", "overlap", "carving", "stepping", "checkpoint", "weights", "update",
          "importance", "storage", "inspection", "layers", "penalty", "callback", "models", "texts", "tasks", "evaluation", "recording", "ledger", "probe",
          "finish", "keeper", "methods", "training", "campaign", "demo", "cli"]  # fmt: skip
-LAZY = {("importance", "storage"), ("importance", "inspection")}  # Importance.save, .load and .describe, inside the functions
+LAZY = {("importance", "storage"), ("importance", "inspection"), ("callback", "keeper")}  # Importance.save, .load, .describe; hold(budget=...)
 
 
 def room(path: Path) -> str:

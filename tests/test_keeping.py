@@ -8,10 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from holdfast import keeper, training
+from holdfast import hold, keeper, training
 from holdfast.budget import parse
 from holdfast.cli import main
+from holdfast.config import OptionError
 from holdfast.finish import keep_budget
+from holdfast.importance.controls import uniform
 from holdfast.ledger import open_ledger
 from holdfast.probe import plan
 from holdfast.texts import load_documents
@@ -181,3 +183,46 @@ def test_the_scan_finds_the_budget_where_the_loss_is_not_monotone(tiny, tokenize
     report = keep_budget(ledger, tiny(), lambda x: share.__setitem__(0, x), None)
     assert report["verdict"] == "met" and 0.7 <= report["share"] <= 0.75 and share[0] == report["share"]
     assert report["others"]["5%"]["share"] == report["share"] and report["check"]["nats"] == pytest.approx(0.002, abs=1e-4)
+
+
+def held_trainer(kind, tiny, tokenizer, folder):
+    """A trainer with a fresh adapter on the tiny model, as a reader would make it, on prompts that it can learn."""
+    from datasets import Dataset
+    from transformers import Trainer, TrainingArguments
+    from trl import SFTConfig, SFTTrainer
+
+    settings = dict(output_dir=str(folder), per_device_train_batch_size=16, max_steps=20, learning_rate=2e-2, use_cpu=True, bf16=False, report_to="none",
+                    save_strategy="no", disable_tqdm=True, logging_steps=1)  # fmt: skip
+    model, texts = add_adapter(tiny(), names="all-linear", rank=2, alpha=4), [f"Question {letter} ? a b a {letter}" for letter in "abcd" * 8]
+    if kind == "sft":
+        args = SFTConfig(**settings, gradient_checkpointing=False)
+        return SFTTrainer(model=model, args=args, train_dataset=Dataset.from_list([{"text": text} for text in texts]), processing_class=tokenizer)
+    rows = Dataset.from_list([{"input_ids": ids, "labels": ids} for ids in tokenizer(texts)["input_ids"]])
+    return Trainer(model=model, args=TrainingArguments(**settings), train_dataset=rows, eval_dataset=rows, processing_class=tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["transformers", "sft"])
+def test_hold_keeps_a_budget_under_anybodys_trainer(kind, tiny, tokenizer, general, tmp_path):
+    trainer = held_trainer(kind, tiny, tokenizer, tmp_path)
+    held = hold(trainer, uniform(trainer.model.base_model.model, "all-linear"), budget="2%", general=str(general))
+    assert held.penalty.energy() == 0  # measuring left nothing behind
+    trainer.train()
+    before = Update(trainer.model)
+    trained = [weight.update().clone() for weight in before.weights]
+    report = held.finish()
+    assert report["verdict"] == "met" and report["check"]["high"] <= report["budget_nats"] and report["learning"]["nats"] > 0 and report["trajectory"]
+    for weight, whole in zip(before.weights, trained, strict=True):
+        torch.testing.assert_close(weight.update(), report["share"] * whole)
+    assert any("budget/strength" in entry for entry in trainer.state.log_history)
+
+
+def test_hold_refuses_half_a_budget_and_a_trainer_without_a_tokenizer(tiny, tokenizer, general, tmp_path):
+    trainer = held_trainer("transformers", tiny, tokenizer, tmp_path)
+    importance = uniform(trainer.model.base_model.model, "all-linear")
+    with pytest.raises(OptionError, match="go together"):
+        hold(trainer, importance, budget="2%")
+    with pytest.raises(ValueError, match="no budget"):
+        hold(trainer, importance, strength=1.0).finish()
+    trainer.processing_class = None
+    with pytest.raises(OptionError, match="processing_class"):
+        hold(trainer, importance, budget="2%", general=str(general))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ class HoldfastCallback(TrainerCallback):
 
     def __init__(self, penalty: Penalty):
         self.penalty = penalty
+        self.finishing: Callable[[], dict[str, Any]] | None = None  # set where a budget is kept
         self._attachment: Any = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -68,6 +70,12 @@ class HoldfastCallback(TrainerCallback):
         if logs is None or "loss" not in logs:
             return
         _log(self.penalty.logs(), logs, state)
+
+    def finish(self) -> dict[str, Any]:
+        """After training with a budget: scales the update to what keeps it, checks it, and returns the report (`["verdict"]`: met, not shown, exceeded)."""
+        if self.finishing is None:
+            raise ValueError("finish() is for a budget: expected hold(trainer, importance, budget='1%', general='text.jsonl'), found no budget")
+        return self.finishing()
 
     def close(self) -> None:
         """Take the penalty off the optimizer."""
@@ -155,14 +163,22 @@ class RecorderCallback(TrainerCallback):
 
 
 def hold(trainer: Any, importance: Importance | str | Path, *, strength: float | None = None, layers: Any = None, anchor: str = "base",
-         names: str | None = None, offload: bool = False) -> HoldfastCallback:  # fmt: skip
+         names: str | None = None, offload: bool = False, budget: str | None = None, general: str | None = None) -> HoldfastCallback:  # fmt: skip
     """Hold `trainer.model` while it trains: builds the penalty, and puts its callback first so that TensorBoard and the console show its numbers.
 
     `strength` None takes what suits the importance's estimator (`config.STRENGTHS`); the rest is as in `Penalty`. Returns the callback; its `.penalty` tells
-    the energy.
-    Raises ValueError when importance does not fit the model, OptionError for wrong settings.
+    the energy. With `budget` ("1%" of perplexity on the text `general`, or "0.01nats") the strength is controlled from there on, and `finish()` of the
+    callback scales, checks and reports after `trainer.train()` (docs/budget.md).
+    Raises ValueError when importance does not fit the model or the text cannot show the budget, OptionError for wrong settings.
     """
+    if (budget is None) != (general is None):
+        raise OptionError(f"budget and general go together (budget='1%', general='text.jsonl'), found budget={budget!r}, general={general!r}")
     loaded = importance if isinstance(importance, Importance) else Importance.load(importance)
+    if budget is not None and general is not None:
+        from holdfast.keeper import of_trainer
+
+        keeper = of_trainer(trainer, budget, general, names)
+        return keeper.bind(trainer, loaded, start=strength, layers=layers, anchor=anchor, names=names, offload=offload)
     strength = default_strength(loaded.info.get("estimator", "?")) if strength is None else strength
     return add_penalty(trainer, Penalty(trainer.model, loaded, strength=strength, layers=layers, anchor=anchor, names=names, offload=offload))
 

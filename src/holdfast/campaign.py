@@ -37,7 +37,7 @@ from holdfast.carving import carve
 from holdfast.compare import choose, progress_line, summarise
 from holdfast.config import CompareOptions, ModelOptions, TuneOptions, resolve
 from holdfast.evaluation import completion_loss, general_loss, rise
-from holdfast.experiment import Experiment, Trial, final_trials, identity, read, record_options, tune_options, validation_trials
+from holdfast.experiment import RECORDED, Experiment, Trial, final_trials, identity, read, record_options, tune_options, validation_trials
 from holdfast.models import context_length, load_model, load_tokenizer
 from holdfast.runs import atomic_path, check_output_folder, environment, read_json, sha256_file, write_json
 from holdfast.tasks import load_training_data
@@ -191,7 +191,8 @@ def _job(experiment: Experiment, trial: Trial, files: dict[str, str], recipes: d
     train, general = files[f"domain/{trial.domain}/train"], files[f"general/{experiment.recorded}/record"]
     options = tune_options(experiment, trial.settings, data=train, replay=general, importance=recipe.get("path"), out="", seed=trial.seed)
     held = [files[key] for key in (*(f"general/{name}/{trial.part}" for name in experiment.general), f"domain/{trial.domain}/{trial.part}")]
-    replayed = [sha256_file(general)] if trial.settings.get("replay") == "recorded" else []
+    word = trial.settings.get("replay")
+    replayed = [sha256_file(general)] if word == RECORDED else [] if word is None else [word]
     run = identity(options, more=[sha256_file(train), recipe.get("mark"), replayed, [sha256_file(path) for path in held], trial.part,
                                   list(experiment.scales), experiment.limit.get(trial.part), experiment.characters])  # fmt: skip
     folder = out / "runs" / run

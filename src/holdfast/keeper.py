@@ -1,4 +1,4 @@
-"""The budget of one training run, from the first look at the general text to the verdict: what `tune --budget` adds to training.
+"""The budget of one training run, from the first look at the general text to the verdict: what `tune --budget` and `hold(trainer, budget=...)` add to it.
 
 before training   general text split and measured on the base, overlap with the training data warned of, budgets that it cannot show refused
 during            the probe sets the strength
@@ -7,6 +7,7 @@ after             the finish scales the update to the most learning that keeps t
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Sequence
@@ -15,13 +16,13 @@ from typing import Any
 from torch import nn
 
 from holdfast.budget import Controller, check_reach, parse
-from holdfast.callback import hold
+from holdfast.callback import HoldfastCallback, hold
 from holdfast.config import STRENGTHS, OptionError, TuneOptions
 from holdfast.finish import EACH, Learning, keep_budget
 from holdfast.importance.container import Importance
-from holdfast.ledger import PIECE, content, measured, open_ledger
+from holdfast.ledger import PIECE, Ledger, content, measured, open_ledger
 from holdfast.models import context_length
-from holdfast.overlap import overlap
+from holdfast.overlap import Overlap, overlap
 from holdfast.probe import Probe, plan
 from holdfast.tasks import encode_rows, load_training_data
 from holdfast.texts import Encoded, load_documents
@@ -48,38 +49,29 @@ def check_budget(options: TuneOptions, methods: Sequence[str]) -> None:
 
 
 class Keeper:
-    """Keeps the budget of one run. Made with the bare base model, then `bind` before training and `finish` after it."""
+    """Keeps the budget of one run. Made while the model carries no update, then `bind` before training and `finish` after it."""
 
-    def __init__(self, options: TuneOptions, model: nn.Module, tokenizer: Any, data: Any, encoded: Any):
-        self.options, self.budget = options, parse(options.budget or "")
-        documents = load_documents(options.general or "", column=options.text_column, split=options.general_split, limit=options.limit)
-        shared = overlap([content(document) for document in documents], [_row_text(row) for row in data])
+    def __init__(self, ledger: Ledger, learning: Learning | None, shared: Overlap, tokens_per_step: float):
+        self.ledger, self.learning, self.budget = ledger, learning, ledger.budget
         if said := shared.describe():
             logger.warning("%s", said)
         self.overlap = {"exact": len(shared.exact), "near": len(shared.near), "documents": shared.documents}
-        per_step = options.batch_size * options.accumulation
-        steps = options.max_steps if options.max_steps > 0 else math.ceil(len(encoded) * options.epochs / per_step)
-        mean = sum(map(len, encoded["input_ids"])) / len(encoded)
-        length = min(options.length, context_length(model)) if options.packing else mean
-        pieces = 64 * steps // 5 + 64
-        self.ledger = open_ledger(model, tokenizer, documents, self.budget, pieces=pieces, seed=options.seed)
-        piece = min(PIECE, float(self.ledger.pieces.tokens.mean()) + 1)
-        self.every, self.count = plan(per_step * length, piece)
-        self.learning = _learning(options, model, tokenizer, encoded)
+        self.every, self.count = plan(tokens_per_step, min(PIECE, float(ledger.pieces.tokens.mean()) + 1))
 
-    def bind(self, trainer: Any, importance: Importance, how: Any) -> None:
-        """Refuse what the text cannot show, then add penalty and probe to the trainer."""
-        options = self.options
-        names = options.targets if options.full else None
+    def bind(self, trainer: Any, importance: Importance, *, start: float | None, layers: Any, anchor: str, names: str | None,
+             offload: bool = False) -> HoldfastCallback:  # fmt: skip
+        """Refuse what the text cannot show, then add penalty and probe to the trainer. `start`: the strength to begin at; None: what suits the importance."""
         self.update = Update(trainer.model, names=names)
         spread = self.ledger.spread(trainer.model, self.update, error=EACH)
         check_reach(spread, len(self.ledger.check), self.budget, error=EACH)
-        start = options.strength or STRENGTHS.get(importance.info.get("estimator", "?"))
-        penalty = hold(trainer, importance, strength=0.0, layers=how, anchor=options.anchor, names=names).penalty
-        self.probe = Probe(Controller(self.budget.nats, start), penalty, self.ledger.pieces, every=self.every, count=self.count)
+        start = start or STRENGTHS.get(importance.info.get("estimator", "?"))
+        callback = hold(trainer, importance, strength=0.0, layers=layers, anchor=anchor, names=names, offload=offload)
+        self.probe = Probe(Controller(self.budget.nats, start), callback.penalty, self.ledger.pieces, every=self.every, count=self.count)
         trainer.callback_handler.callbacks.insert(0, self.probe)
+        callback.finishing = functools.partial(self.finish, trainer)
         logger.info("budget %s (%.4g nats): %d control and %d check documents; %d pieces probed every %d steps", self.budget.text, self.budget.nats,
                     len(self.ledger.control), len(self.ledger.check), self.probe.count, self.every)  # fmt: skip
+        return callback
 
     def finish(self, trainer: Any) -> dict[str, Any]:
         """Make the model's update fit the budget and check it; what run.json holds under `budget`."""
@@ -91,6 +83,59 @@ class Keeper:
         report["probe"] = {"every": self.every, "pieces": self.probe.count, "seconds": self.probe.seconds, "train_seconds": self.probe.total_seconds}
         report["overlap"] = self.overlap
         return report
+
+
+def of_run(options: TuneOptions, model: nn.Module, tokenizer: Any, data: Any, encoded: Any) -> Keeper:
+    """The keeper of `tune`, made with the bare base model."""
+    documents = load_documents(options.general or "", column=options.text_column, split=options.general_split, limit=options.limit)
+    shared = overlap([content(document) for document in documents], [_row_text(row) for row in data])
+    per_step = options.batch_size * options.accumulation
+    steps = options.max_steps if options.max_steps > 0 else math.ceil(len(encoded) * options.epochs / per_step)
+    mean = sum(map(len, encoded["input_ids"])) / len(encoded)
+    length = min(options.length, context_length(model)) if options.packing else mean
+    ledger = open_ledger(model, tokenizer, documents, parse(options.budget or ""), pieces=most_pieces(steps), seed=options.seed)
+    return Keeper(ledger, _learning(options, model, tokenizer, encoded), shared, per_step * length)
+
+
+def of_trainer(trainer: Any, budget: str, general: str, names: str | None) -> Keeper:
+    """The keeper of anybody's trainer. The base is measured with the update set to zero for as long, so an adapter may have been trained before."""
+    tokenizer, args = trainer.processing_class, trainer.args
+    if not hasattr(tokenizer, "batch_decode"):
+        raise OptionError("a budget needs the tokenizer to read the general text: make the trainer with processing_class=tokenizer")
+    rows = _token_rows(trainer.train_dataset)
+    per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(len(trainer.train_dataset) * args.num_train_epochs / per_step)
+    length = sum(len(ids) for ids, _ in rows) / len(rows) if rows else PIECE  # of rows in another form nothing is known
+    documents = load_documents(general)
+    shared = overlap([content(document) for document in documents], tokenizer.batch_decode([ids for ids, _ in rows], skip_special_tokens=True))
+    held = _token_rows(trainer.eval_dataset) or rows
+    training, update = trainer.model.training, Update(trainer.model, names=names)
+    try:
+        update.scale(0)
+        ledger = open_ledger(trainer.model, tokenizer, documents, parse(budget), pieces=most_pieces(steps), seed=args.seed)
+        name = "the trainer's eval_dataset" if held is not rows else "rows trained on (give the trainer an eval_dataset for held-out ones)"
+        learning = domain(trainer.model, held, name) if held else None
+    finally:
+        update.scale(1)
+        trainer.model.train(training)
+    return Keeper(ledger, learning, shared, per_step * length)
+
+
+def most_pieces(steps: int) -> int:
+    """Pieces that a run of so many steps can probe at most."""
+    return 64 * steps // 5 + 64
+
+
+def _token_rows(data: Any) -> list[Encoded]:
+    """Rows of a trainer's data set that are token ids already, with what is scored in each; empty for anything else."""
+    if isinstance(data, dict) or data is None or not hasattr(data, "__len__") or not len(data) or "input_ids" not in data[0]:
+        return []
+    rows = []
+    for row in data:
+        ids = [int(token) for token in row["input_ids"]]
+        scored = [int(label) != -100 for label in row["labels"]] if "labels" in row else [bool(one) for one in row.get("completion_mask", [1] * len(ids))]
+        rows.append((ids, scored))
+    return rows
 
 
 def _learning(options: TuneOptions, model: nn.Module, tokenizer: Any, encoded: Any) -> Learning:

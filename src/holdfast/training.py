@@ -4,7 +4,6 @@ The story: load, refuse what cannot work, measure the bare base, add an adapter,
 
     DIR/final/          the adapter (or model with --full), with the tokenizer; loads without holdfast
     DIR/unscaled/       with --budget: the same as trained, before it was made to fit
-    DIR/unscaled/       with --budget: the same before it was made to fit the budget
     DIR/checkpoints/    the trainer's, for --resume
     DIR/config.yaml     the resolved options
     DIR/run.json        configuration, environment, data, before, after, forgetting, learning, log
@@ -34,7 +33,7 @@ from holdfast.evaluation import changes, check_tasks, measure, table
 from holdfast.finish import sentences
 from holdfast.importance.container import Importance
 from holdfast.importance.controls import uniform
-from holdfast.keeper import Keeper, check_budget
+from holdfast.keeper import check_budget, of_run
 from holdfast.layers import from_option
 from holdfast.methods.method import Method, Setup
 from holdfast.methods.table import chosen
@@ -67,9 +66,6 @@ def tune(options: TuneOptions) -> dict[str, Any]:
     if options.budget and importance is None:
         logger.warning("no --importance file: the budget is kept with uniform importance, which holds all weights alike")
         importance = uniform(model, options.targets)
-    if options.budget and importance is None:
-        logger.warning("no --importance file: the budget is kept with uniform importance, which holds all weights alike")
-        importance = uniform(model, options.targets)
     _check_model(options, model, importance, how)
     if options.quantize != "none":  # before measuring: it turns norms and embeddings to f32, which must not look like forgetting
         from peft import prepare_model_for_kbit_training
@@ -81,7 +77,7 @@ def tune(options: TuneOptions) -> dict[str, Any]:
                   general_split=options.general_split, data_split=options.eval_split, limit=options.limit)  # fmt: skip
     text, source = replay_text(options, model, tokenizer, encoded)
     before = measure(model, tokenizer, **wanted)
-    keeper = Keeper(options, model, tokenizer, data, encoded) if options.budget else None
+    keeper = of_run(options, model, tokenizer, data, encoded) if options.budget else None
     setup = Setup(options, tokenizer, text, _tokens_per_step(options, encoded), importance, how, before)
     model = _prepared(setup, methods, model)
     check_free_space(out, _disk_needed(options, model))
@@ -97,7 +93,7 @@ def tune(options: TuneOptions) -> dict[str, Any]:
         add_penalty(trainer, penalty)
         importance = getattr(penalty, "importance", importance)  # what was offloaded: not a second one beside it in pinned memory
     if keeper is not None and importance is not None:
-        keeper.bind(trainer, importance, how)
+        keeper.bind(trainer, importance, start=options.strength, layers=how, anchor=options.anchor, names=options.targets if options.full else None)
     _announce(options, model, importance, len(encoded))
     write_text(out / "config.yaml", yaml.safe_dump(as_dict(options), sort_keys=False))
     started = time.perf_counter()
