@@ -206,15 +206,16 @@ def refactored(form: Form, L: Tensor, R: Tensor, mu: float, *, sweeps: int = SWE
         found, best = new, value
         if done:
             break
-    return balanced(*found)
+    return balanced(*found, rank=R.shape[0])
 
 
-def balanced(L: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
-    """The same product with factors of equal size, so that neither loses digits where it is stored."""
+def balanced(L: Tensor, R: Tensor, *, rank: int) -> tuple[Tensor, Tensor]:
+    """The same product with factors of equal size, so that neither loses digits where it is stored; with zeros up to `rank`, which may exceed the weight."""
     P, S = torch.linalg.qr(L)
     left, values, right = torch.linalg.svd(S @ R, full_matrices=False)
-    root = values.sqrt()
-    return P @ left * root, root[:, None] * right
+    root, missing = values.sqrt(), rank - len(values)
+    pad = torch.nn.functional.pad
+    return pad(P @ left * root, (0, missing)), pad(root[:, None] * right, (0, 0, 0, missing))
 
 
 def typical(parts: Sequence[tuple[Form, Tensor, Tensor]]) -> float:
