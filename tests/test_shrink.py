@@ -1,12 +1,14 @@
 """Shrinking: fast paths against one dense system, the fit against its closed forms and against plain truncation, and what never happens (energy comes back)."""
 
+import itertools
+
 import pytest
 import torch
 
 from holdfast import codec, shrink
 from holdfast.importance.container import CodedEntry, DenseEntry, FactoredEntry, KroneckerEntry
 from holdfast.importance.covariance import Covariance, LowRankCovariance
-from holdfast.shrink import balanced, objective, prepared, reference, refactored, truncated, typical
+from holdfast.shrink import balanced, objective, prepared, refactored, reference, truncated, typical
 
 CPU = torch.device("cpu")
 FORMS = ["dense", "u8", "factored", "factored:3", "kronecker", "kronecker:2"]
@@ -85,7 +87,7 @@ def test_the_fit_never_rises_and_beats_truncation(form, mu):
         _, fast, L, R = make(form, (12, 9, 3), seed)
         values = [objective(fast, L, R, *truncated(fast, L, R, mu), mu)]
         values += [objective(fast, L, R, *refactored(fast, L, R, mu, sweeps=n), mu) for n in (1, 2, 4, 8, 50)]
-        assert all(b <= a * (1 + 1e-9) for a, b in zip(values, values[1:], strict=False)), values
+        assert all(b <= a * (1 + 1e-9) for a, b in itertools.pairwise(values)), values
         assert values[-1] < values[0]
 
 
@@ -104,7 +106,7 @@ def test_energy_falls_with_mu_and_never_comes_back(form):
     unit = typical([(fast, L, R)])
     energies = [float(fast.energy(*refactored(fast, L, R, mu / unit, sweeps=200))) for mu in (0.0, 0.1, 1.0, 10.0, 1e3)]
     assert energies[0] == pytest.approx(whole)
-    assert all(b < a for a, b in zip(energies, energies[1:], strict=False)), energies
+    assert all(b < a for a, b in itertools.pairwise(energies)), energies
 
 
 def test_truncation_alone_can_bring_energy_back():
@@ -156,7 +158,7 @@ def test_large_weights_start_where_a_whole_decomposition_would(form, monkeypatch
 
 def test_elements_read_a_few_rows_at_a_time(monkeypatch):
     for form in ("dense", "u8"):
-        entry, fast, L, R = make(form, (12, 9, 3))
+        entry, fast, *_ = make(form, (12, 9, 3))
         X, Y = torch.randn(9, 2, dtype=torch.float64), torch.randn(12, 2, dtype=torch.float64)
         monkeypatch.setattr(shrink, "ROWS", 27)  # three rows
         torch.testing.assert_close(fast.times(X), entry.dense().double() @ X)

@@ -8,11 +8,11 @@
                   never rises; it starts no worse than U itself, so the energy never does either
 
 mu is in units of the `typical` importance, sum of E(U) over sum of ||U||^2 (the mean that this update meets): a direction of typical importance is halved at
-mu = 1, whatever the unit of the file, and uniform importance only scales, by 1 / (1 + mu). U' = U / (1 + mu Omega) as in design.md; nothing published is followed.
+mu = 1, whatever the unit of the file, and uniform importance only scales, by 1 / (1 + mu). Nothing published is followed.
 
-Cost per weight and sweep, in f64 (rank r, covariance rank k):  kronecker:k  O((out + in)(k + r) r), no (out, in) tensor;  whole covariances  O(out^2 r + in^2 r)
-after one eigendecomposition each, O(n^3);  factored  O((out + in) k r^2);  by element  O(out in r^2). Memory O((out + in) r^2); by element and factored, the
-start holds one (out, in) tensor.
+Cost per weight and sweep, in f64 (rank r, covariance rank k):  kronecker:k  O((out + in)(k + r) r), no (out, in) tensor;  whole covariances
+O(out^2 r + in^2 r) after one eigendecomposition each, O(n^3);  factored  O((out + in) k r^2);  by element  O(out in r^2). Memory O((out + in) r^2); by element
+and factored, the start holds one (out, in) tensor.
 
     form = prepared(importance[name], device, {})
     L, R = refactored(form, L, R, mu=2.0 / typical([(form, L, R)]))
