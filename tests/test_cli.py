@@ -7,7 +7,19 @@ import sys
 import pytest
 
 from holdfast.cli import VERBS, main
-from holdfast.config import ABOVE_ZERO, AT_LEAST, RECORD_PRESETS, TUNE_PRESETS, EvalOptions, OptionError, RecordOptions, ShrinkOptions, TuneOptions, read_yaml, resolve
+from holdfast.config import (
+    ABOVE_ZERO,
+    AT_LEAST,
+    RECORD_PRESETS,
+    TUNE_PRESETS,
+    EvalOptions,
+    OptionError,
+    RecordOptions,
+    ShrinkOptions,
+    TuneOptions,
+    read_yaml,
+    resolve,
+)
 
 
 @pytest.mark.parametrize("verb", ["", *sorted(VERBS)])

@@ -4,8 +4,9 @@ import ast
 from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "holdfast"
-ORDER = ["config", "runs", "codec", "stepping", "checkpoint", "weights", "importance", "storage", "inspection", "shrink", "layers", "penalty", "callback", "models",
-         "texts", "tasks", "evaluation", "recording", "methods", "training", "demo", "cli"]  # fmt: skip
+ORDER = ["config", "runs", "codec", "budget", "overlap", "stepping", "checkpoint", "weights", "update", "importance", "storage", "inspection", "shrink",
+         "layers", "penalty", "callback", "models", "texts", "tasks", "evaluation", "recording", "ledger", "probe", "finish", "keeper", "shrinking", "methods",
+         "training", "demo", "cli"]  # fmt: skip
 LAZY = {("importance", "storage"), ("importance", "inspection")}  # Importance.save, .load and .describe, inside the functions
 
 

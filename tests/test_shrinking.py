@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from holdfast.cli import main
+from holdfast.finish import mu_of, shrinker
 from holdfast.importance.container import Importance
-from holdfast.shrinking import mu_of, share_of, shrinker
+from holdfast.shrinking import share_of
 from holdfast.update import Update
 from holdfast.weights import add_adapter, target_weights
 
@@ -87,7 +88,7 @@ def test_a_budget_is_met_beside_plain_scaling_and_plain_peft_loads_the_result(wo
     report = saved["budget"]
     assert saved["verdict"] == report["verdict"] == "met" and report["way"] == "shrink" and 0 < report["share"] < 1
     assert report["mu"] == pytest.approx(mu_of(report["share"]))
-    assert {point["way"] for point in report["curve"]} == set(report["at_budget"]) == {"shrink", "scale"}
+    assert {point["way"] for point in report["curve"]} == set(report["each"]) == {"shrink", "scale"}
     assert saved["learning"]["nats"] > 0 and saved["forgetting"]["nats"] < report["budget_nats"]
     printed = capsys.readouterr().out
     assert "shrink keeps 1% on the control part" in printed and "scale keeps 1% on the control part" in printed and "budget 1%" in printed
@@ -104,7 +105,7 @@ def test_a_budget_is_met_beside_plain_scaling_and_plain_peft_loads_the_result(wo
 def test_scaling_needs_no_importance(words, adapter, tmp_path):
     assert run(without(words, "--importance"), "--budget", "1%", "--method", "scale") == 0
     report = json.loads((tmp_path / "out" / "run.json").read_text())["budget"]
-    assert report["way"] == "scale" and {point["way"] for point in report["curve"]} == {"scale"} and "mu" not in report
+    assert report["way"] == "scale" and {point["way"] for point in report["curve"]} == {"scale"} and report["mu"] is None
     whole, made = tensors(adapter), tensors(tmp_path / "out" / "final")
     for name in whole:
         torch.testing.assert_close(made[name], whole[name] * report["share"] if "lora_B" in name else whole[name])
@@ -175,7 +176,7 @@ def test_the_input_is_never_written_to(words, adapter, capsys, out):
         ({"use_dora": True}, "has DoRA"),
         ({"modules_to_save": ["lm_head"]}, "has whole modules trained beside it"),
         ({"bias": "all"}, "has trained biases"),
-        ({"init_lora_weights": "pissa", "use_rslora": False, "rank_pattern": {}}, "starts away from the base model"),
+        ({"init_lora_weights": "pissa_niter_4"}, "starts away from the base model"),
         ({"base_model_name_or_path": "./nowhere"}, "model './nowhere' does not exist"),
     ],
 )

@@ -113,7 +113,7 @@ def _quiet_hosts() -> None:
 
 def _status(result: Any) -> int:
     """3 where the result says that a budget or check was not met."""
-    return 3 if isinstance(result, dict) and result.get("verdict", "met") != "met" else 0
+    return 3 if isinstance(result, dict) and (result.get("verdict") or "met") != "met" else 0
 
 
 def _action(verb: str, given: dict[str, Any]) -> Callable[[], Any]:

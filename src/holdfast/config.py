@@ -170,6 +170,7 @@ class TuneOptions(AdapterOptions, TextOptions, ModelOptions):
     max_forgetting: float | None = option(None, "wise: the largest scale with at most this rise of the loss on --general", metavar="NATS")
     general_steps: int | None = option(None, "general-steps: optimizer steps on --replay before tuning; default: one pass over it")
     strength: float | None = option(None, "how hard important weights are held (lambda); 0 is plain fine-tuning; default: what suits the file's estimator")
+    budget: str | None = option(None, "let perplexity on --general rise by at most this much: 1%, or 0.01nats; sets the strength (docs/budget.md)")
     layers: Any = option(None, "layer coefficients: uniform, softmax, scale-free; a list over depth or a map of kinds in YAML", metavar="HOW")
     per: str = option("weight", "coefficients for each weight, or shared by the weights of a block", choices=("weight", "block"))
     tau: float = option(None, "temperature of the softmax over layers")

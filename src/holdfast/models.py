@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,19 @@ def load_tokenizer(options: ModelOptions, name: str | None = None) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
+
+
+def save_whole(model: Any, tokenizer: Any, folder: Path, save: Callable[[Any, Path], None] | None = None) -> None:
+    """Save (by `save` where given) under a temporary name beside `folder`, then rename: a partial result is never taken for a whole one."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        save(model, temporary) if save else model.save_pretrained(str(temporary))
+        tokenizer.save_pretrained(str(temporary))
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def context_length(model: nn.Module) -> int:

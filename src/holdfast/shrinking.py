@@ -7,7 +7,7 @@ control part, check it once on the other part, write. Plain scaling is measured 
     DIR/run.json    configuration, before, after, budget with verdict, the curve of each way
 
 Along a way, the share 1 is the adapter as it came and 0 the base. Scaling: share * U. Shrinking: mu = ((1 - share) / share)^2 in units of the typical
-importance (shrink.py), squared because the mildest useful mu on the lab model is near 0.02 and that of a small budget near 100.
+importance (shrink.py).
 
     holdfast shrink their-adapter --importance model.importance.safetensors --budget 1% --general held-out.jsonl --data domain.jsonl --out shrunk
 """
@@ -17,7 +17,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,17 +27,17 @@ from torch import nn
 from holdfast.budget import check_reach, parse, percent
 from holdfast.config import OptionError, ShrinkOptions, as_dict
 from holdfast.evaluation import changes, measure, table
-from holdfast.finish import EACH, Learning, keep_budget, sentences
+from holdfast.finish import EACH, Learning, keep_budget, sentences, ways_of
 from holdfast.importance.container import Importance
-from holdfast.ledger import Ledger, domain, open_ledger
+from holdfast.keeper import domain
+from holdfast.ledger import Ledger, open_ledger
 from holdfast.models import load_model, load_tokenizer, save_whole
 from holdfast.penalty.pull import check_fit
 from holdfast.runs import check_free_space, check_output_folder, environment, read_json, sha256_file, write_json
-from holdfast.shrink import prepared, refactored, typical
 from holdfast.tasks import encode_rows, load_training_data
 from holdfast.texts import load_documents
 from holdfast.update import Update
-from holdfast.weights import bare
+from holdfast.weights import MOVES_THE_BASE, bare
 
 logger = logging.getLogger("holdfast")
 # What in an adapter's configuration moves the model by more than scale * B @ A, and so stays when that is shrunk.
@@ -62,7 +61,7 @@ def shrink(options: ShrinkOptions) -> dict[str, Any]:
     if importance is not None:
         check_fit(model, importance, [weight.name for weight in update.weights], "base")
     check_free_space(out, sum(p.numel() * p.element_size() for weight in update.weights for p in weight.parameters))
-    ways = {"shrink": shrinker(update, importance), "scale": update.scale} if importance is not None else {"scale": update.scale}
+    ways = ways_of(update, importance)
     logger.info("%s %s (%d weights of %s)", options.method, options.adapter, len(update.weights), options.model)
     wanted: dict[str, Any] = dict(general=options.general, data=options.data, text_column=options.text_column, general_split=options.general_split,
                                   data_split=options.data_split, limit=options.limit)  # fmt: skip
@@ -72,7 +71,7 @@ def shrink(options: ShrinkOptions) -> dict[str, Any]:
     kept: dict[str, Any] = {}
     if ledger is not None:
         check_reach(ledger.spread(model, update, error=EACH), len(ledger.check), ledger.budget, error=EACH)
-        report = with_mu(keep_budget(ledger, model, ways, learning, among=(options.method,)))
+        report = keep_budget(ledger, model, ways, learning, among=(options.method,))
         kept = {"budget": report, "verdict": report["verdict"]}
     else:
         assert options.mu is not None
@@ -98,56 +97,19 @@ def shrink(options: ShrinkOptions) -> dict[str, Any]:
     return run
 
 
-def shrinker(update: Update, importance: Importance) -> Callable[[float], None]:
-    """A function: share -> the model with the kept update shrunk that far along importance. Eigenbases of covariances are made at its first use."""
-    made: dict[int, Any] = {}
-    forms: dict[str, Any] = {}
-    unit: list[float] = []
-
-    def measured() -> float:
-        parts = []
-        for weight, L, R in update.kept_factors():
-            forms[weight.name] = prepared(importance[weight.name], L.device, made)
-            parts.append((forms[weight.name], L, R))
-        return typical(parts)
-
-    def apply(share: float) -> None:
-        if share in (0.0, 1.0):
-            update.scale(share)
-            return
-        unit[:] = unit or [measured()]
-        update.factors(lambda weight, L, R: refactored(forms[weight.name], L, R, mu_of(share) / unit[0]))
-
-    return apply
-
-
-def mu_of(share: float) -> float:
-    """mu at a share above 0."""
-    return ((1 - share) / share) ** 2
-
-
 def share_of(mu: float, method: str) -> float:
     """The share at which a method stands for mu: shrinking by 1 / (1 + mu Omega), scaling by 1 / (1 + mu)."""
     return 1 / (1 + math.sqrt(mu)) if method == "shrink" else 1 / (1 + mu)
-
-
-def with_mu(report: dict[str, Any]) -> dict[str, Any]:
-    """The report with mu beside every share that was shrunk to."""
-    points = [report, *report["curve"], *report["checks"], *report["at_budget"].values(), *report["others"].values()]
-    for point in points:
-        if point.get("way") == "shrink":
-            point["mu"] = mu_of(point["share"]) if point["share"] > 0 else None
-    return report
 
 
 def curves(report: dict[str, Any]) -> list[str]:
     """Each way's curve on the control part, as text."""
     lines = [f"{'way':<8}{'share':>8}{'mu':>10}{'general perplexity':>20}{'learning (nats)':>18}"]
     for point in report["curve"]:
-        mu, learning = point.get("mu"), point["learning"]
+        mu, learning = point["mu"], point["learning"]
         lines.append(f"{point['way']:<8}{point['share']:>8.3f}{'-' if mu is None else f'{mu:.3g}':>10}{percent(point['rise']['nats']):>+18.2f} %"
                      f"{'-' if learning is None else f'{learning:.4f}':>18}")  # fmt: skip
-    for way, point in report["at_budget"].items():
+    for way, point in report["each"].items():
         learning = "" if point["learning"] is None else f", learning {point['learning']:.4f}"
         lines.append(f"{way} keeps {report['budget']} on the control part at share {point['share']:.3f}{learning}")
     return lines
@@ -183,6 +145,10 @@ def adapter_config(folder: str) -> dict[str, Any]:
     if kind != "LORA":
         raise ValueError(f"'{folder}' is a {kind} adapter; shrinking needs an update that is a product of two factors: LoRA or rsLoRA")
     beyond = [what for key, what in BEYOND.items() if config.get(key)] + (["trained biases"] if config.get("bias", "none") != "none" else [])
+    initial = config.get("init_lora_weights", True)
+    if isinstance(initial, str) and initial.lower().startswith(MOVES_THE_BASE):
+        raise ValueError(f"'{folder}' starts away from the base model (init_lora_weights: {initial}), while importance belongs to the bare base; convert it to "
+                         "plain LoRA first (PEFT: save_pretrained with path_initial_model_for_weight_conversion)")  # fmt: skip
     if beyond:
         raise ValueError(f"'{folder}' has {', '.join(beyond)}, which would stay as it is when scale * B @ A is shrunk; only plain LoRA and rsLoRA are taken")
     return config

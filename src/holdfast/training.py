@@ -3,6 +3,8 @@
 The story: load, refuse what cannot work, measure the bare base, add an adapter, train with TRL's SFTTrainer while the penalty pulls, measure again, write.
 
     DIR/final/          the adapter (or model with --full), with the tokenizer; loads without holdfast
+    DIR/unscaled/       with --budget: the same as trained, before it was made to fit
+    DIR/unscaled/       with --budget: the same before it was made to fit the budget
     DIR/checkpoints/    the trainer's, for --resume
     DIR/config.yaml     the resolved options
     DIR/run.json        configuration, environment, data, before, after, forgetting, learning, log
@@ -14,7 +16,6 @@ import contextlib
 import functools
 import importlib.util
 import logging
-import os
 import shutil
 import sys
 import time
@@ -30,12 +31,15 @@ from transformers import ProgressCallback, TrainerState, set_seed
 from holdfast.callback import ProgressBar, StopOnNonFinite, add_penalty, add_term
 from holdfast.config import ModelOptions, OptionError, TuneOptions, as_dict, default_strength, read_yaml, resolve
 from holdfast.evaluation import changes, check_tasks, measure, table
+from holdfast.finish import sentences
 from holdfast.importance.container import Importance
+from holdfast.importance.controls import uniform
+from holdfast.keeper import Keeper, check_budget
 from holdfast.layers import from_option
 from holdfast.methods.method import Method, Setup
 from holdfast.methods.table import chosen
 from holdfast.methods.text import replay_text
-from holdfast.models import context_length, load_model, load_tokenizer
+from holdfast.models import context_length, load_model, load_tokenizer, save_whole
 from holdfast.penalty.pull import check_fit, implementation
 from holdfast.runs import atomic_path, check_free_space, check_output_folder, environment, sha256_file, write_json
 from holdfast.tasks import encode_rows, load_training_data, truncation_report
@@ -52,7 +56,7 @@ def tune(options: TuneOptions) -> dict[str, Any]:
     out = Path(options.out)
     methods = _check(options, out)
     importance = Importance.load(options.importance) if options.importance else None
-    if importance is not None and options.strength is None:
+    if importance is not None and options.strength is None and not options.budget:
         options = replace(options, strength=default_strength(importance.info.get("estimator", "?")))
     data = load_training_data(options.data, split=options.data_split)
     how = from_option(options.layers, tau=options.tau, per=options.per)
@@ -60,6 +64,12 @@ def tune(options: TuneOptions) -> dict[str, Any]:
     if options.threads:
         torch.set_num_threads(options.threads)
     tokenizer, model = load_tokenizer(options), load_model(options)
+    if options.budget and importance is None:
+        logger.warning("no --importance file: the budget is kept with uniform importance, which holds all weights alike")
+        importance = uniform(model, options.targets)
+    if options.budget and importance is None:
+        logger.warning("no --importance file: the budget is kept with uniform importance, which holds all weights alike")
+        importance = uniform(model, options.targets)
     _check_model(options, model, importance, how)
     if options.quantize != "none":  # before measuring: it turns norms and embeddings to f32, which must not look like forgetting
         from peft import prepare_model_for_kbit_training
@@ -71,12 +81,14 @@ def tune(options: TuneOptions) -> dict[str, Any]:
                   general_split=options.general_split, data_split=options.eval_split, limit=options.limit)  # fmt: skip
     text, source = replay_text(options, model, tokenizer, encoded)
     before = measure(model, tokenizer, **wanted)
+    keeper = Keeper(options, model, tokenizer, data, encoded) if options.budget else None
     setup = Setup(options, tokenizer, text, _tokens_per_step(options, encoded), importance, how, before)
     model = _prepared(setup, methods, model)
     check_free_space(out, _disk_needed(options, model))
     # Before the trainer, which makes its folder: what they refuse must leave no trace.
     terms = [term for method in methods.values() if method.loss and (term := method.loss(setup, model)) is not None]
-    penalties = [penalty for method in methods.values() if method.pull and (penalty := method.pull(setup, model)) is not None]
+    pulls = [] if keeper else [method.pull for method in methods.values() if method.pull]  # the keeper brings its own
+    penalties = [penalty for pull in pulls if (penalty := pull(setup, model)) is not None]
     trainer = _trainer(options, model, tokenizer, encoded, None if held is None else _encoded(options, held, tokenizer, model),
                        next((method.optimizer(setup, model) for method in methods.values() if method.optimizer), None))  # fmt: skip
     for term in terms:
@@ -84,14 +96,20 @@ def tune(options: TuneOptions) -> dict[str, Any]:
     for penalty in penalties:
         add_penalty(trainer, penalty)
         importance = getattr(penalty, "importance", importance)  # what was offloaded: not a second one beside it in pinned memory
+    if keeper is not None and importance is not None:
+        keeper.bind(trainer, importance, how)
     _announce(options, model, importance, len(encoded))
     write_text(out / "config.yaml", yaml.safe_dump(as_dict(options), sort_keys=False))
     started = time.perf_counter()
     _train(trainer, _last_checkpoint(out) if options.resume else None)
     seconds = time.perf_counter() - started
     finished = {name: method.finish(setup, model) for name, method in methods.items() if method.finish}
+    kept = None
+    if keeper is not None:
+        save_whole(model, tokenizer, out / "unscaled")
+        kept = keeper.finish(trainer)
     save = next((functools.partial(method.save, setup) for method in methods.values() if method.save), None)
-    _save_final(model, tokenizer, out / "final", save)
+    save_whole(model, tokenizer, out / "final", save)
     after = measure(model, tokenizer, **wanted)
     run = {
         "configuration": as_dict(options),
@@ -99,6 +117,8 @@ def tune(options: TuneOptions) -> dict[str, Any]:
         "data": {"source": options.data, "rows": len(data), "rows_trained": len(encoded), "sha256": fingerprint_rows(list(data))},
         "method": list(methods),
         "finished": finished,
+        "budget": kept,
+        "verdict": None if kept is None else kept["verdict"],
         "replay": source,
         "importance": {"file": options.importance, "sha256": sha256_file(options.importance)} if options.importance else None,
         "before": before,
@@ -112,6 +132,8 @@ def tune(options: TuneOptions) -> dict[str, Any]:
     write_json(out / "run.json", run)
     if any(wanted[key] for key in ("general", "data", "tasks")):
         print(table(before, after))
+    if kept is not None:
+        print("\n".join(sentences(kept)))
     logger.info("wrote %s in %.0f s", out / "final", seconds)
     return run
 
@@ -127,7 +149,7 @@ def merge(adapter: str, out: str, *, dtype: str | None = None) -> None:
     if any(Path(out).iterdir()):
         raise ValueError(f"'{out}' is not empty; give a new folder")
     model = PeftModel.from_pretrained(load_model(options), adapter).merge_and_unload()
-    _save_final(model, load_tokenizer(options), Path(out))
+    save_whole(model, load_tokenizer(options), Path(out))
     logger.info("merged %s into %s: %s", adapter, options.model, out)
 
 
@@ -142,6 +164,7 @@ def _check(options: TuneOptions, out: Path) -> dict[str, Method]:
     if options.report_to != "none" and importlib.util.find_spec(options.report_to) is None:
         raise OptionError(f"--report-to {options.report_to} needs a package of that name, which is not installed; pip install {options.report_to}")
     methods = chosen(options)
+    check_budget(options, list(methods))
     check_tasks(options.tasks)
     check_output_folder(out)
     if options.resume:
@@ -228,7 +251,7 @@ def _disk_needed(options: TuneOptions, model: nn.Module) -> int:
     size = lambda parameters: sum(p.numel() * p.element_size() for p in parameters)
     trained = size(p for p in model.parameters() if p.requires_grad)
     saved = size(model.parameters()) if options.full else trained
-    return saved + 3 * (saved + 2 * trained)
+    return saved * (2 if options.budget else 1) + 3 * (saved + 2 * trained)
 
 
 def _trainer(options: TuneOptions, model: nn.Module, tokenizer: Any, data: Any, held: Any, optimizer: Any = None) -> Any:
@@ -292,7 +315,8 @@ def _check_resumed(options: TuneOptions, out: Path) -> None:
     if not path.is_file():
         return
     then, now = read_yaml(path), as_dict(options)
-    different = sorted(key for key in now if key in then and now[key] != then[key] and key not in MAY_CHANGE)
+    may_change = set(MAY_CHANGE) - ({"general", "general_split", "text_column", "limit"} if options.budget else set())  # a budget is controlled on this text
+    different = sorted(key for key in now if key in then and now[key] != then[key] and key not in may_change)
     if different:
         raise OptionError(f"{path} was made with other options: {', '.join(f'{k}={then[k]!r} (now {now[k]!r})' for k in different)}; "
                           "use the same, or --overwrite without --resume")  # fmt: skip
@@ -301,7 +325,11 @@ def _check_resumed(options: TuneOptions, out: Path) -> None:
 def _announce(options: TuneOptions, model: nn.Module, importance: Importance | None, rows: int) -> None:
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     held = "plain fine-tuning (no penalty)" if options.method == "plain" else f"method {options.method}"
-    if importance is not None and options.strength:
+    if options.budget:
+        held += (
+            f", budget {options.budget} on {options.general}, layers {options.layers}, anchor {options.anchor}, importance {options.importance or 'uniform'}"
+        )
+    elif importance is not None and options.strength:
         held += f", strength {options.strength:g}, layers {options.layers}, anchor {options.anchor}, {implementation(importance)} from {options.importance}"
     logger.info("tuning %s on %s (%d rows): %s trainable parameters, %s; seed %d", options.model, options.data, rows, f"{trainable:,}", held, options.seed)
 
@@ -310,19 +338,6 @@ def _last_checkpoint(out: Path) -> str | None:
     """The newest whole checkpoint: the trainer writes trainer_state.json last."""
     whole = [p for p in (out / "checkpoints").glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
     return str(max(whole, key=lambda p: int(p.name.split("-")[-1]))) if whole else None
-
-
-def _save_final(model: Any, tokenizer: Any, folder: Path, save: Any = None) -> None:
-    """Save under a temporary name beside `folder`, then rename: a partial result is never taken for a whole one."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
-        save(model, temporary) if save else model.save_pretrained(str(temporary))
-        tokenizer.save_pretrained(str(temporary))
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

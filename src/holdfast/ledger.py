@@ -1,0 +1,126 @@
+"""What the base model loses on general text, kept for comparison: the control part, the check part, and short pieces of the control part to probe with.
+
+Losses of the base are measured once, before an adapter is there; everything later is paired with them by document. Costs one evaluation of all general text at
+the start, and one more of the control part to see how far documents move apart (`spread`). Windows do not overlap: half the cost of `holdfast eval`.
+
+    ledger = open_ledger(model, tokenizer, documents, parse("1%"))
+    ledger.control.rise(tuned_model, error=0.05)         # Interval
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from holdfast.budget import FEW_DOCUMENTS, Budget, Interval, paired_rise, split
+from holdfast.evaluation import text_loss
+from holdfast.models import context_length
+from holdfast.texts import Document, Encoded, encode_chat
+from holdfast.update import Update
+
+PIECE = 128  # tokens of a probed piece
+SPREAD_PIECES = 48
+
+
+@dataclass(frozen=True)
+class Part:
+    """Encoded documents with the base model's loss on each: `nats` and `tokens`, (documents,)."""
+
+    encoded: list[Encoded]
+    sources: list[str]
+    nats: np.ndarray
+    tokens: np.ndarray
+    window: int
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+    def losses(self, model: nn.Module) -> np.ndarray:
+        """Summed loss of each document now, in nats. Costs one evaluation."""
+        return text_loss(model, self.encoded, window=self.window, stride=self.window - 1, label="general text").nats_by_document
+
+    def rise(self, model: nn.Module, *, error: float) -> Interval:
+        """How much more `model` loses than the base, with its interval."""
+        return paired_rise(self.nats, self.losses(model), self.tokens, self.sources, error=error)
+
+    def some(self, chosen: Sequence[int]) -> Part:
+        """Some of the documents."""
+        at = list(chosen)
+        return replace(self, encoded=[self.encoded[i] for i in at], sources=[self.sources[i] for i in at], nats=self.nats[at], tokens=self.tokens[at])
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The two parts of the general text and the pieces of the control part to probe with, in a random order."""
+
+    budget: Budget
+    control: Part
+    check: Part
+    pieces: Part
+
+    def spread(self, model: nn.Module, update: Update, *, error: float) -> Interval:
+        """The interval of a random update that costs about the budget, on control documents; the update is as before afterwards.
+
+        The rise of a random update grows with the square of its size, so the size is found in at most 6 small evaluations of a few pieces; then one of the
+        control part.
+        """
+        few = self.pieces.some(range(min(SPREAD_PIECES, len(self.pieces))))
+        size = 1e-3
+        try:
+            for _ in range(6):
+                update.randomise(size)
+                nats = float((few.losses(model) - few.nats).sum() / few.tokens.sum())
+                ratio = self.budget.nats / nats if nats > 0 else 64.0
+                size *= min(8.0, max(0.125, math.sqrt(ratio)))
+                if 0.8 < ratio < 1.25:
+                    break
+            update.randomise(size)
+            return self.control.rise(model, error=error)
+        finally:
+            update.scale(1)
+
+
+def measured(model: nn.Module, encoded: list[Encoded], sources: list[str], window: int) -> Part:
+    """A part with the losses that `model` has now."""
+    loss = text_loss(model, encoded, window=window, stride=window - 1, label="general text")
+    return Part(encoded, sources, loss.nats_by_document, loss.tokens_by_document, window)
+
+
+def open_ledger(model: nn.Module, tokenizer: Any, documents: Sequence[Document], budget: Budget, *, pieces: int = 4096, seed: int = 0) -> Ledger:
+    """Split `documents`, encode them and measure the base. Raises ValueError where there are too few for any interval.
+
+    `pieces` is how many pieces will be probed at most.
+    """
+    encoded, kept = [], []
+    for document in documents:
+        ids, scored = encode_chat(document.messages, tokenizer) if document.messages is not None else _plain(document, tokenizer)
+        if any(scored[1:]):
+            encoded.append((ids, scored))
+            kept.append(document)
+    sides = split([content(document) for document in kept], [document.source for document in kept])
+    if min(map(len, sides)) < FEW_DOCUMENTS:
+        raise ValueError(f"the general text is too short for a budget: {len(kept)} documents with something to predict, expected at least {2 * FEW_DOCUMENTS} "
+                         "different ones, since half of them are kept for the check; give more (a blank line ends a document of a .txt file)")  # fmt: skip
+    window = min(2048, context_length(model))
+    control, check = (measured(model, [encoded[i] for i in side], [kept[i].source for i in side], window) for side in sides)
+    cut = [(ids[i : i + PIECE], scored[i : i + PIECE]) for ids, scored in control.encoded for i in range(0, len(ids), PIECE)]
+    cut = [piece for piece in cut if any(piece[1][1:])]
+    random.Random(seed).shuffle(cut)
+    return Ledger(budget, control, check, measured(model, cut[:pieces], [""] * len(cut[:pieces]), min(PIECE, window)))
+
+
+def content(document: Document) -> str:
+    """The text of a document, or all of its turns."""
+    return document.text if document.text is not None else json.dumps(document.messages, ensure_ascii=False)
+
+
+def _plain(document: Document, tokenizer: Any) -> Encoded:
+    ids = list(tokenizer(document.text, verbose=False)["input_ids"])
+    return ids, [True] * len(ids)

@@ -1,0 +1,183 @@
+"""tune --budget end to end on a tiny model: verdicts and exit codes, what is written, resuming, refusals."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from holdfast import keeper, training
+from holdfast.budget import parse
+from holdfast.cli import main
+from holdfast.finish import keep_budget
+from holdfast.ledger import open_ledger
+from holdfast.probe import plan
+from holdfast.texts import load_documents
+from holdfast.update import Update
+from holdfast.weights import add_adapter
+
+WORDS = "the cat sat on mat and dog then too yes no one two three".split()  # noqa: SIM905
+
+
+@pytest.fixture
+def general(tmp_path):
+    """240 documents of random words, in two sources."""
+    rng = random.Random(0)
+    path = tmp_path / "wide.jsonl"
+    path.write_text("\n".join(json.dumps({"text": " ".join(rng.choices(WORDS, k=rng.randint(8, 20)))}) for _ in range(240)))
+    return path
+
+
+@pytest.fixture
+def domain(tmp_path):
+    """Prompts with completions of few words."""
+    rng = random.Random(7)
+    path = tmp_path / "domain.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": f"Question {rng.choice('abcd')} ?", "completion": " a b a " + rng.choice("abcd")}) for _ in range(32)))
+    return path
+
+
+@pytest.fixture
+def words(model_folder, general, domain, tmp_path):
+    """The command line of a tuning run with a budget."""
+    return ["tune", model_folder, "--data", domain, "--general", general, "--rank", "2", "--batch-size", "16", "--accumulation", "1", "--max-steps", "20",
+            "--learning-rate", "5e-2", "--log-steps", "1", "--device", "cpu", "--save-steps", "5", "--out", tmp_path / "run"]  # fmt: skip
+
+
+def run(words, *more):
+    return main([str(word) for word in (*words, *more)])
+
+
+def factors(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def test_a_budget_is_met_and_the_result_loads_without_holdfast(words, tmp_path, capsys, caplog):
+    assert run(words, "--budget", "2%", "--learning-rate", "5e-3") == 0
+    report = json.loads((tmp_path / "run" / "run.json").read_text())["budget"]
+    assert report["verdict"] == "met" and report["check"]["high"] <= report["budget_nats"] and 0 < report["share"] <= 1
+    assert report["learning"]["nats"] > 0 and [point["share"] for point in report["curve"]] == sorted((p["share"] for p in report["curve"]), reverse=True)
+    assert "uniform importance" in caplog.text  # no importance file: said
+    printed = capsys.readouterr().out
+    assert "budget 2%" in printed and ": met" in printed and "with 5%" in printed and "nats for each nat of forgetting" in printed
+    logged = [entry for entry in json.loads((tmp_path / "run" / "run.json").read_text())["log"] if "loss" in entry]
+    assert all("budget/strength" in entry for entry in logged) and any("budget/rise" in entry for entry in logged)
+    final, whole = factors(tmp_path / "run" / "final"), factors(tmp_path / "run" / "unscaled")
+    for name, value in whole.items():
+        torch.testing.assert_close(final[name], value * report["share"] if "lora_B" in name else value)
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(words[1]), str(tmp_path / "run" / "final"))
+
+
+def test_a_budget_that_the_check_refutes_exits_with_3(words, tmp_path, capsys, monkeypatch):
+    """Control text that training makes easier, check text that it makes harder: the choice is made in good faith and the check says no."""
+    documents = [json.dumps({"text": f"Question {letter} ? a b a {letter}"}) for letter in "abcd" * 30] + [
+        json.dumps({"text": f"the cat {letter} sat on the dog then too {letter}"}) for letter in WORDS for _ in range(9)
+    ]
+    general = tmp_path / "two.jsonl"
+    general.write_text("\n".join(documents))
+    monkeypatch.setattr(
+        "holdfast.ledger.split", lambda texts, sources: ([i for i, t in enumerate(texts) if "Q" in t], [i for i, t in enumerate(texts) if "Q" not in t])
+    )
+    assert run(words, "--general", general, "--budget", "2%", "--max-steps", "40") == 3
+    report = json.loads((tmp_path / "run" / "run.json").read_text())["budget"]
+    assert report["verdict"] == "exceeded" and [check["verdict"] for check in report["checks"]] == ["exceeded", "exceeded"]
+    assert report["checks"][1]["share"] < report["checks"][0]["share"]  # one fallback
+    assert "EXCEEDED" in capsys.readouterr().out
+
+
+def test_resuming_equals_an_uninterrupted_run(words, tmp_path, monkeypatch):
+    assert run(words, "--budget", "2%", "--out", tmp_path / "whole") == 0
+    original = training.StopOnNonFinite.on_pre_optimizer_step
+
+    def interrupted(self, args, state, control, **kwargs):
+        if state.global_step == 12:
+            raise KeyboardInterrupt
+        original(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(training.StopOnNonFinite, "on_pre_optimizer_step", interrupted)
+    assert run(words, "--budget", "2%", "--out", tmp_path / "parted") == 130
+    monkeypatch.setattr(training.StopOnNonFinite, "on_pre_optimizer_step", original)
+    assert run(words, "--budget", "1%", "--out", tmp_path / "parted", "--resume") == 2  # another budget is another run
+    assert run(words, "--budget", "2%", "--out", tmp_path / "parted", "--resume") == 0
+    whole, parted = (json.loads((tmp_path / name / "run.json").read_text())["budget"] for name in ("whole", "parted"))
+    assert whole["trajectory"] == parted["trajectory"] and len(whole["trajectory"]) >= 1 and whole["checks"] == parted["checks"]
+    for name in ("final", "unscaled"):
+        a, b = factors(tmp_path / "whole" / name), factors(tmp_path / "parted" / name)
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    (tmp_path / "parted" / "run.json").unlink()  # interrupted in the finish, after the last step
+    assert run(words, "--budget", "2%", "--out", tmp_path / "parted", "--resume") == 0
+    assert json.loads((tmp_path / "parted" / "run.json").read_text())["budget"]["trajectory"] == whole["trajectory"]
+
+
+def test_full_fine_tuning_keeps_a_budget(words, tmp_path):
+    assert run(words, "--budget", "2%", "--full", "--learning-rate", "1e-3") == 0
+    report = json.loads((tmp_path / "run" / "run.json").read_text())["budget"]
+    base, whole, final = (load_file(f / "model.safetensors") for f in (words[1], tmp_path / "run" / "unscaled", tmp_path / "run" / "final"))
+    name = "model.layers.0.self_attn.q_proj.weight"
+    torch.testing.assert_close(final[name] - base[name], report["share"] * (whole[name] - base[name]), atol=1e-7, rtol=1e-3)
+
+
+def test_wrong_budgets_and_texts_are_refused_before_training(words, domain, general, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(training, "_train", lambda *a: pytest.fail("trained"))
+
+    def fails(code, message, *more):
+        capsys.readouterr()
+        assert run(words, *more) == code
+        error = capsys.readouterr().err
+        assert message in error and "Traceback" not in error, error
+
+    fails(2, "--budget expects a rise of perplexity like 1%", "--budget", "1")
+    fails(2, "--budget must be above 0", "--budget", "0%")
+    fails(2, "give --general TEXT", "--budget", "1%", "--general", "self")
+    short = tmp_path / "short.jsonl"
+    short.write_text("\n".join(general.read_text().split("\n")[:12]))
+    fails(1, "too short for a budget: 12 documents", "--budget", "1%", "--general", short)
+    short.write_text("")
+    fails(1, "is empty", "--budget", "1%", "--general", short)
+    short.write_text("\n".join(general.read_text().split("\n")[:24]))
+    fails(1, "too short to show a budget of 0.0001%", "--budget", "0.0001%", "--general", short)
+    assert not (tmp_path / "run" / "final").exists()
+
+
+def test_general_text_that_is_trained_on_is_warned_of(words, general, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(keeper.Keeper, "bind", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert run(words, "--data", general, "--budget", "2%") == 130
+    assert "240 of 240 documents are in it word for word" in caplog.text
+
+
+def test_the_probe_stays_within_its_share_of_tokens():
+    for per_step in (10, 64, 1024, 50_000):
+        for piece in (8, 60, 128):
+            every, count = plan(per_step, piece)
+            assert every >= 5 and 1 <= count <= 64
+            assert count * piece <= 0.0801 * per_step * every
+            assert count >= 4 or per_step * 0.08 * every >= piece
+
+
+def test_the_ledger_measures_what_changed_and_leaves_no_trace(tiny, tokenizer, general):
+    model = tiny()
+    ledger = open_ledger(model, tokenizer, load_documents(str(general)), parse("2%"))
+    assert len(ledger.control) == len(ledger.check) == 120
+    torch.manual_seed(0)
+    model = add_adapter(model, names="all-linear", rank=2, alpha=4.0)
+    update = Update(model)
+    assert ledger.control.rise(model, error=0.05).nats == pytest.approx(0, abs=1e-7)
+    spread = ledger.spread(model, update, error=0.05)
+    assert 0.3 * ledger.budget.nats < spread.nats < 3 * ledger.budget.nats and spread.standard_error > 0
+    assert all(not weight.update().any() for weight in update.weights)
+
+
+def test_the_scan_finds_the_budget_where_the_loss_is_not_monotone(tiny, tokenizer, general, monkeypatch):
+    """A rise that is within the budget up to 0.2, above it, and within it again from 0.6 to 0.75 of the update."""
+    ledger = open_ledger(tiny(), tokenizer, load_documents(str(general)), parse("0.01nats"))
+    share, noise = [1.0], {id(p): np.random.default_rng(i).normal(0, 1e-4, len(p)) for i, p in enumerate((ledger.control, ledger.check))}
+    rise = lambda x: 0.002 if 0.6 <= x <= 0.75 else 0.2 * x * x
+    monkeypatch.setattr("holdfast.ledger.Part.losses", lambda part, model: part.nats + part.tokens * (rise(share[0]) + noise[id(part)]))
+    report = keep_budget(ledger, tiny(), {"scale": lambda x: share.__setitem__(0, x)}, None)
+    assert report["verdict"] == "met" and 0.7 <= report["share"] <= 0.75 and share[0] == report["share"]
+    assert report["others"]["5%"]["share"] == report["share"] and report["check"]["nats"] == pytest.approx(0.002, abs=1e-4)
