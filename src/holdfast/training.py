@@ -4,7 +4,6 @@ The story: load, refuse what cannot work, measure the bare base, add an adapter,
 
     DIR/final/          the adapter (or model with --full), with the tokenizer; loads without holdfast
     DIR/unscaled/       with --budget: the same as trained, before it was made to fit
-    DIR/unscaled/       with --budget: the same before it was made to fit the budget
     DIR/checkpoints/    the trainer's, for --resume
     DIR/config.yaml     the resolved options
     DIR/run.json        configuration, environment, data, before, after, forgetting, learning, log
@@ -64,9 +63,6 @@ def tune(options: TuneOptions) -> dict[str, Any]:
     if options.threads:
         torch.set_num_threads(options.threads)
     tokenizer, model = load_tokenizer(options), load_model(options)
-    if options.budget and importance is None:
-        logger.warning("no --importance file: the budget is kept with uniform importance, which holds all weights alike")
-        importance = uniform(model, options.targets)
     if options.budget and importance is None:
         logger.warning("no --importance file: the budget is kept with uniform importance, which holds all weights alike")
         importance = uniform(model, options.targets)
