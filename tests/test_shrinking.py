@@ -91,7 +91,7 @@ def test_a_budget_is_met_beside_plain_scaling_and_plain_peft_loads_the_result(wo
     assert {point["way"] for point in report["curve"]} == set(report["each"]) == {"shrink", "scale"}
     assert saved["learning"]["nats"] > 0 and saved["forgetting"]["nats"] < report["budget_nats"]
     printed = capsys.readouterr().out
-    assert "shrink keeps 1% on the control part" in printed and "scale keeps 1% on the control part" in printed and "budget 1%" in printed
+    assert "budget 1%" in printed and "shrunk along importance at mu" in printed and "each way within this budget" in printed and "; scale: scaled by" in printed
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -203,3 +203,29 @@ def test_a_folder_that_is_no_adapter_and_one_that_is_full_are_refused(words, mod
     (tmp_path / "out" / "theirs.txt").write_text("keep me")
     assert run(words, "--mu", "1") == 1
     assert "is not empty" in capsys.readouterr().err
+
+
+def test_tune_with_a_budget_keeps_the_way_that_learns_more(model_folder, importance, words, tmp_path, capsys):
+    more = ["tune", model_folder, "--data", tmp_path / "domain.jsonl", "--general", tmp_path / "wide.jsonl", "--importance", importance, "--budget", "1%"]
+    size = [
+        "--rank",
+        "2",
+        "--batch-size",
+        "4",
+        "--accumulation",
+        "1",
+        "--epochs",
+        "20",
+        "--learning-rate",
+        "3e-2",
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "run",
+    ]
+    assert run(more, *size) == 0
+    report = json.loads((tmp_path / "run" / "run.json").read_text())["budget"]
+    assert {point["way"] for point in report["curve"]} == {"shrink", "scale"} == set(report["each"])
+    assert report["learning"]["nats"] == max(point["learning"] for point in report["each"].values())
+    assert report["way"] == max(report["each"], key=lambda way: report["each"][way]["learning"])
+    assert "each way within this budget" in capsys.readouterr().out

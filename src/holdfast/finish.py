@@ -185,8 +185,8 @@ def _bought(points: Sequence[Point], limit: float) -> dict[str, Any]:
     }
 
 
-def sentences(report: dict[str, Any], *, what: str = "scaled by") -> list[str]:
-    """The report in plain English; `what` says how the update was made smaller."""
+def sentences(report: dict[str, Any]) -> list[str]:
+    """The report in plain English."""
     check, limit = report["check"], report["budget_nats"]
     sign = {"met": "met", "not shown": "NOT SHOWN", "exceeded": "EXCEEDED"}[report["verdict"]]
     lines = [
@@ -202,19 +202,32 @@ def sentences(report: dict[str, Any], *, what: str = "scaled by") -> list[str]:
         lines.append("  the check part forgets more than the control part does, also after a fallback: is the general text of one kind? Use a smaller budget")
     if report["share"] == 0:
         lines.append("  no part of the update keeps this budget: the result is the base model. Give a larger budget or more general text")
+    elif report["share"] == 1:
+        lines.append("  all of the update is kept: the budget was not used up")
     else:
-        lines.append(f"  the update was {what} {report['share']:.3g}" + ("" if report["share"] < 1 else ": all of it is kept, the budget was not used up"))
+        lines.append(f"  the update was {_how(report)}")
     if report["learning"] is not None:
         per = f", {report['learning_per_nat']:.3g} nats for each nat of forgetting" if report["learning_per_nat"] is not None else ""
         lines.append(f"  learning {report['learning']['nats']:.4f} nats per token on {report['learning_on']}{per}")
+    if len(report["each"]) > 1:
+        lines.append("  each way within this budget, on the control part: " + "; ".join(_described(f"{way}:", point) for way, point in report["each"].items()))
     return [*lines, *_otherwise(report)]
+
+
+def _how(point: dict[str, Any]) -> str:
+    """How far an update was made smaller."""
+    if point["share"] == 1:
+        return "all of it"
+    return f"scaled by {point['share']:.3g}" if point["mu"] is None else f"shrunk along importance at mu {point['mu']:.3g}"
+
+
+def _described(name: str, point: dict[str, Any]) -> str:
+    """What one way, or one budget, buys."""
+    learning = "" if point["learning"] is None else f", learning {point['learning']:.4f}"
+    return f"{name} {_how(point)}{learning}" if point["share"] else f"{name} nothing"
 
 
 def _otherwise(report: dict[str, Any]) -> list[str]:
     """What other budgets would buy."""
-    parts = []
-    for name, other in report["others"].items():
-        learning = "" if other["learning"] is None else f", learning {other['learning']:.4f}"
-        if name != report["budget"]:
-            parts.append(f"with {name} share {other['share']:.3g}{learning}" if other["share"] else f"with {name} nothing")
+    parts = [_described(f"with {name}", other) for name, other in report["others"].items() if name != report["budget"]]
     return ["  you would get: " + "; ".join(parts)] if parts else []

@@ -109,9 +109,6 @@ def curves(report: dict[str, Any]) -> list[str]:
         mu, learning = point["mu"], point["learning"]
         lines.append(f"{point['way']:<8}{point['share']:>8.3f}{'-' if mu is None else f'{mu:.3g}':>10}{percent(point['rise']['nats']):>+18.2f} %"
                      f"{'-' if learning is None else f'{learning:.4f}':>18}")  # fmt: skip
-    for way, point in report["each"].items():
-        learning = "" if point["learning"] is None else f", learning {point['learning']:.4f}"
-        lines.append(f"{way} keeps {report['budget']} on the control part at share {point['share']:.3f}{learning}")
     return lines
 
 
