@@ -91,7 +91,8 @@ def test_a_budget_is_met_beside_plain_scaling_and_plain_peft_loads_the_result(wo
     assert {point["way"] for point in report["curve"]} == set(report["each"]) == {"shrink", "scale"}
     assert saved["learning"]["nats"] > 0 and saved["forgetting"]["nats"] < report["budget_nats"]
     printed = capsys.readouterr().out
-    assert "budget 1%" in printed and "shrunk along importance at mu" in printed and "each way within this budget" in printed and "; scale: scaled by" in printed
+    assert "budget 1%" in printed and ": met" in printed
+    assert "shrunk along importance at mu" in printed and "each way within this budget" in printed and "; scale: scaled by" in printed
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
