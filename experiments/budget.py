@@ -1,0 +1,221 @@
+"""Promised against checked: budgets of 0.5, 1, 2 and 5 % on the lab model, ours against scaling, fixed strengths and small learning rates.
+
+    python experiments/budget.py ../shared out/budget out/frontier/default.safetensors --domain sciq    # finished results are not made again
+    python experiments/budget.py ../shared out/budget out/frontier/default.safetensors --table          # what is there so far, as markdown
+
+Protocol: 60 steps of 8 sequences of at most 128 tokens, LoRA of rank 8 on all linear layers, rate 4e-3, seeds 1, 2, 3; domain data as in frontier.py.
+Every method is finished by the same code on the same documents (`finish.keep_budget`): scaled to the most learning that the control part allows, then
+checked. `ours` is `tune --budget`, trained anew for each budget; the others are trained once a seed and finished for each budget:
+`plain`; `strength-3`, -10, -30, the default recipe at fixed strengths; `rate-0.001`, `rate-0.0003`, plain with a small learning rate.
+General text is the first 600 characters of 277 held-out documents of six sources, half of them for the check, so that a run costs one to two minutes
+on one core. A budget that it cannot show is refused before training, and the refusal is the result. Learning is measured on the rows that the finish
+chooses a scale by, for all methods alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import statistics
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from frontier import prepare
+
+from holdfast.budget import parse, percent
+from holdfast.config import TUNE_PRESETS, ModelOptions, TuneOptions, resolve
+from holdfast.ledger import Part
+from holdfast.runs import environment, read_json, write_json
+
+BUDGETS = ("5%", "2%", "1%", "0.5%")
+SEEDS = (1, 2, 3)
+STEPS = dict(max_steps=60, batch_size=8, accumulation=1, length=128, learning_rate=4e-3, dtype="float32", log_steps=10, save_steps=1000, overwrite=True,
+             threads=1)  # fmt: skip
+CHARACTERS = 600
+ROWS = {"sciq": 250, "medmcqa": 100}  # of the test file: about 12,000 tokens
+METHODS: dict[str, dict[str, Any]] = {  # what differs from plain; None: the importance file
+    "plain": {},
+    "strength-3": dict(importance=None, strength=3.0),
+    "strength-10": dict(importance=None, strength=10.0),
+    "strength-30": dict(importance=None, strength=30.0),
+    "rate-0.001": dict(learning_rate=1e-3),
+    "rate-0.0003": dict(learning_rate=3e-4),
+}
+KEPT = ("verdict", "reason", "budget_nats", "share", "promised", "control", "check", "checks", "learning", "documents_to_decide", "others", "trajectory",
+        "probe")  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shared", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("importance", type=Path)
+    parser.add_argument("--domain", choices=tuple(ROWS), default="sciq")
+    parser.add_argument("--steps", type=int, default=STEPS["max_steps"], help="for a smoke test")
+    parser.add_argument("--seeds", type=int, nargs="*", default=SEEDS)
+    parser.add_argument("--table", action="store_true")
+    given = parser.parse_args()
+    if given.table:
+        print(table(given.out))
+        return
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    lab = Lab(given.shared, given.out, given.importance, given.domain, given.steps)
+    for seed in given.seeds:
+        lab.finished("plain", seed)
+        for budget in BUDGETS:
+            lab.ours(budget, seed)
+        for method in METHODS:
+            lab.finished(method, seed)
+
+
+class Lab:
+    """The runs of one domain."""
+
+    def __init__(self, shared: Path, out: Path, importance: Path, domain: str, steps: int):
+        self.model, self.out, self.importance, self.domain, self.steps = str(shared / "models/lab-english-5m"), out, importance, domain, steps
+        self.data = prepare(shared / "data", out / "data")
+        rows = [json.loads(line) for line in (shared / "data/general/test.jsonl").read_text().splitlines()]
+        self.general = few(out / "data" / "general.jsonl", [{**row, "text": row["text"][:CHARACTERS]} for row in rows])
+        name = self.data[f"{domain}_test"]
+        task, path = name.split("=") if "=" in name else ("", name)
+        held = few(out / "data" / f"{domain}_held.jsonl", [json.loads(line) for line in Path(path).read_text().splitlines()][: ROWS[domain]])
+        self.held = f"{task}={held}" if task else held
+
+    def place(self, method: str, budget: str, seed: int) -> Path:
+        return self.out / "results" / f"{self.domain}-{method}-{budget.rstrip('%')}-{seed}.json"
+
+    def train(self, seed: int, **differs: Any) -> dict[str, Any]:
+        from holdfast.training import tune
+
+        given = {**STEPS, "max_steps": self.steps, "model": self.model, "data": self.data[f"{self.domain}_train"], "seed": seed, **differs}
+        if "importance" in given:
+            given["importance"] = str(self.importance)
+        return tune(resolve(TuneOptions, {**given, "out": str(self.out / "last" / self.domain)}, TUNE_PRESETS))
+
+    def ours(self, budget: str, seed: int) -> None:
+        """`tune --budget`, from the start to the verdict."""
+        if self.place("ours", budget, seed).exists():
+            return
+        started = time.perf_counter()
+        try:
+            run = self.train(seed, importance=None, budget=budget, general=self.general, eval_data=self.held)
+        except ValueError as error:
+            if "too short to show" not in str(error):
+                raise
+            self.write("ours", budget, seed, {"verdict": "refused", "reason": str(error)}, time.perf_counter() - started, None)
+            return
+        self.write("ours", budget, seed, run["budget"], time.perf_counter() - started, run["train_seconds"])
+
+    def finished(self, method: str, seed: int) -> None:
+        """One training run without a budget, finished for each of them."""
+        from holdfast.finish import keep_budget
+
+        wanted = [budget for budget in BUDGETS if not self.place(method, budget, seed).exists()]
+        if not wanted:
+            return
+        train_seconds = self.train(seed, **METHODS[method])["train_seconds"]
+        started = time.perf_counter()
+        model, ledger, learning, update = self.reload()
+        share = [1.0]
+
+        def apply(factor: float) -> None:
+            share[0] = factor
+            update.scale(factor)
+
+        remembered = lambda part: Remembered(**{f.name: getattr(part, f.name) for f in dataclasses.fields(part)}, share=share)
+        ledger = dataclasses.replace(ledger, control=remembered(ledger.control), check=remembered(ledger.check))
+        learning = dataclasses.replace(learning, part=remembered(learning.part))
+        for budget in wanted:
+            report = keep_budget(dataclasses.replace(ledger, budget=parse(budget)), model, apply, learning)
+            self.write(method, budget, seed, report, time.perf_counter() - started, train_seconds)
+
+    def reload(self) -> Any:
+        """The base model measured, then the last run's adapter on it."""
+        from peft import PeftModel
+
+        from holdfast.keeper import domain
+        from holdfast.ledger import open_ledger
+        from holdfast.models import load_model, load_tokenizer
+        from holdfast.tasks import encode_rows, load_training_data
+        from holdfast.texts import load_documents
+        from holdfast.update import Update
+
+        options = ModelOptions(model=self.model, dtype="float32")
+        model, tokenizer = load_model(options), load_tokenizer(options)
+        ledger = open_ledger(model, tokenizer, load_documents(self.general), parse("1%"), pieces=1)
+        learning = domain(model, encode_rows(load_training_data(self.held, split="test"), tokenizer), self.held)
+        model = PeftModel.from_pretrained(model, str(self.out / "last" / self.domain / "final"), is_trainable=True).eval()
+        return model, ledger, learning, Update(model)
+
+    def write(self, method: str, budget: str, seed: int, report: dict[str, Any], seconds: float, train_seconds: float | None) -> None:
+        result = {"domain": self.domain, "method": method, "budget": budget, "seed": seed, "steps": self.steps, "seconds": seconds,
+                  "train_seconds": train_seconds, **{key: report[key] for key in KEPT if key in report}}  # fmt: skip
+        write_json(self.place(method, budget, seed), {**result, "environment": environment("cpu")})
+
+
+@dataclasses.dataclass(frozen=True)
+class Remembered(Part):
+    """A part that measures each share of the update once, since four budgets scan the same shares."""
+
+    share: list[float] = dataclasses.field(default_factory=list)  # of the update that the model carries now
+    known: dict[float, Any] = dataclasses.field(default_factory=dict)
+
+    def losses(self, model: Any) -> Any:
+        if self.share[0] not in self.known:
+            self.known[self.share[0]] = super().losses(model)
+        return self.known[self.share[0]]
+
+
+def few(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def table(out: Path) -> str:
+    """Promised against checked, and learning, for each method and budget; refusals as such."""
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for path in sorted((out / "results").glob("*.json")):
+        result = read_json(path)
+        groups.setdefault((result["domain"], result["budget"], result["method"]), []).append(result)
+    lines = ["| domain | budget | method | met / not shown / exceeded | promised at most | checked rise | its upper end | learning | share | seeds |",
+             "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    order = ["ours", *METHODS]
+    for (domain, budget, method), runs in sorted(groups.items(), key=lambda item: (item[0][0], -float(item[0][1][:-1]), order.index(item[0][2]))):
+        done = [run for run in runs if run["verdict"] != "refused"]
+        if not done:
+            lines.append(f"| {domain} | {budget} | {method} | refused: the text cannot show it | | | | | | {len(runs)} |")
+            continue
+        count = Counter(run["verdict"] for run in done)
+        rises = [f"{percent(value):.2f} %" for value in (mean(run["promised"] for run in done), mean(run["check"]["nats"] for run in done),
+                                                          mean(run["check"]["high"] for run in done))]  # fmt: skip
+        learned = [run["learning"]["nats"] if run["learning"] else 0.0 for run in done]
+        shares = ", ".join(f"{run['share']:.2f}" for run in done)
+        lines.append(f"| {domain} | {budget} | {method} | {count['met']} / {count['not shown']} / {count['exceeded']} | {' | '.join(rises)} | "
+                     f"{mean(learned):.3f}{spread(learned)} | {shares} | {len(done)} |")  # fmt: skip
+    return "\n".join([*lines, "", *costs(groups)])
+
+
+def costs(groups: dict[tuple[str, str, str], list[dict[str, Any]]]) -> list[str]:
+    """What probing took, over all runs of ours."""
+    probes = [run["probe"] for runs in groups.values() for run in runs if run.get("probe")]
+    if not probes:
+        return []
+    each = [100 * probe["seconds"] / probe["train_seconds"] for probe in probes if probe["train_seconds"]]
+    return [f"Probing took {min(each):.1f} to {max(each):.1f} % of the training time ({len(each)} runs, every {probes[0]['every']} steps, "
+            f"{probes[0]['pieces']} pieces)."]  # fmt: skip
+
+
+def mean(values: Any) -> float:
+    return statistics.mean(values)
+
+
+def spread(values: list[float]) -> str:
+    return f" ± {statistics.stdev(values) / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
+
+
+if __name__ == "__main__":
+    main()
