@@ -45,8 +45,8 @@ METHODS: dict[str, dict[str, Any]] = {  # what differs from plain; None: the imp
     "rate-0.001": dict(learning_rate=1e-3),
     "rate-0.0003": dict(learning_rate=3e-4),
 }
-KEPT = ("verdict", "reason", "budget_nats", "way", "share", "mu", "each", "promised", "control", "check", "checks", "learning", "documents_to_decide", "others", "trajectory",
-        "probe")  # fmt: skip
+KEPT = ("verdict", "reason", "budget_nats", "way", "share", "mu", "each", "promised", "control", "check", "checks", "learning", "documents_to_decide", "others",
+        "trajectory", "probe")  # fmt: skip
 
 
 def main() -> None:
