@@ -45,8 +45,8 @@ METHODS: dict[str, dict[str, Any]] = {  # what differs from plain; None: the imp
     "rate-0.001": dict(learning_rate=1e-3),
     "rate-0.0003": dict(learning_rate=3e-4),
 }
-KEPT = ("verdict", "reason", "budget_nats", "share", "promised", "control", "check", "checks", "learning", "documents_to_decide", "others", "trajectory",
-        "probe")  # fmt: skip
+KEPT = ("verdict", "reason", "budget_nats", "way", "share", "mu", "each", "promised", "control", "check", "checks", "learning", "documents_to_decide", "others",
+        "trajectory", "probe")  # fmt: skip
 
 
 def main() -> None:
@@ -130,7 +130,7 @@ class Lab:
         ledger = dataclasses.replace(ledger, control=remembered(ledger.control), check=remembered(ledger.check))
         learning = dataclasses.replace(learning, part=remembered(learning.part))
         for budget in wanted:
-            report = keep_budget(dataclasses.replace(ledger, budget=parse(budget)), model, apply, learning)
+            report = keep_budget(dataclasses.replace(ledger, budget=parse(budget)), model, {"scale": apply}, learning)
             self.write(method, budget, seed, report, time.perf_counter() - started, train_seconds)
 
     def reload(self) -> Any:

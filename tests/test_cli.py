@@ -7,7 +7,19 @@ import sys
 import pytest
 
 from holdfast.cli import VERBS, main
-from holdfast.config import ABOVE_ZERO, AT_LEAST, RECORD_PRESETS, TUNE_PRESETS, EvalOptions, OptionError, RecordOptions, TuneOptions, read_yaml, resolve
+from holdfast.config import (
+    ABOVE_ZERO,
+    AT_LEAST,
+    RECORD_PRESETS,
+    TUNE_PRESETS,
+    EvalOptions,
+    OptionError,
+    RecordOptions,
+    ShrinkOptions,
+    TuneOptions,
+    read_yaml,
+    resolve,
+)
 
 
 @pytest.mark.parametrize("verb", ["", *sorted(VERBS)])
@@ -82,7 +94,7 @@ def test_broken_yaml_is_an_option_error(tmp_path, text):
 
 
 def test_limits_are_those_of_real_options():
-    names = {f.name for kind in (RecordOptions, TuneOptions, EvalOptions) for f in dataclasses.fields(kind)}
+    names = {f.name for kind in (RecordOptions, TuneOptions, EvalOptions, ShrinkOptions) for f in dataclasses.fields(kind)}
     assert {*AT_LEAST, *ABOVE_ZERO} <= names
     for presets, kind in ((RECORD_PRESETS, RecordOptions), (TUNE_PRESETS, TuneOptions)):
         for preset in presets:

@@ -180,7 +180,7 @@ def test_the_scan_finds_the_budget_where_the_loss_is_not_monotone(tiny, tokenize
     share, noise = [1.0], {id(p): np.random.default_rng(i).normal(0, 1e-4, len(p)) for i, p in enumerate((ledger.control, ledger.check))}
     rise = lambda x: 0.002 if 0.6 <= x <= 0.75 else 0.2 * x * x
     monkeypatch.setattr("holdfast.ledger.Part.losses", lambda part, model: part.nats + part.tokens * (rise(share[0]) + noise[id(part)]))
-    report = keep_budget(ledger, tiny(), lambda x: share.__setitem__(0, x), None)
+    report = keep_budget(ledger, tiny(), {"scale": lambda x: share.__setitem__(0, x)}, None)
     assert report["verdict"] == "met" and 0.7 <= report["share"] <= 0.75 and share[0] == report["share"]
     assert report["others"]["5%"]["share"] == report["share"] and report["check"]["nats"] == pytest.approx(0.002, abs=1e-4)
 

@@ -24,6 +24,7 @@ from holdfast.config import (  # fmt: skip
     EvalOptions,
     OptionError,
     RecordOptions,
+    ShrinkOptions,
     TuneOptions,
     nearest,
     read_yaml,
@@ -38,19 +39,24 @@ VERBS: dict[str, tuple[str, str]] = {
     "tune": ("fine-tune on domain data while holding it", "holdfast tune MODEL --data domain.jsonl --importance model.importance.safetensors --out run"),
     "eval": ("measure what was learned and what was lost", "holdfast eval MODEL --adapter run/final --general held-out.jsonl --tasks sciq"),
     "compare": ("run every method of an experiment and put them on one frontier", "holdfast compare experiment.yaml --out comparison"),
+    "shrink": (
+        "make a finished adapter keep a forgetting budget",
+        "holdfast shrink ADAPTER --importance model.importance.safetensors --budget 1% --general held-out.jsonl --out shrunk",
+    ),
     "convert": ("bring an importance file into another form", "holdfast convert full.safetensors --tier kronecker:16 --out small.safetensors"),
     "inspect": ("show what is in an importance file", "holdfast inspect model.importance.safetensors"),
     "merge": ("merge an adapter into its base model", "holdfast merge run/final --out merged"),
     "demo": ("run the whole method on the embedded model and world, in minutes", "holdfast demo --seeds 3"),
 }
-POSITIONAL = {"inspect": "FILE", "convert": "FILE", "merge": "ADAPTER", "demo": "", "compare": "EXPERIMENT.yaml"}
-NEEDED = {"record": ("model", "general", "out"), "tune": ("model", "data", "out"), "eval": ("model",), "demo": ("out",),
+POSITIONAL = {"inspect": "FILE", "convert": "FILE", "merge": "ADAPTER", "shrink": "ADAPTER", "demo": "", "compare": "EXPERIMENT.yaml"}
+NEEDED = {"record": ("model", "general", "out"), "tune": ("model", "data", "out"), "eval": ("model",), "shrink": ("adapter", "out"), "demo": ("out",),
           "compare": ("experiment", "out")}  # fmt: skip
 OPTIONS: dict[str, tuple[Any, dict[str, dict[str, Any]] | None]] = {
     "record": (RecordOptions, RECORD_PRESETS),
     "tune": (TuneOptions, TUNE_PRESETS),
     "eval": (EvalOptions, None),
     "compare": (CompareOptions, None),
+    "shrink": (ShrinkOptions, None),
     "demo": (DemoOptions, None),
 }
 
@@ -136,7 +142,7 @@ def _action(verb: str, given: dict[str, Any]) -> Callable[[], Any]:
     needed = [name for name in NEEDED[verb] if name != "general" or getattr(options, "estimator", "") != "uniform"]
     missing = [name for name in needed if not getattr(options, name)]
     if missing:
-        names = [POSITIONAL.get(verb, "MODEL") if name in ("model", "experiment") else "--" + name for name in missing]
+        names = [POSITIONAL.get(verb, "MODEL") if name in ("model", "adapter", "experiment") else "--" + name for name in missing]
         raise OptionError(f"missing {', '.join(names)}; for example: {VERBS[verb][1]}")
     if verb == "eval" and not (options.general or options.data or options.tasks):
         raise OptionError("nothing to measure: give --general TEXT, --data DATA or --tasks NAMES")
@@ -152,6 +158,10 @@ def _action(verb: str, given: dict[str, Any]) -> Callable[[], Any]:
         from holdfast.campaign import compare
 
         return lambda: compare(options)
+    if verb == "shrink":
+        from holdfast.shrinking import shrink
+
+        return lambda: shrink(options)
     if verb == "demo":
         if options.seeds < 1:
             raise OptionError(f"--seeds expects a whole number above 0, found {options.seeds}")

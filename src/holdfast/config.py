@@ -49,7 +49,7 @@ REPORTERS = ("none", "tensorboard", "wandb", "trackio", "mlflow", "swanlab")
 AT_LEAST = {"rank": 1, "batch_size": 1, "accumulation": 1, "save_steps": 1, "log_steps": 1, "limit": 1, "documents": 1, "self_documents": 1, "threads": 1,
             "length": 2, "stride": 1, "batch_tokens": 1, "shots": 0, "eval_steps": 0, "strength": 0, "cov_rank": 0, "groups": 1, "dropout": 0,
             "warmup": 0, "weight_decay": 0, "max_grad_norm": 0, "seed": 0, "replay_documents": 1, "replay_share": 0, "kl_weight": 0,
-            "kl_sequences": 1, "general_steps": 0, "scale": 0, "max_forgetting": 0, "jobs": 1}  # fmt: skip
+            "kl_sequences": 1, "general_steps": 0, "scale": 0, "max_forgetting": 0, "jobs": 1, "mu": 0}  # fmt: skip
 ABOVE_ZERO = ("learning_rate", "epochs", "alpha", "xi")
 
 
@@ -269,6 +269,22 @@ class EvalOptions(TextOptions, ModelOptions):
     scale: float = option(1.0, "evaluate the adapter's update times this number")
     authors_perplexity: bool = option(False, "also print 2^nats, the figure that the paper's code calls perplexity")
     out: str | None = option(None, "folder for run.json", metavar="DIR")
+
+
+@dataclass(frozen=True)
+class ShrinkOptions(TextOptions, ModelOptions):
+    """Options of `holdfast shrink`: a finished adapter made to keep a forgetting budget."""
+
+    model: str = option("", "base model; default: the one that the adapter names", metavar="MODEL")
+    adapter: str = option("", "PEFT adapter (LoRA, rsLoRA), whoever trained it: a local folder", positional=True, metavar="ADAPTER")
+    importance: str | None = option(None, "importance file of `holdfast record` for the base model", metavar="FILE")
+    budget: str | None = option(None, "let perplexity on --general rise by at most this much: 1%, or 0.01nats")
+    data: str | None = option(None, "held-out domain data, on which learning is measured: a file, a Hub dataset, or a task (sciq=test.jsonl)", metavar="DATA")
+    data_split: str | None = option(None, "split of a Hub dataset given by --data; default: test, or the held-out split of a task")
+    method: str = option("shrink", "shrink along importance, or scale all of the update", choices=("shrink", "scale"))
+    mu: float | None = option(None, "shrink by 1 / (1 + mu importance), importance in units of what the update meets on average; instead of --budget")
+    limit: int | None = option(None, "use at most this many documents of --general and rows of --data")
+    out: str = option("", "folder to write, new or empty: final/ (the adapter), run.json", metavar="DIR")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The finish: from an update as trained to the largest one that keeps the budget, and the check that says so.
 
-    scan     the rise on the control part and the learning at many shares of the update (1: as trained, 0: the base); neither need be monotone
+    scan     the rise on the control part and the learning at many shares of the update (1: as trained, 0: the base), along each way; neither need be monotone
     choose   the most learning among shares whose planned bound keeps the budget: the value below which the check's upper end will be 19 times in 20
     check    the check part, measured at the chosen share only. Not met: one fallback to a smaller share, chosen on the control part, and a second check;
              each has half of the error probability
@@ -8,7 +8,7 @@
 `apply(share)` makes the model that share of the update: by scaling (`Update.scale`), or by shrinking along importance (shrink.py). Costs about 12
 evaluations of the control part and of the domain data, and one or two of the check part.
 
-    report = keep_budget(ledger, model, update.scale, learning)
+    report = keep_budget(ledger, model, ways_of(update, importance), learning)
     print("\\n".join(sentences(report)))
 """
 
@@ -16,19 +16,23 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from holdfast.budget import ERROR, Interval, documents_to_decide, percent, planned_bound, verdict
+from holdfast.importance.container import Importance
 from holdfast.ledger import Ledger, Part
+from holdfast.shrink import Basis, Form, prepared, refactored, typical
+from holdfast.update import Update
 
 logger = logging.getLogger("holdfast")
 SHARES = (1.0, 0.85, 0.7, 0.55, 0.4, 0.3, 0.2, 0.1, 0.05)
 REFINED = 4  # shares tried between the best one that keeps the budget and the next larger one
 EACH = ERROR / 2  # error probability of one check: the first, and the fallback's
+Ways = Mapping[str, Callable[[float], None]]  # name -> a function: share -> the model with that share of its update
 OTHERS = (0.5, 1.0, 2.0, 5.0)  # per cent: what other budgets would buy
 
 
@@ -49,6 +53,7 @@ class Learning:
 class Point:
     """One share of the update: its rise on the control part, what the check's upper end is expected to stay below, and its learning."""
 
+    way: str
     share: float
     rise: Interval
     bound: float
@@ -56,8 +61,14 @@ class Point:
 
     def numbers(self) -> dict[str, Any]:
         """For run.json."""
-        return {"share": self.share, "rise": self.rise.numbers(), "bound": self.bound, "learning": None if self.learning is None else self.learning.nats,
+        return {"way": self.way, "share": self.share, "mu": self.mu, "rise": self.rise.numbers(), "bound": self.bound,
+                "learning": None if self.learning is None else self.learning.nats,
                 "learning_standard_error": None if self.learning is None else self.learning.standard_error}  # fmt: skip
+
+    @property
+    def mu(self) -> float | None:
+        """Of a shrunk update."""
+        return mu_of(self.share) if self.way == "shrink" and self.share > 0 else None
 
     @property
     def gain(self) -> float:
@@ -65,14 +76,14 @@ class Point:
         return self.share if self.learning is None else self.learning.nats
 
 
-def scan(ledger: Ledger, model: nn.Module, apply: Callable[[float], None], learning: Learning | None) -> list[Point]:
-    """Points along the update, largest share first, more of them where the budget is crossed."""
+def scan(ledger: Ledger, model: nn.Module, way: str, apply: Callable[[float], None], learning: Learning | None) -> list[Point]:
+    """Points along one way, largest share first, more of them where the budget is crossed."""
     points: dict[float, Point] = {}
 
     def at(share: float) -> None:
         apply(share)
         rise = ledger.control.rise(model, error=EACH)
-        points[share] = Point(share, rise, planned_bound(rise, len(ledger.check), error=EACH), None if learning is None else learning.of(model))
+        points[share] = Point(way, share, rise, planned_bound(rise, len(ledger.check), error=EACH), None if learning is None else learning.of(model))
 
     for share in SHARES:
         at(share)
@@ -85,7 +96,35 @@ def scan(ledger: Ledger, model: nn.Module, apply: Callable[[float], None], learn
     return sorted(points.values(), key=lambda point: -point.share)
 
 
-NOTHING = Point(0.0, Interval(0.0, 0.0, 0.0, 0.0, EACH, "document", 0, 0.0, 0), 0.0, None)  # the base model
+NOTHING = Point("scale", 0.0, Interval(0.0, 0.0, 0.0, 0.0, EACH, "document", 0, 0.0, 0), 0.0, None)  # the base model
+
+
+def ways_of(update: Update, importance: Importance | None) -> Ways:
+    """The ways to make a LoRA update smaller: along importance where there is any, and by scaling."""
+    return {"shrink": shrinker(update, importance), "scale": update.scale} if importance is not None else {"scale": update.scale}
+
+
+def shrinker(update: Update, importance: Importance) -> Callable[[float], None]:
+    """A function: share -> the model with the kept update shrunk that far along importance. Covariances are decomposed once."""
+    made: dict[int, Basis] = {}
+    forms: dict[str, Form] = {}
+
+    def apply(share: float) -> None:
+        if share in (0.0, 1.0):
+            update.scale(share)
+            return
+        for weight, L, _ in update.kept():
+            if weight.name not in forms:
+                forms[weight.name] = prepared(importance[weight.name], L.device, made)
+        unit = typical([(forms[weight.name], L, R) for weight, L, R in update.kept()])
+        update.factors(lambda weight, L, R: refactored(forms[weight.name], L, R, mu_of(share) / unit))
+
+    return apply
+
+
+def mu_of(share: float) -> float:
+    """The mu of shrink.py at a share above 0: squared, because on the lab model the mildest that is of use is near 0.02 and that of a small budget near 100."""
+    return ((1 - share) / share) ** 2
 
 
 def choose(points: Sequence[Point], limit: float) -> Point:
@@ -94,26 +133,32 @@ def choose(points: Sequence[Point], limit: float) -> Point:
     return max(fitting, key=lambda point: point.gain, default=NOTHING)
 
 
-def keep_budget(ledger: Ledger, model: nn.Module, apply: Callable[[float], None], learning: Learning | None) -> dict[str, Any]:
-    """Scan, choose, check, fall back at most once. Leaves the model at the share that was checked last; returns what run.json holds under `budget`."""
+def keep_budget(ledger: Ledger, model: nn.Module, ways: Ways, learning: Learning | None, *, among: Sequence[str] | None = None) -> dict[str, Any]:
+    """Scan every way, choose among those named by `among` (default: all), check, fall back at most once along the chosen way.
+
+    Leaves the model at the share that was checked last; returns what run.json holds under `budget`.
+    """
     limit = ledger.budget.nats
-    points = scan(ledger, model, apply, learning)
+    scanned = {way: scan(ledger, model, way, apply, learning) for way, apply in ways.items()}
+    points = [point for way in among or ways for point in scanned[way]]
     chosen, checks = choose(points, limit), []
     for attempt in range(2):
-        apply(chosen.share)
+        ways[chosen.way](chosen.share)
         rise = ledger.check.rise(model, error=EACH)
-        checks.append({"share": chosen.share, "verdict": verdict(rise, limit), **rise.numbers()})
+        checks.append({"way": chosen.way, "share": chosen.share, "verdict": verdict(rise, limit), **rise.numbers()})
         if checks[-1]["verdict"] == "met" or attempt:
             break
         logger.warning("the check part does not show the budget at share %.3f (%s): one fallback to a smaller share", chosen.share, checks[-1]["verdict"])
-        smaller = [point for point in points if point.share < chosen.share]
+        smaller = [point for point in scanned[chosen.way] if point.share < chosen.share]
         chosen = choose(smaller, 0.9 * limit * limit / rise.high)  # as much smaller as the check missed by, and a tenth
     gained = chosen.learning
     return {
         "budget": ledger.budget.text,
         "budget_nats": limit,
         "verdict": checks[-1]["verdict"],
+        "way": chosen.way,
         "share": chosen.share,
+        "mu": chosen.mu,
         "promised": chosen.bound,
         "control": chosen.rise.numbers(),
         "check": checks[-1],
@@ -123,19 +168,25 @@ def keep_budget(ledger: Ledger, model: nn.Module, apply: Callable[[float], None]
         "learning": None if gained is None else {"nats": gained.nats, "standard_error": gained.standard_error},
         "learning_on": None if learning is None else learning.name,
         "learning_per_nat": gained.nats / rise.nats if gained is not None and rise.nats > 0 else None,
-        "curve": [point.numbers() for point in points],
-        "others": {f"{other:g}%": _other(points, other) for other in OTHERS},
+        "curve": [point.numbers() for way in ways for point in scanned[way]],
+        "each": {way: _bought(scanned[way], limit) for way in ways},
+        "others": {f"{other:g}%": _bought(points, math.log1p(other / 100)) for other in OTHERS},
     }
 
 
-def _other(points: Sequence[Point], other: float) -> dict[str, Any]:
-    """What a budget of `other` per cent would have bought."""
-    point = choose(points, math.log1p(other / 100))
-    return {"share": point.share, "learning": 0.0 if point is NOTHING else None if point.learning is None else point.learning.nats}
+def _bought(points: Sequence[Point], limit: float) -> dict[str, Any]:
+    """What a budget of `limit` nats buys along `points`."""
+    point = choose(points, limit)
+    return {
+        "way": point.way,
+        "share": point.share,
+        "mu": point.mu,
+        "learning": 0.0 if point is NOTHING else None if point.learning is None else point.learning.nats,
+    }
 
 
-def sentences(report: dict[str, Any], *, what: str = "scaled by") -> list[str]:
-    """The report in plain English; `what` says how the update was made smaller."""
+def sentences(report: dict[str, Any]) -> list[str]:
+    """The report in plain English."""
     check, limit = report["check"], report["budget_nats"]
     sign = {"met": "met", "not shown": "NOT SHOWN", "exceeded": "EXCEEDED"}[report["verdict"]]
     lines = [
@@ -151,19 +202,32 @@ def sentences(report: dict[str, Any], *, what: str = "scaled by") -> list[str]:
         lines.append("  the check part forgets more than the control part does, also after a fallback: is the general text of one kind? Use a smaller budget")
     if report["share"] == 0:
         lines.append("  no part of the update keeps this budget: the result is the base model. Give a larger budget or more general text")
+    elif report["share"] == 1:
+        lines.append("  all of the update is kept: the budget was not used up")
     else:
-        lines.append(f"  the update was {what} {report['share']:.3g}" + ("" if report["share"] < 1 else ": all of it is kept, the budget was not used up"))
+        lines.append(f"  the update was {_how(report)}")
     if report["learning"] is not None:
         per = f", {report['learning_per_nat']:.3g} nats for each nat of forgetting" if report["learning_per_nat"] is not None else ""
         lines.append(f"  learning {report['learning']['nats']:.4f} nats per token on {report['learning_on']}{per}")
+    if len(report["each"]) > 1:
+        lines.append("  each way within this budget, on the control part: " + "; ".join(_described(f"{way}:", point) for way, point in report["each"].items()))
     return [*lines, *_otherwise(report)]
+
+
+def _how(point: dict[str, Any]) -> str:
+    """How far an update was made smaller."""
+    if point["share"] == 1:
+        return "all of it"
+    return f"scaled by {point['share']:.3g}" if point["mu"] is None else f"shrunk along importance at mu {point['mu']:.3g}"
+
+
+def _described(name: str, point: dict[str, Any]) -> str:
+    """What one way, or one budget, buys."""
+    learning = "" if point["learning"] is None else f", learning {point['learning']:.4f}"
+    return f"{name} {_how(point)}{learning}" if point["share"] else f"{name} nothing"
 
 
 def _otherwise(report: dict[str, Any]) -> list[str]:
     """What other budgets would buy."""
-    parts = []
-    for name, other in report["others"].items():
-        learning = "" if other["learning"] is None else f", learning {other['learning']:.4f}"
-        if name != report["budget"]:
-            parts.append(f"with {name} share {other['share']:.3g}{learning}" if other["share"] else f"with {name} nothing")
+    parts = [_described(f"with {name}", other) for name, other in report["others"].items() if name != report["budget"]]
     return ["  you would get: " + "; ".join(parts)] if parts else []

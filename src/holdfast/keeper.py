@@ -18,7 +18,7 @@ from torch import nn
 from holdfast.budget import Controller, check_reach, parse
 from holdfast.callback import HoldfastCallback, hold
 from holdfast.config import STRENGTHS, OptionError, TuneOptions
-from holdfast.finish import EACH, Learning, keep_budget
+from holdfast.finish import EACH, Learning, keep_budget, ways_of
 from holdfast.importance.container import Importance
 from holdfast.ledger import PIECE, Ledger, content, measured, open_ledger
 from holdfast.models import context_length
@@ -62,6 +62,7 @@ class Keeper:
              offload: bool = False) -> HoldfastCallback:  # fmt: skip
         """Refuse what the text cannot show, then add penalty and probe to the trainer. `start`: the strength to begin at; None: what suits the importance."""
         self.update = Update(trainer.model, names=names)
+        self.shrinkable = importance if options.importance and not options.full else None  # uniform importance would only scale
         spread = self.ledger.spread(trainer.model, self.update, error=EACH)
         check_reach(spread, len(self.ledger.check), self.budget, error=EACH)
         start = start or STRENGTHS.get(importance.info.get("estimator", "?"))
@@ -78,7 +79,7 @@ class Keeper:
         if not self.probe.controller.trajectory and trainer.state.global_step >= self.every:
             self.probe.restore(trainer.state)  # a finished training that was only loaded
         self.update.keep()
-        report = keep_budget(self.ledger, trainer.model, self.update.scale, self.learning)
+        report = keep_budget(self.ledger, trainer.model, ways_of(self.update, self.shrinkable), self.learning)
         report["trajectory"] = self.probe.controller.trajectory
         report["probe"] = {"every": self.every, "pieces": self.probe.count, "seconds": self.probe.seconds, "train_seconds": self.probe.total_seconds}
         report["overlap"] = self.overlap

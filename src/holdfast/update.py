@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -55,13 +55,18 @@ class Update:
                 base = weight.oriented(weight.base_rows(slice(None)))  # as W
                 weight.W.copy_(base + size * torch.randn(weight.W.shape, generator=g).to(base))
 
-    @torch.no_grad()
-    def factors(self, change: Callable[[LowRankWeight, Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
-        """Set every LoRA weight's update to `change(weight, L, R)` -> (L', R'), thin factors of the same rank, from the kept L @ R = U in f32 or wider."""
+    def kept(self) -> Iterator[tuple[LowRankWeight, Tensor, Tensor]]:
+        """Each weight with thin factors of its kept update, (out, r) and (r, in), in f32 or wider. Raises ValueError for weights trained themselves."""
         for weight, kept in zip(self.weights, self._kept, strict=True):
             if isinstance(weight, FullWeight):
                 raise ValueError(f"'{weight.name}' is trained itself; only adapters can be re-factored")
             dtype = wider(weight.A.dtype)
-            L, R = change(weight, weight.scale * kept[1].to(dtype), kept[0].to(dtype))
-            weight.A.copy_(R)
-            weight.B.copy_(L / weight.scale)
+            yield weight, weight.scale * kept[1].to(dtype), kept[0].to(dtype)
+
+    @torch.no_grad()
+    def factors(self, change: Callable[[LowRankWeight, Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+        """Set every LoRA weight's update to `change(weight, L, R)` -> (L', R'), thin factors of the same rank, from the kept L @ R = U in f32 or wider."""
+        for weight, L, R in self.kept():
+            new_L, new_R = change(weight, L, R)
+            weight.A.copy_(new_R)
+            weight.B.copy_(new_L / weight.scale)
