@@ -267,6 +267,16 @@ class DemoOptions:
     seeds: int = option(1, "how many seeds; the table shows mean and standard error over them")
 
 
+@dataclass(frozen=True)
+class ReportOptions:
+    """Options of `holdfast report`: what was measured, as a page or as markdown."""
+
+    folder: str = option("", "folder of holdfast compare, demo or tune", positional=True, metavar="DIR")
+    format: str = option("html", "html: one self-contained page; markdown: for a model card or a pull request", choices=("html", "markdown"))
+    out: str | None = option(None, "file to write; default: DIR/report.html, and standard output for markdown", metavar="FILE")
+    title: str | None = option(None, "title; default: the comparison's or the run's", metavar="TEXT")
+
+
 def resolve(kind: type[Options], given: Mapping[str, Any], presets: Mapping[str, Mapping[str, Any]] | None = None) -> Options:
     """The frozen options of one verb from what was given, filled up from the preset. Raises OptionError for unknown names and wrong types."""
     known = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
