@@ -42,7 +42,8 @@ def comparison(*, many: bool = False, domains: tuple[str, ...] = ("medmcqa", "sc
         "environment": {"python": "3.11.7", "platform": "Linux", "versions": {"holdfast": "0.1.0", "torch": "2.13.0"}, "device": "cpu", "commit": "ef3cc5d",
                         "dirty": False},
         "experiment": {"model": "models/lab-english-5m", "steps": 300, "methods": {name: {"method": name} for name in chosen}},
-        "settings": {"steps": 300, "batch_size": 16, "length": 128, "seeds": {"validation": [0], "test": list(SEEDS)}, "shares": list(SHARES), "scales": list(SCALES)},
+        "settings": {"steps": 300, "batch_size": 16, "length": 128, "seeds": {"validation": [0], "test": list(SEEDS)}, "shares": list(SHARES),
+                     "scales": list(SCALES)},
         "progress": {"done": 3 * len(chosen) * len(domains), "of": 3 * len(chosen) * len(domains), "failed": 1, "seconds": 5400.0},
         "texts": [{"name": name, "kind": "recorded" if i == 0 else "other", "documents": 200, "tokens": 51_200,
                    "before": {"nats": 3.674, "standard_error": 0.021, "perplexity": 39.4}} for i, name in enumerate(texts)],
@@ -53,7 +54,7 @@ def comparison(*, many: bool = False, domains: tuple[str, ...] = ("medmcqa", "sc
             "holdfast forgets least at 95 % of what plain LoRA learns, on both domains: 0.045 nats per token instead of 0.304 on medmcqa, beyond the noise.",
             "KL on two general sequences per step comes second; it needs general text while tuning.",
             "The paper's preset never learns 95 % of what plain LoRA does."],
-        "noise": {d: {"learning": 0.006, "forgetting": {t: 0.012 for t in texts}, "how": "standard deviation of plain over 3 seeds"} for d in domains},
+        "noise": {d: {"learning": 0.006, "forgetting": dict.fromkeys(texts, 0.012), "how": "standard deviation of plain over 3 seeds"} for d in domains},
         "importance": [{"name": "default", "estimator": "kronecker", "tier": "kronecker:16", "bytes": 1_513_768, "seconds": 31.0, "tokens": 80_000,
                         "weights": [weight(rng, layer, kind) for layer in range(6) for kind in KINDS]}],
         "samples": [{"domain": domains[0], "prompt": "Which vitamin is made in the skin by sunlight?\nAnswer:", "reference": "Vitamin D", "outputs": {

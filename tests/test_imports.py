@@ -4,8 +4,8 @@ import ast
 from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "holdfast"
-ORDER = ["config", "runs", "report", "codec", "stepping", "checkpoint", "weights", "importance", "storage", "inspection", "layers", "penalty", "callback", "models",
-         "texts", "tasks", "evaluation", "recording", "methods", "training", "demo", "cli"]  # fmt: skip
+ORDER = ["config", "runs", "report", "codec", "stepping", "checkpoint", "weights", "importance", "storage", "inspection", "layers", "moved", "penalty",
+         "callback", "models", "texts", "tasks", "evaluation", "recording", "methods", "training", "demo", "cli"]  # fmt: skip
 LAZY = {("importance", "storage"), ("importance", "inspection")}  # Importance.save, .load and .describe, inside the functions
 
 

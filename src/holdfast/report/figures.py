@@ -40,7 +40,8 @@ def frontier(contents: Contents, looks: Looks, domain: str, text: str) -> Figure
     """Learning over forgetting, a line per method through the points of its frontier, the points below it faint. None without points."""
     methods = (contents["frontier"].get(domain) or {}).get(text) or {}
     runs = {run.get("id"): run for run in contents["runs"]}
-    traces: list[dict[str, Any]] = [{"type": "scatter", "mode": "markers", "x": [0], "y": [0], "hoverinfo": "text", "hovertext": ["base model"], "cliponaxis": False,
+    traces: list[dict[str, Any]] = [{"type": "scatter", "mode": "markers", "x": [0], "y": [0], "hoverinfo": "text", "hovertext": ["base model"],
+                                     "cliponaxis": False,
                                      "marker": {"symbol": "x-thin", "size": 9, "line": {"width": 2, "color": "|".join(NEUTRAL)}}, "meta": None}]  # fmt: skip
     for name in [m["name"] for m in contents["methods"] if m["name"] in methods]:
         points = sorted((p for p in methods[name].get("points") or [] if None not in (numbers.known(p.get("learning")), numbers.known(p.get("forgetting")))),
@@ -78,7 +79,8 @@ def _hover(point: Mapping[str, Any], shown: str, run: Mapping[str, Any] | None, 
     lines = [f"<b>{safe(shown)}</b>" + ("" if on else " (below its frontier)"),
              f"learning {numbers.nats(point['learning'], point.get('learning_error'))}",
              f"forgetting {numbers.nats(point['forgetting'], point.get('forgetting_error'))}",
-             ("whole update" if scale in (None, 1.0) else f"update × {scale:g}") + (f", {seeds} seed{'s' if seeds != 1 else ''}" if seeds else "")]  # fmt: skip
+             ("whole update" if scale in (None, 1.0) else f"update {numbers.TIMES} {scale:g}")
+             + (f", {seeds} seed{'s' if seeds != 1 else ''}" if seeds else "")]  # fmt: skip
     lines += [safe(numbers.settings(run.get("settings")))] if run and run.get("settings") else []
     return "<br>".join([*lines, f"run {safe(str(point.get('run'))[:12])}"])
 
@@ -168,7 +170,7 @@ def heat_map(item: Mapping[str, Any]) -> Figure | None:
     if any(mean is not None for mean in means):
         traces.append({"type": "bar", "orientation": "h", "x": means, "y": layers, "xaxis": "x2", "meta": None, "hoverinfo": "text", "width": 0.7,
                        "marker": {"color": "|".join(NEUTRAL)},
-                       "hovertext": [f"layer {at}: coefficient {mean:.4g}" if mean is not None else "" for at, mean in zip(layers, means, strict=True)]})  # fmt: skip
+                       "hovertext": ["" if mean is None else f"layer {at}: coefficient {mean:.4g}" for at, mean in zip(layers, means, strict=True)]})  # fmt: skip
         layout["xaxis"]["domain"] = [0, 0.72]
         layout["xaxis2"] = {"domain": [0.78, 1], "title": {"text": "coefficient"}, "rangemode": "tozero", "nticks": 4}
     return {"traces": traces, "layout": layout, "height": 190 + 26 * len(layers)}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
 
-MISSING = "–"  # noqa: RUF001: an en dash, read out as "not measured" by the page
+MISSING = "\u2013"  # an en dash, read out as "not measured" by the page
+TIMES = "\u00d7"
 
 
 def known(value: Any) -> float | None:
@@ -71,14 +71,18 @@ def whole(value: Any) -> str:
 
 
 def text(value: Any) -> str:
-    """Any plain value on one line: numbers short, lists and mappings as JSON, None and '' as missing."""
+    """Any plain value on one line: numbers short, lists with commas, mappings as 'key: value', None and '' as missing."""
     if value is None or value == "":
         return MISSING
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.6g}"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if isinstance(value, Mapping):
+        return "; ".join(f"{key}: {text(inner)}" for key, inner in value.items()) or MISSING
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(text, value)) or MISSING
+    return str(value)
 
 
 def settings(values: Mapping[str, Any] | None) -> str:

@@ -77,7 +77,7 @@ def page(contents: Contents) -> str:
         policy=policy(scripts),
         style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
         scripts=[Markup(script) for script in scripts],
-        data=Markup(as_json({"figures": drawn})),
+        data=Markup(as_json({"figures": _rounded(drawn)})),
     )
 
 
@@ -105,9 +105,19 @@ def as_json(data: Any) -> str:
     return found
 
 
+def _rounded(data: Any) -> Any:
+    """Numbers to six digits, which no eye can tell apart in a figure; tables keep them whole."""
+    if isinstance(data, dict):
+        return {key: _rounded(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [_rounded(value) for value in data]
+    return float(f"{data:.6g}") if isinstance(data, float) else data
+
+
 def _choices(contents: Contents, text: str | None) -> dict[str, list[str]]:
     """What can be chosen, the first one at the start: domains, texts (the recorded kind first), shares, importance files."""
-    shares = sorted({row["share"] for d in contents["equal_learning"] for t in contents["equal_learning"][d] for row in equal_rows(contents, d, t)}, reverse=True)
+    rows = [row for texts in contents["equal_learning"].values() for rows in texts.values() for row in rows]
+    shares = sorted({row["share"] for row in rows}, reverse=True)
     texts = [str(entry["name"]) for entry in contents["texts"]]
     return {"domain": [str(domain["name"]) for domain in contents["domains"]], "text": sorted(texts, key=lambda name: name != text),
             "share": [numbers.percent(share) for share in shares], "importance": [str(item.get("name")) for item in contents["importance"]]}  # fmt: skip

@@ -57,7 +57,7 @@ def _of_domain(contents: Contents, domain: str, text: str) -> Headline | None:
 
 
 def _times(ratio: float) -> str:
-    return "over 100×" if ratio > 100 else f"{ratio:.0f}×" if ratio >= 20 else f"{ratio:.1f}×"
+    return ("over 100" if ratio > 100 else f"{ratio:.0f}" if ratio >= 20 else f"{ratio:.1f}") + numbers.TIMES
 
 
 def _noise(contents: Contents, domain: str, text: str, share: float, best: str) -> str:

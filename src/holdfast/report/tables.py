@@ -125,21 +125,24 @@ def _costs(runs: Sequence[Mapping[str, Any]]) -> list[Cell]:
 def runs(contents: Contents) -> Table:
     """A row per run and scale, failures included."""
     texts = [text["name"] for text in contents["texts"]]
+    tasks = list(dict.fromkeys(name for run in contents["runs"] for point in run.get("points") or [] for name in point.get("accuracy_general") or {}))
     titles = ["method", "domain", "part", "seed", "settings", "scale", "learning", *(f"forgetting, {name}" for name in texts), "accuracy before",
-              "accuracy after", "energy", "seconds", "peak memory", "chosen", "status", "run"]  # fmt: skip
+              "accuracy after", *(f"general accuracy, {name}" for name in tasks), "energy", "seconds", "peak memory", "chosen", "status", "run"]  # fmt: skip
     lines = []
     for run in contents["runs"]:
         status = str(run.get("status") or "done") + (f": {run['error']}" if run.get("error") else "")
         for point in run.get("points") or [{}]:
             learned, accuracy = point.get("learning") or {}, point.get("accuracy") or {}
             lost = [(point.get("forgetting") or {}).get(name) or {} for name in texts]
+            kept = [(point.get("accuracy_general") or {}).get(name) or {} for name in tasks]
             lines.append([
                 Cell(label(contents, run["method"]), mark=run["method"]), text(run.get("domain")), text(run.get("part")),
-                number(run.get("seed"), show=numbers.whole), text(numbers.settings(run.get("settings"))), number(point.get("scale"), show=lambda v: numbers.text(v)),
+                number(run.get("seed"), show=numbers.whole), text(numbers.settings(run.get("settings"))), number(point.get("scale"), show=numbers.text),
                 number(learned.get("nats"), learned.get("standard_error")), *(number(change.get("nats"), change.get("standard_error")) for change in lost),
                 number(accuracy.get("before"), show=numbers.share), number(accuracy.get("after"), accuracy.get("standard_error"), numbers.share),
-                number(run.get("energy"), show=lambda v: numbers.text(v)), number(run.get("seconds"), show=numbers.duration),
-                number(run.get("peak_memory_bytes"), show=numbers.size), text("yes" if run.get("chosen") else "no"), text(status), text(str(run.get("id"))[:12]),
+                *(number(score.get("after"), score.get("standard_error"), numbers.share) for score in kept),
+                number(run.get("energy"), show=numbers.text), number(run.get("seconds"), show=numbers.duration),
+                number(run.get("peak_memory_bytes"), show=numbers.size), text(bool(run.get("chosen"))), text(status), text(str(run.get("id"))[:12]),
             ])  # fmt: skip
     return made(titles, lines)
 
