@@ -10,8 +10,8 @@ import sys
 from html.parser import HTMLParser
 
 import pytest
-from comparisons import METHODS, comparison
 
+from comparisons import METHODS, comparison
 from holdfast.cli import main
 from holdfast.report import numbers, tables
 from holdfast.report.contents import completed, load
@@ -23,8 +23,8 @@ from holdfast.report.summary import headlines
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'`{{7*7}}|_x_ <!-- \u2028 =cmd()"
 RUN = {
-    "configuration": {"model": "m", "data": "herbs.jsonl", "eval_data": "herbs-test.jsonl", "general": "wiki-test.jsonl", "method": "holdfast", "strength": 10.0,
-                      "learning_rate": 0.001, "seed": 3, "rank": 8},
+    "configuration": {"model": "m", "data": "herbs.jsonl", "eval_data": "herbs-test.jsonl", "general": "wiki-test.jsonl", "method": "holdfast",
+                      "strength": 10.0, "learning_rate": 0.001, "seed": 3, "rank": 8},
     "environment": {"python": "3.11.7", "versions": {"holdfast": "0.1.0"}, "device": "cpu", "commit": None}, "method": ["holdfast"],
     "data": {"source": "herbs.jsonl", "rows": 600, "rows_trained": 598}, "importance": None,
     "before": {"general": {"nats": 3.0, "standard_error": 0.02, "perplexity": 20.09}, "domain": {"nats": 5.0, "standard_error": 0.03, "perplexity": 148.4},
@@ -89,9 +89,8 @@ assert not {{"torch", "transformers", "peft", "numpy", "plotly"}} & set(sys.modu
 def test_the_page_names_no_other_place_and_its_policy_lets_its_own_scripts_alone_run():
     text = page(completed(comparison()))
     tags = Reader(text).tags
-    assert not [
-        (tag, name, value) for tag, attrs in tags for name, value in attrs.items() if name in ("src", "href", "action") and not value.startswith(("#", "data:"))
-    ]
+    places = [value for _, attrs in tags for name, value in attrs.items() if name in ("src", "href", "action")]
+    assert places and all(place.startswith(("#", "data:")) for place in places)
     assert not [name for _, attrs in tags for name in attrs if name.startswith("on")]
     policy = next(attrs["content"] for tag, attrs in tags if tag == "meta" and attrs.get("http-equiv") == "Content-Security-Policy")
     assert policy.startswith("default-src 'none'") and "connect-src" not in policy and "unsafe-eval" not in policy
@@ -202,8 +201,10 @@ def test_figures_say_what_a_point_is_and_what_was_not_reached():
 
 
 def test_the_heat_map_has_a_cell_per_layer_and_kind_and_no_number_where_nothing_was_recorded():
-    weights = [{"name": "a", "layer": 0, "kind": "q", "norm": 10.0, "coefficient": 2.0}, {"name": "b", "layer": 1, "kind": "v", "norm": 0.1, "coefficient": 0.5},
-               {"name": "head", "layer": None, "kind": "v", "norm": 3.0, "coefficient": None}, {"name": "b2", "layer": 1, "kind": "v", "norm": 0.0}]  # fmt: skip
+    weights = [{"name": "a", "layer": 0, "kind": "q", "norm": 10.0, "coefficient": 2.0},
+               {"name": "b", "layer": 1, "kind": "v", "norm": 0.1, "coefficient": 0.5},
+               {"name": "head", "layer": None, "kind": "v", "norm": 3.0, "coefficient": None},
+               {"name": "b2", "layer": 1, "kind": "v", "norm": 0.0}]  # fmt: skip
     drawn = heat_map({"name": "file", "weights": weights})
     assert drawn["traces"][0]["y"] == ["0", "1", "outside"] and drawn["traces"][0]["x"] == ["q", "v"]
     assert drawn["traces"][0]["z"][0] == [1.0, None] and drawn["traces"][0]["z"][1] == [None, pytest.approx(-1.0)]

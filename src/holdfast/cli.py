@@ -10,6 +10,7 @@ import dataclasses
 import io
 import logging
 import os
+import select
 import sys
 import traceback
 import warnings
@@ -105,12 +106,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _reader_has_gone() -> bool:
     """Whether nobody reads standard output any more (`holdfast inspect FILE | head`); it then goes nowhere, so that closing it says nothing either."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+    if hasattr(select, "poll"):  # a pipe that broke elsewhere, as of a connection, is an error like any other
+        watch = select.poll()
+        watch.register(sys.stdout, select.POLLOUT)
+        if not any(event & (select.POLLERR | select.POLLHUP) for _, event in watch.poll(0)):
+            return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _quiet_hosts() -> None:

@@ -263,7 +263,7 @@ class EvalOptions(TextOptions, ModelOptions):
 class DemoOptions:
     """Options of `holdfast demo`: the whole method on the embedded world and model."""
 
-    out: str = option("holdfast-demo", "folder to write: texts, importance, adapters, demo.json, demo.md, demo.png", metavar="DIR")
+    out: str = option("holdfast-demo", "folder to write: texts, importance, adapters, demo.json, demo.md, demo.png, compare.json, report.html", metavar="DIR")
     seeds: int = option(1, "how many seeds; the table shows mean and standard error over them")
 
 

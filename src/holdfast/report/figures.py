@@ -52,7 +52,7 @@ def frontier(contents: Contents, looks: Looks, domain: str, text: str) -> Figure
                 traces.append(_frontier_trace(some, name, label(contents, name), looks[name], runs, on))
     if len(traces) == 1:
         return None
-    layout = {"xaxis": _axis(f"forgetting: rise of the loss on {safe(text, 40)}, nats per token", rangemode="tozero"),
+    layout: dict[str, Any] = {"xaxis": _axis(f"forgetting: rise of the loss on {safe(text, 40)}, nats per token", rangemode="tozero"),
               "yaxis": _axis(f"learning: fall of the loss on {safe(domain, 40)}, nats per token", rangemode="tozero"),
               "shapes": [], "annotations": []}  # fmt: skip
     for share, level in sorted({(row["share"], row.get("learning_nats")) for row in equal_rows(contents, domain, text)}):
@@ -170,7 +170,8 @@ def heat_map(item: Mapping[str, Any]) -> Figure | None:
     if any(mean is not None for mean in means):
         traces.append({"type": "bar", "orientation": "h", "x": means, "y": layers, "xaxis": "x2", "meta": None, "hoverinfo": "text", "width": 0.7,
                        "marker": {"color": "|".join(NEUTRAL)},
-                       "hovertext": ["" if mean is None else f"layer {at}: coefficient {mean:.4g}" for at, mean in zip(layers, means, strict=True)]})  # fmt: skip
+                       "hovertext": ["" if mean is None else f"layer {at}: coefficient {mean:.4g}"
+                                     for at, mean in zip(layers, means, strict=True)]})  # fmt: skip
         layout["xaxis"]["domain"] = [0, 0.72]
         layout["xaxis2"] = {"domain": [0.78, 1], "title": {"text": "coefficient"}, "rangemode": "tozero", "nticks": 4}
     return {"traces": traces, "layout": layout, "height": 190 + 26 * len(layers)}

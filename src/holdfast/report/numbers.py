@@ -85,6 +85,11 @@ def text(value: Any) -> str:
     return str(value)
 
 
+def exact(value: float) -> str:
+    """The whole number behind what is shown, for sorting and CSV."""
+    return str(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)
+
+
 def settings(values: Mapping[str, Any] | None) -> str:
     """'learning rate 0.004, strength 10': the settings that say something."""
     shown = {key: value for key, value in (values or {}).items() if value not in (None, "", False)}

@@ -58,7 +58,8 @@ def page(contents: Contents) -> str:
     """The HTML."""
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.ChainableUndefined,
                                      trim_blocks=True, lstrip_blocks=True)  # fmt: skip # chainable: a key that a folder lacks is missing, not an error
-    environment.filters |= {"nats": numbers.nats, "line": lambda value: numbers.text(value or None), "duration": numbers.duration}
+    environment.filters |= {"nats": numbers.nats, "line": lambda value: numbers.text(value or None), "duration": numbers.duration,
+                            "exact": numbers.exact}  # fmt: skip
     text, drawn = recorded_text(contents), _figures(contents)
     scripts = [plotly(), (HERE / "page.js").read_text(encoding="utf-8")]
     return environment.get_template("page.html.jinja").render(
