@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from holdfast.cli import VERBS, main
 from holdfast.config import (
@@ -81,6 +82,19 @@ def test_the_paper_preset_holds_the_authors_settings():
     assert (record.targets, record.rank, record.alpha, record.dropout, record.xi, record.gradient) == ("q_proj,v_proj", 8, 32.0, 0.1, 1e-9, "effective")
     assert (record.epochs, record.batch_size, record.accumulation, record.documents, record.length) == (5, 20, 4, 2000, 800)
     assert (tune.strength, tune.tau, tune.layers, tune.anchor, tune.learning_rate) == (1e-3, 1e-8, "softmax", "recorded", 8e-4)
+
+
+def test_a_reader_that_goes_away_ends_the_output_quietly(tmp_path):
+    from holdfast.importance.container import Importance
+    from holdfast.importance.entries import DenseEntry
+
+    rows = {f"model.layers.{i}.self_attn.q_proj.weight": DenseEntry(torch.ones(2, 2)) for i in range(600)}
+    Importance(rows).save(tmp_path / "i.safetensors")
+    command = [sys.executable, "-m", "holdfast.cli", "inspect", str(tmp_path / "i.safetensors")]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert running.stdout.readline().startswith("file")
+    running.stdout.close()  # as head does
+    assert running.stderr.read() == "" and running.wait() == 141
 
 
 @pytest.mark.parametrize("text", ["a: [", "- 1", "1: 2"])

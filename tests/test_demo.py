@@ -2,12 +2,15 @@
 
 import json
 import re
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from holdfast.cli import main
 from holdfast.config import ModelOptions
 from holdfast.demo import run as demo
+from holdfast.demo import summary
 from holdfast.demo.world import build, documents, multiple_choice
 from holdfast.models import load_model, load_tokenizer
 
@@ -50,6 +53,7 @@ def test_the_demo_writes_table_picture_and_everything_to_repeat_it(tmp_path, mon
     monkeypatch.setattr(demo, "TRAINING", {**demo.TRAINING, "max_steps": 3, "batch_size": 4})
     monkeypatch.setattr(demo, "RATES", (2e-3,))
     monkeypatch.setattr(demo, "SCALES", (0.5, 1.0))
+    monkeypatch.setattr(demo, "PROMPTS", 1)
     out = tmp_path / "demo"
     assert main(["demo", "--out", str(out), "--quiet"]) == 0
     printed = capsys.readouterr().out
@@ -61,8 +65,45 @@ def test_the_demo_writes_table_picture_and_everything_to_repeat_it(tmp_path, mon
     assert base["general_accuracy"] >= 0.9 and plain["domain_loss"] < base["domain_loss"] and plain["seconds"] > 0
     assert (out / "demo.md").read_text().strip() in printed
     assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert str(out / "report.html") in printed and "questions about its world" in (out / "report.html").read_text()
+    compared = json.loads((out / "compare.json").read_text())
+    scales = {(run["method"], point["scale"]) for run in compared["runs"] if run["chosen"] for point in run["points"]}
+    assert scales == {(name, scale) for name in ("plain", "holdfast") for scale in (0.25, 0.5, 0.75, 1.0)}
+    whole = next(run for run in compared["runs"] if run["method"] == "plain" and run["chosen"])["points"][0]
+    assert whole["learning"]["nats"] == pytest.approx(base["domain_loss"] - plain["domain_loss"], abs=1e-4)
+    assert whole["forgetting"]["world"]["nats"] == pytest.approx(plain["general_loss"] - base["general_loss"], abs=1e-4)
+    assert all(row["movement"] > 0 and row["importance"] > 0 for run in compared["runs"] if run["method"] == "holdfast" for row in run["moved"])
+    assert {weight["kind"] for weight in compared["importance"][0]["weights"]} >= {"q_proj", "down_proj"} and len(compared["samples"]) == 2
     assert main(["inspect", str(out / "importance.safetensors")]) == 0
     assert main(["eval", str(demo.MODEL), "--adapter", str(out / "holdfast-0/final"), "--general", str(out / "general-test.jsonl"), "--limit", "5"]) == 0
+
+
+def test_the_demo_trains_no_rate_twice(tmp_path, monkeypatch):
+    """The smaller rate is one of those that were tried, where it is among them."""
+    score = demo.Score(0.5, 4.0, 0.8, 2.0)
+    exam = SimpleNamespace(paths={"domain": tmp_path}, base=score, adapted=lambda folder: None, losses=lambda model: {}, at_scales=lambda folder: {},
+                           score=lambda model, losses, seconds, setting: replace(score, setting=setting, domain_loss=1 / float(setting.split()[-1])),
+                           scaled=lambda folder, reached: score)  # fmt: skip
+    tried = []
+    monkeypatch.setattr(demo, "tune", lambda options: tried.append((options.importance, options.learning_rate)) or {"train_seconds": 1.0})
+    scores, trained = demo.one_seed(exam, tmp_path, tmp_path / "i.safetensors", 0)
+    assert tried == [(None, 2e-3), (None, 4e-3), (None, 8e-3), (str(tmp_path / "i.safetensors"), 8e-3)]
+    assert scores["plain, smaller rate"].setting == "rate 0.002" and [one.score.setting for one in trained["plain"]] == [
+        "rate 0.008",
+        "rate 0.002",
+        "rate 0.004",
+    ]
+    monkeypatch.setattr(demo, "RATES", (4e-3, 8e-3))
+    tried.clear()
+    demo.one_seed(exam, tmp_path, tmp_path / "i.safetensors", 0)
+    assert (None, 2e-3) in tried and len(tried) == 4
+
+
+def test_forgetting_at_equal_learning_is_read_off_the_frontier():
+    points = [(1.0, 0.4), (0.5, 0.1), (0.8, 0.5), (0.4, 0.2)]  # the last two are bettered
+    assert summary.frontier(points) == [(0.0, 0.0), (0.5, 0.1), (1.0, 0.4)]
+    assert summary.at_learning(points, 0.25) == pytest.approx(0.05) and summary.at_learning(points, 0.75) == pytest.approx(0.25)
+    assert summary.at_learning(points, 1.0) == pytest.approx(0.4) and summary.at_learning(points, 1.01) is None
 
 
 def test_the_demo_keeps_out_of_folders_that_are_not_its_own(tmp_path, capsys):

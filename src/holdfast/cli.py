@@ -1,6 +1,6 @@
 """The verbs. Each is made from its options dataclass; nothing heavy is imported before an option has been checked.
 
-Exit codes: 0 done, 1 failed, 2 wrong options, 3 a budget or check was not met, 130 interrupted.
+Exit codes: 0 done, 1 failed, 2 wrong options, 3 a budget or check was not met, 130 interrupted, 141 nobody reads the output any more.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import dataclasses
 import io
 import logging
 import os
+import select
 import sys
 import traceback
 import warnings
@@ -24,6 +25,7 @@ from holdfast.config import (  # fmt: skip
     EvalOptions,
     OptionError,
     RecordOptions,
+    ReportOptions,
     ShrinkOptions,
     TuneOptions,
     nearest,
@@ -43,14 +45,15 @@ VERBS: dict[str, tuple[str, str]] = {
         "make a finished adapter keep a forgetting budget",
         "holdfast shrink ADAPTER --importance model.importance.safetensors --budget 1% --general held-out.jsonl --out shrunk",
     ),
+    "report": ("show a comparison or a run as one self-contained page, or as markdown", "holdfast report holdfast-demo"),
     "convert": ("bring an importance file into another form", "holdfast convert full.safetensors --tier kronecker:16 --out small.safetensors"),
     "inspect": ("show what is in an importance file", "holdfast inspect model.importance.safetensors"),
     "merge": ("merge an adapter into its base model", "holdfast merge run/final --out merged"),
     "demo": ("run the whole method on the embedded model and world, in minutes", "holdfast demo --seeds 3"),
 }
-POSITIONAL = {"inspect": "FILE", "convert": "FILE", "merge": "ADAPTER", "shrink": "ADAPTER", "demo": "", "compare": "EXPERIMENT.yaml"}
+POSITIONAL = {"inspect": "FILE", "convert": "FILE", "merge": "ADAPTER", "shrink": "ADAPTER", "demo": "", "compare": "EXPERIMENT.yaml", "report": "DIR"}
 NEEDED = {"record": ("model", "general", "out"), "tune": ("model", "data", "out"), "eval": ("model",), "shrink": ("adapter", "out"), "demo": ("out",),
-          "compare": ("experiment", "out")}  # fmt: skip
+          "compare": ("experiment", "out"), "report": ("folder",)}  # fmt: skip
 OPTIONS: dict[str, tuple[Any, dict[str, dict[str, Any]] | None]] = {
     "record": (RecordOptions, RECORD_PRESETS),
     "tune": (TuneOptions, TUNE_PRESETS),
@@ -58,6 +61,7 @@ OPTIONS: dict[str, tuple[Any, dict[str, dict[str, Any]] | None]] = {
     "compare": (CompareOptions, None),
     "shrink": (ShrinkOptions, None),
     "demo": (DemoOptions, None),
+    "report": (ReportOptions, None),
 }
 
 
@@ -92,18 +96,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
     logging.getLogger("holdfast").setLevel(logging.WARNING if quiet else logging.INFO)
     try:
-        return _status(_action(verb, given)())
+        status = _status(_action(verb, given)())
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         more = "; --resume goes on from the last saved state" if verb in ("record", "tune") else "; the same command goes on" if verb == "compare" else ""
         print(f"\nholdfast {verb}: interrupted; no half-written file is left{more}", file=sys.stderr)
         return 130
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_gone():
+            return 128 + 13  # as a shell names the end by SIGPIPE
         if debug:
             traceback.print_exc()
         expected = isinstance(error, (ValueError, OSError))
         hint = "" if expected or debug else f" ({type(error).__name__}; run again with --debug for the traceback)"
         print(f"holdfast {verb}: {error}{hint}", file=sys.stderr)
         return 2 if isinstance(error, OptionError) else 1
+
+
+def _reader_has_gone() -> bool:
+    """Whether nobody reads standard output any more (`holdfast inspect FILE | head`); it then goes nowhere, so that closing it says nothing either."""
+    if hasattr(select, "poll"):  # a pipe that broke elsewhere, as of a connection, is an error like any other
+        watch = select.poll()
+        watch.register(sys.stdout, select.POLLOUT)
+        if not any(event & (select.POLLERR | select.POLLHUP) for _, event in watch.poll(0)):
+            return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _quiet_hosts() -> None:
@@ -142,7 +161,7 @@ def _action(verb: str, given: dict[str, Any]) -> Callable[[], Any]:
     needed = [name for name in NEEDED[verb] if name != "general" or getattr(options, "estimator", "") != "uniform"]
     missing = [name for name in needed if not getattr(options, name)]
     if missing:
-        names = [POSITIONAL.get(verb, "MODEL") if name in ("model", "adapter", "experiment") else "--" + name for name in missing]
+        names = [POSITIONAL.get(verb, "MODEL") if name in ("model", "adapter", "experiment", "folder") else "--" + name for name in missing]
         raise OptionError(f"missing {', '.join(names)}; for example: {VERBS[verb][1]}")
     if verb == "eval" and not (options.general or options.data or options.tasks):
         raise OptionError("nothing to measure: give --general TEXT, --data DATA or --tasks NAMES")
@@ -168,6 +187,10 @@ def _action(verb: str, given: dict[str, Any]) -> Callable[[], Any]:
         from holdfast.demo.run import demo
 
         return lambda: demo(options)
+    if verb == "report":
+        from holdfast.report.page import report
+
+        return lambda: report(options)
     from holdfast.evaluation import evaluate
 
     return lambda: evaluate(options)

@@ -291,8 +291,18 @@ class ShrinkOptions(TextOptions, ModelOptions):
 class DemoOptions:
     """Options of `holdfast demo`: the whole method on the embedded world and model."""
 
-    out: str = option("holdfast-demo", "folder to write: texts, importance, adapters, demo.json, demo.md, demo.png", metavar="DIR")
+    out: str = option("holdfast-demo", "folder to write: texts, importance, adapters, demo.json, demo.md, demo.png, compare.json, report.html", metavar="DIR")
     seeds: int = option(1, "how many seeds; the table shows mean and standard error over them")
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Options of `holdfast report`: what was measured, as a page or as markdown."""
+
+    folder: str = option("", "folder of holdfast compare, demo or tune", positional=True, metavar="DIR")
+    format: str = option("html", "html: one self-contained page; markdown: for a model card or a pull request", choices=("html", "markdown"))
+    out: str | None = option(None, "file to write; default: DIR/report.html, and standard output for markdown", metavar="FILE")
+    title: str | None = option(None, "title; default: the comparison's or the run's", metavar="TEXT")
 
 
 def resolve(kind: type[Options], given: Mapping[str, Any], presets: Mapping[str, Mapping[str, Any]] | None = None) -> Options:

@@ -6,7 +6,7 @@ The story: load, refuse what cannot work, measure the bare base, add an adapter,
     DIR/unscaled/       with --budget: the same as trained, before it was made to fit
     DIR/checkpoints/    the trainer's, for --resume
     DIR/config.yaml     the resolved options
-    DIR/run.json        configuration, environment, data, before, after, forgetting, learning, log
+    DIR/run.json        configuration, environment, data, before, after, forgetting, learning, moved, log
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from holdfast.methods.method import Method, Setup
 from holdfast.methods.table import chosen
 from holdfast.methods.text import replay_text
 from holdfast.models import context_length, load_model, load_tokenizer, save_whole
+from holdfast.moved import moved
 from holdfast.penalty.pull import check_fit, implementation
 from holdfast.runs import atomic_path, check_free_space, check_output_folder, environment, sha256_file, write_json
 from holdfast.tasks import encode_rows, load_training_data, truncation_report
@@ -121,6 +122,7 @@ def tune(options: TuneOptions) -> dict[str, Any]:
         "after": after,
         **changes(before, after),
         "energy": _last(trainer.state.log_history, "energy"),
+        "moved": moved(model, importance, how),
         "train_seconds": seconds,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "log": trainer.state.log_history,

@@ -5,7 +5,8 @@ what it still knows: accuracy on questions about the world, loss on text about i
 
 Plain fine-tuning gets the learning rate at which it learns the herbal best. Two more rivals cost no method at all and are shown with it: plain at a smaller
 learning rate, and the plain update scaled back to the domain accuracy of holdfast, or to its own best where it never gets there. Everything is written
-under `--out`: texts and questions as JSON lines, the importance file, the adapters, demo.json, demo.md (the table) and demo.png.
+under `--out`: texts and questions as JSON lines, the importance file, the adapters, demo.json, demo.md (the table), demo.png, and the report: compare.json and
+report.html.
 """
 
 from __future__ import annotations
@@ -14,17 +15,22 @@ import json
 import logging
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from holdfast.config import RECORD_PRESETS, TUNE_PRESETS, DemoOptions, ModelOptions, RecordOptions, TuneOptions, resolve
+from holdfast.demo import summary
 from holdfast.demo.world import build, documents, multiple_choice
-from holdfast.evaluation import answers, general_loss
+from holdfast.evaluation import TextLoss, answers, general_loss
 from holdfast.models import load_model, load_tokenizer
 from holdfast.recording import record
+from holdfast.report.contents import completed
+from holdfast.report.page import write
 from holdfast.runs import atomic_path, check_output_folder, environment, write_json
 from holdfast.tasks import Task
 from holdfast.texts import Document
@@ -38,8 +44,10 @@ QUESTIONS = Task(name="questions", hub="", held_out="", columns=("prompt", "choi
                  prompt=lambda row: row["prompt"], choices=lambda row: row["choices"], gold=lambda row: row["gold"])  # fmt: skip
 RATES = (2e-3, 4e-3, 8e-3)  # plain fine-tuning tries each
 SMALLER = 0.25  # times the rate that learns best
+Losses = dict[str, TextLoss]  # "general" and "domain"
 SCALES = tuple(round(0.05 * i, 2) for i in range(1, 21))
-TRAINING = dict(max_steps=150, batch_size=16, accumulation=1, length=128, dtype="float32", log_steps=1000, overwrite=True)
+TRAINING = dict(max_steps=150, batch_size=16, accumulation=1, length=128, dtype="float32", log_steps=10, overwrite=True)
+PROMPTS, WORDS = 3, 14  # samples: questions of each kind, tokens of an answer
 METHODS = ("base", "plain", "plain, smaller rate", "plain, scaled back", "holdfast")
 
 
@@ -55,6 +63,16 @@ class Score:
     setting: str = ""
 
 
+@dataclass(frozen=True)
+class Trained:
+    """One training: where its adapter is, what tune() returned, its score, and its losses by the scale of its update (1: whole)."""
+
+    folder: Path
+    run: Mapping[str, Any]
+    score: Score
+    losses: dict[float, Losses]
+
+
 def demo(options: DemoOptions) -> dict[str, Any]:
     """Run the demo for each seed, print the table, write everything under `options.out`. Raises ValueError for a folder that is not the demo's."""
     out = Path(options.out)
@@ -64,7 +82,8 @@ def demo(options: DemoOptions) -> dict[str, Any]:
     started = time.perf_counter()
     exam = Exam(write_texts(out))
     importance, record_seconds = record_importance(out)
-    runs = [one_seed(exam, out, importance, seed) for seed in range(options.seeds)]
+    seeds = [one_seed(exam, out, importance, seed) for seed in range(options.seeds)]
+    runs, trained = [scores for scores, _ in seeds], [trainings for _, trainings in seeds]
     file: dict[str, Any] = {"path": str(importance), "mib": importance.stat().st_size / 2**20, "record_seconds": record_seconds}
     seconds = time.perf_counter() - started
     result = {"environment": environment("cpu"), "importance": file, "seconds": seconds,
@@ -73,8 +92,10 @@ def demo(options: DemoOptions) -> dict[str, Any]:
     shown = table(runs)
     with atomic_path(out / "demo.md") as temporary:
         temporary.write_text(shown + "\n", encoding="utf-8")
+    compared = summary.comparison(exam.before, trained, samples(exam, trained[0]), importance, result)
+    write_json(out / "compare.json", compared)
     print(shown)
-    print(closing(out, file, seconds, plot(runs, out / "demo.png")))
+    print(closing(out, file, seconds, plot(runs, out / "demo.png"), write(completed(compared), out / "report.html")))
     return result
 
 
@@ -109,17 +130,38 @@ class Exam:
         self.paths = paths
         self.loading = ModelOptions(model=str(MODEL), dtype="float32", device="cpu")
         self.tokenizer = load_tokenizer(self.loading)
-        self.base = self.score(load_model(self.loading))
+        self.model = load_model(self.loading)
+        self.before = self.losses(self.model)
+        self.base = self.score(self.model, self.before)
 
-    def score(self, model: nn.Module, seconds: float | None = None, setting: str = "") -> Score:
-        text = lambda name: general_loss(model, self.tokenizer, [Document(row["text"], None, name) for row in self.rows[name]]).nats
-        return Score(accuracy(model, self.tokenizer, self.rows["general-questions"]), text("general-test"),
-                     accuracy(model, self.tokenizer, self.rows["domain-questions"]), text("domain-test"), seconds, setting)  # fmt: skip
+    def losses(self, model: nn.Module) -> Losses:
+        """Loss on general and on domain text in phrasings that no training text has."""
+        text = lambda name: general_loss(model, self.tokenizer, [Document(row["text"], None, name) for row in self.rows[name]])
+        return {"general": text("general-test"), "domain": text("domain-test")}
+
+    def score(self, model: nn.Module, losses: Losses, seconds: float | None = None, setting: str = "") -> Score:
+        return Score(accuracy(model, self.tokenizer, self.rows["general-questions"]), losses["general"].nats,
+                     accuracy(model, self.tokenizer, self.rows["domain-questions"]), losses["domain"].nats, seconds, setting)  # fmt: skip
+
+    def says(self, model: nn.Module, prompt: str) -> str:
+        """The likeliest continuation of a prompt, up to the end of its sentence."""
+        ids = self.tokenizer(prompt, return_tensors="pt").input_ids
+        made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=WORDS, do_sample=False, pad_token_id=self.tokenizer.pad_token_id)
+        text = self.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True).strip()
+        return text.partition(".")[0] + "." if "." in text else text
 
     def adapted(self, adapter: Path) -> nn.Module:
         from peft import PeftModel
 
         return PeftModel.from_pretrained(load_model(self.loading), str(adapter))
+
+    def at_scales(self, adapter: Path) -> dict[float, Losses]:
+        """Losses with the adapter's update times each of the report's scales."""
+        model, found, now = self.adapted(adapter), {}, 1.0
+        for scale in summary.SCALES:
+            scale_update(model, scale / now)
+            now, found[scale] = scale, self.losses(model)
+        return found
 
     def scaled(self, adapter: Path, domain_accuracy: float) -> Score:
         """The adapter's update times the smallest of SCALES that reaches the domain accuracy or, where none does, the best of them all."""
@@ -131,7 +173,7 @@ class Exam:
         best = max(accuracies)
         chosen = SCALES[next(i for i, found in enumerate(accuracies) if found >= min(domain_accuracy, best))]
         scale_update(model, chosen / now)
-        return self.score(model, None, f"update x {chosen:g}" + ("" if best >= domain_accuracy else ", its best"))
+        return self.score(model, self.losses(model), None, f"update x {chosen:g}" + ("" if best >= domain_accuracy else ", its best"))
 
 
 def record_importance(out: Path) -> tuple[Path, float]:
@@ -142,21 +184,36 @@ def record_importance(out: Path) -> tuple[Path, float]:
     return path, time.perf_counter() - started
 
 
-def one_seed(exam: Exam, out: Path, importance: Path, seed: int) -> dict[str, Score]:
-    """Every row of the table for one seed."""
+def one_seed(exam: Exam, out: Path, importance: Path, seed: int) -> tuple[dict[str, Score], dict[str, list[Trained]]]:
+    """Every row of the table for one seed, and what was trained for it: plain at each rate, the best first, and holdfast."""
 
-    def trained(name: str, rate: float, **held: Any) -> tuple[Path, Score]:
+    def trained(name: str, rate: float, **held: Any) -> Trained:
         folder = out / f"{name}-{seed}"
         given = {**TRAINING, "model": str(MODEL), "data": str(exam.paths["domain"]), "out": str(folder), "device": "cpu", "seed": seed, "learning_rate": rate}
         run = tune(resolve(TuneOptions, {**given, **held}, TUNE_PRESETS))
-        return folder / "final", exam.score(exam.adapted(folder / "final"), run["train_seconds"], f"rate {rate:g}")
+        model = exam.adapted(folder / "final")
+        losses = exam.losses(model)
+        return Trained(folder / "final", run, exam.score(model, losses, run["train_seconds"], f"rate {rate:g}"), {1.0: losses})
 
     plain = {rate: trained(f"plain-{rate:g}", rate) for rate in RATES}
-    rate = min(plain, key=lambda tried: plain[tried][1].domain_loss)
-    _, smaller = trained("smaller", rate * SMALLER)
-    _, held = trained("holdfast", rate, importance=str(importance))
-    return {"base": exam.base, "plain": plain[rate][1], "plain, smaller rate": smaller,
-            "plain, scaled back": exam.scaled(plain[rate][0], held.domain_accuracy), "holdfast": held}  # fmt: skip
+    rate = min(plain, key=lambda tried: plain[tried].score.domain_loss)
+    small = rate * SMALLER
+    smaller = plain[small] if small in plain else trained("smaller", small)
+    held = trained("holdfast", rate, importance=str(importance))
+    for one in (plain[rate], held):
+        one.losses.update(exam.at_scales(one.folder))
+    scores = {"base": exam.base, "plain": plain[rate].score, "plain, smaller rate": smaller.score,
+              "plain, scaled back": exam.scaled(plain[rate].folder, held.score.domain_accuracy), "holdfast": held.score}  # fmt: skip
+    others = [one for one in {id(one): one for one in (smaller, *plain.values())}.values() if one is not plain[rate]]
+    return scores, {"plain": [plain[rate], *others], "holdfast": [held]}
+
+
+def samples(exam: Exam, trained: Mapping[str, list[Trained]]) -> list[dict[str, Any]]:
+    """What the base model and the two tuned ones answer to a few questions of the domain and of the world."""
+    models = {"base": exam.model, **{name: exam.adapted(trainings[0].folder) for name, trainings in trained.items()}}
+    asked = [(kind, row) for kind in ("domain", "general") for row in exam.rows[f"{kind}-questions"][:PROMPTS]]
+    return [{"domain": "herbal: new" if kind == "domain" else "world: known before", "prompt": row["prompt"], "reference": row["choices"][row["gold"]],
+             "outputs": {name: exam.says(model, row["prompt"]) for name, model in models.items()}} for kind, row in asked]  # fmt: skip
 
 
 def table(runs: list[dict[str, Score]]) -> str:
@@ -184,7 +241,7 @@ def cell(values: list[float | None], unit: str = "") -> str:
     return show(statistics.mean(known)) + error
 
 
-def closing(out: Path, file: dict[str, Any], seconds: float, picture: Path | None) -> str:
+def closing(out: Path, file: dict[str, Any], seconds: float, picture: Path | None, report: Path) -> str:
     """What was written, and the same three steps for the user's own model and data."""
     lines = [
         "",
@@ -192,6 +249,7 @@ def closing(out: Path, file: dict[str, Any], seconds: float, picture: Path | Non
         "Losses in nats per token, on phrasings that no training text has.",
         f"importance file: {file['mib']:.2f} MiB, recorded in {file['record_seconds']:.0f} s; all of the demo took {seconds:.0f} s",
         f"written to {out}/: demo.json, demo.md" + (f", {picture.name}" if picture else " (pip install 'holdfast[plot]' for a picture)"),
+        f"the report, to open in a browser: {report}",
         "",
         "With your own model and data:",
         "  holdfast record MODEL --general general.jsonl --out model.importance.safetensors",

@@ -1,0 +1,123 @@
+"""What a report shows, as one mapping in the form of compare.json, whichever folder it comes from.
+
+    contents = load("out/lab")       # of `holdfast compare` or `holdfast demo`: compare.json as it is
+    contents = load("run")           # of `holdfast tune` or `eval`: run.json as a comparison of one run, with "kind": "run"
+
+Nothing is computed here that a writer measured; a key that a folder does not have is empty, so that the page leaves its section out.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from holdfast.report import numbers
+from holdfast.runs import read_json
+
+FORMAT = 1
+Contents = dict[str, Any]
+EMPTY: dict[str, Any] = {"kind": "comparison", "title": "", "model": "", "created": "", "environment": {}, "experiment": {}, "settings": {}, "progress": {},
+                         "texts": [], "domains": [], "methods": [], "runs": [], "frontier": {}, "equal_learning": {}, "noise": {}, "differences": [],
+                         "verdict": [], "importance": [], "samples": [], "sequences": [], "measures": [], "notes": []}  # fmt: skip
+
+
+def load(folder: str | Path) -> Contents:
+    """The contents of a folder. Raises ValueError where it holds nothing to report, or something of another format."""
+    folder = Path(folder)
+    if (folder / "compare.json").is_file():
+        found = read_json(folder / "compare.json")
+        if not isinstance(found, dict) or found.get("format") != FORMAT:
+            version = found.get("format") if isinstance(found, dict) else type(found).__name__
+            raise ValueError(f"{folder / 'compare.json'}: expected format {FORMAT}, found {version!r}; make it again with this version of holdfast")
+        return completed(found)
+    if (folder / "run.json").is_file():
+        return of_run(read_json(folder / "run.json"), folder)
+    what = "does not exist" if not folder.exists() else "holds no compare.json and no run.json"
+    raise ValueError(f"'{folder}' {what}; give a folder that holdfast compare, demo or tune has written")
+
+
+def completed(found: Mapping[str, Any]) -> Contents:
+    """Every key of the form; what is missing or null is empty. Methods that only runs name are added, so that no run is left out."""
+    contents = {key: found.get(key) or empty for key, empty in EMPTY.items()}
+    named = {str(method["name"]) for method in contents["methods"]}
+    extra = {str(run["method"]): {"name": run["method"]} for run in contents["runs"] if str(run["method"]) not in named}
+    contents["methods"] = [*contents["methods"], *extra.values()]
+    return contents
+
+
+def label(contents: Contents, method: str) -> str:
+    """A method's name for people."""
+    return next((str(m.get("label") or m["name"]) for m in contents["methods"] if m["name"] == method), method)
+
+
+def recorded_text(contents: Contents) -> str | None:
+    """The general text of the kind that importance was recorded on: the one that verdicts are about. None where none was measured."""
+    kinds = sorted(contents["texts"], key=lambda text: text.get("kind") != "recorded")
+    return str(kinds[0]["name"]) if kinds else None
+
+
+def reported_part(contents: Contents) -> str:
+    """'test' where any run was measured there, else 'validation'."""
+    return "test" if any(run.get("part") == "test" for run in contents["runs"]) else "validation"
+
+
+def of_run(run: Mapping[str, Any], folder: Path) -> Contents:
+    """A single run as contents. Raises ValueError for a run.json that neither tune nor eval wrote."""
+    if not isinstance(run, Mapping) or not isinstance(run.get("configuration"), Mapping) or "before" not in run:
+        raise ValueError(f"{folder / 'run.json'}: expected a run of holdfast tune or eval, found other contents; run it again with this version")
+    options = run["configuration"]
+    method = "+".join(run.get("method") or ["plain" if "method" in run else "run"])
+    before, after = run["before"] or {}, run.get("after") or {}
+    domain = _short(options.get("eval_data") or options.get("data")) or "domain"
+    text = _short(options.get("general")) or "general text"
+    point = {"scale": options.get("scale") or 1.0, "learning": run.get("learning"), "forgetting": {text: run.get("forgetting")}, "accuracy": None}
+    trial = {"id": folder.name, "method": method, "domain": domain, "part": "test", "seed": options.get("seed"), "status": "done", "chosen": True,
+             "settings": {key: options.get(key) for key in ("learning_rate", "strength", "rank") if key in options}, "points": [point],
+             "energy": run.get("energy"), "seconds": run.get("train_seconds"), "trainable_parameters": run.get("trainable_parameters"),
+             "peak_memory_bytes": run.get("peak_memory_bytes"), "log": run.get("log") or [], "moved": run.get("moved")}  # fmt: skip
+    written = datetime.datetime.fromtimestamp((folder / "run.json").stat().st_mtime, tz=datetime.timezone.utc).isoformat(timespec="minutes")
+    return completed({
+        "kind": "run", "title": folder.resolve().name, "model": options.get("model"), "created": written, "environment": run.get("environment"),
+        "experiment": options, "domains": [{"name": domain, **(run.get("data") or {}), "before": before.get("domain")}],
+        "texts": [{"name": text, "kind": "recorded", "before": before.get("general")}], "methods": [{"name": method}], "runs": [trial],
+        "measures": measures(before, after, run), "verdict": sentences(run, domain, text),
+    })  # fmt: skip
+
+
+def _short(name: Any) -> str:
+    """The last part of a path or Hub name, without the ending of a file."""
+    return Path(str(name)).stem if name else ""
+
+
+def measures(before: Mapping[str, Any], after: Mapping[str, Any], run: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of what was measured before and after: name, unit, before, after, standard error of the change (losses) or of the value (accuracies)."""
+    rows: list[dict[str, Any]] = []
+
+    def add(name: str, unit: str, first: Any, second: Any, error: Any = None) -> None:
+        if first is not None or second is not None:
+            rows.append({"name": name, "unit": unit, "before": first, "after": second, "standard_error": error})
+
+    for key, name, change in (("general", "general loss", "forgetting"), ("domain", "domain loss", "learning")):
+        a, b = before.get(key) or {}, after.get(key) or {}
+        add(name, "nats per token", a.get("nats"), b.get("nats"), (run.get(change) or {}).get("standard_error"))
+        add(name.replace("loss", "perplexity"), "", a.get("perplexity"), b.get("perplexity"))
+    for name, a in (before.get("tasks") or {}).items():
+        b = (after.get("tasks") or {}).get(name) or {}
+        add(f"{name} answer loss", "nats per token", (a.get("answer_loss") or {}).get("nats"), (b.get("answer_loss") or {}).get("nats"))
+        for metric in ("acc", "acc_norm"):
+            add(f"{name} {metric}", "share", a.get(metric), b.get(metric), b.get(f"{metric}_stderr"))
+    return rows
+
+
+def sentences(run: Mapping[str, Any], domain: str, text: str) -> list[str]:
+    """What a single run learned and lost, in words."""
+    gained, lost = run.get("learning") or {}, run.get("forgetting") or {}
+    first = (f"On held-out {domain} the loss fell by {numbers.nats(gained['nats'], gained.get('standard_error'))} nats per token."
+             if numbers.known(gained.get("nats")) is not None else "What was learned was not measured: --eval-data gives held-out domain data.")  # fmt: skip
+    second = "What was forgotten was not measured: --general gives held-out general text."
+    if numbers.known(lost.get("nats")) is not None:
+        second = f"On {text} the loss rose by {numbers.nats(lost['nats'], lost.get('standard_error'))} nats per token."
+    verdict = run.get("verdict")
+    return [first, second, *([f"The budget of {run['configuration'].get('budget')}: {verdict}."] if isinstance(verdict, str) else [])]

@@ -1,0 +1,331 @@
+"""The report from compare.json and run.json: what it says, that it says it of any data, and that nothing in the data can act in it."""
+
+import base64
+import hashlib
+import html
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+
+from comparisons import METHODS, comparison
+from holdfast.cli import main
+from holdfast.report import numbers, tables
+from holdfast.report.contents import completed, load
+from holdfast.report.figures import equal_learning, frontier, heat_map
+from holdfast.report.markdown import markdown
+from holdfast.report.page import as_json, page
+from holdfast.report.palette import ACCENT, DARK, HUES, LIGHT, NEUTRAL, looks
+from holdfast.report.summary import headlines
+
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'`{{7*7}}|_x_ <!-- \u2028 =cmd()"
+RUN = {
+    "configuration": {"model": "m", "data": "herbs.jsonl", "eval_data": "herbs-test.jsonl", "general": "wiki-test.jsonl", "method": "holdfast",
+                      "strength": 10.0, "learning_rate": 0.001, "seed": 3, "rank": 8},
+    "environment": {"python": "3.11.7", "versions": {"holdfast": "0.1.0"}, "device": "cpu", "commit": None}, "method": ["holdfast"],
+    "data": {"source": "herbs.jsonl", "rows": 600, "rows_trained": 598}, "importance": None,
+    "before": {"general": {"nats": 3.0, "standard_error": 0.02, "perplexity": 20.09}, "domain": {"nats": 5.0, "standard_error": 0.03, "perplexity": 148.4},
+               "tasks": {"sciq": {"acc": 0.25, "acc_stderr": 0.01}}},
+    "after": {"general": {"nats": 3.056, "standard_error": 0.02, "perplexity": 21.24}, "domain": {"nats": 3.9, "standard_error": 0.03, "perplexity": 49.4},
+              "tasks": {"sciq": {"acc": 0.375, "acc_stderr": 0.01}}},
+    "forgetting": {"nats": 0.056, "standard_error": 0.002}, "learning": {"nats": 1.1, "standard_error": 0.01}, "energy": 0.02, "train_seconds": 80.0,
+    "trainable_parameters": 78_848, "log": [{"step": 10, "loss": 4.0, "energy": 0.01}, {"step": 20, "loss": 3.5, "energy": 0.02}],
+    "moved": [{"weight": "w", "layer": 0, "kind": "q_proj", "movement": 0.3, "importance": 0.1, "coefficient": 1.0}],
+}  # fmt: skip
+
+
+class Reader(HTMLParser):
+    """The tags with their attributes, and the text between them, as a browser reads them."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text, self._inside = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self._inside = tag
+
+    def handle_data(self, data):
+        if self._inside not in ("script", "style"):
+            self.text.append(data)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "compare.json").write_text(json.dumps(comparison()))
+    return tmp_path
+
+
+def words(text):
+    return " ".join(" ".join(Reader(text).text).split())
+
+
+def test_report_writes_one_page_beside_the_comparison_and_prints_its_path(folder, capsys):
+    assert main(["report", str(folder)]) == 0
+    assert capsys.readouterr().out.strip() == str(folder / "report.html")
+    shown = words((folder / "report.html").read_text())
+    assert "less forgetting with holdfast than with plain LoRA" in shown and "beyond the noise" in shown
+    assert "The paper's preset never learns 95 % of what plain LoRA does." in shown
+    assert "not reached" in shown and "reached by 2 of 3" in shown
+    assert "out of memory, needed 3.1 GiB" in shown.replace("out of memory , ", "out of memory, ")
+    assert "Vitamin D, which the skin makes in sunlight." in shown and "kronecker:16" in shown and "torch" in shown
+
+
+def test_a_report_needs_no_torch(folder):
+    code = f"""
+import sys
+from holdfast.cli import main
+assert main(["report", {str(folder)!r}]) == 0 and main(["report", {str(folder)!r}, "--format", "markdown"]) == 0
+assert not {{"torch", "transformers", "peft", "numpy", "plotly"}} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_page_names_no_other_place_and_its_policy_lets_its_own_scripts_alone_run():
+    text = page(completed(comparison()))
+    tags = Reader(text).tags
+    places = [value for _, attrs in tags for name, value in attrs.items() if name in ("src", "href", "action")]
+    assert places and all(place.startswith(("#", "data:")) for place in places)
+    assert not [name for _, attrs in tags for name in attrs if name.startswith("on")]
+    policy = next(attrs["content"] for tag, attrs in tags if tag == "meta" and attrs.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none'") and "connect-src" not in policy and "unsafe-eval" not in policy
+    scripts = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    assert len(scripts) == 2
+    for script in scripts:
+        assert base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() in policy
+    assert "script-src 'sha256-" in policy and "'unsafe-inline'" not in policy.split("style-src")[0]
+
+
+KEEP = {"plain", "holdfast", "recorded", "other", "done", "test", "reached", "not reached", "base"}  # words that mean something to the report
+CHOSEN = {*METHODS, "medmcqa", "sciq", "wiki", "news"} - KEEP  # keys that data chooses
+
+
+def hostile(data):
+    """The same data with every text replaced by one that breaks out of whatever does not escape it; equal texts stay equal."""
+    if isinstance(data, dict):
+        return {hostile(key) if key in CHOSEN else key: hostile(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [hostile(value) for value in data]
+    return f"{data} {HOSTILE}" if isinstance(data, str) and data not in KEEP else data
+
+
+def test_no_text_of_data_or_models_can_act_in_the_page():
+    made = comparison()
+    broken = hostile({**made, "created": None, "environment": {**made["environment"], "commit": "x"}})
+    safe, attacked = Reader(page(completed(made))), Reader(page(completed(broken)))
+    count = lambda reader: {tag: sum(t == tag for t, _ in reader.tags) for tag in ("script", "img", "style", "iframe", "a", "link", "form", "input")}
+    assert count(attacked) == count(safe)
+    assert not [name for _, attrs in attacked.tags for name in attrs if name.startswith("on")]
+    assert "onerror=alert(2)>" in " ".join(attacked.text) and "49" not in " ".join(attacked.text).split("{{")[1][:8]
+    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page(completed(broken)), re.DOTALL).group(1)
+    assert "<" not in data and "\u2028" not in data and "alert(1)" in data
+    drawn = [view["figure"] for views in json.loads(data)["figures"].values() for view in views]
+    seen = json.dumps([texts(figure) for figure in drawn])
+    assert "<img" not in seen and "<script" not in seen and "&lt;/script" in seen  # Plotly reads HTML of its own
+
+
+def texts(value, key=""):
+    """Every text of a figure that Plotly shows: not the names by which page.js finds methods."""
+    if isinstance(value, dict):
+        return [texts(inner, name) for name, inner in value.items() if name not in ("meta", "order") and not (name == "name" and "showarrow" in value)]
+    return [texts(inner, key) for inner in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("text", ["</script>", "<!--<script>", "\u2028\u2029", "&lt;"])
+def test_json_for_scripts_reads_back_as_it_was_and_opens_no_tag(text):
+    made = as_json({text: [text, 1.5, None]})
+    assert json.loads(made) == {text: [text, 1.5, None]} and not set("<>&\u2028\u2029") & set(made)
+
+
+def test_the_headline_is_the_least_forgetting_at_equal_learning_and_says_how_sure_it_is():
+    made = completed(comparison())
+    first = headlines(made, "wiki")[0]
+    rows = {row["method"]: row for row in made["equal_learning"]["medmcqa"]["wiki"] if row["share"] == 0.95}
+    assert first.number == f"{rows['plain']['forgetting'] / rows['holdfast']['forgetting']:.1f}×" and first.noise == "beyond the noise"  # noqa: RUF001
+    made["differences"] = [{**row, "beyond_noise": False} for row in made["differences"]]
+    assert headlines(made, "wiki")[0].noise == "within the noise"
+    made["differences"] = []
+    assert headlines(made, "wiki")[0].noise == "noise not measured"
+
+
+def test_the_headline_does_not_flatter_holdfast():
+    made = completed(comparison())
+    for row in made["equal_learning"]["medmcqa"]["wiki"]:
+        if row["method"] == "holdfast":
+            row["forgetting"] = 0.9
+    assert "less forgetting with KL, two sequences" in headlines(made, "wiki")[0].phrase
+    for row in made["equal_learning"]["medmcqa"]["wiki"]:
+        if row["method"] == "plain":
+            row["forgetting"] = 0.0001
+    assert "nothing here forgets less" in headlines(made, "wiki")[0].phrase
+    made["equal_learning"]["medmcqa"]["wiki"] = [row for row in made["equal_learning"]["medmcqa"]["wiki"] if row["method"] == "paper"]
+    assert [headline.place for headline in headlines(made, "wiki")] == ["sciq, measured on wiki"]
+
+
+def test_what_was_not_measured_is_a_dash_and_never_a_zero():
+    assert [numbers.nats(value) for value in (None, float("nan"), True, "7")] == [numbers.MISSING] * 4
+    assert numbers.nats(0.0561, 0.002) == "0.056 ± 0.002" and numbers.nats(-0.0001) == "0.000" and numbers.share(0.845, 0.004) == "84.5 % ± 0.4 %"
+    assert (numbers.size(1_513_768), numbers.duration(125), numbers.duration(None)) == ("1.44 MiB", "2 min 5 s", numbers.MISSING)
+    made = completed(comparison())
+    found = tables.runs(made)
+    titles = [column.title for column in found.columns]
+    failed = next(row for row in found.rows if "out of memory" in row[titles.index("status")].shown)
+    assert failed[titles.index("learning")].shown == numbers.MISSING and failed[titles.index("learning")].value is None
+    assert 'title="not measured" class="missing"' in page(made)
+
+
+def test_the_table_is_by_forgetting_with_those_that_do_not_get_there_last():
+    found = tables.methods(completed(comparison()), "medmcqa", "wiki")
+    assert [column.title for column in found.columns][:4] == ["method", "forgetting at 95 %", "forgetting at 80 %", "forgetting at 50 %"]
+    assert [row[0].shown for row in found.rows[:2]] == ["holdfast", "KL, two sequences"]
+    assert found.rows[1][1].shown.endswith("(reached by 2 of 3)") and {row[1].shown for row in found.rows[-3:]} == {"not reached"}
+
+
+def test_figures_say_what_a_point_is_and_what_was_not_reached():
+    made = completed(comparison())
+    look = looks(made["methods"])
+    drawn = frontier(made, look, "medmcqa", "wiki")
+    held = next(trace for trace in drawn["traces"] if trace["meta"] == "holdfast" and trace["mode"] == "lines+markers")
+    assert "learning_rate" not in held["hovertext"][0] and "learning rate 0.004, strength 10" in held["hovertext"][0] and "3 seeds" in held["hovertext"][0]
+    assert len(held["x"]) == 4 and held["error_y"]["array"] == [0.006] * 4
+    assert [note["text"] for note in drawn["layout"]["annotations"]] == ["50 % of plain's learning", "80 % of plain's learning", "95 % of plain's learning"]
+    bars = equal_learning(made, look, "medmcqa", "wiki", 0.95)
+    notes = {note["name"]: note["text"] for note in bars["layout"]["annotations"]}
+    assert notes["paper"] == "not reached" and "reached by 2 of 3" in notes["kl"] and set(notes) == {m["name"] for m in made["methods"]}
+    assert frontier(made, look, "medmcqa", "no such text") is None and equal_learning(made, look, "medmcqa", "wiki", 0.7) is None
+
+
+def test_the_heat_map_has_a_cell_per_layer_and_kind_and_no_number_where_nothing_was_recorded():
+    weights = [{"name": "a", "layer": 0, "kind": "q", "norm": 10.0, "coefficient": 2.0},
+               {"name": "b", "layer": 1, "kind": "v", "norm": 0.1, "coefficient": 0.5},
+               {"name": "head", "layer": None, "kind": "v", "norm": 3.0, "coefficient": None},
+               {"name": "b2", "layer": 1, "kind": "v", "norm": 0.0}]  # fmt: skip
+    drawn = heat_map({"name": "file", "weights": weights})
+    assert drawn["traces"][0]["y"] == ["0", "1", "outside"] and drawn["traces"][0]["x"] == ["q", "v"]
+    assert drawn["traces"][0]["z"][0] == [1.0, None] and drawn["traces"][0]["z"][1] == [None, pytest.approx(-1.0)]
+    assert drawn["traces"][1]["x"] == [2.0, 0.5, None]
+    assert heat_map({"name": "empty", "weights": []}) is None
+
+
+def test_methods_look_the_same_in_every_figure_and_are_told_apart_without_colour():
+    many = completed(comparison(many=True))
+    look = looks(many["methods"])
+    assert len({(one.light, one.symbol, one.dash) for one in look.values()}) == len(many["methods"]) > 20
+    by_hue = {}
+    for one in look.values():
+        by_hue.setdefault(one.light, []).append((one.symbol, one.dash))
+    assert all(len(set(shapes)) == len(shapes) for shapes in by_hue.values())
+    text = page(many)
+    data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL).group(1))["figures"]
+    for views in data.values():
+        for trace in (trace for view in views for trace in view["figure"]["traces"] if trace["meta"] is not None):
+            colour = (trace.get("line") or trace["marker"])["color"]
+            assert colour == f"{look[trace['meta']].light}|{look[trace['meta']].dark}"
+
+
+def luminance(colour):
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    r, g, b = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b
+
+
+@pytest.mark.parametrize("pair", [ACCENT, NEUTRAL, *HUES])
+def test_every_colour_stands_out_from_the_ground_of_its_theme(pair):
+    for colour, ground in zip(pair, (LIGHT, DARK), strict=True):
+        light, dark = sorted((luminance(colour), luminance(ground)), reverse=True)
+        assert (light + 0.05) / (dark + 0.05) >= 3
+
+
+def test_markdown_has_summary_table_and_settings(folder, capsys):
+    assert main(["report", str(folder), "--format", "markdown"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("## Which method forgets least?\n") and "× less forgetting with holdfast than with plain LoRA** (medmcqa, measured on wiki)" in text  # noqa: RUF001
+    assert "| method | forgetting at 95 % | forgetting at 80 % |" in text and "\n| holdfast | 0.0" in text and "| not reached |" in text
+    assert "* L2 to the base" not in text and "* l2 on medmcqa, learning rate 0.004, strength 10: out of memory (needed 3.1 GiB, 2.0 GiB were free)" in text
+    assert "* seeds: validation: 0; test: 1, 2, 3" in text and "torch 2.13.0" in text
+    heads = [line for line in text.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in heads if "not reached" not in line} == {heads[0].count("|")}
+
+
+def test_markdown_shows_hostile_text_as_text():
+    text = markdown(completed(hostile(comparison())))
+    assert not re.search(r"(?<!\\)<(?!/?(details|summary)>)", text) and r"{{7\*7}}" in text
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1
+
+
+def test_a_single_run_says_what_was_learned_and_lost(tmp_path, capsys):
+    (tmp_path / "run.json").write_text(json.dumps(RUN))
+    assert main(["report", str(tmp_path), "--title", "Herbs"]) == 0
+    text = (tmp_path / "report.html").read_text()
+    shown = words(text)
+    assert "Herbs" in shown and "1.100 nats per token learned" in shown and "0.056 nats per token forgotten" in shown
+    assert "sciq acc 25.0 % 37.5 %" in shown and 'data-figure="curves"' in text and 'data-figure="movement"' in text and 'data-figure="frontier"' not in text
+    assert "learning_rate: 0.001" in shown and "Every run" not in shown
+    capsys.readouterr()
+    assert main(["report", str(tmp_path), "--format", "markdown"]) == 0
+    assert "* On wiki-test the loss rose by 0.056 ± 0.002 nats per token." in capsys.readouterr().out.replace("\\", "")
+
+
+def test_a_run_without_held_out_text_says_that_nothing_was_measured(tmp_path):
+    empty = {"general": None, "domain": None, "tasks": {}}
+    run = {**RUN, "before": empty, "after": empty, "forgetting": None, "learning": None, "log": [], "moved": None}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    assert main(["report", str(tmp_path)]) == 0
+    shown = words((tmp_path / "report.html").read_text())
+    assert "What was learned was not measured" in shown and "What was forgotten was not measured" in shown
+
+
+def test_an_unfinished_comparison_says_so_and_needs_no_result_yet(tmp_path):
+    made = comparison()
+    bare = {**made, "runs": [], "frontier": {}, "equal_learning": {}, "differences": [], "verdict": [], "noise": {}, "importance": [], "samples": []}
+    (tmp_path / "compare.json").write_text(json.dumps({**bare, "progress": {"done": 3, "of": 48, "failed": 1, "seconds": 9.0}}))
+    assert main(["report", str(tmp_path)]) == 0
+    assert "Not finished: 3 of 48 runs are done, 1 failed" in words((tmp_path / "report.html").read_text())
+    assert "##" in markdown(load(tmp_path))
+
+
+def test_sequences_show_the_matrix_and_its_transfers():
+    made = completed({**comparison(), "sequences": [
+        {"name": "ab", "method": "holdfast", "seed": 1, "domains": ["medmcqa", "sciq"], "matrix": [[5.2, 4.9], [4.1, 4.7], [4.2, 4.0]], "accuracy": None,
+         "general": {"wiki": [0.03, 0.05]}, "average": 4.1, "backward_transfer": -0.1, "forward_transfer": 0.2}]})  # fmt: skip
+    _, found = tables.sequences(made)[0]
+    assert [[cell.shown for cell in row] for row in found.rows] == [["base model", "5.200", "4.900", "0.000"], ["medmcqa", "4.100", "4.700", "0.030"],
+                                                                    ["sciq", "4.200", "4.000", "0.050"]]  # fmt: skip
+    assert "backward transfer -0.100" in words(page(made))
+
+
+@pytest.mark.parametrize(
+    ("files", "words", "status", "expected"),
+    [
+        ({}, [], 1, "holds no compare.json and no run.json"),
+        ({"compare.json": '{"format": 7}'}, [], 1, "expected format 1, found 7"),
+        ({"compare.json": "{"}, [], 1, "expected a JSON file"),
+        ({"run.json": '{"a": 1}'}, [], 1, "expected a run of holdfast tune or eval"),
+        ({}, ["--format", "htm"], 2, "did you mean 'html'"),
+    ],
+)
+def test_what_cannot_be_reported_is_said(tmp_path, capsys, files, words, status, expected):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    assert main(["report", str(tmp_path), *words]) == status
+    assert expected in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.html"))
+
+
+def test_a_missing_folder_is_said(tmp_path, capsys):
+    assert main(["report"]) == 2 and "missing DIR" in capsys.readouterr().err
+    assert main(["report", str(tmp_path / "none")]) == 1 and "does not exist" in capsys.readouterr().err
+
+
+def test_without_plotly_markdown_still_works(folder, monkeypatch, capsys):
+    monkeypatch.setattr("holdfast.report.page.find_spec", lambda name: None)
+    assert main(["report", str(folder)]) == 1 and "pip install plotly" in capsys.readouterr().err
+    assert not (folder / "report.html").exists()
+    assert main(["report", str(folder), "--format", "markdown", "--out", str(folder / "report.md")]) == 0
+    assert html.unescape((folder / "report.md").read_text()).startswith("## Which method")
