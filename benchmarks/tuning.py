@@ -77,7 +77,8 @@ def steps(token_counts: list[int], rounds: int) -> None:
             continue
         ids = torch.randint(8192, (max(1, tokens // LENGTH), min(tokens, LENGTH)), device=DEVICE)
         one_step(model, optimizer, ids[:1], penalties)  # the first is slower
-        measured = [one_step(model, optimizer, ids, in_turn(penalties, turn)) for turn in range(rounds)]
+        fitting = int(2 * LONGEST / (per_token * tokens)) if DEVICE == "cpu" and per_token else rounds
+        measured = [one_step(model, optimizer, ids, in_turn(penalties, turn)) for turn in range(max(1, min(rounds, fitting)))]
         per_token = measured[-1]["no pull"] / 1e3 / tokens
         plain = [spent["no pull"] for spent in measured]
         rows = [row("tuning step", plain, shape=shape, tier="no pull", tokens=tokens, rank=8)]
