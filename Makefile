@@ -24,7 +24,8 @@ check: $(READY)
 
 bench bench-gpu: $(READY)
 	$(BENCH) benchmarks/pull.py $(PULL)
-	$(BENCH) benchmarks/tuning.py $(TOKENS)
+	$(BENCH) benchmarks/tuning.py
+	$(BENCH) benchmarks/recording.py
 	$(BENCH) benchmarks/sizes.py
 	$(BENCH) benchmarks/table.py
 
@@ -32,7 +33,6 @@ bench bench-gpu: $(READY)
 bench: BENCH = CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python
 bench-gpu: BENCH = $(BIN)/python
 bench-gpu: PULL = --gpu
-bench-gpu: TOKENS = --tokens 512,2048,8192
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

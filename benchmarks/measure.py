@@ -114,18 +114,20 @@ def in_tiers(shapes: dict[str, tuple[int, int]], device: str = "cpu", tiers: Ite
     found = {}
     for tier in tiers:
         try:
-            found[tier] = covariances(shapes, int(tier.split(":")[1]), device) if tier.startswith("kronecker") else base.to_tier(tier)
+            found[tier] = covariances(shapes, int(tier.partition(":")[2] or 0), device) if tier.startswith("kronecker") else base.to_tier(tier)
         except (ValueError, ImportError):  # OptionError is a ValueError: a tier of a later version
             continue
     return found
 
 
 def covariances(shapes: dict[str, tuple[int, int]], rank: int, device: str) -> Importance:
-    """Kronecker importance, covariances of `rank` + constant diagonal. Raises ImportError in versions without it."""
-    from holdfast.importance.covariance import LowRankCovariance
+    """Kronecker importance, covariances of `rank` + constant diagonal, or whole for rank 0. Raises ImportError in versions without it."""
+    from holdfast.importance.covariance import Covariance, LowRankCovariance
     from holdfast.importance.entries import KroneckerEntry
 
     def one(width: int) -> Any:
+        if not rank:
+            return Covariance(torch.eye(width, device=device))  # a product takes as long whatever the numbers
         return LowRankCovariance(torch.linalg.qr(torch.randn(width, rank, device=device)).Q, torch.rand(rank, device=device), torch.tensor(0.1, device=device))
 
     return Importance({name: KroneckerEntry(one(out), one(into)) for name, (out, into) in shapes.items()})

@@ -1,9 +1,10 @@
 """One pull of one weight: the authors' formulation, a loss term done well, and the pull of every tier, side by side; then its growth.
 
 The authors' formulation builds the effective update densely in the graph and recomputes the norm of the importance on the CPU in each step (our own code). The
-loss term done well builds the same graph with norms cached. The rest is `holdfast.Penalty.pull()` on a PEFT model, hooks and checks included.
+loss term done well builds the same graph with norms cached. `three products alone` is what no element-wise pull can do without, in tiles as the pull takes
+them: B A, P A^T, B^T P. The rest is `holdfast.Penalty.pull()` on a PEFT model, hooks and checks included.
 
-    python benchmarks/pull.py [--seconds 8]
+    python benchmarks/pull.py [--seconds 6]
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from holdfast.importance.container import Importance
-from holdfast.penalty import fused
+from holdfast.penalty import fused, tiled
 from holdfast.penalty.pull import Penalty
 from holdfast.weights import target_weights
 
@@ -61,6 +62,16 @@ def loss_term(model: nn.Module, importance: Importance, anchors: dict[str, Tenso
     (1e-3 * total).backward()
 
 
+def products(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """The three products of an element-wise pull, without importance: what is left of it is then a single pass."""
+    pull_A, pull_B = torch.zeros_like(A), torch.empty_like(B)
+    for rows in tiled.tiles(B.shape[0], A.shape[1], A.device):
+        P = torch.mm(B[rows], A)
+        torch.mm(P, A.T, out=pull_B[rows])
+        pull_A.addmm_(B[rows].T, P)
+    return pull_A, pull_B
+
+
 def contenders(shapes: list[tuple[int, int]], rank: int, tiers: tuple[str, ...] = TIERS, losses: bool = True) -> dict[str, Callable[[], Any]]:
     """Name -> a call that leaves one pull in the factors' gradients."""
     model = adapted(shapes, rank)
@@ -72,6 +83,7 @@ def contenders(shapes: list[tuple[int, int]], rank: int, tiers: tuple[str, ...] 
         norms = stored["f32"].norms()
         calls["authors' formulation"] = lambda: loss_term(model, stored["f32"], anchors, None)
         calls["loss term done well"] = lambda: loss_term(model, stored["f32"], anchors, norms)
+        calls["three products alone"] = lambda: [products(w.A.detach(), w.B.detach()) for w in weights]
     for tier, importance in stored.items():
         calls[tier] = Penalty(model, importance, strength=1e-3).pull
         if tier in fused.TIERS and fused.available(DEVICE)[0]:
@@ -109,7 +121,7 @@ def growth(seconds: float) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=8.0, help="per shape, about")
+    parser.add_argument("--seconds", type=float, default=6.0, help="per shape, about")
     parser.add_argument("--gpu", action="store_true", help="stop where there is no GPU")
     options = parser.parse_args()
     if options.gpu and DEVICE == "cpu":
