@@ -27,6 +27,7 @@ from holdfast.probe import Probe, plan
 from holdfast.tasks import encode_rows, load_training_data
 from holdfast.texts import Encoded, load_documents
 from holdfast.update import Update
+from holdfast.weights import FullWeight
 
 logger = logging.getLogger("holdfast")
 LEARNING_TOKENS = 30_000  # of domain data, for the learning along the scan
@@ -62,7 +63,8 @@ class Keeper:
              offload: bool = False) -> HoldfastCallback:  # fmt: skip
         """Refuse what the text cannot show, then add penalty and probe to the trainer. `start`: the strength to begin at; None: what suits the importance."""
         self.update = Update(trainer.model, names=names)
-        self.shrinkable = importance if options.importance and not options.full else None  # uniform importance would only scale
+        only_scales = importance.info.get("estimator") == "uniform" or any(isinstance(weight, FullWeight) for weight in self.update.weights)
+        self.shrinkable = None if only_scales else importance
         spread = self.ledger.spread(trainer.model, self.update, error=EACH)
         check_reach(spread, len(self.ledger.check), self.budget, error=EACH)
         start = start or STRENGTHS.get(importance.info.get("estimator", "?"))
