@@ -122,7 +122,7 @@ RECORD_PRESETS: dict[str, dict[str, Any]] = {
     # Song et al. 2025, section "Experiments"; the base in 8 bit is left to --quantize 8bit. Padding is masked, unlike in the released code.
     "paper": dict(estimator="path", targets="q_proj,v_proj", rank=8, alpha=32.0, dropout=0.1, gradient="effective", clamp="step", xi=1e-9, documents=2000,
                   length=800, epochs=5, batch_size=20, accumulation=4, learning_rate=8e-4, schedule="linear"),
-    "default": dict(estimator="kronecker", cov_rank=16, targets="all-linear", rank=8, alpha=32.0, dropout=0.0, gradient="exact", clamp="step", xi=1e-9,
+    "default": dict(estimator="kronecker", cov_rank=64, targets="all-linear", rank=8, alpha=32.0, dropout=0.0, gradient="exact", clamp="step", xi=1e-9,
                     length=1024, epochs=1, batch_size=4, accumulation=4, learning_rate=5e-4, schedule="constant"),
 }  # fmt: skip
 
