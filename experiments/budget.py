@@ -8,9 +8,8 @@ Every method is finished by the same code on the same documents (`finish.keep_bu
 checked. `ours` is `tune --budget`, trained anew for each budget; the others are trained once a seed and finished for each budget:
 `plain`; `strength-3`, -10, -30, the default recipe at fixed strengths; `rate-0.001`, `rate-0.0003`, plain with a small learning rate.
 General text is the first 1,200 characters of 277 held-out documents of six sources, half of them for the check, so that a run costs about two minutes
-on one core. By `check_reach` that text can show all four
-budgets (of the first 600 characters: 1 % barely, 0.5 % not). One that it cannot show is refused before training, and the refusal is the result. Learning is measured on the rows that the finish
-chooses a scale by, for all methods alike.
+on one core. By `check_reach` that text can show all four budgets (the first 600 characters: 1 % barely, 0.5 % not). One that it cannot show is refused
+before training, and the refusal is the result. Learning is measured on the rows that the finish chooses a scale by, for all methods alike.
 """
 
 from __future__ import annotations
