@@ -88,7 +88,7 @@ def test_a_reader_that_goes_away_ends_the_output_quietly(tmp_path):
     from holdfast.importance.container import Importance
     from holdfast.importance.entries import DenseEntry
 
-    rows = {f"model.layers.{i}.self_attn.q_proj.weight": DenseEntry(torch.ones(2, 2)) for i in range(600)}
+    rows = {f"model.layers.{i}.self_attn.q_proj.weight": DenseEntry(torch.ones(2, 2)) for i in range(1200)}
     Importance(rows).save(tmp_path / "i.safetensors")
     command = [sys.executable, "-m", "holdfast.cli", "inspect", str(tmp_path / "i.safetensors")]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

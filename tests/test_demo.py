@@ -88,7 +88,8 @@ def test_the_demo_trains_no_rate_twice(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "tune", lambda options: tried.append((options.importance, options.learning_rate)) or {"train_seconds": 1.0})
     scores, trained = demo.one_seed(exam, tmp_path, tmp_path / "i.safetensors", 0)
     assert tried == [(None, 2e-3), (None, 4e-3), (None, 8e-3), (str(tmp_path / "i.safetensors"), 8e-3)]
-    assert scores["plain, smaller rate"].setting == "rate 0.002" and [one.score.setting for one in trained["plain"]] == [
+    assert scores["plain, smaller rate"].setting == "rate 0.002"
+    assert [one.score.setting for one in trained["plain"]] == [
         "rate 0.008",
         "rate 0.002",
         "rate 0.004",

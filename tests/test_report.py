@@ -169,7 +169,12 @@ def test_the_headline_does_not_flatter_holdfast():
 
 def test_what_was_not_measured_is_a_dash_and_never_a_zero():
     assert [numbers.nats(value) for value in (None, float("nan"), True, "7")] == [numbers.MISSING] * 4
-    assert numbers.nats(0.0561, 0.002) == "0.056 ± 0.002" and numbers.nats(-0.0001) == "0.000" and numbers.share(0.845, 0.004) == "84.5 % ± 0.4 %"
+    assert (
+        numbers.nats(0.0561, 0.002) == "0.056 ± 0.002"
+        and numbers.nats(0.00212, 0.0001) == "0.0021 ± 0.0001"
+        and numbers.nats(-1e-5) == "0.0000"
+        and numbers.share(0.845, 0.004) == "84.5 % ± 0.4 %"
+    )
     assert (numbers.size(1_513_768), numbers.duration(125), numbers.duration(None)) == ("1.44 MiB", "2 min 5 s", numbers.MISSING)
     made = completed(comparison())
     found = tables.runs(made)
@@ -184,6 +189,18 @@ def test_the_table_is_by_forgetting_with_those_that_do_not_get_there_last():
     assert [column.title for column in found.columns][:4] == ["method", "forgetting at 95 %", "forgetting at 80 %", "forgetting at 50 %"]
     assert [row[0].shown for row in found.rows[:2]] == ["holdfast", "KL, two sequences"]
     assert found.rows[1][1].shown.endswith("(reached by 2 of 3)") and {row[1].shown for row in found.rows[-3:]} == {"not reached"}
+
+
+def test_a_method_that_has_not_run_or_not_finished_is_not_said_to_fail():
+    made = completed(comparison())
+    made["runs"] = [run for run in made["runs"] if run["method"] != "ewc-lora"]
+    for run in made["runs"]:
+        if run["method"] == "paper":
+            run.update(status="failed", points=[])
+    found = {row[0].shown: row[1].shown for row in tables.methods(made, "medmcqa", "wiki").rows}
+    assert "EWC-LoRA" not in found and found["paper preset"] == "no finished run"
+    bars = {trace["meta"]: trace["hovertext"][0] for trace in equal_learning(made, looks(made["methods"]), "medmcqa", "wiki", 0.95)["traces"]}
+    assert "ewc-lora" not in bars and "no finished run" in bars["paper"]
 
 
 def test_figures_say_what_a_point_is_and_what_was_not_reached():

@@ -17,11 +17,12 @@ def known(value: Any) -> float | None:
     return float(value)
 
 
-def nats(value: Any, error: Any = None, *, digits: int = 3) -> str:
-    """'0.056 ± 0.002'; the error only where there is one."""
+def nats(value: Any, error: Any = None, *, digits: int | None = None) -> str:
+    """'0.056 ± 0.002'; the error only where there is one. One digit more below 0.01, where methods that forget little differ."""
     number, spread = known(value), known(error)
     if number is None:
         return MISSING
+    digits = digits if digits is not None else 4 if 0 < abs(number) < 0.01 else 3
     shown = f"{number:.{digits}f}"
     shown = shown[1:] if float(shown) == 0 and shown.startswith("-") else shown
     return shown if spread is None else f"{shown} ± {spread:.{digits}f}"

@@ -35,7 +35,7 @@
     for (const key of Object.keys(layout).filter((one) => /^[xy]axis/.test(one))) {
       layout[key] = { gridcolor: colour(LINE), zerolinecolor: colour(LINE), linecolor: colour(LINE), automargin: true, tickfont: { color: colour(SOFT) }, ...layout[key] };
       if (layout[key].title) layout[key].title = { ...layout[key].title, font: { color: colour(SOFT), size: narrow ? 11 : 13 }, standoff: 10 };
-      if (layout[key].type === "log") layout[key].exponentformat = "power";
+      if (layout[key].type === "log") Object.assign(layout[key], { exponentformat: "power", dtick: "D2" });
     }
     for (const shape of layout.shapes || []) shape.line.color = colour(SOFT);
     layout.annotations = (layout.annotations || []).filter((note) => !state.hidden.has(note.name))

@@ -30,8 +30,13 @@ def headlines(contents: Contents, text: str | None) -> list[Headline]:
 
 
 def equal_rows(contents: Contents, domain: str, text: str) -> list[dict[str, Any]]:
-    """Forgetting at equal learning of one domain and text."""
-    return list((contents["equal_learning"].get(domain) or {}).get(text) or [])
+    """Forgetting at equal learning of one domain and text, of methods that ran. One without a finished run has not failed to learn: its status says so."""
+    ran: dict[str, bool] = {}
+    for run in contents["runs"]:
+        if run.get("domain") == domain:
+            ran[run["method"]] = ran.get(run["method"], False) or run.get("status", "done") == "done"
+    rows = [row for row in (contents["equal_learning"].get(domain) or {}).get(text) or [] if row["method"] in ran]
+    return [row if ran[row["method"]] else {**row, "status": "no finished run"} for row in rows]
 
 
 def _of_domain(contents: Contents, domain: str, text: str) -> Headline | None:

@@ -62,7 +62,7 @@ def methods(contents: Contents, domain: str, text_name: str) -> Table:
         name = method["name"]
         runs = [run for run in contents["runs"] if run["method"] == name and run.get("domain") == domain]
         found = ((contents["frontier"].get(domain) or {}).get(text_name) or {}).get(name) or {}
-        if not runs and not found:
+        if not runs:  # not yet
             continue
         lines.append([Cell(label(contents, name), mark=name), *(_at_share(at.get((name, share))) for share in shares), *_whole(runs, text_name),
                       number(found.get("area"), found.get("area_error")), *_costs(runs), number(method.get("trials"), show=numbers.whole),
