@@ -104,7 +104,8 @@ def frontier(found: list[dict[str, Any]], name: str, domain: str, text: str) -> 
     mine = [run for run in found if run["method"] == name and run["domain"] == domain]
     mean = lambda values: sum(values) / len(values)
     points = [{"run": mine[0]["id"], "scale": scale, "learning": mean([run["points"][i]["learning"]["nats"] for run in mine]), "learning_error": 0.006,
-               "forgetting": mean([run["points"][i]["forgetting"][text]["nats"] for run in mine]), "forgetting_error": 0.003, "seeds": 3, "on_frontier": True}
+               "forgetting": mean([run["points"][i]["forgetting"][text]["nats"] for run in mine]), "forgetting_error": 0.003, "seeds": 3,
+               "on_frontier": name == "holdfast"}
               for i, scale in enumerate(SCALES)]  # fmt: skip
     below = {**points[-1], "learning": points[-1]["learning"] * 0.8, "on_frontier": False}
     return {"points": [*points, below], "area": points[-1]["learning"] * 0.9, "area_error": 0.004}

@@ -98,6 +98,10 @@ def test_domain_text_and_share_change_what_is_shown(page):
     assert "sciq" in page.run(title) and page.run(tables) == [["sciq", "news"]]
     click(page, "#equal [data-choose=share][data-value='50 %']")
     assert "not reached" in page.run("document.querySelector('[data-figure=equal]').textContent")
+    reach = "document.querySelector('[data-figure=frontier]').layout.xaxis.range[1]"
+    near = page.run(reach)
+    click(page, "[data-choose=axis][data-value=all]")
+    assert page.run(reach) > 0.3 and near > 0.3  # the farthest point is on plain's own frontier
     click(page, "[data-choose=axis][data-value=log]")
     assert page.run("document.querySelector('[data-figure=frontier]').layout.xaxis.type") == "log" and not page.problems
 

@@ -211,6 +211,8 @@ def test_figures_say_what_a_point_is_and_what_was_not_reached():
     assert "learning_rate" not in held["hovertext"][0] and "learning rate 0.004, strength 10" in held["hovertext"][0] and "3 seeds" in held["hovertext"][0]
     assert len(held["x"]) == 4 and held["error_y"]["array"] == [0.006] * 4
     assert [note["text"] for note in drawn["layout"]["annotations"]] == ["50 % of plain's learning", "80 % of plain's learning", "95 % of plain's learning"]
+    plain = next(trace for trace in drawn["traces"] if trace["meta"] == "plain" and trace["mode"] == "lines+markers")
+    assert len(plain["x"]) == 4 and plain["x"] == sorted(plain["x"]) and plain["y"] == sorted(plain["y"])  # its own frontier, though holdfast betters it
     bars = equal_learning(made, look, "medmcqa", "wiki", 0.95)
     notes = {note["name"]: note["text"] for note in bars["layout"]["annotations"]}
     assert notes["paper"] == "not reached" and "reached by 2 of 3" in notes["kl"] and set(notes) == {m["name"] for m in made["methods"]}

@@ -26,7 +26,7 @@ def comparison(before: Mapping[str, TextLoss], seeds: Sequence[Mapping[str, Sequ
                result: Mapping[str, Any]) -> dict[str, Any]:  # fmt: skip
     """compare.json of the demo. `seeds` holds, for each seed and method, what was trained (`run.Trained`), the one that stands for the method first."""
     runs = [_run(before, name, seed, one, i == 0, result) for seed, trained in enumerate(seeds) for name in trained for i, one in enumerate(trained[name])]
-    points = {name: _points([run for run in runs if run["method"] == name]) for name in LABELS}
+    points = _on_frontier({name: _points([run for run in runs if run["method"] == name]) for name in LABELS})
     equal, differences = _equal_learning(runs, len(seeds))
     stored, general, domain = Importance.load(importance), before["general"].numbers(), before["domain"].numbers()
     configuration = runs[0]["configuration"]
@@ -93,7 +93,7 @@ def at_learning(points: Sequence[Point], level: float) -> float | None:
 
 
 def _points(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A point per rate and scale, as means over seeds, marked where no other of them betters it."""
+    """A point per rate and scale, as means over seeds."""
     groups: dict[tuple[float, float], list[tuple[Mapping[str, Any], Mapping[str, Any]]]] = {}
     for run in runs:
         for point in run["points"]:
@@ -103,8 +103,13 @@ def _points(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         learned, lost = [p["learning"]["nats"] for _, p in members], [p["forgetting"][TEXT]["nats"] for _, p in members]
         found.append({"run": members[0][0]["id"], "scale": scale, "learning": statistics.mean(learned), "forgetting": statistics.mean(lost),
                       "learning_error": error(learned), "forgetting_error": error(lost), "seeds": len(members)})  # fmt: skip
-    line = set(frontier([(point["learning"], point["forgetting"]) for point in found]))
-    return [{**point, "on_frontier": (point["learning"], point["forgetting"]) in line} for point in found]
+    return found
+
+
+def _on_frontier(methods: Mapping[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """The points marked where no point of any method betters them."""
+    line = set(frontier([(point["learning"], point["forgetting"]) for points in methods.values() for point in points]))
+    return {name: [{**point, "on_frontier": (point["learning"], point["forgetting"]) in line} for point in points] for name, points in methods.items()}
 
 
 def error(values: Sequence[float]) -> float | None:

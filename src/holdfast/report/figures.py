@@ -45,9 +45,10 @@ def frontier(contents: Contents, looks: Looks, domain: str, text: str) -> Figure
                                      "marker": {"symbol": "x-thin", "size": 9, "line": {"width": 2, "color": "|".join(NEUTRAL)}}, "meta": None}]  # fmt: skip
     for name in [m["name"] for m in contents["methods"] if m["name"] in methods]:
         points = sorted((p for p in methods[name].get("points") or [] if None not in (numbers.known(p.get("learning")), numbers.known(p.get("forgetting")))),
-                        key=lambda p: p["forgetting"])  # fmt: skip
+                        key=lambda p: (p["forgetting"], -p["learning"]))  # fmt: skip
+        best = own_frontier(points)
         for on in (False, True):
-            some = [point for point in points if bool(point.get("on_frontier")) is on]
+            some = [point for point, flag in zip(points, best, strict=True) if flag is on]
             if some:
                 traces.append(_frontier_trace(some, name, label(contents, name), looks[name], runs, on))
     if len(traces) == 1:
@@ -60,7 +61,18 @@ def frontier(contents: Contents, looks: Looks, domain: str, text: str) -> Figure
             layout["shapes"].append({"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": level, "y1": level, "line": {"width": 1, "dash": "dot"}})
             layout["annotations"].append({"xref": "paper", "x": 1, "xanchor": "right", "y": level, "yanchor": "bottom", "showarrow": False,
                                           "text": f"{numbers.percent(share)} of plain's learning"})  # fmt: skip
-    return {"traces": traces, "layout": layout, "height": 500}
+    near = [x for trace in traces if "lines" in trace["mode"] for x in trace["x"]] or [0.0]
+    edge = 0.06 * (max(*near, 0.0) - min(*near, 0.0))
+    return {"traces": traces, "layout": layout, "height": 500, "near": [min(*near, 0.0) - edge, max(*near, 0.0) + 1.5 * edge]}
+
+
+def own_frontier(points: Sequence[Mapping[str, Any]]) -> list[bool]:
+    """Which points of one method no other point of it betters; `points` come by rising forgetting. (`on_frontier` in compare.json is among all methods.)"""
+    highest, found = -math.inf, []
+    for point in points:
+        found.append(point["learning"] > highest)
+        highest = max(highest, point["learning"])
+    return found
 
 
 def _frontier_trace(points: Sequence[Mapping[str, Any]], name: str, shown: str, look: Look, runs: Mapping[Any, Mapping[str, Any]], on: bool) -> dict[str, Any]:
@@ -82,6 +94,7 @@ def _hover(point: Mapping[str, Any], shown: str, run: Mapping[str, Any] | None, 
              ("whole update" if scale in (None, 1.0) else f"update {numbers.TIMES} {scale:g}")
              + (f", {seeds} seed{'s' if seeds != 1 else ''}" if seeds else "")]  # fmt: skip
     lines += [safe(numbers.settings(run.get("settings")))] if run and run.get("settings") else []
+    lines += ["no method here betters it"] if point.get("on_frontier") else []
     return "<br>".join([*lines, f"run {safe(str(point.get('run'))[:12])}"])
 
 
@@ -143,7 +156,10 @@ def curves(contents: Contents, looks: Looks, domain: str) -> Figure | None:
     for row, key in enumerate(panels):
         top = 1 - row * (tall + gap)
         title = f"{names[key]}, nats" if key != "strength" else "strength"
-        layout["yaxis" + (str(row + 1) if row else "")] = _axis(title, domain=[max(0.0, top - tall), top], rangemode="tozero" if key != "loss" else "normal")
+        values = [y for trace in traces if trace["yaxis"] == (f"y{row + 1}" if row else "y") for y in trace["y"]]
+        wide = key == "energy" and min(values) > 0 and max(values) > 100 * min(values)  # importance of different units side by side
+        layout["yaxis" + (str(row + 1) if row else "")] = _axis(title, domain=[max(0.0, top - tall), top], type="log" if wide else "linear",
+                                                                rangemode="normal" if wide or key == "loss" else "tozero")  # fmt: skip
     return {"traces": traces, "layout": layout, "height": 90 + 190 * len(panels)}
 
 

@@ -3,7 +3,7 @@
   const Plotly = globalThis.Plotly;
   const figures = JSON.parse(document.getElementById("data").textContent).figures;
   const all = (selector, root = document) => [...root.querySelectorAll(selector)];
-  const state = { axis: "linear", hidden: new Set() };
+  const state = { axis: "near", hidden: new Set() };
   for (const button of all("[data-choose][aria-pressed=true]")) state[button.dataset.choose] = button.dataset.value;
 
   // --- theme: the system's, until someone presses the button
@@ -40,6 +40,7 @@
     for (const shape of layout.shapes || []) shape.line.color = colour(SOFT);
     layout.annotations = (layout.annotations || []).filter((note) => !state.hidden.has(note.name))
       .map((note) => ({ ...note, font: { size: narrow ? 10 : 12, color: colour(name === "equal" ? INK : SOFT) } }));
+    if (name === "frontier" && state.axis === "near") layout.xaxis.range = figure.near;
     if (name === "frontier" && state.axis === "log") layout.xaxis = { ...layout.xaxis, type: "log", rangemode: "normal", exponentformat: "none" };
     if (figure.order) layout.yaxis.categoryarray = figure.order.filter(([method]) => !state.hidden.has(method)).map(([, label]) => label);
     const height = figure.height + (figure.per || 0) * (figure.order ? layout.yaxis.categoryarray.length : 0);
@@ -71,7 +72,7 @@
     for (const part of all(".view")) part.hidden = !matches(part.dataset, ["domain", "text"]);
     for (const part of all("[data-importance]")) part.hidden = part.dataset.importance !== state.importance && all("[data-choose=importance]").length > 0;
     for (const chip of all(".chip")) chip.setAttribute("aria-pressed", String(!state.hidden.has(chip.dataset.method)));
-    for (const note of all("[data-axis-note]")) note.hidden = state.axis !== "log";
+    for (const note of all("[data-axis-note]")) note.hidden = state.axis !== note.dataset.axisNote;
     const button = document.getElementById("theme");
     button.textContent = dark() ? "Light" : "Dark";
     button.setAttribute("aria-label", dark() ? "Use the light theme" : "Use the dark theme");
