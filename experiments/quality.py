@@ -1,4 +1,4 @@
-"""Results of frontier.py -> docs/quality.md and docs/quality.svg: forgetting at 50, 80 and 95 % of plain fine-tuning's learning, and learning against forgetting.
+"""Results of frontier.py -> docs/quality.md and docs/quality.svg: forgetting at 50, 80 and 95 % of plain fine-tuning's learning, and the frontiers.
 
 Reads the result files and nothing else. A run is a curve: its finished update scaled by 0.25, 0.5, 0.75 and 1, between which forgetting is interpolated. On the
 validation part a method's number is the least over its settings, one seed each. On the test part one setting was chosen before, and its error is that of the
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import statistics
 from collections import defaultdict
 from pathlib import Path
@@ -155,15 +156,18 @@ def panel(axis: Any, domain: str, methods: dict[str, Runs]) -> None:
         colour = METHODS.get(method, ("", None))[1]
         if colour is None:
             continue
-        points = [(100 * share, value[0]) for share in (i / 200 for i in range(80, 221)) if (value := best(methods[method], share * plain))]
+        points = [(100 * share, value[0]) for share in (i / 100 for i in range(40, 111)) if (value := best(methods[method], share * plain))]
         if not points:
             continue
         ours = method.startswith("default")
-        axis.plot(*zip(*points, strict=True), color=colour, linewidth=2.6 if ours else 1.6, linestyle="--" if method == "plain" else "-", zorder=3 if ours else 2,
-                  solid_capstyle="round")  # fmt: skip
+        axis.plot(*zip(*points, strict=True), color=colour, linewidth=2.6 if ours else 1.6, linestyle="--" if method == "plain" else "-",
+                  zorder=3 if ours else 2, solid_capstyle="round")  # fmt: skip
         axis.plot(*points[-1], "o", color=colour, markersize=5 if ours else 3.5, zorder=4)
-        ends.append((*points[-1], name(method), colour, ours))
-    axis.set(yscale="log", xlim=(40, 112), ylim=(8e-4, 0.7), title=domain, xlabel="learning, % of the most that plain LoRA learns")
+        if points[-1][0] < 90:  # far from the names at the right
+            axis.annotate(name(method), points[-1], xytext=(6, 0), textcoords="offset points", color=colour, fontsize=9.5, va="center")
+        else:
+            ends.append((*points[-1], name(method), colour, ours))
+    axis.set(yscale="log", xlim=(40, 112), ylim=(8e-4, 1.0), title=domain, xlabel="learning, % of the most that plain LoRA learns")
     axis.set_xticks((40, 50, 60, 70, 80, 90, 100))
     axis.set_yticks((0.001, 0.01, 0.1), ("0.001", "0.01", "0.1"))
     axis.minorticks_off()
@@ -176,18 +180,19 @@ def panel(axis: Any, domain: str, methods: dict[str, Runs]) -> None:
 
 def label(axis: Any, ends: list[tuple[float, float, str, str, bool]]) -> None:
     """Names right of the panel, top to bottom as the lines end, kept apart, each tied to its line by a thin one."""
-    low, high, gap = -3.05, -0.2, 0.2  # powers of ten
-    import math
-
+    gap, top = 0.19, -0.08  # powers of ten
     ends = sorted(ends, key=lambda end: end[1])
-    heights: list[float] = []
-    for _, y, *_ in ends:
-        heights.append(max(math.log10(y), heights[-1] + gap if heights else low))
-    for i in range(len(heights) - 1, -1, -1):
-        heights[i] = min(heights[i], (heights[i + 1] - gap) if i + 1 < len(heights) else high)
+    heights = [math.log10(y) for _, y, *_ in ends]
+    for _ in range(200):  # neighbours that are too close push each other apart
+        for i in range(len(heights) - 1):
+            lacking = gap - (heights[i + 1] - heights[i])
+            if lacking > 0:
+                heights[i], heights[i + 1] = heights[i] - lacking / 2, heights[i + 1] + lacking / 2
+        heights[-1] = min(heights[-1], top)
     for (x, y, text, colour, ours), height in zip(ends, heights, strict=True):
         axis.annotate(text, (x, y), xytext=(114, 10**height), color=colour, fontsize=9.5, fontweight="bold" if ours else "normal", va="center",
-                      annotation_clip=False, arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.6, "shrinkA": 1, "shrinkB": 3})  # fmt: skip
+                      annotation_clip=False,
+                      arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.6, "shrinkA": 1, "shrinkB": 3})  # fmt: skip
 
 
 def for_light_and_dark(svg: str) -> str:
@@ -200,16 +205,19 @@ def for_light_and_dark(svg: str) -> str:
 def page(found: dict[tuple[str, str], dict[str, Runs]]) -> str:
     """docs/quality.md."""
     lines = ["# Forgetting at equal learning", "",
-             "Written by `python experiments/quality.py out/frontier/results docs` from the runs of [frontier.py](../experiments/frontier.py), whose protocol it follows: "
-             "a small language model, LoRA of rank 8, 120 steps. Forgetting is the rise of the loss on general text, learning the fall of the loss on the "
-             "domain, both in nats per token. Finished updates scaled by 0.25, 0.5 and 0.75 belong to every method, plain included.", "",
-             "![Learning against forgetting, one panel per domain; each line is the least forgetting over all settings and scales of a method](quality.svg)", ""]  # fmt: skip
-    for part, title, table in (("validation", "exploration: best of the settings, one seed", validation_table), ("test", "fresh seeds at chosen settings", test_table)):
+             "Written by `python experiments/quality.py out/frontier/results docs` from the runs of [frontier.py](../experiments/frontier.py), whose "
+             "protocol it follows: a small language model, LoRA of rank 8, 120 steps. Forgetting is the rise of the loss on general text, learning the fall "
+             "of the loss on the domain, both in nats per token. Finished updates scaled by 0.25, 0.5 and 0.75 belong to every method, plain included.", "",
+             "![Learning against forgetting per domain; a line is the least forgetting over a method's settings and scales](quality.svg)", ""]  # fmt: skip
+    for part, title, table in (
+        ("validation", "exploration: best of the settings, one seed", validation_table),
+        ("test", "fresh seeds at chosen settings", test_table),
+    ):
         for domain in sorted(domain for which, domain in found if which == part):
             methods = found[part, domain]
             if "plain" in methods:
                 lines += [f"## {domain}, {title}", "", *table(methods), ""]
-    lines += ["In brackets: the setting, a learning rate for plain, a strength for pulls, a weight for KL; \"at rate\": with another learning rate than plain's best. "
+    lines += ["In brackets: the setting, a learning rate for plain, a strength for pulls, a weight for KL; 'at rate': not at the rate that is best for plain. "
               "Under exploration the best of several settings is shown, which flatters methods with more of them, and differences of single seeds below about "
               "0.01 nats at 95 % are noise."]  # fmt: skip
     return "\n".join(lines) + "\n"
