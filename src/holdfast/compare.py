@@ -209,9 +209,9 @@ def verdict(experiment: Experiment, summary: dict[str, Any]) -> list[str]:
             noise = {True: "beyond the noise", False: "within the noise", None: "of unknown noise: one seed"}[gap["beyond_noise"]]
             text += f"; {experiment.reference} scaled back forgets {_nats(plain)} ({gap['ratio']:.2f}x, {noise})"
         lines.append(text + ("" if best["part"] == "test" else " (validation part, not yet tested)") + ".")
-        missed = [row["method"] for row in rows if row["forgetting"] is None]
+        missed = [row["method"] for row in rows if row["forgetting"] is None and row["seeds"]]
         if missed:
-            lines.append(f"{domain}: {', '.join(missed)} did not reach that learning{'' if len(missed) == 1 else ' (in every seed)'}.")
+            lines.append(f"{domain}: {', '.join(missed)} did not reach that learning in every seed.")
     counts = {method["name"]: method["trials"] for method in summary["methods"]}
     if len(set(counts.values())) > 1:
         lines.append("Methods had unequal numbers of trials: " + ", ".join(f"{name} {count}" for name, count in counts.items()) + ".")
