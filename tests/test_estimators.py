@@ -30,7 +30,14 @@ def recorded(model_folder, text_file, tmp_path):
 
 @pytest.mark.parametrize(
     ("estimator", "tier"),
-    [("path", "f32"), ("path-factored", "factored"), ("fisher", "f32"), ("kronecker", "kronecker:16"), ("activation", "factored"), ("uniform", "factored")],
+    [
+        ("path", "f32"),
+        ("path-factored", "factored"),
+        ("fisher", "f32"),
+        ("kronecker", "kronecker:24"),
+        ("activation", "factored"),
+        ("uniform", "factored"),
+    ],  # rank 64, or the width
 )
 def test_every_estimator_writes_a_file_that_holds_any_adapter(recorded, tiny, estimator, tier):
     importance = recorded("--estimator", estimator)

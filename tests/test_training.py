@@ -152,7 +152,7 @@ def test_the_default_recipe_needs_neither_estimator_nor_strength(model_folder, t
     path = str(tmp_path / "d.safetensors")
     record(resolve(RecordOptions, {"model": str(model_folder), "general": str(text_file), "out": path}, RECORD_PRESETS))
     run = tuned(importance=path)
-    assert Importance.load(path).tier == "kronecker:16" and run["configuration"]["strength"] == STRENGTHS["kronecker"] and run["energy"] > 0
+    assert Importance.load(path).tier == "kronecker:24" and run["configuration"]["strength"] == STRENGTHS["kronecker"] and run["energy"] > 0
     uniform = str(tmp_path / "u.safetensors")
     record(resolve(RecordOptions, {"model": str(model_folder), "estimator": "uniform", "out": uniform}, RECORD_PRESETS))
     with pytest.raises(OptionError, match="no default strength"):
