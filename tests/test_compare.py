@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -157,6 +158,12 @@ def test_an_experiment_may_differ_from_another_one(experiment, tmp_path):
     other.write_text("base: other.yaml\n")
     with pytest.raises(OptionError, match="leads back to itself"):
         read(other)
+
+
+@pytest.mark.parametrize("file", ["examples/compare/methods.yaml", "experiments/lab.yaml"])
+def test_the_experiments_that_are_shipped_are_whole(file):
+    found = read(Path(__file__).parents[1] / file)
+    assert len(found.methods) >= 5 and len(validation_trials(found)) == 3 * len(found.methods) * len(found.domains)
 
 
 def test_dry_run_says_what_would_be_run(experiment, tmp_path, capsys):

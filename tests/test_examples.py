@@ -20,7 +20,7 @@ from holdfast.runs import read_json
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 SHARED = ROOT.parent / "shared"
-YAMLS = sorted(EXAMPLES.rglob("*.yaml"))
+YAMLS = sorted(path for path in EXAMPLES.rglob("*.yaml") if path.parent.name != "compare")  # experiments: test_compare.py
 MODELS = sorted(path for path in (EXAMPLES / "paper").iterdir() if path.is_dir())
 TASKS = ("sciq", "piqa", "medmcqa")
 ROWS = {
