@@ -39,7 +39,7 @@ from holdfast.config import CompareOptions, ModelOptions, TuneOptions, resolve
 from holdfast.evaluation import completion_loss, general_loss, rise
 from holdfast.experiment import RECORDED, Experiment, Trial, final_trials, identity, read, record_options, tune_options, validation_trials
 from holdfast.models import context_length, load_model, load_tokenizer
-from holdfast.runs import atomic_path, check_output_folder, environment, read_json, sha256_file, write_json
+from holdfast.runs import check_output_folder, environment, read_json, sha256_file, write_json, write_text
 from holdfast.tasks import load_training_data
 from holdfast.texts import load_documents
 from holdfast.weights import scale_update, unwrapped
@@ -384,9 +384,3 @@ def _locked(out: Path) -> Iterator[None]:
         except OSError:
             raise ValueError(f"another process is comparing in '{out}'; wait for it, or give another --out") from None
         yield
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")

@@ -34,10 +34,15 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def write_json(path: str | Path, data: Any) -> None:
     """Write JSON atomically; NaN and infinities become null."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(_plain(data), indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(_plain(data), indent=1) + "\n")
 
 
 def read_json(path: str | Path) -> Any:

@@ -41,7 +41,7 @@ from holdfast.methods.text import replay_text
 from holdfast.models import context_length, load_model, load_tokenizer, save_whole
 from holdfast.moved import moved
 from holdfast.penalty.pull import check_fit, implementation
-from holdfast.runs import atomic_path, check_free_space, check_output_folder, environment, sha256_file, write_json
+from holdfast.runs import check_free_space, check_output_folder, environment, sha256_file, write_json, write_text
 from holdfast.tasks import encode_rows, load_training_data, truncation_report
 from holdfast.texts import fingerprint_rows
 from holdfast.weights import LowRankWeight, add_adapter, matching, placed, target_weights, unwrapped, warn_of_experts
@@ -336,12 +336,6 @@ def _last_checkpoint(out: Path) -> str | None:
     """The newest whole checkpoint: the trainer writes trainer_state.json last."""
     whole = [p for p in (out / "checkpoints").glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
     return str(max(whole, key=lambda p: int(p.name.split("-")[-1]))) if whole else None
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small text file atomically."""
-    with atomic_path(path) as temporary:
-        Path(temporary).write_text(text, encoding="utf-8")
 
 
 def _last(log: list[dict[str, Any]], key: str) -> float | None:
