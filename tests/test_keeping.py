@@ -174,6 +174,21 @@ def test_the_ledger_measures_what_changed_and_leaves_no_trace(tiny, tokenizer, g
     assert all(not weight.update().any() for weight in update.weights)
 
 
+def test_the_spread_is_that_of_an_update_which_costs_the_budget_where_pieces_mislead(tiny, tokenizer, general, monkeypatch):
+    """Pieces that rise three times as much as whole documents do: the update must cost the budget on documents, since they are what the check measures."""
+    model = tiny()
+    ledger = open_ledger(model, tokenizer, load_documents(str(general)), parse("2%"))
+    torch.manual_seed(0)
+    model = add_adapter(model, names="all-linear", rank=2, alpha=4.0)
+    update, randomised, size = Update(model), Update.randomise, []
+    monkeypatch.setattr(Update, "randomise", lambda self, x, seed=0: (size.append(x), randomised(self, x, seed)))
+    noise = np.random.default_rng(0).normal(1, 0.3, len(ledger.control))
+    rise = lambda part: 1e3 * size[-1] ** 2 * (noise if part is ledger.control else 3.0)
+    monkeypatch.setattr("holdfast.ledger.Part.losses", lambda part, model: part.nats + part.tokens * rise(part))
+    assert ledger.spread(model, update, error=0.05).nats == pytest.approx(ledger.budget.nats, rel=0.25)
+    assert not any(weight.update().any() for weight in update.weights)
+
+
 def test_the_scan_finds_the_budget_where_the_loss_is_not_monotone(tiny, tokenizer, general, monkeypatch):
     """A rise that is within the budget up to 0.2, above it, and within it again from 0.6 to 0.75 of the update."""
     ledger = open_ledger(tiny(), tokenizer, load_documents(str(general)), parse("0.01nats"))

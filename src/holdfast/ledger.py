@@ -69,7 +69,7 @@ class Ledger:
         """The interval of a random update that costs about the budget, on control documents; the update is as before afterwards.
 
         The rise of a random update grows with the square of its size, so the size is found in at most 6 small evaluations of a few pieces; then one of the
-        control part.
+        control part, or two where the first missed the budget: on the lab's text it cost as little as 0.39 of one, whose interval is too narrow.
         """
         few = self.pieces.some(range(min(SPREAD_PIECES, len(self.pieces))))
         size = 1e-3
@@ -81,8 +81,14 @@ class Ledger:
                 size *= min(8.0, max(0.125, math.sqrt(ratio)))
                 if 0.8 < ratio < 1.25:
                     break
-            update.randomise(size)
-            return self.control.rise(model, error=error)
+            for _ in range(2):
+                update.randomise(size)
+                found = self.control.rise(model, error=error)
+                ratio = self.budget.nats / found.nats if found.nats > 0 else 64.0
+                if 0.8 < ratio < 1.25:
+                    break
+                size *= min(8.0, max(0.125, math.sqrt(ratio)))
+            return found
         finally:
             update.scale(1)
 
