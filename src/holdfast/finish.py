@@ -24,6 +24,7 @@ from torch import nn
 
 from holdfast.budget import ERROR, Interval, documents_to_decide, percent, planned_bound, verdict
 from holdfast.importance.container import Importance
+from holdfast.importance.covariance import AnyCovariance
 from holdfast.ledger import Ledger, Part
 from holdfast.shrink import Basis, Form, prepared, refactored, typical
 from holdfast.update import Update
@@ -106,7 +107,7 @@ def ways_of(update: Update, importance: Importance | None) -> Ways:
 
 def shrinker(update: Update, importance: Importance) -> Callable[[float], None]:
     """A function: share -> the model with the kept update shrunk that far along importance. Covariances are decomposed once."""
-    made: dict[int, Basis] = {}
+    made: dict[int, tuple[AnyCovariance, Basis]] = {}
     forms: dict[str, Form] = {}
 
     def apply(share: float) -> None:

@@ -146,13 +146,16 @@ class Covariances:
 Form = Elements | Covariances
 
 
-def prepared(entry: Entry, device: torch.device, made: dict[int, Basis]) -> Form:
-    """The form of one weight's importance, on `device`; eigenbases are kept in `made`, by identity, so that a shared covariance is decomposed once."""
+def prepared(entry: Entry, device: torch.device, made: dict[int, tuple[AnyCovariance, Basis]]) -> Form:
+    """The form of one weight's importance, on `device`; eigenbases are kept in `made`, by identity, so that a shared covariance is decomposed once.
+
+    The covariance is kept beside its basis: once it were gone, another could have its identity.
+    """
     if isinstance(entry, KroneckerEntry):
         for cov in (entry.out_cov, entry.in_cov):
             if id(cov) not in made:
-                made[id(cov)] = basis(cov.to(device, torch.float64))
-        return Covariances(made[id(entry.out_cov)], made[id(entry.in_cov)])
+                made[id(cov)] = (cov, basis(cov.to(device, torch.float64)))
+        return Covariances(made[id(entry.out_cov)][1], made[id(entry.in_cov)][1])
     assert isinstance(entry, (DenseEntry, CodedEntry, FactoredEntry)), type(entry)
     return Elements(entry.to(device, torch.float64, {}))
 
