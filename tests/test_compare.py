@@ -97,6 +97,24 @@ def test_interrupted_and_gone_on_with_is_the_same(experiment, tmp_path, monkeypa
     assert whole["frontier"] == parted["frontier"] and whole["equal_learning"] == parted["equal_learning"]
 
 
+def test_the_verdict_names_no_ratio_where_plain_forgets_nothing(experiment, tmp_path, monkeypatch):
+    """Plain may even gain on general text; the ratio to that says nothing and is null."""
+    original = campaign._trained
+
+    def trained(job):
+        result = original(job)
+        for point in result["points"]:
+            point["learning"]["nats"] = point["scale"]
+            point["forgetting"]["wide"]["nats"] = -0.01 * point["scale"] * (2 if job["trial"].method == "holdfast" else 1)
+        return result
+
+    monkeypatch.setattr(campaign, "_trained", trained)
+    assert run(experiment(), tmp_path / "out") == 0
+    summary = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert all(gap["ratio"] is None for gap in summary["differences"] if gap["text"] == "wide")
+    assert "plain scaled back forgets -0.0095" in summary["verdict"][0] and "x," not in summary["verdict"][0]
+
+
 def test_out_of_memory_is_a_result_and_a_failure_is_tried_again(experiment, tmp_path, monkeypatch):
     path, out, original = experiment(), tmp_path / "out", campaign._trained
     failing = {"holdfast": MemoryError("no room"), "plain": None}

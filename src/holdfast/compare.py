@@ -207,7 +207,8 @@ def verdict(experiment: Experiment, summary: dict[str, Any]) -> list[str]:
                 d for d in summary["differences"] if (d["domain"], d["text"], d["share"], d["a"]) == (domain, experiment.recorded, share, best["method"])
             )
             noise = {True: "beyond the noise", False: "within the noise", None: "of unknown noise: one seed"}[gap["beyond_noise"]]
-            text += f"; {experiment.reference} scaled back forgets {_nats(plain)} ({gap['ratio']:.2f}x, {noise})"
+            times = "" if gap["ratio"] is None else f"{gap['ratio']:.2f}x, "  # none where plain forgets nothing
+            text += f"; {experiment.reference} scaled back forgets {_nats(plain)} ({times}{noise})"
         lines.append(text + ("" if best["part"] == "test" else " (validation part, not yet tested)") + ".")
         missed = [row["method"] for row in rows if row["forgetting"] is None and row["seeds"]]
         if missed:
