@@ -17,7 +17,7 @@ from holdfast.config import METHOD_SETTINGS, RECORD_PRESETS, TUNE_PRESETS, EvalO
 from holdfast.demo.run import MODEL
 from holdfast.demo.world import build, documents
 from holdfast.evaluation import evaluate
-from holdfast.methods import scaling, terms
+from holdfast.methods import orthogonal, scaling, terms
 from holdfast.methods.divergence import kl_gradient, kl_reference
 from holdfast.methods.laplace import FactorPenalty, curvature
 from holdfast.methods.table import METHODS
@@ -25,7 +25,8 @@ from holdfast.recording import record
 from holdfast.training import tune
 from holdfast.weights import add_adapter, target_weights
 
-# Options of each row, and those that switch the method off (None: it has no zero). FILE and TEXT stand for an importance file and general text.
+# Options of each row, and those that switch the method off (None: it has no zero). FILE, TEXT and EARLIER stand for an
+# importance file, general text and the adapter of plain tuning.
 ROWS = [
     ("plain", {}, None),
     ("holdfast", {"importance": "FILE", "strength": 1.0}, {"strength": 0.0}),
@@ -39,6 +40,7 @@ ROWS = [
     ("la-lora", {"replay": "TEXT", "strength": 100.0}, {"strength": 0.0}),
     ("l2", {"strength": 0.01}, {"strength": 0.0}),
     ("shuffled", {"importance": "FILE", "strength": 1.0}, {"strength": 0.0}),
+    ("o-lora", {"earlier": "EARLIER"}, {"orthogonality": 0.0}),
     ("general-steps", {"replay": "TEXT"}, {"general_steps": 0}),
     ("oft", {}, None),
     ("osf", {}, None),
@@ -56,11 +58,13 @@ def world(model_folder, text_file, tmp_path, tmp_path_factory):
     rng = random.Random(7)
     data, shared = tmp_path / "domain.jsonl", tmp_path_factory.getbasetemp()
     data.write_text("\n".join(json.dumps({"prompt": f"Question {rng.choice('abcd')} ?", "completion": " yes no " + rng.choice("abcd")}) for _ in range(32)))
-    files = {"FILE": str(shared / "methods.safetensors"), "TEXT": str(text_file), "DATA": str(data)}
+    files = {"FILE": str(shared / "methods.safetensors"), "TEXT": str(text_file), "DATA": str(data), "EARLIER": str(shared / "plain" / "final")}
 
     def run(name, **given):
         if "FILE" in given.values() and not Path(files["FILE"]).exists():
             record(resolve(RecordOptions, {"model": str(model_folder), "general": str(text_file), "out": files["FILE"], "device": "cpu"}, RECORD_PRESETS))
+        if "EARLIER" in given.values():
+            plain()
         given = {key: files.get(value, value) if isinstance(value, str) else value for key, value in given.items()}
         options = {"model": str(model_folder), "data": str(data), "out": str(tmp_path / name), "rank": 2, "batch_size": 4, "accumulation": 1, "max_steps": 4,
                    "learning_rate": 1e-2, "log_steps": 1, "device": "cpu", **given}  # fmt: skip
@@ -246,6 +250,9 @@ def test_replay_mixes_in_its_share(tiny, share):
         ({"method": "osf", "quantize": "4bit"}, "--quantize does not allow"),
         ({"method": "oft", "rank": 3}, "not divisible by the block size of 4 x --rank = 12"),
         ({"method": "osf", "rank": 30}, "is more than the smallest target has"),
+        ({"method": "o-lora"}, "--method o-lora needs --earlier"),
+        ({"method": "o-lora,lora-fa", "earlier": "nowhere"}, "o-lora and lora-fa cannot be combined: it freezes A"),
+        ({"method": "o-lora", "earlier": "nowhere"}, "'nowhere' is not an adapter folder"),
         ({"method": "plain,kl", "replay": "TEXT"}, "plain is tuning without a method"),
     ],
 )
@@ -320,6 +327,33 @@ def test_the_laplace_pull_is_the_gradient_of_its_penalty(tiny, batch):
     for p, g in zip(factors, expected, strict=True):
         torch.testing.assert_close(p.grad, g)
     assert 3.0 * penalty.logs()["energy"] == pytest.approx(float(value), rel=1e-5)
+
+
+def test_the_gradient_of_o_lora_is_that_of_autograd(tiny):
+    """Two earlier adapters of ranks 2 and 3 on q_proj, against A_i A^T squared and summed by autograd; weights without an earlier adapter are left alone."""
+    model = add_adapter(tiny(), names="q_proj,v_proj", rank=2, alpha=4)
+    q = {weight.name: weight.A for weight in target_weights(model) if weight.kind == "q_proj"}
+    g = torch.Generator().manual_seed(4)
+    earlier = {name: [torch.randn(r, A.shape[1], generator=g) for r in (2, 3)] for name, A in q.items()}
+    value = sum((old @ A.T).square().sum() for name, A in q.items() for old in earlier[name])
+    expected = torch.autograd.grad(0.7 * value, list(q.values()))
+    term = orthogonal.Orthogonality(model, earlier, weight=0.7)
+    term.add(0, scale=8.0)
+    for A, gradient in zip(q.values(), expected, strict=True):
+        torch.testing.assert_close(A.grad, 8.0 * gradient)
+    assert term.logs()["orthogonality"] == pytest.approx(float(value), rel=1e-6)
+    assert all(weight.A.grad is None for weight in target_weights(model) if weight.kind == "v_proj")
+    with pytest.raises(ValueError, match="does not fit the model"):
+        orthogonal.Orthogonality(model, {next(iter(q)): [torch.ones(2, 5)]})
+
+
+def test_o_lora_turns_away_from_the_adapter_before(world):
+    """Of a heavy weight: what is left of A_i A^T is a small part of what plain tuning on the merged model has."""
+    earlier = world.plain()
+    overlap = lambda name: sum(float((earlier[k] @ tensors(world.folder / name)[k].T).square().sum()) for k in earlier if "lora_A" in k)
+    world("free", max_steps=32, seed=1)
+    world("held", method="o-lora", earlier="EARLIER", orthogonality=10.0, max_steps=32, seed=1)
+    assert overlap("held") < 0.1 * overlap("free")
 
 
 def test_every_method_has_a_card():

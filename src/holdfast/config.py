@@ -49,7 +49,7 @@ REPORTERS = ("none", "tensorboard", "wandb", "trackio", "mlflow", "swanlab")
 AT_LEAST = {"rank": 1, "batch_size": 1, "accumulation": 1, "save_steps": 1, "log_steps": 1, "limit": 1, "documents": 1, "self_documents": 1, "threads": 1,
             "length": 2, "stride": 1, "batch_tokens": 1, "shots": 0, "eval_steps": 0, "strength": 0, "cov_rank": 0, "groups": 1, "dropout": 0,
             "warmup": 0, "weight_decay": 0, "max_grad_norm": 0, "seed": 0, "replay_documents": 1, "replay_share": 0, "kl_weight": 0,
-            "kl_sequences": 1, "general_steps": 0, "scale": 0, "max_forgetting": 0, "jobs": 1, "mu": 0}  # fmt: skip
+            "kl_sequences": 1, "general_steps": 0, "scale": 0, "max_forgetting": 0, "orthogonality": 0, "jobs": 1, "mu": 0}  # fmt: skip
 ABOVE_ZERO = ("learning_rate", "epochs", "alpha", "xi")
 
 
@@ -158,7 +158,7 @@ class TuneOptions(AdapterOptions, TextOptions, ModelOptions):
     out: str = option("", "folder to write: adapter (or model), checkpoints, run.json", metavar="DIR")
     preset: str = option("default", "default: our recipe; paper: Song et al. 2025 (arXiv 2501.13669)", choices=PRESETS)
     method: str = option(None, "method, or several with commas: plain, rslora, full, small-lr, holdfast, kl, replay, wise, ewc-lora, la-lora, l2, shuffled, "
-                         "general-steps, oft, osf, corda, lora-fa; see docs/methods.md; default: holdfast where --importance is given, else plain",
+                         "o-lora, general-steps, oft, osf, corda, lora-fa; see docs/methods.md; default: holdfast where --importance is given, else plain",
                          metavar="NAMES")  # fmt: skip
     replay: str | None = option(None, "general text used while tuning: as --general, but other text; 'self': sampled from the model; 'domain': --data (kl)",
                                 metavar="TEXT")  # fmt: skip
@@ -169,6 +169,8 @@ class TuneOptions(AdapterOptions, TextOptions, ModelOptions):
     scale: float | None = option(None, "wise: scale the finished update by this number")
     max_forgetting: float | None = option(None, "wise: the largest scale with at most this rise of the loss on --general", metavar="NATS")
     general_steps: int | None = option(None, "general-steps: optimizer steps on --replay before tuning; default: one pass over it")
+    earlier: str | None = option(None, "o-lora: adapters merged into MODEL before, whose directions are kept free", metavar="DIRS")
+    orthogonality: float | None = option(None, "o-lora: weight of the overlap with earlier adapters [0.5]")
     strength: float | None = option(None, "how hard important weights are held (lambda); 0 is plain fine-tuning; default: what suits the file's estimator")
     budget: str | None = option(None, "let perplexity on --general rise by at most this much: 1%, or 0.01nats; sets the strength (docs/budget.md)")
     layers: Any = option(None, "layer coefficients: uniform, softmax, scale-free; a list over depth or a map of kinds in YAML", metavar="HOW")
@@ -218,6 +220,7 @@ METHOD_SETTINGS: dict[str, dict[str, Any]] = {
     "ewc-lora": dict(strength=10.0),  # as STRENGTHS has it for fisher
     "kl": dict(kl_weight=1.0, kl_sequences=2),
     "replay": dict(replay_share=0.05),
+    "o-lora": dict(orthogonality=0.5),
 }
 
 

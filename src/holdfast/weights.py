@@ -19,6 +19,7 @@ import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -404,6 +405,20 @@ def add_adapter(model: nn.Module, *, names: str, rank: int, alpha: float, dropou
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, use_rslora=rslora, target_modules=modules,
                         task_type="CAUSAL_LM", fan_in_fan_out=conv1d)  # fmt: skip
     return get_peft_model(model, config)
+
+
+def adapter_inputs(folder: str | Path) -> dict[str, Tensor]:
+    """Base weight name -> A (r, in) of a LoRA adapter's folder, read from its file without a model. Raises ValueError where there is none."""
+    from peft.utils.save_and_load import load_peft_weights
+
+    found = {}
+    for key, value in load_peft_weights(str(folder), device="cpu").items():
+        path, mark, _ = key.removeprefix("base_model.model.").partition(".lora_A.")
+        if mark:
+            found[path + ".weight"] = value
+    if not found:
+        raise ValueError(f"'{folder}' holds no LoRA adapter: expected lora_A weights in it; give an adapter trained by LoRA")
+    return found
 
 
 def scale_update(model: nn.Module, factor: float) -> None:

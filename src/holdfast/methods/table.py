@@ -8,16 +8,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from holdfast.config import OptionError, TuneOptions, nearest
-from holdfast.methods import adapters, control, laplace, pulls, scaling, terms
+from holdfast.methods import adapters, control, laplace, orthogonal, pulls, scaling, terms
 from holdfast.methods.method import Method
 
 PLACES = ("adapter", "optimizer", "pull", "finish")  # at most one method fills each; terms add up
 
 PULLS = ("holdfast", "ewc-lora", "la-lora", "l2", "shuffled")
-NOT_LORA = {**dict.fromkeys((*PULLS, "lora-fa", "rslora", "wise"), "its update is not the product of two LoRA factors"),
+NOT_LORA = {**dict.fromkeys((*PULLS, "lora-fa", "o-lora", "rslora", "wise"), "its update is not the product of two LoRA factors"),
             "full": "it is an adapter"}  # fmt: skip
 ALONE = dict.fromkeys((*PULLS, "kl", "replay"), "it is the control without a penalty and without general text while tuning")
-MOVES = dict.fromkeys((*PULLS, "kl", "wise", "lora-fa"), "corda starts by taking directions out of the base weight, so its factors are not the update")
+MOVES = dict.fromkeys(
+    (*PULLS, "kl", "wise", "lora-fa", "o-lora"), "corda starts by taking directions out of the base weight, so its factors are not the update"
+)
 
 METHODS: dict[str, Method] = {
     "plain": Method(),
@@ -32,6 +34,8 @@ METHODS: dict[str, Method] = {
     "la-lora": Method(needs=("replay", "strength"), reads=("replay_documents",), check=adapters.needs_lora("la-lora"), pull=laplace.la_lora),
     "l2": Method(needs=("strength",), check=pulls.no_file, pull=pulls.l2),
     "shuffled": Method(needs=("importance",), reads=("strength",), pull=pulls.of_shuffled),
+    "o-lora": Method(needs=("earlier",), reads=("orthogonality",), check=orthogonal.check, loss=orthogonal.o_lora,
+                     refuses={"lora-fa": "it freezes A, the factor that o-lora turns"}),
     "general-steps": Method(needs=("replay",), reads=("replay_documents", "general_steps"), start=control.general_steps, refuses=ALONE),
     "oft": Method(check=adapters.needs_lora("oft"), adapter=adapters.oft, refuses=NOT_LORA),
     "osf": Method(check=adapters.needs_whole_weights("osf"), adapter=adapters.osf, refuses=NOT_LORA),
