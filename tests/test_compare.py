@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from holdfast import campaign
+from holdfast import campaign, sequence
 from holdfast.carving import carve, groups
 from holdfast.cli import main
-from holdfast.config import OptionError
-from holdfast.experiment import read, validation_trials
+from holdfast.config import TUNE_PRESETS, OptionError, TuneOptions, resolve
+from holdfast.experiment import identity, read, validation_trials
 
 WORDS = "the cat sat on mat and dog then too yes no one two three".split()  # noqa: SIM905
 
@@ -97,6 +97,68 @@ def test_interrupted_and_gone_on_with_is_the_same(experiment, tmp_path, monkeypa
     assert whole["frontier"] == parted["frontier"] and whole["equal_learning"] == parted["equal_learning"]
 
 
+@pytest.fixture
+def succession(experiment, tmp_path):
+    """An experiment of three domains in a sequence, by three methods with one seed."""
+    rng = random.Random(3)
+    for name, reply in (("second", "one two"), ("third", "dog mat")):  # answers of their own: what one domain teaches does not help the other
+        rows = [{"prompt": f"{name} {i} {rng.choice('abcd')} ?", "completion": f" {reply} {rng.choice('abcd')}"} for i in range(40)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    domains = json.loads(experiment().read_text())["domains"]
+    change = {
+        "training": {"max_steps": 12, "batch_size": 4, "accumulation": 1, "rank": 2, "log_steps": 1},
+        "domains": {**domains, **{name: str(tmp_path / f"{name}.jsonl") for name in ("second", "third")}}, "seeds": {"validation": [0], "test": [1]},
+        "methods": {"plain": {"learning_rate": 1e-2}, "holdfast": {"importance": "default", "learning_rate": 1e-2, "strength": 1}},
+        "sequences": {"way": {"domains": ["domain", "second", "third"],
+                              "methods": {"plain": None, "holdfast": None, "apart": {"like": "plain", "method": "o-lora", "orthogonality": 2}}}},
+    }  # fmt: skip
+    return lambda **more: experiment(**{**change, **more})
+
+
+def test_a_sequence_goes_on_from_the_merged_result_of_each_domain(succession, tmp_path, monkeypatch):
+    path, out = succession(), tmp_path / "out"
+    assert run(path, out) == 0
+    summary = json.loads((out / "compare.json").read_text())
+    found = {sequence["method"]: sequence for sequence in summary["sequences"]}
+    assert list(found) == ["plain", "holdfast", "apart"] and all(s["error"] is None and s["seed"] == 1 for s in found.values())
+    before = [domain["before"]["nats"] for domain in summary["domains"]]
+    for s in found.values():
+        assert s["matrix"][0] == before and len(s["matrix"]) == 4 and {text: len(rises) for text, rises in s["general"].items()} == {"wide": 3, "other": 3}
+        assert all(s["matrix"][j + 1][j] < s["matrix"][j][j] for j in range(3))  # each step learns its domain, from where the last one ended
+    assert found["apart"]["matrix"][1] == found["plain"]["matrix"][1]  # nothing to keep apart from yet
+    assert found["apart"]["matrix"][2] != found["plain"]["matrix"][2]
+    single = next(r for r in summary["runs"] if (r["method"], r["domain"], r["part"]) == ("plain", "domain", "test"))
+    learned = next(point["learning"]["nats"] for point in single["points"] if point["scale"] == 1.0)
+    assert found["plain"]["matrix"][1][0] == pytest.approx(before[0] - learned, abs=1e-5)  # the first step is the run of that domain alone, merged
+    assert any("way, one after another (domain, second, third)" in line for line in summary["verdict"])
+    assert len(list(out.glob("sequences/way/*/*/model"))) == 3  # of the last step alone
+    kept = (out / "sequences/way/holdfast-1/keep-3.jsonl").read_text()
+    assert all(word in kept for word in ("Question", "second", "cat")) and "third" not in kept
+    monkeypatch.setattr(sequence, "_take", lambda *arguments: pytest.fail("ran again"))
+    assert run(path, out) == 0
+    assert json.loads((out / "compare.json").read_text())["sequences"] == summary["sequences"]
+
+
+def test_an_interrupted_sequence_goes_on_and_a_changed_step_finds_the_model_before_it(succession, tmp_path, monkeypatch):
+    spec = {"way": {"domains": ["domain", "second", "third"], "methods": ["plain"]}}
+    path, out, original, calls = succession(sequences=spec), tmp_path / "out", sequence._take, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        original(*arguments)
+
+    monkeypatch.setattr(sequence, "_take", interrupted)
+    assert run(path, out) == 130 and run(path, out) == 0
+    assert len(calls) == 4  # the second step twice
+    whole = json.loads((out / "sequences.json").read_text())
+    last = out / "sequences/way/plain-1/3-third/step.json"
+    last.write_text(json.dumps({**json.loads(last.read_text()), "id": "of other data"}))
+    assert run(path, out) == 0 and len(calls) == 5  # that step alone, from models merged again
+    assert json.loads((out / "sequences.json").read_text())[0]["matrix"] == [pytest.approx(row, abs=1e-5) for row in whole[0]["matrix"]]
+
+
 def test_the_verdict_names_no_ratio_where_plain_forgets_nothing(experiment, tmp_path, monkeypatch):
     """Plain may even gain on general text; the ratio to that says nothing and is null."""
     original = campaign._trained
@@ -113,6 +175,29 @@ def test_the_verdict_names_no_ratio_where_plain_forgets_nothing(experiment, tmp_
     summary = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert all(gap["ratio"] is None for gap in summary["differences"] if gap["text"] == "wide")
     assert "plain scaled back forgets -0.0095" in summary["verdict"][0] and "x," not in summary["verdict"][0]
+
+
+def test_a_sequence_that_fails_is_told(succession, tmp_path, monkeypatch):
+    original = sequence._take
+
+    def failing(campaign, options, *rest):
+        if options.method == "o-lora":
+            raise RuntimeError("broken")
+        original(campaign, options, *rest)
+
+    monkeypatch.setattr(sequence, "_take", failing)
+    assert run(succession(), tmp_path / "out") == 0
+    summary = json.loads((tmp_path / "out" / "compare.json").read_text())
+    apart = next(s for s in summary["sequences"] if s["method"] == "apart")
+    assert apart["error"] == "RuntimeError: broken" and len(apart["matrix"]) == 2 and apart["average"] is None
+    assert "way: apart did not get to the end in every seed." in summary["verdict"]
+
+
+def test_runs_made_before_an_option_came_are_still_found():
+    """The address of a run must not change when tune gets a new option: a campaign of days would start again."""
+    given = {"model": "m", "data": "d", "out": "o", "importance": "i", "strength": 3, "seed": 2}
+    assert identity(resolve(TuneOptions, given, TUNE_PRESETS), more=["x", [1]]) == "334dde370bdc59aa"
+    assert identity(resolve(TuneOptions, {**given, "earlier": "e"}, TUNE_PRESETS), more=["x", [1]]) != "334dde370bdc59aa"
 
 
 def test_out_of_memory_is_a_result_and_a_failure_is_tried_again(experiment, tmp_path, monkeypatch):
@@ -160,6 +245,11 @@ def test_one_campaign_at_a_time(experiment, tmp_path, capsys):
     ({"seeds": {"validation": [1], "test": [1]}}, "fresh seeds"),
     ({"scales": [0.5, 2]}, "scales lie between 0 and 1"),
     ({"domains": {"domain": {"test": "x"}}}, "domains: domain expects data"),
+    ({"sequences": {"way": {"domains": ["domain"], "methods": ["plain"]}}}, "two or more different domains, found domain"),
+    ({"sequences": {"way": {"domains": ["domain", "domian"], "methods": ["plain"]}}}, "unknown domain 'domian'; did you mean 'domain'?"),
+    ({"sequences": {"way": ["domain", "other"]}}, "way expects domains (a list) and methods"),
+    ({"sequences": {"way": {"domains": ["domain", "domain2"], "methods": ["o-lora"]}}, "domains": {"domain": "a.jsonl", "domain2": "b.jsonl"}},
+     "unknown method 'o-lora'"),
 ])  # fmt: skip
 def test_wrong_experiments_are_refused_before_anything_is_loaded(experiment, tmp_path, capsys, change, message):
     assert run(experiment(**change), tmp_path / "out") == 2
@@ -178,7 +268,7 @@ def test_an_experiment_may_differ_from_another_one(experiment, tmp_path):
         read(other)
 
 
-@pytest.mark.parametrize("file", ["examples/compare/methods.yaml", "experiments/lab.yaml"])
+@pytest.mark.parametrize("file", ["examples/compare/methods.yaml", "experiments/lab.yaml", "experiments/lab-sequence.yaml"])
 def test_the_experiments_that_are_shipped_are_whole(file):
     found = read(Path(__file__).parents[1] / file)
     assert len(found.methods) >= 5 and len(validation_trials(found)) == 3 * len(found.methods) * len(found.domains)

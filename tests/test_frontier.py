@@ -3,6 +3,7 @@
 import pytest
 
 from holdfast.frontier import area, at_learning, at_share, difference, on_frontier, rank
+from holdfast.transfer import transfer
 
 CURVE = [(0.4, 0.01), (0.8, 0.05), (1.0, 0.25)]  # a run at scales 0.5, 0.75 and 1
 
@@ -54,3 +55,14 @@ def test_a_difference_is_beyond_the_noise_by_two_standard_errors():
         difference(one, {**one, "forgetting": 0.2}, noise=0.04)["beyond_noise"] and not difference(one, {**one, "forgetting": 0.2}, noise=0.06)["beyond_noise"]
     )
     assert difference({**one, "forgetting": None}, one, noise=None) is None
+
+
+def test_transfer_on_a_matrix_written_by_hand():
+    """Three domains: a is forgotten by 0.3 (first 0.1 by b, then 0.2 by c), b by 0.2; b starts 0.5 better after a, c is 0.1 worse after a and b."""
+    losses = [[4.0, 5.0, 6.0], [3.0, 4.5, 6.2], [3.1, 4.0, 6.1], [3.3, 4.2, 5.0]]
+    found = transfer(losses)
+    assert found["average"] == pytest.approx((3.3 + 4.2 + 5.0) / 3)
+    assert found["backward_transfer"] == pytest.approx(-(0.3 + 0.2) / 2)
+    assert found["forward_transfer"] == pytest.approx((0.5 - 0.1) / 2)
+    assert transfer([[4.0], [3.0]]) == {"average": 3.0, "backward_transfer": None, "forward_transfer": None}
+    assert set(transfer(losses[:3]).values()) == {None}  # not at its end yet

@@ -5,6 +5,7 @@
     DIR/importance/         one file per recipe
     DIR/runs/ID/run.json    one run; ID is a hash of all that decides it, so what is finished is never run again
     DIR/runs/ID/adapter/    its finished adapter
+    DIR/sequences/          domains one after another (sequence.py)
     DIR/compare.json        the summary (compare.py), all that `holdfast report` reads
 
 A run trains by `tune`, then its finished update is evaluated at every scale on every text. Settings are chosen on validation parts carved from the training
@@ -40,6 +41,7 @@ from holdfast.evaluation import completion_loss, general_loss, rise
 from holdfast.experiment import RECORDED, Experiment, Trial, final_trials, identity, read, record_options, tune_options, validation_trials
 from holdfast.models import context_length, load_model, load_tokenizer
 from holdfast.runs import check_output_folder, environment, read_json, sha256_file, write_json, write_text
+from holdfast.sequence import Campaign, run_sequences
 from holdfast.tasks import load_training_data
 from holdfast.texts import load_documents
 from holdfast.weights import scale_update, unwrapped
@@ -70,6 +72,10 @@ def compare(options: CompareOptions) -> dict[str, Any]:
             final = [_job(experiment, trial, files, recipes, out) for trial in final_trials(experiment, chosen)]
             _run_all(experiment, final, options.jobs, out, before=jobs)
             jobs += final
+            if experiment.sequences:
+                base = read_json(out / "base.json")["test"]
+                evaluate = lambda model, tokenizer, domains: _evaluate(experiment, model, tokenizer, files, "test", domains)
+                run_sequences(Campaign(experiment, files, recipes, base, evaluate, out), chosen)
         _answer(experiment, jobs, files, out)
         summary = summarise(out, [job["id"] for job in jobs])
     print("\n".join(summary["verdict"]))
@@ -82,6 +88,10 @@ def _plan(experiment: Experiment, part: str) -> str:
     trials = validation_trials(experiment)
     final = 0 if part == "validation" else len(experiment.methods) * len(experiment.domains) * len(experiment.seeds.get("test", []))
     lines = [f"{experiment.title}: {len(trials)} validation runs and {final} test runs; general text {', '.join(experiment.general)}"]
+    steps = sum(len(spec.domains) * len(spec.methods) * len(experiment.seeds.get("test", [])) for spec in experiment.sequences.values())
+    if steps and part != "validation":
+        orders = ", ".join(f"{name} ({', '.join(spec.domains)})" for name, spec in experiment.sequences.items())
+        lines.append(f"  and {steps} runs one after another: {orders}")
     for label, method in experiment.methods.items():
         lines.append(f"  {label:<20} {method.options['method']:<16} {' '.join(f'{key}={values}' for key, values in method.grid.items())}")
     return "\n".join(lines)

@@ -87,7 +87,8 @@ def summarise(out: Path, ids: Sequence[str], *, pending: int = 0) -> dict[str, A
                      "failed": sum(run["status"] != "done" for run in runs), "seconds": sum(run.get("wall_seconds", 0.0) for run in runs)},
         "texts": _texts(experiment, base), "domains": _domains(experiment, base, runs), "methods": _methods(experiment, chosen), "runs": runs,
         "frontier": {}, "equal_learning": {}, "noise": {}, "differences": [],
-        "importance": list(importance.values()), "samples": read_json(out / "samples.json") if (out / "samples.json").exists() else [], "sequences": None,
+        "importance": list(importance.values()), "samples": read_json(out / "samples.json") if (out / "samples.json").exists() else [],
+        "sequences": (read_json(out / "sequences.json") if experiment.sequences and (out / "sequences.json").exists() else []) or None,
     }  # fmt: skip
     for domain in experiment.domains:
         _compare_domain(experiment, summary, [run for run in runs if run["domain"] == domain], domain)
@@ -213,11 +214,32 @@ def verdict(experiment: Experiment, summary: dict[str, Any]) -> list[str]:
         missed = [row["method"] for row in rows if row["forgetting"] is None and row["seeds"]]
         if missed:
             lines.append(f"{domain}: {', '.join(missed)} did not reach that learning in every seed.")
+    lines += _sequences(summary["sequences"] or [])
     counts = {method["name"]: method["trials"] for method in summary["methods"]}
     if len(set(counts.values())) > 1:
         lines.append("Methods had unequal numbers of trials: " + ", ".join(f"{name} {count}" for name, count in counts.items()) + ".")
     failed = summary["progress"]["failed"]
     return lines + ([f"{failed} run{'s' * (failed != 1)} failed or ran out of memory."] if failed else [])
+
+
+def _sequences(found: Sequence[dict[str, Any]]) -> list[str]:
+    """One sentence for each sequence: who ends with the lowest loss over all of its domains, and what happened to the earlier ones."""
+    lines = []
+    for name in dict.fromkeys(sequence["name"] for sequence in found):
+        mine: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        for sequence in found:
+            if sequence["name"] == name:
+                mine[sequence["method"]].append(sequence)
+        whole = {method: {key: statistics.fmean(s[key] for s in each) for key in ("average", "backward_transfer")}
+                 for method, each in mine.items() if all(s["average"] is not None for s in each)}  # fmt: skip
+        told = [f"{method} {numbers['average']:.3f} (backward transfer {numbers['backward_transfer']:+.3f})"
+                for method, numbers in sorted(whole.items(), key=lambda item: item[1]["average"])]  # fmt: skip
+        if told:
+            domains = ", ".join(next(iter(mine.values()))[0]["domains"])
+            lines.append(f"{name}, one after another ({domains}): mean loss of all domains at the end, in nats per token: {'; '.join(told)}.")
+        if missing := [method for method in mine if method not in whole]:
+            lines.append(f"{name}: {', '.join(missing)} did not get to the end in every seed.")
+    return lines
 
 
 def _nats(row: dict[str, Any]) -> str:

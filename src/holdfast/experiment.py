@@ -43,7 +43,9 @@ OURS = {
     "tasks",
     "limit",
     "eval_steps",
+    "earlier",
 }  # options that the experiment itself sets
+LATER = ("earlier", "orthogonality")  # options that came after the first comparisons: where not given, runs made before are still found
 RECORDED = "recorded"  # as the value of replay: the text that importance is recorded on
 FAMILIES = ("baseline", "holdfast", "penalty", "data", "adapter", "control")
 FAMILY = {"holdfast": "holdfast", "ewc-lora": "penalty", "la-lora": "penalty", "l2": "control", "shuffled": "control", "general-steps": "control", "kl": "data",
@@ -73,6 +75,22 @@ class MethodSpec:
 
 
 @dataclass(frozen=True)
+class SequenceSpec:
+    """Domains that are learned one after another, and the methods that do: label -> options laid over those chosen for the method that it is `like`."""
+
+    domains: tuple[str, ...]
+    methods: Mapping[str, Mapping[str, Any]]
+
+    def settings(self, label: str, domain: str, chosen: Mapping[tuple[str, str], dict[str, Any]]) -> dict[str, Any]:
+        """The options of a step. Raises ValueError where no setting could be chosen, since no run of that method succeeded."""
+        over = dict(self.methods[label])
+        like = over.pop("like", label)
+        if (like, domain) not in chosen:
+            raise ValueError(f"{like} has no finished run on {domain} to choose settings from")
+        return {**chosen[like, domain], **over}
+
+
+@dataclass(frozen=True)
 class Experiment:
     """What a YAML file says, checked."""
 
@@ -89,6 +107,7 @@ class Experiment:
     limit: dict[str, int] = field(default_factory=lambda: {"validation": 100, "test": 300})
     trials: str = "equal"
     characters: int | None = None  # of each general document that are evaluated
+    sequences: dict[str, SequenceSpec] = field(default_factory=dict)
 
     @property
     def reference(self) -> str:
@@ -129,6 +148,7 @@ def read(path: str | Path) -> Experiment:
     methods = {label: _method(label, dict(spec or {}), importance) for label, spec in given["methods"].items()}
     rest = {key: given[key] for key in ("training", "trials", "characters") if given.get(key) is not None}
     rest.update({key: tuple(map(float, given[key])) for key in ("scales", "shares") if given.get(key) is not None})
+    rest["sequences"] = {name: _sequence(path, name, spec) for name, spec in (given.get("sequences") or {}).items()}
     rest.update({key: dict(given[key]) for key in ("seeds", "limit") if given.get(key) is not None})
     found = Experiment(title=str(given.get("title") or Path(path).stem), model=model, importance=importance, methods=methods,
                        general={name: _place(path, "general", name, value, "text") for name, value in given["general"].items()},
@@ -182,6 +202,37 @@ def _method(label: str, spec: dict[str, Any], importance: Mapping[str, Any]) -> 
     return MethodSpec(label, options, grid, family)
 
 
+def _sequence(path: Any, name: str, spec: Any) -> SequenceSpec:
+    given = dict(spec) if isinstance(spec, Mapping) else {}
+    if set(given) != {"domains", "methods"} or not isinstance(given["domains"], list) or not isinstance(given["methods"], (list, Mapping)):
+        raise OptionError(f"{path}: sequences: {name} expects domains (a list) and methods (a list, or label: options), found {spec!r}")
+    methods = given["methods"] if isinstance(given["methods"], Mapping) else dict.fromkeys(given["methods"])
+    laid = {label: {key.replace("-", "_"): value for key, value in (over or {}).items()} for label, over in methods.items()}
+    return SequenceSpec(tuple(map(str, given["domains"])), laid)
+
+
+def _check_sequence(path: Any, experiment: Experiment, name: str, spec: SequenceSpec) -> None:
+    """Raise OptionError for domains and methods that the experiment does not have, and for what a sequence cannot be run with."""
+    where = f"{path}: sequences: {name}"
+    if len(spec.domains) < 2 or len(set(spec.domains)) < len(spec.domains):
+        raise OptionError(f"{where}: expected two or more different domains, found {', '.join(spec.domains) or 'none'}")
+    for domain in spec.domains:
+        if domain not in experiment.domains:
+            raise OptionError(f"{where}: unknown domain '{domain}'; {nearest(domain, experiment.domains)}")
+    for label, over in spec.methods.items():
+        if (like := str(over.get("like", label))) not in experiment.methods:
+            raise OptionError(f"{where}: unknown method '{like}'; {nearest(like, experiment.methods)}, or `{label}: {{like: plain, method: ...}}`")
+        if wrong := [key for key in over if key in OURS]:
+            raise OptionError(f"{where}: {label}: '{wrong[0]}' is set by the experiment itself; leave it out")
+        settings = {**experiment.methods[like].settings()[0], **{key: value for key, value in over.items() if key != "like"}}
+        made = lambda settings=settings: tune_options(experiment, settings, data="x", replay="x", importance="x", out="x", seed=0)
+        _named(path, f"sequences: {name}: {label}", made)
+    if experiment.model.get("quantize", "none") != "none":
+        raise OptionError(f"{where}: each step is merged into the weights, which quantize does not allow; leave out one of them")
+    if not experiment.seeds.get("test"):
+        raise OptionError(f"{where}: sequences are measured on the test parts; give test seeds")
+
+
 def _check(path: Any, experiment: Experiment) -> None:
     if len(experiment.general) < 2:
         raise OptionError(f"{path}: general: expected at least two texts, of the recorded kind and of another, found {len(experiment.general)}: "
@@ -199,6 +250,8 @@ def _check(path: Any, experiment: Experiment) -> None:
     if experiment.trials != "free" and len(set(counts.values())) > 1:
         raise OptionError(f"{path}: methods have unequal numbers of trials ({', '.join(f'{k} {n}' for k, n in counts.items())}): the one with more tries has "
                           "an advantage. Give each as many, or `trials: free`, which the verdict will say")  # fmt: skip
+    for name, spec in experiment.sequences.items():
+        _check_sequence(path, experiment, name, spec)
     for label, recipe in experiment.importance.items():
         _named(path, f"importance: {label}", lambda recipe=recipe: record_options(experiment, recipe, general="x", out="x"))
     for label, method in experiment.methods.items():
@@ -218,7 +271,8 @@ def _named(path: Any, where: str, make: Any) -> None:
 def from_resolved(given: Mapping[str, Any]) -> Experiment:
     """The experiment that `dataclasses.asdict` made plain."""
     methods = {label: MethodSpec(**spec) for label, spec in given["methods"].items()}
-    return Experiment(**{**given, "methods": methods, "scales": tuple(given["scales"]), "shares": tuple(given["shares"])})
+    sequences = {name: SequenceSpec(tuple(spec["domains"]), spec["methods"]) for name, spec in (given.get("sequences") or {}).items()}
+    return Experiment(**{**given, "methods": methods, "sequences": sequences, "scales": tuple(given["scales"]), "shares": tuple(given["shares"])})
 
 
 def record_options(experiment: Experiment, recipe: Mapping[str, Any], *, general: str, out: str) -> RecordOptions:
@@ -251,5 +305,5 @@ def final_trials(experiment: Experiment, chosen: Mapping[tuple[str, str], dict[s
 def identity(options: TuneOptions, *, more: Iterable[Any]) -> str:
     """16 hex digits of everything that decides a run: its options without places and machine, and `more` (hashes of data, recipe, evaluation)."""
     unimportant = ("data", "replay", "importance", "out", "threads", "device", "save_steps", "log_steps", "report_to", "overwrite", "resume")
-    decided = {key: value for key, value in as_dict(options).items() if key not in unimportant}
+    decided = {key: value for key, value in as_dict(options).items() if key not in unimportant and not (key in LATER and value is None)}
     return hashlib.sha256(json.dumps([decided, *more], sort_keys=True, default=str).encode()).hexdigest()[:16]

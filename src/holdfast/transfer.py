@@ -1,0 +1,27 @@
+"""What a sequence of domains leaves behind, from the losses after each step. Pure functions; standard library only.
+
+L[i][j] is the loss on domain j after step i, in nats per token; row 0 is the base model, and the n domains are learned in the order of the columns. As for
+accuracies (Lopez-Paz & Ranzato 2017, arXiv 1706.08840), with the sign turned so that positive is good:
+
+    average             mean over j of L[n][j]
+    backward transfer   mean over j < n of L[j][j] - L[n][j]        what later domains did to earlier ones; negative: forgotten
+    forward transfer    mean over j > 1 of L[0][j] - L[j-1][j]      what earlier domains did for later ones, before these were learned
+
+    transfer([[4.0, 5.0], [3.0, 4.8], [3.2, 3.9]])     # average 3.55, backward -0.2, forward 0.2
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+
+def transfer(losses: Sequence[Sequence[float]]) -> dict[str, float | None]:
+    """The three numbers, in nats per token; no transfer for a single domain, nothing before the last step is done."""
+    n = len(losses[0])
+    if len(losses) != n + 1:
+        return {"average": None, "backward_transfer": None, "forward_transfer": None}
+    back = [losses[j + 1][j] - losses[n][j] for j in range(n - 1)]
+    ahead = [losses[0][j] - losses[j][j] for j in range(1, n)]
+    mean = lambda values: statistics.fmean(values) if values else None
+    return {"average": mean(losses[n]), "backward_transfer": mean(back), "forward_transfer": mean(ahead)}
