@@ -33,6 +33,7 @@ logger = logging.getLogger("holdfast")
 LEARNING_TOKENS = 30_000  # of domain data, for the learning along the scan
 
 
+IN_NATS = ("kronecker", "fisher")  # estimators whose energy is a rise of the general loss in nats, up to a factor
 HELD = ("plain", "holdfast", "kl", "replay", "rslora", "full", "small-lr")  # methods that leave the penalty and the finish to the keeper
 
 
@@ -69,7 +70,8 @@ class Keeper:
         check_reach(spread, len(self.ledger.check), self.budget, error=EACH)
         start = start or STRENGTHS.get(importance.info.get("estimator", "?"))
         callback = hold(trainer, importance, strength=0.0, layers=layers, anchor=anchor, names=names, offload=offload)
-        self.probe = Probe(Controller(self.budget.nats, start), callback.penalty, self.ledger.pieces, every=self.every, count=self.count)
+        unit = 1.0 if importance.info.get("estimator") in IN_NATS else None
+        self.probe = Probe(Controller(self.budget.nats, start, unit), callback.penalty, self.ledger.pieces, every=self.every, count=self.count)
         trainer.callback_handler.callbacks.insert(0, self.probe)
         callback.finishing = functools.partial(self.finish, trainer)
         logger.info("budget %s (%.4g nats): %d control and %d check documents; %d pieces probed every %d steps", self.budget.text, self.budget.nats,

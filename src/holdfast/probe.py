@@ -1,8 +1,9 @@
 """The probe: measures the general loss on a few pieces of control text between steps of a trainer, and sets the strength that `budget.Controller` asks for.
 
-A forward pass over a token costs a third to a half of a training step's work on one, so probing 8 % as many tokens as are trained takes 3 to 4 % of the time.
-The plan is made in tokens, not in seconds, so that a run is the same on any machine; what it took is measured and reported. Pieces rotate, so that over a run
-all of the control text is used; base losses of the pieces are known. Everything that the next step depends on is in the trainer's checkpoint.
+Between probes the controller is told the energy alone. A forward pass over a token costs a third to a half of a training step's work on one, so probing 8 %
+as many tokens as are trained takes 3 to 4 % of the time. The plan is made in tokens, not in seconds, so that a run is the same on any machine; what it took
+is measured and reported. Pieces rotate, so that over a run all of the control text is used; base losses of the pieces are known. Everything that the next
+step depends on is in the trainer's checkpoint.
 
     trainer.callback_handler.callbacks.insert(0, Probe(controller, penalty, ledger.pieces, every=5, count=4))
 """
@@ -22,8 +23,8 @@ from holdfast.penalty.pull import Penalty
 
 logger = logging.getLogger("holdfast")
 SHARE = 0.08  # of the trained tokens
-EVERY = 5  # steps, at least
-FEWEST, MOST = 4, 64  # pieces of a probe
+EVERY = 5  # steps between looks at the energy, and at least between probes
+FEWEST, MOST = 2, 64  # pieces of a probe: many small probes rather than few large ones, since the controller pools them
 
 
 def plan(tokens_per_step: float, piece: float) -> tuple[int, int]:
@@ -48,14 +49,19 @@ class Probe(TrainerCallback, ExportableState):
             self.restore(state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.global_step % self.every:
+        now = state.global_step % self.every == 0
+        if not now and state.global_step % EVERY:
             return
         started = time.perf_counter()
+        rise = self._measured(kwargs["model"]) if now else None
+        self.penalty.strength = self.controller.update(state.global_step, self.penalty.energy(), rise)
+        self.seconds += time.perf_counter() - started
+
+    def _measured(self, model: Any) -> float:
+        """The rise on the pieces whose turn it is."""
         part = self.pieces.some([(self.cursor + i) % len(self.pieces) for i in range(self.count)])
         self.cursor = (self.cursor + self.count) % len(self.pieces)
-        rise = float((part.losses(kwargs["model"]) - part.nats).sum() / part.tokens.sum())
-        self.penalty.strength = self.controller.update(state.global_step, rise, self.penalty.energy())
-        self.seconds += time.perf_counter() - started
+        return float((part.losses(model) - part.nats).sum() / part.tokens.sum())
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.total_seconds = time.perf_counter() - self._started
