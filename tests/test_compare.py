@@ -1,7 +1,9 @@
 """holdfast compare end to end on a tiny model: nothing twice, nothing lost, fair by default."""
 
 import json
+import os
 import random
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ from holdfast.carving import carve, groups
 from holdfast.cli import main
 from holdfast.config import TUNE_PRESETS, OptionError, TuneOptions, resolve
 from holdfast.experiment import identity, read, validation_trials
+from holdfast.lock import only_writer
 
 WORDS = "the cat sat on mat and dog then too yes no one two three".split()  # noqa: SIM905
 
@@ -228,10 +231,9 @@ def test_two_processes_give_what_one_gives(experiment, tmp_path):
 
 
 def test_one_campaign_at_a_time(experiment, tmp_path, capsys):
-    (tmp_path / "out").mkdir()
-    with campaign._locked(tmp_path / "out"):
+    with only_writer(tmp_path / "out"):
         assert run(experiment(), tmp_path / "out") == 1
-    assert "another process is comparing" in capsys.readouterr().err
+    assert f"process {os.getpid()} on {socket.gethostname()} (since " in (said := capsys.readouterr().err) and "give another --out" in said
 
 
 @pytest.mark.parametrize(("change", "message"), [

@@ -23,7 +23,6 @@ import logging
 import multiprocessing
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -39,8 +38,9 @@ from holdfast.compare import choose, progress_line, summarise
 from holdfast.config import CompareOptions, ModelOptions, TuneOptions, resolve
 from holdfast.evaluation import completion_loss, general_loss, rise
 from holdfast.experiment import RECORDED, Experiment, Trial, final_trials, identity, read, record_options, tune_options, validation_trials
+from holdfast.lock import only_writer
 from holdfast.models import context_length, load_model, load_tokenizer
-from holdfast.runs import check_output_folder, environment, read_json, sha256_file, write_json, write_text
+from holdfast.runs import discard, environment, read_json, sha256_file, write_json, write_text
 from holdfast.sequence import Campaign, run_sequences
 from holdfast.tasks import load_training_data
 from holdfast.texts import load_documents
@@ -59,8 +59,7 @@ def compare(options: CompareOptions) -> dict[str, Any]:
     if options.dry_run:
         print(_plan(experiment, options.part))
         return {}
-    check_output_folder(out)
-    with _locked(out):
+    with only_writer(out):
         write_text(out / "experiment.yaml", yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(experiment))), sort_keys=False))
         files = prepare(experiment, out)
         measure_base(experiment, files, out)
@@ -279,7 +278,7 @@ def _trained(job: dict[str, Any]) -> dict[str, Any]:
     experiment, trial, folder, options = job["experiment"], job["trial"], job["folder"], job["options"]
     _forget_peak()
     finished = tune(options)
-    shutil.rmtree(folder / "adapter", ignore_errors=True)
+    discard(folder / "adapter")
     os.replace(folder / "work" / "final", folder / "adapter")
     base = read_json(job["base"])[trial.part]
     tokenizer, points = load_tokenizer(options), []
@@ -378,19 +377,3 @@ def _continued(model: Any, tokenizer: Any, prompt: str) -> str:
         made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False,
                               pad_token_id=tokenizer.pad_token_id)  # fmt: skip
     return str(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
-
-
-@contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """One campaign per folder. Raises ValueError where another process is at it."""
-    if sys.platform == "win32":
-        yield
-        return
-    import fcntl
-
-    with open(out / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"another process is comparing in '{out}'; wait for it, or give another --out") from None
-        yield
