@@ -5,8 +5,8 @@
 
 Every scenario runs a verb on a tiny model, once undisturbed and then as often as it takes: SIGKILL after a random time within the run's length, or within a
 few milliseconds of a random one of its writes (a file opened for writing, a rename, a removal), at most four times in a row, then it may finish. After every
-kill, all that stands under a final name must be whole and equal to what the undisturbed run wrote under it; at the end everything must be equal and no temporary
-left. Processes are forked from one that has imported the libraries, so that a kill costs as long as the verb ran.
+kill, all that stands under a final name must be whole and equal to what the undisturbed run wrote under it; at the end everything must be equal and no
+temporary left. Processes are forked from one that has imported the libraries, so that a kill costs as long as the verb ran.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ WORDS = "the cat sat on mat and dog then too user assistant : . Question Answer 
 ROW = 4  # kills, at most, before a run may finish
 HERE = Path(__file__).parent
 COLUMNS = ("date", "commit", "scenario", "seed", "run_seconds", "writes", "runs", "kills_at_times", "kills_at_writes", "findings", "seconds")
-TIMES = re.compile(r"seconds|runtime|per_second|timings|created|environment|versions|peak_memory|resume|wall|flos|^train_loss$")  # of a run, not of its result
+TIMES = re.compile(
+    r"seconds|runtime|per_second|timings|created|environment|versions|peak_memory|resume|wall|flos|^num_tokens$"
+)  # of a process, not of its result; TRL counts tokens anew
 
 
 @dataclass(frozen=True)
@@ -239,6 +241,8 @@ def _read(path: Path, root: Path) -> Any:
 
 def unequal(a: Any, b: Any, where: str = "") -> Iterator[str]:
     """Places where two files hold other values, times and the like left out."""
+    if where.endswith((".log", ".log_history")):  # its last entry is the trainer's summary of this process
+        a, b = ([entry for entry in log if "loss" in entry] for log in (a, b))
     if isinstance(a, dict) and isinstance(b, dict):
         for key in sorted(a.keys() | b.keys()):
             if not TIMES.search(str(key)):
