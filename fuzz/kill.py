@@ -49,9 +49,8 @@ WORDS = "the cat sat on mat and dog then too user assistant : . Question Answer 
 ROW = 4  # kills, at most, before a run may finish
 HERE = Path(__file__).parent
 COLUMNS = ("date", "commit", "scenario", "seed", "run_seconds", "writes", "runs", "kills_at_times", "kills_at_writes", "findings", "seconds")
-TIMES = re.compile(
-    r"seconds|runtime|per_second|timings|created|environment|versions|peak_memory|resume|wall|flos|^num_tokens$"
-)  # of a process, not of its result; TRL counts tokens anew
+# Of a process, not of its result; TRL counts tokens anew when it goes on.
+TIMES = re.compile(r"seconds|runtime|per_second|timings|created|environment|versions|peak_memory|resume|wall|flos|^num_tokens$")
 
 
 @dataclass(frozen=True)
