@@ -1,18 +1,21 @@
 """holdfast compare end to end on a tiny model: nothing twice, nothing lost, fair by default."""
 
 import json
+import os
 import random
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from holdfast import campaign, sequence
+from holdfast import campaign, sequence, trial
 from holdfast.carving import carve, groups
 from holdfast.cli import main
 from holdfast.config import TUNE_PRESETS, OptionError, TuneOptions, resolve
 from holdfast.experiment import identity, read, validation_trials
+from holdfast.lock import only_writer
 
 WORDS = "the cat sat on mat and dog then too yes no one two three".split()  # noqa: SIM905
 
@@ -79,7 +82,7 @@ def test_another_setting_runs_only_what_is_new(experiment, tmp_path, monkeypatch
 
 
 def test_interrupted_and_gone_on_with_is_the_same(experiment, tmp_path, monkeypatch):
-    path, original, calls = experiment(), campaign._trained, []
+    path, original, calls = experiment(), trial._trained, []
 
     def interrupted(job):
         calls.append(job["id"])
@@ -88,7 +91,7 @@ def test_interrupted_and_gone_on_with_is_the_same(experiment, tmp_path, monkeypa
         return original(job)
 
     assert run(path, tmp_path / "whole", "--part", "validation") == 0
-    monkeypatch.setattr(campaign, "_trained", interrupted)
+    monkeypatch.setattr(trial, "_trained", interrupted)
     assert run(path, tmp_path / "parted", "--part", "validation") == 130
     assert len(list((tmp_path / "parted" / "runs").glob("*/run.json"))) == 2
     assert run(path, tmp_path / "parted", "--part", "validation") == 0
@@ -161,7 +164,7 @@ def test_an_interrupted_sequence_goes_on_and_a_changed_step_finds_the_model_befo
 
 def test_the_verdict_names_no_ratio_where_plain_forgets_nothing(experiment, tmp_path, monkeypatch):
     """Plain may even gain on general text; the ratio to that says nothing and is null."""
-    original = campaign._trained
+    original = trial._trained
 
     def trained(job):
         result = original(job)
@@ -170,7 +173,7 @@ def test_the_verdict_names_no_ratio_where_plain_forgets_nothing(experiment, tmp_
             point["forgetting"]["wide"]["nats"] = -0.01 * point["scale"] * (2 if job["trial"].method == "holdfast" else 1)
         return result
 
-    monkeypatch.setattr(campaign, "_trained", trained)
+    monkeypatch.setattr(trial, "_trained", trained)
     assert run(experiment(), tmp_path / "out") == 0
     summary = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert all(gap["ratio"] is None for gap in summary["differences"] if gap["text"] == "wide")
@@ -201,7 +204,7 @@ def test_runs_made_before_an_option_came_are_still_found():
 
 
 def test_out_of_memory_is_a_result_and_a_failure_is_tried_again(experiment, tmp_path, monkeypatch):
-    path, out, original = experiment(), tmp_path / "out", campaign._trained
+    path, out, original = experiment(), tmp_path / "out", trial._trained
     failing = {"holdfast": MemoryError("no room"), "plain": None}
 
     def trained(job):
@@ -209,7 +212,7 @@ def test_out_of_memory_is_a_result_and_a_failure_is_tried_again(experiment, tmp_
             raise error
         return original(job)
 
-    monkeypatch.setattr(campaign, "_trained", trained)
+    monkeypatch.setattr(trial, "_trained", trained)
     assert run(path, out, "--part", "validation") == 0
     summary = json.loads((out / "compare.json").read_text())
     assert [r["status"] for r in summary["runs"]] == ["done", "done", "out of memory", "out of memory"] and "2 runs failed" in summary["verdict"][-1]
@@ -228,10 +231,9 @@ def test_two_processes_give_what_one_gives(experiment, tmp_path):
 
 
 def test_one_campaign_at_a_time(experiment, tmp_path, capsys):
-    (tmp_path / "out").mkdir()
-    with campaign._locked(tmp_path / "out"):
+    with only_writer(tmp_path / "out"):
         assert run(experiment(), tmp_path / "out") == 1
-    assert "another process is comparing" in capsys.readouterr().err
+    assert f"process {os.getpid()} on {socket.gethostname()} (since " in (said := capsys.readouterr().err) and "give another --out" in said
 
 
 @pytest.mark.parametrize(("change", "message"), [

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from holdfast.config import ModelOptions, OptionError
+from holdfast.runs import discard
 
 
 def device_of(options: ModelOptions) -> torch.device:
@@ -60,8 +61,7 @@ def save_whole(model: Any, tokenizer: Any, folder: Path, save: Callable[[Any, Pa
     try:
         save(model, temporary) if save else model.save_pretrained(str(temporary))
         tokenizer.save_pretrained(str(temporary))
-        if folder.exists():
-            shutil.rmtree(folder)
+        discard(folder)
         os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -30,8 +30,9 @@ from holdfast.importance.observing import ObservingRecorder
 from holdfast.importance.path import PathIntegral
 from holdfast.importance.path_factored import PathFactored
 from holdfast.importance.tiers import parse_tier
+from holdfast.lock import only_writer
 from holdfast.models import context_length, load_model, load_tokenizer
-from holdfast.runs import atomic_path, check_free_space, check_output_file, environment, free_memory
+from holdfast.runs import atomic_path, check_free_space, environment, free_memory
 from holdfast.texts import Encoded, batches, encode, fingerprint_rows, load_documents, sample_documents
 from holdfast.weights import add_adapter, fingerprint, target_weights
 
@@ -42,10 +43,13 @@ logger = logging.getLogger("holdfast")
 
 def record(options: RecordOptions) -> Importance:
     """Record importance as `options` say and write it to `options.out`; also returned. Raises ValueError or OptionError before training starts."""
-    out = Path(options.out)
-    check_output_file(out)
     if options.tier:
         _check_tier(options)
+    with only_writer(options.out, folder=False):
+        return _recorded(options, Path(options.out))
+
+
+def _recorded(options: RecordOptions, out: Path) -> Importance:
     state = _load_state(options)
     torch.manual_seed(options.seed)
     if options.threads:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -32,6 +34,23 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def clear_temporaries(path: Path, *, folder: bool) -> None:
+    """Remove what killed processes left of unfinished files: anywhere in a folder, or beside a file those of its own name. For whoever alone writes there."""
+    found = path.rglob(".*.tmp") if folder else path.parent.glob(f".{glob.escape(path.name)}.*.tmp")
+    for place in [place for place in found if re.fullmatch(r"\..+\.\d+\.tmp", place.name)]:
+        discard(place)
+
+
+def discard(path: Path) -> None:
+    """Remove a file or folder; a folder under a temporary name first, so that one half removed is never taken for a whole one."""
+    if not path.is_dir() or path.is_symlink():
+        path.unlink(missing_ok=True)
+        return
+    if not path.name.endswith(".tmp"):
+        path = path.replace(path.with_name(f".{path.name}.old.{os.getpid()}.tmp"))
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -15,7 +15,6 @@ import contextlib
 import functools
 import importlib.util
 import logging
-import shutil
 import sys
 import time
 from dataclasses import replace
@@ -35,13 +34,14 @@ from holdfast.importance.container import Importance
 from holdfast.importance.controls import uniform
 from holdfast.keeper import check_budget, of_run
 from holdfast.layers import from_option
+from holdfast.lock import first_process, only_writer
 from holdfast.methods.method import Method, Setup
 from holdfast.methods.table import chosen
 from holdfast.methods.text import replay_text
 from holdfast.models import context_length, load_model, load_tokenizer, save_whole
 from holdfast.moved import moved
 from holdfast.penalty.pull import check_fit, implementation
-from holdfast.runs import check_free_space, check_output_folder, environment, sha256_file, write_json, write_text
+from holdfast.runs import check_free_space, check_output_folder, discard, environment, read_json, sha256_file, write_json, write_text
 from holdfast.tasks import encode_rows, load_training_data, truncation_report
 from holdfast.texts import fingerprint_rows
 from holdfast.weights import LowRankWeight, add_adapter, matching, placed, target_weights, unwrapped, warn_of_experts
@@ -53,11 +53,16 @@ MAY_CHANGE = ("resume", "overwrite", "out", "device", "threads", "save_steps", "
 
 def tune(options: TuneOptions) -> dict[str, Any]:
     """Fine-tune as `options` say; writes `options.out` and returns what is in its run.json. Raises ValueError or OptionError before training starts."""
-    out = Path(options.out)
-    methods = _check(options, out)
+    methods = _check(options)
     importance = Importance.load(options.importance) if options.importance else None
     if importance is not None and options.strength is None and not options.budget:
         options = replace(options, strength=default_strength(importance.info.get("estimator", "?")))
+    with only_writer(options.out):
+        _check_folder(options, Path(options.out))
+        return _tuned(options, Path(options.out), methods, importance)
+
+
+def _tuned(options: TuneOptions, out: Path, methods: dict[str, Method], importance: Importance | None) -> dict[str, Any]:
     data = load_training_data(options.data, split=options.data_split)
     how = from_option(options.layers, tau=options.tau, per=options.per)
     set_seed(options.seed)
@@ -96,6 +101,8 @@ def tune(options: TuneOptions) -> dict[str, Any]:
     if keeper is not None and importance is not None:
         keeper.bind(trainer, importance, start=options.strength, layers=how, anchor=options.anchor, names=options.targets if options.full else None)
     _announce(options, model, importance, len(encoded))
+    if not options.resume and first_process():
+        discard(out / "run.json")  # of the run that is overwritten: it must not stand for this one
     write_text(out / "config.yaml", yaml.safe_dump(as_dict(options), sort_keys=False))
     started = time.perf_counter()
     _train(trainer, _last_checkpoint(out) if options.resume else None)
@@ -151,7 +158,7 @@ def merge(adapter: str, out: str, *, dtype: str | None = None) -> None:
     logger.info("merged %s into %s: %s", adapter, options.model, out)
 
 
-def _check(options: TuneOptions, out: Path) -> dict[str, Method]:
+def _check(options: TuneOptions) -> dict[str, Method]:
     """Everything that can be refused without loading a model; the methods that the options name."""
     if options.full and options.quantize != "none":
         raise OptionError("--full trains the weights themselves, which a quantised base does not allow; leave out --quantize")
@@ -164,7 +171,11 @@ def _check(options: TuneOptions, out: Path) -> dict[str, Method]:
     methods = chosen(options)
     check_budget(options, list(methods))
     check_tasks(options.tasks)
-    check_output_folder(out)
+    return methods
+
+
+def _check_folder(options: TuneOptions, out: Path) -> None:
+    """Refuse a folder that holds another run. What a kill left of a checkpoint is removed; with --overwrite, all checkpoints."""
     if options.resume:
         _check_resumed(options, out)
     if (out / "run.json").exists() and not (options.overwrite or options.resume):
@@ -172,8 +183,11 @@ def _check(options: TuneOptions, out: Path) -> dict[str, Method]:
     if (out / "checkpoints").exists() and not options.resume:
         if not options.overwrite:
             raise ValueError(f"'{out}' holds checkpoints of an unfinished run; go on with --resume, or start again with --overwrite")
-        shutil.rmtree(out / "checkpoints")
-    return methods
+        if first_process():
+            discard(out / "checkpoints")
+    for folder in (out / "checkpoints").glob("checkpoint-*"):
+        if first_process() and not _is_whole(folder):
+            discard(folder)
 
 
 def _check_model(options: TuneOptions, model: nn.Module, importance: Importance | None, how: Any) -> None:
@@ -333,9 +347,16 @@ def _announce(options: TuneOptions, model: nn.Module, importance: Importance | N
 
 
 def _last_checkpoint(out: Path) -> str | None:
-    """The newest whole checkpoint: the trainer writes trainer_state.json last."""
-    whole = [p for p in (out / "checkpoints").glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
-    return str(max(whole, key=lambda p: int(p.name.split("-")[-1]))) if whole else None
+    """The newest whole checkpoint."""
+    whole = [folder for folder in (out / "checkpoints").glob("checkpoint-*") if _is_whole(folder)]
+    return str(max(whole, key=lambda folder: int(folder.name.split("-")[-1]))) if whole else None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end: the trainer writes trainer_state.json last, and not at once."""
+    with contextlib.suppress(ValueError):
+        return isinstance(read_json(checkpoint / "trainer_state.json"), dict)
+    return False
 
 
 def _last(log: list[dict[str, Any]], key: str) -> float | None:
