@@ -299,3 +299,21 @@ def test_near_duplicates_fall_into_one_part_whatever_the_order():
 def test_reading_results_needs_no_torch():
     code = "import sys, holdfast.compare, holdfast.frontier, holdfast.experiment; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_questions_are_answered_after_the_runs_and_train_nothing_again(experiment, tmp_path, monkeypatch, capsys):
+    path, out = experiment(), tmp_path / "out"
+    assert run(path, out) == 0
+    questions = "\n".join(json.dumps({"goal": f"Question {i}", "sol1": " a b", "sol2": " c d", "label": i % 2}) for i in range(12))
+    (tmp_path / "questions.jsonl").write_text(questions)
+    spec = f"piqa={tmp_path / 'questions.jsonl'}"
+    monkeypatch.setattr(trial, "_trained", lambda job: pytest.fail("trained again"))
+    domain = {"data": str(tmp_path / "domain.jsonl"), "test": str(tmp_path / "held.jsonl"), "task": spec}
+    assert run(experiment(domains={"domain": domain}, tasks={"other": spec}, limit={"validation": 100, "test": 300}), out) == 0
+    summary = json.loads((out / "compare.json").read_text())
+    whole = [r["points"][i] for r in summary["runs"] if r["part"] == "test" for i in range(2) if r["points"][i]["scale"] == 1.0]
+    assert len(whole) == 4 and summary["domains"][0]["before"]["accuracy"] == 0.5  # the same two answers everywhere: one of them is always preferred
+    for point in whole:
+        assert point["accuracy"]["questions"] == 12 and point["accuracy"]["after"] == 0.5 and point["accuracy_general"]["other"]["after"] == 0.5
+    assert run(experiment(tasks={"domain": spec}), out) == 2 and "put its questions there" in capsys.readouterr().err
+    assert run(experiment(tasks={"other": "pika=x.jsonl"}), out) == 2 and "did you mean 'piqa'?" in capsys.readouterr().err

@@ -6,6 +6,7 @@
     DIR/runs/ID/run.json    one run; ID is a hash of all that decides it, so what is finished is never run again
     DIR/runs/ID/adapter/    its finished adapter
     DIR/sequences/          domains one after another (sequence.py)
+    DIR/accuracy.json       multiple-choice questions (scoring.py)
     DIR/compare.json        the summary (compare.py), all that `holdfast report` reads
 
 A run trains by `tune`, then its finished update is evaluated at every scale on every text. Settings are chosen on validation parts carved from the training
@@ -35,6 +36,7 @@ from holdfast.lock import only_writer
 from holdfast.models import context_length, load_model, load_tokenizer
 from holdfast.pool import running
 from holdfast.runs import environment, read_json, sha256_file, write_json, write_text
+from holdfast.scoring import check_questions, score_all
 from holdfast.sequence import Campaign, run_sequences
 from holdfast.tasks import load_training_data
 from holdfast.texts import load_documents
@@ -50,6 +52,7 @@ SAMPLES, SAMPLE_TOKENS = 3, 40  # prompts of each domain that are answered in th
 def compare(options: CompareOptions) -> dict[str, Any]:
     """Run the experiment and return the summary. Raises OptionError or ValueError for what is wrong with it before anything is trained."""
     experiment, out = read(options.experiment), Path(options.out)
+    check_questions(experiment)
     if options.dry_run:
         print(_plan(experiment, options.part))
         return {}
@@ -69,6 +72,7 @@ def compare(options: CompareOptions) -> dict[str, Any]:
                 base = read_json(out / "base.json")["test"]
                 measured = lambda model, tokenizer, domains: evaluate(experiment, model, tokenizer, files, "test", domains)
                 run_sequences(Campaign(experiment, files, recipes, base, measured, out), chosen)
+        score_all(experiment, jobs, out)
         _answer(experiment, jobs, files, out)
         summary = summarise(out, [job["id"] for job in jobs])
     print("\n".join(summary["verdict"]))

@@ -108,6 +108,7 @@ class Experiment:
     trials: str = "equal"
     characters: int | None = None  # of each general document that are evaluated
     sequences: dict[str, SequenceSpec] = field(default_factory=dict)
+    tasks: dict[str, str] = field(default_factory=dict)  # name -> multiple-choice questions that no domain teaches
 
     @property
     def reference(self) -> str:
@@ -149,7 +150,7 @@ def read(path: str | Path) -> Experiment:
     rest = {key: given[key] for key in ("training", "trials", "characters") if given.get(key) is not None}
     rest.update({key: tuple(map(float, given[key])) for key in ("scales", "shares") if given.get(key) is not None})
     rest["sequences"] = {name: _sequence(path, name, spec) for name, spec in (given.get("sequences") or {}).items()}
-    rest.update({key: dict(given[key]) for key in ("seeds", "limit") if given.get(key) is not None})
+    rest.update({key: dict(given[key]) for key in ("seeds", "limit", "tasks") if given.get(key) is not None})
     found = Experiment(title=str(given.get("title") or Path(path).stem), model=model, importance=importance, methods=methods,
                        general={name: _place(path, "general", name, value, "text") for name, value in given["general"].items()},
                        domains={name: _place(path, "domains", name, value, "data") for name, value in given["domains"].items()}, **rest)  # fmt: skip
@@ -181,9 +182,9 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 def _place(path: Any, where: str, name: str, value: Any, main: str) -> dict[str, str]:
     """{main, test} of a text or a domain, which may be given as the one file alone."""
     given = {main: value} if isinstance(value, str) else dict(value or {})
-    unknown = set(given) - {main, "test"}
-    if unknown or not given.get(main):
-        raise OptionError(f"{path}: {where}: {name} expects {main} (and test), found {', '.join(map(str, given)) or 'nothing'}")
+    known = (main, "test", "task") if where == "domains" else (main, "test")
+    if set(given) - set(known) or not given.get(main):
+        raise OptionError(f"{path}: {where}: {name} expects {main} (and {', '.join(known[1:])}), found {', '.join(map(str, given)) or 'nothing'}")
     return {key: str(item) for key, item in given.items()}
 
 
@@ -239,9 +240,9 @@ def _check(path: Any, experiment: Experiment) -> None:
                           "what is kept may be just what was recorded")  # fmt: skip
     if not any(method.options["method"] == "plain" for method in experiment.methods.values()):
         raise OptionError(f"{path}: methods: none is plain fine-tuning, which learning is measured by; add `plain: {{grid: {{learning_rate: [...]}}}}`")
-    for key in ("seeds", "limit"):
-        if set(getattr(experiment, key)) - {"validation", "test"}:
-            raise OptionError(f"{path}: {key} expects validation and test, found {', '.join(getattr(experiment, key))}")
+    for key, known in (("seeds", ("validation", "test")), ("limit", ("validation", "test", "questions"))):
+        if set(getattr(experiment, key)) - set(known):
+            raise OptionError(f"{path}: {key} expects {', '.join(known)}, found {', '.join(getattr(experiment, key))}")
     if set(experiment.seeds.get("validation", [])) & set(experiment.seeds.get("test", [])):
         raise OptionError(f"{path}: seeds: the test part needs fresh seeds, found {experiment.seeds}")
     if not all(0 < scale < 1 for scale in experiment.scales):
@@ -250,6 +251,8 @@ def _check(path: Any, experiment: Experiment) -> None:
     if experiment.trials != "free" and len(set(counts.values())) > 1:
         raise OptionError(f"{path}: methods have unequal numbers of trials ({', '.join(f'{k} {n}' for k, n in counts.items())}): the one with more tries has "
                           "an advantage. Give each as many, or `trials: free`, which the verdict will say")  # fmt: skip
+    if both := set(experiment.tasks) & set(experiment.domains):
+        raise OptionError(f"{path}: tasks: '{min(both)}' is a domain; put its questions there, as `task`")
     for name, spec in experiment.sequences.items():
         _check_sequence(path, experiment, name, spec)
     for label, recipe in experiment.importance.items():
