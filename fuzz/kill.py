@@ -23,6 +23,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ import trl  # noqa: F401
 import yaml
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 import holdfast.campaign
@@ -47,6 +49,7 @@ from holdfast.cli import main as holdfast_main
 
 WORDS = "the cat sat on mat and dog then too user assistant : . Question Answer ? yes no one two three a b c d".split()  # noqa: SIM905
 ROW = 4  # kills, at most, before a run may finish
+HANGS = 600  # seconds without an end
 HERE = Path(__file__).parent
 COLUMNS = ("date", "commit", "scenario", "seed", "run_seconds", "writes", "runs", "kills_at_times", "kills_at_writes", "findings", "seconds")
 # Of a process, not of its result; TRL counts tokens anew when it goes on.
@@ -146,6 +149,7 @@ def start(words: list[str], log: Path, *, at_write: int | None = None) -> tuple[
     try:
         os.close(reader)
         torch.set_num_threads(1)
+        tqdm.set_lock(threading.RLock())  # tqdm's own is shared with the processes that were killed while they held it
         opened = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         os.dup2(opened, 1)
         os.dup2(opened, 2)
@@ -158,8 +162,13 @@ def start(words: list[str], log: Path, *, at_write: int | None = None) -> tuple[
 
 
 def finish(pid: int, reader: int) -> tuple[int, int]:
-    """(exit status, number of writes) of a child that is left alone."""
-    _, status = os.waitpid(pid, 0)
+    """(exit status, number of writes) of a child that is left alone; one that hangs is killed."""
+    select.select([reader], [], [], HANGS)
+    while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
+        if not select.select([reader], [], [], HANGS)[0]:
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
+    status = ended[1]
     said = os.read(reader, 100).decode().split()
     os.close(reader)
     return os.waitstatus_to_exitcode(status), int(said[-1]) if said and said[-1] != "!" else 0
@@ -274,7 +283,7 @@ def campaign(name: str, world: Path, folder: Path, *, kills: int, seed: int) -> 
             at = rng.randint(1, writes) if rng.random() < 0.5 else None
             after, delay = None if at else rng.uniform(0, length), rng.uniform(0, 0.004)
             if not kill(*start(words(place, *more), place / "log.txt", at_write=at), after=after, delay=delay):
-                break
+                break  # it was faster; what it wrote is written again by the next
             counts["write" if at else "time"] += 1
             history.append(f"write {at} + {1000 * delay:.1f} ms" if at else f"{after:.2f} s")
             found += [f"{problem} (killed at {', '.join(history)})" for problem in wrong_after_a_kill(place, whole)]
@@ -283,7 +292,10 @@ def campaign(name: str, world: Path, folder: Path, *, kills: int, seed: int) -> 
         if again != status:
             found.append(f"ends with {again}, not {status}: {(place / 'log.txt').read_text()[-1000:]}")
         found += [f"{difference} (killed at {', '.join(history)})" for difference in differences(place, whole)]
-        print(f"{name} run {runs}: killed at {', '.join(history)}: {'equal' if not found else f'{len(found)} findings: {found[:3]}'}", flush=True)
+        print(
+            f"{name} run {runs}: killed at {', '.join(history) or 'no time, it was faster'}: {'equal' if not found else f'{len(found)} findings: {found[:3]}'}",
+            flush=True,
+        )
         if not found:
             shutil.rmtree(place)
         findings += found

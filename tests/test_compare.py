@@ -1,11 +1,14 @@
 """holdfast compare end to end on a tiny model: nothing twice, nothing lost, fair by default."""
 
 import json
+import multiprocessing
 import os
 import random
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -223,11 +226,26 @@ def test_out_of_memory_is_a_result_and_a_failure_is_tried_again(experiment, tmp_
     assert sorted(r["status"] for r in json.loads((tmp_path / "other" / "compare.json").read_text())["runs"]) == ["done", "done"] + ["out of memory"] * 2
 
 
-def test_two_processes_give_what_one_gives(experiment, tmp_path):
-    path = experiment()
-    assert run(path, tmp_path / "one", "--part", "validation") == 0 and run(path, tmp_path / "two", "--part", "validation", "--jobs", "2") == 0
+def test_two_processes_give_what_one_gives_also_where_one_is_killed(experiment, tmp_path):
+    """As the system does to a process that takes too much memory: its run is noted as failed, the others go on, and the same command makes up for it."""
+    path, killed = experiment(), []
+
+    def kill_one():
+        while not list((tmp_path / "two").glob("runs/*/log.txt")):
+            time.sleep(0.01)
+        killed.append(next(process for process in multiprocessing.active_children() if process.is_alive()))
+        killed[0].kill()
+
+    assert run(path, tmp_path / "one", "--part", "validation") == 0
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    assert run(path, tmp_path / "two", "--part", "validation", "--jobs", "2") == 0
+    killer.join()
+    failed = [r for r in json.loads((tmp_path / "two" / "compare.json").read_text())["runs"] if r["status"] != "done"]
+    assert [r["status"] for r in failed] == ["failed"] and failed[0]["error"].startswith("killed: ")
+    assert run(path, tmp_path / "two", "--part", "validation") == 0
     one, two = (json.loads((tmp_path / name / "compare.json").read_text()) for name in ("one", "two"))
-    assert [r["points"] for r in one["runs"]] == [r["points"] for r in two["runs"]]
+    assert [r["points"] for r in one["runs"]] == [r["points"] for r in two["runs"]] and two["progress"]["failed"] == 0
 
 
 def test_one_campaign_at_a_time(experiment, tmp_path, capsys):

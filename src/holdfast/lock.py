@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from holdfast.runs import check_output_file, check_output_folder, clear_temporaries
+from holdfast.runs import check_output_file, check_output_folder, clear_temporaries, room_for
 
 logger = logging.getLogger("holdfast")
 UNSUPPORTED = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, errno.ENODEV}  # what flock says on file systems without it
@@ -40,10 +40,12 @@ def only_writer(path: str | Path, *, folder: bool = True) -> Iterator[None]:
         yield
         return
     lock = path / ".lock" if folder else path.with_name(f".{path.name}.lock")
-    opened = _taken(lock, path)
+    with room_for(path):
+        opened = _taken(lock, path)
     try:
-        clear_temporaries(path, folder=folder)
-        yield
+        with room_for(path):
+            clear_temporaries(path, folder=folder)
+            yield
     finally:
         lock.unlink(missing_ok=True)  # while it is held: whoever opened it meanwhile sees that it is gone
         if opened is not None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from holdfast.config import ModelOptions, OptionError
-from holdfast.runs import discard
+from holdfast.runs import discard, room_for
 
 
 def device_of(options: ModelOptions) -> torch.device:
@@ -59,10 +59,11 @@ def save_whole(model: Any, tokenizer: Any, folder: Path, save: Callable[[Any, Pa
     """Save (by `save` where given) under a temporary name beside `folder`, then rename: a partial result is never taken for a whole one."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
-        save(model, temporary) if save else model.save_pretrained(str(temporary))
-        tokenizer.save_pretrained(str(temporary))
-        discard(folder)
-        os.replace(temporary, folder)
+        with room_for(folder):
+            save(model, temporary) if save else model.save_pretrained(str(temporary))
+            tokenizer.save_pretrained(str(temporary))
+            discard(folder)
+            os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -185,9 +185,7 @@ def _check_folder(options: TuneOptions, out: Path) -> None:
             raise ValueError(f"'{out}' holds checkpoints of an unfinished run; go on with --resume, or start again with --overwrite")
         if first_process():
             discard(out / "checkpoints")
-    for folder in (out / "checkpoints").glob("checkpoint-*"):
-        if first_process() and not _is_whole(folder):
-            discard(folder)
+    _clear_checkpoints(out / "checkpoints")
 
 
 def _check_model(options: TuneOptions, model: nn.Module, importance: Importance | None, how: Any) -> None:
@@ -317,8 +315,12 @@ def _train(trainer: Any, checkpoint: str | None) -> None:
             trainer._load_from_checkpoint(checkpoint)
             trainer.state = state
             return
-    with contextlib.redirect_stdout(sys.stderr):  # the trainer prints its log: progress, not a result
-        trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # the trainer prints its log: progress, not a result
+            trainer.train(resume_from_checkpoint=checkpoint)
+    except BaseException:
+        _clear_checkpoints(Path(trainer.args.output_dir))
+        raise
 
 
 def _check_resumed(options: TuneOptions, out: Path) -> None:
@@ -350,6 +352,13 @@ def _last_checkpoint(out: Path) -> str | None:
     """The newest whole checkpoint."""
     whole = [folder for folder in (out / "checkpoints").glob("checkpoint-*") if _is_whole(folder)]
     return str(max(whole, key=lambda folder: int(folder.name.split("-")[-1]))) if whole else None
+
+
+def _clear_checkpoints(folder: Path) -> None:
+    """Remove checkpoints that were not written to their end."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        if first_process() and not _is_whole(checkpoint):
+            discard(checkpoint)
 
 
 def _is_whole(checkpoint: Path) -> bool:
