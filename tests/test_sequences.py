@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -63,8 +64,8 @@ def importance(model_folder, general, tmp_path):
 @pytest.fixture
 def words(model_folder, general, tmp_path):
     """The command line without its data."""
-    return ["tune", model_folder, "--general", general, "--rank", "2", "--batch-size", "8", "--accumulation", "1", "--max-steps", "6", "--learning-rate", "1e-2",
-            "--log-steps", "1", "--device", "cpu", "--save-steps", "2"]  # fmt: skip
+    return ["tune", model_folder, "--general", general, "--rank", "2", "--batch-size", "8", "--accumulation", "1", "--max-steps", "6", "--learning-rate",
+            "1e-2", "--log-steps", "1", "--device", "cpu", "--save-steps", "2"]  # fmt: skip
 
 
 def run(words, *more):
@@ -146,17 +147,18 @@ def test_every_estimator_and_tier_is_recorded_again_as_it_was(words, domains, im
     assert last.info["estimator"] == estimator and last.tier == {"path": "f32", "fisher": "factored:2", "uniform": "factored"}[estimator]
 
 
-PHASES = {"recording a domain": (recording, "_by_observing"), "consolidating": (succession, "consolidated"), "training": (training.StopOnNonFinite, "on_pre_optimizer_step"),
-          "saving a step": (training, "save_whole"), "stacking": (succession, "stack"), "measuring": (succession, "measure"),
+PHASES = {"recording a domain": (recording, "_by_observing"), "consolidating": (succession, "consolidated"),
+          "training": (training.StopOnNonFinite, "on_pre_optimizer_step"), "saving a step": (training, "save_whole"), "stacking": (succession, "stack"),
+          "measuring": (succession, "measure"),
           "at the end": (succession, "_finish")}  # fmt: skip
 
 
 def test_interrupted_in_any_phase_it_resumes_to_the_same_bits(words, domains, importance, tmp_path, monkeypatch):
-    words = [*words, *of(domains), "--importance", importance()]
+    words = [*words, *of(domains[:2]), "--importance", importance(), "--max-steps", "4"]
     assert run(words, "--out", tmp_path / "whole") == 0
     whole = result(tmp_path / "whole")["sequence"]
     for phase, (place, name) in PHASES.items():
-        for stop in {"training": (9, 15)}.get(phase, (2,) if phase != "at the end" else (1,)):
+        for stop in {"training": (3, 8)}.get(phase, (1,) if phase in ("at the end", "recording a domain", "consolidating") else (2,)):
             out, calls, original = tmp_path / f"{phase} {stop}", 0, getattr(place, name)
 
             def interrupted(*arguments, original=original, stop=stop, **more):
@@ -200,21 +202,16 @@ def test_a_recording_resumes_in_its_middle(words, domains, importance, tmp_path,
 
 def test_a_later_run_goes_on_from_an_earlier_one(words, domains, importance, model_folder, tmp_path):
     base, held = ["--importance", importance()], tmp_path / "held.jsonl"
-    held.write_text("\n".join(open(domains[0]).read().splitlines()[:24]))
+    held.write_text("\n".join(Path(domains[0]).read_text().splitlines()[:24]))
     assert run(words, "--data", domains[0], "--eval-data", held, *base, "--out", tmp_path / "one") == 0
     assert run(words, "--data", domains[1], "--after", tmp_path / "one", "--out", tmp_path / "two") == 0
     assert run(words, "--data", domains[2], "--after", tmp_path / "two", "--out", tmp_path / "three") == 0
     two, three = result(tmp_path / "two"), result(tmp_path / "three")
     assert two["sequence"]["domains"] == ["first", "second"] and two["sequence"]["learned"] == [1, 2]
     assert two["sequence"]["matrix"][1][0] == pytest.approx(result(tmp_path / "one")["after"]["domain"]["nats"], abs=1e-5)
-    assert three["sequence"]["learned"] == [1, 1, 2] and three["sequence"]["matrix"][1] == [pytest.approx(x, abs=1e-5) for x in
-                                                                                           [*two["sequence"]["matrix"][2], three["sequence"]["matrix"][1][2]]]  # fmt: skip
+    assert three["sequence"]["learned"] == [1, 1, 2] and three["sequence"]["matrix"][1][:2] == pytest.approx(two["sequence"]["matrix"][2], abs=1e-5)
     assert next(iter(factors(tmp_path / "three" / "final").values())).shape[0] == 6
     assert len(Importance.load(tmp_path / "three" / "importance.safetensors").info["consolidated"]) == 2
-    model = AutoModelForCausalLM.from_pretrained(model_folder)
-    steps = {f: {w.name: w.update() for w in target_weights(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), tmp_path / f / "final"))}
-             for f in ("one", "two")}  # fmt: skip
-    assert any(float((steps["two"][name] - steps["one"][name]).abs().max()) > 0 for name in steps["one"]) and model is not None
 
 
 def test_a_budget_covers_general_text_and_every_earlier_domain(words, domains, importance, tmp_path, capsys):

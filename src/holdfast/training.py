@@ -320,6 +320,8 @@ def check_resumed(options: TuneOptions, out: Path) -> None:
         return
     then, now = read_yaml(path), as_dict(options)
     may_change = set(MAY_CHANGE) - ({"general", "general_split", "text_column", "limit"} if options.budget else set())  # a budget is controlled on this text
+    if options.strength is None:  # then it was what suits the importance file, which is compared
+        may_change.add("strength")
     different = sorted(key for key in now if key in then and now[key] != then[key] and key not in may_change)
     if different:
         raise OptionError(f"{path} was made with other options: {', '.join(f'{k}={then[k]!r} (now {now[k]!r})' for k in different)}; "
