@@ -229,14 +229,14 @@ def test_a_budget_covers_general_text_and_every_earlier_domain(words, domains, i
 
 
 def test_a_budget_resumes_with_what_it_knows_of_earlier_domains(words, domains, importance, tmp_path, monkeypatch):
-    words = [*words, *of(domains[:2]), "--importance", importance(), "--budget", "8%", "--max-steps", "12"]
+    words = [*words, *of(domains[:2]), "--importance", importance(), "--budget", "8%", "--max-steps", "14", "--batch-size", "24"]
     assert run(words, "--out", tmp_path / "whole") in (0, 3)
     original, calls = training.StopOnNonFinite.on_pre_optimizer_step, 0
 
     def interrupted(self, *arguments, **more):
         nonlocal calls
         calls += 1
-        if calls == 12 + 9:
+        if calls == 14 + 10:  # in the second domain, two steps after a checkpoint that holds a probe
             raise KeyboardInterrupt
         return original(self, *arguments, **more)
 
@@ -244,7 +244,7 @@ def test_a_budget_resumes_with_what_it_knows_of_earlier_domains(words, domains, 
     assert run(words, "--out", tmp_path / "parted") == 130
     assert run(words, "--out", tmp_path / "parted", "--resume") in (0, 3)
     whole, parted = (result(tmp_path / name) for name in ("whole", "parted"))
-    assert whole["budget"]["trajectory"] == parted["budget"]["trajectory"] and whole["budget"]["trajectory"]
+    assert whole["budget"]["trajectory"] == parted["budget"]["trajectory"] and len(whole["budget"]["trajectory"]) >= 2
     assert same(factors(tmp_path / "whole" / "final"), factors(tmp_path / "parted" / "final"))
 
 

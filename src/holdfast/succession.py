@@ -261,7 +261,9 @@ def sequence_of(rows: Sequence[Mapping[str, Any]], domains: Sequence[str], learn
         average = turned["average"]
         of_accuracy = {**turned, "average": None if average is None else -average}
     general = [rise(rows[0]["general"], row["general"]) for row in rows] if rows[0]["general"] else None
-    return {"domains": list(domains), "learned": list(learned), "matrix": matrix, "standard_error": [[cell["standard_error"] for cell in row] for row in cells],
+    after = [", ".join(name for name, at in zip(domains, learned, strict=True) if at == row) for row in range(1, len(rows))]
+    return {"domains": list(domains), "learned": list(learned), "rows": ["base model", *after], "matrix": matrix,
+            "standard_error": [[cell["standard_error"] for cell in row] for row in cells],
             **transfer(matrix, learned), "accuracy_domains": [domains[j] for j in chosen_from], "accuracy": accuracy, "accuracy_transfer": of_accuracy,
             "general": general, "general_nats": [row["general"]["nats"] for row in rows] if rows[0]["general"] else None}  # fmt: skip
 
@@ -313,19 +315,17 @@ def _finish(plan: Plan, run: dict[str, Any]) -> None:
 
 def lines(sequence: Mapping[str, Any]) -> list[str]:
     """The matrix and what follows from it, as text."""
-    names, at, last = sequence["domains"], sequence["learned"], max(sequence["learned"])
-    label = lambda row: "base" if row == 0 else "after " + ", ".join(name for name, learned in zip(names, at, strict=True) if learned == row)
-    width = max(len(label(row)) for row in range(last + 1)) + 2
+    names, labels = sequence["domains"], ["base model", *("after " + name for name in sequence["rows"][1:])]
+    width = max(map(len, [*labels, "nats per token"])) + 2
     wide = max(10, *(len(name) + 2 for name in names))
     found = []
 
     def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[float]], number: str) -> None:
         found.append(f"{title:<{width}}" + "".join(f"{name:>{wide}}" for name in columns))
-        found.extend(f"{label(i):<{width}}" + "".join(f"{value:>{wide}{number}}" for value in row) for i, row in enumerate(rows))
+        found.extend(f"{labels[i]:<{width}}" + "".join(f"{value:>{wide}{number}}" for value in row) for i, row in enumerate(rows))
 
     general = sequence["general_nats"]
     matrix = [[*row, *([general[i]] if general else [])] for i, row in enumerate(sequence["matrix"])]
-    width = max(width, len("nats per token") + 2)
     table("nats per token", [*names, *(["general"] if general else [])], matrix, ".4f")
     if sequence["accuracy"]:
         table("accuracy", sequence["accuracy_domains"], sequence["accuracy"], ".3f")
