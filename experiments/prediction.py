@@ -2,17 +2,16 @@
 
     python experiments/prediction.py out/frontier out/lab > experiments/prediction.md
 
-A point is a finished update U at one of four scales with its measured rise of general loss (held-out text of the kind that was recorded on). For an estimator the
-energy is E = sum over weights of its energy of U; |U|^2 is the squared Frobenius norm, which needs no importance. Three laws, least squares on logs:
+A point is a finished update U at one of four scales with its measured rise of general loss (held-out text of the kind that was recorded on). For an estimator
+the energy is E = sum over weights of its energy of U; |U|^2 is the squared Frobenius norm, which needs no importance. Three laws, least squares on logs:
 
     size      log rise = a + b log |U|^2
     energy    log rise = a + b log E
     both      log rise = a + b log E + c log |U|^2
 
-Fitted on one domain with seed 0, tested on the other domain with other seeds, both ways round. Skill is 1 - (squared error of the law) / (squared error of size).
-Errors of these numbers are over tested runs (bootstrap).
-Beyond the size: how rise / |U|^2 goes with E / |U|^2 over the tested points. Only rises above two standard errors have a logarithm worth having, and only those of
-runs with LoRA updates are read. The four scales of a run are not independent; numbers of runs are given.
+Fitted on one domain with seed 0, tested on the other domain with other seeds, both ways round. Skill is 1 - (squared error of the law) / (that of size), with
+errors over tested runs (bootstrap). Beyond the size: how rise / |U|^2 goes with E / |U|^2 over the tested points. Only rises above two standard errors have a
+logarithm worth having, and only those of runs with LoRA updates are read. The four scales of a run are not independent; numbers of runs are given.
 """
 
 from __future__ import annotations
@@ -199,14 +198,14 @@ def half(points: Sequence[Point]) -> list[str]:
 
 VERDICT = """## Verdict
 
-Asked before looking: a budget kept on a prediction is worth building if 19 of 20 rises on another domain and other seeds are within a factor of 2 of it, and if
-energy explains more than half of what the size leaves unexplained.
+Asked before looking: a budget kept on a prediction is worth building if 19 of 20 rises on another domain and other seeds are within a factor of 2 of
+it, and if energy explains more than half of what the size leaves unexplained.
 
-* There is skill beyond the size. Energy of covariances goes with rise / |U|^2 at a correlation of 0.85 to 0.9 in logs on runs it was not fitted on, and takes away
-  0.5 to 0.6 of the squared error that the size leaves where budgets lie. Rank 64 is as good as the whole, rank 16 a little worse. The diagonal (`fisher`, whole
-  or factored) takes away 0.13 to 0.27, `path` 0.06 to 0.12, `uniform` is the size.
-* It is not good enough for a promise. Where budgets lie the typical error is a factor of 1.6 to 1.8 and one rise in twenty is off by more than 2.5 to 2.9, so that
-  1 % could be promised only by aiming at a third of it. Half the energy, without a fit, says a third to a quarter of the true rise (5 to 95 %: 1/1.2 to 1/13),
+* There is skill beyond the size. Energy of covariances goes with rise / |U|^2 at a correlation of 0.85 to 0.9 in logs on runs it was not fitted on, and takes
+  away 0.5 to 0.6 (± 0.1) of the squared error that the size leaves where budgets lie. Rank 64 is as good as the whole, rank 16 a little worse. The diagonal
+  (`fisher`, whole or factored) takes away 0.14 to 0.27, `path` 0.07 to 0.12, `uniform` is the size.
+* It is not good enough for a promise. Where budgets lie the typical error is a factor of 1.6 to 1.8 and one rise in twenty is off by more than 2.5 to 2.9,
+  so that 1 % could be promised only by aiming at a third of it. Half the energy, without a fit, says a third to a quarter of the true rise (5 to 95 %: 1/1.2 to 1/13),
   though for small random updates it is right to 3 % (LOG.md); why finished ones differ so has not been taken apart.
 * Runs that were held are most of these; on plain ones alone there are too few to say.
 

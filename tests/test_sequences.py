@@ -271,6 +271,28 @@ def test_transfer_where_domains_are_learned_together():
     assert found["average"] == pytest.approx(3.2) and found["backward_transfer"] == pytest.approx(-0.3) and found["forward_transfer"] == pytest.approx(0.5)
 
 
+def test_without_consolidation_the_file_as_given_holds_every_step(words, domains, importance, tmp_path):
+    file = importance()
+    assert run(words, *of(domains[:2]), "--importance", file, "--consolidate", "none", "--out", tmp_path / "run") == 0
+    assert [step["importance"]["file"] for step in result(tmp_path / "run")["sequence"]["steps"]] == [file, file]
+
+
+def test_the_example_runs_on_a_tiny_model(words, domains, importance, tmp_path):
+    example = Path(__file__).parents[1] / "examples" / "sequence" / "tune-sequence.yaml"
+    third = domains[2]
+    code = run(words, "--config", example, "--data", third, "--data", domains[0], "--eval-data", third, "--eval-data", domains[0], "--importance", importance(),
+               "--budget", "5%", "--out", tmp_path / "run")  # fmt: skip
+    found = result(tmp_path / "run")
+    assert found["sequence"]["domains"] == ["sciq", "first"] and (code == 0) == (found["verdict"] == "met")
+
+
+def test_the_report_of_a_sequence_shows_its_matrix(words, domains, importance, tmp_path):
+    assert run(words, *of(domains[1:]), "--importance", importance(), "--out", tmp_path / "run") == 0
+    assert main(["report", str(tmp_path / "run")]) == 0
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "One domain after another" in page and "backward transfer" in page and "base model" in page
+
+
 def test_what_cannot_be_is_refused_before_anything_is_written(words, domains, importance, model_folder, tmp_path, capsys):
     def fails(code, message, *more):
         assert run(words, "--out", tmp_path / "bad", *more) == code

@@ -159,7 +159,8 @@ class TuneOptions(AdapterOptions, TextOptions, ModelOptions):
     importance: str | None = option(None, "importance file of `holdfast record`; without one the run is plain fine-tuning", metavar="FILE")
     out: str = option("", "folder to write: adapter (or model), checkpoints, run.json", metavar="DIR")
     after: str | None = option(None, "go on from the result of this finished run on MODEL: its domains are held too, the final adapter has both", metavar="RUN")
-    consolidate: str | None = option(None, "several domains: add the importance of each to that so far (sum), or average with decay (decay:0.9) [sum]",
+    consolidate: str | None = option(None, "several domains: add the importance of each to that so far (sum), average with decay (decay:0.9), or "
+                                     "hold general text alone (none) [sum]",
                                      metavar="RULE")  # fmt: skip
     keep_all: bool = option(False, "several domains: keep the adapter of the model after each of them too")
     preset: str = option("default", "default: our recipe; paper: Song et al. 2025 (arXiv 2501.13669)", choices=PRESETS)

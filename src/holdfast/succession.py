@@ -163,7 +163,7 @@ def _importance(plan: Plan, number: int) -> str | None:
     """The file that a step is held by: the one given, from then on consolidated with the importance of the domain before."""
     row = plan.first + number
     so_far = plan.options.importance if number == 1 else _importance(plan, number - 1)
-    if so_far is None or (number == 1 and not plan.start):
+    if so_far is None or (number == 1 and not plan.start) or plan.options.consolidate == "none":
         return so_far
     path = plan.step(row) / "importance.safetensors"
     if path.exists():

@@ -1,6 +1,7 @@
 """Consolidation: one importance for all that a model has learned, from the importance so far and that of the domain it learned last.
 
     sum          Omega(so far) + Omega(last): every domain counts fully, as general text does (EWC's sum of penalties, arXiv 1612.00796)
+    none         Omega(so far): only general text is held, the control
     decay:0.9    0.9 Omega(so far) + 0.1 Omega(last): a running average (as online EWC, arXiv 1805.06370): old domains fade, and strength keeps its scale
 
 Forms stay what they are, with the relative error that this costs each weight (Frobenius norm of the quadratic form) in `info["consolidated"]`:
@@ -35,12 +36,12 @@ Terms = Sequence[tuple[float, AnyCovariance]]
 
 
 def parse_rule(rule: str) -> tuple[float, float]:
-    """'sum' -> (1, 1), 'decay:0.9' -> (0.9, 0.1): what the importance so far and that of the last domain are multiplied by. Raises OptionError."""
-    if rule == "sum":
-        return 1.0, 1.0
+    """'sum' -> (1, 1), 'decay:0.9' -> (0.9, 0.1), 'none' -> (1, 0): factors of the importance so far and that of the last domain. Raises OptionError."""
+    if rule in ("sum", "none"):
+        return 1.0, float(rule == "sum")
     match = re.fullmatch(r"decay:(0?\.\d+)", rule)
     if match is None or not 0 < float(match.group(1)) < 1:
-        raise OptionError(f"--consolidate expects sum, or decay:0.9 with a number between 0 and 1, found '{rule}'")
+        raise OptionError(f"--consolidate expects sum, none, or decay:0.9 with a number between 0 and 1, found '{rule}'")
     return float(match.group(1)), 1 - float(match.group(1))
 
 
