@@ -6,8 +6,8 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[1] / "src" / "holdfast"
 ORDER = ["config", "runs", "lock", "experiment", "frontier", "transfer", "compare", "report", "codec", "budget", "overlap", "carving", "stepping", "checkpoint",
          "weights", "update", "importance", "storage", "inspection", "shrink", "layers", "moved", "penalty", "callback", "models", "texts", "tasks",
-         "evaluation", "recording", "ledger", "probe", "finish", "keeper", "shrinking", "methods", "training",
-         "sequence", "trial", "pool", "scoring", "campaign", "demo", "cli"]  # fmt: skip
+         "heldout", "evaluation", "earlier", "recording", "ledger", "probe", "finish", "keeper", "shrinking", "methods", "training",
+         "sequence", "trial", "pool", "scoring", "stacking", "succession", "campaign", "demo", "cli"]  # fmt: skip
 LAZY = {("importance", "storage"), ("importance", "inspection"), ("callback", "keeper")}  # Importance.save, .load, .describe; hold(budget=...)
 
 

@@ -31,6 +31,7 @@ from holdfast.config import (  # fmt: skip
     nearest,
     read_yaml,
     resolve,
+    several,
 )
 
 VERBS: dict[str, tuple[str, str]] = {
@@ -169,6 +170,10 @@ def _action(verb: str, given: dict[str, Any]) -> Callable[[], Any]:
         from holdfast.recording import record
 
         return lambda: record(options)
+    if verb == "tune" and (options.after or len(several(options.data)) > 1):
+        from holdfast.succession import tune_in_turn
+
+        return lambda: tune_in_turn(options)
     if verb == "tune":
         from holdfast.training import tune
 
@@ -247,7 +252,8 @@ def _add(parser: argparse.ArgumentParser, spec: Any, presets: dict[str, dict[str
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text.replace("%", "%%"))
     else:
         # Values stay text here: `config.resolve` checks and converts them, whether they come from a flag or from YAML.
-        parser.add_argument(flag, metavar=meta["metavar"] or ("{" + ",".join(meta["choices"]) + "}" if meta["choices"] else "X"), help=text.replace("%", "%%"))
+        named = meta["metavar"] or ("{" + ",".join(meta["choices"]) + "}" if meta["choices"] else "X")
+        parser.add_argument(flag, action="append" if meta["repeated"] else "store", metavar=named, help=text.replace("%", "%%"))
 
 
 if __name__ == "__main__":

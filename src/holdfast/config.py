@@ -31,9 +31,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
 
 
-def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, positional: bool = False, metavar: str | None = None) -> Any:
-    """A dataclass field with what the command line needs to know about it."""
-    metadata = {"help": help, "choices": choices, "positional": positional, "metavar": metavar}
+def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, positional: bool = False, metavar: str | None = None,
+           repeated: bool = False) -> Any:  # fmt: skip
+    """A dataclass field with what the command line needs to know about it. `repeated`: may be given several times; the values are joined by commas."""
+    metadata = {"help": help, "choices": choices, "positional": positional, "metavar": metavar, "repeated": repeated}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -152,10 +153,16 @@ def check_estimator(given: Mapping[str, Any], estimator: str) -> None:
 class TuneOptions(AdapterOptions, TextOptions, ModelOptions):
     """Options of `holdfast tune`: fine-tune on domain data while holding what the importance file marks."""
 
-    data: str = option("", "domain data: a file, a Hub dataset, or a task (sciq, piqa, medmcqa, sciq=train.jsonl)", metavar="DATA")
+    data: str = option("", "domain data: a file, a Hub dataset, or a task (sciq, piqa, medmcqa, sciq=train.jsonl); given several times: one domain after "
+                       "the other, each held from then on (docs/sequences.md)", metavar="DATA", repeated=True)  # fmt: skip
     data_split: str = option("train", "split of a Hub dataset")
     importance: str | None = option(None, "importance file of `holdfast record`; without one the run is plain fine-tuning", metavar="FILE")
     out: str = option("", "folder to write: adapter (or model), checkpoints, run.json", metavar="DIR")
+    after: str | None = option(None, "go on from the result of this finished run on MODEL: its domains are held too, the final adapter has both", metavar="RUN")
+    consolidate: str | None = option(None, "several domains: add the importance of each to that so far (sum), average with decay (decay:0.9), or "
+                                     "hold general text alone (none) [sum]",
+                                     metavar="RULE")  # fmt: skip
+    keep_all: bool = option(False, "several domains: keep the adapter of the model after each of them too")
     preset: str = option("default", "default: our recipe; paper: Song et al. 2025 (arXiv 2501.13669)", choices=PRESETS)
     method: str = option(None, "method, or several with commas: plain, rslora, full, small-lr, holdfast, kl, replay, wise, ewc-lora, la-lora, l2, shuffled, "
                          "o-lora, general-steps, oft, osf, corda, lora-fa; see docs/methods.md; default: holdfast where --importance is given, else plain",
@@ -192,7 +199,8 @@ class TuneOptions(AdapterOptions, TextOptions, ModelOptions):
     packing: bool = option(False, "pack several documents into one sequence")
     completion_only: bool | None = option(None, "score only completions or assistant turns; default: yes where the data has them")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
-    eval_data: str | None = option(None, "held-out domain data, evaluated before, during and after", metavar="DATA")
+    eval_data: str | None = option(None, "held-out domain data, evaluated before, during and after; with several domains one for each, in their order",
+                                   metavar="DATA", repeated=True)  # fmt: skip
     eval_split: str | None = option(None, "split of a Hub dataset given by --eval-data; default: test, or the held-out split of a task")
     eval_steps: int = option(0, "evaluate on --eval-data every so many steps; 0: only before and after")
     tasks: str | None = option(None, "tasks to evaluate before and after: sciq,piqa=test.jsonl,...", metavar="NAMES")
@@ -226,7 +234,7 @@ METHOD_SETTINGS: dict[str, dict[str, Any]] = {
 
 def method_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     """The method by its default, and the settings of the methods that it names; wrong names are left to `holdfast.methods`."""
-    method = given.get("method") or ("holdfast" if given.get("importance") else "plain")
+    method = given.get("method") or ("holdfast" if given.get("importance") or given.get("after") else "plain")
     settings = {"method": method}
     for name in method.split(","):
         settings.update(METHOD_SETTINGS.get(name.strip(), {}))
@@ -357,6 +365,13 @@ def _checked(spec: dataclasses.Field, value: Any) -> Any:
     if spec.name == "dropout" and value >= 1:
         raise OptionError(f"{flag} must be below 1, found {value}")
     return value
+
+
+def several(spec: str | None) -> list[str]:
+    """The parts of an option that may be given several times; a file whose name has commas is one part."""
+    if not spec:
+        return []
+    return [spec] if "," not in spec or Path(spec).exists() else [part.strip() for part in spec.split(",") if part.strip()]
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

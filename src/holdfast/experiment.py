@@ -45,7 +45,8 @@ OURS = {
     "eval_steps",
     "earlier",
 }  # options that the experiment itself sets
-LATER = ("earlier", "orthogonality")  # options that came after the first comparisons: where not given, runs made before are still found
+# Options that came after the first comparisons: where not given, runs made before are still found.
+LATER = ("earlier", "orthogonality", "after", "consolidate", "keep_all")
 RECORDED = "recorded"  # as the value of replay: the text that importance is recorded on
 FAMILIES = ("baseline", "holdfast", "penalty", "data", "adapter", "control")
 FAMILY = {"holdfast": "holdfast", "ewc-lora": "penalty", "la-lora": "penalty", "l2": "control", "shuffled": "control", "general-steps": "control", "kl": "data",
@@ -308,5 +309,5 @@ def final_trials(experiment: Experiment, chosen: Mapping[tuple[str, str], dict[s
 def identity(options: TuneOptions, *, more: Iterable[Any]) -> str:
     """16 hex digits of everything that decides a run: its options without places and machine, and `more` (hashes of data, recipe, evaluation)."""
     unimportant = ("data", "replay", "importance", "out", "threads", "device", "save_steps", "log_steps", "report_to", "overwrite", "resume")
-    decided = {key: value for key, value in as_dict(options).items() if key not in unimportant and not (key in LATER and value is None)}
+    decided = {key: value for key, value in as_dict(options).items() if key not in unimportant and not (key in LATER and (value is None or value is False))}
     return hashlib.sha256(json.dumps([decided, *more], sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -50,17 +50,22 @@ def record(options: RecordOptions) -> Importance:
 
 
 def _recorded(options: RecordOptions, out: Path) -> Importance:
-    state = _load_state(options)
+    state = load_state(options)
     torch.manual_seed(options.seed)
     if options.threads:
         torch.set_num_threads(options.threads)
     tokenizer, model = load_tokenizer(options), load_model(options)
-    device, mark = str(next(model.parameters()).device), fingerprint(model)
-    source: dict[str, Any]
+    encoded, source = ([], {}) if options.estimator == "uniform" else _text(options, model, tokenizer)
+    return record_on(options, model, tokenizer, encoded, source, state)
+
+
+def record_on(options: RecordOptions, model: nn.Module, tokenizer: Any, encoded: list[Encoded], source: dict[str, Any],
+              state: dict[str, Any] | None) -> Importance:  # fmt: skip
+    """Record on text that is encoded already, of the `source` that the file names, going on from `state` where there is one; writes `options.out`."""
+    out, device, mark = Path(options.out), str(next(model.parameters()).device), fingerprint(model)
     if options.estimator == "uniform":
-        recorded, seconds, source = uniform(model, options.targets), 0.0, {}
+        recorded, seconds = uniform(model, options.targets), 0.0
     else:
-        encoded, source = _text(options, model, tokenizer)
         if state is not None and state["data"] != source["sha256"]:
             raise ValueError(f"{options.out}.state was made from other general text; give the same --general, or start again without --resume")
         torch.manual_seed(options.seed)
@@ -280,7 +285,7 @@ def _write_state(options: RecordOptions, state: dict[str, Any]) -> None:
         torch.save(state, temporary)
 
 
-def _load_state(options: RecordOptions) -> dict[str, Any] | None:
+def load_state(options: RecordOptions) -> dict[str, Any] | None:
     """The saved state to go on from, or None. Read with weights_only, so no code in it can run."""
     if not options.resume:
         return None

@@ -27,12 +27,13 @@ from torch import nn
 from transformers import ProgressCallback, TrainerState, set_seed
 
 from holdfast.callback import ProgressBar, StopOnNonFinite, add_penalty, add_term
-from holdfast.config import ModelOptions, OptionError, TuneOptions, as_dict, default_strength, read_yaml, resolve
+from holdfast.config import ModelOptions, OptionError, TuneOptions, as_dict, default_strength, read_yaml, resolve, several
+from holdfast.earlier import Earlier
 from holdfast.evaluation import changes, check_tasks, measure, table
 from holdfast.finish import sentences
 from holdfast.importance.container import Importance
 from holdfast.importance.controls import uniform
-from holdfast.keeper import check_budget, of_run
+from holdfast.keeper import check_budget, of_run, on_earlier
 from holdfast.layers import from_option
 from holdfast.lock import first_process, only_writer
 from holdfast.methods.method import Method, Setup
@@ -51,18 +52,24 @@ MAY_CHANGE = ("resume", "overwrite", "out", "device", "threads", "save_steps", "
               "offload_importance", "eval_split", "eval_steps", "tasks", "limit")  # fmt: skip # what a resumed run may change: nothing of it decides the result
 
 
-def tune(options: TuneOptions) -> dict[str, Any]:
-    """Fine-tune as `options` say; writes `options.out` and returns what is in its run.json. Raises ValueError or OptionError before training starts."""
+def tune(options: TuneOptions, *, earlier: Earlier | None = None) -> dict[str, Any]:
+    """Fine-tune as `options` say; writes `options.out` and returns what is in its run.json. Raises ValueError or OptionError before training starts.
+
+    `earlier`: the model stands on the updates of a sequence's earlier steps (succession.py), and the adapter is relative to it."""
     methods = _check(options)
+    if earlier is None and (options.after or len(several(options.data)) > 1):
+        raise OptionError("several domains, or --after, are tuned by holdfast.succession.tune_in_turn; give tune one --data")
     importance = Importance.load(options.importance) if options.importance else None
     if importance is not None and options.strength is None and not options.budget:
         options = replace(options, strength=default_strength(importance.info.get("estimator", "?")))
     with only_writer(options.out):
         _check_folder(options, Path(options.out))
-        return _tuned(options, Path(options.out), methods, importance)
+        return _tuned(options, Path(options.out), methods, importance, earlier)
 
 
-def _tuned(options: TuneOptions, out: Path, methods: dict[str, Method], importance: Importance | None) -> dict[str, Any]:
+def _tuned(
+    options: TuneOptions, out: Path, methods: dict[str, Method], importance: Importance | None, earlier: Earlier | None
+) -> dict[str, Any]:
     data = load_training_data(options.data, split=options.data_split)
     how = from_option(options.layers, tau=options.tau, per=options.per)
     set_seed(options.seed)
@@ -81,9 +88,10 @@ def _tuned(options: TuneOptions, out: Path, methods: dict[str, Method], importan
     held = load_training_data(options.eval_data, split=options.eval_split, limit=options.limit) if options.eval_steps and options.eval_data else None
     wanted: dict[str, Any] = dict(general=options.general, data=options.eval_data, tasks=options.tasks, text_column=options.text_column,
                   general_split=options.general_split, data_split=options.eval_split, limit=options.limit)  # fmt: skip
+    model, ledger = on_earlier(options, earlier, model, tokenizer, encoded) if earlier else (model, None)
     text, source = replay_text(options, model, tokenizer, encoded)
     before = measure(model, tokenizer, **wanted)
-    keeper = of_run(options, model, tokenizer, data, encoded) if options.budget else None
+    keeper = of_run(options, model, tokenizer, data, encoded, ledger) if options.budget else None
     setup = Setup(options, tokenizer, text, _tokens_per_step(options, encoded), importance, how, before)
     model = _prepared(setup, methods, model)
     check_free_space(out, _disk_needed(options, model))
@@ -177,7 +185,7 @@ def _check(options: TuneOptions) -> dict[str, Method]:
 def _check_folder(options: TuneOptions, out: Path) -> None:
     """Refuse a folder that holds another run. What a kill left of a checkpoint is removed; with --overwrite, all checkpoints."""
     if options.resume:
-        _check_resumed(options, out)
+        check_resumed(options, out)
     if (out / "run.json").exists() and not (options.overwrite or options.resume):
         raise ValueError(f"'{out}' holds a finished run; give another --out, or --overwrite")
     if (out / "checkpoints").exists() and not options.resume:
@@ -323,13 +331,15 @@ def _train(trainer: Any, checkpoint: str | None) -> None:
         raise
 
 
-def _check_resumed(options: TuneOptions, out: Path) -> None:
+def check_resumed(options: TuneOptions, out: Path) -> None:
     """Raise OptionError where the options that decide the result are not those that the interrupted run was started with."""
     path = out / "config.yaml"
     if not path.is_file():
         return
     then, now = read_yaml(path), as_dict(options)
     may_change = set(MAY_CHANGE) - ({"general", "general_split", "text_column", "limit"} if options.budget else set())  # a budget is controlled on this text
+    if options.strength is None:  # then it was what suits the importance file, which is compared
+        may_change.add("strength")
     different = sorted(key for key in now if key in then and now[key] != then[key] and key not in may_change)
     if different:
         raise OptionError(f"{path} was made with other options: {', '.join(f'{k}={then[k]!r} (now {now[k]!r})' for k in different)}; "
