@@ -148,7 +148,8 @@ def test_wrong_budgets_and_texts_are_refused_before_training(words, domain, gene
 
 def test_general_text_that_is_trained_on_is_warned_of(words, general, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(keeper.Keeper, "bind", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert run(words, "--data", general, "--budget", "2%") == 130
+    trained = [general if words[i - 1] == "--data" else word for i, word in enumerate(words)]
+    assert run(trained, "--budget", "2%") == 130
     assert "240 of 240 documents are in it word for word" in caplog.text
 
 

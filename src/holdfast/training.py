@@ -67,9 +67,7 @@ def tune(options: TuneOptions, *, earlier: Earlier | None = None) -> dict[str, A
         return _tuned(options, Path(options.out), methods, importance, earlier)
 
 
-def _tuned(
-    options: TuneOptions, out: Path, methods: dict[str, Method], importance: Importance | None, earlier: Earlier | None
-) -> dict[str, Any]:
+def _tuned(options: TuneOptions, out: Path, methods: dict[str, Method], importance: Importance | None, earlier: Earlier | None) -> dict[str, Any]:
     data = load_training_data(options.data, split=options.data_split)
     how = from_option(options.layers, tau=options.tau, per=options.per)
     set_seed(options.seed)
