@@ -4,11 +4,12 @@ import ast
 from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "holdfast"
-ORDER = ["config", "runs", "experiment", "frontier", "transfer", "compare", "report", "codec", "budget", "overlap", "carving", "stepping", "checkpoint",
-         "weights", "update", "importance", "storage", "inspection", "shrink", "layers", "moved", "penalty", "callback", "models", "texts", "tasks",
-         "evaluation", "recording", "ledger", "probe", "finish", "keeper", "shrinking", "methods", "training",
+ORDER = ["config", "runs", "experiment", "frontier", "transfer", "compare", "report", "cards", "codec", "budget", "overlap", "carving", "stepping",
+         "checkpoint", "weights", "update", "importance", "storage", "inspection", "hub", "shrink", "layers", "moved", "penalty", "callback", "models", "texts",
+         "tasks", "evaluation", "recording", "ledger", "probe", "finish", "keeper", "shrinking", "methods", "training",
          "sequence", "campaign", "demo", "cli"]  # fmt: skip
-LAZY = {("importance", "storage"), ("importance", "inspection"), ("callback", "keeper")}  # Importance.save, .load, .describe; hold(budget=...)
+# Importance.save, .load, .describe, .push_to_hub; hold(budget=...)
+LAZY = {("importance", "storage"), ("importance", "inspection"), ("importance", "hub"), ("callback", "keeper")}
 
 
 def room(path: Path) -> str:

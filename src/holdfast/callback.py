@@ -173,7 +173,7 @@ def hold(trainer: Any, importance: Importance | str | Path, *, strength: float |
     """
     if (budget is None) != (general is None):
         raise OptionError(f"budget and general go together (budget='1%', general='text.jsonl'), found budget={budget!r}, general={general!r}")
-    loaded = importance if isinstance(importance, Importance) else Importance.load(importance)
+    loaded = importance if isinstance(importance, Importance) else Importance.from_pretrained(importance)
     if budget is not None and general is not None:
         from holdfast.keeper import of_trainer
 

@@ -146,11 +146,14 @@ def _action(verb: str, given: dict[str, Any]) -> Callable[[], Any]:
 
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show blocks gets question marks, not an error
-        return lambda: print(describe_file(given["file"]))
+        from holdfast.hub import importance_path
+
+        return lambda: print(describe_file(importance_path(given["file"])))
     if verb == "convert":
+        from holdfast.hub import importance_path
         from holdfast.storage import convert
 
-        return lambda: convert(given["file"], given["tier"], given["out"])
+        return lambda: convert(importance_path(given["file"]), given["tier"], given["out"])
     if verb == "merge":
         from holdfast.training import merge
 
@@ -217,9 +220,9 @@ def _verb_parser(verb: str) -> argparse.ArgumentParser:
     parser = Parser(prog=f"holdfast {verb}", usage=usage, argument_default=argparse.SUPPRESS,
                     description=text[0].upper() + text[1:] + ".", epilog=f"example: {example}", allow_abbrev=False)  # fmt: skip
     if verb == "inspect":
-        parser.add_argument("file", metavar="FILE", help="importance file")
+        parser.add_argument("file", metavar="FILE", help="importance file, its folder or a Hub name")
     elif verb == "convert":
-        parser.add_argument("file", metavar="FILE", help="importance file")
+        parser.add_argument("file", metavar="FILE", help="importance file, its folder or a Hub name")
         parser.add_argument("--tier", required=True, metavar="TIER", help="f32, bf16, u8, u4, factored[:K], kronecker[:K]")
         parser.add_argument("--out", required=True, metavar="FILE", help="importance file to write")
     elif verb == "merge":

@@ -116,6 +116,8 @@ class RecordOptions(AdapterOptions, TextOptions, ModelOptions):
     self_documents: int = option(64, "how many documents to sample with --general self")
     save_steps: int = option(100, "write a state to resume from every so many steps")
     resume: bool = option(False, "go on from the last saved state")
+    push_to_hub: str | None = option(None, "also upload the file, with a model card, to this Hub repository", metavar="NAME")
+    private: bool | None = option(None, "make the repository of --push-to-hub private, where it is new")
 
 
 RECORD_PRESETS: dict[str, dict[str, Any]] = {
@@ -154,7 +156,8 @@ class TuneOptions(AdapterOptions, TextOptions, ModelOptions):
 
     data: str = option("", "domain data: a file, a Hub dataset, or a task (sciq, piqa, medmcqa, sciq=train.jsonl)", metavar="DATA")
     data_split: str = option("train", "split of a Hub dataset")
-    importance: str | None = option(None, "importance file of `holdfast record`; without one the run is plain fine-tuning", metavar="FILE")
+    importance: str | None = option(None, "importance file of `holdfast record`, its folder or a Hub name; without one the run is plain fine-tuning",
+                                    metavar="FILE")  # fmt: skip
     out: str = option("", "folder to write: adapter (or model), checkpoints, run.json", metavar="DIR")
     preset: str = option("default", "default: our recipe; paper: Song et al. 2025 (arXiv 2501.13669)", choices=PRESETS)
     method: str = option(None, "method, or several with commas: plain, rslora, full, small-lr, holdfast, kl, replay, wise, ewc-lora, la-lora, l2, shuffled, "
@@ -200,6 +203,10 @@ class TuneOptions(AdapterOptions, TextOptions, ModelOptions):
     save_steps: int = option(200, "checkpoint every so many steps")
     log_steps: int = option(10, "log every so many steps")
     report_to: str = option("none", "where the trainer reports", choices=REPORTERS)
+    push_to_hub: str | None = option(
+        None, "also upload final/, with its model card, to this Hub repository; with --budget only where it is met", metavar="NAME"
+    )
+    private: bool | None = option(None, "make the repository of --push-to-hub private, where it is new")
     resume: bool = option(False, "go on from the last checkpoint in --out")
     overwrite: bool = option(False, "replace a finished run in --out")
 
@@ -280,7 +287,7 @@ class ShrinkOptions(TextOptions, ModelOptions):
 
     model: str = option("", "base model; default: the one that the adapter names", metavar="MODEL")
     adapter: str = option("", "PEFT adapter (LoRA, rsLoRA), whoever trained it: a local folder", positional=True, metavar="ADAPTER")
-    importance: str | None = option(None, "importance file of `holdfast record` for the base model", metavar="FILE")
+    importance: str | None = option(None, "importance file of `holdfast record` for the base model, its folder or a Hub name", metavar="FILE")
     budget: str | None = option(None, "let perplexity on --general rise by at most this much: 1%, or 0.01nats")
     data: str | None = option(None, "held-out domain data, on which learning is measured: a file, a Hub dataset, or a task (sciq=test.jsonl)", metavar="DATA")
     data_split: str | None = option(None, "split of a Hub dataset given by --data; default: test, or the held-out split of a task")

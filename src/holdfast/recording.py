@@ -20,6 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from holdfast.config import LABELLED, TRAINING_ONLY, OptionError, RecordOptions, as_dict
+from holdfast.hub import push_importance, ready
 from holdfast.importance.activation import Activation
 from holdfast.importance.attachment import PathRecorder
 from holdfast.importance.container import Importance
@@ -37,6 +38,7 @@ from holdfast.weights import add_adapter, fingerprint, target_weights
 
 # Estimators that train an adapter; the others observe.
 ESTIMATORS: dict[str, type[PathRecorder]] = {"path": PathIntegral, "path-factored": PathFactored}
+NOT_IN_THE_RESULT = ("groups", "offload", "push_to_hub", "private")
 logger = logging.getLogger("holdfast")
 
 
@@ -46,7 +48,10 @@ def record(options: RecordOptions) -> Importance:
     check_output_file(out)
     if options.tier:
         _check_tier(options)
+    if options.private is not None and not options.push_to_hub:
+        raise OptionError("--private is for --push-to-hub NAME, which is not given")
     state = _load_state(options)
+    repo = ready(options.push_to_hub, private=options.private) if options.push_to_hub else None
     torch.manual_seed(options.seed)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -62,7 +67,7 @@ def record(options: RecordOptions) -> Importance:
         torch.manual_seed(options.seed)
         job = _by_training if options.estimator in ESTIMATORS else _by_observing
         recorded, seconds = job(options, model, encoded, tokenizer.pad_token_id, state, source)
-    shown = {k: v for k, v in as_dict(options).items() if k not in ("out", "resume", "model", "general", "groups", "offload") and v is not None}
+    shown = {k: v for k, v in as_dict(options).items() if k not in ("out", "resume", "model", "general", *NOT_IN_THE_RESULT) and v is not None}
     shown = {k: v for k, v in shown.items() if options.estimator in ESTIMATORS or k not in TRAINING_ONLY}
     info = {
         **recorded.info,
@@ -77,6 +82,8 @@ def record(options: RecordOptions) -> Importance:
     importance.save(out)
     _state_path(options).unlink(missing_ok=True)
     logger.info("wrote %s: %d weights, tier %s, %.2f MiB, %.1f s", out, len(importance), importance.tier, out.stat().st_size / 2**20, seconds)
+    if repo:
+        logger.info("pushed to %s", push_importance(importance, repo))
     return importance
 
 
@@ -261,7 +268,7 @@ def _state_path(options: RecordOptions) -> Path:
 
 def _comparable(options: RecordOptions) -> dict[str, Any]:
     """The options that decide the result, as they must be again to go on."""
-    return {k: v for k, v in as_dict(options).items() if k not in ("resume", "save_steps", "device", "threads", "tier", "keep_anchor", "groups", "offload")}
+    return {k: v for k, v in as_dict(options).items() if k not in ("resume", "save_steps", "device", "threads", "tier", "keep_anchor", *NOT_IN_THE_RESULT)}
 
 
 def _save_state(options: RecordOptions, model: nn.Module, recorder: PathRecorder, optimizer: Any, scheduler: Any, done: int, seconds: float, data: str) -> None:
