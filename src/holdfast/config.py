@@ -49,8 +49,9 @@ REPORTERS = ("none", "tensorboard", "wandb", "trackio", "mlflow", "swanlab")
 AT_LEAST = {"rank": 1, "batch_size": 1, "accumulation": 1, "save_steps": 1, "log_steps": 1, "limit": 1, "documents": 1, "self_documents": 1, "threads": 1,
             "length": 2, "stride": 1, "batch_tokens": 1, "shots": 0, "eval_steps": 0, "strength": 0, "cov_rank": 0, "groups": 1, "dropout": 0,
             "warmup": 0, "weight_decay": 0, "max_grad_norm": 0, "seed": 0, "replay_documents": 1, "replay_share": 0, "kl_weight": 0,
-            "kl_sequences": 1, "general_steps": 0, "scale": 0, "max_forgetting": 0, "orthogonality": 0, "jobs": 1, "mu": 0}  # fmt: skip
-ABOVE_ZERO = ("learning_rate", "epochs", "alpha", "xi")
+            "kl_sequences": 1, "general_steps": 0, "scale": 0, "max_forgetting": 0, "orthogonality": 0, "jobs": 1, "mu": 0,
+            "tokens": 2, "general_tokens": 1, "record_tokens": 2, "processes": 1}  # fmt: skip
+ABOVE_ZERO = ("learning_rate", "epochs", "alpha", "xi", "flops")
 
 
 @dataclass(frozen=True)
@@ -260,6 +261,30 @@ class CompareOptions:
     jobs: int = option(1, "processes that run trials at the same time; with several GPUs each gets its own")
     part: str = option("both", "validation: only choose settings; both: then test the chosen ones with fresh seeds", choices=("validation", "both"))
     dry_run: bool = option(False, "say what would be run")
+
+
+@dataclass(frozen=True)
+class PlanOptions(ModelOptions):
+    """Options of `holdfast plan`: bytes and time, from the model's configuration alone."""
+
+    targets: str = option("all-linear", "weights to adapt: names (q_proj,v_proj), all-linear, or a regular expression", metavar="NAMES")
+    rank: int = option(8, "LoRA rank r")
+    full: bool = option(False, "train the target weights themselves instead of an adapter")
+    estimator: str = option("kronecker", "how importance is estimated", choices=ESTIMATORS)
+    tier: str | None = option(
+        None, "form of the file that tuning reads: f32, bf16, u8, u4, factored[:K], kronecker[:K]; default: as record writes it", metavar="TIER"
+    )
+    cov_rank: int = option(64, "kronecker: rank of the covariances that record keeps; 0: whole")
+    tokens: int = option(4096, "tokens per forward pass while tuning")
+    length: int = option(1024, "tokens per sequence")
+    accumulation: int = option(4, "forward passes per optimizer step")
+    general_tokens: int = option(500_000, "tokens of general text to record from")
+    record_tokens: int = option(4096, "tokens per forward pass while recording")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
+    processes: int = option(1, "processes that train together, one per device")
+    engine: str = option("ddp", "ddp: each has the whole model; fsdp: weights, gradients and optimizer state are sharded", choices=("ddp", "fsdp"))
+    flops: float | None = option(None, "floating-point operations per second of a device, as 400e12; default: measured here", metavar="RATE")
+    json: bool = option(False, "print JSON")
 
 
 @dataclass(frozen=True)
