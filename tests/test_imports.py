@@ -6,7 +6,7 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[1] / "src" / "holdfast"
 ORDER = ["config", "runs", "experiment", "frontier", "transfer", "compare", "report", "cards", "codec", "budget", "overlap", "carving", "stepping",
          "checkpoint", "weights", "update", "importance", "storage", "inspection", "hub", "sizes", "shrink", "layers", "moved", "penalty", "callback", "models",
-         "texts", "tasks", "evaluation", "recording", "ledger", "probe", "finish", "keeper", "shrinking", "methods", "training", "plan",
+         "texts", "tasks", "evaluation", "recording", "ledger", "probe", "finish", "keeper", "shrinking", "methods", "training", "plan", "integrations",
          "sequence", "campaign", "demo", "cli"]  # fmt: skip
 # Importance.save, .load, .describe, .push_to_hub; hold(budget=...)
 LAZY = {("importance", "storage"), ("importance", "inspection"), ("importance", "hub"), ("callback", "keeper")}
