@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from holdfast.penalty.pull import Penalty
 
 __version__ = "0.1.0"
-__all__ = ["KL", "Fisher", "HoldCallback", "HoldfastCallback", "Importance", "Kronecker", "PathIntegral", "Penalty", "RecorderCallback", "Replay", "TermCallback",
-           "add_term", "hold", "layers"]  # fmt: skip
+__all__ = ["KL", "Fisher", "HoldCallback", "HoldfastCallback", "Importance", "Kronecker", "PathIntegral", "Penalty", "RecorderCallback", "Replay",
+           "TermCallback", "add_term", "hold", "layers"]  # fmt: skip
 
 _HOME = {
     "Fisher": "holdfast.importance.fisher",
