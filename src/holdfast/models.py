@@ -45,6 +45,16 @@ def load_model(options: ModelOptions, name: str | None = None) -> nn.Module:
     return model.eval()
 
 
+def load_empty(options: ModelOptions) -> nn.Module:
+    """The causal LM on torch's meta device: shapes and names, no weights; only its configuration is read. Raises ValueError when it is not there."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = _load(AutoConfig, options.model, options, {})
+    dtype = getattr(config, "dtype", None) or torch.float32 if options.dtype == "auto" else getattr(torch, options.dtype)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=options.trust_remote_code)
+
+
 def load_tokenizer(options: ModelOptions, name: str | None = None) -> Any:
     """The tokenizer of `options.model`; without a padding token the end-of-text token pads, and nothing is resized."""
     from transformers import AutoTokenizer

@@ -20,6 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from holdfast.config import LABELLED, TRAINING_ONLY, OptionError, RecordOptions, as_dict
+from holdfast.hub import push_importance, ready
 from holdfast.importance.activation import Activation
 from holdfast.importance.attachment import PathRecorder
 from holdfast.importance.container import Importance
@@ -38,6 +39,7 @@ from holdfast.weights import add_adapter, fingerprint, target_weights
 
 # Estimators that train an adapter; the others observe.
 ESTIMATORS: dict[str, type[PathRecorder]] = {"path": PathIntegral, "path-factored": PathFactored}
+NOT_IN_THE_RESULT = ("groups", "offload", "push_to_hub", "private")
 logger = logging.getLogger("holdfast")
 
 
@@ -45,11 +47,17 @@ def record(options: RecordOptions) -> Importance:
     """Record importance as `options` say and write it to `options.out`; also returned. Raises ValueError or OptionError before training starts."""
     if options.tier:
         _check_tier(options)
+    if options.private is not None and not options.push_to_hub:
+        raise OptionError("--private is for --push-to-hub NAME, which is not given")
+    repo = ready(options.push_to_hub, private=options.private) if options.push_to_hub else None
     with only_writer(options.out, folder=False):
-        return _recorded(options, Path(options.out))
+        importance = _recorded(options)
+    if repo:
+        logger.info("pushed to %s", push_importance(importance, repo))
+    return importance
 
 
-def _recorded(options: RecordOptions, out: Path) -> Importance:
+def _recorded(options: RecordOptions) -> Importance:
     state = load_state(options)
     torch.manual_seed(options.seed)
     if options.threads:
@@ -71,7 +79,7 @@ def record_on(options: RecordOptions, model: nn.Module, tokenizer: Any, encoded:
         torch.manual_seed(options.seed)
         job = _by_training if options.estimator in ESTIMATORS else _by_observing
         recorded, seconds = job(options, model, encoded, tokenizer.pad_token_id, state, source)
-    shown = {k: v for k, v in as_dict(options).items() if k not in ("out", "resume", "model", "general", "groups", "offload") and v is not None}
+    shown = {k: v for k, v in as_dict(options).items() if k not in ("out", "resume", "model", "general", *NOT_IN_THE_RESULT) and v is not None}
     shown = {k: v for k, v in shown.items() if options.estimator in ESTIMATORS or k not in TRAINING_ONLY}
     info = {
         **recorded.info,
@@ -270,7 +278,7 @@ def _state_path(options: RecordOptions) -> Path:
 
 def _comparable(options: RecordOptions) -> dict[str, Any]:
     """The options that decide the result, as they must be again to go on."""
-    return {k: v for k, v in as_dict(options).items() if k not in ("resume", "save_steps", "device", "threads", "tier", "keep_anchor", "groups", "offload")}
+    return {k: v for k, v in as_dict(options).items() if k not in ("resume", "save_steps", "device", "threads", "tier", "keep_anchor", *NOT_IN_THE_RESULT)}
 
 
 def _save_state(options: RecordOptions, model: nn.Module, recorder: PathRecorder, optimizer: Any, scheduler: Any, done: int, seconds: float, data: str) -> None:

@@ -32,6 +32,7 @@ from holdfast.config import LABELLED, RECORD_PRESETS, TRAINING_ONLY, OptionError
 from holdfast.earlier import Earlier, Held, Stage, merged
 from holdfast.evaluation import answers, changes, measure, rise
 from holdfast.heldout import Domain, earlier_of, named
+from holdfast.hub import importance_path, ready
 from holdfast.importance.consolidation import consolidated, parse_rule
 from holdfast.importance.container import Importance
 from holdfast.keeper import check_budget
@@ -43,7 +44,7 @@ from holdfast.runs import atomic_path, environment, read_json, sha256_file, writ
 from holdfast.stacking import stack
 from holdfast.tasks import encode_rows, find_task, load_task, load_training_data
 from holdfast.texts import fingerprint_rows
-from holdfast.training import check_resumed, tune
+from holdfast.training import check_resumed, push_result, tune
 from holdfast.transfer import transfer
 
 logger = logging.getLogger("holdfast")
@@ -79,8 +80,12 @@ class Plan:
 
 def tune_in_turn(options: TuneOptions) -> dict[str, Any]:
     """Fine-tune on each of `options.data` in its turn; writes `options.out` and returns what is in its run.json."""
+    repo = ready(options.push_to_hub, private=options.private) if options.push_to_hub else None
     with only_writer(options.out):
-        return _in_turn(options)
+        run = _in_turn(options)
+    if repo:
+        push_result(repo, Path(options.out) / "final", run)
+    return run
 
 
 def _in_turn(options: TuneOptions) -> dict[str, Any]:
@@ -122,7 +127,9 @@ def _planned(options: TuneOptions) -> Plan:
         (out / "run.json").unlink(missing_ok=True)
     domains = named(options, out, taken=[domain.name for domain in before])
     write_text(out / "config.yaml", yaml.safe_dump(as_dict(options), sort_keys=False))
-    return Plan(options, out, domains, before, start)
+    if options.importance:
+        options = replace(options, importance=str(importance_path(options.importance)))
+    return Plan(replace(options, push_to_hub=None, private=None), out, domains, before, start)
 
 
 def _check(options: TuneOptions) -> None:

@@ -31,6 +31,7 @@ from holdfast.config import ModelOptions, OptionError, TuneOptions, as_dict, def
 from holdfast.earlier import Earlier
 from holdfast.evaluation import changes, check_tasks, measure, table
 from holdfast.finish import sentences
+from holdfast.hub import importance_path, push_folder, ready, write_card, write_merged_card
 from holdfast.importance.container import Importance
 from holdfast.importance.controls import uniform
 from holdfast.keeper import check_budget, of_run, on_earlier
@@ -48,8 +49,9 @@ from holdfast.texts import fingerprint_rows
 from holdfast.weights import LowRankWeight, add_adapter, matching, placed, target_weights, unwrapped, warn_of_experts
 
 logger = logging.getLogger("holdfast")
+# What a resumed run may change: nothing of it decides the result.
 MAY_CHANGE = ("resume", "overwrite", "out", "device", "threads", "save_steps", "log_steps", "report_to", "general", "general_split", "text_column", "eval_data",
-              "offload_importance", "eval_split", "eval_steps", "tasks", "limit")  # fmt: skip # what a resumed run may change: nothing of it decides the result
+              "offload_importance", "eval_split", "eval_steps", "tasks", "limit", "push_to_hub", "private")  # fmt: skip
 
 
 def tune(options: TuneOptions, *, earlier: Earlier | None = None) -> dict[str, Any]:
@@ -59,15 +61,22 @@ def tune(options: TuneOptions, *, earlier: Earlier | None = None) -> dict[str, A
     methods = _check(options)
     if earlier is None and (options.after or len(several(options.data)) > 1):
         raise OptionError("several domains, or --after, are tuned by holdfast.succession.tune_in_turn; give tune one --data")
-    importance = Importance.load(options.importance) if options.importance else None
+    repo = ready(options.push_to_hub, private=options.private) if options.push_to_hub else None
+    file = importance_path(options.importance) if options.importance else None
+    importance = Importance.load(file) if file else None
     if importance is not None and options.strength is None and not options.budget:
         options = replace(options, strength=default_strength(importance.info.get("estimator", "?")))
     with only_writer(options.out):
         _check_folder(options, Path(options.out))
-        return _tuned(options, Path(options.out), methods, importance, earlier)
+        run = _tuned(options, Path(options.out), methods, importance, file, earlier)
+    if repo:
+        push_result(repo, Path(options.out) / "final", run)
+    return run
 
 
-def _tuned(options: TuneOptions, out: Path, methods: dict[str, Method], importance: Importance | None, earlier: Earlier | None) -> dict[str, Any]:
+def _tuned(
+    options: TuneOptions, out: Path, methods: dict[str, Method], importance: Importance | None, file: Path | None, earlier: Earlier | None
+) -> dict[str, Any]:
     data = load_training_data(options.data, split=options.data_split)
     how = from_option(options.layers, tau=options.tau, per=options.per)
     set_seed(options.seed)
@@ -130,7 +139,7 @@ def _tuned(options: TuneOptions, out: Path, methods: dict[str, Method], importan
         "budget": kept,
         "verdict": None if kept is None else kept["verdict"],
         "replay": source,
-        "importance": {"file": options.importance, "sha256": sha256_file(options.importance)} if options.importance else None,
+        "importance": {"file": options.importance, "sha256": sha256_file(file)} if file else None,
         "before": before,
         "after": after,
         **changes(before, after),
@@ -140,6 +149,7 @@ def _tuned(options: TuneOptions, out: Path, methods: dict[str, Method], importan
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "log": trainer.state.log_history,
     }
+    write_card(out / "final", "tune", run, what="model" if options.full else "adapter")
     write_json(out / "run.json", run)
     if any(wanted[key] for key in ("general", "data", "tasks")):
         print(table(before, after))
@@ -147,6 +157,14 @@ def _tuned(options: TuneOptions, out: Path, methods: dict[str, Method], importan
         print("\n".join(sentences(kept)))
     logger.info("wrote %s in %.0f s", out / "final", seconds)
     return run
+
+
+def push_result(repo: str, folder: Path, run: dict[str, Any]) -> None:
+    """Upload the result, unless it was to keep a budget and is not known to."""
+    if run["verdict"] not in (None, "met"):
+        logger.warning("the budget is %s: nothing is pushed; where you want it all the same: hf upload %s %s", run["verdict"], repo, folder)
+        return
+    push_folder(folder, repo, commit_message="Upload with holdfast tune")
 
 
 def merge(adapter: str, out: str, *, dtype: str | None = None) -> None:
@@ -161,6 +179,7 @@ def merge(adapter: str, out: str, *, dtype: str | None = None) -> None:
         raise ValueError(f"'{out}' is not empty; give a new folder")
     model = PeftModel.from_pretrained(load_model(options), adapter).merge_and_unload()
     save_whole(model, load_tokenizer(options), Path(out))
+    write_merged_card(out, adapter, options.model)
     logger.info("merged %s into %s: %s", adapter, options.model, out)
 
 
@@ -174,6 +193,8 @@ def _check(options: TuneOptions) -> dict[str, Method]:
         raise OptionError("--anchor recorded starts from the recorded adapter; use --anchor base with --full")
     if options.report_to != "none" and importlib.util.find_spec(options.report_to) is None:
         raise OptionError(f"--report-to {options.report_to} needs a package of that name, which is not installed; pip install {options.report_to}")
+    if options.private is not None and not options.push_to_hub:
+        raise OptionError("--private is for --push-to-hub NAME, which is not given")
     methods = chosen(options)
     check_budget(options, list(methods))
     check_tasks(options.tasks)
