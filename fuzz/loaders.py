@@ -36,7 +36,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "src")]
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
 
-from targets import TARGETS, Target, quietly
+from targets import TARGETS, Target, quietly  # noqa: E402
 
 SECONDS, MEMORY = 10, 1 << 30
 TRACED, GROWN = 0.1, 0.3  # share of the cases that are traced; share that start from a mutant
@@ -244,6 +244,7 @@ def main() -> int:
     parser.add_argument("--findings", type=Path, default=HERE / "findings")
     parser.add_argument("--record", action="store_true", help="append a line to campaigns.csv")
     options = parser.parse_args()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout.strip()
     sys.addaudithook(GUARD)
     result = campaign(options.what, options.cases, options.seed, options.findings.resolve(), first=options.first)
     print(f"{options.what}, seed {options.seed}: {result['loaded']} read, {result['refused']} refused for {result['refusals']} reasons, {result['finding']} "
@@ -251,7 +252,6 @@ def main() -> int:
     for why, count in sorted(result["kinds"].items(), key=lambda item: -item[1]):
         print(f"  {count:>6}  {why}")
     if options.record:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout.strip()
         row = [datetime.date.today(), options.what, options.seed, options.cases, result["loaded"], result["refused"], result["finding"], len(result["kinds"]),
                round(result["seconds"]), commit]  # fmt: skip
         with open(HERE / "campaigns.csv", "a", encoding="utf-8") as file:

@@ -116,10 +116,10 @@ def safetensors(data: bytes, rng: random.Random) -> bytes:
                 at = rng.randrange(0, len(body) - 3)
                 body[at - at % 4 : at - at % 4 + 4] = number
         elif how == "reshape" and names:
-            field = header[rng.choice(names)]
-            if isinstance(field.get("shape"), list):
-                rng.shuffle(field["shape"])
-                rng.choice((field["shape"].append, lambda one: field["shape"].insert(0, one)))(1)
+            shape = header[rng.choice(names)].get("shape")
+            if isinstance(shape, list):
+                rng.shuffle(shape)
+                shape.insert(rng.choice((0, len(shape))), 1)
         elif how == "header":
             header = tree(header, rng, 1)
             header = header if isinstance(header, dict) else {"a": header}
@@ -148,9 +148,12 @@ def _field(field: dict[str, Any], rng: random.Random) -> None:
 
 
 EVIL_YAML = [
-    "!!python/object/apply:os.system ['echo ran']", "!!python/name:os.system", "!!python/object/new:type [x]", "!!timestamp x", "!!bool x", "!!int x", "!!binary x",
-    "!!set {a, b}", "!!omap [a: 1]", "!<tag:yaml.org,2002:python/none> x", "&a [*a]", "*missing", "0x_", "0b_", "2026-99-99", "1:99:99", ".inf", ".nan", "-.INF",
-    "9" * 5000, "0x" + "f" * 20000, "1_000", "1e999", "[" * 2000, "{a: " * 500, "? [a]\n: b", '"\\e[2J"', '"\\ud800"', '"\\u202e"', "\x1b[2J", "~", "yes", "1e-3",
+    "!!python/object/apply:os.system ['echo ran']", "!!python/name:os.system",
+    "!!python/object/new:type [x]", "!!timestamp x", "!!bool x", "!!int x", "!!binary x",
+    "!!set {a, b}", "!!omap [a: 1]",
+    "!<tag:yaml.org,2002:python/none> x", "&a [*a]", "*missing", "0x_", "0b_", "2026-99-99", "1:99:99", ".inf", ".nan", "-.INF",
+    "9" * 5000,
+    "0x" + "f" * 20000, "1_000", "1e999", "[" * 2000, "{a: " * 500, "? [a]\n: b", '"\\e[2J"', '"\\ud800"', '"\\u202e"', "\x1b[2J", "~", "yes", "1e-3",
     "{<<: {a: 1}}", "{<<: [1, 2]}", "[a, b", "'", "@", "`", "%TAG ! x", "--- a\n--- b", "|\n  text", ">-\n", "\t", "\u2028", "=", "<<", "-", "a: b: c",
 ]  # fmt: skip
 

@@ -174,7 +174,8 @@ def data(folder: Path) -> Target:
     lines = lambda rows: "\n".join(map(json.dumps, rows)).encode()
     parquet.write_table(pyarrow.Table.from_pylist(texts), folder / "seed")
     seeds = {"text.jsonl": lines(texts), "chat.jsonl": lines(chat), "pairs.jsonl": lines(pairs), "sciq.jsonl": lines(sciq), "piqa.jsonl": lines(piqa),
-             "list.json": json.dumps(texts).encode(), "rows.csv": b'text,source\n"a cat, sat",a\nthe dog,b\n', "plain.txt": b"one two\n\nthree four\r\n\r\nfive",
+             "list.json": json.dumps(texts).encode(), "rows.csv": b'text,source\n"a cat, sat",a\nthe dog,b\n',
+             "plain.txt": b"one two\n\nthree four\r\n\r\nfive",
              "text.parquet": (folder / "seed").read_bytes()}  # fmt: skip
     (folder / "seed").unlink()
 
@@ -216,7 +217,8 @@ def report(folder: Path) -> Target:
     from comparisons import comparison
 
     loss = {"nats": 2.0, "perplexity": 7.4, "standard_error": 0.1, "documents": 3, "tokens": 50}
-    run = {"configuration": {"model": "tiny", "data": "d.jsonl", "general": "g.jsonl", "learning_rate": 1e-3, "strength": 1.0, "rank": 8, "seed": 0, "budget": "1%"},
+    run = {"configuration": {"model": "tiny",
+                             "data": "d.jsonl", "general": "g.jsonl", "learning_rate": 1e-3, "strength": 1.0, "rank": 8, "seed": 0, "budget": "1%"},
            "environment": {"python": "3.11", "versions": {"torch": "2"}, "device": "cpu", "commit": None}, "data": {"rows": 3, "rows_trained": 3},
            "method": ["holdfast"], "before": {"general": loss, "domain": loss, "tasks": {"sciq": {"answer_loss": loss, "acc": 0.5, "acc_stderr": 0.1}}},
            "after": {"general": loss, "domain": loss, "tasks": {"sciq": {"answer_loss": loss, "acc": 0.6, "acc_stderr": 0.1}}},
