@@ -3,8 +3,8 @@
     python fuzz/loaders.py --what importance --cases 100000 --seed 0
     python fuzz/loaders.py --what config --cases 10000
 
-A case passes when the file is read and used, or refused with a ValueError whose message is one printable line, and when nothing printable is shown raw.
-Everything else is a finding, kept in --findings: another exception, a crash, more than SECONDS of time, more than MEMORY beyond what the process had, a pickle
+A case passes when the file is read and used, or refused with a ValueError whose message is one printable line, and when nothing is shown raw. Everything
+else is a finding, kept in --findings: another exception, a crash, more than SECONDS of the processor, more than MEMORY beyond what the process had, a pickle
 that is opened, a process started, a connection, a file written outside of the case's own folder (seen by an audit hook, so inside libraries too).
 
 Case k of a seed is the same every time, except where it grows from a mutant: TRACED of the cases run under a trace of the lines of holdfast that they reach,
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import logging
 import os
 import random
 import re
@@ -28,6 +29,7 @@ import tempfile
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,11 +123,13 @@ def traced(run: Callable[[], Any], met: set[tuple[str, int]]) -> tuple[Any, bool
 
 def worker(target: Target, what: str, seed: int, cases: range, folder: Path, kept: Path, pipe: int) -> None:
     """Run the cases of one process: a line of JSON at the start and at the end of each."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.CRITICAL)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 28, 1 << 28))
-    signal.signal(signal.SIGALRM, _late)
+    signal.signal(signal.SIGPROF, _late)
     corpus: list[tuple[str, bytes]] = []
     met: set[tuple[str, int]] = set()
     with os.fdopen(pipe, "w", buffering=1) as out:
@@ -138,14 +142,14 @@ def worker(target: Target, what: str, seed: int, cases: range, folder: Path, kep
             path = folder / name
             path.write_bytes(data)
             print(json.dumps([case, "started", name, len(met)]), file=out)
-            signal.alarm(SECONDS)
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)
             if rng.random() < TRACED:
                 (verdict, why), new = traced(lambda path=path: judged(target.use, path), met)
                 if new and verdict != "finding" and name not in target.rare:
                     corpus.append((name, data))
             else:
                 verdict, why = judged(target.use, path)
-            signal.alarm(0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
             if verdict == "finding":
                 keep(kept, what, seed, case, path, why)
             print(json.dumps([case, verdict, why, len(met)]), file=out)
@@ -153,7 +157,7 @@ def worker(target: Target, what: str, seed: int, cases: range, folder: Path, kep
 
 
 def _late(*_: Any) -> None:
-    raise Finding(f"took more than {SECONDS} s")
+    raise Finding(f"took more than {SECONDS} s of the processor")
 
 
 def kind(why: str) -> str:
@@ -196,7 +200,7 @@ def batch(make: Callable[[Path], Target], what: str, seed: int, cases: range, ke
                 running = verdict == "started"
                 if running:
                     name = why
-                    clock = threading.Timer(3 * SECONDS, os.kill, (child, signal.SIGKILL))
+                    clock = threading.Timer(12 * SECONDS, os.kill, (child, signal.SIGKILL))
                     clock.start()
                 else:
                     tell(verdict, why, reached)

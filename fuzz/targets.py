@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import random
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ def importance(folder: Path) -> Target:
     def use(path: Path) -> list[str]:
         found = load(path)
         found.norms()
-        if path.stat().st_size % 16 == 0:
+        if path.stat().st_size % 16 == 0 and path.name != "wide.safetensors":
             found.to_tier(("f32", "bf16", "u8", "u4", "factored", "factored:2", "kronecker", "kronecker:1")[path.stat().st_size // 16 % 8])
         return describe(found).split("\n")
 
@@ -248,6 +249,69 @@ def report(folder: Path) -> Target:
     return Target(seeds, change, use)
 
 
+def adapter(folder: Path) -> Target:
+    """An adapter's configuration or its tensors, loaded onto a tiny model, scaled and merged."""
+    import copy
+
+    from peft import LoraConfig, OFTConfig, get_peft_model
+
+    from holdfast.adapter_files import CONFIG, WEIGHTS, with_adapter
+    from holdfast.shrinking import adapter_config
+    from holdfast.weights import adapter_inputs, scale_update
+
+    base = tiny()
+    kinds = {
+        "lora": LoraConfig(r=2, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 1}, task_type="CAUSAL_LM"),
+        "rslora": LoraConfig(r=2, target_modules=r".*\.(q|k)_proj", use_rslora=True, task_type="CAUSAL_LM"),
+        "oft": OFTConfig(oft_block_size=4, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    }
+    seeds = {}
+    for name, config in kinds.items():
+        get_peft_model(copy.deepcopy(base), config).save_pretrained(folder / "seed")
+        seeds[f"{name}.json"], seeds[f"{name}.safetensors"] = ((folder / "seed" / file).read_bytes() for file in (CONFIG, WEIGHTS))
+    shutil.rmtree(folder / "seed")
+
+    def change(name: str, data: bytes, rng: random.Random) -> bytes:
+        if name.endswith(".safetensors"):
+            return mutate.safetensors(data, rng)
+        if rng.random() < 0.1:
+            return mutate.raw(data, rng)
+        config = json.loads(seeds[name])
+        for _ in range(rng.choice((0, 1, 2))):
+            config[rng.choice(list(config))] = rng.choice(("(a+)+$", r".*.*.*.*.*.*x", "(", "pissa", "eva", ["q_proj"], {"q_proj": 10**9}, *mutate.VALUES))
+        return mutate.as_json(mutate.tree(config, rng), rng)
+
+    def use(path: Path) -> list[str]:
+        place = path.parent / "adapter"
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+        for ending, file in ((".json", CONFIG), (".safetensors", WEIGHTS)):
+            (place / file).write_bytes(path.read_bytes() if path.suffix == ending else seeds[path.stem + ending])
+        errors: list[ValueError] = []
+        try:
+            adapter_config(str(place))
+            adapter_inputs(place)
+        except ValueError as error:
+            errors.append(error)
+        model = with_adapter(copy.deepcopy(base), place)
+        if not errors:
+            scale_update(model, 0.5)
+        model.merge_and_unload()
+        return [str(error) for error in errors]
+
+    return Target(seeds, change, use)
+
+
+def tiny() -> Any:
+    """A Llama of two layers and 16 features."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+                                        num_key_value_heads=1, max_position_embeddings=16))  # fmt: skip
+
+
 def quietly(use: Callable[[Path], list[str]], path: Path) -> list[str]:
     """What `use` says, with what it prints."""
     shown = io.StringIO()
@@ -256,4 +320,4 @@ def quietly(use: Callable[[Path], list[str]], path: Path) -> list[str]:
     return [*lines, *shown.getvalue().split("\n")]
 
 
-TARGETS: dict[str, Callable[[Path], Target]] = {"importance": importance, "config": config, "data": data, "report": report}
+TARGETS: dict[str, Callable[[Path], Target]] = {"importance": importance, "config": config, "data": data, "adapter": adapter, "report": report}

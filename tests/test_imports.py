@@ -4,9 +4,9 @@ import ast
 from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "holdfast"
-ORDER = ["reading", "config", "runs", "experiment", "frontier", "transfer", "compare", "report", "codec", "budget", "overlap", "carving", "stepping",
-         "checkpoint", "weights", "update", "importance", "storage", "inspection", "shrink", "layers", "moved", "penalty", "callback", "models", "texts",
-         "tasks", "evaluation", "recording", "ledger", "probe", "finish", "keeper", "shrinking", "methods", "training",
+ORDER = ["reading", "config", "runs", "shapes", "experiment", "frontier", "transfer", "compare", "report", "codec", "budget", "overlap", "carving",
+         "stepping", "checkpoint", "weights", "update", "importance", "storage", "inspection", "shrink", "layers", "moved", "penalty", "callback", "models",
+         "adapter_files", "texts", "tasks", "evaluation", "recording", "ledger", "probe", "finish", "keeper", "shrinking", "methods", "training",
          "sequence", "campaign", "demo", "cli"]  # fmt: skip
 LAZY = {("importance", "storage"), ("importance", "inspection"), ("callback", "keeper")}  # Importance.save, .load, .describe; hold(budget=...)
 
