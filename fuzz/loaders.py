@@ -1,7 +1,7 @@
 """Fuzz what reads files from strangers: small valid files, mutated with knowledge of their format, each read in a process with limits.
 
     python fuzz/loaders.py --what importance --cases 100000 --seed 0
-    python fuzz/loaders.py --what config --cases 10000
+    python fuzz/loaders.py --what config data report adapter --cases 10000
 
 A case passes when the file is read and used, or refused with a ValueError whose message is one printable line, and when nothing is shown raw. Everything
 else is a finding, kept in --findings: another exception, a crash, more than SECONDS of the processor, more than MEMORY beyond what the process had, a pickle
@@ -241,7 +241,7 @@ def campaign(what: str, cases: int, seed: int, kept: Path, *, first: int = 0, sh
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--what", choices=sorted(TARGETS), default="importance")
+    parser.add_argument("--what", nargs="+", choices=sorted(TARGETS), default=["importance"])
     parser.add_argument("--cases", type=int, default=1000)
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--seed", type=int, default=0)
@@ -250,17 +250,20 @@ def main() -> int:
     options = parser.parse_args()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout.strip()
     sys.addaudithook(GUARD)
-    result = campaign(options.what, options.cases, options.seed, options.findings.resolve(), first=options.first)
-    print(f"{options.what}, seed {options.seed}: {result['loaded']} read, {result['refused']} refused for {result['refusals']} reasons, {result['finding']} "
-          f"findings of {len(result['kinds'])} kinds; {result['lines']} lines of holdfast reached, {result['seconds']:.0f} s")  # fmt: skip
-    for why, count in sorted(result["kinds"].items(), key=lambda item: -item[1]):
-        print(f"  {count:>6}  {why}")
-    if options.record:
-        row = [datetime.date.today(), options.what, options.seed, options.cases, result["loaded"], result["refused"], result["finding"], len(result["kinds"]),
-               round(result["seconds"]), commit]  # fmt: skip
-        with open(HERE / "campaigns.csv", "a", encoding="utf-8") as file:
-            print(*row, sep=",", file=file)
-    return 1 if result["finding"] else 0
+    failed = False
+    for what in options.what:
+        result = campaign(what, options.cases, options.seed, options.findings.resolve(), first=options.first)
+        failed = failed or result["finding"] > 0
+        print(f"{what}, seed {options.seed}: {result['loaded']} read, {result['refused']} refused for {result['refusals']} reasons, {result['finding']} "
+              f"findings of {len(result['kinds'])} kinds; {result['lines']} lines of holdfast reached, {result['seconds']:.0f} s", flush=True)  # fmt: skip
+        for why, count in sorted(result["kinds"].items(), key=lambda item: -item[1]):
+            print(f"  {count:>6}  {why}")
+        if options.record:
+            row = [datetime.date.today(), what, options.seed, options.cases, result["loaded"], result["refused"], result["finding"], len(result["kinds"]),
+                   round(result["seconds"]), commit]  # fmt: skip
+            with open(HERE / "campaigns.csv", "a", encoding="utf-8") as file:
+                print(*row, sep=",", file=file)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
