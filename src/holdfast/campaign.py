@@ -38,6 +38,7 @@ from holdfast.pool import running
 from holdfast.runs import environment, read_json, sha256_file, write_json, write_text
 from holdfast.scoring import check_questions, score_all
 from holdfast.sequence import Campaign, run_sequences
+from holdfast.shapes import TRIAL, read_checked
 from holdfast.tasks import load_training_data
 from holdfast.texts import load_documents
 from holdfast.trial import evaluate, run, was_killed
@@ -195,7 +196,7 @@ def _job(experiment: Experiment, trial: Trial, files: dict[str, str], recipes: d
 
 def _finished(job: dict[str, Any]) -> bool:
     path = job["folder"] / "run.json"
-    return path.exists() and read_json(path)["status"] != "failed"
+    return path.exists() and read_checked(path, TRIAL).get("status") in ("done", "out of memory")
 
 
 def _run_all(experiment: Experiment, jobs: list[dict[str, Any]], processes: int, out: Path, before: Iterable[dict[str, Any]] = ()) -> None:

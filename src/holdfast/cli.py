@@ -34,6 +34,7 @@ from holdfast.config import (  # fmt: skip
     resolve,
     several,
 )
+from holdfast.reading import printable
 
 VERBS: dict[str, tuple[str, str]] = {
     "record": (
@@ -82,6 +83,18 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
+def shown(text: object) -> str:
+    """What goes to a terminal: lines without control characters, since they may quote what stands in files."""
+    return "\n".join(printable(line, longest=4000) for line in str(text).split("\n"))
+
+
+class Printable(logging.Formatter):
+    """Messages as `shown` makes them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -99,6 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug, quiet = given.pop("debug", False), given.pop("quiet", False)
     _quiet_hosts()
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(Printable("%(message)s"))
     logging.getLogger("holdfast").setLevel(logging.WARNING if quiet else logging.INFO)
     try:
         status = _status(_action(verb, given)())
@@ -115,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         expected = isinstance(error, (ValueError, OSError))
         hint = "" if expected or debug else f" ({type(error).__name__}; run again with --debug for the traceback)"
-        print(f"holdfast {verb}: {error}{hint}", file=sys.stderr)
+        print(f"holdfast {verb}: {shown(error)}{hint}", file=sys.stderr)
         return 2 if isinstance(error, OptionError) else 1
 
 

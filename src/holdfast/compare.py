@@ -18,6 +18,7 @@ from holdfast.config import read_yaml
 from holdfast.experiment import Experiment, from_resolved
 from holdfast.frontier import Curve, area, at_share, difference, mean_and_error, on_frontier, rank
 from holdfast.runs import read_json, write_json
+from holdfast.shapes import TRIAL, read_checked
 
 CHOSEN_AT = 0.95  # share of plain's learning at which settings are chosen and the verdict is given
 Run = dict[str, Any]
@@ -73,7 +74,7 @@ def summarise(out: Path, ids: Sequence[str], *, pending: int = 0) -> dict[str, A
     """Read the runs `ids` below `out`, write out/compare.json and return it. Runs that are not finished are left out."""
     experiment = read_experiment_back(out)
     base = read_json(out / "base.json")
-    runs = [read_json(path) for run in dict.fromkeys(ids) if (path := out / "runs" / run / "run.json").exists()]
+    runs = [read_checked(path, TRIAL) for run in dict.fromkeys(ids) if (path := out / "runs" / run / "run.json").exists()]
     chosen = choose(experiment, runs)
     accuracy = read_json(out / "accuracy.json") if (out / "accuracy.json").exists() else None
     for run in runs:

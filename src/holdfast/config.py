@@ -17,11 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from holdfast.reading import FileError, brief, load_yaml
+
 Options = TypeVar("Options")
 
 
-class OptionError(ValueError):
-    """A wrong option or a wrong combination of options: exit code 2 on the command line."""
+class OptionError(FileError):
+    """A wrong option or a wrong combination of options, wherever it was given: exit code 2 on the command line. The message is one printable line."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -358,7 +360,7 @@ def resolve(kind: type[Options], given: Mapping[str, Any], presets: Mapping[str,
     if kind is RecordOptions:
         check_estimator(values, str(values.get("estimator") or RECORD_PRESETS[str(values.get("preset") or "default")]["estimator"]))
     if presets is not None:
-        preset = values.get("preset", known["preset"].default)
+        preset = str(values.get("preset") or known["preset"].default)
         decided = method_settings(values) if kind is TuneOptions else {}
         values = {**presets[preset], **decided, **{name: value for name, value in values.items() if value is not None or known[name].default is not None}}
     return kind(**values)
@@ -375,7 +377,7 @@ def _checked(spec: dataclasses.Field, value: Any) -> Any:
             if not isinstance(value, bool):
                 raise ValueError
         elif kind.startswith("int"):
-            if isinstance(value, bool) or int(value) != float(value):
+            if isinstance(value, bool) or int(value) != float(value) or not abs(int(value)) < 1 << 63:
                 raise ValueError
             value = int(value)
         elif kind.startswith("float"):
@@ -383,9 +385,11 @@ def _checked(spec: dataclasses.Field, value: Any) -> Any:
                 raise ValueError
             value = float(value)
         else:
+            if isinstance(value, (dict, set, bytes)):
+                raise ValueError
             value = ",".join(value) if isinstance(value, (list, tuple)) else str(value)
-    except (TypeError, ValueError):
-        raise OptionError(f"{flag} expects {kind.split(' ')[0]}, found {value!r}") from None
+    except (TypeError, ValueError, OverflowError):
+        raise OptionError(f"{flag} expects {kind.split(' ')[0]}, found {brief(value)}") from None
     choices = spec.metadata.get("choices")
     if choices and value not in choices:
         near = nearest(str(value), choices)
@@ -408,14 +412,14 @@ def several(spec: str | None) -> list[str]:
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file, safe-loaded; keys may be written with - or _. Raises OptionError with the line of a syntax error."""
-    import yaml
-
     path = Path(path)
-    if not path.is_file():
-        raise OptionError(f"configuration file '{path}' does not exist")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        if not path.is_file():
+            raise OptionError(f"configuration file '{path}' does not exist")
+        content = load_yaml(path.read_text(encoding="utf-8"))
+    except OptionError:
+        raise
+    except (OSError, ValueError) as error:
         raise OptionError(f"configuration file '{path}' is not valid YAML: {error}") from None
     if content is None:
         return {}

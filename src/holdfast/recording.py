@@ -306,6 +306,8 @@ def load_state(options: RecordOptions) -> dict[str, Any] | None:
     except Exception as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"{path} is not a whole saved state ({first}); remove it, or start again without --resume") from error
+    if not isinstance(state, dict) or not isinstance(state.get("options"), dict):
+        raise ValueError(f"{path} is not a saved state of holdfast record; remove it, or start again without --resume")
     now, then = _comparable(options), state["options"]
     different = sorted(key for key in now if now[key] != then.get(key))
     if different:

@@ -19,6 +19,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from holdfast.reading import FileError, load_json
+
 PACKAGES = ("holdfast", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "safetensors", "lm_eval")
 
 
@@ -94,9 +96,9 @@ def write_json(path: str | Path, data: Any) -> None:
 def read_json(path: str | Path) -> Any:
     """Read a JSON file. Raises ValueError naming the file when it is missing or broken."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return load_json(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: expected a JSON file, found {error}") from None
+        raise FileError(f"{path}: expected a JSON file, found {error}") from None
 
 
 def _plain(data: Any) -> Any:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from holdfast.adapter_files import checked, with_adapter
 from holdfast.budget import check_reach, parse, percent
 from holdfast.config import OptionError, ShrinkOptions, as_dict
 from holdfast.evaluation import changes, measure, table
@@ -34,7 +35,7 @@ from holdfast.keeper import domain
 from holdfast.ledger import Ledger, open_ledger
 from holdfast.models import load_model, load_tokenizer, save_whole
 from holdfast.penalty.pull import check_fit
-from holdfast.runs import check_free_space, check_output_folder, environment, read_json, sha256_file, write_json
+from holdfast.runs import check_free_space, check_output_folder, environment, sha256_file, write_json
 from holdfast.tasks import encode_rows, load_training_data
 from holdfast.texts import load_documents
 from holdfast.update import Update
@@ -137,10 +138,7 @@ def _check(options: ShrinkOptions) -> dict[str, Any]:
 
 def adapter_config(folder: str) -> dict[str, Any]:
     """The configuration of a PEFT adapter that shrink can work on. Raises ValueError with the reason otherwise."""
-    path = Path(folder) / "adapter_config.json"
-    if not path.is_file():
-        raise ValueError(f"'{folder}' is not an adapter folder: expected adapter_config.json in it; give a folder that PEFT saved")
-    config: dict[str, Any] = read_json(path)
+    config = checked(folder)
     kind = config.get("peft_type")
     if kind != "LORA":
         raise ValueError(f"'{folder}' is a {kind} adapter; shrinking needs an update that is a product of two factors: LoRA or rsLoRA")
@@ -155,14 +153,7 @@ def adapter_config(folder: str) -> dict[str, Any]:
 
 
 def _loaded(options: ShrinkOptions) -> nn.Module:
-    from peft import PeftModel
-
-    base = load_model(options)
-    try:
-        return PeftModel.from_pretrained(base, options.adapter).eval()
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()
-        raise ValueError(f"'{options.adapter}' does not fit '{options.model}': {reason[-1].strip()}; give --model the base that it was trained on") from None
+    return with_adapter(load_model(options), options.adapter)
 
 
 def _opened(options: ShrinkOptions, base: nn.Module, tokenizer: Any) -> tuple[Ledger, Learning | None]:

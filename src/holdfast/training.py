@@ -26,6 +26,7 @@ import yaml
 from torch import nn
 from transformers import ProgressCallback, TrainerState, set_seed
 
+from holdfast.adapter_files import checked, with_adapter
 from holdfast.callback import ProgressBar, StopOnNonFinite, add_penalty, add_term
 from holdfast.config import ModelOptions, OptionError, TuneOptions, as_dict, default_strength, read_yaml, resolve, several
 from holdfast.earlier import Earlier
@@ -43,6 +44,7 @@ from holdfast.methods.text import replay_text
 from holdfast.models import context_length, load_model, load_tokenizer, save_whole
 from holdfast.moved import moved
 from holdfast.penalty.pull import check_fit, implementation
+from holdfast.reading import FileError
 from holdfast.runs import check_free_space, check_output_folder, discard, environment, read_json, sha256_file, write_json, write_text
 from holdfast.tasks import encode_rows, load_training_data, truncation_report
 from holdfast.texts import fingerprint_rows
@@ -169,15 +171,14 @@ def push_result(repo: str, folder: Path, run: dict[str, Any]) -> None:
 
 def merge(adapter: str, out: str, *, dtype: str | None = None) -> None:
     """Merge a PEFT adapter into its base model and save the result, a plain transformers model, to `out`."""
-    from peft import PeftConfig, PeftModel
-
-    if not (Path(adapter) / "adapter_config.json").is_file():
-        raise ValueError(f"'{adapter}' is not an adapter folder: expected adapter_config.json in it; give the final/ folder of a run")
-    options = resolve(ModelOptions, {"model": PeftConfig.from_pretrained(adapter).base_model_name_or_path, "dtype": dtype or "auto"})
+    base = checked(adapter).get("base_model_name_or_path")
+    if not base:
+        raise FileError(f"'{adapter}' does not say which model it belongs to: base_model_name_or_path in its adapter_config.json is empty")
+    options = resolve(ModelOptions, {"model": base, "dtype": dtype or "auto"})
     check_output_folder(out)
     if any(Path(out).iterdir()):
         raise ValueError(f"'{out}' is not empty; give a new folder")
-    model = PeftModel.from_pretrained(load_model(options), adapter).merge_and_unload()
+    model = with_adapter(load_model(options), adapter).merge_and_unload()
     save_whole(model, load_tokenizer(options), Path(out))
     write_merged_card(out, adapter, options.model)
     logger.info("merged %s into %s: %s", adapter, options.model, out)
