@@ -40,6 +40,11 @@ def wider(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a process has only a part of `tensor`, as under FSDP2."""
+    return torch.distributed.is_available() and isinstance(tensor, torch.distributed.tensor.DTensor)
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a target weight will be, before there is an adapter: what layer coefficients need to know."""
