@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import sys
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -116,6 +117,17 @@ def collect(thing: Any) -> list[Any]:
     return found
 
 
+def add_up_all(tensors: Sequence[Tensor]) -> None:
+    """The sum of each tensor over all processes, in place, together; one message for each dtype and device."""
+    kinds: dict[Any, list[Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    for group in kinds.values() if running() else ():
+        flat = add_up(torch.cat([tensor.flatten() for tensor in group]))
+        for tensor, summed in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
+            tensor.copy_(summed.view(tensor.shape))
+
+
 def add_up_at(tensor: Tensor, owner: int) -> None:
     """The sum of `tensor` over all processes, in place at its owner, together; elsewhere it is undefined afterwards."""
     if running():
@@ -172,10 +184,12 @@ def check_engine(trainer: Any, what: str) -> None:
     accelerator = getattr(trainer, "accelerator", None)
     kind = str(getattr(getattr(accelerator, "distributed_type", None), "value", "NO"))
     if kind == "DEEPSPEED" or getattr(getattr(trainer, "args", None), "deepspeed", None):
-        raise ValueError(f"{what} does not run on DeepSpeed: ZeRO keeps its own gradients and steps its own optimizer, so a pull before the step would not reach "
-                         "the weights; use DDP or FSDP2 (examples/accelerate/ddp.yaml, fsdp2.yaml)")  # fmt: skip
+        raise ValueError(f"{what} does not run on DeepSpeed: ZeRO keeps gradients and steps its optimizer by itself, so a pull before the step would "
+                         "not reach the weights; use DDP or FSDP2 (examples/accelerate/ddp.yaml, fsdp2.yaml)")  # fmt: skip
     if kind == "FSDP" and not getattr(accelerator, "is_fsdp2", False):
-        raise ValueError(f"{what} does not run on FSDP 1, whose flat parameters hide the weights; set fsdp_version: 2 (examples/accelerate/fsdp2.yaml), or use DDP")
+        raise ValueError(
+            f"{what} does not run on FSDP 1, whose flat parameters hide the weights; set fsdp_version: 2 (fsdp2.yaml), or use DDP"
+        )
     if kind not in (*DATA_PARALLEL, "FSDP"):
         raise ValueError(f"{what} is not made for {kind}; use DDP or FSDP2 (examples/accelerate/ddp.yaml, fsdp2.yaml)")
 
@@ -184,6 +198,51 @@ def data_parallel(trainer: Any) -> bool:
     """Whether `trainer` runs in several processes that each have the whole model (DDP)."""
     kind = str(getattr(getattr(getattr(trainer, "accelerator", None), "distributed_type", None), "value", "NO"))
     return running() and kind in DATA_PARALLEL
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a process has only a part of `tensor`, as under FSDP2."""
+    module = sys.modules.get("torch.distributed.tensor")  # not imported: nothing is sharded
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def whole(tensor: Any) -> Any:
+    """`tensor` gathered, together, where it is sharded: for small ones."""
+    return tensor.detach().full_tensor() if is_sharded(tensor) else tensor
+
+
+def local(tensor: Any) -> Any:
+    """The part of `tensor` that is here, sharing its memory; all of it where it is not sharded."""
+    return tensor.detach().to_local() if is_sharded(tensor) else tensor
+
+
+def sharded_by_rows(tensor: Any) -> bool:
+    """Whether processes have some rows each, as after `fully_shard`."""
+    return all(placement.is_replicate() or placement.is_shard(0) for placement in tensor.placements)
+
+
+def rows_here(tensor: Any) -> tuple[int, int]:
+    """(first row, how many) of a tensor sharded by rows; all of them where it is not sharded."""
+    if not is_sharded(tensor):
+        return 0, tensor.shape[0]
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return int(offset[0]), int(shape[0])
+
+
+def rows_like(tensor: Tensor, sharded: Any) -> Tensor:
+    """Of a whole tensor the rows that are here of `sharded`; the tensor itself where that is not sharded, or has been cut already."""
+    first_row, count = rows_here(sharded)
+    return tensor if len(tensor) == count else tensor[first_row : first_row + count]
+
+
+def counts(tensor: Any) -> bool:
+    """Whether what is here of `tensor` counts in a sum over all processes: of copies one does."""
+    if not is_sharded(tensor):
+        return first()
+    where = tensor.device_mesh.get_coordinate()
+    return all(at == 0 or not placement.is_replicate() for at, placement in zip(where, tensor.placements, strict=True))
 
 
 def _place(device: torch.device | str) -> torch.device:

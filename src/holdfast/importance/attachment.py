@@ -24,7 +24,7 @@ from holdfast.config import OptionError
 from holdfast.importance.container import Entry, Importance
 from holdfast.importance.movement import effective_gradient
 from holdfast.stepping import before_step, pending_scale, unwrapped_optimizer, will_skip
-from holdfast.weights import FullWeight, LowRankWeight, TargetWeight, is_sharded, target_weights, wider
+from holdfast.weights import FullWeight, LowRankWeight, TargetWeight, target_weights, wider
 
 Sums = dict[str, tuple[Tensor, ...]]
 
@@ -75,7 +75,6 @@ class PathRecorder(abc.ABC):
 
     def _keeps(self, weight: TargetWeight) -> bool:
         return self._owner.get(weight.name, 0) == distributed.rank()
-
 
     def _new(self, weight: TargetWeight, *shape: int) -> Tensor:
         """Zeros where credits are kept, in f32 or wider."""
@@ -332,8 +331,8 @@ def _check_optimizer(recorder: PathRecorder, optimizer: torch.optim.Optimizer) -
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     rates = {}
     for weight in recorder.weights:
-        if any(is_sharded(p) for p in weight.parameters):
-            raise ValueError(f"'{weight.name}' is sharded by FSDP2, where a process sees neither the whole movement nor the whole gradient; record in one process "
+        if any(distributed.is_sharded(p) for p in weight.parameters):
+            raise ValueError(f"'{weight.name}' is sharded by FSDP2, where no process sees all of its movement or gradient; record in one process "
                              "or with DDP, or by an estimator that observes the bare model (fisher, kronecker)")  # fmt: skip
         trained = [p for p in weight.parameters if p.requires_grad]
         if not trained:
