@@ -36,7 +36,11 @@ def launched() -> bool:
 
 
 def start(device: str = "auto") -> None:
-    """Join the processes that a launcher started: gloo on the CPU, nccl on GPUs, one each. Only the first one talks from here on, except about errors."""
+    """Join the processes that a launcher started: gloo on the CPU, nccl on GPUs, one each. Only the first one talks from here on, except about errors.
+
+    Raises OptionError for engines that the verbs do not run on, and where `device` names one GPU for several processes.
+    """
+    check_launch()
     if not launched():
         return
     if device.startswith("cuda:"):
@@ -179,25 +183,37 @@ def check_same(what: str, value: float, advice: str) -> None:
         raise ValueError(f"{what} differs between the processes ({min(found):.6g} to {max(found):.6g}), expected the same in each; {advice}")
 
 
-def check_engine(trainer: Any, what: str) -> None:
-    """Raise ValueError for engines under which `trainer` cannot do `what`, naming what can be used instead. Call it before training."""
-    accelerator = getattr(trainer, "accelerator", None)
-    kind = str(getattr(getattr(accelerator, "distributed_type", None), "value", "NO"))
-    if kind == "DEEPSPEED" or getattr(getattr(trainer, "args", None), "deepspeed", None):
-        raise ValueError(f"{what} does not run on DeepSpeed: ZeRO keeps gradients and steps its optimizer by itself, so a pull before the step would "
-                         "not reach the weights; use DDP or FSDP2 (examples/accelerate/ddp.yaml, fsdp2.yaml)")  # fmt: skip
+def check_engine(trainer: Any, what: str, args: Any = None) -> None:
+    """Raise ValueError for engines under which a Trainer cannot do `what`, naming what can be used instead. Without `trainer`, `args` tell what they can."""
+    kind, accelerator = engine(trainer), getattr(trainer, "accelerator", None)
+    args = getattr(trainer, "args", None) if args is None else args
+    if kind == "DEEPSPEED" or getattr(args, "deepspeed", None):
+        raise ValueError(f"{what} does not run on DeepSpeed: ZeRO keeps gradients and steps its optimizer by itself, so what is added before the step would not "
+                         "reach the weights; use DDP or FSDP2 (examples/accelerate/ddp.yaml, fsdp2.yaml)")  # fmt: skip
     if kind == "FSDP" and not getattr(accelerator, "is_fsdp2", False):
-        raise ValueError(
-            f"{what} does not run on FSDP 1, whose flat parameters hide the weights; set fsdp_version: 2 (fsdp2.yaml), or use DDP"
-        )
+        raise ValueError(f"{what} does not run on FSDP 1, whose flat parameters hide the weights; set fsdp_version: 2 "
+                         "(examples/accelerate/fsdp2.yaml), or use DDP")  # fmt: skip
     if kind not in (*DATA_PARALLEL, "FSDP"):
         raise ValueError(f"{what} is not made for {kind}; use DDP or FSDP2 (examples/accelerate/ddp.yaml, fsdp2.yaml)")
 
 
-def data_parallel(trainer: Any) -> bool:
-    """Whether `trainer` runs in several processes that each have the whole model (DDP)."""
-    kind = str(getattr(getattr(getattr(trainer, "accelerator", None), "distributed_type", None), "value", "NO"))
-    return running() and kind in DATA_PARALLEL
+def engine(trainer: Any) -> str:
+    """accelerate's word for how `trainer` runs; NO without one."""
+    return str(getattr(getattr(getattr(trainer, "accelerator", None), "distributed_type", None), "value", "NO"))
+
+
+def has_whole_model(trainer: Any) -> bool:
+    """Whether every process has the whole model: in one process, and with DDP."""
+    return engine(trainer) in DATA_PARALLEL
+
+
+def check_launch() -> None:
+    """Raise OptionError where `accelerate launch` was told an engine that the command line does not run on."""
+    for name, variable in (("DeepSpeed", "ACCELERATE_USE_DEEPSPEED"), ("FSDP", "ACCELERATE_USE_FSDP"), ("Megatron-LM", "ACCELERATE_USE_MEGATRON_LM")):
+        if os.environ.get(variable, "false").lower() == "true":
+            also = ", or with FSDP2 in a script of your own: holdfast.hold(trainer, importance)" if name == "FSDP" else ""
+            raise OptionError(f"holdfast's verbs measure and save the model outside of training, which {name} does not allow; use DDP "
+                              f"(examples/accelerate/ddp.yaml){also}")  # fmt: skip
 
 
 def is_sharded(tensor: Tensor) -> bool:

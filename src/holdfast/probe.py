@@ -16,6 +16,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from holdfast import distributed
 from holdfast.budget import Controller
 from holdfast.ledger import Part
 from holdfast.penalty.pull import Penalty
@@ -54,7 +55,8 @@ class Probe(TrainerCallback, ExportableState):
         part = self.pieces.some([(self.cursor + i) % len(self.pieces) for i in range(self.count)])
         self.cursor = (self.cursor + self.count) % len(self.pieces)
         rise = float((part.losses(kwargs["model"]) - part.nats).sum() / part.tokens.sum())
-        self.penalty.strength = self.controller.update(state.global_step, rise, self.penalty.energy())
+        [rise, *_] = distributed.collect(rise)  # one number for all processes, whatever their hardware rounds to
+        self.penalty.strength = self.controller.update(state.global_step, rise, self.penalty.energy(together=True))
         self.seconds += time.perf_counter() - started
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

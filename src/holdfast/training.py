@@ -7,6 +7,8 @@ The story: load, refuse what cannot work, measure the bare base, add an adapter,
     DIR/checkpoints/    the trainer's, for --resume
     DIR/config.yaml     the resolved options
     DIR/run.json        configuration, environment, data, before, after, forgetting, learning, moved, log
+
+In several processes (torchrun, DDP) a step is the same --batch-size x --accumulation sequences as in one, each process taking its share; the first one writes.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ import yaml
 from torch import nn
 from transformers import ProgressCallback, TrainerState, set_seed
 
-from holdfast.callback import ProgressBar, StopOnNonFinite, add_penalty, add_term
+from holdfast import distributed
+from holdfast.callback import ProgressBar, StopOnNonFinite, add_penalty, add_term, whole_steps
 from holdfast.config import ModelOptions, OptionError, TuneOptions, as_dict, default_strength, read_yaml, resolve
 from holdfast.evaluation import changes, check_tasks, measure, table
 from holdfast.finish import sentences
@@ -53,8 +56,12 @@ MAY_CHANGE = ("resume", "overwrite", "out", "device", "threads", "save_steps", "
 
 def tune(options: TuneOptions) -> dict[str, Any]:
     """Fine-tune as `options` say; writes `options.out` and returns what is in its run.json. Raises ValueError or OptionError before training starts."""
+    distributed.start(options.device)
     out = Path(options.out)
     methods = _check(options, out)
+    if options.overwrite and not options.resume and distributed.first():
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    distributed.barrier()  # before anything is written, every process has looked
     importance = Importance.load(options.importance) if options.importance else None
     if importance is not None and options.strength is None and not options.budget:
         options = replace(options, strength=default_strength(importance.info.get("estimator", "?")))
@@ -92,26 +99,31 @@ def tune(options: TuneOptions) -> dict[str, Any]:
         add_term(trainer, term)
     for penalty in penalties:
         add_penalty(trainer, penalty)
-        importance = getattr(penalty, "importance", importance)  # what was offloaded: not a second one beside it in pinned memory
+        importance = getattr(penalty, "importance", importance)  # offloaded, or this process's share: not a second one beside it
+    setup = replace(setup, importance=importance)
     if keeper is not None and importance is not None:
         keeper.bind(trainer, importance, start=options.strength, layers=how, anchor=options.anchor, names=options.targets if options.full else None)
     _announce(options, model, importance, len(encoded))
-    write_text(out / "config.yaml", yaml.safe_dump(as_dict(options), sort_keys=False))
+    if distributed.first():
+        write_text(out / "config.yaml", yaml.safe_dump(as_dict(options), sort_keys=False))
     started = time.perf_counter()
     _train(trainer, _last_checkpoint(out) if options.resume else None)
     seconds = time.perf_counter() - started
     finished = {name: method.finish(setup, model) for name, method in methods.items() if method.finish}
     kept = None
     if keeper is not None:
-        save_whole(model, tokenizer, out / "unscaled")
+        if distributed.first():
+            save_whole(model, tokenizer, out / "unscaled")
         kept = keeper.finish(trainer)
     save = next((functools.partial(method.save, setup) for method in methods.values() if method.save), None)
-    save_whole(model, tokenizer, out / "final", save)
+    if distributed.first():
+        save_whole(model, tokenizer, out / "final", save)
     after = measure(model, tokenizer, **wanted)
     run = {
         "configuration": as_dict(options),
         "environment": environment(str(next(model.parameters()).device)),
         "data": {"source": options.data, "rows": len(data), "rows_trained": len(encoded), "sha256": fingerprint_rows(list(data))},
+        "processes": distributed.size(),
         "method": list(methods),
         "finished": finished,
         "budget": kept,
@@ -127,7 +139,11 @@ def tune(options: TuneOptions) -> dict[str, Any]:
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "log": trainer.state.log_history,
     }
+    if not distributed.first():
+        distributed.barrier()
+        return run
     write_json(out / "run.json", run)
+    distributed.barrier()
     if any(wanted[key] for key in ("general", "data", "tasks")):
         print(table(before, after))
     if kept is not None:
@@ -153,6 +169,7 @@ def merge(adapter: str, out: str, *, dtype: str | None = None) -> None:
 
 def _check(options: TuneOptions, out: Path) -> dict[str, Method]:
     """Everything that can be refused without loading a model; the methods that the options name."""
+    distributed.split_batch(options.batch_size, options.accumulation)  # refuses what cannot be shared
     if options.full and options.quantize != "none":
         raise OptionError("--full trains the weights themselves, which a quantised base does not allow; leave out --quantize")
     if options.anchor == "recorded" and options.importance is None:
@@ -172,7 +189,6 @@ def _check(options: TuneOptions, out: Path) -> dict[str, Method]:
     if (out / "checkpoints").exists() and not options.resume:
         if not options.overwrite:
             raise ValueError(f"'{out}' holds checkpoints of an unfinished run; go on with --resume, or start again with --overwrite")
-        shutil.rmtree(out / "checkpoints")
     return methods
 
 
@@ -257,6 +273,7 @@ def _trainer(options: TuneOptions, model: nn.Module, tokenizer: Any, data: Any, 
     from trl import SFTConfig, SFTTrainer
 
     base = unwrapped(model)
+    batch_size, accumulation = distributed.split_batch(options.batch_size, options.accumulation)
     bf16 = next(base.parameters()).dtype == torch.bfloat16 and torch.cuda.is_available()
     config = SFTConfig(
         output_dir=str(Path(options.out) / "checkpoints"),
@@ -267,9 +284,9 @@ def _trainer(options: TuneOptions, model: nn.Module, tokenizer: Any, data: Any, 
         max_grad_norm=options.max_grad_norm,
         num_train_epochs=options.epochs,
         max_steps=options.max_steps,
-        per_device_train_batch_size=options.batch_size,
+        per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=options.batch_size,
-        gradient_accumulation_steps=options.accumulation,
+        gradient_accumulation_steps=accumulation,
         max_length=min(options.length, context_length(base)) if options.packing else None,  # rows come cut already
         packing=options.packing,
         gradient_checkpointing=options.gradient_checkpointing,
@@ -286,9 +303,11 @@ def _trainer(options: TuneOptions, model: nn.Module, tokenizer: Any, data: Any, 
         disable_tqdm=not sys.stderr.isatty(),
         use_cpu=options.device == "cpu",
         dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
     )
     trainer = SFTTrainer(model=model, args=config, train_dataset=data, eval_dataset=held, processing_class=tokenizer, callbacks=[StopOnNonFinite()],
                          optimizers=(optimizer, None))  # fmt: skip
+    whole_steps(trainer)
     if not config.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(ProgressBar)

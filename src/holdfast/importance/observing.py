@@ -65,6 +65,9 @@ class ObservingRecorder(abc.ABC):
             raise OptionError(f"labels expects 'empirical' or 'sampled', found '{labels}'")
         self.model, self.labels, self.seed = model, labels, seed
         self.layers = base_layers(model, names)
+        if any(distributed.is_sharded(parameter) for parameter in model.parameters()):
+            raise ValueError("the model is sharded by FSDP2, under which the bare base cannot be observed; record in one process or with DDP, "
+                             "on the model as it was loaded, before it is sharded")  # fmt: skip
         self.observed = self.layers  # of these, what the current pass sees
         self.group = 0
         self._groups = [self.layers]
