@@ -1,26 +1,35 @@
-"""Several gloo processes on the CPU give the result of one: recording, holding under DDP and FSDP2, and what is refused. A group of processes runs many cases."""
+"""Several gloo processes on the CPU give the result of one: recording, holding under DDP and FSDP2; and what is refused. A group of them runs many cases."""
 
-import contextlib
+import json
 import os
 import socket
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import CONFIGS
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType
+from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 
 import holdfast
+from conftest import CONFIGS
 from holdfast import Fisher, Importance, Kronecker, PathIntegral, Penalty, distributed
+from holdfast.callback import HoldfastCallback, RecorderCallback
+from holdfast.config import TUNE_PRESETS, OptionError, TuneOptions, resolve
 from holdfast.importance.activation import Activation
 from holdfast.importance.path_factored import PathFactored
 from holdfast.importance.tiers import converted
 from holdfast.penalty import sharing
 from holdfast.texts import batches
+from holdfast.training import tune
 from holdfast.weights import add_adapter, fingerprint
 
+EXAMPLES = Path(__file__).parents[1] / "examples" / "accelerate"
 TIERS = ("f32", "bf16", "u8", "u4", "factored:2", "kronecker")
 
 
@@ -224,6 +233,20 @@ def under_fsdp2():
     return found
 
 
+def tuned(folder, data, cases, name):
+    """The final weights, run.json's energy and what lies in the folder after `tune`, for each case."""
+    found = []
+    for i, (tier, full) in enumerate(cases):
+        out = folder.parent / f"{name}{i}"
+        given = {"model": str(folder), "data": str(data), "out": str(out), "importance": str(folder.parent / f"{tier}.safetensors"), "strength": 0.1,
+                 "targets": "q_proj,down_proj", "full": full, "rank": 2, "batch_size": 4, "accumulation": 1, "epochs": 1, "learning_rate": 1e-2, "log_steps": 1,
+                 "device": "cpu"}  # fmt: skip
+        run = tune(resolve(TuneOptions, given, TUNE_PRESETS))
+        weights = load_file(out / "final" / ("model.safetensors" if full else "adapter_model.safetensors"))
+        found.append((weights, run["energy"], [entry["loss"] for entry in run["log"] if "loss" in entry], sorted(path.name for path in out.iterdir())))
+    return found
+
+
 FSDP2 = [*((tier, False, "after") for tier in TIERS), ("u8", False, "before"), *((tier, True, "after") for tier in TIERS if tier != "kronecker"),
          ("u4", True, "before")]  # fmt: skip
 
@@ -251,11 +274,11 @@ def test_pulls_of_shared_importance_are_those_of_one_process(tmp_path, size):
     energy = Penalty(adapted(), importance("u8"), strength=0.5).energy()
     results = processes(size, all_held, out=tmp_path / "out")
     for case, (gradients, e, norm, ratio, _) in one.items():
-        assert results[0][2] == energy
+        assert results[0][2] == pytest.approx(energy, rel=1e-6)
         for found, together, _ in results:
             theirs = found[case]
             assert all(torch.equal(a, b) for a, b in zip(gradients, theirs[0], strict=True)), case
-            assert theirs[1:4] == (e, norm, ratio) and together == energy
+            assert theirs[1:4] == pytest.approx((e, norm, ratio), rel=1e-6) and together == pytest.approx(energy, rel=1e-6)
     for case, (*_, whole) in one.items():
         if case[1]:
             continue  # the file holds more weights than three kinds
@@ -273,4 +296,71 @@ def test_fsdp2_steps_are_those_of_one_process(tmp_path):
             assert same(parameters, others), (tier, full, when)
             assert e == pytest.approx(energy, rel=1e-4) and theirs == pytest.approx(logs, rel=1e-4), (tier, full, when)
         shares = [found[tier, full, when][3] for found in results]
-        assert max(shares) < 0.7 * whole, (tier, full, when)
+        assert max(shares) < (0.7 if tier != "factored:2" or not full else 0.8) * whole, (tier, full, when)  # factored: rows are cut, columns are not
+
+
+def test_tune_in_2_processes_is_tune_in_one(tmp_path, model_folder):
+    """15 rows, a batch of 4: the last step of the epoch is not full, and no row may count twice. One process writes."""
+    data = tmp_path / "domain.jsonl"
+    data.write_text("\n".join(json.dumps({"prompt": f"Question {'abcd'[i % 4]} ?", "completion": " yes no" * (1 + i % 3)}) for i in range(15)))
+    cases = [("u8", False), ("f32", True)]
+    for tier, _ in cases:
+        importance(tier).save(tmp_path / f"{tier}.safetensors")
+    one = tuned(model_folder, data, cases, "one")
+    results = processes(2, tuned, model_folder, data, cases, "two", out=tmp_path / "out")
+    for found in results:
+        for (weights, energy, losses, files), (others, e, theirs, written) in zip(one, found, strict=True):
+            assert same(weights, others, 1e-4) and e == pytest.approx(energy, rel=1e-4) and theirs == pytest.approx(losses, rel=1e-4)
+            assert written == files
+
+
+@pytest.mark.parametrize(
+    "kind, fsdp2, named", [("DEEPSPEED", False, "DDP or FSDP2"), ("FSDP", False, "fsdp_version: 2"), ("MEGATRON_LM", False, "DDP or FSDP2")]
+)
+def test_engines_that_keep_their_own_gradients_are_refused_before_training(kind, fsdp2, named):
+    model, found = adapted(), importance("f32")
+    trainer = SimpleNamespace(
+        model=model, args=SimpleNamespace(deepspeed=None), accelerator=SimpleNamespace(distributed_type=DistributedType[kind], is_fsdp2=fsdp2)
+    )
+    with pytest.raises(ValueError, match=named):
+        holdfast.hold(trainer, found, strength=1.0)
+    recorder = RecorderCallback(PathIntegral(model), trainer=trainer)
+    with pytest.raises(ValueError, match=named):
+        recorder.on_train_begin(trainer.args, None, None)
+    if kind == "DEEPSPEED":
+        callback = HoldfastCallback(Penalty(model, found, strength=1.0))
+        with pytest.raises(ValueError, match=named):
+            callback.on_train_begin(SimpleNamespace(deepspeed="zero.json"), None, None)
+
+
+@pytest.mark.parametrize("variable", ["ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"])
+def test_the_verbs_refuse_engines_that_spread_the_model(monkeypatch, tmp_path, variable):
+    monkeypatch.setenv(variable, "true")
+    options = resolve(TuneOptions, {"model": "m", "data": "d", "out": str(tmp_path / "run"), "method": "plain"}, TUNE_PRESETS)
+    with pytest.raises(OptionError, match=r"ddp\.yaml"):
+        tune(options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_steps_are_shared_out_evenly_or_refused(monkeypatch):
+    monkeypatch.setattr(distributed, "size", lambda: 4)
+    assert distributed.split_batch(3, 8) == (3, 2) and distributed.split_batch(4, 6) == (2, 3) and distributed.split_batch(8, 1) == (2, 1)
+    with pytest.raises(OptionError, match="multiple of the number of processes"):
+        distributed.split_batch(3, 2)
+
+
+def test_memory_is_shared_out_evenly_and_what_is_shared_stays_together(monkeypatch):
+    monkeypatch.setattr(distributed, "size", lambda: 3)
+    sizes = {"q": ("x", 5), "k": ("x", 5), "v": ("x", 5), "o": ("o", 6), "up": ("up", 9), "down": ("down", 12)}
+    owner = distributed.owners(sizes)
+    assert owner["q"] == owner["k"] == owner["v"]
+    load = [sum(size for name, (_, size) in sizes.items() if owner[name] == rank) for rank in range(3)]
+    assert sum(load) == 42 and max(load) == 15
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.name)
+def test_accelerate_configurations_parse(path):
+    config = load_config_from_file(str(path))
+    assert config.num_processes >= 2 and set(yaml.safe_load(path.read_text())) <= set(config.to_dict()) | {"fsdp_config"}
+    if path.name == "fsdp2.yaml":
+        assert config.distributed_type == DistributedType.FSDP and config.fsdp_config["fsdp_version"] == 2

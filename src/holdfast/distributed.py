@@ -188,8 +188,8 @@ def check_engine(trainer: Any, what: str, args: Any = None) -> None:
     kind, accelerator = engine(trainer), getattr(trainer, "accelerator", None)
     args = getattr(trainer, "args", None) if args is None else args
     if kind == "DEEPSPEED" or getattr(args, "deepspeed", None):
-        raise ValueError(f"{what} does not run on DeepSpeed: ZeRO keeps gradients and steps its optimizer by itself, so what is added before the step would not "
-                         "reach the weights; use DDP or FSDP2 (examples/accelerate/ddp.yaml, fsdp2.yaml)")  # fmt: skip
+        raise ValueError(f"{what} does not run on DeepSpeed: ZeRO keeps gradients and steps its optimizer by itself, so what is added before the step would "
+                         "not reach the weights; use DDP or FSDP2 (examples/accelerate/ddp.yaml, fsdp2.yaml)")  # fmt: skip
     if kind == "FSDP" and not getattr(accelerator, "is_fsdp2", False):
         raise ValueError(f"{what} does not run on FSDP 1, whose flat parameters hide the weights; set fsdp_version: 2 "
                          "(examples/accelerate/fsdp2.yaml), or use DDP")  # fmt: skip

@@ -186,9 +186,8 @@ def _check(options: TuneOptions, out: Path) -> dict[str, Method]:
         _check_resumed(options, out)
     if (out / "run.json").exists() and not (options.overwrite or options.resume):
         raise ValueError(f"'{out}' holds a finished run; give another --out, or --overwrite")
-    if (out / "checkpoints").exists() and not options.resume:
-        if not options.overwrite:
-            raise ValueError(f"'{out}' holds checkpoints of an unfinished run; go on with --resume, or start again with --overwrite")
+    if (out / "checkpoints").exists() and not (options.resume or options.overwrite):
+        raise ValueError(f"'{out}' holds checkpoints of an unfinished run; go on with --resume, or start again with --overwrite")
     return methods
 
 
