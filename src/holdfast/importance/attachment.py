@@ -280,6 +280,8 @@ class Attachment:
             self._gradients = {w.name: g for w in weights if (g := self._from_factors(w)) is not None}
         else:
             self._gradients = {w.name: g for w in weights if (g := self._exact(w)) is not None}
+            if not self._gradients and self.recorder.steps == self.recorder.skipped == 0 and not distributed.running():
+                _check_unseen(weights)
         self._pending = {}
 
     def _exact(self, weight: TargetWeight) -> Any:
@@ -313,6 +315,13 @@ class Attachment:
 def _fresh(weight: LowRankWeight) -> bool:
     """Whether a new accumulation begins: gradients were cleared since the last step (a GradScaler that skips a step leaves no other sign)."""
     return all(p.grad is None or not bool(p.grad.any()) for p in weight.parameters if p.requires_grad)
+
+
+def _check_unseen(weights: list[TargetWeight]) -> None:
+    """Raise ValueError where the first step has gradients that no hook has seen: torch.compile leaves out hooks that come after its first call."""
+    if any(p.grad is not None and bool(p.grad.any()) for weight in weights for p in weight.parameters):
+        raise ValueError("the backward pass did not reach the recorder; attach it before the first forward pass (a model compiled by torch.compile keeps the "
+                         "hooks it has by then), or use gradient='effective'")  # fmt: skip
 
 
 def _finite(gradient: Any) -> bool:
