@@ -21,6 +21,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from holdfast import distributed
 from holdfast.budget import Controller
 from holdfast.ledger import Part
 from holdfast.penalty.pull import Penalty
@@ -80,7 +81,7 @@ class Probe(TrainerCallback, ExportableState):
             return
         started = time.perf_counter()
         rise = self._measured(kwargs["model"]) if now else None
-        self.penalty.strength = self.controller.update(state.global_step, self.penalty.energy(), rise)
+        self.penalty.strength = self.controller.update(state.global_step, self.penalty.energy(together=True), rise)
         self.seconds += time.perf_counter() - started
 
     def _measured(self, model: Any) -> float:
@@ -89,7 +90,8 @@ class Probe(TrainerCallback, ExportableState):
         self.cursor = (self.cursor + self.count) % len(self.pieces)
         rise = float((part.losses(model) - part.nats).sum() / part.tokens.sum())
         each = max(1, self.count // max(1, len(self.guards)))
-        return max(self._used(rise, self.offset), *(self._used(guard.look(model, each), guard.offset) for guard in self.guards), -math.inf)
+        worst = max(self._used(rise, self.offset), *(self._used(guard.look(model, each), guard.offset) for guard in self.guards), -math.inf)
+        return float(distributed.collect(worst)[0])  # one number for all processes, whatever their hardware rounds to
 
     def _used(self, rise: float, offset: float) -> float:
         """The rise as it would be if all of the budget were still free: where earlier domains have used some, the same share of what they left."""

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import yaml
 
+from holdfast import distributed
 from holdfast.config import LABELLED, RECORD_PRESETS, TRAINING_ONLY, OptionError, RecordOptions, TuneOptions, as_dict, resolve, several
 from holdfast.earlier import Earlier, Held, Stage, merged
 from holdfast.evaluation import answers, changes, measure, rise
@@ -134,6 +135,9 @@ def _planned(options: TuneOptions) -> Plan:
 
 def _check(options: TuneOptions) -> None:
     parse_rule(options.consolidate or "sum")
+    distributed.start(options.device)
+    if distributed.size() > 1:
+        raise OptionError(f"several domains are tuned in one process, found {distributed.size()}; start one process, or tune on all of the data at once")
     if options.full or options.quantize != "none" or options.anchor == "recorded":
         wrong = "--full" if options.full else "--anchor recorded" if options.anchor == "recorded" else f"--quantize {options.quantize}"
         raise OptionError(f"{wrong} cannot be used with several domains or --after: each step stands on the updates before it, merged into the base, and the "

@@ -7,6 +7,8 @@ The story: load, refuse what cannot work, measure the bare base, add an adapter,
     DIR/checkpoints/    the trainer's, for --resume
     DIR/config.yaml     the resolved options
     DIR/run.json        configuration, environment, data, before, after, forgetting, learning, moved, log
+
+In several processes (torchrun, DDP) a step is the same --batch-size x --accumulation sequences as in one, each process taking its share; the first one writes.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ import yaml
 from torch import nn
 from transformers import ProgressCallback, TrainerState, set_seed
 
+from holdfast import distributed
 from holdfast.adapter_files import checked, with_adapter
-from holdfast.callback import ProgressBar, StopOnNonFinite, add_penalty, add_term
+from holdfast.callback import ProgressBar, StopOnNonFinite, add_penalty, add_term, whole_steps
 from holdfast.config import ModelOptions, OptionError, TuneOptions, as_dict, default_strength, read_yaml, resolve, several
 from holdfast.earlier import Earlier
 from holdfast.evaluation import changes, check_tasks, measure, table
@@ -37,7 +40,7 @@ from holdfast.importance.container import Importance
 from holdfast.importance.controls import uniform
 from holdfast.keeper import check_budget, of_run, on_earlier
 from holdfast.layers import from_option
-from holdfast.lock import first_process, only_writer
+from holdfast.lock import only_writer
 from holdfast.methods.method import Method, Setup
 from holdfast.methods.table import chosen
 from holdfast.methods.text import replay_text
@@ -60,10 +63,11 @@ def tune(options: TuneOptions, *, earlier: Earlier | None = None) -> dict[str, A
     """Fine-tune as `options` say; writes `options.out` and returns what is in its run.json. Raises ValueError or OptionError before training starts.
 
     `earlier`: the model stands on the updates of a sequence's earlier steps (succession.py), and the adapter is relative to it."""
+    distributed.start(options.device)
     methods = _check(options)
     if earlier is None and (options.after or len(several(options.data)) > 1):
         raise OptionError("several domains, or --after, are tuned by holdfast.succession.tune_in_turn; give tune one --data")
-    repo = ready(options.push_to_hub, private=options.private) if options.push_to_hub else None
+    repo = ready(options.push_to_hub, private=options.private) if options.push_to_hub and distributed.first() else None
     file = importance_path(options.importance) if options.importance else None
     importance = Importance.load(file) if file else None
     if importance is not None and options.strength is None and not options.budget:
@@ -71,7 +75,7 @@ def tune(options: TuneOptions, *, earlier: Earlier | None = None) -> dict[str, A
     with only_writer(options.out):
         _check_folder(options, Path(options.out))
         run = _tuned(options, Path(options.out), methods, importance, file, earlier)
-    if repo:
+    if repo and distributed.first():
         push_result(repo, Path(options.out) / "final", run)
     return run
 
@@ -114,28 +118,33 @@ def _tuned(
         add_term(trainer, term)
     for penalty in penalties:
         add_penalty(trainer, penalty)
-        importance = getattr(penalty, "importance", importance)  # what was offloaded: not a second one beside it in pinned memory
+        importance = getattr(penalty, "importance", importance)  # offloaded, or this process's share: not a second one beside it
+    setup = replace(setup, importance=importance)
     if keeper is not None and importance is not None:
         keeper.bind(trainer, importance, start=options.strength, layers=how, anchor=options.anchor, names=options.targets if options.full else None)
     _announce(options, model, importance, len(encoded))
-    if not options.resume and first_process():
-        discard(out / "run.json")  # of the run that is overwritten: it must not stand for this one
-    write_text(out / "config.yaml", yaml.safe_dump(as_dict(options), sort_keys=False))
+    if distributed.first():
+        if not options.resume:
+            discard(out / "run.json")  # of the run that is overwritten: it must not stand for this one
+        write_text(out / "config.yaml", yaml.safe_dump(as_dict(options), sort_keys=False))
     started = time.perf_counter()
     _train(trainer, _last_checkpoint(out) if options.resume else None)
     seconds = time.perf_counter() - started
     finished = {name: method.finish(setup, model) for name, method in methods.items() if method.finish}
     kept = None
     if keeper is not None:
-        save_whole(model, tokenizer, out / "unscaled")
+        if distributed.first():
+            save_whole(model, tokenizer, out / "unscaled")
         kept = keeper.finish(trainer)
     save = next((functools.partial(method.save, setup) for method in methods.values() if method.save), None)
-    save_whole(model, tokenizer, out / "final", save)
+    if distributed.first():
+        save_whole(model, tokenizer, out / "final", save)
     after = measure(model, tokenizer, **wanted)
     run = {
         "configuration": as_dict(options),
         "environment": environment(str(next(model.parameters()).device)),
         "data": {"source": options.data, "rows": len(data), "rows_trained": len(encoded), "sha256": fingerprint_rows(list(data))},
+        "processes": distributed.size(),
         "method": list(methods),
         "finished": finished,
         "budget": kept,
@@ -151,8 +160,12 @@ def _tuned(
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "log": trainer.state.log_history,
     }
+    if not distributed.first():
+        distributed.barrier()
+        return run
     write_card(out / "final", "tune", run, what="model" if options.full else "adapter")
     write_json(out / "run.json", run)
+    distributed.barrier()
     if any(wanted[key] for key in ("general", "data", "tasks")):
         print(table(before, after))
     if kept is not None:
@@ -186,6 +199,7 @@ def merge(adapter: str, out: str, *, dtype: str | None = None) -> None:
 
 def _check(options: TuneOptions) -> dict[str, Method]:
     """Everything that can be refused without loading a model; the methods that the options name."""
+    distributed.split_batch(options.batch_size, options.accumulation)  # refuses what cannot be shared
     if options.full and options.quantize != "none":
         raise OptionError("--full trains the weights themselves, which a quantised base does not allow; leave out --quantize")
     if options.anchor == "recorded" and options.importance is None:
@@ -208,12 +222,14 @@ def _check_folder(options: TuneOptions, out: Path) -> None:
         check_resumed(options, out)
     if (out / "run.json").exists() and not (options.overwrite or options.resume):
         raise ValueError(f"'{out}' holds a finished run; give another --out, or --overwrite")
-    if (out / "checkpoints").exists() and not options.resume:
-        if not options.overwrite:
-            raise ValueError(f"'{out}' holds checkpoints of an unfinished run; go on with --resume, or start again with --overwrite")
-        if first_process():
+    if (out / "checkpoints").exists() and not (options.resume or options.overwrite):
+        raise ValueError(f"'{out}' holds checkpoints of an unfinished run; go on with --resume, or start again with --overwrite")
+    distributed.barrier()  # before anything is written, every process has looked
+    if distributed.first():
+        if not options.resume:
             discard(out / "checkpoints")
-    _clear_checkpoints(out / "checkpoints")
+        _clear_checkpoints(out / "checkpoints")
+    distributed.barrier()
 
 
 def _check_model(options: TuneOptions, model: nn.Module, importance: Importance | None, how: Any) -> None:
@@ -297,6 +313,7 @@ def _trainer(options: TuneOptions, model: nn.Module, tokenizer: Any, data: Any, 
     from trl import SFTConfig, SFTTrainer
 
     base = unwrapped(model)
+    batch_size, accumulation = distributed.split_batch(options.batch_size, options.accumulation)
     bf16 = next(base.parameters()).dtype == torch.bfloat16 and torch.cuda.is_available()
     config = SFTConfig(
         output_dir=str(Path(options.out) / "checkpoints"),
@@ -307,9 +324,9 @@ def _trainer(options: TuneOptions, model: nn.Module, tokenizer: Any, data: Any, 
         max_grad_norm=options.max_grad_norm,
         num_train_epochs=options.epochs,
         max_steps=options.max_steps,
-        per_device_train_batch_size=options.batch_size,
+        per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=options.batch_size,
-        gradient_accumulation_steps=options.accumulation,
+        gradient_accumulation_steps=accumulation,
         max_length=min(options.length, context_length(base)) if options.packing else None,  # rows come cut already
         packing=options.packing,
         gradient_checkpointing=options.gradient_checkpointing,
@@ -326,9 +343,11 @@ def _trainer(options: TuneOptions, model: nn.Module, tokenizer: Any, data: Any, 
         disable_tqdm=not sys.stderr.isatty(),
         use_cpu=options.device == "cpu",
         dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
     )
     trainer = SFTTrainer(model=model, args=config, train_dataset=data, eval_dataset=held, processing_class=tokenizer, callbacks=[StopOnNonFinite()],
                          optimizers=(optimizer, None))  # fmt: skip
+    whole_steps(trainer)
     if not config.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(ProgressBar)
@@ -387,7 +406,7 @@ def _last_checkpoint(out: Path) -> str | None:
 def _clear_checkpoints(folder: Path) -> None:
     """Remove checkpoints that were not written to their end."""
     for checkpoint in folder.glob("checkpoint-*"):
-        if first_process() and not _is_whole(checkpoint):
+        if distributed.first() and not _is_whole(checkpoint):
             discard(checkpoint)
 
 

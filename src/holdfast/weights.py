@@ -18,13 +18,14 @@ import hashlib
 import logging
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from holdfast.checkpoint import KeptWeight, StoredWeight, stored_weights
+from holdfast import distributed
+from holdfast.checkpoint import Base, KeptWeight, StoredWeight, stored_weights
 from holdfast.config import OptionError, nearest
 
 logger = logging.getLogger("holdfast")
@@ -62,10 +63,16 @@ class LowRankWeight:
     B: nn.Parameter  # (out, r)
     scale: float
     initial: tuple[Tensor, Tensor] | None = None  # (r, in), (out, r)
+    adapter: str = "default"
 
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
         return (self.A, self.B)
+
+    def live(self) -> LowRankWeight:
+        """The same with the parameters that the module has now: FSDP2 puts others in their place."""
+        A, B = self.module.lora_A[self.adapter].weight, self.module.lora_B[self.adapter].weight
+        return self if A is self.A and B is self.B else replace(self, A=A, B=B)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """L (out, q), R (q, in) with L @ R = U, in f32 or wider."""
@@ -95,12 +102,16 @@ class FullWeight:
     kind: str
     module: nn.Module
     W: nn.Parameter  # (out, in), or (in, out) where transposed
-    base: KeptWeight | StoredWeight  # as W
+    base: Base  # as W
     transposed: bool
 
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
         return (self.W,)
+
+    def live(self) -> FullWeight:
+        """The same with the parameter that the module has now: FSDP2 puts another in its place."""
+        return self if self.module.weight is self.W else replace(self, W=self.module.weight)
 
     def oriented(self, tensor: Tensor) -> Tensor:
         """A tensor shaped like the parameter, seen as (out, in)."""
@@ -212,7 +223,7 @@ def _low_rank(path: str, module: nn.Module, model: nn.Module, subtract_initial: 
             raise ValueError(f"{where}: the adapter starts away from the base model (init_lora_weights moves the base weight); importance "
                              "belongs to the bare base. Use the default initialisation, or pass subtract_initial=True before training")  # fmt: skip
         initial = (A.detach().clone(), B.detach().clone())
-    return LowRankWeight(path + ".weight", (B.shape[0], A.shape[1]), *_place(path), module, A, B, float(module.scaling[adapter]), initial)
+    return LowRankWeight(path + ".weight", (B.shape[0], A.shape[1]), *_place(path), module, A, B, float(module.scaling[adapter]), initial, adapter)
 
 
 def _check_own(model: nn.Module, layers: list[tuple[str, nn.Module]]) -> None:
@@ -244,7 +255,8 @@ def _full(model: nn.Module, layers: list[tuple[str, nn.Module]]) -> list[TargetW
     for path, module in layers:
         if not module.weight.is_floating_point():
             raise ValueError(f"'{path}' is quantised ({module.weight.dtype}) and cannot be trained itself; use LoRA")
-    stored = stored_weights(model, {path + ".weight": module.weight for path, module in layers})
+    # Of weights that FSDP2 has sharded a process copies its own rows.
+    stored = stored_weights(model, {path + ".weight": module.weight for path, module in layers if not distributed.is_sharded(module.weight)})
     copied = [path + ".weight" for path, _ in layers if path + ".weight" not in stored]
     if copied:
         size = sum(module.weight.numel() * module.weight.element_size() for path, module in layers if path + ".weight" not in stored)
@@ -258,7 +270,7 @@ def _full(model: nn.Module, layers: list[tuple[str, nn.Module]]) -> list[TargetW
 def _full_weight(path: str, module: nn.Module, stored: StoredWeight | None) -> FullWeight:
     W, transposed = module.weight, _is_conv1d(module)
     shape = (W.shape[1], W.shape[0]) if transposed else (W.shape[0], W.shape[1])
-    return FullWeight(path + ".weight", shape, *_place(path), module, W, stored or KeptWeight(W.detach().clone()), transposed)
+    return FullWeight(path + ".weight", shape, *_place(path), module, W, stored or KeptWeight(distributed.local(W).detach().clone()), transposed)
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -396,10 +408,16 @@ def fingerprint(model: nn.Module, *, samples: int = 65_536) -> str:
     for name, shape in sorted(base_shapes(model).items()):
         digest.update(f"{name} {shape}\n".encode())
     embedding = unwrapped(model).get_input_embeddings()
-    table = getattr(embedding, "base_layer", embedding).weight.detach().flatten()
-    chosen = table[:: max(1, table.numel() // samples)]
-    digest.update(torch.signbit(chosen).cpu().numpy().tobytes())
+    table = getattr(embedding, "base_layer", embedding).weight.detach()
+    digest.update(_signs(table, max(1, table.numel() // samples)))
     return digest.hexdigest()
+
+
+def _signs(table: Tensor, step: int) -> bytes:
+    """The sign bits of every `step`th element; of a table sharded by rows, together, each process's own in order."""
+    first, here = distributed.rows_here(table)[0] * table.shape[1], distributed.local(table).flatten()
+    signs: bytes = torch.signbit(here[-first % step :: step]).cpu().numpy().tobytes()
+    return b"".join(distributed.collect(signs)) if distributed.is_sharded(table) else signs
 
 
 def peft_targets(model: nn.Module, names: str) -> tuple[list[str], bool]:
