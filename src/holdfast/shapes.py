@@ -49,7 +49,8 @@ ANY = Kind("anything", lambda value: True)
 
 LOSS = dict.fromkeys(("nats", "standard_error", "perplexity", "documents", "tokens", "bits_per_byte"), NUMBER)
 CHANGE = {"nats": NUMBER, "standard_error": NUMBER}
-POINT = {"scale": NUMBER, "learning": CHANGE, "forgetting": Each(CHANGE), "accuracy": NUMBER, "accuracy_general": NUMBER}
+ACCURACY = {"before": NUMBER, "after": NUMBER, "standard_error": NUMBER}
+POINT = {"scale": NUMBER, "learning": CHANGE, "forgetting": Each(CHANGE), "accuracy": ACCURACY, "accuracy_general": Each(ACCURACY)}
 LOG = [Each(ANY)]
 MOVED = [{"weight": TEXT, "layer": NUMBER, "kind": TEXT, "movement": NUMBER, "importance": NUMBER, "coefficient": NUMBER}]
 ENVIRONMENT = {"python": TEXT, "platform": TEXT, "versions": Each(TEXT), "device": TEXT, "commit": TEXT}
@@ -70,7 +71,7 @@ SEQUENCE = {"name": TEXT, "method": TEXT, "seed": NUMBER, "domains": [TEXT], "av
 COMPARISON = {
     "kind": TEXT, "title": TEXT, "model": TEXT, "created": NAME, "environment": ENVIRONMENT, "settings": Each(ANY),
     "progress": {"done": NUMBER, "of": NUMBER, "failed": NUMBER, "seconds": NUMBER},
-    "texts": [{"name!": NAME, "kind": TEXT, "documents": NUMBER, "tokens": NUMBER, "before": LOSS}],
+    "texts": [{"name!": NAME, "kind": TEXT, "documents": NUMBER, "tokens": NUMBER, "before": {**LOSS, "accuracy": NUMBER}}],
     "domains": [{"name!": NAME, "rows": NUMBER, "rows_trained": NUMBER, "before": {**LOSS, "accuracy": NUMBER}}],
     "methods": [{"name!": NAME, "label": TEXT, "family": TEXT, "needs": TEXT, "trials": NUMBER}],
     "runs": [TRIAL], "frontier": Each(Each(Each(FRONTIER))), "equal_learning": Each(Each([EQUAL])), "noise": Each(ANY), "differences": [DIFFERENCE],
