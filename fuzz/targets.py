@@ -230,7 +230,22 @@ def report(folder: Path) -> Target:
     small["methods"] = [method for method in small["methods"] if method["name"] in few]
     small["runs"] = [{**run, "log": run["log"][:2], "moved": (run["moved"] or [])[:2]} for run in small["runs"] if run["method"] in few and run["seed"] < 3]
     small["importance"][0]["weights"] = small["importance"][0]["weights"][:3]
-    small["sequences"] = [{"name": "both", "method": "plain", "seed": 1, "domains": ["sciq", "medmcqa"], "average": 2.0, "backward_transfer": 0.1}]
+    small["sequences"] = [
+        {
+            "name": "both",
+            "method": "plain",
+            "seed": 1,
+            "domains": ["sciq", "medmcqa"],
+            "average": 2.0,
+            "backward_transfer": 0.1,
+            "matrix": [[3.0, 3.0], [2.0, 3.0], [2.1, 2.5]],
+            "accuracy": [[0.2, 0.2], [0.5, 0.2], [0.4, 0.5]],
+            "general": {"wiki": [0.1, 0.2], "news": [0.0, 0.1, 0.2]},
+        }
+    ]
+    for point in small["runs"][0]["points"]:
+        point["accuracy"] = {"before": 0.2, "after": 0.5, "standard_error": None}
+        point["accuracy_general"] = {"questions": {"before": 0.9, "after": 0.8, "standard_error": 0.1}}
     trees = {"compare.json": small, "run.json": run}
     seeds = {name: json.dumps(one).encode() for name, one in trees.items()}
 

@@ -9,6 +9,7 @@ reads without running code). Here ranks may not exceed what the tensors of the f
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import re
@@ -37,6 +38,7 @@ PATTERNS = (
     "alpha_pattern",
     "feedforward_modules",
 )
+MOST_ITERATIONS = 100
 MOST_REPEATS = 4  # of one pattern: matching a name of n letters takes up to n^4 steps
 
 
@@ -59,6 +61,7 @@ def checked(folder: str | Path) -> dict[str, Any]:
     for key in PATTERNS:
         for pattern in _strings(config.get(key), f"{path}: {key}"):
             _check_pattern(pattern, f"{path}: {key}")
+    _check_kinds(config, str(path))
     widest = _widest(Path(folder) / WEIGHTS)
     for key, value in config.items():
         for number in value.values() if isinstance(value, dict) and key in ("rank_pattern", "alpha_pattern") else [value] * isinstance(value, (int, float)):
@@ -86,6 +89,21 @@ def with_adapter(model: nn.Module, folder: str | Path) -> Any:
             raise FileError(f"'{folder}' lacks tensors of the adapter ({message.partition(': ')[2]}); copy it again, or save it again with PEFT")
         logger.warning("%s", printable(message))
     return found
+
+
+def _check_kinds(config: dict[str, Any], where: str) -> None:
+    """Raise FileError for a list where PEFT has a number or a switch (it fails on it late, or never), and for counts of iterations without bounds."""
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[config["peft_type"]]):
+        value = config.get(field.name)
+        takes_words = not isinstance(field.default, (int, float)) or isinstance(field.default, bool)  # init_lora_weights is a switch or a word
+        if isinstance(field.default, (bool, int, float)) and isinstance(value, (list, dict) if takes_words else (list, dict, str)):
+            raise FileError(f"{where}: {field.name} is a {type(value).__name__}, expected a value like {field.default}")
+        if field.name.startswith("num_") and isinstance(value, (int, float)) and not 0 <= value <= MOST_ITERATIONS:
+            raise FileError(f"{where}: {field.name} is {value:.3g}, expected 0 to {MOST_ITERATIONS}")
+        if isinstance(value, str) and (found := re.search(r"_niter_(\d+)", value)) and not int(found[1][:9]) <= MOST_ITERATIONS:
+            raise FileError(f"{where}: {field.name} asks for {found[1][:9]} iterations, expected at most {MOST_ITERATIONS}")
 
 
 def _strings(value: Any, where: str) -> list[str]:

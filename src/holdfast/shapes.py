@@ -71,7 +71,7 @@ SEQUENCE = {"name": TEXT, "method": TEXT, "seed": NUMBER, "domains": [TEXT], "av
 COMPARISON = {
     "kind": TEXT, "title": TEXT, "model": TEXT, "created": NAME, "environment": ENVIRONMENT, "settings": Each(ANY),
     "progress": {"done": NUMBER, "of": NUMBER, "failed": NUMBER, "seconds": NUMBER},
-    "texts": [{"name!": NAME, "kind": TEXT, "documents": NUMBER, "tokens": NUMBER, "before": LOSS}],
+    "texts": [{"name!": NAME, "kind": TEXT, "documents": NUMBER, "tokens": NUMBER, "before": {**LOSS, "accuracy": NUMBER}}],
     "domains": [{"name!": NAME, "rows": NUMBER, "rows_trained": NUMBER, "before": {**LOSS, "accuracy": NUMBER}}],
     "methods": [{"name!": NAME, "label": TEXT, "family": TEXT, "needs": TEXT, "trials": NUMBER}],
     "runs": [TRIAL], "frontier": Each(Each(Each(FRONTIER))), "equal_learning": Each(Each([EQUAL])), "noise": Each(ANY), "differences": [DIFFERENCE],
