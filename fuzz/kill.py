@@ -51,7 +51,7 @@ WORDS = "the cat sat on mat and dog then too user assistant : . Question Answer 
 ROW = 4  # kills, at most, before a run may finish
 HANGS = 600  # seconds without an end
 HERE = Path(__file__).parent
-COLUMNS = ("date", "commit", "scenario", "seed", "run_seconds", "writes", "runs", "kills_at_times", "kills_at_writes", "findings", "seconds")
+COLUMNS = ("date", "commit", "scenario", "seed", "run_seconds", "writes", "runs", "kills_at_times", "kills_at_writes", "findings", "seconds", "note")
 # Of a process, not of its result; TRL counts tokens anew when it goes on, and the times in an importance file have more or fewer digits.
 TIMES = re.compile(r"seconds|runtime|per_second|timings|created|environment|versions|peak_memory|resume|wall|flos|^num_tokens$|^(file_)?bytes$")
 
