@@ -51,9 +51,9 @@ WORDS = "the cat sat on mat and dog then too user assistant : . Question Answer 
 ROW = 4  # kills, at most, before a run may finish
 HANGS = 600  # seconds without an end
 HERE = Path(__file__).parent
-COLUMNS = ("date", "commit", "scenario", "seed", "run_seconds", "writes", "runs", "kills_at_times", "kills_at_writes", "findings", "seconds")
-# Of a process, not of its result; TRL counts tokens anew when it goes on.
-TIMES = re.compile(r"seconds|runtime|per_second|timings|created|environment|versions|peak_memory|resume|wall|flos|^num_tokens$")
+COLUMNS = ("date", "commit", "scenario", "seed", "run_seconds", "writes", "runs", "kills_at_times", "kills_at_writes", "findings", "seconds", "note")
+# Of a process, not of its result; TRL counts tokens anew when it goes on, and the times in an importance file have more or fewer digits.
+TIMES = re.compile(r"seconds|runtime|per_second|timings|created|environment|versions|peak_memory|resume|wall|flos|^num_tokens$|^(file_)?bytes$")
 
 
 @dataclass(frozen=True)
@@ -282,12 +282,13 @@ def campaign(name: str, world: Path, folder: Path, *, kills: int, seed: int) -> 
         for _ in range(min(ROW, kills - sum(counts.values()))):
             at = rng.randint(1, writes) if rng.random() < 0.5 else None
             after, delay = None if at else rng.uniform(0, length), rng.uniform(0, 0.004)
-            if not kill(*start(words(place, *more), place / "log.txt", at_write=at), after=after, delay=delay):
-                break  # it was faster; what it wrote is written again by the next
+            ended = not kill(*start(words(place, *more), place / "log.txt", at_write=at), after=after, delay=delay)
+            more = scenario.more
+            if ended:  # it was faster; what it wrote is written again by the next
+                break
             counts["write" if at else "time"] += 1
             history.append(f"write {at} + {1000 * delay:.1f} ms" if at else f"{after:.2f} s")
             found += [f"{problem} (killed at {', '.join(history)})" for problem in wrong_after_a_kill(place, whole)]
-            more = scenario.more
         again, _ = finish(*start(words(place, *more), place / "log.txt"))
         if again != status:
             found.append(f"ends with {again}, not {status}: {(place / 'log.txt').read_text()[-1000:]}")

@@ -237,7 +237,7 @@ def test_two_processes_give_what_one_gives_also_where_one_is_killed(experiment, 
         killed[0].kill()
 
     assert run(path, tmp_path / "one", "--part", "validation") == 0
-    killer = threading.Thread(target=kill_one)
+    killer = threading.Thread(target=kill_one, daemon=True)
     killer.start()
     assert run(path, tmp_path / "two", "--part", "validation", "--jobs", "2") == 0
     killer.join()

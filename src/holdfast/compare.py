@@ -87,7 +87,7 @@ def summarise(out: Path, ids: Sequence[str], *, pending: int = 0) -> dict[str, A
         "settings": {**{key: experiment.training.get(key) for key in ("max_steps", "batch_size", "length")}, "seeds": experiment.seeds,
                      "shares": list(experiment.shares), "scales": [*experiment.scales, 1.0], "trials": experiment.trials},
         "progress": {"done": sum(run["status"] == "done" for run in runs), "of": len(runs) + pending,
-                     "failed": sum(run["status"] != "done" for run in runs), "seconds": sum(run.get("wall_seconds", 0.0) for run in runs)},
+                     "failed": sum(run["status"] != "done" for run in runs), "seconds": sum(run.get("wall_seconds") or 0.0 for run in runs)},
         "texts": _texts(experiment, base), "domains": _domains(experiment, base, accuracy), "methods": _methods(experiment, chosen), "runs": runs,
         "frontier": {}, "equal_learning": {}, "noise": {}, "differences": [],
         "importance": list(importance.values()), "samples": read_json(out / "samples.json") if (out / "samples.json").exists() else [],
