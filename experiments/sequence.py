@@ -4,8 +4,8 @@
     python experiments/sequence.py ../shared out/sequence out/frontier/default64.safetensors --arms plain,sum     # some of the arms
     python experiments/sequence.py ../shared out/sequence out/frontier/default64.safetensors --table              # what is there so far, as markdown
 
-Protocol: sciq (question -> answer), medmcqa (running text with its explanation), piqa (goal -> solution), 120 steps of 8 sequences of at most 128 tokens each, LoRA
-of rank 8 on all linear layers, rate 4e-3, seeds 1, 2, 3. Held-out rows are the test files' (the first 200), general text the first 1,200 characters of 200 test
+Protocol: sciq (question -> answer), medmcqa (running text with its explanation), piqa (goal -> solution), 120 steps of 8 sequences of at most 128 tokens
+each, LoRA of rank 8 on all linear layers, rate 4e-3, seeds 1, 2, 3. Held-out rows are the test files' (the first 200), general text the first 1,200 characters of 200 test
 documents. Arms:
 
     plain      no importance: what later domains do is left to chance
@@ -86,7 +86,8 @@ def run(given: argparse.Namespace, data: dict[str, str], arm: str, seed: int) ->
         return
     filled = {"importance": str(given.importance), "replay": data["general_record"]}
     settings = {key: filled.get(key) if value is None else value for key, value in ARMS[arm].items()}
-    options = {**STEPS, **settings, "max_steps": given.steps, "limit": given.limit, "model": str(given.shared / "models/lab-english-5m"), "seed": seed, "out": str(out),
+    options = {**STEPS, **settings, "max_steps": given.steps, "limit": given.limit,
+               "model": str(given.shared / "models/lab-english-5m"), "seed": seed, "out": str(out),
                "data": [data[f"{name}_train"] for name in order], "eval_data": [data[f"{name}_test"] for name in order],
                "general": data["general_test"], "resume": (out / "config.yaml").exists()}  # fmt: skip
     tune_in_turn(resolve(TuneOptions, options, TUNE_PRESETS))

@@ -46,6 +46,7 @@ from holdfast.training import check_resumed, tune
 from holdfast.transfer import transfer
 
 logger = logging.getLogger("holdfast")
+MEASURED = ("general", "general_split", "text_column", "eval_data", "eval_split", "tasks", "limit")  # what is measured already must not be measured otherwise
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def _planned(options: TuneOptions) -> Plan:
     _check(options)
     check_output_folder(out)
     if options.resume:
-        check_resumed(options, out)
+        check_resumed(options, out, measured=MEASURED)
     elif (out / "config.yaml").exists():
         if not options.overwrite:
             raise ValueError(f"'{out}' holds {'a finished run' if (out / 'run.json').exists() else 'an unfinished run; go on with --resume'}; "

@@ -18,6 +18,7 @@ import logging
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ from holdfast.weights import LowRankWeight, add_adapter, matching, placed, targe
 
 logger = logging.getLogger("holdfast")
 MAY_CHANGE = ("resume", "overwrite", "out", "device", "threads", "save_steps", "log_steps", "report_to", "general", "general_split", "text_column", "eval_data",
-              "offload_importance", "eval_split", "eval_steps", "tasks", "limit")  # fmt: skip # what a resumed run may change: nothing of it decides the result
+              "offload_importance", "eval_split", "eval_steps", "tasks", "limit", "keep_all")  # fmt: skip # what a resumed run may change: nothing of it decides the result
 
 
 def tune(options: TuneOptions, *, earlier: Earlier | None = None) -> dict[str, Any]:
@@ -313,13 +314,15 @@ def _train(trainer: Any, checkpoint: str | None) -> None:
         trainer.train(resume_from_checkpoint=checkpoint)
 
 
-def check_resumed(options: TuneOptions, out: Path) -> None:
-    """Raise OptionError where the options that decide the result are not those that the interrupted run was started with."""
+def check_resumed(options: TuneOptions, out: Path, *, measured: Sequence[str] = ()) -> None:
+    """Raise OptionError where the options that decide the result are not those that the interrupted run was started with; `measured`: more that decide it."""
     path = out / "config.yaml"
     if not path.is_file():
         return
     then, now = read_yaml(path), as_dict(options)
-    may_change = set(MAY_CHANGE) - ({"general", "general_split", "text_column", "limit"} if options.budget else set())  # a budget is controlled on this text
+    may_change = (
+        set(MAY_CHANGE) - set(measured) - ({"general", "general_split", "text_column", "limit"} if options.budget else set())
+    )  # a budget is controlled on this text
     if options.strength is None:  # then it was what suits the importance file, which is compared
         may_change.add("strength")
     different = sorted(key for key in now if key in then and now[key] != then[key] and key not in may_change)
