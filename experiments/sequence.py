@@ -5,8 +5,8 @@
     python experiments/sequence.py ../shared out/sequence out/frontier/default64.safetensors --table              # what is there so far, as markdown
 
 Protocol: sciq (question -> answer), medmcqa (running text with its explanation), piqa (goal -> solution), 120 steps of 8 sequences of at most 128 tokens
-each, LoRA of rank 8 on all linear layers, rate 4e-3, seeds 1, 2, 3. Held-out rows are the test files' (the first 200), general text the first 1,200 characters of 200 test
-documents. Arms:
+each, LoRA of rank 8 on all linear layers, rate 4e-3, seeds 1, 2, 3. Held-out rows are the test files' (the first 200), general text the first 1,200
+characters of 200 test documents. Arms:
 
     plain      no importance: what later domains do is left to chance
     general    held by the importance of general text alone, the domains before are not (--consolidate none): what consolidation adds is the difference to this

@@ -46,7 +46,7 @@ OURS = {
     "earlier",
 }  # options that the experiment itself sets
 # Options that came after the first comparisons: where not given, runs made before are still found.
-LATER = ("earlier", "orthogonality", "after", "consolidate", "keep_all")
+LATER = ("earlier", "orthogonality", "after", "consolidate", "final_rank", "keep_all")
 RECORDED = "recorded"  # as the value of replay: the text that importance is recorded on
 FAMILIES = ("baseline", "holdfast", "penalty", "data", "adapter", "control")
 FAMILY = {"holdfast": "holdfast", "ewc-lora": "penalty", "la-lora": "penalty", "l2": "control", "shuffled": "control", "general-steps": "control", "kl": "data",

@@ -49,8 +49,9 @@ from holdfast.texts import fingerprint_rows
 from holdfast.weights import LowRankWeight, add_adapter, matching, placed, target_weights, unwrapped, warn_of_experts
 
 logger = logging.getLogger("holdfast")
+# What a resumed run may change: nothing of it decides the result.
 MAY_CHANGE = ("resume", "overwrite", "out", "device", "threads", "save_steps", "log_steps", "report_to", "general", "general_split", "text_column", "eval_data",
-              "offload_importance", "eval_split", "eval_steps", "tasks", "limit", "keep_all")  # fmt: skip # what a resumed run may change: nothing of it decides the result
+              "offload_importance", "eval_split", "eval_steps", "tasks", "limit", "keep_all")  # fmt: skip
 
 
 def tune(options: TuneOptions, *, earlier: Earlier | None = None) -> dict[str, Any]:
