@@ -205,8 +205,8 @@ it, and if energy explains more than half of what the size leaves unexplained.
   away 0.5 to 0.6 (± 0.1) of the squared error that the size leaves where budgets lie. Rank 64 is as good as the whole, rank 16 a little worse. The diagonal
   (`fisher`, whole or factored) takes away 0.14 to 0.27, `path` 0.07 to 0.12, `uniform` is the size.
 * It is not good enough for a promise. Where budgets lie the typical error is a factor of 1.6 to 1.8 and one rise in twenty is off by more than 2.5 to 2.9,
-  so that 1 % could be promised only by aiming at a third of it. Half the energy, without a fit, says a third to a quarter of the true rise (5 to 95 %: 1/1.2 to
-  1/13), though for small random updates it is right to 3 % (LOG.md); why finished ones differ so has not been taken apart.
+  so that 1 % could be promised only by aiming at a third of it. Half the energy, without a fit, says a third to a quarter of the true rise
+  (5 to 95 %: 1/1.2 to 1/13), though for small random updates it is right to 3 % (LOG.md); why finished ones differ so has not been taken apart.
 * Runs that were held are most of these; on plain ones alone there are too few to say.
 
 So `--budget` without `--general` is left out. General text for a check is cheap beside that: half of 277 documents of 1,200 characters show 0.5 %

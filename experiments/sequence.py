@@ -86,8 +86,9 @@ def run(given: argparse.Namespace, data: dict[str, str], arm: str, seed: int) ->
         return
     filled = {"importance": str(given.importance), "replay": data["general_record"]}
     settings = {key: filled.get(key) if value is None else value for key, value in ARMS[arm].items()}
-    options = {**STEPS, **settings, "max_steps": given.steps, "limit": given.limit, "model": str(given.shared / "models/lab-english-5m"), "seed": seed,
-               "out": str(out), "data": [data[f"{name}_train"] for name in order], "eval_data": [data[f"{name}_test"] for name in order],
+    options = {**STEPS, **settings, "max_steps": given.steps, "limit": given.limit,
+               "model": str(given.shared / "models/lab-english-5m"), "seed": seed, "out": str(out),
+               "data": [data[f"{name}_train"] for name in order], "eval_data": [data[f"{name}_test"] for name in order],
                "general": data["general_test"], "resume": (out / "config.yaml").exists()}  # fmt: skip
     tune_in_turn(resolve(TuneOptions, options, TUNE_PRESETS))
 

@@ -137,7 +137,7 @@ def test_each_step_trains_on_the_merged_model_and_is_held_by_the_consolidated_im
     assert float(first.min()) > -1e-9 and float(first.max()) > 0  # a running average with what was recorded on the first domain
 
 
-@pytest.mark.parametrize("estimator", ["path", "fisher", "uniform"])
+@pytest.mark.parametrize("estimator", ["fisher", *(pytest.param(name, marks=pytest.mark.slow) for name in ("path", "uniform"))])
 def test_every_estimator_and_tier_is_recorded_again_as_it_was(words, domains, importance, tmp_path, estimator):
     more = {"estimator": estimator, "cov_rank": None} | ({"rank": 2, "accumulation": 1, "epochs": 1} if estimator == "path" else {})
     more |= {"tier": "factored"} if estimator == "fisher" else {}
@@ -147,39 +147,46 @@ def test_every_estimator_and_tier_is_recorded_again_as_it_was(words, domains, im
     assert last.info["estimator"] == estimator and last.tier == {"path": "f32", "fisher": "factored:2", "uniform": "factored"}[estimator]
 
 
-PHASES = {"recording a domain": (recording, "_by_observing"), "consolidating": (succession, "consolidated"),
-          "training": (training.StopOnNonFinite, "on_pre_optimizer_step"), "saving a step": (training, "save_whole"), "stacking": (succession, "stack"),
-          "measuring": (succession, "measure"),
-          "at the end": (succession, "_finish")}  # fmt: skip
+PHASES = {
+    "training": (training.StopOnNonFinite, "on_pre_optimizer_step", 7),
+    "training the first": (training.StopOnNonFinite, "on_pre_optimizer_step", 3),
+    "recording a domain": (recording, "_by_observing", 1),
+    "consolidating": (succession, "consolidated", 1),
+    "saving a step": (training, "save_whole", 2),
+    "stacking": (succession, "stack", 2),
+    "measuring": (succession, "measure", 2),
+    "at the end": (succession, "_finish", 1),
+    "copying the end": (succession, "write_json", 4),
+}
 
 
-def test_interrupted_in_any_phase_it_resumes_to_the_same_bits(words, domains, importance, tmp_path, monkeypatch):
+@pytest.mark.parametrize("phase", [next(iter(PHASES)), *(pytest.param(phase, marks=pytest.mark.slow) for phase in list(PHASES)[1:])])
+def test_interrupted_in_any_phase_it_resumes_to_the_same_bits(words, domains, importance, tmp_path, monkeypatch, phase):
     words = [*words, *of(domains[:2]), "--importance", importance(), "--max-steps", "4"]
     assert run(words, "--out", tmp_path / "whole") == 0
-    whole = result(tmp_path / "whole")["sequence"]
-    for phase, (place, name) in PHASES.items():
-        for stop in {"training": (3, 8)}.get(phase, (1,) if phase in ("at the end", "recording a domain", "consolidating") else (2,)):
-            out, calls, original = tmp_path / f"{phase} {stop}", 0, getattr(place, name)
+    place, name, stop = PHASES[phase]
+    out, calls, original = tmp_path / "parted", 0, getattr(place, name)
 
-            def interrupted(*arguments, original=original, stop=stop, **more):
-                nonlocal calls
-                calls += 1
-                if calls == stop:
-                    raise KeyboardInterrupt
-                return original(*arguments, **more)
+    def interrupted(*arguments, **more):
+        nonlocal calls
+        calls += 1
+        if calls == stop:
+            raise KeyboardInterrupt
+        return original(*arguments, **more)
 
-            monkeypatch.setattr(place, name, interrupted)
-            assert run(words, "--out", out) == 130, phase
-            monkeypatch.setattr(place, name, original)
-            assert not (out / "run.json").exists()
-            assert run(words, "--out", out, "--resume", "--rank", "4") == 2
-            assert run(words, "--out", out, "--resume") == 0, phase
-            assert same(factors(tmp_path / "whole" / "final"), factors(out / "final")), phase
-            assert same(load_file(tmp_path / "whole" / "importance.safetensors"), load_file(out / "importance.safetensors")), phase
-            parted = result(out)["sequence"]
-            assert parted["matrix"] == whole["matrix"] and parted["general"] == whole["general"], phase
+    monkeypatch.setattr(place, name, interrupted)
+    assert run(words, "--out", out) == 130
+    monkeypatch.setattr(place, name, original)
+    assert not (out / "run.json").exists()
+    assert run(words, "--out", out, "--resume", "--rank", "4") == run(words, "--out", out, "--resume", "--limit", "4") == 2
+    assert run(words, "--out", out, "--resume") == 0
+    assert same(factors(tmp_path / "whole" / "final"), factors(out / "final"))
+    assert same(load_file(tmp_path / "whole" / "importance.safetensors"), load_file(out / "importance.safetensors"))
+    whole, parted = (result(folder)["sequence"] for folder in (tmp_path / "whole", out))
+    assert all(parted[key] == whole[key] for key in ("matrix", "accuracy", "general", "average"))
 
 
+@pytest.mark.slow
 def test_a_recording_resumes_in_its_middle(words, domains, importance, tmp_path, monkeypatch):
     words = [*words, *of(domains[:2]), "--importance", importance(estimator="path", cov_rank=None, rank=2, accumulation=1, batch_size=4, save_steps=2)]
     assert run(words, "--out", tmp_path / "whole") == 0
@@ -228,6 +235,7 @@ def test_a_budget_covers_general_text_and_every_earlier_domain(words, domains, i
     assert all(matrix[3][j] < matrix[0][j] for j in range(2)) and general[3]["nats"] < math.log(1.04)
 
 
+@pytest.mark.slow
 def test_a_budget_resumes_with_what_it_knows_of_earlier_domains(words, domains, importance, tmp_path, monkeypatch):
     words = [*words, *of(domains[:2]), "--importance", importance(), "--budget", "8%", "--max-steps", "14", "--batch-size", "24"]
     assert run(words, "--out", tmp_path / "whole") in (0, 3)
@@ -265,12 +273,30 @@ def test_stacked_adapters_are_the_sum_whatever_their_ranks_scales_and_targets(ti
         torch.testing.assert_close(found[name], total[name])
 
 
+def test_a_smaller_final_rank_is_the_nearest_and_measured(words, domains, model_folder, tmp_path, capsys):
+    assert run(words, *of(domains[:2]), "--out", tmp_path / "run", "--keep-all", "--final-rank", "3") == 0
+    updates = []
+    for place in ("steps/2/adapter", "final"):
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), tmp_path / "run" / place)
+        updates.append({weight.name: weight.update() for weight in target_weights(model)})
+    whole = torch.stack([values.square().sum() for values in (torch.linalg.svdvals(U) for U in updates[0].values())]).sum()
+    lost = torch.stack([torch.linalg.svdvals(U)[3:].square().sum() for U in updates[0].values()]).sum()
+    found = result(tmp_path / "run")["sequence"]["refactored"]
+    assert found["rank"] == 3 and found["error"] == pytest.approx(float((lost / whole).sqrt()), rel=1e-3) and 0 < found["error"] < 1
+    off = sum(float((updates[0][name] - updates[1][name]).square().sum()) for name in updates[0])
+    assert (off / float(whole)) ** 0.5 == pytest.approx(found["error"], rel=1e-3)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "final")
+    loss = completion_loss(model.eval(), tokenizer, load_training_data(str(tmp_path / "run" / "data" / "1-first.held.jsonl")))
+    assert loss.nats == pytest.approx(found["losses"]["first"], abs=1e-5) and "at rank 3: relative error" in capsys.readouterr().out
+
+
 def test_transfer_where_domains_are_learned_together():
     losses = [[4.0, 5.0, 6.0], [3.0, 4.0, 5.5], [3.5, 4.1, 2.0]]
     found = transfer(losses, [1, 1, 2])
     assert found["average"] == pytest.approx(3.2) and found["backward_transfer"] == pytest.approx(-0.3) and found["forward_transfer"] == pytest.approx(0.5)
 
 
+@pytest.mark.slow
 def test_without_consolidation_the_file_as_given_holds_every_step(words, domains, importance, tmp_path):
     file = importance()
     assert run(words, *of(domains[:2]), "--importance", file, "--consolidate", "none", "--out", tmp_path / "run") == 0
@@ -286,6 +312,7 @@ def test_the_example_runs_on_a_tiny_model(words, domains, importance, tmp_path):
     assert found["sequence"]["domains"] == ["sciq", "first"] and (code == 0) == (found["verdict"] == "met")
 
 
+@pytest.mark.slow
 def test_the_report_of_a_sequence_shows_its_matrix(words, domains, importance, tmp_path):
     assert run(words, *of(domains[1:]), "--importance", importance(), "--out", tmp_path / "run") == 0
     assert main(["report", str(tmp_path / "run")]) == 0

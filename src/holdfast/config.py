@@ -50,7 +50,7 @@ REPORTERS = ("none", "tensorboard", "wandb", "trackio", "mlflow", "swanlab")
 
 # Options that must be at least a number, and those that must be above zero, wherever they occur.
 AT_LEAST = {"rank": 1, "batch_size": 1, "accumulation": 1, "save_steps": 1, "log_steps": 1, "limit": 1, "documents": 1, "self_documents": 1, "threads": 1,
-            "length": 2, "stride": 1, "batch_tokens": 1, "shots": 0, "eval_steps": 0, "strength": 0, "cov_rank": 0, "groups": 1, "dropout": 0,
+            "final_rank": 1, "length": 2, "stride": 1, "batch_tokens": 1, "shots": 0, "eval_steps": 0, "strength": 0, "cov_rank": 0, "groups": 1, "dropout": 0,
             "warmup": 0, "weight_decay": 0, "max_grad_norm": 0, "seed": 0, "replay_documents": 1, "replay_share": 0, "kl_weight": 0,
             "kl_sequences": 1, "general_steps": 0, "scale": 0, "max_forgetting": 0, "orthogonality": 0, "jobs": 1, "mu": 0,
             "tokens": 2, "general_tokens": 1, "record_tokens": 2, "processes": 1}  # fmt: skip
@@ -168,6 +168,7 @@ class TuneOptions(AdapterOptions, TextOptions, ModelOptions):
     consolidate: str | None = option(None, "several domains: add the importance of each to that so far (sum), average with decay (decay:0.9), or "
                                      "hold general text alone (none) [sum]",
                                      metavar="RULE")  # fmt: skip
+    final_rank: int | None = option(None, "several domains: bring the final adapter to this rank; default: the exact sum of the updates, ranks added")
     keep_all: bool = option(False, "several domains: keep the adapter of the model after each of them too")
     preset: str = option("default", "default: our recipe; paper: Song et al. 2025 (arXiv 2501.13669)", choices=PRESETS)
     method: str = option(None, "method, or several with commas: plain, rslora, full, small-lr, holdfast, kl, replay, wise, ewc-lora, la-lora, l2, shuffled, "

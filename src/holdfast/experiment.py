@@ -48,7 +48,7 @@ OURS = {
     "earlier",
 }  # options that the experiment itself sets
 # Options that came after the first comparisons: where not given, runs made before are still found.
-LATER = ("earlier", "orthogonality", "after", "consolidate", "keep_all")
+LATER = ("earlier", "orthogonality", "after", "consolidate", "final_rank", "keep_all", "push_to_hub", "private")
 MOST_SETTINGS = 10_000  # of one method
 RECORDED = "recorded"  # as the value of replay: the text that importance is recorded on
 FAMILIES = ("baseline", "holdfast", "penalty", "data", "adapter", "control")

@@ -49,6 +49,7 @@ from holdfast.training import check_resumed, push_result, tune
 from holdfast.transfer import transfer
 
 logger = logging.getLogger("holdfast")
+MEASURED = ("general", "general_split", "text_column", "eval_data", "eval_split", "tasks", "limit")  # what is measured already must not be measured otherwise
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def _planned(options: TuneOptions) -> Plan:
         options = replace(options, importance=options.importance or importance)
     _check(options)
     if options.resume:
-        check_resumed(options, out)
+        check_resumed(options, out, measured=MEASURED)
     elif (out / "config.yaml").exists():
         if not options.overwrite:
             raise ValueError(f"'{out}' holds {'a finished run' if (out / 'run.json').exists() else 'an unfinished run; go on with --resume'}; "
@@ -147,6 +148,8 @@ def _check(options: TuneOptions) -> None:
     if other:
         raise OptionError(f"--method {other[0]} cannot be used with several domains or --after: the steps' updates are added up as plain LoRA")
     check_budget(options, list(methods))
+    if options.final_rank is not None and options.budget:
+        raise OptionError("--final-rank changes the result after the budget was checked; leave out one of them")
     given = several(options.eval_data)
     if given and len(given) != len(several(options.data)):
         raise OptionError(f"--eval-data is given for each --data in its order: expected {len(several(options.data))} of it, found {len(given)}")
@@ -167,7 +170,7 @@ def _step(plan: Plan, number: int, domain: Domain) -> dict[str, Any]:
     stages += [Stage(adapter, (_held(one),)) for adapter, one in zip(_adapters(plan, number - 1)[plan.first :], plan.domains, strict=False)]
     earlier = Earlier(tuple(stages), plan.first, number / len(plan.domains))
     options = replace(plan.options, data=domain.train, eval_data=domain.held, eval_split=domain.held_split, importance=_importance(plan, number),
-                      out=str(folder), after=None, consolidate=None, keep_all=False, resume=True, overwrite=False)  # fmt: skip
+                      out=str(folder), after=None, consolidate=None, final_rank=None, keep_all=False, resume=True, overwrite=False)  # fmt: skip
     return tune(options, earlier=earlier)
 
 
@@ -236,13 +239,18 @@ def recipe_of(importance: Importance, options: TuneOptions, out: str) -> RecordO
 
 def _measured(plan: Plan, row: int) -> dict[str, Any]:
     """General text, tasks and every domain, of the base with the adapter of a row, as anybody would load it."""
-    path, options = plan.step(row) / "measured.json", plan.options
+    adapter = None if row == 0 else plan.start if row == 1 and plan.start else str(plan.step(row) / "adapter")
+    return _measured_with(plan, adapter, plan.step(row) / "measured.json")
+
+
+def _measured_with(plan: Plan, adapter: str | None, path: Path) -> dict[str, Any]:
+    """The measurements of the base with one adapter, read from `path` where they were made before."""
     if path.exists():
         found: dict[str, Any] = read_json(path)
         return found
     from peft import PeftModel
 
-    adapter = None if row == 0 else plan.start if row == 1 and plan.start else str(plan.step(row) / "adapter")
+    options = plan.options
     torch.manual_seed(options.seed)
     tokenizer, model = load_tokenizer(options), load_model(options)
     if adapter:
@@ -314,9 +322,12 @@ def _run(plan: Plan, measured: list[dict[str, Any]], verdict: str | None, second
 
 def _finish(plan: Plan, run: dict[str, Any]) -> None:
     """The final adapter, the importance for a later step, run.json; then away with what only a resumed run needs."""
-    last = plan.step(plan.first + len(plan.domains))
-    if not (plan.out / "final").is_dir():
-        stack(plan.options, [str(last / "adapter")], plan.out / "final")
+    last, rank = plan.step(plan.first + len(plan.domains)), plan.options.final_rank
+    error = stack(plan.options, [str(last / "adapter")], plan.out / "final", rank=rank)
+    if rank is not None:
+        smaller = _measured_with(plan, str(plan.out / "final"), plan.out / "steps" / "final.json")
+        losses = {name: smaller["domains"][name]["nats"] for name in run["sequence"]["domains"]}
+        run["sequence"]["refactored"] = {"rank": rank, "error": error, "losses": losses, "general_nats": (smaller["general"] or {}).get("nats")}
     held_by = run["sequence"]["steps"][-1]["importance"]
     if held_by is not None:
         with atomic_path(plan.out / "importance.safetensors") as temporary:
@@ -347,5 +358,8 @@ def lines(sequence: Mapping[str, Any]) -> list[str]:
         table("accuracy", sequence["accuracy_domains"], sequence["accuracy"], ".3f")
     said = [f"{key.replace('_', ' ')} {sequence[key]:+.4f}" for key in ("backward_transfer", "forward_transfer") if sequence[key] is not None]
     rises = f"; general loss {sequence['general'][-1]['nats']:+.4f}" if general else ""
+    if smaller := sequence.get("refactored"):
+        found.append(f"the final adapter at rank {smaller['rank']}: relative error {smaller['error']:.3f} of the update; "
+                     + ", ".join(f"{name} {loss:.4f}" for name, loss in smaller["losses"].items()))  # fmt: skip
     found.append(f"average {sequence['average']:.4f}{''.join('; ' + one for one in said)} (above 0 is good){rises}, in nats per token")
     return found

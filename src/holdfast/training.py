@@ -19,6 +19,7 @@ import importlib.util
 import logging
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ from holdfast.weights import LowRankWeight, add_adapter, matching, placed, targe
 logger = logging.getLogger("holdfast")
 # What a resumed run may change: nothing of it decides the result.
 MAY_CHANGE = ("resume", "overwrite", "out", "device", "threads", "save_steps", "log_steps", "report_to", "general", "general_split", "text_column", "eval_data",
-              "offload_importance", "eval_split", "eval_steps", "tasks", "limit", "push_to_hub", "private")  # fmt: skip
+              "offload_importance", "eval_split", "eval_steps", "tasks", "limit", "push_to_hub", "private", "keep_all")  # fmt: skip
 
 
 def tune(options: TuneOptions, *, earlier: Earlier | None = None) -> dict[str, Any]:
@@ -370,13 +371,15 @@ def _train(trainer: Any, checkpoint: str | None) -> None:
         raise
 
 
-def check_resumed(options: TuneOptions, out: Path) -> None:
-    """Raise OptionError where the options that decide the result are not those that the interrupted run was started with."""
+def check_resumed(options: TuneOptions, out: Path, *, measured: Sequence[str] = ()) -> None:
+    """Raise OptionError where the options that decide the result are not those that the interrupted run was started with; `measured`: more that decide it."""
     path = out / "config.yaml"
     if not path.is_file():
         return
     then, now = read_yaml(path), as_dict(options)
-    may_change = set(MAY_CHANGE) - ({"general", "general_split", "text_column", "limit"} if options.budget else set())  # a budget is controlled on this text
+    may_change = (
+        set(MAY_CHANGE) - set(measured) - ({"general", "general_split", "text_column", "limit"} if options.budget else set())
+    )  # a budget is controlled on this text
     if options.strength is None:  # then it was what suits the importance file, which is compared
         may_change.add("strength")
     different = sorted(key for key in now if key in then and now[key] != then[key] and key not in may_change)
