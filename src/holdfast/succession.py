@@ -123,6 +123,8 @@ def _planned(options: TuneOptions) -> Plan:
 
 def _check(options: TuneOptions) -> None:
     parse_rule(options.consolidate or "sum")
+    for spec in (*several(options.data), *several(options.eval_data)):
+        find_task(spec)  # a misspelt one is told before the rows of another are written
     if options.full or options.quantize != "none" or options.anchor == "recorded":
         wrong = "--full" if options.full else "--anchor recorded" if options.anchor == "recorded" else f"--quantize {options.quantize}"
         raise OptionError(f"{wrong} cannot be used with several domains or --after: each step stands on the updates before it, merged into the base, and the "
