@@ -146,10 +146,9 @@ def test_wrong_budgets_and_texts_are_refused_before_training(words, domain, gene
     assert not (tmp_path / "run" / "final").exists()
 
 
-def test_general_text_that_is_trained_on_is_warned_of(words, general, tmp_path, caplog, monkeypatch):
+def test_general_text_that_is_trained_on_is_warned_of(words, domain, general, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(keeper.Keeper, "bind", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
-    trained = [general if words[i - 1] == "--data" else word for i, word in enumerate(words)]
-    assert run(trained, "--budget", "2%") == 130
+    assert run([general if word is domain else word for word in words], "--budget", "2%") == 130
     assert "240 of 240 documents are in it word for word" in caplog.text
 
 

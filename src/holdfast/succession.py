@@ -139,6 +139,8 @@ def _check(options: TuneOptions) -> None:
     distributed.start(options.device)
     if distributed.size() > 1:
         raise OptionError(f"several domains are tuned in one process, found {distributed.size()}; start one process, or tune on all of the data at once")
+    for spec in (*several(options.data), *several(options.eval_data)):
+        find_task(spec)  # a misspelt one is told before the rows of another are written
     if options.full or options.quantize != "none" or options.anchor == "recorded":
         wrong = "--full" if options.full else "--anchor recorded" if options.anchor == "recorded" else f"--quantize {options.quantize}"
         raise OptionError(f"{wrong} cannot be used with several domains or --after: each step stands on the updates before it, merged into the base, and the "
