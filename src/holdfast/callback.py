@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 from torch import nn
+from torch.utils.data import Sampler
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from holdfast import distributed
 from holdfast.config import OptionError, default_strength
 from holdfast.importance.attachment import PathRecorder
 from holdfast.importance.container import Importance
@@ -26,7 +29,7 @@ from holdfast.penalty.pull import Penalty
 
 def check_gradients(args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
     """Raise ValueError on a non-finite gradient, before the optimizer moves anything. Under fp16 the GradScaler skips such steps itself."""
-    norms = [] if args.fp16 else torch._foreach_norm([p.grad for p in model.parameters() if p.grad is not None])
+    norms = [] if args.fp16 else torch._foreach_norm([distributed.local(p.grad) for p in model.parameters() if p.grad is not None])
     if norms and not math.isfinite(float(torch.stack([norm.float().cpu() for norm in norms]).sum())):
         raise ValueError(f"non-finite loss or gradient at step {state.global_step + 1}; the last good checkpoint is kept. "
                          "Lower the learning rate or the strength, or train in float32, and resume from it")  # fmt: skip
@@ -39,7 +42,7 @@ class StopOnNonFinite(TrainerCallback):
         check_gradients(args, state, kwargs["model"])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if control.should_save and not all(bool(torch.isfinite(p).all()) for p in kwargs["model"].parameters() if p.requires_grad):
+        if control.should_save and not all(bool(torch.isfinite(distributed.local(p)).all()) for p in kwargs["model"].parameters() if p.requires_grad):
             raise ValueError(f"non-finite weights after step {state.global_step}; the last good checkpoint is kept. "
                              "Lower the learning rate, or train in float32, and resume from it")  # fmt: skip
 
@@ -58,6 +61,7 @@ class HoldfastCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.close()
+        distributed.check_engine(None, "the pull", args)
         self._attachment = self.penalty.attach(kwargs["optimizer"])
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -84,6 +88,27 @@ class HoldfastCallback(TrainerCallback):
         self._attachment = None
 
 
+class HoldCallback(HoldfastCallback):
+    """`hold` as a callback, for hosts that take callbacks before there is a trainer (LLaMA-Factory, or a list in a configuration): the penalty is made of
+    the trainer's model when training begins. The arguments are those of `hold`, without a budget, which needs the trainer.
+
+    Raises, when training begins, ValueError where importance does not fit the model, OptionError for wrong settings.
+    """
+
+    penalty: Penalty
+
+    def __init__(self, importance: Importance | str | Path, *, strength: float | None = None, layers: Any = None, anchor: str = "base",
+                 names: str | None = None, offload: bool = False):  # fmt: skip
+        self.importance = importance if isinstance(importance, Importance) else Importance.from_pretrained(importance)
+        self.strength = default_strength(self.importance.info.get("estimator", "?")) if strength is None else strength
+        self.settings: dict[str, Any] = dict(layers=layers, anchor=anchor, names=names, offload=offload)
+        self.finishing = self._attachment = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.penalty = Penalty(kwargs["model"], self.importance, strength=self.strength, **self.settings)
+        super().on_train_begin(args, state, control, **kwargs)
+
+
 class TermCallback(TrainerCallback):
     """Adds a term's gradient once per optimizer step, before that of the data, so that clipping sees the sum; logs what the term says.
 
@@ -94,9 +119,9 @@ class TermCallback(TrainerCallback):
         self.term, self.trainer = term, trainer
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        kind = str(getattr(self.trainer.accelerator.distributed_type, "value", ""))
-        if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-            raise ValueError(f"terms such as kl and replay run the model beside the trainer, which {kind} does not allow; train in one process or with DDP")
+        if not distributed.has_whole_model(self.trainer):
+            raise ValueError("terms such as kl and replay run the model beside the trainer, which FSDP and DeepSpeed do not allow; train in one process or "
+                             "with DDP")  # fmt: skip
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         accelerator = self.trainer.accelerator
@@ -145,6 +170,7 @@ class RecorderCallback(TrainerCallback):
         self._attachment: Any = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        distributed.check_engine(self.trainer, "recording", args)
         reads_parameters = self.recorder.gradient == "effective" or any(not hasattr(w, "A") for w in self.recorder.weights)
         if args.max_grad_norm and reads_parameters:
             raise OptionError(f"max_grad_norm is {args.max_grad_norm}: the recorder would see clipped gradients; set max_grad_norm=0 while recording")
@@ -168,19 +194,25 @@ def hold(trainer: Any, importance: Importance | str | Path, *, strength: float |
 
     `strength` None takes what suits the importance's estimator (`config.STRENGTHS`); the rest is as in `Penalty`. Returns the callback; its `.penalty` tells
     the energy. With `budget` ("1%" of perplexity on the text `general`, or "0.01nats") the strength is controlled from there on, and `finish()` of the
-    callback scales, checks and reports after `trainer.train()` (docs/budget.md).
-    Raises ValueError when importance does not fit the model or the text cannot show the budget, OptionError for wrong settings.
+    callback scales, checks and reports after `trainer.train()` (docs/budget.md). In several processes each keeps its share of the importance
+    (docs/scaling.md); every process calls `hold`.
+    Raises ValueError when importance does not fit the model, the text cannot show the budget or the engine cannot be held under (DeepSpeed, FSDP 1),
+    OptionError for wrong settings.
     """
     if (budget is None) != (general is None):
         raise OptionError(f"budget and general go together (budget='1%', general='text.jsonl'), found budget={budget!r}, general={general!r}")
-    loaded = importance if isinstance(importance, Importance) else Importance.load(importance)
+    distributed.check_engine(trainer, "the pull")
+    if budget is not None and not distributed.has_whole_model(trainer):
+        raise ValueError("a budget measures general text beside the trainer, which FSDP does not allow; train in one process or with DDP, or give a strength")
+    loaded = importance if isinstance(importance, Importance) else Importance.from_pretrained(importance)
     if budget is not None and general is not None:
         from holdfast.keeper import of_trainer
 
         keeper = of_trainer(trainer, budget, general, names)
         return keeper.bind(trainer, loaded, start=strength, layers=layers, anchor=anchor, names=names, offload=offload)
     strength = default_strength(loaded.info.get("estimator", "?")) if strength is None else strength
-    return add_penalty(trainer, Penalty(trainer.model, loaded, strength=strength, layers=layers, anchor=anchor, names=names, offload=offload))
+    penalty = Penalty(trainer.model, loaded, strength=strength, layers=layers, anchor=anchor, names=names, offload=offload, shard=distributed.running())
+    return add_penalty(trainer, penalty)
 
 
 def add_penalty(trainer: Any, penalty: Penalty) -> HoldfastCallback:
@@ -195,3 +227,38 @@ def add_term(trainer: Any, term: Any) -> TermCallback:
     callback = TermCallback(term, trainer=trainer)
     trainer.callback_handler.callbacks.insert(0, callback)
     return callback
+
+
+class FullSteps(Sampler[int]):
+    """A trainer's random order of `count` rows, then `blank`, the index of a row that scores nothing, until the last optimizer step is full too."""
+
+    def __init__(self, count: int, per_step: int, seed: int):
+        self.inner = SeedableRandomSampler(range(count), data_seed=seed)
+        self.count, self.blanks = count, -count % per_step
+
+    def __len__(self) -> int:
+        return self.count + self.blanks
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self.inner
+        yield from [self.count] * self.blanks
+
+    def set_epoch(self, epoch: int) -> None:
+        """The order of this epoch."""
+        self.inner.set_epoch(epoch)
+
+
+def whole_steps(trainer: Any) -> None:
+    """Let several processes train on the rows that one would, in the same steps; nothing to do in one.
+
+    accelerate fills an epoch's last batches with rows from its beginning, which then count twice. A row without labels fills them here; that row
+    comes after all others.
+    """
+    if not distributed.running():
+        return
+    data, args = trainer.train_dataset, trainer.args
+    per_step = args.train_batch_size * args.gradient_accumulation_steps * distributed.size()
+    blank = {**data[0], "labels": [-100] * len(data[0]["labels"])}
+    seed = args.seed if args.data_seed is None else args.data_seed
+    trainer.train_dataset = data.add_item(blank)
+    trainer._get_train_sampler = lambda _=None: FullSteps(len(data), per_step, seed)

@@ -15,12 +15,18 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 CHUNK = 1 << 22  # elements compared at a time
+
+
+class Base(Protocol):
+    """A weight as it was, of which parts can be read."""
+
+    def read(self, part: tuple[slice, ...]) -> Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)

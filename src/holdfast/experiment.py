@@ -47,7 +47,8 @@ OURS = {
     "eval_steps",
     "earlier",
 }  # options that the experiment itself sets
-LATER = ("earlier", "orthogonality")  # options that came after the first comparisons: where not given, runs made before are still found
+# Options that came after the first comparisons: where not given, runs made before are still found.
+LATER = ("earlier", "orthogonality", "after", "consolidate", "keep_all")
 MOST_SETTINGS = 10_000  # of one method
 RECORDED = "recorded"  # as the value of replay: the text that importance is recorded on
 FAMILIES = ("baseline", "holdfast", "penalty", "data", "adapter", "control")
@@ -111,6 +112,7 @@ class Experiment:
     trials: str = "equal"
     characters: int | None = None  # of each general document that are evaluated
     sequences: dict[str, SequenceSpec] = field(default_factory=dict)
+    tasks: dict[str, str] = field(default_factory=dict)  # name -> multiple-choice questions that no domain teaches
 
     @property
     def reference(self) -> str:
@@ -154,14 +156,16 @@ def _read(path: str | Path) -> Experiment:
         if not given.get(key):
             raise OptionError(f"{path}: missing '{key}'; see docs/compare.md")
     model = {key: given[key] for key in ("model", "dtype", "device", "revision", "quantize", "threads", "trust_remote_code") if given.get(key) is not None}
-    parts = {key: _named_parts(f"{path}: {key}", given.get(key)) for key in ("general", "domains", "methods", "importance", "sequences")}
+    parts = {key: _named_parts(f"{path}: {key}", given.get(key)) for key in ("general", "domains", "methods", "importance", "sequences", "tasks")}
     importance = {label: check_mapping(recipe, f"{path}: importance: {label}") for label, recipe in parts["importance"].items()}
     methods = {label: _method(label, check_mapping(spec, f"{path}: methods: {label}"), importance) for label, spec in parts["methods"].items()}
     rest: dict[str, Any] = {key: given[key] for key in ("trials", "characters") if given.get(key) is not None}
     rest["training"] = check_mapping(given.get("training"), f"{path}: training")
     rest.update({key: tuple(map(float, _numbers(given[key], f"{path}: {key}"))) for key in ("scales", "shares") if given.get(key) is not None})
     rest["sequences"] = {name: _sequence(path, name, spec) for name, spec in parts["sequences"].items()}
-    rest.update({key: check_mapping(given[key], f"{path}: {key}", ("validation", "test")) for key in ("seeds", "limit") if given.get(key) is not None})
+    known = {"seeds": ("validation", "test"), "limit": ("validation", "test", "questions")}
+    rest.update({key: check_mapping(given[key], f"{path}: {key}", names) for key, names in known.items() if given.get(key) is not None})
+    rest["tasks"] = {name: str(spec) for name, spec in parts["tasks"].items()}
     found = Experiment(title=str(given.get("title") or Path(path).stem), model=model, importance=importance, methods=methods,
                        general={name: _place(path, "general", name, value, "text") for name, value in parts["general"].items()},
                        domains={name: _place(path, "domains", name, value, "data") for name, value in parts["domains"].items()}, **rest)  # fmt: skip
@@ -193,9 +197,9 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 def _place(path: Any, where: str, name: str, value: Any, main: str) -> dict[str, str]:
     """{main, test} of a text or a domain, which may be given as the one file alone."""
     given = {main: value} if isinstance(value, str) else check_mapping(value, f"{path}: {where}: {name}")
-    unknown = set(given) - {main, "test"}
-    if unknown or not given.get(main):
-        raise OptionError(f"{path}: {where}: {name} expects {main} (and test), found {', '.join(map(str, given)) or 'nothing'}")
+    known = (main, "test", "task") if where == "domains" else (main, "test")
+    if set(given) - set(known) or not given.get(main):
+        raise OptionError(f"{path}: {where}: {name} expects {main} (and {', '.join(known[1:])}), found {', '.join(map(str, given)) or 'nothing'}")
     if not all(isinstance(item, str) for item in given.values()):
         raise OptionError(f"{path}: {where}: {name} expects names of files or data sets, found {', '.join(map(brief, given.values()))}")
     return given
@@ -286,6 +290,8 @@ def _check(path: Any, experiment: Experiment) -> None:
     if experiment.trials != "free" and len(set(counts.values())) > 1:
         raise OptionError(f"{path}: methods have unequal numbers of trials ({', '.join(f'{k} {n}' for k, n in counts.items())}): the one with more tries has "
                           "an advantage. Give each as many, or `trials: free`, which the verdict will say")  # fmt: skip
+    if both := set(experiment.tasks) & set(experiment.domains):
+        raise OptionError(f"{path}: tasks: '{min(both)}' is a domain; put its questions there, as `task`")
     for name, spec in experiment.sequences.items():
         _check_sequence(path, experiment, name, spec)
     for label, recipe in experiment.importance.items():
@@ -345,5 +351,5 @@ def final_trials(experiment: Experiment, chosen: Mapping[tuple[str, str], dict[s
 def identity(options: TuneOptions, *, more: Iterable[Any]) -> str:
     """16 hex digits of everything that decides a run: its options without places and machine, and `more` (hashes of data, recipe, evaluation)."""
     unimportant = ("data", "replay", "importance", "out", "threads", "device", "save_steps", "log_steps", "report_to", "overwrite", "resume")
-    decided = {key: value for key, value in as_dict(options).items() if key not in unimportant and not (key in LATER and value is None)}
+    decided = {key: value for key, value in as_dict(options).items() if key not in unimportant and not (key in LATER and (value is None or value is False))}
     return hashlib.sha256(json.dumps([decided, *more], sort_keys=True, default=str).encode()).hexdigest()[:16]

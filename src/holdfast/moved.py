@@ -23,7 +23,8 @@ def moved(model: nn.Module, importance: Importance | None = None, layers: Any = 
         weights = target_weights(model)
     except ValueError:  # another kind of adapter
         return None
-    norms = importance.norms() if importance is not None else {}
+    # The file's norms cover weights whose importance another process keeps.
+    norms = {**importance.info.get("norms", {}), **importance.norms()} if importance is not None else {}
     coefficients = layers.coefficients(norms, weights) if importance is not None and layers is not None else {}
     return [{"weight": weight.name, "layer": weight.layer, "kind": weight.kind, "movement": _norm(weight), "importance": norms.get(weight.name),
              "coefficient": coefficients.get(weight.name)} for weight in weights if isinstance(weight, LowRankWeight)]  # fmt: skip

@@ -3,6 +3,9 @@
 `path` (Song et al. 2025, arXiv 2501.13669): wrap the model with LoRA, train briefly on general text without clipping while the recorder watches. The other
 estimators make one pass over the text with the bare model. Everything that can be refused is refused before. A state is saved every `save_steps` steps
 beside the file to write (`FILE.state`); `--resume` goes on from the last one with the same result as an uninterrupted run.
+
+In several processes (torchrun) each takes its share of every step, or of the batches to observe; the importance is that of one process, to rounding, and the
+first one writes it. Each saves a state of its own.
 """
 
 from __future__ import annotations
@@ -19,7 +22,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from holdfast import distributed
 from holdfast.config import LABELLED, TRAINING_ONLY, OptionError, RecordOptions, as_dict
+from holdfast.hub import push_importance, ready
 from holdfast.importance.activation import Activation
 from holdfast.importance.attachment import PathRecorder
 from holdfast.importance.container import Importance
@@ -30,39 +35,58 @@ from holdfast.importance.observing import ObservingRecorder
 from holdfast.importance.path import PathIntegral
 from holdfast.importance.path_factored import PathFactored
 from holdfast.importance.tiers import parse_tier
+from holdfast.lock import only_writer
 from holdfast.models import context_length, load_model, load_tokenizer
-from holdfast.runs import atomic_path, check_free_space, check_output_file, environment, free_memory
+from holdfast.runs import atomic_path, check_free_space, environment, free_memory
 from holdfast.texts import Encoded, batches, encode, fingerprint_rows, load_documents, sample_documents
 from holdfast.weights import add_adapter, fingerprint, target_weights
 
 # Estimators that train an adapter; the others observe.
 ESTIMATORS: dict[str, type[PathRecorder]] = {"path": PathIntegral, "path-factored": PathFactored}
+NOT_IN_THE_RESULT = ("groups", "offload", "push_to_hub", "private")
 logger = logging.getLogger("holdfast")
 
 
 def record(options: RecordOptions) -> Importance:
     """Record importance as `options` say and write it to `options.out`; also returned. Raises ValueError or OptionError before training starts."""
-    out = Path(options.out)
-    check_output_file(out)
+    distributed.start(options.device)
     if options.tier:
         _check_tier(options)
-    state = _load_state(options)
+    if options.private is not None and not options.push_to_hub:
+        raise OptionError("--private is for --push-to-hub NAME, which is not given")
+    repo = ready(options.push_to_hub, private=options.private) if options.push_to_hub and distributed.first() else None
+    with only_writer(options.out, folder=False):
+        importance = _recorded(options)
+    if repo:
+        logger.info("pushed to %s", push_importance(importance, repo))
+    return importance
+
+
+def _recorded(options: RecordOptions) -> Importance:
+    state = load_state(options)
     torch.manual_seed(options.seed)
     if options.threads:
         torch.set_num_threads(options.threads)
     tokenizer, model = load_tokenizer(options), load_model(options)
-    device, mark = str(next(model.parameters()).device), fingerprint(model)
-    source: dict[str, Any]
+    encoded, source = ([], {}) if options.estimator == "uniform" else _text(options, model, tokenizer)
+    return record_on(options, model, tokenizer, encoded, source, state)
+
+
+def record_on(options: RecordOptions, model: nn.Module, tokenizer: Any, encoded: list[Encoded], source: dict[str, Any],
+              state: dict[str, Any] | None) -> Importance:  # fmt: skip
+    """Record on text that is encoded already, of the `source` that the file names, going on from `state` where there is one; writes `options.out`."""
+    out, device, mark = Path(options.out), str(next(model.parameters()).device), fingerprint(model)
     if options.estimator == "uniform":
-        recorded, seconds, source = uniform(model, options.targets), 0.0, {}
+        recorded, seconds = uniform(model, options.targets), 0.0
     else:
-        encoded, source = _text(options, model, tokenizer)
         if state is not None and state["data"] != source["sha256"]:
             raise ValueError(f"{options.out}.state was made from other general text; give the same --general, or start again without --resume")
+        if len(set(distributed.collect(source["sha256"]))) > 1:
+            raise ValueError(f"--general {options.general} gave the processes different text; give a file instead, the same for all")
         torch.manual_seed(options.seed)
         job = _by_training if options.estimator in ESTIMATORS else _by_observing
         recorded, seconds = job(options, model, encoded, tokenizer.pad_token_id, state, source)
-    shown = {k: v for k, v in as_dict(options).items() if k not in ("out", "resume", "model", "general", "groups", "offload") and v is not None}
+    shown = {k: v for k, v in as_dict(options).items() if k not in ("out", "resume", "model", "general", *NOT_IN_THE_RESULT) and v is not None}
     shown = {k: v for k, v in shown.items() if options.estimator in ESTIMATORS or k not in TRAINING_ONLY}
     info = {
         **recorded.info,
@@ -74,7 +98,9 @@ def record(options: RecordOptions) -> Importance:
     }
     importance = Importance(recorded.entries, recorded.anchors if options.keep_anchor else {}, info)
     importance = importance.to_tier(options.tier) if options.tier else importance
-    importance.save(out)
+    if distributed.first():
+        importance.save(out)
+    distributed.barrier()
     _state_path(options).unlink(missing_ok=True)
     logger.info("wrote %s: %d weights, tier %s, %.2f MiB, %.1f s", out, len(importance), importance.tier, out.stat().st_size / 2**20, seconds)
     return importance
@@ -112,6 +138,8 @@ def _by_training(options: RecordOptions, model: nn.Module, encoded: list[Encoded
     check_free_space(options.out, _disk_needed(options, peft_model, trainable, total))
     logger.info("recording %s on %s: %d documents, %s tokens, %d steps; %s trainable parameters; path integral, %s gradient; seed %d", options.model,
                 options.general, source["documents"], f"{source['tokens']:,}", total, f"{trainable:,}", options.gradient, options.seed)  # fmt: skip
+    if distributed.rank():
+        torch.manual_seed(options.seed + distributed.rank())  # dropout draws masks of its own in each process
     started = time.perf_counter()
     recorder = ESTIMATORS[options.estimator](peft_model, gradient=options.gradient, xi=options.xi, clamp=options.clamp, offload=options.offload)
     spent = _train(peft_model, recorder, encoded, options, total, per_epoch, pad_id, state, source["sha256"])
@@ -136,10 +164,13 @@ def _by_observing(options: RecordOptions, model: nn.Module, encoded: list[Encode
     check_free_space(options.out, disk + (2 * recorder.bytes(recorder.passes) if total > options.save_steps else 0))
     logger.info("recording %s on %s: %d documents, %s tokens, %d pass(es); %d weights; %s; seed %d", options.model, options.general, source["documents"],
                 f"{source['tokens']:,}", recorder.passes, len(recorder.layers), recorder.describe(), options.seed)  # fmt: skip
-    started = time.perf_counter()
-    with tqdm(total=total, initial=done, desc="recording", unit="batch", disable=not sys.stderr.isatty()) as bar:
+    started, loss = time.perf_counter(), math.nan
+    with tqdm(total=total, initial=done, desc="recording", unit="batch", disable=_no_bar()) as bar:
         while done < total:
-            loss = recorder.observe(**{key: value.to(device) for key, value in pieces[done % len(pieces)].items()})
+            if done % len(pieces) % distributed.size() == distributed.rank():
+                loss = recorder.observe(**{key: value.to(device) for key, value in pieces[done % len(pieces)].items()})
+            else:
+                recorder.skip(**pieces[done % len(pieces)])
             done += 1
             bar.update()
             bar.set_postfix(loss=f"{loss:.3f}", tokens=recorder.tokens, refresh=False)
@@ -150,6 +181,10 @@ def _by_observing(options: RecordOptions, model: nn.Module, encoded: list[Encode
                 _write_state(options, {"options": _comparable(options), "data": source["sha256"], **rest})
     importance = recorder.finish()
     return importance, spent + time.perf_counter() - started
+
+
+def _no_bar() -> bool:
+    return not (sys.stderr.isatty() and distributed.first())
 
 
 def _divide(options: RecordOptions, recorder: ObservingRecorder, row: torch.Tensor) -> None:
@@ -214,7 +249,7 @@ def _train(model: nn.Module, recorder: PathRecorder, encoded: list[Encoded], opt
     done, spent = _restore(model, recorder, optimizer, scheduler, state)
     model.train()
     started = time.perf_counter()
-    with recorder.attach(optimizer), tqdm(total=total, initial=done, desc="recording", unit="step", disable=not sys.stderr.isatty()) as bar:
+    with recorder.attach(optimizer), tqdm(total=total, initial=done, desc="recording", unit="step", disable=_no_bar()) as bar:
         while done < total:
             epoch, first = divmod(done, per_epoch)
             for group in _groups(encoded, options, pad_id, epoch)[first : first + total - done]:
@@ -237,17 +272,27 @@ def _groups(encoded: list[Encoded], options: RecordOptions, pad_id: int, epoch: 
     return [micro[i : i + options.accumulation] for i in range(0, len(micro), options.accumulation)]
 
 
+def _share(group: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+    """This process's part of a step: whole micro-batches where they go round, else some rows of each."""
+    if len(group) % distributed.size() == 0:
+        return distributed.share(group)
+    rows = slice(distributed.rank(), None, distributed.size())
+    return [{key: value[rows] for key, value in batch.items()} for batch in group if len(batch["input_ids"]) > distributed.rank()]
+
+
 def _step(model: nn.Module, optimizer: torch.optim.Optimizer, group: list[dict[str, torch.Tensor]], step: int) -> tuple[float, int]:
     """One optimizer step on the mean cross-entropy of all scored tokens in the group; (nats per token, tokens)."""
     device = next(model.parameters()).device
     tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in group)
-    loss = 0.0
-    for batch in group:
+    loss, processes = 0.0, distributed.size()
+    for batch in _share(group):
         here = {key: value.to(device) for key, value in batch.items()}
         logits = model(input_ids=here["input_ids"], attention_mask=here["attention_mask"]).logits[:, :-1]
         nats = nn.functional.cross_entropy(logits.flatten(0, 1).float(), here["labels"][:, 1:].flatten(), ignore_index=-100, reduction="sum")
-        (nats / max(tokens, 1)).backward()
+        (nats * (processes / max(tokens, 1))).backward()  # the gradients' mean over processes is that of all tokens
         loss += float(nats.detach()) / max(tokens, 1)
+    [loss] = distributed.add_up_numbers([loss], device)
+    distributed.average_gradients([p for p in model.parameters() if p.requires_grad])
     if not math.isfinite(loss):
         raise ValueError(f"the loss is {loss} at step {step + 1}; lower --learning-rate or use --dtype float32; the last saved state is kept for --resume")
     optimizer.step()
@@ -256,12 +301,13 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, group: list[dict[s
 
 
 def _state_path(options: RecordOptions) -> Path:
-    return Path(str(options.out) + ".state")
+    """Where this process saves its state."""
+    return Path(f"{options.out}.state" + (f".{distributed.rank()}" if distributed.rank() else ""))
 
 
 def _comparable(options: RecordOptions) -> dict[str, Any]:
     """The options that decide the result, as they must be again to go on."""
-    return {k: v for k, v in as_dict(options).items() if k not in ("resume", "save_steps", "device", "threads", "tier", "keep_anchor", "groups", "offload")}
+    return {k: v for k, v in as_dict(options).items() if k not in ("resume", "save_steps", "device", "threads", "tier", "keep_anchor", *NOT_IN_THE_RESULT)}
 
 
 def _save_state(options: RecordOptions, model: nn.Module, recorder: PathRecorder, optimizer: Any, scheduler: Any, done: int, seconds: float, data: str) -> None:
@@ -273,15 +319,16 @@ def _save_state(options: RecordOptions, model: nn.Module, recorder: PathRecorder
 
 def _write_state(options: RecordOptions, state: dict[str, Any]) -> None:
     with atomic_path(_state_path(options)) as temporary:
-        torch.save(state, temporary)
+        torch.save({**state, "processes": distributed.size()}, temporary)
+        distributed.barrier()  # all states are renamed at about the same moment
 
 
-def _load_state(options: RecordOptions) -> dict[str, Any] | None:
+def load_state(options: RecordOptions) -> dict[str, Any] | None:
     """The saved state to go on from, or None. Read with weights_only, so no code in it can run."""
     if not options.resume:
         return None
     path = _state_path(options)
-    if not path.is_file():
+    if not any(distributed.collect(path.is_file())):
         logger.info("no saved state beside %s: starting from the beginning", options.out)
         return None
     try:
@@ -291,6 +338,11 @@ def _load_state(options: RecordOptions) -> dict[str, Any] | None:
         raise ValueError(f"{path} is not a whole saved state ({first}); remove it, or start again without --resume") from error
     if not isinstance(state, dict) or not isinstance(state.get("options"), dict):
         raise ValueError(f"{path} is not a saved state of holdfast record; remove it, or start again without --resume")
+    then_many = state.get("processes", 1)
+    if then_many != distributed.size():
+        raise OptionError(f"{path} was made by {then_many} process(es), found {distributed.size()}; use as many, or no --resume")
+    if len(set(distributed.collect(state["done"]))) > 1:
+        raise ValueError(f"the processes' states beside {options.out} are of different steps, as when interrupted while writing; start again without --resume")
     now, then = _comparable(options), state["options"]
     different = sorted(key for key in now if now[key] != then.get(key))
     if different:

@@ -49,8 +49,8 @@ ANY = Kind("anything", lambda value: True)
 
 LOSS = dict.fromkeys(("nats", "standard_error", "perplexity", "documents", "tokens", "bits_per_byte"), NUMBER)
 CHANGE = {"nats": NUMBER, "standard_error": NUMBER}
-ACCURACY = {"before": NUMBER, "after": NUMBER, "standard_error": NUMBER}
-POINT = {"scale": NUMBER, "learning": CHANGE, "forgetting": Each(CHANGE), "accuracy": ACCURACY, "accuracy_general": Each(ACCURACY)}
+SCORE = dict.fromkeys(("before", "after", "standard_error", "questions"), NUMBER)
+POINT = {"scale": NUMBER, "learning": CHANGE, "forgetting": Each(CHANGE), "accuracy": SCORE, "accuracy_general": Each(SCORE)}
 LOG = [Each(ANY)]
 MOVED = [{"weight": TEXT, "layer": NUMBER, "kind": TEXT, "movement": NUMBER, "importance": NUMBER, "coefficient": NUMBER}]
 ENVIRONMENT = {"python": TEXT, "platform": TEXT, "versions": Each(TEXT), "device": TEXT, "commit": TEXT}
@@ -83,7 +83,8 @@ SCORES = {"answer_loss": LOSS, **dict.fromkeys(("acc", "acc_norm", "acc_stderr",
 STATE = {"general": LOSS, "domain": LOSS, "tasks": Each(SCORES)}
 RUN = {"configuration": Each(ANY), "environment": ENVIRONMENT, "data": Each(ANY), "method": [NAME], "before": STATE, "after": STATE, "forgetting": CHANGE,
        "learning": CHANGE, "energy": NUMBER, "train_seconds": NUMBER, "trainable_parameters": NUMBER, "peak_memory_bytes": NUMBER, "log": LOG,
-       "moved": MOVED}  # fmt: skip
+       "moved": MOVED, "sequence": {"domains!": [NAME], "matrix!": [[NUMBER]], "accuracy_domains!": [NAME], "accuracy": [[NUMBER]], "general": [CHANGE],
+                                    **dict.fromkeys(("average", "backward_transfer", "forward_transfer"), NUMBER)}}  # fmt: skip
 
 
 def check(data: Any, shape: Any, where: str) -> None:

@@ -29,6 +29,7 @@ from holdfast.budget import check_reach, parse, percent
 from holdfast.config import OptionError, ShrinkOptions, as_dict
 from holdfast.evaluation import changes, measure, table
 from holdfast.finish import EACH, Learning, keep_budget, sentences, ways_of
+from holdfast.hub import importance_path, write_card
 from holdfast.importance.container import Importance
 from holdfast.keeper import domain
 from holdfast.ledger import Ledger, open_ledger
@@ -52,7 +53,8 @@ def shrink(options: ShrinkOptions) -> dict[str, Any]:
     options = replace(options, model=options.model or config.get("base_model_name_or_path") or "")
     if not options.model:
         raise OptionError(f"'{options.adapter}' does not name its base model; give --model MODEL")
-    importance = Importance.load(options.importance) if options.importance else None
+    file = importance_path(options.importance) if options.importance else None
+    importance = Importance.load(file) if file else None
     torch.manual_seed(options.seed)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -82,13 +84,14 @@ def shrink(options: ShrinkOptions) -> dict[str, Any]:
     run = {
         "configuration": as_dict(options),
         "environment": environment(str(next(model.parameters()).device)),
-        "importance": {"file": options.importance, "sha256": sha256_file(options.importance)} if options.importance else None,
+        "importance": {"file": options.importance, "sha256": sha256_file(file)} if file else None,
         "before": before,
         "after": after,
         **changes(before, after),
         **kept,
         "seconds": time.perf_counter() - started,
     }
+    write_card(out / "final", "shrink", run)
     write_json(out / "run.json", run)
     if options.general or options.data:
         print(table(before, after))

@@ -18,13 +18,14 @@ import hashlib
 import logging
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from holdfast.checkpoint import KeptWeight, StoredWeight, stored_weights
+from holdfast import distributed
+from holdfast.checkpoint import Base, KeptWeight, StoredWeight, stored_weights
 from holdfast.config import OptionError, nearest
 
 logger = logging.getLogger("holdfast")
@@ -62,10 +63,16 @@ class LowRankWeight:
     B: nn.Parameter  # (out, r)
     scale: float
     initial: tuple[Tensor, Tensor] | None = None  # (r, in), (out, r)
+    adapter: str = "default"
 
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
         return (self.A, self.B)
+
+    def live(self) -> LowRankWeight:
+        """The same with the parameters that the module has now: FSDP2 puts others in their place."""
+        A, B = self.module.lora_A[self.adapter].weight, self.module.lora_B[self.adapter].weight
+        return self if A is self.A and B is self.B else replace(self, A=A, B=B)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """L (out, q), R (q, in) with L @ R = U, in f32 or wider."""
@@ -95,12 +102,16 @@ class FullWeight:
     kind: str
     module: nn.Module
     W: nn.Parameter  # (out, in), or (in, out) where transposed
-    base: KeptWeight | StoredWeight  # as W
+    base: Base  # as W
     transposed: bool
 
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
         return (self.W,)
+
+    def live(self) -> FullWeight:
+        """The same with the parameter that the module has now: FSDP2 puts another in its place."""
+        return self if self.module.weight is self.W else replace(self, W=self.module.weight)
 
     def oriented(self, tensor: Tensor) -> Tensor:
         """A tensor shaped like the parameter, seen as (out, in)."""
@@ -154,6 +165,7 @@ def target_weights(model: nn.Module, *, names: str | None = None, subtract_initi
     base = unwrapped(model)
     found = [weight for path, module in base.named_modules() if (weight := _low_rank(path, module, model, subtract_initial)) is not None]
     if found:
+        _check_own(base, [(weight.name.removesuffix(".weight"), weight.module.get_base_layer()) for weight in found])
         return list(found)
     if hasattr(model, "peft_config"):
         raise ValueError(f"the model has no LoRA layer that holdfast can hold (found {_adapter_types(model)}); use LoRA, or full fine-tuning without PEFT")
@@ -211,7 +223,18 @@ def _low_rank(path: str, module: nn.Module, model: nn.Module, subtract_initial: 
             raise ValueError(f"{where}: the adapter starts away from the base model (init_lora_weights moves the base weight); importance "
                              "belongs to the bare base. Use the default initialisation, or pass subtract_initial=True before training")  # fmt: skip
         initial = (A.detach().clone(), B.detach().clone())
-    return LowRankWeight(path + ".weight", (B.shape[0], A.shape[1]), *_place(path), module, A, B, float(module.scaling[adapter]), initial)
+    return LowRankWeight(path + ".weight", (B.shape[0], A.shape[1]), *_place(path), module, A, B, float(module.scaling[adapter]), initial, adapter)
+
+
+def _check_own(model: nn.Module, layers: list[tuple[str, nn.Module]]) -> None:
+    """Raise ValueError where a layer's weight is another module's too (tied, or shared by two layers): neither its gradient nor its update is the layer's."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name.replace(".base_layer.", "."))
+    for path, module in layers:
+        other = next((name for name in owners.get(id(module.weight), []) if name != f"{path}.weight"), None)
+        if other is not None:
+            raise ValueError(f"'{path}.weight' and '{other}' are one parameter, whose gradient and update belong to both; leave it out of the targets")
 
 
 def _moves_the_base(model: nn.Module, adapter: str) -> bool:
@@ -228,10 +251,12 @@ def _place(path: str) -> tuple[int | None, str]:
 
 def _full(model: nn.Module, layers: list[tuple[str, nn.Module]]) -> list[TargetWeight]:
     """Weights that are trained themselves, each with its base: in the checkpoint's file where it stands there as it is now, else copied."""
+    _check_own(model, layers)
     for path, module in layers:
         if not module.weight.is_floating_point():
             raise ValueError(f"'{path}' is quantised ({module.weight.dtype}) and cannot be trained itself; use LoRA")
-    stored = stored_weights(model, {path + ".weight": module.weight for path, module in layers})
+    # Of weights that FSDP2 has sharded a process copies its own rows.
+    stored = stored_weights(model, {path + ".weight": module.weight for path, module in layers if not distributed.is_sharded(module.weight)})
     copied = [path + ".weight" for path, _ in layers if path + ".weight" not in stored]
     if copied:
         size = sum(module.weight.numel() * module.weight.element_size() for path, module in layers if path + ".weight" not in stored)
@@ -245,7 +270,7 @@ def _full(model: nn.Module, layers: list[tuple[str, nn.Module]]) -> list[TargetW
 def _full_weight(path: str, module: nn.Module, stored: StoredWeight | None) -> FullWeight:
     W, transposed = module.weight, _is_conv1d(module)
     shape = (W.shape[1], W.shape[0]) if transposed else (W.shape[0], W.shape[1])
-    return FullWeight(path + ".weight", shape, *_place(path), module, W, stored or KeptWeight(W.detach().clone()), transposed)
+    return FullWeight(path + ".weight", shape, *_place(path), module, W, stored or KeptWeight(distributed.local(W).detach().clone()), transposed)
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -320,8 +345,9 @@ def base_layers(model: nn.Module, names: str) -> list[BaseLayer]:
         if _moves_the_base(_wrapper(model), adapter):
             raise ValueError(f"adapter '{adapter}' moved the base weight when it was made (init_lora_weights); importance belongs to the bare base: "
                              "record on the model without the adapter")  # fmt: skip
-    shapes = base_shapes(model)
-    return [BaseLayer(path + ".weight", shapes[path + ".weight"], module) for path, module in matching(base, names)]
+    shapes, layers = base_shapes(model), matching(base, names)
+    _check_own(base, layers)
+    return [BaseLayer(path + ".weight", shapes[path + ".weight"], module) for path, module in layers]
 
 
 def _wrapper(model: nn.Module) -> nn.Module:
@@ -382,10 +408,16 @@ def fingerprint(model: nn.Module, *, samples: int = 65_536) -> str:
     for name, shape in sorted(base_shapes(model).items()):
         digest.update(f"{name} {shape}\n".encode())
     embedding = unwrapped(model).get_input_embeddings()
-    table = getattr(embedding, "base_layer", embedding).weight.detach().flatten()
-    chosen = table[:: max(1, table.numel() // samples)]
-    digest.update(torch.signbit(chosen).cpu().numpy().tobytes())
+    table = getattr(embedding, "base_layer", embedding).weight.detach()
+    digest.update(_signs(table, max(1, table.numel() // samples)))
     return digest.hexdigest()
+
+
+def _signs(table: Tensor, step: int) -> bytes:
+    """The sign bits of every `step`th element; of a table sharded by rows, together, each process's own in order."""
+    first, here = distributed.rows_here(table)[0] * table.shape[1], distributed.local(table).flatten()
+    signs: bytes = torch.signbit(here[-first % step :: step]).cpu().numpy().tobytes()
+    return b"".join(distributed.collect(signs)) if distributed.is_sharded(table) else signs
 
 
 def peft_targets(model: nn.Module, names: str) -> tuple[list[str], bool]:

@@ -11,6 +11,7 @@ The hooks are removed by `close()`, or on leaving the `with` block, whatever hap
 from __future__ import annotations
 
 import abc
+import math
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from holdfast import distributed
 from holdfast.config import OptionError
 from holdfast.importance.container import Entry, Importance
 from holdfast.importance.movement import effective_gradient
@@ -38,6 +40,8 @@ class PathRecorder(abc.ABC):
         names: target weights for full fine-tuning, as in `weights.matching`.
         offload: keep credits and Omega in CPU memory while the model is on a GPU, at the price of one transfer of each weight's credits per step.
 
+    In several processes that train one model (DDP) each keeps the credits of its share of the weights; `finish` brings them together, in every process.
+
     Raises ValueError for models that cannot be recorded (see `weights.target_weights`).
     """
 
@@ -55,9 +59,22 @@ class PathRecorder(abc.ABC):
         self.gradient, self.xi, self.clamp, self.offload = gradient, xi, clamp, offload
         self.steps = self.skipped = self.epochs = 0
         self.decrease = 0.0  # nats: sum over steps and elements of -g * d, before clamping
-        self._credit: Sums = {weight.name: self._zeros(weight) for weight in self.weights}
-        self._omega: Sums = {weight.name: self._zeros(weight) for weight in self.weights}
         self._steps_in_epoch = 0
+        self._owner: dict[str, int] = {}  # weight -> process, once there are several
+        self._credit: Sums = {}
+        self._omega: Sums = {}
+        self._divide()
+
+    def _divide(self) -> None:
+        """Credits of each weight are kept by one process; what would be another's is dropped."""
+        if distributed.running() and not self._owner:
+            self._owner = distributed.owners({weight.name: (weight.name, math.prod(weight.shape)) for weight in self.weights})
+        kept = [weight for weight in self.weights if self._keeps(weight)]
+        self._credit = {weight.name: self._credit.get(weight.name) or self._zeros(weight) for weight in kept}
+        self._omega = {weight.name: self._omega.get(weight.name) or self._zeros(weight) for weight in kept}
+
+    def _keeps(self, weight: TargetWeight) -> bool:
+        return self._owner.get(weight.name, 0) == distributed.rank()
 
     def _new(self, weight: TargetWeight, *shape: int) -> Tensor:
         """Zeros where credits are kept, in f32 or wider."""
@@ -98,6 +115,7 @@ class PathRecorder(abc.ABC):
         `scaler`: the GradScaler in use, so that scaled gradients are recorded in nats. Do not clip before the step with gradient="effective".
         Raises ValueError for optimizers whose steps cannot be seen, OptionError where the paper's gradient is not defined.
         """
+        self._divide()  # the processes may have found each other since
         return Attachment(self, optimizer, scaler)
 
     def end_epoch(self) -> None:
@@ -105,6 +123,8 @@ class PathRecorder(abc.ABC):
         if self._steps_in_epoch == 0:
             return
         for weight in self.weights:
+            if not self._keeps(weight):
+                continue
             credit = self._credit[weight.name]
             self._omega[weight.name] = self._add(self._omega[weight.name], self._normalised(weight, tuple(part.clamp(min=0) for part in credit)))
             for part in credit:
@@ -113,28 +133,36 @@ class PathRecorder(abc.ABC):
         self._steps_in_epoch = 0
 
     def finish(self) -> Importance:
-        """End the last epoch; the importance, with the adapter as it is now as its anchor. Raises ValueError if no step was seen."""
+        """End the last epoch; the importance, with the adapter as it is now as its anchor; of several processes, together. Raises ValueError if no step
+        was seen."""
         self.end_epoch()
         if self.epochs == 0:
             raise ValueError("no optimizer step was recorded: attach the recorder to the optimizer that trains these weights, then train")
-        entries = {name: self._entry(omega) for name, omega in self._omega.items()}
+        entries = {weight.name: self._entry(self._whole(weight)) for weight in self.weights}
+        [decrease] = distributed.add_up_numbers([self.decrease], self.weights[0].parameters[0].device)
         info = {
             "estimator": self.estimator,
             "tier": next(iter(entries.values())).tier,
             "unit": "nats per squared weight" if self.gradient == "exact" else "arbitrary (effective gradient)",
             "settings": {"gradient": self.gradient, "xi": self.xi, "clamp": self.clamp, "steps": self.steps, "skipped": self.skipped,
-                         "epochs": self.epochs, "decrease_nats": self.decrease},
+                         "epochs": self.epochs, "decrease_nats": decrease},
             "norms": {name: entry.norm() for name, entry in entries.items()},
         }  # fmt: skip
         return Importance(entries, _anchors(self.weights), info)
 
+    def _whole(self, weight: TargetWeight) -> tuple[Tensor, ...]:
+        """Omega of one weight, in several processes as its owner has it."""
+        omega = self._omega[weight.name] if self._keeps(weight) else self._zeros(weight)
+        return tuple(distributed.from_owner(part, self._owner.get(weight.name, 0)) for part in omega)
+
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on later: tensors and plain numbers."""
+        """Everything needed to go on later: tensors and plain numbers; of several processes, what this one keeps."""
         numbers = {"steps": self.steps, "skipped": self.skipped, "epochs": self.epochs, "decrease": self.decrease, "in_epoch": self._steps_in_epoch}
         return {"estimator": self.estimator, "numbers": numbers, "credit": self._credit, "omega": self._omega}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict()`. Raises ValueError if it belongs to other weights or another estimator."""
+        self._divide()
         if state["estimator"] != self.estimator or set(state["credit"]) != set(self._credit):
             raise ValueError("the saved recorder state is for other target weights or another estimator; start again without --resume")
         for mine, theirs in ((self._credit, state["credit"]), (self._omega, state["omega"])):
@@ -146,15 +174,21 @@ class PathRecorder(abc.ABC):
 
     def record_step(self, before: dict[str, tuple[Tensor, ...]], gradients: dict[str, Any]) -> None:
         """Credit one optimizer step, given the parameters before it and a gradient of U for each weight that had one."""
-        stepped = [weight for weight in self.weights if weight.name in gradients]
+        # In several processes one that saw nothing of a weight takes part all the same.
+        stepped = [weight for weight in self.weights if weight.name in gradients or (self._owner and weight.name in before)]
         pairs = [(p.detach(), old) for weight in stepped for p, old in zip(weight.parameters, before[weight.name], strict=True)]
         if all(torch.equal(now, old) for now, old in pairs):
             self.skipped += 1  # a GradScaler skipped the step, or the learning rate was zero
             return
         if not all(bool(torch.isfinite(now).all()) for now, _ in pairs) or not all(_finite(gradient) for gradient in gradients.values()):
             raise ValueError(f"non-finite gradient or weight at recorded step {self.steps + 1}; lower the learning rate or record in f32")
+        if self._owner and self.steps == 0:
+            moved = sum(float((now.double() - old.double()).abs().sum()) for now, old in pairs)
+            distributed.check_same("the first recorded step", moved, "recording in several processes wants them to train one model (DDP)")
         for weight in stepped:
-            shares = self._shares(weight, gradients[weight.name], before[weight.name])
+            shares = self._shared(weight, gradients.get(weight.name), before[weight.name])
+            if shares is None:
+                continue
             self.decrease += float(shares[0].sum())
             for credit, share in zip(self._credit[weight.name], shares, strict=True):
                 credit.add_(share.to(credit.device))
@@ -162,6 +196,23 @@ class PathRecorder(abc.ABC):
                     credit.clamp_(min=0)
         self.steps += 1
         self._steps_in_epoch += 1
+
+    def _shared(self, weight: TargetWeight, gradient: Any, before: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """-g * d of one step, in several processes only at the weight's owner, with g their mean.
+
+        The movement is the same everywhere, and parameter gradients are once they have been averaged. The exact gradient under LoRA is not: it is what this
+        process's backward pass saw. Its credit, which is linear in it, is averaged: row and column sums for path-factored, else (out, in).
+        """
+        local = self._owner and self.gradient == "exact" and isinstance(weight, LowRankWeight)
+        if not self._keeps(weight) and not local:
+            return None
+        device = weight.parameters[0].device
+        shares = self._shares(weight, gradient, before) if gradient is not None else tuple(part.to(device) for part in self._zeros(weight))
+        if local:
+            shares = tuple(share.div(distributed.size()).contiguous() for share in shares)
+            for share in shares:
+                distributed.add_up_at(share, self._owner[weight.name])
+        return shares if self._keeps(weight) else None
 
 
 class Attachment:
@@ -202,6 +253,10 @@ class Attachment:
         mine = weakref.ref(self)
 
         def forward(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+            attachment = mine()
+            # Here, not in the backward pass: a module may be called several times before it. Checkpointing calls it again within one: that begins nothing.
+            if attachment is not None and torch._C._current_graph_task_id() == -1 and _fresh(weight):
+                attachment._pending.pop(weight.name, None)
             if not (torch.is_grad_enabled() and output.requires_grad):
                 return
             x = inputs[0].detach()
@@ -217,7 +272,7 @@ class Attachment:
 
     def _accumulate(self, weight: LowRankWeight, x: Tensor, grad: Tensor) -> None:
         dtype = wider(weight.A.dtype)
-        before = None if _fresh(weight) else self._pending.get(weight.name)
+        before = self._pending.get(weight.name)
         x, d = x.reshape(-1, weight.shape[1]).to(dtype), grad.reshape(-1, weight.shape[0]).to(dtype)
         self._pending[weight.name] = self.recorder.gather(weight, before, x, d)
 
@@ -229,6 +284,8 @@ class Attachment:
             self._gradients = {w.name: g for w in weights if (g := self._from_factors(w)) is not None}
         else:
             self._gradients = {w.name: g for w in weights if (g := self._exact(w)) is not None}
+            if not self._gradients and self.recorder.steps == self.recorder.skipped == 0 and not distributed.running():
+                _check_unseen(weights)
         self._pending = {}
 
     def _exact(self, weight: TargetWeight) -> Any:
@@ -264,6 +321,13 @@ def _fresh(weight: LowRankWeight) -> bool:
     return all(p.grad is None or not bool(p.grad.any()) for p in weight.parameters if p.requires_grad)
 
 
+def _check_unseen(weights: list[TargetWeight]) -> None:
+    """Raise ValueError where the first step has gradients that no hook has seen: torch.compile leaves out hooks that come after its first call."""
+    if any(p.grad is not None and bool(p.grad.any()) for weight in weights for p in weight.parameters):
+        raise ValueError("the backward pass did not reach the recorder; attach it before the first forward pass (a model compiled by torch.compile keeps the "
+                         "hooks it has by then), or use gradient='effective'")  # fmt: skip
+
+
 def _finite(gradient: Any) -> bool:
     parts = [gradient] if isinstance(gradient, Tensor) else [part for pair in gradient for part in pair]
     return all(bool(torch.isfinite(part).all()) for part in parts)
@@ -280,6 +344,9 @@ def _check_optimizer(recorder: PathRecorder, optimizer: torch.optim.Optimizer) -
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     rates = {}
     for weight in recorder.weights:
+        if any(distributed.is_sharded(p) for p in weight.parameters):
+            raise ValueError(f"'{weight.name}' is sharded by FSDP2, where no process sees all of its movement or gradient; record in one process "
+                             "or with DDP, or by an estimator that observes the bare model (fisher, kronecker)")  # fmt: skip
         trained = [p for p in weight.parameters if p.requires_grad]
         if not trained:
             raise ValueError(f"'{weight.name}' is frozen, so nothing would move; unfreeze the adapter (for PEFT: is_trainable=True)")

@@ -15,6 +15,9 @@ grow with the text. Sampled labels come from one stream of random numbers in the
 Where the sums of all weights do not fit, `divide` splits the weights into groups, each seen in a pass of its own over the same text. What a finished group
 amounts to waits on the CPU. The result is the same bit for bit: a pass differs from the whole only in which layers are watched.
 
+In several processes (torchrun), each observes its share of the text and `skip`s the rest; `end_pass` and `finish` add up what all have seen, so every process
+calls them.
+
     recorder.look(input_ids)                 # which weights read the same input: they stay together
     for _ in range(recorder.divide(4)):
         for batch in batches: recorder.observe(**batch)
@@ -32,6 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from holdfast import distributed
 from holdfast.config import OptionError
 from holdfast.importance.container import Entry, Importance
 from holdfast.importance.entries import from_plain, to_plain, with_tensors
@@ -61,6 +65,9 @@ class ObservingRecorder(abc.ABC):
             raise OptionError(f"labels expects 'empirical' or 'sampled', found '{labels}'")
         self.model, self.labels, self.seed = model, labels, seed
         self.layers = base_layers(model, names)
+        if any(distributed.is_sharded(parameter) for parameter in model.parameters()):
+            raise ValueError("the model is sharded by FSDP2, under which the bare base cannot be observed; record in one process or with DDP, "
+                             "on the model as it was loaded, before it is sharded")  # fmt: skip
         self.observed = self.layers  # of these, what the current pass sees
         self.group = 0
         self._groups = [self.layers]
@@ -71,6 +78,7 @@ class ObservingRecorder(abc.ABC):
         self.tokens = self.positions = self.sequences = 0  # scored; that count as inputs; rows with a scored token
         self._nats = 0.0
         self._random = torch.Generator().manual_seed(seed)
+        self._added_up = False
 
     @abc.abstractmethod
     def _see(self, layer: BaseLayer, x: Tensor, d: Tensor | None, counts: Tensor) -> None:
@@ -97,9 +105,9 @@ class ObservingRecorder(abc.ABC):
 
         Returns the loss on the text itself in nats per scored token. Raises ValueError on a non-finite loss, before anything is added.
         """
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        # (batch, tokens - 1): what follows each token. Nothing is predicted from padding, as the first token after left padding would be.
-        targets = (input_ids if labels is None else labels)[:, 1:].masked_fill((mask[:, 1:] == 0) | (mask[:, :-1] == 0), -100)
+        if self._added_up:
+            raise ValueError("the processes' sums have been added up, so nothing more can be observed; make a new recorder")
+        mask, targets = _scored(input_ids, attention_mask, labels)
         scored = targets != -100
         counts = torch.zeros_like(input_ids, dtype=torch.bool)
         counts[:, :-1] = scored.flip(1).cumsum(1).flip(1) > 0
@@ -120,6 +128,11 @@ class ObservingRecorder(abc.ABC):
         self.sequences += int(scored.any(1).sum())
         self._nats += float(text)
         return float(text) / int(scored.sum())
+
+    def skip(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None) -> None:
+        """Pass over a batch that another process observes, so that sampled labels are those of one process that sees all of the text."""
+        if self.needs_gradients and self.labels == "sampled":
+            torch.rand(int((_scored(input_ids, attention_mask, labels)[1] != -100).sum()), generator=self._random, dtype=torch.float64)
 
     def look(self, input_ids: Tensor) -> None:
         """Find out which weights read the same input, by one forward pass over a row of token ids (1, tokens)."""
@@ -161,6 +174,7 @@ class ObservingRecorder(abc.ABC):
 
     def end_pass(self) -> None:
         """End a pass over the text: the next group begins. After the last one, `finish` is all that is left. Raises ValueError if nothing was observed."""
+        self._add_up()
         self._check_observed()
         if self._first_pass not in (None, self.tokens):
             raise ValueError(f"pass {self.group + 1} saw {self.tokens} tokens, the first {self._first_pass}: give every pass the same text")
@@ -177,8 +191,27 @@ class ObservingRecorder(abc.ABC):
     def _begin(self, group: int) -> None:
         self.group, self.observed = group, self._groups[group]
         self.tokens = self.positions = self.sequences = 0
-        self._nats = 0.0
+        self._nats, self._added_up = 0.0, False
         self._random.manual_seed(self.seed)  # every pass draws the same labels
+
+    def _add_up(self) -> None:
+        """Add up what the processes have observed of this pass, together, one weight at a time; nothing to do in one process."""
+        if self._added_up or not distributed.running():
+            return
+        for leaders in distributed.collect(self.leaders):  # a process without a batch knows neither these nor shapes
+            self.leaders.update(leaders)
+        device = self.layers[0].module.weight.device
+        for sums in self._sums().values():
+            kinds: dict[str, tuple[Any, Any]] = {}
+            for found in distributed.collect({name: (tuple(tensor.shape), tensor.dtype) for name, tensor in sums.items()}):
+                kinds.update(found)
+            for name in (layer.name for layer in self.observed if layer.name in kinds):
+                if name not in sums:
+                    sums[name] = torch.zeros(kinds[name][0], dtype=kinds[name][1], device=device)
+                distributed.add_up(sums[name])
+        counted = distributed.add_up_numbers([self.tokens, self.positions, self.sequences, self._nats], device)
+        self.tokens, self.positions, self.sequences = (int(number) for number in counted[:3])
+        self._nats, self._added_up = counted[3], True
 
     def _check_observed(self) -> None:
         if self.tokens == 0:
@@ -189,7 +222,9 @@ class ObservingRecorder(abc.ABC):
         return self.estimator + (f", {self.labels} labels" if self.needs_gradients else "")
 
     def finish(self) -> Importance:
-        """The importance of what was observed so far. Raises ValueError if nothing was, or if something is not finite."""
+        """The importance of what was observed so far; of all processes, together. Raises ValueError if nothing was, or if something is not finite."""
+        if self.group < len(self._groups):
+            self._add_up()
         self._check_observed()
         if self.group < len(self._groups) - 1:
             raise ValueError(f"{self.group} of {len(self._groups)} passes have ended: observe the same text again, and call end_pass() after each pass")
@@ -279,6 +314,13 @@ class ObservingRecorder(abc.ABC):
     def _follow(self, name: str, leader: str) -> None:
         if self.leaders.setdefault(name, leader) != leader:
             raise ValueError(f"'{name}' shares its input with '{self.leaders[name]}' in one batch and with '{leader}' in another; leave it out of --targets")
+
+
+def _scored(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(attention mask (batch, tokens), what follows each token (batch, tokens - 1) or -100 where that is not scored)."""
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    # Nothing is predicted from padding, as the first token after left padding would be.
+    return mask, (input_ids if labels is None else labels)[:, 1:].masked_fill((mask[:, 1:] == 0) | (mask[:, :-1] == 0), -100)
 
 
 def _check_use(layer: BaseLayer, x: Tensor, counts: Tensor, again: bool) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from holdfast import distributed
 from holdfast.config import OptionError, TuneOptions
 from holdfast.importance.container import Importance
 from holdfast.importance.controls import shuffled, uniform
@@ -23,8 +24,10 @@ from holdfast.texts import batches
 def _penalty(setup: Setup, model: nn.Module, importance: Importance) -> Penalty:
     o = setup.options
     assert o.strength is not None
-    return Penalty(model, importance, strength=o.strength, layers=setup.layers, anchor=o.anchor, names=o.targets if o.full else None,
-                   offload=o.offload_importance)  # fmt: skip
+    penalty = Penalty(model, importance, strength=o.strength, layers=setup.layers, anchor=o.anchor, names=o.targets if o.full else None,
+                      offload=o.offload_importance, shard=distributed.running())  # fmt: skip
+    penalty.settle()  # lets go of what other processes keep
+    return penalty
 
 
 def from_file(setup: Setup, model: nn.Module) -> Penalty | None:
@@ -51,7 +54,7 @@ def ewc_lora(setup: Setup, model: nn.Module) -> Penalty | None:
     importance = setup.importance
     if importance is None:
         recorder = Fisher(model, setup.options.targets)
-        for batch in batches(setup.text, batch_size=setup.options.batch_size, pad_id=setup.tokenizer.pad_token_id):
+        for batch in distributed.share(list(batches(setup.text, batch_size=setup.options.batch_size, pad_id=setup.tokenizer.pad_token_id))):
             device = next(model.parameters()).device
             recorder.observe(**{key: value.to(device) for key, value in batch.items()})
         importance = recorder.finish()

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from holdfast import distributed
 from holdfast.config import OptionError, nearest
 from holdfast.importance.container import CodedEntry, DenseEntry, Entry, FactoredEntry, Importance, KroneckerEntry
 from holdfast.layers import Uniform
-from holdfast.penalty import factored, fused, kronecker, tiled
+from holdfast.penalty import factored, fused, kronecker, sharing, tiled
 from holdfast.penalty.difference import thin
 from holdfast.penalty.offload import in_cpu_memory, placed
 from holdfast.stepping import before_step, pending_scale, unwrapped_optimizer, will_skip
@@ -40,12 +41,14 @@ class Penalty:
         kernel: for element-wise importance, "tiled" (any device) or "fused", the Triton kernel for LoRA on a GPU: so far checked in Triton's interpreter
             only, so not the default.
         offload: keep importance in CPU memory (pinned where the model is on CUDA) and bring it to the device one weight at a time; see offload.py.
+        shard: in several processes that train one model (DDP, FSDP2), each keeps the importance of its share of the weights, and `pull` is called together;
+            see sharing.py. Without, each keeps all of it and DDP's processes pull alike. Nothing changes in one process.
 
     Raises ValueError when importance does not fit the model, OptionError for wrong settings.
     """
 
     def __init__(self, model: nn.Module, importance: Importance, *, strength: float, layers: Any = None, anchor: str = "base", names: str | None = None,
-                 kernel: str = "tiled", offload: bool = False):  # fmt: skip
+                 kernel: str = "tiled", offload: bool = False, shard: bool = False):  # fmt: skip
         if kernel not in ("tiled", "fused"):
             raise OptionError(f"unknown kernel '{kernel}'; {nearest(kernel, ('tiled', 'fused'))}")
         if not (math.isfinite(strength) and strength >= 0):
@@ -58,7 +61,7 @@ class Penalty:
         self.kernel = kernel
         if kernel == "fused":
             self._check_fused()
-        self.offload = offload
+        self.offload, self.shard = offload, shard
         if offload:
             names_held = [weight.name for weight in self.weights]
             self.importance = in_cpu_memory(importance, names_held, any(weight.parameters[0].is_cuda for weight in self.weights))
@@ -68,6 +71,8 @@ class Penalty:
         self._last_energy: float | None = None
         self._entries: dict[str, Entry] = {}
         self._moved: dict[Any, Any] = {}  # covariances that weights share are moved once
+        self._owner: dict[str, int] | None = None  # weight -> the process that keeps its importance; None: not settled, or this one keeps all
+        self._sharded = self._settled = False
 
     def _check_fused(self) -> None:
         reasons = [why for device in {weight.parameters[0].device for weight in self.weights} for ok, why in [fused.available(device)] if not ok]
@@ -86,35 +91,105 @@ class Penalty:
 
     def attach(self, optimizer: Any) -> PenaltyAttachment:
         """Pull before every step of `optimizer`; returns a handle, also a context manager, whose `close()` removes the hook."""
+        self._settled = False
+        self.settle()
         return PenaltyAttachment(self, optimizer)
+
+    def settle(self) -> None:
+        """Take on what the model is by now: parameters that FSDP2 has put in place of others, and this process's share of the importance. `attach` calls it.
+
+        Raises ValueError for what cannot be held under FSDP2.
+        """
+        if self._settled:
+            return
+        self.weights = [sharing.current(weight) for weight in self.weights]
+        self._settled, sharded = True, any(distributed.is_sharded(p) for weight in self.weights for p in weight.parameters)
+        if sharded and not self._sharded:
+            for weight in self.weights:
+                sharing.check_sharded(weight, self.importance[weight.name])
+        full = isinstance(self.weights[0], FullWeight)
+        if sharded and full and not self._sharded:
+            rows = {weight.name: sharing.rows_here(weight) for weight in self.weights}
+            self._keep({name: sharing.rows_of(self.importance[name], here) for name, here in rows.items()}, rows)
+        elif self.shard and distributed.running() and self._owner is None and not (sharded and full):
+            self._owner = sharing.owners(self.importance, [weight.name for weight in self.weights])
+            self._keep({name: self.importance[name] for name, owner in self._owner.items() if owner == distributed.rank()})
+        self._sharded = sharded
+
+    def _keep(self, entries: dict[str, Entry], rows: dict[str, slice] | None = None) -> None:
+        self.importance = sharing.part(self.importance, entries, rows)
+        self._entries, self._moved = {}, {}
 
     @torch.no_grad()
     def pull(self, *, scale: float = 1.0) -> None:
         """Add the pull to `.grad` now. `scale` multiplies it where gradients still carry a GradScaler's factor."""
         if self.strength == 0:
             return
+        self.settle()
         energy, pulled, gradient = [], [], []
-        for weight, entry in self._placed():
-            c = self.coefficients[weight.name]
-            parts, e = self._pull_of(weight, entry, self.strength * c)
-            energy.append(c * e)
+        for weight, parts, e in self._pulls():
+            energy.append(e)
             for parameter, part in zip(weight.parameters, parts, strict=True):
                 if not parameter.requires_grad:
                     continue
-                pulled.append(part.square().sum())
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-                gradient.append(parameter.grad.to(part.dtype).square().sum() / scale**2)
-                parameter.grad.add_(part, alpha=scale)
-        self._last_energy = float(_total(energy))
-        self.pull_norm, self.gradient_norm = math.sqrt(float(_total(pulled))), math.sqrt(float(_total(gradient)))
+                grad, part = distributed.local(parameter.grad), distributed.rows_like(part, parameter)
+                if not self._sharded or distributed.counts(parameter):
+                    pulled.append(part.square().sum())
+                    gradient.append(grad.to(part.dtype).square().sum() / scale**2)
+                grad.add_(part, alpha=scale)
+        self._last_energy, pulled_squared, gradient_squared = self._counted(_total(energy), _total(pulled), _total(gradient))
+        self.pull_norm, self.gradient_norm = math.sqrt(pulled_squared), math.sqrt(gradient_squared)
         if not math.isfinite(self.pull_norm):  # raised before the optimizer moves anything
             raise ValueError(f"the pull is {self.pull_norm} (energy {self._last_energy}); lower the strength or the learning rate")
 
+    def _pulls(self) -> Iterator[tuple[TargetWeight, tuple[Tensor, ...], Any]]:
+        """(weight, pull per parameter, coefficient * energy where this process counts it) of every weight, together where importance is shared out."""
+        waiting = []
+        for weight, parts, e in self._parts(self.strength):
+            if self._owner is None:
+                yield weight, parts, e
+            elif isinstance(weight, FullWeight):  # as large as the weight: one at a time
+                yield weight, tuple(distributed.from_owner(part, self._owner[weight.name]) for part in parts), e
+            else:
+                waiting.append((weight, parts, e))
+        distributed.add_up_all([part for _, parts, _ in waiting for part in parts])
+        yield from waiting
+
+    def _parts(self, strength: float) -> Iterator[tuple[TargetWeight, tuple[Tensor, ...], Any]]:
+        """What this process has of each pull and energy: zeros for a weight whose importance another keeps."""
+        entries = self._placed()
+        for weight in self.weights:
+            here = sharing.seen(weight)
+            if self._owner is not None and self._owner[weight.name] != distributed.rank():
+                yield weight, tuple(torch.zeros_like(p, dtype=wider(p.dtype)) for p in here.parameters), 0.0
+                continue
+            c = self.coefficients[weight.name]
+            parts, e = self._pull_of(here, next(entries), strength * c)
+            counted = not self._sharded or self._owner is not None or (distributed.counts(weight.W) if isinstance(weight, FullWeight) else distributed.first())
+            yield weight, parts, c * e if counted else 0.0
+
+    def _counted(self, *numbers: float) -> list[float]:
+        """Sums over the processes: of energies where importance is shared out, of norms where parameters are."""
+        device = self.weights[0].parameters[0].device
+        if self._sharded:
+            return distributed.add_up_numbers(numbers, device)
+        return [*distributed.add_up_numbers(numbers[:1], device), *numbers[1:]] if self._owner is not None else list(numbers)
+
     @torch.no_grad()
-    def energy(self) -> float:
-        """sum_l c_l * energy_l at the weights as they are now, in nats for importance in nats per squared weight."""
-        return float(_total([self.coefficients[weight.name] * self._pull_of(weight, entry, 0.0)[1] for weight, entry in self._placed()]))
+    def energy(self, *, together: bool = False) -> float:
+        """sum_l c_l * energy_l at the weights as they are now, in nats for importance in nats per squared weight.
+
+        Where processes share the importance or the parameters, it is that of the last pull, so that one process may ask alone; `together`, every process
+        asking, it is that of the weights as they are now. Raises ValueError before the first pull.
+        """
+        if not together and (self._owner is not None or self._sharded):
+            if self._last_energy is None:
+                raise ValueError("no pull was made yet, and importance is shared over processes: let every process call energy(together=True)")
+            return self._last_energy
+        self.settle()
+        return self._counted(_total([e for _, _, e in self._parts(0.0)]))[0]
 
     def value(self) -> float:
         """strength * energy(): what the paper adds to the loss."""
@@ -142,20 +217,20 @@ class Penalty:
             pull_A, pull_B, energy = fused.pull(A, B, weight.scale, values, scale, entry.tier, _together(weight.scale, initial, anchor), k)
             return (pull_A, pull_B), energy
         A, B = A.to(dtype), B.to(dtype)
-        pull_A, pull_B, energy = _low_rank_pull(A, B, weight.scale, entry, *thin(A, B, weight.scale, initial, anchor), k)
+        pull_A, pull_B, energy = low_rank_pull(A, B, weight.scale, entry, *thin(A, B, weight.scale, initial, anchor), k)
         return (pull_A, pull_B), energy
 
-    def _placed(self) -> Iterator[tuple[TargetWeight, Entry]]:
-        """Each weight with its entry where the weight is: element-wise ones as stored, thin factors and covariances in the dtype of the algebra."""
-        places = [(weight.parameters[0].device, wider(weight.parameters[0].dtype)) for weight in self.weights]
+    def _placed(self) -> Iterator[Entry]:
+        """The entries kept here, each where its weight is: element-wise ones as stored, thin factors and covariances in the dtype of the algebra."""
+        kept = [weight for weight in self.weights if self._owner is None or self._owner[weight.name] == distributed.rank()]
+        places = [(weight.parameters[0].device, wider(weight.parameters[0].dtype)) for weight in kept]
         if self.offload:
-            entries = placed((self.importance[weight.name], *place) for weight, place in zip(self.weights, places, strict=True))
-            yield from zip(self.weights, entries, strict=True)
+            yield from placed((self.importance[weight.name], *place) for weight, place in zip(kept, places, strict=True))
             return
-        for weight, place in zip(self.weights, places, strict=True):
+        for weight, place in zip(kept, places, strict=True):
             if weight.name not in self._entries:  # brought there once
                 self._entries[weight.name] = self.importance[weight.name].to(*place, self._moved)
-            yield weight, self._entries[weight.name]
+            yield self._entries[weight.name]
 
     def _anchor_of(self, weight: TargetWeight, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """(A*, B*), (r, in) and (out, r), or None: held towards the base."""
@@ -179,7 +254,7 @@ def implementation(importance: Importance) -> str:
     return f"{' and '.join(kinds)} for tier {importance.tier}"
 
 
-def _low_rank_pull(A: Tensor, B: Tensor, scale: float, entry: Entry, L: Tensor, R: Tensor, k: float) -> tuple[Tensor, Tensor, Tensor]:
+def low_rank_pull(A: Tensor, B: Tensor, scale: float, entry: Entry, L: Tensor, R: Tensor, k: float) -> tuple[Tensor, Tensor, Tensor]:
     """(pull on A, pull on B, energy) for D = L @ R, by the algebra that fits the entry."""
     if isinstance(entry, FactoredEntry):
         return factored.pull(A, B, scale, entry, L, R, k)
@@ -245,9 +320,9 @@ class PenaltyAttachment:
             self.penalty.pull(scale=pending_scale(self.optimizer))
 
 
-def _total(parts: list[Any]) -> Any:
+def _total(parts: list[Any]) -> float:
     """Sum of scalars that may live on several devices."""
-    return sum(float(part) for part in parts)
+    return sum((float(part) for part in parts), 0.0)
 
 
 def check_fit(model: nn.Module, importance: Importance, targets: Sequence[str], anchor: str) -> None:

@@ -85,8 +85,19 @@ def of_run(run: Mapping[str, Any], folder: Path) -> Contents:
         "kind": "run", "title": folder.resolve().name, "model": options.get("model"), "created": written, "environment": run.get("environment"),
         "experiment": options, "domains": [{"name": domain, **(run.get("data") or {}), "before": before.get("domain")}],
         "texts": [{"name": text, "kind": "recorded", "before": before.get("general")}], "methods": [{"name": method}], "runs": [trial],
-        "measures": measures(before, after, run), "verdict": sentences(run, domain, text),
+        "measures": measures(before, after, run), "verdict": sentences(run, domain, text), "sequences": _sequence(run, method, text),
     })  # fmt: skip
+
+
+def _sequence(run: Mapping[str, Any], method: str, text: str) -> list[dict[str, Any]]:
+    """The matrix of a run on several domains, as a comparison has it."""
+    found = run.get("sequence")
+    if not isinstance(found, Mapping):
+        return []
+    where = [found["accuracy_domains"].index(name) if name in found["accuracy_domains"] else None for name in found["domains"]]
+    accuracy = [[None if at is None else row[at] for at in where] for row in found["accuracy"]] if found["accuracy"] else None
+    general = {text: [one["nats"] for one in found["general"]]} if found["general"] else {}
+    return [{**found, "name": "of the run", "method": method, "seed": run["configuration"].get("seed"), "accuracy": accuracy, "general": general}]
 
 
 def _short(name: Any) -> str:
@@ -122,5 +133,9 @@ def sentences(run: Mapping[str, Any], domain: str, text: str) -> list[str]:
     second = "What was forgotten was not measured: --general gives held-out general text."
     if numbers.known(lost.get("nats")) is not None:
         second = f"On {text} the loss rose by {numbers.nats(lost['nats'], lost.get('standard_error'))} nats per token."
+    if isinstance(sequence := run.get("sequence"), Mapping):
+        falls = [before - after for before, after in zip(sequence["matrix"][0], sequence["matrix"][-1], strict=True)]
+        told = ", ".join(f"{name} {numbers.nats(fall)}" for name, fall in zip(sequence["domains"], falls, strict=True))
+        first = f"After all domains the loss had fallen by, in nats per token: {told}."
     verdict = run.get("verdict")
     return [first, second, *([f"The budget of {run['configuration'].get('budget')}: {verdict}."] if isinstance(verdict, str) else [])]

@@ -1,0 +1,68 @@
+"""One adapter for several updates on top of each other: their ranks side by side, so that it is their sum exactly.
+
+    U = U1 + U2 = [s1 B1, s2 B2] [A1; A2]        rank r1 + r2, alpha = rank, so the scale is 1
+
+A plain PEFT adapter relative to the original base, whatever targets, ranks and scales the parts had. Costs one loaded base model.
+
+    stack(options, ["steps/1/final", "steps/2/final"], Path("final"))
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from holdfast.config import ModelOptions
+from holdfast.models import load_model, load_tokenizer, save_whole
+from holdfast.weights import LowRankWeight, add_adapter, target_weights
+
+Factors = tuple[Tensor, Tensor]  # L (out, r), R (r, in)
+
+
+def stack(options: ModelOptions, adapters: Sequence[str], out: Path) -> None:
+    """Write the sum of the updates of `adapters`, folders of PEFT's, to the folder `out`: whole or not at all. One alone is copied."""
+    tokenizer = load_tokenizer(options)
+    if len(adapters) == 1:
+        save_whole(Path(adapters[0]), tokenizer, out, _copied)
+        return
+    base: Any = load_model(options)
+    parts: dict[str, list[Factors]] = {}
+    for adapter in adapters:
+        base = _collect(base, adapter, parts)
+    rank = max(sum(R.shape[0] for _, R in factors) for factors in parts.values())
+    paths = "|".join(re.escape(name.removesuffix(".weight")) for name in parts)
+    model = add_adapter(base, names=f"(?:{paths})", rank=rank, alpha=rank)
+    with torch.no_grad():
+        for weight in target_weights(model):
+            assert isinstance(weight, LowRankWeight)
+            L, R = (torch.cat([pair[side] for pair in parts[weight.name]], 1 - side) for side in (0, 1))
+            weight.A.zero_()  # where a weight was in fewer of the adapters, the other rows stay so
+            weight.B.zero_()
+            weight.A[: R.shape[0]] = R.to(weight.A)
+            weight.B[:, : L.shape[1]] = L.to(weight.B)
+    save_whole(model, tokenizer, out)
+
+
+def _copied(adapter: Path, folder: Path) -> None:
+    shutil.copytree(adapter, folder)
+
+
+def _collect(base: Any, adapter: str, parts: dict[str, list[Factors]]) -> Any:
+    """Add the factors of one adapter to `parts`; `base` without it again."""
+    from peft import PeftModel
+
+    model: Any = PeftModel.from_pretrained(base, adapter)
+    for weight in target_weights(model):
+        assert isinstance(weight, LowRankWeight)
+        L, R = weight.factors()
+        parts.setdefault(weight.name, []).append((L.clone(), R.clone()))
+    base = model.unload()
+    if hasattr(base, "peft_config"):
+        del base.peft_config
+    return base
