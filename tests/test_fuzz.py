@@ -389,7 +389,8 @@ def adapter(tiny, tmp_path):
     ({"megatron_config": {"a": 1}, "megatron_core": "os"}, "megatron_config"), ({"peft_type": "PROMPT_TUNING"}, "peft_type is 'PROMPT_TUNING'"),
     ({"peft_type": ESCAPE}, "peft_type is"), ({"peft_type": ["LORA"]}, "peft_type is list"), ({"lora_alpha": 1e999}, "expected a number"),
     ({"base_model_name_or_path": 3}, "expected a name"), ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"), ({"bias": ESCAPE}, "does not fit"),
-    ({"lora_alpha": [1]}, "lora_alpha is a list"), ({"lora_alpha": "1"}, "lora_alpha is a str"), ({"init_lora_weights": "pissa_niter_9999999999"}, "iterations"),
+    ({"lora_alpha": [1]}, "lora_alpha is a list"),
+    ({"lora_alpha": "1"}, "lora_alpha is a str"), ({"init_lora_weights": "pissa_niter_9999999999"}, "iterations"),
     ({"peft_type": "OFT", "oft_block_size": 2, "num_cayley_neumann_terms": 10**9}, "num_cayley_neumann_terms is 1e"),
 ])  # fmt: skip
 def test_adapters_that_ask_for_more_than_their_tensors_are_refused(tiny, adapter, change, why):
