@@ -29,6 +29,7 @@ import torch
 import yaml
 
 from holdfast import distributed
+from holdfast.adapter_files import with_adapter
 from holdfast.config import LABELLED, RECORD_PRESETS, TRAINING_ONLY, OptionError, RecordOptions, TuneOptions, as_dict, resolve, several
 from holdfast.earlier import Earlier, Held, Stage, merged
 from holdfast.evaluation import answers, changes, measure, rise
@@ -240,13 +241,11 @@ def _measured(plan: Plan, row: int) -> dict[str, Any]:
     if path.exists():
         found: dict[str, Any] = read_json(path)
         return found
-    from peft import PeftModel
-
     adapter = None if row == 0 else plan.start if row == 1 and plan.start else str(plan.step(row) / "adapter")
     torch.manual_seed(options.seed)
     tokenizer, model = load_tokenizer(options), load_model(options)
     if adapter:
-        model = PeftModel.from_pretrained(model, adapter).eval()
+        model = with_adapter(model, adapter)
     numbers = measure(model, tokenizer, general=options.general, tasks=options.tasks, text_column=options.text_column, general_split=options.general_split,
                       limit=options.limit)  # fmt: skip
     numbers["domains"] = {}
