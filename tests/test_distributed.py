@@ -243,7 +243,7 @@ def tuned(folder, data, cases, name):
                  "device": "cpu"}  # fmt: skip
         run = tune(resolve(TuneOptions, given, TUNE_PRESETS))
         weights = load_file(out / "final" / ("model.safetensors" if full else "adapter_model.safetensors"))
-        found.append((weights, run["energy"], [entry["loss"] for entry in run["log"] if "loss" in entry], sorted(path.name for path in out.iterdir())))
+        found.append((weights, run["energy"], [entry["loss"] for entry in run["log"] if "loss" in entry], sorted(path.name for path in out.iterdir() if path.name != ".lock")))
     return found
 
 

@@ -180,11 +180,11 @@ def test_a_wrong_name_or_a_refusal_stops_before_the_work(hub, model_folder, text
 
 @pytest.mark.parametrize("verdict", ["not shown", "exceeded", "met", None])
 def test_an_adapter_that_broke_its_budget_is_not_pushed(hub, verdict, tmp_path, caplog):
-    from holdfast.training import _push
+    from holdfast.training import push_result
 
     (tmp_path / "final").mkdir()
     (hub.root / "me").mkdir(parents=True)
-    _push("me/adapter", tmp_path / "final", {"verdict": verdict})
+    push_result("me/adapter", tmp_path / "final", {"verdict": verdict})
     assert (hub.root / "me/adapter").exists() == (verdict in (None, "met"))
     assert ("nothing is pushed" in caplog.text) == (verdict in ("not shown", "exceeded"))
 

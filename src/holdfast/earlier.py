@@ -17,6 +17,8 @@ from typing import Any
 
 from torch import nn
 
+from holdfast.adapter_files import with_adapter
+
 
 @dataclass(frozen=True)
 class Held:
@@ -55,9 +57,7 @@ def walk(model: nn.Module, earlier: Earlier) -> Iterator[tuple[int, nn.Module]]:
 
 def merged(model: nn.Module, adapter: str) -> nn.Module:
     """`model` with a PEFT adapter's update in its weights, in place, and no trace of the adapter left."""
-    from peft import PeftModel
-
-    whole: Any = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    whole: Any = with_adapter(model, adapter).merge_and_unload()
     if hasattr(whole, "peft_config"):
         del whole.peft_config  # else the next adapter is taken for a second one
     whole.requires_grad_(True)  # as it was loaded

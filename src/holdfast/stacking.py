@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from holdfast.adapter_files import with_adapter
 from holdfast.config import ModelOptions
 from holdfast.models import load_model, load_tokenizer, save_whole
 from holdfast.weights import LowRankWeight, add_adapter, target_weights
@@ -78,9 +79,7 @@ def _copied(adapter: Path, folder: Path) -> None:
 
 def _collect(base: Any, adapter: str, parts: dict[str, list[Factors]]) -> Any:
     """Add the factors of one adapter to `parts`; `base` without it again."""
-    from peft import PeftModel
-
-    model: Any = PeftModel.from_pretrained(base, adapter)
+    model: Any = with_adapter(base, adapter)
     for weight in target_weights(model):
         assert isinstance(weight, LowRankWeight)
         L, R = weight.factors()

@@ -29,6 +29,7 @@ import torch
 import yaml
 
 from holdfast import distributed
+from holdfast.adapter_files import with_adapter
 from holdfast.config import LABELLED, RECORD_PRESETS, TRAINING_ONLY, OptionError, RecordOptions, TuneOptions, as_dict, resolve, several
 from holdfast.earlier import Earlier, Held, Stage, merged
 from holdfast.evaluation import answers, changes, measure, rise
@@ -250,13 +251,11 @@ def _measured_with(plan: Plan, adapter: str | None, path: Path) -> dict[str, Any
     if path.exists():
         found: dict[str, Any] = read_json(path)
         return found
-    from peft import PeftModel
-
     options = plan.options
     torch.manual_seed(options.seed)
     tokenizer, model = load_tokenizer(options), load_model(options)
     if adapter:
-        model = PeftModel.from_pretrained(model, adapter).eval()
+        model = with_adapter(model, adapter)
     numbers = measure(model, tokenizer, general=options.general, tasks=options.tasks, text_column=options.text_column, general_split=options.general_split,
                       limit=options.limit)  # fmt: skip
     numbers["domains"] = {}

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from holdfast import distributed
 from holdfast.checkpoint import Base, KeptWeight, StoredWeight, stored_weights
 from holdfast.config import OptionError, nearest
+from holdfast.reading import FileError
 
 logger = logging.getLogger("holdfast")
 FUSED_EXPERTS = (
@@ -441,10 +442,15 @@ def add_adapter(model: nn.Module, *, names: str, rank: int, alpha: float, dropou
 
 def adapter_inputs(folder: str | Path) -> dict[str, Tensor]:
     """Base weight name -> A (r, in) of a LoRA adapter's folder, read from its file without a model. Raises ValueError where there is none."""
-    from peft.utils.save_and_load import load_peft_weights
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
     found = {}
-    for key, value in load_peft_weights(str(folder), device="cpu").items():
+    try:
+        tensors = load_file(Path(folder) / "adapter_model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise FileError(f"'{folder}' has no whole adapter_model.safetensors ({error}); give the folder of an adapter that PEFT saved") from None
+    for key, value in tensors.items():
         path, mark, _ = key.removeprefix("base_model.model.").partition(".lora_A.")
         if mark:
             found[path + ".weight"] = value
