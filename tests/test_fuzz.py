@@ -357,7 +357,7 @@ def test_comparisons_of_another_shape_are_refused(tmp_path, key, value):
 
 
 @pytest.mark.parametrize(
-    "change", [{"before": {"general": 3}}, {"method": 3}, {"configuration": []}, {"log": [3]}, {"learning": {"nats": "x"}}, {"moved": [[]]}]
+    "change", [{"before": {"general": 3}}, {"method": 3}, {"method": [None]}, {"configuration": []}, {"log": [3]}, {"learning": {"nats": "x"}}, {"moved": [[]]}]
 )
 def test_runs_of_another_shape_are_refused(tmp_path, change):
     (tmp_path / "run.json").write_text(json.dumps({"configuration": {}, "before": {}, **change}))

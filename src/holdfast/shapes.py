@@ -113,8 +113,8 @@ def check(data: Any, shape: Any, where: str) -> None:
 
 
 def _check_inner(value: Any, shape: Any, where: str) -> None:
-    """Values in a list: numbers may be null, mappings may not."""
-    if value is not None or not isinstance(shape, Kind):
+    """Values in a list: numbers may be null, all else may not."""
+    if value is not None or shape is not NUMBER:
         check(value, shape, where)
 
 
