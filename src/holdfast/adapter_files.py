@@ -14,6 +14,7 @@ import logging
 import math
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def checked(folder: str | Path) -> dict[str, Any]:
         for pattern in _strings(config.get(key), f"{path}: {key}"):
             _check_pattern(pattern, f"{path}: {key}")
     _check_kinds(config, str(path))
-    widest = _widest(Path(folder) / WEIGHTS)
+    widest = _widest(Path(folder) / WEIGHTS, of=min if kind == "LORA" else max)
     for key, value in config.items():
         for number in value.values() if isinstance(value, dict) and key in ("rank_pattern", "alpha_pattern") else [value] * isinstance(value, (int, float)):
             _check_size(number, key, widest, str(path))
@@ -139,8 +140,8 @@ def _check_size(number: Any, key: str, widest: int, where: str) -> None:
         raise FileError(f"{where}: {key} is {number:.3g}, expected at most 1e9")
 
 
-def _widest(path: Path) -> int:
-    """The largest size of a tensor's smaller side: for factors, the rank."""
+def _widest(path: Path, *, of: Callable[[list[int]], int]) -> int:
+    """The largest of the tensors' sizes: of their smaller side for LoRA, whose factors have the rank there; other adapters keep blocks and ranks in other shapes."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -150,4 +151,4 @@ def _widest(path: Path) -> int:
         raise FileError(f"{path} is not a whole safetensors file ({error}); copy it again") from None
     if not shapes or not all(math.prod(shape) for shape in shapes):
         raise FileError(f"{path} holds no tensors, or empty ones; copy it again")
-    return max(min(shape) if len(shape) > 1 else max(shape, default=1) for shape in shapes)
+    return max(of(shape) if len(shape) > 1 else max(shape, default=1) for shape in shapes)
