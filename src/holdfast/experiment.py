@@ -304,6 +304,7 @@ def final_trials(experiment: Experiment, chosen: Mapping[tuple[str, str], dict[s
 
 def identity(options: TuneOptions, *, more: Iterable[Any]) -> str:
     """16 hex digits of everything that decides a run: its options without places and machine, and `more` (hashes of data, recipe, evaluation)."""
-    unimportant = ("data", "replay", "importance", "out", "threads", "device", "save_steps", "log_steps", "report_to", "overwrite", "resume")
+    unimportant = ("data", "replay", "importance", "out", "threads", "device", "save_steps", "log_steps", "report_to", "overwrite", "resume",
+                   "push_to_hub", "private")  # fmt: skip
     decided = {key: value for key, value in as_dict(options).items() if key not in unimportant and not (key in LATER and value is None)}
     return hashlib.sha256(json.dumps([decided, *more], sort_keys=True, default=str).encode()).hexdigest()[:16]
