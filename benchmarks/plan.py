@@ -2,7 +2,7 @@
 
 Each measurement of memory is a process of its own: the high-water mark of resident memory, less what Python and the libraries took before the model was
 loaded and a tiny one trained. A randomly initialised Llama of medium width, so that one core does it in a few minutes; f32. The table is appended to
-results.csv: `ratio` is what the plan says divided by what was measured.
+results.csv: `ratio` is what was measured divided by what the plan says.
 
     python benchmarks/plan.py
 """
@@ -110,7 +110,7 @@ def alone(*words: object) -> dict[str, float]:
 
 def compared(what: str, tier: str, said: float, found: float, unit: str) -> Row:
     line = row(what, [found], shape=SHAPE, tier=tier, tokens=TOKENS, rank=8, unit=unit)
-    return Row(**{**line.__dict__, "ratio": said / found, "baseline": "planned / this"})
+    return Row(**{**line.__dict__, "ratio": found / said, "baseline": "planned"})
 
 
 def main() -> None:
