@@ -141,7 +141,7 @@ def _check_size(number: Any, key: str, widest: int, where: str) -> None:
 
 
 def _widest(path: Path, *, of: Callable[[list[int]], int]) -> int:
-    """The largest of the tensors' sizes: of their smaller side for LoRA, whose factors have the rank there; other adapters keep blocks and ranks in other shapes."""
+    """The largest of the tensors' sizes: of their smaller side for LoRA, whose factors have the rank there; others keep blocks and ranks in other shapes."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -48,7 +48,7 @@ OURS = {
     "earlier",
 }  # options that the experiment itself sets
 # Options that came after the first comparisons: where not given, runs made before are still found.
-LATER = ("earlier", "orthogonality", "after", "consolidate", "final_rank", "keep_all", "push_to_hub", "private")
+LATER = ("earlier", "orthogonality", "after", "consolidate", "final_rank", "keep_all")
 MOST_SETTINGS = 10_000  # of one method
 RECORDED = "recorded"  # as the value of replay: the text that importance is recorded on
 FAMILIES = ("baseline", "holdfast", "penalty", "data", "adapter", "control")
@@ -350,6 +350,7 @@ def final_trials(experiment: Experiment, chosen: Mapping[tuple[str, str], dict[s
 
 def identity(options: TuneOptions, *, more: Iterable[Any]) -> str:
     """16 hex digits of everything that decides a run: its options without places and machine, and `more` (hashes of data, recipe, evaluation)."""
-    unimportant = ("data", "replay", "importance", "out", "threads", "device", "save_steps", "log_steps", "report_to", "overwrite", "resume")
-    decided = {key: value for key, value in as_dict(options).items() if key not in unimportant and not (key in LATER and (value is None or value is False))}
+    unimportant = ("data", "replay", "importance", "out", "threads", "device", "save_steps", "log_steps", "report_to", "overwrite", "resume",
+                   "push_to_hub", "private")  # fmt: skip
+    decided = {key: value for key, value in as_dict(options).items() if key not in unimportant and not (key in LATER and value in (None, False))}
     return hashlib.sha256(json.dumps([decided, *more], sort_keys=True, default=str).encode()).hexdigest()[:16]
