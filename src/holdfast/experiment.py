@@ -352,5 +352,5 @@ def identity(options: TuneOptions, *, more: Iterable[Any]) -> str:
     """16 hex digits of everything that decides a run: its options without places and machine, and `more` (hashes of data, recipe, evaluation)."""
     unimportant = ("data", "replay", "importance", "out", "threads", "device", "save_steps", "log_steps", "report_to", "overwrite", "resume",
                    "push_to_hub", "private")  # fmt: skip
-    decided = {key: value for key, value in as_dict(options).items() if key not in unimportant and not (key in LATER and value in (None, False))}
+    decided = {key: value for key, value in as_dict(options).items() if key not in unimportant and not (key in LATER and (value is None or value is False))}
     return hashlib.sha256(json.dumps([decided, *more], sort_keys=True, default=str).encode()).hexdigest()[:16]
