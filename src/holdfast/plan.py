@@ -10,8 +10,9 @@ head, T tokens of sequences of length S, h the width and L the blocks:
     pull              sizes.py, once per optimizer step
 
 Time is operations / rate: the rate of a product like the model's, and that of a real pull on one weight, both measured once on this machine, or `--flops`.
-Memory leaves out Python and the libraries, and what allocators and file mappings take. On one core with 16 million parameters (benchmarks/plan.py) files are
-within 1 %, while peaks of resident memory were 1.5 to 1.7 times and times 1.3 to 1.9 times what is planned: a lower bound, not a promise.
+Memory is what tensors take, without Python and the libraries. On one core with 16 million parameters (benchmarks/plan.py) files are within 1 % and peaks of
+memory within 5 % where every tensor is given back at once; glibc's heap, which keeps holes, makes it 1.4 to 1.7 times as much. Times were 1.2 to 2.1 times
+what is planned, since a step is more than its products: a lower bound.
 
     holdfast plan meta-llama/Llama-3.1-8B --tier kronecker:16 --processes 4 --flops 400e12
 """
@@ -262,7 +263,7 @@ def text(found: dict[str, Any], options: PlanOptions) -> str:
         lines += ["", f"memory while {what}{n}, {tokens:,} tokens per forward pass: {numbers.size(total(parts))}",
                   "  " + ", ".join(f"{key} {numbers.size(value)}" for key, value in parts.items() if value)]  # fmt: skip
     tokens = found["general_tokens"]
-    lines += ["", "memory and time are lower bounds: allocators, libraries and all that is no product come on top"]
+    lines += ["", "memory is what tensors take (an allocator's holes and libraries come on top); time is a lower bound: all that is no product comes on top"]
     lines += ["", f"time, at {rates['step']:.3g} operations per second for the model and {rates['pull']:.3g} for the pull ({rates['source']}):",
               f"  optimizer step  {work['step']:.3g} operations, {numbers.duration(spent['step'])} ({options.accumulation} x {options.tokens:,} tokens)",
               f"  pull            {work['pull']:.3g} operations, {1e3 * spent['pull']:.3g} ms: {100 * spent['share']:.2g} % of the step",
