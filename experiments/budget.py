@@ -1,15 +1,17 @@
-"""Promised against checked: budgets of 0.5, 1, 2 and 5 % on the lab model, ours against scaling, fixed strengths and small learning rates.
+"""Promised against checked: budgets of 0.5, 1, 2 and 5 % on the lab models, ours against scaling, fixed strengths and small learning rates.
 
-    python experiments/budget.py ../shared out/budget out/frontier/default.safetensors --domain sciq    # finished results are not made again
-    python experiments/budget.py ../shared out/budget out/frontier/default.safetensors --table          # what is there so far, as markdown
+    python experiments/budget.py ../shared out/budget --domain sciq          # finished results are not made again
+    python experiments/budget.py ../shared out/budget --table                # what is there so far, as markdown
 
-Protocol: 60 steps of 8 sequences of at most 128 tokens, LoRA of rank 8 on all linear layers, rate 4e-3, seeds 1, 2, 3; domain data as in frontier.py.
-Every method is finished by the same code on the same documents (`finish.keep_budget`): scaled to the most learning that the control part allows, then
-checked. `ours` is `tune --budget`, trained anew for each budget; the others are trained once a seed and finished for each budget:
-`plain`; `strength-3`, -10, -30, the default recipe at fixed strengths; `rate-0.001`, `rate-0.0003`, plain with a small learning rate.
-General text is the first 1,200 characters of 277 held-out documents of six sources, half of them for the check, so that a run costs about two minutes
-on one core. By `check_reach` that text can show all four budgets (the first 600 characters: 1 % barely, 0.5 % not). One that it cannot show is refused
-before training, and the refusal is the result. Learning is measured on the rows that the finish chooses a scale by, for all methods alike.
+Protocol: 60 steps of 8 sequences of at most 128 tokens, LoRA of rank 8 on all linear layers, rate 4e-3, seeds 1, 2, 3. sciq and medmcqa as in frontier.py, on
+lab-english-5m; piqa (goal -> solution) on tinystories-char-1m, whose tokens are characters. Importance is the default recipe's, on 300 documents. Every
+method is finished by the same code on the same documents (`finish.keep_budget`), to the most learning that the control part allows, then checked. `ours` is
+`tune --budget`, trained anew for each budget; the others are trained once a seed and finished for each budget by scaling: `plain`; `strength-3`, -10, -30,
+the default recipe at fixed strengths; `rate-0.001`, `rate-0.0003`, plain with a small learning rate. All are run with the first seed; with the others only
+plain, and the strength and the rate that learned most within the budgets. `shrunk` is plain's update made smaller along importance instead of scaled.
+General text is the first 1,200 characters of 277 held-out documents of six sources (piqa: 347 stories), half of them for the check, so that a run costs about
+two minutes on one core. By `check_reach` that text can show all four budgets (the first 600 characters: 1 % barely, 0.5 % not). One that it cannot show is
+refused before training, and the refusal is the result. Learning is measured on the rows that the finish chooses a scale by, for all methods alike.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from typing import Any
 from frontier import prepare
 
 from holdfast.budget import parse, percent
-from holdfast.config import TUNE_PRESETS, ModelOptions, TuneOptions, resolve
+from holdfast.config import RECORD_PRESETS, TUNE_PRESETS, ModelOptions, RecordOptions, TuneOptions, resolve
 from holdfast.ledger import Part
 from holdfast.runs import environment, read_json, write_json
 
@@ -36,7 +38,9 @@ SEEDS = (1, 2, 3)
 STEPS = dict(max_steps=60, batch_size=8, accumulation=1, length=128, learning_rate=4e-3, dtype="float32", log_steps=10, save_steps=1000, overwrite=True,
              threads=1)  # fmt: skip
 CHARACTERS = 1200
-ROWS = {"sciq": 250, "medmcqa": 100}  # of the test file: about 12,000 tokens
+ROWS = {"sciq": 250, "medmcqa": 100, "piqa": 100}  # of the test file: about 12,000 tokens
+MODELS = {"sciq": "lab-english-5m", "medmcqa": "lab-english-5m", "piqa": "tinystories-char-1m"}
+RECORDING = dict(documents=300, batch_size=16, length=128, dtype="float32", threads=1)
 METHODS: dict[str, dict[str, Any]] = {  # what differs from plain; None: the importance file
     "plain": {},
     "strength-3": dict(importance=None, strength=3.0),
@@ -53,7 +57,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shared", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("importance", type=Path)
     parser.add_argument("--domain", choices=tuple(ROWS), default="sciq")
     parser.add_argument("--steps", type=int, default=STEPS["max_steps"], help="for a smoke test")
     parser.add_argument("--seeds", type=int, nargs="*", default=SEEDS)
@@ -63,27 +66,48 @@ def main() -> None:
         print(table(given.out))
         return
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    lab = Lab(given.shared, given.out, given.importance, given.domain, given.steps)
+    lab = Lab(given.shared, given.out, given.domain, given.steps)
     for seed in given.seeds:
-        lab.finished("plain", seed)
         for budget in BUDGETS:
             lab.ours(budget, seed)
-        for method in METHODS:
+        for method in METHODS if seed == given.seeds[0] else ("plain", lab.best("strength", given.seeds[0]), lab.best("rate", given.seeds[0])):
             lab.finished(method, seed)
 
 
 class Lab:
     """The runs of one domain."""
 
-    def __init__(self, shared: Path, out: Path, importance: Path, domain: str, steps: int):
-        self.model, self.out, self.importance, self.domain, self.steps = str(shared / "models/lab-english-5m"), out, importance, domain, steps
-        self.data = prepare(shared / "data", out / "data")
-        rows = [json.loads(line) for line in (shared / "data/general/test.jsonl").read_text().splitlines()]
-        self.general = few(out / "data" / "general.jsonl", [{**row, "text": row["text"][:CHARACTERS]} for row in rows])
-        name = self.data[f"{domain}_test"]
-        task, path = name.split("=") if "=" in name else ("", name)
-        held = few(out / "data" / f"{domain}_held.jsonl", [json.loads(line) for line in Path(path).read_text().splitlines()][: ROWS[domain]])
-        self.held = f"{task}={held}" if task else held
+    def __init__(self, shared: Path, out: Path, domain: str, steps: int):
+        self.model, self.out, self.domain, self.steps = str(shared / "models" / MODELS[domain]), out, domain, steps
+        prepared = prepare(shared / "data", out / "data")
+        stories = MODELS[domain].startswith("tinystories")
+        general = shared / "data" / ("tinystories" if stories else "general") / "test.jsonl"
+        self.recorded = str(shared / "data/tinystories/train.jsonl") if stories else prepared["general_record"]
+        texts = [{**row, "text": row["text"][:CHARACTERS]} for row in read_lines(general)]
+        self.general = few(out / "data" / f"{general.parent.name}.jsonl", texts)
+        train = f"piqa={shared / 'data/piqa/train.jsonl'}" if domain == "piqa" else prepared[f"{domain}_train"]
+        held = f"piqa={shared / 'data/piqa/test.jsonl'}" if domain == "piqa" else prepared[f"{domain}_test"]
+        task, path = held.split("=") if "=" in held else ("", held)
+        kept = few(out / "data" / f"{domain}_held.jsonl", read_lines(Path(path))[: ROWS[domain]])
+        self.data, self.held = train, f"{task}={kept}" if task else kept
+
+    def importance(self) -> str:
+        """The importance file of the model, recorded when it is first needed."""
+        from holdfast.recording import record
+
+        path = self.out / f"{Path(self.model).name}.safetensors"
+        if not path.exists():
+            record(resolve(RecordOptions, {**RECORDING, "model": self.model, "general": self.recorded, "out": str(path)}, RECORD_PRESETS))
+        return str(path)
+
+    def best(self, kind: str, seed: int) -> str:
+        """The method of a kind that learned most within the budgets, on average, with one seed."""
+        learned = {}
+        for method in METHODS:
+            if method.startswith(kind):
+                runs = [read_json(self.place(method, budget, seed)) for budget in BUDGETS]
+                learned[method] = sum(run["learning"]["nats"] for run in runs if run["verdict"] == "met" and run["learning"])
+        return max(learned, key=lambda method: learned[method])
 
     def place(self, method: str, budget: str, seed: int) -> Path:
         return self.out / "results" / f"{self.domain}-{method}-{budget.rstrip('%')}-{seed}.json"
@@ -91,9 +115,9 @@ class Lab:
     def train(self, seed: int, **differs: Any) -> dict[str, Any]:
         from holdfast.training import tune
 
-        given = {**STEPS, "max_steps": self.steps, "model": self.model, "data": self.data[f"{self.domain}_train"], "seed": seed, **differs}
+        given = {**STEPS, "max_steps": self.steps, "model": self.model, "data": self.data, "seed": seed, **differs}
         if "importance" in given:
-            given["importance"] = str(self.importance)
+            given["importance"] = self.importance()
         return tune(resolve(TuneOptions, {**given, "out": str(self.out / "last" / self.domain)}, TUNE_PRESETS))
 
     def ours(self, budget: str, seed: int) -> None:
@@ -111,27 +135,35 @@ class Lab:
         self.write("ours", budget, seed, run["budget"], time.perf_counter() - started, run["train_seconds"])
 
     def finished(self, method: str, seed: int) -> None:
-        """One training run without a budget, finished for each of them."""
-        from holdfast.finish import keep_budget
+        """One training run without a budget, finished for each of them by scaling; plain by shrinking too."""
+        from holdfast.finish import keep_budget, ways_of
+        from holdfast.importance.container import Importance
 
-        wanted = [budget for budget in BUDGETS if not self.place(method, budget, seed).exists()]
+        names = {method: "scale", **({"shrunk": "shrink"} if method == "plain" else {})}
+        wanted = [(name, budget) for name in names for budget in BUDGETS if not self.place(name, budget, seed).exists()]
         if not wanted:
             return
         train_seconds = self.train(seed, **METHODS[method])["train_seconds"]
         started = time.perf_counter()
         model, ledger, learning, update = self.reload()
-        share = [1.0]
-
-        def apply(factor: float) -> None:
-            share[0] = factor
-            update.scale(factor)
-
-        remembered = lambda part: Remembered(**{f.name: getattr(part, f.name) for f in dataclasses.fields(part)}, share=share)
+        now: list[Any] = [("scale", 1.0)]
+        remembered = lambda part: Remembered(**{f.name: getattr(part, f.name) for f in dataclasses.fields(part)}, now=now)
         ledger = dataclasses.replace(ledger, control=remembered(ledger.control), check=remembered(ledger.check))
         learning = dataclasses.replace(learning, part=remembered(learning.part))
-        for budget in wanted:
-            report = keep_budget(dataclasses.replace(ledger, budget=parse(budget)), model, {"scale": apply}, learning)
-            self.write(method, budget, seed, report, time.perf_counter() - started, train_seconds)
+        ways = {way: self.noted(now, way, apply) for way, apply in ways_of(update, Importance.load(self.importance())).items()}
+        for name, budget in wanted:
+            report = keep_budget(dataclasses.replace(ledger, budget=parse(budget)), model, {names[name]: ways[names[name]]}, learning)
+            self.write(name, budget, seed, report, time.perf_counter() - started, train_seconds)
+
+    @staticmethod
+    def noted(now: list[Any], way: str, apply: Any) -> Any:
+        """`apply` that notes which share of the update, along which way, the model carries."""
+
+        def applied(share: float) -> None:
+            now[0] = (way, share)
+            apply(share)
+
+        return applied
 
     def reload(self) -> Any:
         """The base model measured, then the last run's adapter on it."""
@@ -161,13 +193,17 @@ class Lab:
 class Remembered(Part):
     """A part that measures each share of the update once, since four budgets scan the same shares."""
 
-    share: list[float] = dataclasses.field(default_factory=list)  # of the update that the model carries now
-    known: dict[float, Any] = dataclasses.field(default_factory=dict)
+    now: list[Any] = dataclasses.field(default_factory=list)  # (way, share) that the model carries
+    known: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
     def losses(self, model: Any) -> Any:
-        if self.share[0] not in self.known:
-            self.known[self.share[0]] = super().losses(model)
-        return self.known[self.share[0]]
+        if self.now[0] not in self.known:
+            self.known[self.now[0]] = super().losses(model)
+        return self.known[self.now[0]]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def few(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -183,7 +219,7 @@ def table(out: Path) -> str:
         groups.setdefault((result["domain"], result["budget"], result["method"]), []).append(result)
     lines = ["| domain | budget | method | met / not shown / exceeded | promised at most | checked rise | its upper end | learning | share | seeds |",
              "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
-    order = ["ours", *METHODS]
+    order = ["ours", "plain", "shrunk", *METHODS]
     for (domain, budget, method), runs in sorted(groups.items(), key=lambda item: (item[0][0], -float(item[0][1][:-1]), order.index(item[0][2]))):
         done = [run for run in runs if run["verdict"] != "refused"]
         if not done:
@@ -217,8 +253,8 @@ def trajectories(groups: dict[tuple[str, str, str], list[dict[str, Any]]]) -> li
         if method != "ours" or points is None:
             continue
         seed, limit = next((run["seed"], run["budget_nats"]) for run in runs if run.get("trajectory"))
-        rises, strengths = (" ".join(f"{point['rise'] / limit:.2f}" for point in points), " ".join(f"{point['strength']:.2g}" for point in points))
-        lines += [f"| {domain} | {budget} | {seed} | smoothed rise / budget | {rises} |", f"| | | | strength | {strengths} |"]
+        rises, strengths = (" ".join(f"{(point['rise'] or 0.0) / limit:.2f}" for point in points), " ".join(f"{point['strength']:.2g}" for point in points))
+        lines += [f"| {domain} | {budget} | {seed} | rise / budget, by energy | {rises} |", f"| | | | strength | {strengths} |"]
     return lines
 
 

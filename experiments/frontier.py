@@ -2,14 +2,16 @@
 
     python experiments/frontier.py ../shared out/frontier --domain sciq --methods plain,paper,default    # finished runs are not run again
     python experiments/frontier.py ../shared out/frontier --confirm --domain sciq --methods plain,paper,default
+    python experiments/frontier.py ../shared out/frontier --domain medmcqa --methods default64@0.008 --values 5,10          # at another learning rate
     python experiments/frontier.py ../shared out/frontier --table                                     # what is there so far, as markdown
 
-Protocol: 120 steps of 8 sequences of at most 128 tokens, LoRA of rank 8 on all linear layers (the paper preset: its own settings). Settings are explored
-on parts of the train files (every fifth domain row; general documents that were not recorded on) with seed 0; `--confirm` uses the test files at the
-chosen points with seeds 1, 2, 3. Every run is also evaluated with its finished update scaled. sciq is learned as question -> answer without its support,
-which would not fit (loss on the answer), medmcqa as running text of question, choices, right answer and explanation. General loss is that of the first
-1,200 characters of 60 documents (test: 200). `default` is the default recipe at absolute strengths, confirmed at its own; strengths of the other estimators
-are matched: at x, the penalty of the plain solution is x nats.
+Protocol: 120 steps of 8 sequences of at most 128 tokens, LoRA of rank 8 on all linear layers (the paper preset: its own settings). Settings are explored on
+parts of the train files (every fifth domain row; general documents that were not recorded on) with seed 0; `--confirm` uses the test files at the chosen
+points (or at `--values`) with seeds 1, 2, 3. Every run is also evaluated with its finished update scaled. sciq is learned as question -> answer without its
+support, which would not fit (loss on the answer), medmcqa as running text of question, choices, right answer and explanation. General loss is that of the
+first 1,200 characters of 60 documents (test: 200). `default` is Kronecker importance of rank 16 at absolute strengths, confirmed at the default's
+(`default64`: of rank 64, what `record` keeps by default); strengths of the other estimators are matched: at x, the penalty of the plain solution is x nats.
+NAME@RATE is a method at another learning rate than plain's best.
 """
 
 from __future__ import annotations
@@ -43,10 +45,18 @@ RECORDINGS: dict[str, dict[str, Any]] = {  # importance files; the paper's lengt
     "fisher-factored": dict(estimator="fisher", tier="factored", documents=300, batch_size=16),
     "kronecker": dict(cov_rank=0, documents=300, batch_size=16),
     "kronecker-sampled": dict(cov_rank=0, labels="sampled", documents=300, batch_size=16),
-    "default": dict(documents=300, batch_size=16),  # kronecker of rank 16
+    "default": dict(cov_rank=16, documents=300, batch_size=16),
+    "default32": dict(cov_rank=32, documents=300, batch_size=16),
+    "default64": dict(cov_rank=64, documents=300, batch_size=16),
+    "default-half": dict(cov_rank=16, documents=150, batch_size=16),
+    "default-eighth": dict(cov_rank=16, documents=37, batch_size=16),
+    "default-32nd": dict(cov_rank=16, documents=9, batch_size=9),
+    "default-self": dict(cov_rank=16, general="self", self_documents=300, batch_size=16),
+    "default-sampled": dict(cov_rank=16, labels="sampled", documents=300, batch_size=16),
     "activation": dict(estimator="activation", documents=300, batch_size=16),
     "uniform": dict(estimator="uniform"),
 }
+CONVERTED = {"fisher-u8": ("fisher", "u8"), "fisher-u4": ("fisher", "u4")}  # importance files made of another: (which, tier)
 
 
 def main() -> None:
@@ -55,6 +65,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--domain", choices=("medmcqa", "sciq"), default="sciq")
     parser.add_argument("--methods", default="plain,paper,default")
+    parser.add_argument("--values", help="settings to try, instead of the method's grid or its chosen one", metavar="X,Y")
     parser.add_argument("--confirm", action="store_true")
     parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
@@ -62,13 +73,14 @@ def main() -> None:
         print(table(given.out))
         return
     lab = Lab(given.shared, given.out, given.domain)
+    values = [float(value) for value in given.values.split(",")] if given.values else None
     for method in given.methods.split(","):
         if given.confirm:
-            for value in sorted({lab.chosen(method), *([1e-3] if method == "paper" else [])}):  # the paper's own strength beside the best of its preset
+            for value in values or sorted({lab.chosen(method), *([1e-3] if method == "paper" else [])}):  # the paper's own strength beside its best
                 for seed in (1, 2, 3):
                     lab.run(method, value, "test", seed)
         else:
-            for value in GRIDS.get(method, MATCHED):
+            for value in values or GRIDS.get(method, MATCHED):
                 lab.run(method, value, "validation", 0)
 
 
@@ -78,7 +90,6 @@ class Lab:
     def __init__(self, shared: Path, out: Path, domain: str):
         self.model, self.out, self.domain = str(shared / "models/lab-english-5m"), out, domain
         self.data = prepare(shared / "data", out / "data")
-        self._strengths: dict[tuple[str, float], float] = {}
 
     def place(self, method: str, value: float, part: str, seed: int) -> Path:
         return self.out / "results" / f"{self.domain}-{method}-{value:g}-{part}-{seed}.json"
@@ -98,26 +109,37 @@ class Lab:
         return min(GRIDS.get(method, MATCHED), key=lambda value: rank_at(self.result(method, value)["scales"], wanted))
 
     def importance(self, method: str) -> str:
-        """The importance file of a method, recorded when it is first needed."""
+        """The importance file of a method, recorded or converted when it is first needed."""
+        from holdfast.importance.container import Importance
+        from holdfast.importance.controls import shuffled
         from holdfast.recording import record
 
         path = self.out / f"{method}.safetensors"
-        if not path.exists():
+        if path.exists():
+            return str(path)
+        if method == "shuffled":
+            shuffled(Importance.load(self.importance("fisher"))).save(path)
+        elif method in CONVERTED:
+            source, tier = CONVERTED[method]
+            Importance.load(self.importance(source)).to_tier(tier).save(path)
+        else:
             common = dict(model=self.model, general=self.data["general_record"], dtype="float32", length=128, out=str(path))
             record(resolve(RecordOptions, {**common, **RECORDINGS[method]}, RECORD_PRESETS))
         return str(path)
 
     def settings(self, method: str, value: float) -> dict[str, Any]:
+        method, _, rate = method.partition("@")
         if method == "plain":
             return dict(learning_rate=value)
         if method == "paper":
             return dict(preset="paper", importance=self.importance(method), strength=value)
+        learning_rate = float(rate) if rate else self.plain_rate()
         if method.endswith("kl"):  # to the base on two general sequences per step, alone or beside the default recipe at a third of its strength
             held = dict(importance=self.importance("default"), strength=3.0) if method == "default+kl" else {}
             name = "holdfast,kl" if held else "kl"
-            return dict(method=name, replay=self.data["general_record"], kl_weight=value, learning_rate=self.plain_rate(), **held)
-        strength = value if method == "default" else value / self.plain_energy(method)
-        return dict(importance=self.importance(method), learning_rate=self.plain_rate(), strength=strength)
+            return dict(method=name, replay=self.data["general_record"], kl_weight=value, learning_rate=learning_rate, **held)
+        strength = value if method.startswith("default") else value / self.plain_energy(method)
+        return dict(importance=self.importance(method), learning_rate=learning_rate, strength=strength)
 
     def plain_energy(self, method: str) -> float:
         """Energy of the plain solution under a method's importance, in nats at strength 1."""

@@ -1,5 +1,6 @@
 """The budget's numbers: parsing, splitting, intervals against simulation, verdicts, refusals, and the controller on a quadratic bowl."""
 
+import json
 import math
 
 import numpy as np
@@ -116,22 +117,28 @@ def test_text_that_cannot_show_a_budget_is_refused_with_the_size_that_could():
         paired_rise(np.ones(1), np.ones(1), np.ones(1), ["a"])
 
 
-def bowl(budget, start, *, steps=300, noise=0.0, begin=0.0, held=True):
-    """Adam on a domain bowl and the pull of a general bowl under the controller, probed every 5 steps: (rise / budget at each step, strengths, learning)."""
+def bowl(budget, start, *, steps=300, noise=0.0, begin=0.0, held=True, every=5, rate=0.02, wrong=0.0, unit=None, seed=0):
+    """Adam on a domain bowl and the pull of a general bowl under the controller: (rise / budget at each step, strengths, learning).
+
+    `every`: steps between probes; `noise`: standard deviation of a probe in shares of the rise; `wrong`: by how much the importance of a weight is off (log).
+    """
     rng = np.random.default_rng(0)
     H = np.exp(rng.normal(0, 2, 40))
     H *= 0.02 / H.mean()  # what is learned alone costs half a nat, as plain fine-tuning does
     wanted, u = rng.normal(0, 1, 40), np.zeros(40)
     u += begin * wanted
-    controller, m, v = Controller(budget, start), 0.0, 0.0
+    believed = H * np.exp(wrong * rng.normal(0, 1, 40))
+    believed *= H.sum() / believed.sum()
+    controller, m, v, rng = Controller(budget, start, unit), 0.0, 0.0, np.random.default_rng(seed)
     strength, rises, strengths = controller.strength() * held, [], []
     for step in range(1, steps + 1):
-        g = 0.04 * (u - wanted) + 2 * strength * H * u
+        g = 0.04 * (u - wanted) + 2 * strength * believed * u
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
-        u = u - 0.02 * (1 - step / steps) * (m / (1 - 0.9**step)) / (np.sqrt(v / (1 - 0.999**step)) + 1e-8)
+        u = u - rate * (1 - step / steps) * (m / (1 - 0.9**step)) / (np.sqrt(v / (1 - 0.999**step)) + 1e-8)
         rises.append(float((H * u * u).sum()) / 2)
-        if step % 5 == 0 and held:
-            strength = controller.update(step, rises[-1] * (1 + noise * rng.normal()), 2 * rises[-1])
+        if (step % 5 == 0 or step % every == 0) and held:
+            probe = rises[-1] * (1 + noise * rng.normal()) if step % every == 0 else None
+            strength = controller.update(step, float((believed * u * u).sum()), probe)
             strengths.append(strength)
     return np.array(rises) / budget, np.array(strengths), 1 - ((u - wanted) ** 2).sum() / (wanted**2).sum()
 
@@ -165,11 +172,21 @@ def test_the_controller_goes_on_from_its_state():
     rng = np.random.default_rng(0)
     probes = 0.01 * np.exp(rng.normal(0, 1, 40))
     whole, first, second = (Controller(0.01, None) for _ in range(3))
-    strengths = [whole.update(i, p, 1.0) for i, p in enumerate(probes)]
-    for i, p in enumerate(probes[:20]):
-        first.update(i, p, 1.0)
-    second.load(first.state())
-    assert [second.update(i, p, 1.0) for i, p in enumerate(probes[20:], 20)] == strengths[20:] and second.trajectory == whole.trajectory
+    looks = [(i, 0.02 + i / 1000, float(p) if i % 3 == 0 else None) for i, p in enumerate(probes)]
+    strengths = [whole.update(*look) for look in looks]
+    for look in looks[:20]:
+        first.update(*look)
+    second.load(json.loads(json.dumps(first.state())))
+    assert [second.update(*look) for look in looks[20:]] == strengths[20:] and second.trajectory == whole.trajectory
+
+
+@pytest.mark.parametrize("every", [9, 18])
+def test_a_few_noisy_probes_neither_waste_the_budget_nor_throw_the_strength_about(every):
+    """Sixty steps, three to six probes whose error is as large as what they measure, importance that is off by a factor of e."""
+    runs = [bowl(0.05, 10.0, steps=60, rate=0.1, every=every, noise=1.0, wrong=1.0, unit=1.0, seed=seed) for seed in range(8)]
+    ends = np.array([rises[-1] for rises, _, _ in runs])
+    assert 0.7 < ends.mean() < 1.3 and ends.min() > 0.4 and max(rises[30:].max() for rises, _, _ in runs) < 2
+    assert np.median([np.log(strengths[len(strengths) // 2 :]).std() for _, strengths, _ in runs]) < 0.8
 
 
 def test_overlap_is_found_by_text_and_by_near_duplicates():

@@ -16,6 +16,7 @@ from holdfast.config import (
     CompareOptions,
     EvalOptions,
     OptionError,
+    PlanOptions,
     RecordOptions,
     ShrinkOptions,
     TuneOptions,
@@ -109,7 +110,7 @@ def test_broken_yaml_is_an_option_error(tmp_path, text):
 
 
 def test_limits_are_those_of_real_options():
-    names = {f.name for kind in (RecordOptions, TuneOptions, EvalOptions, ShrinkOptions, CompareOptions) for f in dataclasses.fields(kind)}
+    names = {f.name for kind in (RecordOptions, TuneOptions, EvalOptions, ShrinkOptions, CompareOptions, PlanOptions) for f in dataclasses.fields(kind)}
     assert {*AT_LEAST, *ABOVE_ZERO} <= names
     for presets, kind in ((RECORD_PRESETS, RecordOptions), (TUNE_PRESETS, TuneOptions)):
         for preset in presets:

@@ -1,18 +1,24 @@
 """holdfast compare end to end on a tiny model: nothing twice, nothing lost, fair by default."""
 
 import json
+import multiprocessing
+import os
 import random
+import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from holdfast import campaign, sequence
+from holdfast import campaign, sequence, trial
 from holdfast.carving import carve, groups
 from holdfast.cli import main
 from holdfast.config import TUNE_PRESETS, OptionError, TuneOptions, resolve
 from holdfast.experiment import identity, read, validation_trials
+from holdfast.lock import only_writer
 
 WORDS = "the cat sat on mat and dog then too yes no one two three".split()  # noqa: SIM905
 
@@ -79,7 +85,7 @@ def test_another_setting_runs_only_what_is_new(experiment, tmp_path, monkeypatch
 
 
 def test_interrupted_and_gone_on_with_is_the_same(experiment, tmp_path, monkeypatch):
-    path, original, calls = experiment(), campaign._trained, []
+    path, original, calls = experiment(), trial._trained, []
 
     def interrupted(job):
         calls.append(job["id"])
@@ -88,7 +94,7 @@ def test_interrupted_and_gone_on_with_is_the_same(experiment, tmp_path, monkeypa
         return original(job)
 
     assert run(path, tmp_path / "whole", "--part", "validation") == 0
-    monkeypatch.setattr(campaign, "_trained", interrupted)
+    monkeypatch.setattr(trial, "_trained", interrupted)
     assert run(path, tmp_path / "parted", "--part", "validation") == 130
     assert len(list((tmp_path / "parted" / "runs").glob("*/run.json"))) == 2
     assert run(path, tmp_path / "parted", "--part", "validation") == 0
@@ -161,7 +167,7 @@ def test_an_interrupted_sequence_goes_on_and_a_changed_step_finds_the_model_befo
 
 def test_the_verdict_names_no_ratio_where_plain_forgets_nothing(experiment, tmp_path, monkeypatch):
     """Plain may even gain on general text; the ratio to that says nothing and is null."""
-    original = campaign._trained
+    original = trial._trained
 
     def trained(job):
         result = original(job)
@@ -170,7 +176,7 @@ def test_the_verdict_names_no_ratio_where_plain_forgets_nothing(experiment, tmp_
             point["forgetting"]["wide"]["nats"] = -0.01 * point["scale"] * (2 if job["trial"].method == "holdfast" else 1)
         return result
 
-    monkeypatch.setattr(campaign, "_trained", trained)
+    monkeypatch.setattr(trial, "_trained", trained)
     assert run(experiment(), tmp_path / "out") == 0
     summary = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert all(gap["ratio"] is None for gap in summary["differences"] if gap["text"] == "wide")
@@ -201,7 +207,7 @@ def test_runs_made_before_an_option_came_are_still_found():
 
 
 def test_out_of_memory_is_a_result_and_a_failure_is_tried_again(experiment, tmp_path, monkeypatch):
-    path, out, original = experiment(), tmp_path / "out", campaign._trained
+    path, out, original = experiment(), tmp_path / "out", trial._trained
     failing = {"holdfast": MemoryError("no room"), "plain": None}
 
     def trained(job):
@@ -209,7 +215,7 @@ def test_out_of_memory_is_a_result_and_a_failure_is_tried_again(experiment, tmp_
             raise error
         return original(job)
 
-    monkeypatch.setattr(campaign, "_trained", trained)
+    monkeypatch.setattr(trial, "_trained", trained)
     assert run(path, out, "--part", "validation") == 0
     summary = json.loads((out / "compare.json").read_text())
     assert [r["status"] for r in summary["runs"]] == ["done", "done", "out of memory", "out of memory"] and "2 runs failed" in summary["verdict"][-1]
@@ -220,18 +226,32 @@ def test_out_of_memory_is_a_result_and_a_failure_is_tried_again(experiment, tmp_
     assert sorted(r["status"] for r in json.loads((tmp_path / "other" / "compare.json").read_text())["runs"]) == ["done", "done"] + ["out of memory"] * 2
 
 
-def test_two_processes_give_what_one_gives(experiment, tmp_path):
-    path = experiment()
-    assert run(path, tmp_path / "one", "--part", "validation") == 0 and run(path, tmp_path / "two", "--part", "validation", "--jobs", "2") == 0
+def test_two_processes_give_what_one_gives_also_where_one_is_killed(experiment, tmp_path):
+    """As the system does to a process that takes too much memory: its run is noted as failed, the others go on, and the same command makes up for it."""
+    path, killed = experiment(), []
+
+    def kill_one():
+        while not list((tmp_path / "two").glob("runs/*/log.txt")):
+            time.sleep(0.01)
+        killed.append(next(process for process in multiprocessing.active_children() if process.is_alive()))
+        killed[0].kill()
+
+    assert run(path, tmp_path / "one", "--part", "validation") == 0
+    killer = threading.Thread(target=kill_one, daemon=True)
+    killer.start()
+    assert run(path, tmp_path / "two", "--part", "validation", "--jobs", "2") == 0
+    killer.join()
+    failed = [r for r in json.loads((tmp_path / "two" / "compare.json").read_text())["runs"] if r["status"] != "done"]
+    assert [r["status"] for r in failed] == ["failed"] and failed[0]["error"].startswith("killed: ")
+    assert run(path, tmp_path / "two", "--part", "validation") == 0
     one, two = (json.loads((tmp_path / name / "compare.json").read_text()) for name in ("one", "two"))
-    assert [r["points"] for r in one["runs"]] == [r["points"] for r in two["runs"]]
+    assert [r["points"] for r in one["runs"]] == [r["points"] for r in two["runs"]] and two["progress"]["failed"] == 0
 
 
 def test_one_campaign_at_a_time(experiment, tmp_path, capsys):
-    (tmp_path / "out").mkdir()
-    with campaign._locked(tmp_path / "out"):
+    with only_writer(tmp_path / "out"):
         assert run(experiment(), tmp_path / "out") == 1
-    assert "another process is comparing" in capsys.readouterr().err
+    assert f"process {os.getpid()} on {socket.gethostname()} (since " in (said := capsys.readouterr().err) and "give another --out" in said
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -297,3 +317,21 @@ def test_near_duplicates_fall_into_one_part_whatever_the_order():
 def test_reading_results_needs_no_torch():
     code = "import sys, holdfast.compare, holdfast.frontier, holdfast.experiment; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_questions_are_answered_after_the_runs_and_train_nothing_again(experiment, tmp_path, monkeypatch, capsys):
+    path, out = experiment(), tmp_path / "out"
+    assert run(path, out) == 0
+    questions = "\n".join(json.dumps({"goal": f"Question {i}", "sol1": " a b", "sol2": " c d", "label": i % 2}) for i in range(12))
+    (tmp_path / "questions.jsonl").write_text(questions)
+    spec = f"piqa={tmp_path / 'questions.jsonl'}"
+    monkeypatch.setattr(trial, "_trained", lambda job: pytest.fail("trained again"))
+    domain = {"data": str(tmp_path / "domain.jsonl"), "test": str(tmp_path / "held.jsonl"), "task": spec}
+    assert run(experiment(domains={"domain": domain}, tasks={"other": spec}, limit={"validation": 100, "test": 300}), out) == 0
+    summary = json.loads((out / "compare.json").read_text())
+    whole = [r["points"][i] for r in summary["runs"] if r["part"] == "test" for i in range(2) if r["points"][i]["scale"] == 1.0]
+    assert len(whole) == 4 and summary["domains"][0]["before"]["accuracy"] == 0.5  # the same two answers everywhere: one of them is always preferred
+    for point in whole:
+        assert point["accuracy"]["questions"] == 12 and point["accuracy"]["after"] == 0.5 and point["accuracy_general"]["other"]["after"] == 0.5
+    assert run(experiment(tasks={"domain": spec}), out) == 2 and "put its questions there" in capsys.readouterr().err
+    assert run(experiment(tasks={"other": "pika=x.jsonl"}), out) == 2 and "did you mean 'piqa'?" in capsys.readouterr().err

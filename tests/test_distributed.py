@@ -233,6 +233,11 @@ def under_fsdp2():
     return found
 
 
+def names(out):
+    """What a run left; the first process may still hold the lock while another looks."""
+    return sorted(path.name for path in out.iterdir() if path.name != ".lock")
+
+
 def tuned(folder, data, cases, name):
     """The final weights, run.json's energy and what lies in the folder after `tune`, for each case."""
     found = []
@@ -243,7 +248,7 @@ def tuned(folder, data, cases, name):
                  "device": "cpu"}  # fmt: skip
         run = tune(resolve(TuneOptions, given, TUNE_PRESETS))
         weights = load_file(out / "final" / ("model.safetensors" if full else "adapter_model.safetensors"))
-        found.append((weights, run["energy"], [entry["loss"] for entry in run["log"] if "loss" in entry], sorted(path.name for path in out.iterdir())))
+        found.append((weights, run["energy"], [entry["loss"] for entry in run["log"] if "loss" in entry], names(out)))
     return found
 
 

@@ -20,7 +20,7 @@ from holdfast.runs import read_json
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 SHARED = ROOT.parent / "shared"
-YAMLS = sorted(path for path in EXAMPLES.rglob("*.yaml") if path.parent.name != "compare")  # experiments: test_compare.py
+YAMLS = sorted(path for path in EXAMPLES.rglob("*.yaml") if path.parent.name not in ("compare", "accelerate"))  # test_compare.py, test_distributed.py
 MODELS = sorted(path for path in (EXAMPLES / "paper").iterdir() if path.is_dir())
 TASKS = ("sciq", "piqa", "medmcqa")
 ROWS = {

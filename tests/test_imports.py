@@ -4,11 +4,13 @@ import ast
 from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "holdfast"
-ORDER = ["config", "runs", "experiment", "frontier", "transfer", "compare", "report", "codec", "budget", "overlap", "carving", "stepping", "distributed",
-         "checkpoint", "weights", "update", "importance", "storage", "inspection", "shrink", "layers", "moved", "penalty", "callback", "models", "texts",
-         "tasks", "evaluation", "recording", "ledger", "probe", "finish", "keeper", "shrinking", "methods", "training",
-         "sequence", "campaign", "demo", "cli"]  # fmt: skip
-LAZY = {("importance", "storage"), ("importance", "inspection"), ("callback", "keeper")}  # Importance.save, .load, .describe; hold(budget=...)
+ORDER = ["reading", "config", "runs", "lock", "shapes", "experiment", "frontier", "transfer", "compare", "report", "cards", "codec", "budget", "overlap",
+         "carving", "stepping", "distributed", "checkpoint", "weights", "update", "importance", "storage", "inspection", "hub", "sizes", "shrink", "layers",
+         "moved", "penalty", "callback", "models", "adapter_files", "texts", "tasks", "heldout", "evaluation", "earlier", "recording", "ledger", "probe",
+         "finish", "keeper", "shrinking", "methods", "training", "plan", "integrations", "sequence", "trial", "pool", "scoring", "stacking", "succession",
+         "campaign", "demo", "cli"]  # fmt: skip
+# Importance.save, .load, .describe, .push_to_hub; hold(budget=...)
+LAZY = {("importance", "storage"), ("importance", "inspection"), ("importance", "hub"), ("callback", "keeper")}
 
 
 def room(path: Path) -> str:

@@ -146,9 +146,9 @@ def test_wrong_budgets_and_texts_are_refused_before_training(words, domain, gene
     assert not (tmp_path / "run" / "final").exists()
 
 
-def test_general_text_that_is_trained_on_is_warned_of(words, general, tmp_path, caplog, monkeypatch):
+def test_general_text_that_is_trained_on_is_warned_of(words, domain, general, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(keeper.Keeper, "bind", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert run(words, "--data", general, "--budget", "2%") == 130
+    assert run([general if word is domain else word for word in words], "--budget", "2%") == 130
     assert "240 of 240 documents are in it word for word" in caplog.text
 
 
@@ -158,7 +158,7 @@ def test_the_probe_stays_within_its_share_of_tokens():
             every, count = plan(per_step, piece)
             assert every >= 5 and 1 <= count <= 64
             assert count * piece <= 0.0801 * per_step * every
-            assert count >= 4 or per_step * 0.08 * every >= piece
+            assert count >= 2 or per_step * 0.08 * every >= piece
 
 
 def test_the_ledger_measures_what_changed_and_leaves_no_trace(tiny, tokenizer, general):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from holdfast import layers
-    from holdfast.callback import HoldfastCallback, RecorderCallback, TermCallback, add_term, hold
+    from holdfast.callback import HoldCallback, HoldfastCallback, RecorderCallback, TermCallback, add_term, hold
     from holdfast.importance.container import Importance
     from holdfast.importance.fisher import Fisher
     from holdfast.importance.kronecker import Kronecker
@@ -19,11 +19,12 @@ if TYPE_CHECKING:
     from holdfast.penalty.pull import Penalty
 
 __version__ = "0.1.0"
-__all__ = ["KL", "Fisher", "HoldfastCallback", "Importance", "Kronecker", "PathIntegral", "Penalty", "RecorderCallback", "Replay", "TermCallback", "add_term",
-           "hold", "layers"]  # fmt: skip
+__all__ = ["KL", "Fisher", "HoldCallback", "HoldfastCallback", "Importance", "Kronecker", "PathIntegral", "Penalty", "RecorderCallback", "Replay",
+           "TermCallback", "add_term", "hold", "layers"]  # fmt: skip
 
 _HOME = {
     "Fisher": "holdfast.importance.fisher",
+    "HoldCallback": "holdfast.callback",
     "HoldfastCallback": "holdfast.callback",
     "Importance": "holdfast.importance.container",
     "KL": "holdfast.methods.terms",

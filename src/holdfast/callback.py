@@ -88,6 +88,27 @@ class HoldfastCallback(TrainerCallback):
         self._attachment = None
 
 
+class HoldCallback(HoldfastCallback):
+    """`hold` as a callback, for hosts that take callbacks before there is a trainer (LLaMA-Factory, or a list in a configuration): the penalty is made of
+    the trainer's model when training begins. The arguments are those of `hold`, without a budget, which needs the trainer.
+
+    Raises, when training begins, ValueError where importance does not fit the model, OptionError for wrong settings.
+    """
+
+    penalty: Penalty
+
+    def __init__(self, importance: Importance | str | Path, *, strength: float | None = None, layers: Any = None, anchor: str = "base",
+                 names: str | None = None, offload: bool = False):  # fmt: skip
+        self.importance = importance if isinstance(importance, Importance) else Importance.from_pretrained(importance)
+        self.strength = default_strength(self.importance.info.get("estimator", "?")) if strength is None else strength
+        self.settings: dict[str, Any] = dict(layers=layers, anchor=anchor, names=names, offload=offload)
+        self.finishing = self._attachment = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.penalty = Penalty(kwargs["model"], self.importance, strength=self.strength, **self.settings)
+        super().on_train_begin(args, state, control, **kwargs)
+
+
 class TermCallback(TrainerCallback):
     """Adds a term's gradient once per optimizer step, before that of the data, so that clipping sees the sum; logs what the term says.
 
@@ -183,7 +204,7 @@ def hold(trainer: Any, importance: Importance | str | Path, *, strength: float |
     distributed.check_engine(trainer, "the pull")
     if budget is not None and not distributed.has_whole_model(trainer):
         raise ValueError("a budget measures general text beside the trainer, which FSDP does not allow; train in one process or with DDP, or give a strength")
-    loaded = importance if isinstance(importance, Importance) else Importance.load(importance)
+    loaded = importance if isinstance(importance, Importance) else Importance.from_pretrained(importance)
     if budget is not None and general is not None:
         from holdfast.keeper import of_trainer
 

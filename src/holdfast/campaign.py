@@ -6,6 +6,7 @@
     DIR/runs/ID/run.json    one run; ID is a hash of all that decides it, so what is finished is never run again
     DIR/runs/ID/adapter/    its finished adapter
     DIR/sequences/          domains one after another (sequence.py)
+    DIR/accuracy.json       multiple-choice questions (scoring.py)
     DIR/compare.json        the summary (compare.py), all that `holdfast report` reads
 
 A run trains by `tune`, then its finished update is evaluated at every scale on every text. Settings are chosen on validation parts carved from the training
@@ -15,52 +16,48 @@ a result; another failure is noted and tried again the next time.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
-import multiprocessing
-import os
-import shutil
-import sys
 import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from torch import nn
 
 from holdfast.carving import carve
 from holdfast.compare import choose, progress_line, summarise
-from holdfast.config import CompareOptions, ModelOptions, TuneOptions, resolve
-from holdfast.evaluation import completion_loss, general_loss, rise
+from holdfast.config import CompareOptions, ModelOptions, resolve
 from holdfast.experiment import RECORDED, Experiment, Trial, final_trials, identity, read, record_options, tune_options, validation_trials
+from holdfast.lock import only_writer
 from holdfast.models import context_length, load_model, load_tokenizer
-from holdfast.runs import check_output_folder, environment, read_json, sha256_file, write_json, write_text
+from holdfast.pool import running
+from holdfast.runs import environment, read_json, sha256_file, write_json, write_text
+from holdfast.scoring import check_questions, score_all
 from holdfast.sequence import Campaign, run_sequences
+from holdfast.shapes import TRIAL, read_checked
 from holdfast.tasks import load_training_data
 from holdfast.texts import load_documents
-from holdfast.weights import scale_update, unwrapped
+from holdfast.trial import evaluate, run, was_killed
+from holdfast.weights import unwrapped
 
 logger = logging.getLogger("holdfast")
 PARTS = ("validation", "test")
 SHARES = {"text": {True: (0.8, 0.2), False: (0.6, 0.2, 0.2)}, "other": {True: (1.0,), False: (0.5, 0.5)}}  # by whether a test file is given
-LOGGED = ("step", "loss", "energy", "pull_ratio", "strength", "kl")
 SAMPLES, SAMPLE_TOKENS = 3, 40  # prompts of each domain that are answered in the report
 
 
 def compare(options: CompareOptions) -> dict[str, Any]:
     """Run the experiment and return the summary. Raises OptionError or ValueError for what is wrong with it before anything is trained."""
     experiment, out = read(options.experiment), Path(options.out)
+    check_questions(experiment)
     if options.dry_run:
         print(_plan(experiment, options.part))
         return {}
-    check_output_folder(out)
-    with _locked(out):
+    with only_writer(out):
         write_text(out / "experiment.yaml", yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(experiment))), sort_keys=False))
         files = prepare(experiment, out)
         measure_base(experiment, files, out)
@@ -74,8 +71,9 @@ def compare(options: CompareOptions) -> dict[str, Any]:
             jobs += final
             if experiment.sequences:
                 base = read_json(out / "base.json")["test"]
-                evaluate = lambda model, tokenizer, domains: _evaluate(experiment, model, tokenizer, files, "test", domains)
-                run_sequences(Campaign(experiment, files, recipes, base, evaluate, out), chosen)
+                measured = lambda model, tokenizer, domains: evaluate(experiment, model, tokenizer, files, "test", domains)
+                run_sequences(Campaign(experiment, files, recipes, base, measured, out), chosen)
+        score_all(experiment, jobs, out)
         _answer(experiment, jobs, files, out)
         summary = summarise(out, [job["id"] for job in jobs])
     print("\n".join(summary["verdict"]))
@@ -131,20 +129,6 @@ def _carved(
     return places
 
 
-def _evaluate(experiment: Experiment, model: nn.Module, tokenizer: Any, files: dict[str, str], part: str, domains: Iterable[str]) -> dict[str, Any]:
-    """{general: {text: numbers}, domains: {domain: numbers}} of one state of a model."""
-    limit = experiment.limit.get(part)
-    found: dict[str, Any] = {"general": {}, "domains": {}}
-    for name in experiment.general:
-        documents = load_documents(files[f"general/{name}/{part}"], limit=limit)
-        if experiment.characters:
-            documents = [dataclasses.replace(d, text=d.text[: experiment.characters]) if d.text is not None else d for d in documents]
-        found["general"][name] = general_loss(model, tokenizer, documents).numbers()
-    for name in domains:
-        found["domains"][name] = completion_loss(model, tokenizer, load_training_data(files[f"domain/{name}/{part}"], limit=limit)).numbers()
-    return found
-
-
 def measure_base(experiment: Experiment, files: dict[str, str], out: Path) -> dict[str, Any]:
     """The bare base model on every part, measured once."""
     held = {key: sha256_file(path) for key, path in sorted(files.items()) if key.rsplit("/", 1)[1] in PARTS}
@@ -154,7 +138,7 @@ def measure_base(experiment: Experiment, files: dict[str, str], out: Path) -> di
         return dict(read_json(path))
     options = resolve(ModelOptions, experiment.model)
     model, tokenizer = load_model(options), load_tokenizer(options)
-    base = {part: _evaluate(experiment, model, tokenizer, files, part, experiment.domains) for part in PARTS}
+    base = {part: evaluate(experiment, model, tokenizer, files, part, experiment.domains) for part in PARTS}
     rows = {name: len(Path(files[f"domain/{name}/train"]).read_text(encoding="utf-8").splitlines()) for name in experiment.domains}
     write_json(path, {"made_from": mark, "environment": environment(str(next(model.parameters()).device)), "rows_trained": rows, **base})
     return dict(read_json(path))
@@ -212,7 +196,7 @@ def _job(experiment: Experiment, trial: Trial, files: dict[str, str], recipes: d
 
 def _finished(job: dict[str, Any]) -> bool:
     path = job["folder"] / "run.json"
-    return path.exists() and read_json(path)["status"] != "failed"
+    return path.exists() and read_checked(path, TRIAL).get("status") in ("done", "out of memory")
 
 
 def _run_all(experiment: Experiment, jobs: list[dict[str, Any]], processes: int, out: Path, before: Iterable[dict[str, Any]] = ()) -> None:
@@ -220,121 +204,11 @@ def _run_all(experiment: Experiment, jobs: list[dict[str, Any]], processes: int,
     waiting = {job["id"]: job for job in jobs if not _finished(job)}  # two settings may be the same run
     every = [job["id"] for job in (*before, *jobs)]
     started = time.perf_counter()
-    for done, job in enumerate(_running(list(waiting.values()), processes), 1):
+    for done, job in enumerate(running(run, list(waiting.values()), processes, killed=was_killed), 1):
         summary = summarise(out, every, pending=len(waiting) - done)
         seconds = (time.perf_counter() - started) / done * (len(waiting) - done)
         result = read_json(job["folder"] / "run.json")
         logger.info("%s", progress_line(result, summary, seconds))
-
-
-def _running(jobs: list[dict[str, Any]], processes: int) -> Iterator[dict[str, Any]]:
-    """Each job once it is done."""
-    if processes <= 1:
-        for job in jobs:
-            run(job)
-            yield job
-        return
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_started, initargs=(context.Value("i", 0),))
-    try:
-        pending = {pool.submit(run, job): job for job in jobs}
-        for future in as_completed(pending):
-            future.result()
-            yield pending[future]
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _started(counter: Any) -> None:
-    """Give each process its own GPU where there are several."""
-    with counter.get_lock():
-        number, counter.value = counter.value, counter.value + 1
-    if torch.cuda.device_count() > 1:
-        torch.cuda.set_device(number % torch.cuda.device_count())
-
-
-def run(job: dict[str, Any]) -> None:
-    """One trial: its run.json says how it ended. What it prints goes into its folder."""
-    folder: Path = job["folder"]
-    folder.mkdir(parents=True, exist_ok=True)
-    trial: Trial = job["trial"]
-    result = {"id": job["id"], "method": trial.method, "domain": trial.domain, "part": trial.part, "seed": trial.seed, "settings": trial.settings}
-    started = time.perf_counter()
-    try:
-        with open(folder / "log.txt", "w", encoding="utf-8") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-            result |= {"status": "done", "error": None, **_trained(job)}
-    except Exception as error:
-        memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "out of memory" in str(error).lower()
-        result |= {"status": "out of memory" if memory else "failed", "error": f"{type(error).__name__}: {error}", "points": [], "log": [], "moved": None}
-        logger.warning("%s on %s, %s: %s", trial.method, trial.domain, result["status"], result["error"])
-    finally:
-        shutil.rmtree(folder / "work", ignore_errors=True)
-    write_json(folder / "run.json", {**result, "wall_seconds": time.perf_counter() - started})
-
-
-def _trained(job: dict[str, Any]) -> dict[str, Any]:
-    """Train, then evaluate the finished update at every scale."""
-    from holdfast.training import tune
-
-    experiment, trial, folder, options = job["experiment"], job["trial"], job["folder"], job["options"]
-    _forget_peak()
-    finished = tune(options)
-    shutil.rmtree(folder / "adapter", ignore_errors=True)
-    os.replace(folder / "work" / "final", folder / "adapter")
-    base = read_json(job["base"])[trial.part]
-    tokenizer, points = load_tokenizer(options), []
-    for scale, model in _scaled(options, folder / "adapter", experiment.scales):
-        after = _evaluate(experiment, model, tokenizer, job["files"], trial.part, [trial.domain])
-        gained = rise(base["domains"][trial.domain], after["domains"][trial.domain])
-        points.append({"scale": scale, "learning": {**gained, "nats": -float(gained["nats"] or 0.0)}, "accuracy": None, "accuracy_general": None,
-                       "forgetting": {name: rise(base["general"][name], numbers) for name, numbers in after["general"].items()}})  # fmt: skip
-    extra = {"self": "text sampled from the model", "domain": "the domain text again"}.get(str(trial.settings.get("replay")), trial.settings.get("replay"))
-    return {"points": points, "energy": finished["energy"], "seconds": finished["train_seconds"], "peak_memory_bytes": _peak(), "extra_data": extra,
-            "file_bytes": job["file_bytes"], "trainable_parameters": finished["trainable_parameters"], "moved": finished.get("moved"),
-            "log": [{key: entry.get(key) for key in LOGGED} for entry in finished["log"] if "loss" in entry],
-            "environment": finished["environment"]}  # fmt: skip
-
-
-def _scaled(options: TuneOptions, adapter: Path, scales: Iterable[float]) -> Iterator[tuple[float, nn.Module]]:
-    """The base with the finished update at 1 and at each smaller scale; 1 alone where the update cannot be scaled (OFT, OSF)."""
-    if options.full:
-        tuned, base = load_model(options, str(adapter)), load_model(options)
-        moved = [(p, q.detach().clone(), q.detach() - p.detach()) for p, q in zip(base.parameters(), tuned.parameters(), strict=True)]
-        for scale in (1.0, *sorted(scales, reverse=True)):
-            with torch.no_grad():
-                for p, whole, U in moved:
-                    p.copy_(whole if scale == 1 else whole - (1 - scale) * U)
-            yield scale, base
-        return
-    from peft import PeftModel
-
-    model, now = PeftModel.from_pretrained(load_model(options), str(adapter)), 1.0
-    for scale in (1.0, *sorted(scales, reverse=True)):
-        try:
-            scale_update(model, scale / now)
-        except ValueError:
-            return
-        now = scale
-        yield scale, model
-
-
-def _forget_peak() -> None:
-    """Start counting the peak of memory anew, where the system lets us."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak() -> int | None:
-    """Bytes at the peak: of the GPU, or of the process."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return None
 
 
 def _answer(experiment: Experiment, jobs: list[dict[str, Any]], files: dict[str, str], out: Path) -> None:
@@ -378,19 +252,3 @@ def _continued(model: Any, tokenizer: Any, prompt: str) -> str:
         made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False,
                               pad_token_id=tokenizer.pad_token_id)  # fmt: skip
     return str(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
-
-
-@contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """One campaign per folder. Raises ValueError where another process is at it."""
-    if sys.platform == "win32":
-        yield
-        return
-    import fcntl
-
-    with open(out / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"another process is comparing in '{out}'; wait for it, or give another --out") from None
-        yield

@@ -24,6 +24,7 @@ from holdfast.config import (  # fmt: skip
     DemoOptions,
     EvalOptions,
     OptionError,
+    PlanOptions,
     RecordOptions,
     ReportOptions,
     ShrinkOptions,
@@ -31,13 +32,16 @@ from holdfast.config import (  # fmt: skip
     nearest,
     read_yaml,
     resolve,
+    several,
 )
+from holdfast.reading import printable
 
 VERBS: dict[str, tuple[str, str]] = {
     "record": (
         "record what matters in a base model, once, into an importance file",
         "holdfast record MODEL --general wiki.jsonl --out model.importance.safetensors",
     ),
+    "plan": ("say what recording and tuning will take: bytes, memory, time", "holdfast plan MODEL --tier kronecker:16 --processes 4"),
     "tune": ("fine-tune on domain data while holding it", "holdfast tune MODEL --data domain.jsonl --importance model.importance.safetensors --out run"),
     "eval": ("measure what was learned and what was lost", "holdfast eval MODEL --adapter run/final --general held-out.jsonl --tasks sciq"),
     "compare": ("run every method of an experiment and put them on one frontier", "holdfast compare experiment.yaml --out comparison"),
@@ -52,12 +56,14 @@ VERBS: dict[str, tuple[str, str]] = {
     "demo": ("run the whole method on the embedded model and world, in minutes", "holdfast demo --seeds 3"),
 }
 POSITIONAL = {"inspect": "FILE", "convert": "FILE", "merge": "ADAPTER", "shrink": "ADAPTER", "demo": "", "compare": "EXPERIMENT.yaml", "report": "DIR"}
-NEEDED = {"record": ("model", "general", "out"), "tune": ("model", "data", "out"), "eval": ("model",), "shrink": ("adapter", "out"), "demo": ("out",),
+NEEDED = {"record": ("model", "general", "out"), "tune": ("model", "data", "out"), "eval": ("model",), "plan": ("model",), "shrink": ("adapter", "out"),
+          "demo": ("out",),
           "compare": ("experiment", "out"), "report": ("folder",)}  # fmt: skip
 OPTIONS: dict[str, tuple[Any, dict[str, dict[str, Any]] | None]] = {
     "record": (RecordOptions, RECORD_PRESETS),
     "tune": (TuneOptions, TUNE_PRESETS),
     "eval": (EvalOptions, None),
+    "plan": (PlanOptions, None),
     "compare": (CompareOptions, None),
     "shrink": (ShrinkOptions, None),
     "demo": (DemoOptions, None),
@@ -77,6 +83,18 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
+def shown(text: object) -> str:
+    """What goes to a terminal: lines without control characters, since they may quote what stands in files."""
+    return "\n".join(printable(line, longest=4000) for line in str(text).split("\n"))
+
+
+class Printable(logging.Formatter):
+    """Messages as `shown` makes them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -94,6 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug, quiet = given.pop("debug", False), given.pop("quiet", False)
     _quiet_hosts()
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(Printable("%(message)s"))
     logging.getLogger("holdfast").setLevel(logging.WARNING if quiet else logging.INFO)
     try:
         status = _status(_action(verb, given)())
@@ -110,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         expected = isinstance(error, (ValueError, OSError))
         hint = "" if expected or debug else f" ({type(error).__name__}; run again with --debug for the traceback)"
-        print(f"holdfast {verb}: {error}{hint}", file=sys.stderr)
+        print(f"holdfast {verb}: {shown(error)}{hint}", file=sys.stderr)
         return 2 if isinstance(error, OptionError) else 1
 
 
@@ -146,11 +166,14 @@ def _action(verb: str, given: dict[str, Any]) -> Callable[[], Any]:
 
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show blocks gets question marks, not an error
-        return lambda: print(describe_file(given["file"]))
+        from holdfast.hub import importance_path
+
+        return lambda: print(describe_file(importance_path(given["file"])))
     if verb == "convert":
+        from holdfast.hub import importance_path
         from holdfast.storage import convert
 
-        return lambda: convert(given["file"], given["tier"], given["out"])
+        return lambda: convert(importance_path(given["file"]), given["tier"], given["out"])
     if verb == "merge":
         from holdfast.training import merge
 
@@ -169,6 +192,10 @@ def _action(verb: str, given: dict[str, Any]) -> Callable[[], Any]:
         from holdfast.recording import record
 
         return lambda: record(options)
+    if verb == "tune" and (options.after or len(several(options.data)) > 1):
+        from holdfast.succession import tune_in_turn
+
+        return lambda: tune_in_turn(options)
     if verb == "tune":
         from holdfast.training import tune
 
@@ -181,6 +208,10 @@ def _action(verb: str, given: dict[str, Any]) -> Callable[[], Any]:
         from holdfast.shrinking import shrink
 
         return lambda: shrink(options)
+    if verb == "plan":
+        from holdfast.plan import plan
+
+        return lambda: plan(options)
     if verb == "demo":
         if options.seeds < 1:
             raise OptionError(f"--seeds expects a whole number above 0, found {options.seeds}")
@@ -217,9 +248,9 @@ def _verb_parser(verb: str) -> argparse.ArgumentParser:
     parser = Parser(prog=f"holdfast {verb}", usage=usage, argument_default=argparse.SUPPRESS,
                     description=text[0].upper() + text[1:] + ".", epilog=f"example: {example}", allow_abbrev=False)  # fmt: skip
     if verb == "inspect":
-        parser.add_argument("file", metavar="FILE", help="importance file")
+        parser.add_argument("file", metavar="FILE", help="importance file, its folder or a Hub name")
     elif verb == "convert":
-        parser.add_argument("file", metavar="FILE", help="importance file")
+        parser.add_argument("file", metavar="FILE", help="importance file, its folder or a Hub name")
         parser.add_argument("--tier", required=True, metavar="TIER", help="f32, bf16, u8, u4, factored[:K], kronecker[:K]")
         parser.add_argument("--out", required=True, metavar="FILE", help="importance file to write")
     elif verb == "merge":
@@ -247,7 +278,8 @@ def _add(parser: argparse.ArgumentParser, spec: Any, presets: dict[str, dict[str
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text.replace("%", "%%"))
     else:
         # Values stay text here: `config.resolve` checks and converts them, whether they come from a flag or from YAML.
-        parser.add_argument(flag, metavar=meta["metavar"] or ("{" + ",".join(meta["choices"]) + "}" if meta["choices"] else "X"), help=text.replace("%", "%%"))
+        named = meta["metavar"] or ("{" + ",".join(meta["choices"]) + "}" if meta["choices"] else "X")
+        parser.add_argument(flag, action="append" if meta["repeated"] else "store", metavar=named, help=text.replace("%", "%%"))
 
 
 if __name__ == "__main__":

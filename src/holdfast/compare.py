@@ -18,6 +18,7 @@ from holdfast.config import read_yaml
 from holdfast.experiment import Experiment, from_resolved
 from holdfast.frontier import Curve, area, at_share, difference, mean_and_error, on_frontier, rank
 from holdfast.runs import read_json, write_json
+from holdfast.shapes import TRIAL, read_checked
 
 CHOSEN_AT = 0.95  # share of plain's learning at which settings are chosen and the verdict is given
 Run = dict[str, Any]
@@ -73,9 +74,11 @@ def summarise(out: Path, ids: Sequence[str], *, pending: int = 0) -> dict[str, A
     """Read the runs `ids` below `out`, write out/compare.json and return it. Runs that are not finished are left out."""
     experiment = read_experiment_back(out)
     base = read_json(out / "base.json")
-    runs = [read_json(path) for run in dict.fromkeys(ids) if (path := out / "runs" / run / "run.json").exists()]
+    runs = [read_checked(path, TRIAL) for run in dict.fromkeys(ids) if (path := out / "runs" / run / "run.json").exists()]
     chosen = choose(experiment, runs)
+    accuracy = read_json(out / "accuracy.json") if (out / "accuracy.json").exists() else None
     for run in runs:
+        _with_accuracy(run, out / "runs" / run["id"], accuracy)
         run["chosen"] = chosen.get((run["method"], run["domain"])) == run["settings"]
     importance = {path.stem: read_json(path) for path in sorted((out / "importance").glob("*.json"))} if (out / "importance").is_dir() else {}
     summary: dict[str, Any] = {
@@ -84,8 +87,8 @@ def summarise(out: Path, ids: Sequence[str], *, pending: int = 0) -> dict[str, A
         "settings": {**{key: experiment.training.get(key) for key in ("max_steps", "batch_size", "length")}, "seeds": experiment.seeds,
                      "shares": list(experiment.shares), "scales": [*experiment.scales, 1.0], "trials": experiment.trials},
         "progress": {"done": sum(run["status"] == "done" for run in runs), "of": len(runs) + pending,
-                     "failed": sum(run["status"] != "done" for run in runs), "seconds": sum(run.get("wall_seconds", 0.0) for run in runs)},
-        "texts": _texts(experiment, base), "domains": _domains(experiment, base, runs), "methods": _methods(experiment, chosen), "runs": runs,
+                     "failed": sum(run["status"] != "done" for run in runs), "seconds": sum(run.get("wall_seconds") or 0.0 for run in runs)},
+        "texts": _texts(experiment, base), "domains": _domains(experiment, base, accuracy), "methods": _methods(experiment, chosen), "runs": runs,
         "frontier": {}, "equal_learning": {}, "noise": {}, "differences": [],
         "importance": list(importance.values()), "samples": read_json(out / "samples.json") if (out / "samples.json").exists() else [],
         "sequences": (read_json(out / "sequences.json") if experiment.sequences and (out / "sequences.json").exists() else []) or None,
@@ -95,6 +98,20 @@ def summarise(out: Path, ids: Sequence[str], *, pending: int = 0) -> dict[str, A
     summary["verdict"] = verdict(experiment, summary)
     write_json(out / "compare.json", summary)
     return summary
+
+
+def _with_accuracy(run: Run, folder: Path, base: dict[str, Any] | None) -> None:
+    """Put what was measured into the run's point of the whole update: `accuracy` of its domain, `accuracy_general` of the other tasks."""
+    path = folder / "accuracy.json"
+    if base is None or not path.exists():
+        return
+    now, before = read_json(path)["tasks"], base["tasks"]
+    change = {name: {"before": before[name]["acc"], "after": found["acc"], "standard_error": found["acc_stderr"], "questions": found["questions"]}
+              for name, found in now.items() if name in before}  # fmt: skip
+    for point in run.get("points") or []:
+        if point["scale"] == 1.0:
+            point["accuracy"] = change.get(run["domain"])
+            point["accuracy_general"] = {name: value for name, value in change.items() if name != run["domain"]} or None
 
 
 def read_experiment_back(out: Path) -> Experiment:
@@ -177,10 +194,10 @@ def _texts(experiment: Experiment, base: dict[str, Any]) -> list[dict[str, Any]]
             for name in experiment.general]  # fmt: skip
 
 
-def _domains(experiment: Experiment, base: dict[str, Any], runs: Sequence[Run]) -> list[dict[str, Any]]:
-    numbers = base["test"]["domains"]
+def _domains(experiment: Experiment, base: dict[str, Any], accuracy: dict[str, Any] | None) -> list[dict[str, Any]]:
+    numbers, known = base["test"]["domains"], (accuracy or {"tasks": {}})["tasks"]
     return [{"name": name, "rows": numbers[name]["documents"], "rows_trained": base["rows_trained"][name],
-             "before": {"nats": numbers[name]["nats"], "standard_error": numbers[name]["standard_error"], "accuracy": None}}
+             "before": {**{key: numbers[name][key] for key in ("nats", "standard_error")}, "accuracy": known[name]["acc"] if name in known else None}}
             for name in experiment.domains]  # fmt: skip
 
 

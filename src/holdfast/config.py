@@ -17,11 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from holdfast.reading import FileError, brief, load_yaml
+
 Options = TypeVar("Options")
 
 
-class OptionError(ValueError):
-    """A wrong option or a wrong combination of options: exit code 2 on the command line."""
+class OptionError(FileError):
+    """A wrong option or a wrong combination of options, wherever it was given: exit code 2 on the command line. The message is one printable line."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -31,9 +33,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
 
 
-def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, positional: bool = False, metavar: str | None = None) -> Any:
-    """A dataclass field with what the command line needs to know about it."""
-    metadata = {"help": help, "choices": choices, "positional": positional, "metavar": metavar}
+def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, positional: bool = False, metavar: str | None = None,
+           repeated: bool = False) -> Any:  # fmt: skip
+    """A dataclass field with what the command line needs to know about it. `repeated`: may be given several times; the values are joined by commas."""
+    metadata = {"help": help, "choices": choices, "positional": positional, "metavar": metavar, "repeated": repeated}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -47,10 +50,11 @@ REPORTERS = ("none", "tensorboard", "wandb", "trackio", "mlflow", "swanlab")
 
 # Options that must be at least a number, and those that must be above zero, wherever they occur.
 AT_LEAST = {"rank": 1, "batch_size": 1, "accumulation": 1, "save_steps": 1, "log_steps": 1, "limit": 1, "documents": 1, "self_documents": 1, "threads": 1,
-            "length": 2, "stride": 1, "batch_tokens": 1, "shots": 0, "eval_steps": 0, "strength": 0, "cov_rank": 0, "groups": 1, "dropout": 0,
+            "final_rank": 1, "length": 2, "stride": 1, "batch_tokens": 1, "shots": 0, "eval_steps": 0, "strength": 0, "cov_rank": 0, "groups": 1, "dropout": 0,
             "warmup": 0, "weight_decay": 0, "max_grad_norm": 0, "seed": 0, "replay_documents": 1, "replay_share": 0, "kl_weight": 0,
-            "kl_sequences": 1, "general_steps": 0, "scale": 0, "max_forgetting": 0, "orthogonality": 0, "jobs": 1, "mu": 0}  # fmt: skip
-ABOVE_ZERO = ("learning_rate", "epochs", "alpha", "xi")
+            "kl_sequences": 1, "general_steps": 0, "scale": 0, "max_forgetting": 0, "orthogonality": 0, "jobs": 1, "mu": 0,
+            "tokens": 2, "general_tokens": 1, "record_tokens": 2, "processes": 1}  # fmt: skip
+ABOVE_ZERO = ("learning_rate", "epochs", "alpha", "xi", "flops")
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,8 @@ class RecordOptions(AdapterOptions, TextOptions, ModelOptions):
     self_documents: int = option(64, "how many documents to sample with --general self")
     save_steps: int = option(100, "write a state to resume from every so many steps")
     resume: bool = option(False, "go on from the last saved state")
+    push_to_hub: str | None = option(None, "also upload the file, with a model card, to this Hub repository", metavar="NAME")
+    private: bool | None = option(None, "make the repository of --push-to-hub private, where it is new")
 
 
 RECORD_PRESETS: dict[str, dict[str, Any]] = {
@@ -152,10 +158,18 @@ def check_estimator(given: Mapping[str, Any], estimator: str) -> None:
 class TuneOptions(AdapterOptions, TextOptions, ModelOptions):
     """Options of `holdfast tune`: fine-tune on domain data while holding what the importance file marks."""
 
-    data: str = option("", "domain data: a file, a Hub dataset, or a task (sciq, piqa, medmcqa, sciq=train.jsonl)", metavar="DATA")
+    data: str = option("", "domain data: a file, a Hub dataset, or a task (sciq, piqa, medmcqa, sciq=train.jsonl); given several times: one domain after "
+                       "the other, each held from then on (docs/sequences.md)", metavar="DATA", repeated=True)  # fmt: skip
     data_split: str = option("train", "split of a Hub dataset")
-    importance: str | None = option(None, "importance file of `holdfast record`; without one the run is plain fine-tuning", metavar="FILE")
+    importance: str | None = option(None, "importance file of `holdfast record`, its folder or a Hub name; without one the run is plain fine-tuning",
+                                    metavar="FILE")  # fmt: skip
     out: str = option("", "folder to write: adapter (or model), checkpoints, run.json", metavar="DIR")
+    after: str | None = option(None, "go on from the result of this finished run on MODEL: its domains are held too, the final adapter has both", metavar="RUN")
+    consolidate: str | None = option(None, "several domains: add the importance of each to that so far (sum), average with decay (decay:0.9), or "
+                                     "hold general text alone (none) [sum]",
+                                     metavar="RULE")  # fmt: skip
+    final_rank: int | None = option(None, "several domains: bring the final adapter to this rank; default: the exact sum of the updates, ranks added")
+    keep_all: bool = option(False, "several domains: keep the adapter of the model after each of them too")
     preset: str = option("default", "default: our recipe; paper: Song et al. 2025 (arXiv 2501.13669)", choices=PRESETS)
     method: str = option(None, "method, or several with commas: plain, rslora, full, small-lr, holdfast, kl, replay, wise, ewc-lora, la-lora, l2, shuffled, "
                          "o-lora, general-steps, oft, osf, corda, lora-fa; see docs/methods.md; default: holdfast where --importance is given, else plain",
@@ -192,7 +206,8 @@ class TuneOptions(AdapterOptions, TextOptions, ModelOptions):
     packing: bool = option(False, "pack several documents into one sequence")
     completion_only: bool | None = option(None, "score only completions or assistant turns; default: yes where the data has them")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
-    eval_data: str | None = option(None, "held-out domain data, evaluated before, during and after", metavar="DATA")
+    eval_data: str | None = option(None, "held-out domain data, evaluated before, during and after; with several domains one for each, in their order",
+                                   metavar="DATA", repeated=True)  # fmt: skip
     eval_split: str | None = option(None, "split of a Hub dataset given by --eval-data; default: test, or the held-out split of a task")
     eval_steps: int = option(0, "evaluate on --eval-data every so many steps; 0: only before and after")
     tasks: str | None = option(None, "tasks to evaluate before and after: sciq,piqa=test.jsonl,...", metavar="NAMES")
@@ -200,6 +215,10 @@ class TuneOptions(AdapterOptions, TextOptions, ModelOptions):
     save_steps: int = option(200, "checkpoint every so many steps")
     log_steps: int = option(10, "log every so many steps")
     report_to: str = option("none", "where the trainer reports", choices=REPORTERS)
+    push_to_hub: str | None = option(
+        None, "also upload final/, with its model card, to this Hub repository; with --budget only where it is met", metavar="NAME"
+    )
+    private: bool | None = option(None, "make the repository of --push-to-hub private, where it is new")
     resume: bool = option(False, "go on from the last checkpoint in --out")
     overwrite: bool = option(False, "replace a finished run in --out")
 
@@ -226,7 +245,7 @@ METHOD_SETTINGS: dict[str, dict[str, Any]] = {
 
 def method_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     """The method by its default, and the settings of the methods that it names; wrong names are left to `holdfast.methods`."""
-    method = given.get("method") or ("holdfast" if given.get("importance") else "plain")
+    method = given.get("method") or ("holdfast" if given.get("importance") or given.get("after") else "plain")
     settings = {"method": method}
     for name in method.split(","):
         settings.update(METHOD_SETTINGS.get(name.strip(), {}))
@@ -256,6 +275,30 @@ class CompareOptions:
 
 
 @dataclass(frozen=True)
+class PlanOptions(ModelOptions):
+    """Options of `holdfast plan`: bytes and time, from the model's configuration alone."""
+
+    targets: str = option("all-linear", "weights to adapt: names (q_proj,v_proj), all-linear, or a regular expression", metavar="NAMES")
+    rank: int = option(8, "LoRA rank r")
+    full: bool = option(False, "train the target weights themselves instead of an adapter")
+    estimator: str = option("kronecker", "how importance is estimated", choices=ESTIMATORS)
+    tier: str | None = option(
+        None, "form of the file that tuning reads: f32, bf16, u8, u4, factored[:K], kronecker[:K]; default: as record writes it", metavar="TIER"
+    )
+    cov_rank: int = option(64, "kronecker: rank of the covariances that record keeps; 0: whole")
+    tokens: int = option(4096, "tokens per forward pass while tuning")
+    length: int = option(1024, "tokens per sequence")
+    accumulation: int = option(4, "forward passes per optimizer step")
+    general_tokens: int = option(500_000, "tokens of general text to record from")
+    record_tokens: int = option(4096, "tokens per forward pass while recording")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
+    processes: int = option(1, "processes that train together, one per device")
+    engine: str = option("ddp", "ddp: each has the whole model; fsdp: weights, gradients and optimizer state are sharded", choices=("ddp", "fsdp"))
+    flops: float | None = option(None, "floating-point operations per second of a device, as 400e12; default: measured here", metavar="RATE")
+    json: bool = option(False, "print JSON")
+
+
+@dataclass(frozen=True)
 class EvalOptions(TextOptions, ModelOptions):
     """Options of `holdfast eval`: what was learned, and what was lost."""
 
@@ -280,7 +323,7 @@ class ShrinkOptions(TextOptions, ModelOptions):
 
     model: str = option("", "base model; default: the one that the adapter names", metavar="MODEL")
     adapter: str = option("", "PEFT adapter (LoRA, rsLoRA), whoever trained it: a local folder", positional=True, metavar="ADAPTER")
-    importance: str | None = option(None, "importance file of `holdfast record` for the base model", metavar="FILE")
+    importance: str | None = option(None, "importance file of `holdfast record` for the base model, its folder or a Hub name", metavar="FILE")
     budget: str | None = option(None, "let perplexity on --general rise by at most this much: 1%, or 0.01nats")
     data: str | None = option(None, "held-out domain data, on which learning is measured: a file, a Hub dataset, or a task (sciq=test.jsonl)", metavar="DATA")
     data_split: str | None = option(None, "split of a Hub dataset given by --data; default: test, or the held-out split of a task")
@@ -318,7 +361,7 @@ def resolve(kind: type[Options], given: Mapping[str, Any], presets: Mapping[str,
     if kind is RecordOptions:
         check_estimator(values, str(values.get("estimator") or RECORD_PRESETS[str(values.get("preset") or "default")]["estimator"]))
     if presets is not None:
-        preset = values.get("preset", known["preset"].default)
+        preset = str(values.get("preset") or known["preset"].default)
         decided = method_settings(values) if kind is TuneOptions else {}
         values = {**presets[preset], **decided, **{name: value for name, value in values.items() if value is not None or known[name].default is not None}}
     return kind(**values)
@@ -335,7 +378,7 @@ def _checked(spec: dataclasses.Field, value: Any) -> Any:
             if not isinstance(value, bool):
                 raise ValueError
         elif kind.startswith("int"):
-            if isinstance(value, bool) or int(value) != float(value):
+            if isinstance(value, bool) or int(value) != float(value) or not abs(int(value)) < 1 << 63:
                 raise ValueError
             value = int(value)
         elif kind.startswith("float"):
@@ -343,9 +386,11 @@ def _checked(spec: dataclasses.Field, value: Any) -> Any:
                 raise ValueError
             value = float(value)
         else:
+            if isinstance(value, (dict, set, bytes)):
+                raise ValueError
             value = ",".join(value) if isinstance(value, (list, tuple)) else str(value)
-    except (TypeError, ValueError):
-        raise OptionError(f"{flag} expects {kind.split(' ')[0]}, found {value!r}") from None
+    except (TypeError, ValueError, OverflowError):
+        raise OptionError(f"{flag} expects {kind.split(' ')[0]}, found {brief(value)}") from None
     choices = spec.metadata.get("choices")
     if choices and value not in choices:
         near = nearest(str(value), choices)
@@ -359,16 +404,23 @@ def _checked(spec: dataclasses.Field, value: Any) -> Any:
     return value
 
 
+def several(spec: str | None) -> list[str]:
+    """The parts of an option that may be given several times; a file whose name has commas is one part."""
+    if not spec:
+        return []
+    return [spec] if "," not in spec or Path(spec).exists() else [part.strip() for part in spec.split(",") if part.strip()]
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file, safe-loaded; keys may be written with - or _. Raises OptionError with the line of a syntax error."""
-    import yaml
-
     path = Path(path)
-    if not path.is_file():
-        raise OptionError(f"configuration file '{path}' does not exist")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        if not path.is_file():
+            raise OptionError(f"configuration file '{path}' does not exist")
+        content = load_yaml(path.read_text(encoding="utf-8"))
+    except OptionError:
+        raise
+    except (OSError, ValueError) as error:
         raise OptionError(f"configuration file '{path}' is not valid YAML: {error}") from None
     if content is None:
         return {}

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from holdfast.adapter_files import checked, with_adapter
 from holdfast.config import EvalOptions, OptionError, as_dict, nearest
 from holdfast.models import context_length, load_model, load_tokenizer
 from holdfast.runs import check_output_folder, environment, write_json
@@ -289,8 +290,8 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
         raise OptionError("give --adapter or --tuned, not both")
     if options.scale != 1.0 and not options.adapter:
         raise OptionError("--scale scales an adapter's update; give --adapter")
-    if options.adapter and not (Path(options.adapter) / "adapter_config.json").is_file():
-        raise ValueError(f"'{options.adapter}' is not an adapter folder: expected adapter_config.json in it; give the final/ folder of a run")
+    if options.adapter:
+        checked(options.adapter)
     if options.tuned and not Path(options.tuned).is_dir():
         raise ValueError(f"'{options.tuned}' is not a folder; give --tuned the final/ folder of a run with --full")
     check_tasks(options.tasks)
@@ -305,11 +306,9 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
     before = measure(model, tokenizer, **wanted)
     after = None
     if options.adapter:
-        from peft import PeftModel
-
         from holdfast.weights import scale_update
 
-        model = PeftModel.from_pretrained(model, options.adapter)
+        model = with_adapter(model, options.adapter)
         scale_update(model, options.scale)
         after = measure(model, tokenizer, **wanted)
     elif options.tuned:

@@ -24,12 +24,14 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from holdfast.config import RECORD_PRESETS, TUNE_PRESETS, OptionError, RecordOptions, TuneOptions, as_dict, nearest, read_yaml, resolve
+from holdfast.reading import FileError, brief, check_mapping, check_name
 
 OURS = {
     "data",
@@ -45,7 +47,9 @@ OURS = {
     "eval_steps",
     "earlier",
 }  # options that the experiment itself sets
-LATER = ("earlier", "orthogonality")  # options that came after the first comparisons: where not given, runs made before are still found
+# Options that came after the first comparisons: where not given, runs made before are still found.
+LATER = ("earlier", "orthogonality", "after", "consolidate", "final_rank", "keep_all")
+MOST_SETTINGS = 10_000  # of one method
 RECORDED = "recorded"  # as the value of replay: the text that importance is recorded on
 FAMILIES = ("baseline", "holdfast", "penalty", "data", "adapter", "control")
 FAMILY = {"holdfast": "holdfast", "ewc-lora": "penalty", "la-lora": "penalty", "l2": "control", "shuffled": "control", "general-steps": "control", "kl": "data",
@@ -108,6 +112,7 @@ class Experiment:
     trials: str = "equal"
     characters: int | None = None  # of each general document that are evaluated
     sequences: dict[str, SequenceSpec] = field(default_factory=dict)
+    tasks: dict[str, str] = field(default_factory=dict)  # name -> multiple-choice questions that no domain teaches
 
     @property
     def reference(self) -> str:
@@ -136,6 +141,13 @@ KNOWN = {f.name for f in dataclasses.fields(Experiment)} | {"base", "dtype", "de
 
 def read(path: str | Path) -> Experiment:
     """The experiment in a YAML file. Raises OptionError for unknown keys, missing parts, wrong options, and an unequal number of trials."""
+    try:
+        return _read(path)
+    except FileError as error:
+        raise error if isinstance(error, OptionError) else OptionError(str(error)) from None
+
+
+def _read(path: str | Path) -> Experiment:
     given = _with_base(Path(path))
     for key in given:
         if key not in KNOWN:
@@ -144,15 +156,19 @@ def read(path: str | Path) -> Experiment:
         if not given.get(key):
             raise OptionError(f"{path}: missing '{key}'; see docs/compare.md")
     model = {key: given[key] for key in ("model", "dtype", "device", "revision", "quantize", "threads", "trust_remote_code") if given.get(key) is not None}
-    importance = {label: dict(recipe or {}) for label, recipe in (given.get("importance") or {}).items()}
-    methods = {label: _method(label, dict(spec or {}), importance) for label, spec in given["methods"].items()}
-    rest = {key: given[key] for key in ("training", "trials", "characters") if given.get(key) is not None}
-    rest.update({key: tuple(map(float, given[key])) for key in ("scales", "shares") if given.get(key) is not None})
-    rest["sequences"] = {name: _sequence(path, name, spec) for name, spec in (given.get("sequences") or {}).items()}
-    rest.update({key: dict(given[key]) for key in ("seeds", "limit") if given.get(key) is not None})
+    parts = {key: _named_parts(f"{path}: {key}", given.get(key)) for key in ("general", "domains", "methods", "importance", "sequences", "tasks")}
+    importance = {label: check_mapping(recipe, f"{path}: importance: {label}") for label, recipe in parts["importance"].items()}
+    methods = {label: _method(label, check_mapping(spec, f"{path}: methods: {label}"), importance) for label, spec in parts["methods"].items()}
+    rest: dict[str, Any] = {key: given[key] for key in ("trials", "characters") if given.get(key) is not None}
+    rest["training"] = check_mapping(given.get("training"), f"{path}: training")
+    rest.update({key: tuple(map(float, _numbers(given[key], f"{path}: {key}"))) for key in ("scales", "shares") if given.get(key) is not None})
+    rest["sequences"] = {name: _sequence(path, name, spec) for name, spec in parts["sequences"].items()}
+    known = {"seeds": ("validation", "test"), "limit": ("validation", "test", "questions")}
+    rest.update({key: check_mapping(given[key], f"{path}: {key}", names) for key, names in known.items() if given.get(key) is not None})
+    rest["tasks"] = {name: str(spec) for name, spec in parts["tasks"].items()}
     found = Experiment(title=str(given.get("title") or Path(path).stem), model=model, importance=importance, methods=methods,
-                       general={name: _place(path, "general", name, value, "text") for name, value in given["general"].items()},
-                       domains={name: _place(path, "domains", name, value, "data") for name, value in given["domains"].items()}, **rest)  # fmt: skip
+                       general={name: _place(path, "general", name, value, "text") for name, value in parts["general"].items()},
+                       domains={name: _place(path, "domains", name, value, "data") for name, value in parts["domains"].items()}, **rest)  # fmt: skip
     _check(path, found)
     return found
 
@@ -180,15 +196,35 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 def _place(path: Any, where: str, name: str, value: Any, main: str) -> dict[str, str]:
     """{main, test} of a text or a domain, which may be given as the one file alone."""
-    given = {main: value} if isinstance(value, str) else dict(value or {})
-    unknown = set(given) - {main, "test"}
-    if unknown or not given.get(main):
-        raise OptionError(f"{path}: {where}: {name} expects {main} (and test), found {', '.join(map(str, given)) or 'nothing'}")
-    return {key: str(item) for key, item in given.items()}
+    given = {main: value} if isinstance(value, str) else check_mapping(value, f"{path}: {where}: {name}")
+    known = (main, "test", "task") if where == "domains" else (main, "test")
+    if set(given) - set(known) or not given.get(main):
+        raise OptionError(f"{path}: {where}: {name} expects {main} (and {', '.join(known[1:])}), found {', '.join(map(str, given)) or 'nothing'}")
+    if not all(isinstance(item, str) for item in given.values()):
+        raise OptionError(f"{path}: {where}: {name} expects names of files or data sets, found {', '.join(map(brief, given.values()))}")
+    return given
+
+
+def _named_parts(where: str, value: Any) -> dict[str, Any]:
+    """A mapping whose keys become names of files and folders, and stand in tables."""
+    if isinstance(value, Mapping):
+        for key in value:
+            check_name(key, where)
+    return check_mapping(value, where)
+
+
+def _numbers(value: Any, where: str) -> list[Any]:
+    """A list of finite numbers. Raises FileError."""
+    if not isinstance(value, list) or not all(isinstance(item, (int, float)) and not isinstance(item, bool) and math.isfinite(item) for item in value):
+        raise FileError(f"{where}: expected a list of numbers, found {brief(value) if not isinstance(value, list) else 'other values in it'}")
+    return value
 
 
 def _method(label: str, spec: dict[str, Any], importance: Mapping[str, Any]) -> MethodSpec:
-    grid = {key.replace("-", "_"): list(values) if isinstance(values, (list, tuple)) else [values] for key, values in (spec.pop("grid", None) or {}).items()}
+    lists = check_mapping(spec.pop("grid", None), f"methods: {label}: grid")
+    grid = {key.replace("-", "_"): list(values) if isinstance(values, (list, tuple)) else [values] for key, values in lists.items()}
+    if not 0 < math.prod(map(len, grid.values())) <= MOST_SETTINGS:
+        raise OptionError(f"methods: {label}: the grid has {math.prod(map(len, grid.values()))} settings, expected 1 to {MOST_SETTINGS}")
     options = {key.replace("-", "_"): value for key, value in spec.items()}
     options.setdefault("method", "holdfast" if options.get("importance") else "plain")
     family = str(options.pop("family", FAMILY.get(str(options["method"]).split(",")[0], "baseline")))
@@ -197,7 +233,7 @@ def _method(label: str, spec: dict[str, Any], importance: Mapping[str, Any]) -> 
     for key in (*options, *grid):
         if key in OURS:
             raise OptionError(f"methods: {label}: '{key}' is set by the experiment itself; leave it out")
-    if options.get("importance") and options["importance"] not in importance:
+    if options.get("importance") and str(options["importance"]) not in importance:
         raise OptionError(f"methods: {label}: unknown importance '{options['importance']}'; {nearest(str(options['importance']), importance or ['none'])}")
     return MethodSpec(label, options, grid, family)
 
@@ -205,9 +241,10 @@ def _method(label: str, spec: dict[str, Any], importance: Mapping[str, Any]) -> 
 def _sequence(path: Any, name: str, spec: Any) -> SequenceSpec:
     given = dict(spec) if isinstance(spec, Mapping) else {}
     if set(given) != {"domains", "methods"} or not isinstance(given["domains"], list) or not isinstance(given["methods"], (list, Mapping)):
-        raise OptionError(f"{path}: sequences: {name} expects domains (a list) and methods (a list, or label: options), found {spec!r}")
-    methods = given["methods"] if isinstance(given["methods"], Mapping) else dict.fromkeys(given["methods"])
-    laid = {label: {key.replace("-", "_"): value for key, value in (over or {}).items()} for label, over in methods.items()}
+        raise OptionError(f"{path}: sequences: {name} expects domains (a list) and methods (a list, or label: options), found {brief(spec)}")
+    methods = given["methods"] if isinstance(given["methods"], Mapping) else dict.fromkeys(map(str, given["methods"]))
+    laid = {label: {key.replace("-", "_"): value for key, value in check_mapping(over, f"{path}: sequences: {name}: {label}").items()}
+            for label, over in _named_parts(f"{path}: sequences: {name}: methods", methods).items()}  # fmt: skip
     return SequenceSpec(tuple(map(str, given["domains"])), laid)
 
 
@@ -239,9 +276,12 @@ def _check(path: Any, experiment: Experiment) -> None:
                           "what is kept may be just what was recorded")  # fmt: skip
     if not any(method.options["method"] == "plain" for method in experiment.methods.values()):
         raise OptionError(f"{path}: methods: none is plain fine-tuning, which learning is measured by; add `plain: {{grid: {{learning_rate: [...]}}}}`")
-    for key in ("seeds", "limit"):
-        if set(getattr(experiment, key)) - {"validation", "test"}:
-            raise OptionError(f"{path}: {key} expects validation and test, found {', '.join(getattr(experiment, key))}")
+    for part, seeds in experiment.seeds.items():
+        if not isinstance(seeds, list) or not all(_is_count(seed, 0) for seed in seeds):
+            raise OptionError(f"{path}: seeds: {part} expects a list of whole numbers from 0, found {brief(seeds)}")
+    for what, value in (*((f"limit: {part}", limit) for part, limit in experiment.limit.items()), ("characters", experiment.characters)):
+        if value is not None and not _is_count(value, 1):
+            raise OptionError(f"{path}: {what} expects a whole number above 0, found {brief(value)}")
     if set(experiment.seeds.get("validation", [])) & set(experiment.seeds.get("test", [])):
         raise OptionError(f"{path}: seeds: the test part needs fresh seeds, found {experiment.seeds}")
     if not all(0 < scale < 1 for scale in experiment.scales):
@@ -250,6 +290,8 @@ def _check(path: Any, experiment: Experiment) -> None:
     if experiment.trials != "free" and len(set(counts.values())) > 1:
         raise OptionError(f"{path}: methods have unequal numbers of trials ({', '.join(f'{k} {n}' for k, n in counts.items())}): the one with more tries has "
                           "an advantage. Give each as many, or `trials: free`, which the verdict will say")  # fmt: skip
+    if both := set(experiment.tasks) & set(experiment.domains):
+        raise OptionError(f"{path}: tasks: '{min(both)}' is a domain; put its questions there, as `task`")
     for name, spec in experiment.sequences.items():
         _check_sequence(path, experiment, name, spec)
     for label, recipe in experiment.importance.items():
@@ -259,6 +301,10 @@ def _check(path: Any, experiment: Experiment) -> None:
             _named(
                 path, f"methods: {label}", lambda settings=settings: tune_options(experiment, settings, data="x", replay="x", importance="x", out="x", seed=0)
             )
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 1 << 32
 
 
 def _named(path: Any, where: str, make: Any) -> None:
@@ -304,6 +350,7 @@ def final_trials(experiment: Experiment, chosen: Mapping[tuple[str, str], dict[s
 
 def identity(options: TuneOptions, *, more: Iterable[Any]) -> str:
     """16 hex digits of everything that decides a run: its options without places and machine, and `more` (hashes of data, recipe, evaluation)."""
-    unimportant = ("data", "replay", "importance", "out", "threads", "device", "save_steps", "log_steps", "report_to", "overwrite", "resume")
-    decided = {key: value for key, value in as_dict(options).items() if key not in unimportant and not (key in LATER and value is None)}
+    unimportant = ("data", "replay", "importance", "out", "threads", "device", "save_steps", "log_steps", "report_to", "overwrite", "resume",
+                   "push_to_hub", "private")  # fmt: skip
+    decided = {key: value for key, value in as_dict(options).items() if key not in unimportant and not (key in LATER and (value is None or value is False))}
     return hashlib.sha256(json.dumps([decided, *more], sort_keys=True, default=str).encode()).hexdigest()[:16]

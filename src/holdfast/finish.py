@@ -4,6 +4,7 @@
     choose   the most learning among shares whose planned bound keeps the budget: the value below which the check's upper end will be 19 times in 20
     check    the check part, measured at the chosen share only. Not met: one fallback to a smaller share, chosen on the control part, and a second check;
              each has half of the error probability
+    sources  in a sequence of domains the bound and the check are those of the worst source: the general text or an earlier domain
 
 `apply(share)` makes the model that share of the update: by scaling (`Update.scale`), or by shrinking along importance (shrink.py). Costs about 12
 evaluations of the control part and of the domain data, and one or two of the check part.
@@ -22,10 +23,10 @@ from typing import Any
 
 from torch import nn
 
-from holdfast.budget import ERROR, Interval, documents_to_decide, percent, planned_bound, verdict
+from holdfast.budget import ERROR, Interval, documents_to_decide, percent, verdict
 from holdfast.importance.container import Importance
 from holdfast.importance.covariance import AnyCovariance
-from holdfast.ledger import Ledger, Part
+from holdfast.ledger import GENERAL, Ledger, Part
 from holdfast.shrink import Basis, Form, prepared, refactored, typical
 from holdfast.update import Update
 
@@ -34,6 +35,7 @@ SHARES = (1.0, 0.85, 0.7, 0.55, 0.4, 0.3, 0.2, 0.1, 0.05)
 REFINED = 4  # shares tried between the best one that keeps the budget and the next larger one
 EACH = ERROR / 2  # error probability of one check: the first, and the fallback's
 Ways = Mapping[str, Callable[[float], None]]  # name -> a function: share -> the model with that share of its update
+WORSE = ("met", "not shown", "exceeded")
 OTHERS = (0.5, 1.0, 2.0, 5.0)  # per cent: what other budgets would buy
 
 
@@ -59,10 +61,11 @@ class Point:
     rise: Interval
     bound: float
     learning: Interval | None
+    worst: str = GENERAL  # whose bound it is
 
     def numbers(self) -> dict[str, Any]:
         """For run.json."""
-        return {"way": self.way, "share": self.share, "mu": self.mu, "rise": self.rise.numbers(), "bound": self.bound,
+        return {"way": self.way, "share": self.share, "mu": self.mu, "rise": self.rise.numbers(), "bound": self.bound, "worst": self.worst,
                 "learning": None if self.learning is None else self.learning.nats,
                 "learning_standard_error": None if self.learning is None else self.learning.standard_error}  # fmt: skip
 
@@ -83,8 +86,8 @@ def scan(ledger: Ledger, model: nn.Module, way: str, apply: Callable[[float], No
 
     def at(share: float) -> None:
         apply(share)
-        rise = ledger.control.rise(model, error=EACH)
-        points[share] = Point(way, share, rise, planned_bound(rise, len(ledger.check), error=EACH), None if learning is None else learning.of(model))
+        rise, bound, worst = ledger.planned(model, error=EACH)
+        points[share] = Point(way, share, rise, bound, None if learning is None else learning.of(model), worst)
 
     for share in SHARES:
         at(share)
@@ -128,10 +131,10 @@ def mu_of(share: float) -> float:
     return ((1 - share) / share) ** 2
 
 
-def choose(points: Sequence[Point], limit: float) -> Point:
-    """The point with the largest gain among those whose bound is within `limit`; NOTHING, the base itself, where none gains anything."""
+def choose(points: Sequence[Point], limit: float, nothing: Point = NOTHING) -> Point:
+    """The point with the largest gain among those whose bound is within `limit`; `nothing`, the model before training, where none gains anything."""
     fitting = [point for point in points if point.bound <= limit and point.gain > 0]
-    return max(fitting, key=lambda point: point.gain, default=NOTHING)
+    return max(fitting, key=lambda point: point.gain, default=nothing)
 
 
 def keep_budget(ledger: Ledger, model: nn.Module, ways: Ways, learning: Learning | None, *, among: Sequence[str] | None = None) -> dict[str, Any]:
@@ -142,16 +145,24 @@ def keep_budget(ledger: Ledger, model: nn.Module, ways: Ways, learning: Learning
     limit = ledger.budget.nats
     scanned = {way: scan(ledger, model, way, apply, learning) for way, apply in ways.items()}
     points = [point for way in among or ways for point in scanned[way]]
-    chosen, checks = choose(points, limit), []
+    nothing = NOTHING
+    if ledger.moved:  # in a sequence, the steps before have spent some of the budget
+        ways["scale"](0.0)
+        rise, bound, worst = ledger.planned(model, error=EACH)
+        nothing = Point("scale", 0.0, rise, bound, None, worst)
+    chosen, checks = choose(points, limit, nothing), []
     for attempt in range(2):
         ways[chosen.way](chosen.share)
-        rise = ledger.check.rise(model, error=EACH)
-        checks.append({"way": chosen.way, "share": chosen.share, "verdict": verdict(rise, limit), **rise.numbers()})
+        rises = ledger.checked(model, error=EACH)
+        on = max(rises, key=lambda name: (WORSE.index(verdict(rises[name], limit)), rises[name].high))
+        rise = rises[on]
+        each = {name: {"verdict": verdict(found, limit), **found.numbers()} for name, found in rises.items()} if ledger.guards else None
+        checks.append({"way": chosen.way, "share": chosen.share, "verdict": verdict(rise, limit), "on": on, "each": each, **rise.numbers()})
         if checks[-1]["verdict"] == "met" or attempt:
             break
         logger.warning("the check part does not show the budget at share %.3f (%s): one fallback to a smaller share", chosen.share, checks[-1]["verdict"])
         smaller = [point for point in scanned[chosen.way] if point.share < chosen.share]
-        chosen = choose(smaller, 0.9 * limit * limit / rise.high)  # as much smaller as the check missed by, and a tenth
+        chosen = choose(smaller, 0.9 * limit * limit / rise.high, nothing)  # as much smaller as the check missed by, and a tenth
     gained = chosen.learning
     return {
         "budget": ledger.budget.text,
@@ -168,7 +179,7 @@ def keep_budget(ledger: Ledger, model: nn.Module, ways: Ways, learning: Learning
         "documents_to_decide": documents_to_decide(rise, limit) if checks[-1]["verdict"] == "not shown" else None,
         "learning": None if gained is None else {"nats": gained.nats, "standard_error": gained.standard_error},
         "learning_on": None if learning is None else learning.name,
-        "learning_per_nat": gained.nats / rise.nats if gained is not None and rise.nats > 0 else None,
+        "learning_per_nat": gained.nats / rises[GENERAL].nats if gained is not None and rises[GENERAL].nats > 0 else None,
         "curve": [point.numbers() for way in ways for point in scanned[way]],
         "each": {way: _bought(scanned[way], limit) for way in ways},
         "others": {f"{other:g}%": _bought(points, math.log1p(other / 100)) for other in OTHERS},
@@ -189,20 +200,22 @@ def _bought(points: Sequence[Point], limit: float) -> dict[str, Any]:
 def sentences(report: dict[str, Any]) -> list[str]:
     """The report in plain English."""
     check, limit = report["check"], report["budget_nats"]
+    of = f" of {check['on']}, of {len(check['each'])} sources the nearest to the budget," if check["each"] else ""
     sign = {"met": "met", "not shown": "NOT SHOWN", "exceeded": "EXCEEDED"}[report["verdict"]]
     lines = [
         f"budget {report['budget']} ({limit:.4g} nats per token of general text): {sign}",
-        f"  checked on {check['documents']} documents kept for this: rise {percent(check['nats']):+.2f} % of perplexity ({check['nats']:+.5f} nats), "
+        f"  checked on {check['documents']} documents{of} kept for this: rise {percent(check['nats']):+.2f} % of perplexity ({check['nats']:+.5f} nats), "
         f"between {check['low']:+.5f} and {check['high']:+.5f}; promised at most {report['promised']:+.5f}",
         f"  ({report['how']})",
     ]
     if report["verdict"] == "not shown":
         more = report["documents_to_decide"]
-        lines.append(f"  the budget lies within this interval; {'more general text' if more is None else f'about {more} more documents'} would decide")
+        kind = "more documents" if check["on"] == GENERAL else "more held-out rows"
+        lines.append(f"  the budget lies within this interval; {'more text' if more is None else f'about {more} {kind}'} would decide")
     if report["verdict"] == "exceeded":
         lines.append("  the check part forgets more than the control part does, also after a fallback: is the general text of one kind? Use a smaller budget")
     if report["share"] == 0:
-        lines.append("  no part of the update keeps this budget: the result is the base model. Give a larger budget or more general text")
+        lines.append("  no part of the update keeps this budget: the result is the model as it was. Give a larger budget or more general text")
     elif report["share"] == 1:
         lines.append("  all of the update is kept: the budget was not used up")
     else:

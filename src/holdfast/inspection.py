@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import statistics
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 
 from holdfast.importance.container import Entry, Importance
+from holdfast.reading import printable
 from holdfast.storage import load
 
 COLUMNS, DECADES = 24, 12.0
+LOOKED, CHUNK = 1 << 26, 1 << 22  # elements of a weight that are looked at; of them at a time
 BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
@@ -39,28 +41,52 @@ def describe(importance: Importance) -> str:
     rows = [f"{'weight':<{width}}  {'shape':>14}  {'KiB':>9}  {'norm':>9}  {'mean':>9}  {'max':>9}  {'zero':>6}  {axis}"]
     met: set[int] = set()
     for name, entry in importance.entries.items():
-        v = entry.dense()
         shape = f"{entry.shape[0]} x {entry.shape[1]}"
-        rows.append(f"{name:<{width}}  {shape:>14}  {_bytes({name: entry}, met) / 1024:>9.1f}  {entry.norm():>9.3g}  {float(v.mean()):>9.3g}  "
-                    f"{float(v.max()):>9.3g}  {float((v == 0).float().mean()):>6.1%}  {histogram(v, low, high)}".rstrip())  # fmt: skip
+        mean, top, zero, counts = _statistics(entry, low, high)
+        rows.append(f"{name:<{width}}  {shape:>14}  {_bytes({name: entry}, met) / 1024:>9.1f}  {entry.norm():>9.3g}  {mean:>9.3g}  "
+                    f"{top:>9.3g}  {zero:>6.1%}  {_blocks(counts)}".rstrip())  # fmt: skip
     return "\n".join([*_head(importance), "", *rows])
 
 
 def histogram(values: Tensor, low: float, high: float) -> str:
     """The non-zero values over log10, from `low` to `high`, as COLUMNS blocks; values below `low` are in the first one. A column that is not empty shows."""
-    logs = values[values > 0].float().log10().clamp(low, high)
-    counts = torch.histc(logs, bins=COLUMNS, min=low, max=max(high, low + 1e-3))
+    return _blocks(_counts(values, low, high))
+
+
+def _counts(values: Tensor, low: float, high: float) -> Tensor:
+    return torch.histc(values[values > 0].float().log10().clamp(low, high), bins=COLUMNS, min=low, max=max(high, low + 1e-3))
+
+
+def _blocks(counts: Tensor) -> str:
     top = max(float(counts.max()), 1.0)
     return "".join(BLOCKS[math.ceil(8 * float(count) / top)] for count in counts)
+
+
+def _parts(entry: Entry) -> Iterator[Tensor]:
+    """The elements, some rows at a time: all of them, or evenly spaced rows of a weight with more than LOOKED. A few KB of factors stand for any number."""
+    out, into = entry.shape
+    step = -(-out * into // LOOKED)
+    rows = max(1, CHUNK // into) * step
+    for first in range(0, out, rows):
+        yield entry.rows(slice(first, first + rows, step)).float()
+
+
+def _statistics(entry: Entry, low: float, high: float) -> tuple[float, float, float, Tensor]:
+    """(mean, largest, share of zeros, counts of the histogram)."""
+    total, top, zeros, seen, counts = 0.0, 0.0, 0, 0, torch.zeros(COLUMNS)
+    for part in _parts(entry):
+        total, top, zeros, seen = total + float(part.double().sum()), max(top, float(part.max())), zeros + int((part == 0).sum()), seen + part.numel()
+        counts += _counts(part, low, high)
+    return total / seen, top, zeros / seen, counts
 
 
 def _decades(importance: Importance) -> tuple[float, float]:
     """log10 of the smallest (at most 12 decades down) and the largest value of all weights; (0, 0) where all are zero."""
     ends: list[float] = []
     for entry in importance.entries.values():
-        v = entry.dense()
-        if bool((v > 0).any()):
-            ends += [math.log10(float(end)) for end in v[v > 0].aminmax()]
+        for part in _parts(entry):
+            if bool((part > 0).any()):
+                ends += [math.log10(float(end)) for end in part[part > 0].aminmax()]
     return (max(min(ends), max(ends) - DECADES), max(ends)) if ends else (0.0, 0.0)
 
 
@@ -69,7 +95,7 @@ def _head(importance: Importance) -> list[str]:
     model, data = info.get("model", {}), info.get("data", {})
     lines = [
         f"estimator    {info.get('estimator', '?')}",
-        textwrap.fill(f"settings     {_settings(info)}", 120, subsequent_indent=" " * 13, break_on_hyphens=False),
+        textwrap.fill(f"settings     {printable(_settings(info), longest=4000)}", 120, subsequent_indent=" " * 13, break_on_hyphens=False),
         f"unit         {info.get('unit', '?')}",
         f"tier         {importance.tier}",
         *_errors(info),
@@ -82,7 +108,9 @@ def _head(importance: Importance) -> list[str]:
     ]
     if importance.tier.startswith("kronecker"):
         lines.append("             mean, max, zero and histogram are of the diagonal; size without an input covariance that is stored with another weight")
-    return lines
+    if large := sum(math.prod(entry.shape) > LOOKED for entry in importance.entries.values()):
+        lines.append(f"             mean, max, zero and histogram of {large} weights with more than {LOOKED:,} elements are of evenly spaced rows")
+    return [line if line == lines[1] else printable(line) for line in lines]
 
 
 def _errors(info: Mapping[str, Any]) -> list[str]:

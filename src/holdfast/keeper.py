@@ -11,21 +11,24 @@ import functools
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from torch import nn
 
-from holdfast.budget import Controller, check_reach, parse
+from holdfast.budget import Budget, Controller, check_reach, parse
 from holdfast.callback import HoldfastCallback, hold
 from holdfast.config import STRENGTHS, OptionError, TuneOptions
+from holdfast.earlier import Earlier, walk
 from holdfast.finish import EACH, Learning, keep_budget, ways_of
 from holdfast.importance.container import Importance
-from holdfast.ledger import PIECE, Ledger, content, measured, open_ledger
+from holdfast.ledger import PIECE, Ledger, content, guard_of, measured, open_ledger
 from holdfast.models import context_length
 from holdfast.overlap import Overlap, overlap
-from holdfast.probe import Probe, plan
+from holdfast.probe import Probe, Rolling, plan
 from holdfast.tasks import encode_rows, load_training_data
-from holdfast.texts import Encoded, load_documents
+from holdfast.texts import Document, Encoded, load_documents
 from holdfast.update import Update
 from holdfast.weights import FullWeight
 
@@ -33,6 +36,7 @@ logger = logging.getLogger("holdfast")
 LEARNING_TOKENS = 30_000  # of domain data, for the learning along the scan
 
 
+IN_NATS = ("kronecker", "fisher")  # estimators whose energy is a rise of the general loss in nats, up to a factor
 HELD = ("plain", "holdfast", "kl", "replay", "rslora", "full", "small-lr")  # methods that leave the penalty and the finish to the keeper
 
 
@@ -57,7 +61,9 @@ class Keeper:
         if said := shared.describe():
             logger.warning("%s", said)
         self.overlap = {"exact": len(shared.exact), "near": len(shared.near), "documents": shared.documents}
-        self.every, self.count = plan(tokens_per_step, min(PIECE, float(ledger.pieces.tokens.mean()) + 1))
+        piece = min(PIECE, float(ledger.pieces.tokens.mean()) + 1)
+        rows = [float(np.mean([len(ids) for ids, _ in guard.control.encoded])) for guard in ledger.guards]
+        self.every, self.count = plan(tokens_per_step, piece + (sum(rows) / len(rows) if rows else 0.0))  # of both as many, together
 
     def bind(self, trainer: Any, importance: Importance, *, start: float | None, layers: Any, anchor: str, names: str | None,
              offload: bool = False) -> HoldfastCallback:  # fmt: skip
@@ -65,11 +71,16 @@ class Keeper:
         self.update = Update(trainer.model, names=names)
         only_scales = importance.info.get("estimator") == "uniform" or any(isinstance(weight, FullWeight) for weight in self.update.weights)
         self.shrinkable = None if only_scales else importance
-        spread = self.ledger.spread(trainer.model, self.update, error=EACH)
-        check_reach(spread, len(self.ledger.check), self.budget, error=EACH)
+        if not self.ledger.moved:  # a random update's rise is measured from the model that training starts from
+            spread = self.ledger.spread(trainer.model, self.update, error=EACH)
+            check_reach(spread, len(self.ledger.check), self.budget, error=EACH)
         start = start or STRENGTHS.get(importance.info.get("estimator", "?"))
         callback = hold(trainer, importance, strength=0.0, layers=layers, anchor=anchor, names=names, offload=offload)
-        self.probe = Probe(Controller(self.budget.nats, start), callback.penalty, self.ledger.pieces, every=self.every, count=self.count)
+        unit = 1.0 if importance.info.get("estimator") in IN_NATS else None
+        guards = [Rolling(guard.control, trainer.model) for guard in self.ledger.guards]
+        offset = self.ledger.offset(trainer.model) if self.ledger.moved else 0.0
+        self.probe = Probe(Controller(self.budget.nats, start, unit), callback.penalty, self.ledger.pieces, every=self.every, count=self.count, guards=guards,
+                           offset=offset)  # fmt: skip
         trainer.callback_handler.callbacks.insert(0, self.probe)
         callback.finishing = functools.partial(self.finish, trainer)
         logger.info("budget %s (%.4g nats): %d control and %d check documents; %d pieces probed every %d steps", self.budget.text, self.budget.nats,
@@ -88,16 +99,41 @@ class Keeper:
         return report
 
 
-def of_run(options: TuneOptions, model: nn.Module, tokenizer: Any, data: Any, encoded: Any) -> Keeper:
-    """The keeper of `tune`, made with the bare base model."""
-    documents = load_documents(options.general or "", column=options.text_column, split=options.general_split, limit=options.limit)
+def of_run(options: TuneOptions, model: nn.Module, tokenizer: Any, data: Any, encoded: Any, ledger: Ledger | None = None) -> Keeper:
+    """The keeper of `tune`, made with the bare model that is to be trained; `ledger` where that is not what the rise counts from."""
+    documents = _documents(options)
     shared = overlap([content(document) for document in documents], [_row_text(row) for row in data])
     per_step = options.batch_size * options.accumulation
-    steps = options.max_steps if options.max_steps > 0 else math.ceil(len(encoded) * options.epochs / per_step)
     mean = sum(map(len, encoded["input_ids"])) / len(encoded)
     length = min(options.length, context_length(model)) if options.packing else mean
-    ledger = open_ledger(model, tokenizer, documents, parse(options.budget or ""), pieces=most_pieces(steps), seed=options.seed)
+    ledger = ledger or _opened(options, model, tokenizer, encoded, parse(options.budget or ""))
     return Keeper(ledger, _learning(options, model, tokenizer, encoded), shared, per_step * length)
+
+
+def on_earlier(options: TuneOptions, earlier: Earlier, model: nn.Module, tokenizer: Any, encoded: Any) -> tuple[nn.Module, Ledger | None]:
+    """The model that a step of a sequence starts from, and with a budget the ledger: the general text measured where the command started, each earlier domain
+    right after it was learned."""
+    budget = parse(options.budget) if options.budget else None
+    ledger, guards = None, []
+    for number, model in walk(model, earlier):  # noqa: B020 - the same model, changed in place
+        if budget is None:
+            continue
+        if number == earlier.reference:
+            text = budget.text if earlier.share == 1 else f"{earlier.share:.0%} of {budget.text}"
+            ledger = _opened(options, model, tokenizer, encoded, Budget(budget.nats * earlier.share, text))
+        for held in earlier.stages[number - 1].held if number else ():
+            rows = encode_rows(load_training_data(held.data, split=held.split, limit=options.limit), tokenizer)
+            guards.append(guard_of(model, held.name, *_fitting(model, rows, held.data)))
+    return model, None if ledger is None else replace(ledger, guards=tuple(guards), moved=len(earlier.stages) > earlier.reference)
+
+
+def _documents(options: TuneOptions) -> list[Document]:
+    return load_documents(options.general or "", column=options.text_column, split=options.general_split, limit=options.limit)
+
+
+def _opened(options: TuneOptions, model: nn.Module, tokenizer: Any, encoded: Any, budget: Budget) -> Ledger:
+    steps = options.max_steps if options.max_steps > 0 else math.ceil(len(encoded) * options.epochs / (options.batch_size * options.accumulation))
+    return open_ledger(model, tokenizer, _documents(options), budget, pieces=most_pieces(steps), seed=options.seed)
 
 
 def of_trainer(trainer: Any, budget: str, general: str, names: str | None) -> Keeper:
@@ -154,13 +190,17 @@ def _learning(options: TuneOptions, model: nn.Module, tokenizer: Any, encoded: A
 
 def domain(model: nn.Module, rows: list[Encoded], name: str) -> Learning:
     """Domain data of at most LEARNING_TOKENS tokens, evenly taken from `rows`, measured on the base. A row too long for the window loses its beginning."""
+    rows, window = _fitting(model, rows, name)
+    return Learning(measured(model, rows, ["domain"] * len(rows), window), name)
+
+
+def _fitting(model: nn.Module, rows: list[Encoded], name: str) -> tuple[list[Encoded], int]:
     window = min(2048, context_length(model))
     rows = [(ids[-window:], scored[-window:]) for ids, scored in rows]
     rows = [row for row in rows if any(row[1][1:])]
     if not rows:
         raise ValueError(f"{name}: no row has a token to score; expected text of at least two tokens, completions, or chats with assistant turns")
-    rows = rows[:: max(1, math.ceil(sum(len(ids) for ids, _ in rows) / LEARNING_TOKENS))]
-    return Learning(measured(model, rows, ["domain"] * len(rows), window), name)
+    return rows[:: max(1, math.ceil(sum(len(ids) for ids, _ in rows) / LEARNING_TOKENS))], window
 
 
 def _row_text(row: dict[str, Any]) -> str:

@@ -19,12 +19,13 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from holdfast.budget import FEW_DOCUMENTS, Budget, Interval, paired_rise, split
+from holdfast.budget import FEW_DOCUMENTS, Budget, Interval, paired_rise, planned_bound, split
 from holdfast.evaluation import text_loss
 from holdfast.models import context_length
 from holdfast.texts import Document, Encoded, encode_chat
 from holdfast.update import Update
 
+GENERAL = "general text"
 PIECE = 128  # tokens of a probed piece
 SPREAD_PIECES = 48
 
@@ -57,13 +58,44 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Guard:
+    """A domain learned before, whose loss may rise by no more than the budget either: its held-out rows in two parts, measured right after."""
+
+    name: str
+    control: Part
+    check: Part
+
+
+@dataclass(frozen=True)
 class Ledger:
-    """The two parts of the general text and the pieces of the control part to probe with, in a random order."""
+    """The two parts of the general text and the pieces of the control part to probe with, in a random order; in a sequence, the domains before.
+
+    `moved`: the model that training starts from is no longer the one that was measured, so that an update of nothing has a rise of its own.
+    """
 
     budget: Budget
     control: Part
     check: Part
     pieces: Part
+    guards: tuple[Guard, ...] = ()
+    moved: bool = False
+
+    def offset(self, model: nn.Module) -> float:
+        """The rise of the pieces now."""
+        some = self.pieces.some(range(min(SPREAD_PIECES, len(self.pieces))))
+        return float((some.losses(model) - some.nats).sum() / some.tokens.sum())
+
+    def planned(self, model: nn.Module, *, error: float) -> tuple[Interval, float, str]:
+        """(rise of the control part, the largest planned bound of any source, which source it is)."""
+        rise = self.control.rise(model, error=error)
+        bounds = {GENERAL: planned_bound(rise, len(self.check), error=error)}
+        bounds |= {guard.name: planned_bound(guard.control.rise(model, error=error), len(guard.check), error=error) for guard in self.guards}
+        worst = max(bounds, key=lambda name: bounds[name])
+        return rise, bounds[worst], worst
+
+    def checked(self, model: nn.Module, *, error: float) -> dict[str, Interval]:
+        """The rise of every source's check part. The budget is kept where each is within it: no correction for their number is needed to say so."""
+        return {GENERAL: self.check.rise(model, error=error), **{guard.name: guard.check.rise(model, error=error) for guard in self.guards}}
 
     def spread(self, model: nn.Module, update: Update, *, error: float) -> Interval:
         """The interval of a random update that costs about the budget, on control documents; the update is as before afterwards.
@@ -120,6 +152,16 @@ def open_ledger(model: nn.Module, tokenizer: Any, documents: Sequence[Document],
     cut = [piece for piece in cut if any(piece[1][1:])]
     random.Random(seed).shuffle(cut)
     return Ledger(budget, control, check, measured(model, cut[:pieces], [""] * len(cut[:pieces]), min(PIECE, window)))
+
+
+def guard_of(model: nn.Module, name: str, encoded: list[Encoded], window: int) -> Guard:
+    """Held-out rows of a domain, split by their content and measured now. Raises ValueError where there are too few."""
+    control, check = split([str(ids) for ids, _ in encoded], [name] * len(encoded))
+    if min(len(control), len(check)) < FEW_DOCUMENTS:
+        raise ValueError(f"domain {name} has {len(encoded)} held-out rows; to keep a budget on it, at least {2 * FEW_DOCUMENTS} different ones are needed: "
+                         "give more with --eval-data")  # fmt: skip
+    parts = [measured(model, [encoded[i] for i in side], [name] * len(side), window) for side in (control, check)]
+    return Guard(name, *parts)
 
 
 def content(document: Document) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from holdfast.config import ModelOptions, OptionError
+from holdfast.runs import discard, room_for
 
 
 def device_of(options: ModelOptions) -> torch.device:
@@ -44,6 +45,16 @@ def load_model(options: ModelOptions, name: str | None = None) -> nn.Module:
     return model.eval()
 
 
+def load_empty(options: ModelOptions) -> nn.Module:
+    """The causal LM on torch's meta device: shapes and names, no weights; only its configuration is read. Raises ValueError when it is not there."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = _load(AutoConfig, options.model, options, {})
+    dtype = getattr(config, "dtype", None) or torch.float32 if options.dtype == "auto" else getattr(torch, options.dtype)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=options.trust_remote_code)
+
+
 def load_tokenizer(options: ModelOptions, name: str | None = None) -> Any:
     """The tokenizer of `options.model`; without a padding token the end-of-text token pads, and nothing is resized."""
     from transformers import AutoTokenizer
@@ -58,11 +69,11 @@ def save_whole(model: Any, tokenizer: Any, folder: Path, save: Callable[[Any, Pa
     """Save (by `save` where given) under a temporary name beside `folder`, then rename: a partial result is never taken for a whole one."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
-        save(model, temporary) if save else model.save_pretrained(str(temporary))
-        tokenizer.save_pretrained(str(temporary))
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(temporary, folder)
+        with room_for(folder):
+            save(model, temporary) if save else model.save_pretrained(str(temporary))
+            tokenizer.save_pretrained(str(temporary))
+            discard(folder)
+            os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

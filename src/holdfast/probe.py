@@ -1,8 +1,9 @@
 """The probe: measures the general loss on a few pieces of control text between steps of a trainer, and sets the strength that `budget.Controller` asks for.
 
-A forward pass over a token costs a third to a half of a training step's work on one, so probing 8 % as many tokens as are trained takes 3 to 4 % of the time.
-The plan is made in tokens, not in seconds, so that a run is the same on any machine; what it took is measured and reported. Pieces rotate, so that over a run
-all of the control text is used; base losses of the pieces are known. Everything that the next step depends on is in the trainer's checkpoint.
+Between probes the controller is told the energy alone. A forward pass over a token costs a third to a half of a training step's work on one, so probing 8 %
+as many tokens as are trained takes 3 to 4 % of the time. The plan is made in tokens, not in seconds, so that a run is the same on any machine; what it took
+is measured and reported. Pieces rotate, so that over a run all of the control text is used; base losses of the pieces are known. In a sequence of domains the
+worst of general text and earlier domains counts. Everything that the next step depends on is in the trainer's checkpoint.
 
     trainer.callback_handler.callbacks.insert(0, Probe(controller, penalty, ledger.pieces, every=5, count=4))
 """
@@ -10,9 +11,13 @@ all of the control text is used; base losses of the pieces are known. Everything
 from __future__ import annotations
 
 import logging
+import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
@@ -23,8 +28,8 @@ from holdfast.penalty.pull import Penalty
 
 logger = logging.getLogger("holdfast")
 SHARE = 0.08  # of the trained tokens
-EVERY = 5  # steps, at least
-FEWEST, MOST = 4, 64  # pieces of a probe
+EVERY = 5  # steps between looks at the energy, and at least between probes
+FEWEST, MOST = 2, 64  # pieces of a probe: many small probes rather than few large ones, since the controller pools them
 
 
 def plan(tokens_per_step: float, piece: float) -> tuple[int, int]:
@@ -34,11 +39,33 @@ def plan(tokens_per_step: float, piece: float) -> tuple[int, int]:
     return every, max(1, min(MOST, int(allowed * every)))
 
 
+class Rolling:
+    """The rise on rows of an earlier domain, a few of them measured anew each time and the others as they were last. Few tokens are scored in a row, so that
+    the rise of a few rows alone would be noise many times the budget."""
+
+    ROWS = 64
+
+    def __init__(self, part: Part, model: nn.Module):
+        self.part = part.some(range(min(self.ROWS, len(part))))
+        self.nats = self.part.losses(model)
+        self.offset = float((self.nats - self.part.nats).sum() / self.part.tokens.sum())  # where training starts
+        self.cursor = 0
+
+    def look(self, model: nn.Module, count: int) -> float:
+        """Measure the next `count` rows; the rise of all of them in nats per token."""
+        rows = [(self.cursor + i) % len(self.part) for i in range(min(count, len(self.part)))]
+        self.cursor = (self.cursor + len(rows)) % len(self.part)
+        self.nats[rows] = self.part.some(rows).losses(model)
+        return float((self.nats - self.part.nats).sum() / self.part.tokens.sum())
+
+
 class Probe(TrainerCallback, ExportableState):
     """Sets `penalty.strength` from what the general loss does, and logs budget/rise and budget/strength."""
 
-    def __init__(self, controller: Controller, penalty: Penalty, pieces: Part, *, every: int, count: int):
+    def __init__(self, controller: Controller, penalty: Penalty, pieces: Part, *, every: int, count: int, guards: Sequence[Rolling] = (),
+                 offset: float = 0.0):  # fmt: skip
         self.controller, self.penalty, self.pieces, self.every, self.count = controller, penalty, pieces, every, min(count, len(pieces))
+        self.guards, self.offset = guards, offset
         self.cursor = 0
         self.seconds, self._started, self.total_seconds = 0.0, 0.0, 0.0
         penalty.strength = controller.strength()
@@ -49,15 +76,27 @@ class Probe(TrainerCallback, ExportableState):
             self.restore(state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.global_step % self.every:
+        now = state.global_step % self.every == 0
+        if not now and state.global_step % EVERY:
             return
         started = time.perf_counter()
+        rise = self._measured(kwargs["model"]) if now else None
+        self.penalty.strength = self.controller.update(state.global_step, self.penalty.energy(together=True), rise)
+        self.seconds += time.perf_counter() - started
+
+    def _measured(self, model: Any) -> float:
+        """The rise on the pieces whose turn it is."""
         part = self.pieces.some([(self.cursor + i) % len(self.pieces) for i in range(self.count)])
         self.cursor = (self.cursor + self.count) % len(self.pieces)
-        rise = float((part.losses(kwargs["model"]) - part.nats).sum() / part.tokens.sum())
-        [rise, *_] = distributed.collect(rise)  # one number for all processes, whatever their hardware rounds to
-        self.penalty.strength = self.controller.update(state.global_step, rise, self.penalty.energy(together=True))
-        self.seconds += time.perf_counter() - started
+        rise = float((part.losses(model) - part.nats).sum() / part.tokens.sum())
+        each = max(1, self.count // max(1, len(self.guards)))
+        worst = max(self._used(rise, self.offset), *(self._used(guard.look(model, each), guard.offset) for guard in self.guards), -math.inf)
+        return float(distributed.collect(worst)[0])  # one number for all processes, whatever their hardware rounds to
+
+    def _used(self, rise: float, offset: float) -> float:
+        """The rise as it would be if all of the budget were still free: where earlier domains have used some, the same share of what they left."""
+        target = self.controller.target
+        return rise if offset == 0 else (rise - offset) / max(1 - offset / target, 0.1)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.total_seconds = time.perf_counter() - self._started
@@ -74,7 +113,8 @@ class Probe(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds."""
-        return {"args": {}, "attributes": {"cursor": self.cursor, "controller": self.controller.state()}}
+        return {"args": {}, "attributes": {"cursor": self.cursor, "controller": self.controller.state(),
+                                           "guards": [{"cursor": guard.cursor, "nats": guard.nats.tolist()} for guard in self.guards]}}  # fmt: skip
 
     def restore(self, state: TrainerState) -> None:
         """Go on from a checkpoint's state. Raises ValueError where it was made without a budget."""
@@ -83,4 +123,6 @@ class Probe(TrainerCallback, ExportableState):
             raise ValueError("the checkpoint holds no state of a budget, so it was made without --budget; start again with --overwrite")
         self.cursor = int(stored["attributes"]["cursor"])
         self.controller.load(stored["attributes"]["controller"])
+        for guard, kept in zip(self.guards, stored["attributes"].get("guards", []), strict=True):
+            guard.cursor, guard.nats = int(kept["cursor"]), np.array(kept["nats"])
         self.penalty.strength = self.controller.strength()

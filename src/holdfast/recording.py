@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from holdfast import distributed
 from holdfast.config import LABELLED, TRAINING_ONLY, OptionError, RecordOptions, as_dict
+from holdfast.hub import push_importance, ready
 from holdfast.importance.activation import Activation
 from holdfast.importance.attachment import PathRecorder
 from holdfast.importance.container import Importance
@@ -34,34 +35,50 @@ from holdfast.importance.observing import ObservingRecorder
 from holdfast.importance.path import PathIntegral
 from holdfast.importance.path_factored import PathFactored
 from holdfast.importance.tiers import parse_tier
+from holdfast.lock import only_writer
 from holdfast.models import context_length, load_model, load_tokenizer
-from holdfast.runs import atomic_path, check_free_space, check_output_file, environment, free_memory
+from holdfast.runs import atomic_path, check_free_space, environment, free_memory
 from holdfast.texts import Encoded, batches, encode, fingerprint_rows, load_documents, sample_documents
 from holdfast.weights import add_adapter, fingerprint, target_weights
 
 # Estimators that train an adapter; the others observe.
 ESTIMATORS: dict[str, type[PathRecorder]] = {"path": PathIntegral, "path-factored": PathFactored}
+NOT_IN_THE_RESULT = ("groups", "offload", "push_to_hub", "private")
 logger = logging.getLogger("holdfast")
 
 
 def record(options: RecordOptions) -> Importance:
     """Record importance as `options` say and write it to `options.out`; also returned. Raises ValueError or OptionError before training starts."""
     distributed.start(options.device)
-    out = Path(options.out)
-    check_output_file(out)
     if options.tier:
         _check_tier(options)
-    state = _load_state(options)
+    if options.private is not None and not options.push_to_hub:
+        raise OptionError("--private is for --push-to-hub NAME, which is not given")
+    repo = ready(options.push_to_hub, private=options.private) if options.push_to_hub and distributed.first() else None
+    with only_writer(options.out, folder=False):
+        importance = _recorded(options)
+    if repo:
+        logger.info("pushed to %s", push_importance(importance, repo))
+    return importance
+
+
+def _recorded(options: RecordOptions) -> Importance:
+    state = load_state(options)
     torch.manual_seed(options.seed)
     if options.threads:
         torch.set_num_threads(options.threads)
     tokenizer, model = load_tokenizer(options), load_model(options)
-    device, mark = str(next(model.parameters()).device), fingerprint(model)
-    source: dict[str, Any]
+    encoded, source = ([], {}) if options.estimator == "uniform" else _text(options, model, tokenizer)
+    return record_on(options, model, tokenizer, encoded, source, state)
+
+
+def record_on(options: RecordOptions, model: nn.Module, tokenizer: Any, encoded: list[Encoded], source: dict[str, Any],
+              state: dict[str, Any] | None) -> Importance:  # fmt: skip
+    """Record on text that is encoded already, of the `source` that the file names, going on from `state` where there is one; writes `options.out`."""
+    out, device, mark = Path(options.out), str(next(model.parameters()).device), fingerprint(model)
     if options.estimator == "uniform":
-        recorded, seconds, source = uniform(model, options.targets), 0.0, {}
+        recorded, seconds = uniform(model, options.targets), 0.0
     else:
-        encoded, source = _text(options, model, tokenizer)
         if state is not None and state["data"] != source["sha256"]:
             raise ValueError(f"{options.out}.state was made from other general text; give the same --general, or start again without --resume")
         if len(set(distributed.collect(source["sha256"]))) > 1:
@@ -69,7 +86,7 @@ def record(options: RecordOptions) -> Importance:
         torch.manual_seed(options.seed)
         job = _by_training if options.estimator in ESTIMATORS else _by_observing
         recorded, seconds = job(options, model, encoded, tokenizer.pad_token_id, state, source)
-    shown = {k: v for k, v in as_dict(options).items() if k not in ("out", "resume", "model", "general", "groups", "offload") and v is not None}
+    shown = {k: v for k, v in as_dict(options).items() if k not in ("out", "resume", "model", "general", *NOT_IN_THE_RESULT) and v is not None}
     shown = {k: v for k, v in shown.items() if options.estimator in ESTIMATORS or k not in TRAINING_ONLY}
     info = {
         **recorded.info,
@@ -290,7 +307,7 @@ def _state_path(options: RecordOptions) -> Path:
 
 def _comparable(options: RecordOptions) -> dict[str, Any]:
     """The options that decide the result, as they must be again to go on."""
-    return {k: v for k, v in as_dict(options).items() if k not in ("resume", "save_steps", "device", "threads", "tier", "keep_anchor", "groups", "offload")}
+    return {k: v for k, v in as_dict(options).items() if k not in ("resume", "save_steps", "device", "threads", "tier", "keep_anchor", *NOT_IN_THE_RESULT)}
 
 
 def _save_state(options: RecordOptions, model: nn.Module, recorder: PathRecorder, optimizer: Any, scheduler: Any, done: int, seconds: float, data: str) -> None:
@@ -306,7 +323,7 @@ def _write_state(options: RecordOptions, state: dict[str, Any]) -> None:
         distributed.barrier()  # all states are renamed at about the same moment
 
 
-def _load_state(options: RecordOptions) -> dict[str, Any] | None:
+def load_state(options: RecordOptions) -> dict[str, Any] | None:
     """The saved state to go on from, or None. Read with weights_only, so no code in it can run."""
     if not options.resume:
         return None
@@ -319,6 +336,8 @@ def _load_state(options: RecordOptions) -> dict[str, Any] | None:
     except Exception as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"{path} is not a whole saved state ({first}); remove it, or start again without --resume") from error
+    if not isinstance(state, dict) or not isinstance(state.get("options"), dict):
+        raise ValueError(f"{path} is not a saved state of holdfast record; remove it, or start again without --resume")
     then_many = state.get("processes", 1)
     if then_many != distributed.size():
         raise OptionError(f"{path} was made by {then_many} process(es), found {distributed.size()}; use as many, or no --resume")

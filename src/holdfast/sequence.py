@@ -16,7 +16,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from holdfast.config import TuneOptions, resolve
 from holdfast.evaluation import rise
 from holdfast.experiment import Experiment, SequenceSpec, identity, record_options, tune_options
 from holdfast.models import load_model, load_tokenizer, save_whole
-from holdfast.runs import read_json, sha256_file, write_json, write_text
+from holdfast.runs import discard, read_json, sha256_file, write_json, write_text
 from holdfast.tasks import load_training_data
 from holdfast.texts import load_documents
 from holdfast.transfer import transfer
@@ -90,13 +89,13 @@ def _steps(campaign: Campaign, spec: SequenceSpec, method: str, seed: int, chose
         options = _options(campaign, settings, domain, model=model, text=text, folder=folder, adapters=adapters, seed=seed)
         address = _address(campaign, options, settings, domain, text, spec.domains, before)
         if not (folder / "step.json").exists() or read_json(folder / "step.json")["id"] != address:
-            shutil.rmtree(folder, ignore_errors=True)
+            discard(folder)
             if last is not None and not (last / "model").is_dir():  # deleted when the step to be made anew was first finished
                 _merge_again(campaign, earlier, place)
             _take(campaign, options, settings, text, folder, address, list(spec.domains))
         yield read_json(folder / "step.json")
         if last is not None:
-            shutil.rmtree(last / "model", ignore_errors=True)
+            discard(last / "model")
         last, before = folder, address
         adapters.append(str(folder / "adapter"))
 
@@ -158,8 +157,8 @@ def _take(campaign: Campaign, options: TuneOptions, settings: Mapping[str, Any],
             recipe = campaign.experiment.importance[str(settings["importance"])]
             record(dataclasses.replace(record_options(campaign.experiment, recipe, general=text, out=options.importance), model=options.model))
         finished = tune(options)
-        shutil.move(folder / "work" / "final", folder / "adapter")
-        shutil.rmtree(folder / "work")
+        (folder / "work" / "final").replace(folder / "adapter")
+        discard(folder / "work")
         model, tokenizer = _merged(options, folder)
         found = campaign.evaluate(model, tokenizer, domains)
     write_json(folder / "step.json", {"id": address, "settings": settings, "energy": finished["energy"], "seconds": finished["train_seconds"], **found})
@@ -186,5 +185,5 @@ def _merge_again(campaign: Campaign, domains: tuple[str, ...], place: Path) -> N
         full = (folder / "adapter" / "config.json").is_file()
         _merged(resolve(TuneOptions, {**campaign.experiment.model, "model": model, "full": full}), folder)
         if number > 1:
-            shutil.rmtree(place / f"{number - 1}-{domains[number - 2]}" / "model")
+            discard(place / f"{number - 1}-{domains[number - 2]}" / "model")
         model = str(folder / "model")

@@ -24,16 +24,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from holdfast.adapter_files import checked, with_adapter
 from holdfast.budget import check_reach, parse, percent
 from holdfast.config import OptionError, ShrinkOptions, as_dict
 from holdfast.evaluation import changes, measure, table
 from holdfast.finish import EACH, Learning, keep_budget, sentences, ways_of
+from holdfast.hub import importance_path, write_card
 from holdfast.importance.container import Importance
 from holdfast.keeper import domain
 from holdfast.ledger import Ledger, open_ledger
 from holdfast.models import load_model, load_tokenizer, save_whole
 from holdfast.penalty.pull import check_fit
-from holdfast.runs import check_free_space, check_output_folder, environment, read_json, sha256_file, write_json
+from holdfast.runs import check_free_space, check_output_folder, environment, sha256_file, write_json
 from holdfast.tasks import encode_rows, load_training_data
 from holdfast.texts import load_documents
 from holdfast.update import Update
@@ -51,7 +53,8 @@ def shrink(options: ShrinkOptions) -> dict[str, Any]:
     options = replace(options, model=options.model or config.get("base_model_name_or_path") or "")
     if not options.model:
         raise OptionError(f"'{options.adapter}' does not name its base model; give --model MODEL")
-    importance = Importance.load(options.importance) if options.importance else None
+    file = importance_path(options.importance) if options.importance else None
+    importance = Importance.load(file) if file else None
     torch.manual_seed(options.seed)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -81,13 +84,14 @@ def shrink(options: ShrinkOptions) -> dict[str, Any]:
     run = {
         "configuration": as_dict(options),
         "environment": environment(str(next(model.parameters()).device)),
-        "importance": {"file": options.importance, "sha256": sha256_file(options.importance)} if options.importance else None,
+        "importance": {"file": options.importance, "sha256": sha256_file(file)} if file else None,
         "before": before,
         "after": after,
         **changes(before, after),
         **kept,
         "seconds": time.perf_counter() - started,
     }
+    write_card(out / "final", "shrink", run)
     write_json(out / "run.json", run)
     if options.general or options.data:
         print(table(before, after))
@@ -134,10 +138,7 @@ def _check(options: ShrinkOptions) -> dict[str, Any]:
 
 def adapter_config(folder: str) -> dict[str, Any]:
     """The configuration of a PEFT adapter that shrink can work on. Raises ValueError with the reason otherwise."""
-    path = Path(folder) / "adapter_config.json"
-    if not path.is_file():
-        raise ValueError(f"'{folder}' is not an adapter folder: expected adapter_config.json in it; give a folder that PEFT saved")
-    config: dict[str, Any] = read_json(path)
+    config = checked(folder)
     kind = config.get("peft_type")
     if kind != "LORA":
         raise ValueError(f"'{folder}' is a {kind} adapter; shrinking needs an update that is a product of two factors: LoRA or rsLoRA")
@@ -152,14 +153,7 @@ def adapter_config(folder: str) -> dict[str, Any]:
 
 
 def _loaded(options: ShrinkOptions) -> nn.Module:
-    from peft import PeftModel
-
-    base = load_model(options)
-    try:
-        return PeftModel.from_pretrained(base, options.adapter).eval()
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()
-        raise ValueError(f"'{options.adapter}' does not fit '{options.model}': {reason[-1].strip()}; give --model the base that it was trained on") from None
+    return with_adapter(load_model(options), options.adapter)
 
 
 def _opened(options: ShrinkOptions, base: nn.Module, tokenizer: Any) -> tuple[Ledger, Learning | None]:

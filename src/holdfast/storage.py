@@ -26,7 +26,9 @@ from torch import Tensor
 from holdfast import codec
 from holdfast.importance.container import CodedEntry, DenseEntry, Entry, FactoredEntry, Importance, KroneckerEntry
 from holdfast.importance.covariance import AnyCovariance, Covariance, LowRankCovariance
-from holdfast.runs import atomic_path, check_output_file
+from holdfast.importance.tiers import parse_tier
+from holdfast.reading import UNSAFE, FileError, cleaned, load_json
+from holdfast.runs import atomic_path, check_output_file, free_memory
 
 logger = logging.getLogger("holdfast")
 
@@ -41,6 +43,10 @@ SUFFIXES = (
     *(f".{kind}_cov{part}" for kind in ("out", "in") for part in (".vectors", ".values", ".floor", "")),
 )
 NOT_OURS = "expected an importance file of `holdfast record`"
+# What the metadata may hold where we read it: more is kept, but of another type it is refused.
+INFO: dict[str, type] = {"estimator": str, "unit": str, "tier": str, "model": dict, "data": dict, "settings": dict, "timings": dict, "norms": dict,
+                         "energy_error": dict, "shared_in_cov": dict, "coded": dict}  # fmt: skip
+LARGEST = 1 << 36  # elements of a weight: a few KB of factors can claim any shape; the largest known (an embedding of 256,000 x 16,384) has 2^32
 
 
 def save(importance: Importance, path: str | Path) -> None:
@@ -64,8 +70,11 @@ def save(importance: Importance, path: str | Path) -> None:
 def load(path: str | Path) -> Importance:
     """Read and check an importance file. Raises ValueError: missing, not safetensors, truncated, foreign, non-finite or negative values."""
     info, tensors = _read(Path(path))
+    _check_info(path, info)
     parts: dict[str, dict[str, Tensor]] = {}  # base weight name -> suffix -> tensor
     for name, tensor in tensors.items():
+        if not name or len(name) > 1000 or UNSAFE.search(name):
+            raise FileError(f"{path}: {name[:100]!r} cannot be the name of a weight; {NOT_OURS}")
         suffix = next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
         parts.setdefault(name.removesuffix(suffix), {})[suffix] = tensor
     shared, coded = info.pop("shared_in_cov", {}), info.pop("coded", {})
@@ -74,21 +83,60 @@ def load(path: str | Path) -> Importance:
         where = f"{path}: '{name}'"
         anchor = [part.pop(suffix, None) for suffix in (".anchor_A", ".anchor_B")]
         if (anchor[0] is None) != (anchor[1] is None):
-            raise ValueError(f"{where} has half a recorded adapter; the file is damaged, record again")
+            raise FileError(f"{where} has half a recorded adapter; the file is damaged, record again")
         if anchor[0] is not None:
             anchors[name] = (anchor[0], anchor[1])
         if name not in shared:
             entries[name] = _coded(where, part, coded[name]) if name in coded else _entry(where, part, None)
             inputs[name] = getattr(entries[name], "in_cov", None)
-    for name, owner in shared.items() if isinstance(shared, dict) else ():
+    for name, owner in shared.items():
         if name not in parts or inputs.get(owner) is None:
-            raise ValueError(f"{path}: '{name}' shares the input covariance of '{owner}', which is not in the file; the file is damaged, record again")
+            raise FileError(f"{path}: '{name}' shares the input covariance of '{owner}', which is not in the file; the file is damaged, record again")
         entries[name] = _entry(f"{path}: '{name}'", parts[name], inputs[owner])
     entries = {name: entries[name] for name in parts}
+    for name, entry in entries.items():
+        _check_extent(f"{path}: '{name}'", entry)
     _check_anchors(path, entries, anchors)
     if not entries:
-        raise ValueError(f"{path} holds no importance; {NOT_OURS}")
+        raise FileError(f"{path} holds no importance; {NOT_OURS}")
     return Importance(entries, anchors, {**info, "path": str(path)})
+
+
+def _check_info(path: str | Path, info: Mapping[str, Any]) -> None:
+    """Raise FileError where the metadata has other types than we read: what names weights, what is counted, what is shown."""
+    for key, kind in INFO.items():
+        if key in info and not isinstance(info[key], kind):
+            raise FileError(f"{path}: '{key}' in the metadata is {type(info[key]).__name__}, expected {kind.__name__}; {NOT_OURS}")
+    number = lambda value: isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    whole = lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    pair = lambda value: isinstance(value, list) and len(value) == 2 and all(map(number, value))
+    errors = info.get("energy_error", {}).get("weights", {})
+    coded = lambda value: isinstance(value, list) and len(value) == 3 and isinstance(value[0], str) and all(map(whole, value[1:]))
+    text = lambda value: isinstance(value, (str, type(None)))
+    for what, values, fits in (
+        ("model", {key: info.get("model", {}).get(key) for key in ("name", "fingerprint")}, text),
+        ("norms", info.get("norms", {}), number),
+        ("energy_error", errors, pair),
+        ("shared_in_cov", info.get("shared_in_cov", {}), lambda value: isinstance(value, str)),
+        ("coded", info.get("coded", {}), coded),
+    ):
+        if not isinstance(values, dict) or not all(map(fits, values.values())):
+            raise FileError(f"{path}: '{what}' in the metadata is not what holdfast writes there; the file is damaged, record again")
+
+
+def _check_extent(where: str, entry: Entry) -> None:
+    """Raise FileError for a shape that no weight has, and where products of factors leave the range of f32."""
+    out, into = entry.shape
+    if not 0 < out * into <= LARGEST:
+        raise FileError(f"{where} claims to be {out} x {into}, expected 1 to 2^36 elements; {NOT_OURS}")
+    if isinstance(entry, FactoredEntry):
+        top = entry.row.shape[1] * float(entry.row.max()) * float(entry.col.max()) if entry.row.numel() else 0.0
+    elif isinstance(entry, KroneckerEntry):
+        top = float(entry.out_cov.diagonal().max()) * float(entry.in_cov.diagonal().max())
+    else:
+        top = float(entry.values.max()) if isinstance(entry, DenseEntry) else 0.0
+    if not top < torch.finfo(torch.float32).max:
+        raise FileError(f"{where} has products of up to {top:.3g}, beyond the range of f32; record again with a lower learning rate")
 
 
 def _tensors(entries: Mapping[str, Entry], where: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -117,12 +165,12 @@ def _entry(where: str, parts: dict[str, Tensor], in_cov: AnyCovariance | None) -
         return DenseEntry(parts[""])
     if found == {".row", ".col"}:
         if parts[".row"].shape[1] != parts[".col"].shape[1]:
-            raise ValueError(f"{where} has {parts['.row'].shape[1]} rows of factors and {parts['.col'].shape[1]} columns; the file is damaged, record again")
+            raise FileError(f"{where} has {parts['.row'].shape[1]} rows of factors and {parts['.col'].shape[1]} columns; the file is damaged, record again")
         return FactoredEntry(parts[".row"], parts[".col"])
     out_cov = _covariance(parts, ".out_cov")
     in_cov = in_cov if in_cov is not None else _covariance(parts, ".in_cov")
     if out_cov is None or in_cov is None:
-        raise ValueError(
+        raise FileError(
             f"{where} is made of {', '.join(sorted(found)) or 'nothing'}, which is no whole importance; the file is damaged, or of a newer holdfast"
         )
     return KroneckerEntry(out_cov, in_cov)
@@ -131,9 +179,12 @@ def _entry(where: str, parts: dict[str, Tensor], in_cov: AnyCovariance | None) -
 def _coded(where: str, parts: dict[str, Tensor], listed: Any) -> CodedEntry:
     """The entry in codes; `listed` is [tier, out, in]."""
     if set(parts) != {".codes", ".scale"}:
-        raise ValueError(f"{where} lacks its codes or its scale; the file is damaged, convert or record again")
+        raise FileError(f"{where} lacks its codes or its scale; the file is damaged, convert or record again")
     tier, *shape = listed
-    codec.check(where, parts[".codes"], parts[".scale"], shape, tier)
+    try:
+        codec.check(where, parts[".codes"], parts[".scale"], shape, tier)
+    except ValueError as error:
+        raise FileError(str(error)) from None
     return CodedEntry(parts[".codes"], parts[".scale"], (shape[0], shape[1]), tier)
 
 
@@ -151,61 +202,71 @@ def _check_parts(where: str, parts: dict[str, Tensor]) -> None:
     for suffix, tensor in parts.items():
         dimensions = 0 if suffix.endswith(".floor") else 1 if suffix.endswith(".values") else 2
         if tensor.ndim != dimensions or tensor.dtype not in (torch.float32, torch.bfloat16, torch.float64):
-            raise ValueError(f"{where}{suffix} is {tuple(tensor.shape)} {tensor.dtype}, expected {dimensions} dimensions in f32 or bf16; {NOT_OURS}")
+            raise FileError(f"{where}{suffix} is {tuple(tensor.shape)} {tensor.dtype}, expected {dimensions} dimensions in f32 or bf16; {NOT_OURS}")
+        if not tensor.numel():
+            raise FileError(f"{where}{suffix} is empty; {NOT_OURS}")
         if suffix.endswith("_cov") and tensor.shape[0] != tensor.shape[1]:
-            raise ValueError(f"{where}{suffix} is {tuple(tensor.shape)}, expected a square covariance; {NOT_OURS}")
+            raise FileError(f"{where}{suffix} is {tuple(tensor.shape)}, expected a square covariance; {NOT_OURS}")
         # Whole covariances and eigenvectors have entries of either sign; a covariance with a negative diagonal has a negative eigenvalue.
         signed = suffix.endswith((".vectors", "_cov"))
         _check_values(where + suffix, tensor, signed)
         if suffix.endswith("_cov") and float(tensor.diagonal().min()) < 0:
-            raise ValueError(f"{where}{suffix} has negative variances (down to {float(tensor.diagonal().min()):.3g}); {NOT_OURS}, record again")
+            raise FileError(f"{where}{suffix} has negative variances (down to {float(tensor.diagonal().min()):.3g}); {NOT_OURS}, record again")
         if suffix.endswith("_cov") and float((tensor - tensor.T).abs().max()) > 1e-2 * float(tensor.diagonal().max()):
-            raise ValueError(f"{where}{suffix} is not symmetric, as covariances are; the file is damaged, record again")
+            raise FileError(f"{where}{suffix} is not symmetric, as covariances are; the file is damaged, record again")
     for kind in (".out_cov", ".in_cov"):
         if f"{kind}.vectors" in parts and parts[f"{kind}.vectors"].shape[1:] != parts.get(f"{kind}.values", parts[f"{kind}.vectors"]).shape:
-            raise ValueError(f"{where}{kind} has {parts[f'{kind}.vectors'].shape[1]} directions and other values; the file is damaged, record again")
+            raise FileError(f"{where}{kind} has {parts[f'{kind}.vectors'].shape[1]} directions and other values; the file is damaged, record again")
 
 
 def _check_anchors(path: str | Path, entries: Mapping[str, Entry], anchors: dict[str, tuple[Tensor, Tensor]]) -> None:
     for name, (A, B) in anchors.items():
         if name not in entries or A.ndim != 2 or B.ndim != 2 or (B.shape[0], A.shape[1]) != entries[name].shape or A.shape[0] != B.shape[1]:
-            raise ValueError(f"{path}: the recorded adapter of '{name}' does not fit its weight; the file is damaged, record again")
+            raise FileError(f"{path}: the recorded adapter of '{name}' does not fit its weight; the file is damaged, record again")
         for part in (A, B):
+            if part.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+                raise FileError(f"{path}: the recorded adapter of '{name}' is of {part.dtype}, expected f32 or bf16; the file is damaged, record again")
             if not bool(torch.isfinite(part).all()):
-                raise ValueError(f"{path}: the recorded adapter of '{name}' has non-finite values; record again, or use anchor 'base' with a new file")
+                raise FileError(f"{path}: the recorded adapter of '{name}' has non-finite values; record again, or use anchor 'base' with a new file")
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise ValueError(f"importance file '{path}' does not exist; make one with: holdfast record MODEL --general TEXT --out {path}")
+        raise FileError(f"importance file '{path}' does not exist; make one with: holdfast record MODEL --general TEXT --out {path}")
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
             if "holdfast" not in metadata:
-                raise ValueError(f"{path} is a safetensors file of something else (no 'holdfast' metadata); {NOT_OURS}")
-            info = json.loads(metadata["holdfast"])
+                raise FileError(f"{path} is a safetensors file of something else (no 'holdfast' metadata); {NOT_OURS}")
+            info = load_json(metadata["holdfast"])
             if not isinstance(info, dict) or info.get("format") != FORMAT:
                 found = info.get("format") if isinstance(info, dict) else type(info).__name__
-                raise ValueError(f"{path} has format {found!r}, this holdfast reads {FORMAT}; update holdfast or record again")
-            return info, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); {NOT_OURS}; copy it or record again") from None
+                raise FileError(f"{path} has format {found!r}, this holdfast reads {FORMAT}; update holdfast or record again")
+            return cleaned(info), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileError:
+        raise
+    except (SafetensorError, ValueError) as error:
+        raise FileError(f"{path} is not a whole safetensors file ({error}); {NOT_OURS}; copy it or record again") from None
 
 
 def _check_values(where: str, values: Tensor, signed: bool) -> None:
     low, high = (float(v) for v in values.aminmax()) if values.numel() else (0.0, 0.0)
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise ValueError(f"{where} has non-finite importance; record again with a lower learning rate or in f32")
+        raise FileError(f"{where} has non-finite importance; record again with a lower learning rate or in f32")
     if low < 0 and not signed:
-        raise ValueError(f"{where} has negative importance (down to {low:.3g}); importance is never negative, record again")
+        raise FileError(f"{where} has negative importance (down to {low:.3g}); importance is never negative, record again")
 
 
 def convert(path: str | Path, tier: str, out: str | Path) -> Importance:
     """The importance of one file in another tier, written to `out`. Raises OptionError or ValueError before anything is written."""
     check_output_file(out)
     importance = load(path)
+    needed, free = sum(8 * math.prod(entry.shape) for entry in importance.entries.values()), free_memory()
+    if parse_tier(tier)[0] != "kronecker" and free is not None and needed > free:
+        raise FileError(f"{path} stands for {needed / 8:.3g} elements, which take about {needed / 2**20:.0f} MiB in tier {tier}, found {free / 2**20:.0f} MiB "
+                        "free; convert on a larger machine")  # fmt: skip
     converted = importance.to_tier(tier)
     save(converted, out)
     before, after = Path(path).stat().st_size, Path(out).stat().st_size

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from holdfast.config import OptionError, nearest
+from holdfast.reading import FileError, brief
 from holdfast.texts import Encoded, check_messages, encode_chat, encode_prompted, load_rows
 
 Row = dict[str, Any]
@@ -87,20 +88,21 @@ def load_task(spec: str, *, split: str | None = "train") -> tuple[Task, list[Row
         where = f"{file or task.hub}, row {number}"
         missing = [column for column in task.columns if row.get(column) is None]
         if missing:
-            raise ValueError(f"{where}: task {task.name} expects {', '.join(task.columns)}; "
+            raise FileError(f"{where}: task {task.name} expects {', '.join(task.columns)}; "
                              f"missing {', '.join(missing)}, found {', '.join(map(str, row))}")  # fmt: skip
         try:
             answered = 0 <= task.gold(row) < len(task.choices(row))
-        except ValueError:
+        except (TypeError, ValueError, OverflowError):
             answered = False
         if not answered:  # published test splits hide their answers as -1
-            raise ValueError(f"{where}: {task.columns[-1]} is {row[task.columns[-1]]!r}, which names no choice; use a split with answers ({task.held_out})")
+            raise FileError(f"{where}: {task.columns[-1]} is {brief(row[task.columns[-1]])}, which names no choice; use a split with answers ({task.held_out})")
     return task, rows
 
 
 def load_training_data(spec: str, *, split: str | None = "train", limit: int | None = None) -> Any:
     """A datasets.Dataset with `prompt` and `completion`, `messages`, or `text`; split None is the held-out one. Raises ValueError naming the columns found."""
     from datasets import Dataset
+    from pyarrow import ArrowInvalid, ArrowNotImplementedError, ArrowTypeError
 
     if find_task(spec) is not None:
         task, rows = load_task(spec, split=split)
@@ -110,15 +112,18 @@ def load_training_data(spec: str, *, split: str | None = "train", limit: int | N
         rows = load_rows(spec, split=split or "test")
     except ValueError as error:
         if spec.isidentifier():  # a bare word may be a misspelt task
-            raise ValueError(f"{error}; as a task: {nearest(spec, TASKS)}") from error
+            raise FileError(f"{error}; as a task: {nearest(spec, TASKS)}") from error
         raise
     for columns in (("prompt", "completion"), ("messages",), ("text",)):
         if all(column in rows[0] for column in columns):
             for number, row in enumerate(rows, 1):
                 _check_row(row, columns, f"'{spec}', row {number}")
-            return Dataset.from_list([{column: row[column] for column in columns} for row in rows[:limit]])
+            try:
+                return Dataset.from_list([{column: row[column] for column in columns} for row in rows[:limit]])
+            except (ArrowInvalid, ArrowTypeError, ArrowNotImplementedError, UnicodeError) as error:
+                raise FileError(f"'{spec}': the rows do not make one table ({error}); give every turn the same keys, with text in them") from None
     fitting = [task.name for task in TASKS.values() if set(task.columns) <= set(rows[0])] or list(TASKS)
-    raise ValueError(f"'{spec}' has the columns {', '.join(map(str, rows[0]))}; expected text, or prompt and completion, or messages; "
+    raise FileError(f"'{spec}' has the columns {', '.join(map(str, rows[0]))}; expected text, or prompt and completion, or messages; "
                      f"or name a task: {', '.join(f'{name}={spec}' for name in fitting)}")  # fmt: skip
 
 
@@ -126,11 +131,11 @@ def _check_row(row: Row, columns: tuple[str, ...], where: str) -> None:
     for column in columns:
         value = row.get(column)
         if not value or (isinstance(value, str) and not value.strip()):
-            raise ValueError(f"{where}: {' and '.join(columns)} must not be empty, '{column}' is")
+            raise FileError(f"{where}: {' and '.join(columns)} must not be empty, '{column}' is")
         if column == "messages":
             check_messages(value, where)
         elif not isinstance(value, str):
-            raise ValueError(f"{where}: '{column}' holds {type(value).__name__}, expected text; chats go into a column 'messages'")
+            raise FileError(f"{where}: '{column}' holds {type(value).__name__}, expected text; chats go into a column 'messages'")
 
 
 def encode_rows(data: Any, tokenizer: Any, *, completion_only: bool = True, end: str = "") -> list[Encoded]:
@@ -157,13 +162,13 @@ def truncation_report(encoded: list[Encoded], length: int, context: int) -> str 
     targets = [[i + 1 for i, one in enumerate(scored) if one and i] for _, scored in encoded]  # tokens that a row needs for each scored one
     rows, blank = len(encoded), sum(not needed for needed in targets)
     if blank == rows:
-        raise ValueError("no row has a token to score; expected text of at least two tokens, completions, or chats with assistant turns")
+        raise FileError("no row has a token to score; expected text of at least two tokens, completions, or chats with assistant turns")
     ends = sorted(needed[-1] for needed in targets if needed)
     cut, lost = sum(end > length for end in ends), sum(needed[0] > length for needed in targets if needed)
     wanted = min(ends[math.ceil(0.95 * len(ends)) - 1], context)
     advice = f"--length {wanted} would keep {sum(end <= wanted for end in ends) / rows:.0%} of the rows whole (the model takes at most {context} tokens)"
     if lost + blank == rows:
-        raise ValueError(f"within --length {length} no row keeps a token to score, since prompts fill it; {advice}")
+        raise FileError(f"within --length {length} no row keeps a token to score, since prompts fill it; {advice}")
     parts = [
         f"{cut} of {rows} rows are longer than --length {length}: {lost} lose all that is scored and are left out, {cut - lost} lose the end of it; {advice}"
     ]

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.config import OptionError
+from holdfast.reading import FileError, load_json
 
 FILES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
+MOST_VALUES = 50_000_000  # in a .parquet file, whose runs of one value can claim any number in a few bytes
 TEXT_COLUMNS = ("text", "content", "messages")
 Encoded = tuple[list[int], list[bool]]  # token ids, and whether each is scored as a prediction target
 
@@ -42,49 +44,58 @@ def load_rows(spec: str, *, split: str = "train") -> list[dict[str, Any]]:
     else:
         rows = _hub_rows(spec, split)
     if not rows:
-        raise ValueError(f"'{spec}' is empty; expected at least one document")
+        raise FileError(f"'{spec}' is empty; expected at least one document")
     return rows
 
 
 def _file_rows(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
-        raise ValueError(f"'{path}' is not a file; expected {', '.join(FILES)} or the name of a Hub dataset")
+        raise FileError(f"'{path}' is not a file; expected {', '.join(FILES)} or the name of a Hub dataset")
     kind = path.suffix.lower()
     if kind == ".parquet":
         import pyarrow.parquet as parquet
 
         try:
+            about = parquet.read_metadata(path)
+            if about.num_rows * about.num_columns > MOST_VALUES:
+                raise FileError(f"'{path}' claims to hold {about.num_rows} rows of {about.num_columns} columns; split it into files of {MOST_VALUES} values")
             return list(parquet.read_table(path).to_pylist())
-        except Exception as error:
-            raise ValueError(f"'{path}' is not a readable parquet file: {error}") from None
+        except FileError:
+            raise
+        except Exception as error:  # pyarrow has many
+            raise FileError(f"'{path}' is not a readable parquet file: {error}") from None
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"'{path}' is not UTF-8 text (byte {error.start}); convert it first") from None
+        raise FileError(f"'{path}' is not UTF-8 text (byte {error.start}); convert it first") from None
     if kind == ".jsonl":  # not splitlines: JSON strings may hold U+2028 and its like
         return [_json_line(path, number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if kind == ".json":
         try:
-            rows = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"'{path}', line {error.lineno}: not valid JSON ({error.msg})") from None
+            rows = load_json(text)
+        except ValueError as error:
+            line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+            raise FileError(f"'{path}'{line}: not valid JSON ({getattr(error, 'msg', error)})") from None
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise ValueError(f"'{path}': expected a list of objects; one object per line goes into .jsonl")
+            raise FileError(f"'{path}': expected a list of objects; one object per line goes into .jsonl")
         return rows
     if kind == ".csv":
-        return list(csv.DictReader(io.StringIO(text)))
+        try:
+            return list(csv.DictReader(io.StringIO(text), restkey=""))
+        except csv.Error as error:
+            raise FileError(f"'{path}' is not valid CSV ({error}); long texts go into .jsonl") from None
     if kind == ".txt":
         return [{"text": part.strip()} for part in text.replace("\r\n", "\n").split("\n\n") if part.strip()]
-    raise ValueError(f"'{path}' has an unknown format '{kind}'; expected {', '.join(FILES)}")
+    raise FileError(f"'{path}' has an unknown format '{kind}'; expected {', '.join(FILES)}")
 
 
 def _json_line(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"'{path}', line {number}: not valid JSON ({error.msg}); fix or remove the line") from None
+        row = load_json(line)
+    except ValueError as error:
+        raise FileError(f"'{path}', line {number}: not valid JSON ({getattr(error, 'msg', error)}); fix or remove the line") from None
     if not isinstance(row, dict):
-        raise ValueError(f"'{path}', line {number}: expected an object, found {type(row).__name__}")
+        raise FileError(f"'{path}', line {number}: expected an object, found {type(row).__name__}")
     return row
 
 
@@ -96,7 +107,7 @@ def _hub_rows(spec: str, split: str) -> list[dict[str, Any]]:
         return list(load_dataset(name, config or None, split=split))
     except Exception as error:
         first = str(error).strip().splitlines()[0]
-        raise ValueError(
+        raise FileError(
             f"'{spec}' is neither a local file nor a dataset that can be loaded ({first}); check the name, the split '{split}' or the connection"
         ) from error
 
@@ -104,11 +115,11 @@ def _hub_rows(spec: str, split: str) -> list[dict[str, Any]]:
 def load_documents(spec: str, *, column: str | None = None, split: str = "train", limit: int | None = None) -> list[Document]:
     """Documents in `spec`, the first `limit` of them. Raises ValueError naming the columns found when none holds text or messages."""
     rows = load_rows(spec, split=split)
-    found = list(rows[0])
+    found = [str(name) for name in rows[0]]
     column = column or next((name for name in TEXT_COLUMNS if name in found), None)
     if column is None or column not in found:
         wanted = f"'{column}'" if column else " or ".join(TEXT_COLUMNS)
-        raise ValueError(f"'{spec}' has the columns {', '.join(map(str, found))}; expected {wanted}: name yours with --text-column")
+        raise FileError(f"'{spec}' has the columns {', '.join(map(str, found))}; expected {wanted}: name yours with --text-column")
     documents = [_document(spec, number, row, column) for number, row in enumerate(rows, 1)]
     return documents[:limit] if limit else documents
 
@@ -120,14 +131,14 @@ def _document(spec: str, number: int, row: dict[str, Any], column: str) -> Docum
         return Document(None, value, source)
     if isinstance(value, str) and value.strip():
         return Document(value, None, source)
-    raise ValueError(f"'{spec}', row {number}: column '{column}' holds {'nothing' if not value else type(value).__name__}, expected text or messages")
+    raise FileError(f"'{spec}', row {number}: column '{column}' holds {'nothing' if not value else type(value).__name__}, expected text or messages")
 
 
 def check_messages(messages: Any, where: str) -> None:
     """Raise ValueError unless `messages` is a chat: a list of {"role": text, "content": text}."""
     for turn in messages if isinstance(messages, list) else [messages]:
         if not (isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)):
-            raise ValueError(f"{where}: expected chat turns {{'role': ..., 'content': ...}} with text in both, found {str(turn)[:80]}")
+            raise FileError(f"{where}: expected chat turns {{'role': ..., 'content': ...}} with text in both, found {str(turn)[:80]}")
 
 
 def fingerprint_rows(rows: Sequence[Any]) -> str:
@@ -147,7 +158,7 @@ def encode(documents: Sequence[Document], tokenizer: Any, *, length: int | None 
         step = length or max(len(ids), 1)
         pieces += [(ids[i : i + step], scored[i : i + step]) for i in range(0, len(ids), step) if len(ids[i : i + step]) > 1]
     if not pieces:
-        raise ValueError("the text is too short: no document has two tokens; give more general text")
+        raise FileError("the text is too short: no document has two tokens; give more general text")
     return pieces
 
 
@@ -175,7 +186,7 @@ def encode_chat(messages: list[dict[str, str]], tokenizer: Any, *, assistant_onl
     families, else by templating ever longer prefixes. Raises ValueError without a template, and where a longer chat rewrites what came before.
     """
     if not getattr(tokenizer, "chat_template", None):
-        raise ValueError("the data holds chat messages, but the tokenizer has no chat template; give plain text, or use an instruct model")
+        raise FileError("the data holds chat messages, but the tokenizer has no chat template; give plain text, or use an instruct model")
     if not assistant_only:
         ids = _template(tokenizer, messages)
         return ids, [True] * len(ids)
@@ -208,7 +219,7 @@ def _chat_by_prefixes(messages: list[dict[str, str]], tokenizer: Any) -> Encoded
             whole = _template(tokenizer, messages[: index + 1])
             start, end = _common_prefix(prompt, whole), len(whole)
             if ids[:end] != whole:
-                raise ValueError(f"the chat template writes turn {index + 1} differently once the chat goes on, so its tokens cannot be told apart; "
+                raise FileError(f"the chat template writes turn {index + 1} differently once the chat goes on, so its tokens cannot be told apart; "
                                  "add {% generation %} markers to the template, or keep one assistant turn per row")  # fmt: skip
             scored[start:end] = [True] * (end - start)
     return ids, scored

@@ -17,9 +17,9 @@ import contextlib
 import functools
 import importlib.util
 import logging
-import shutil
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,41 +30,60 @@ from torch import nn
 from transformers import ProgressCallback, TrainerState, set_seed
 
 from holdfast import distributed
+from holdfast.adapter_files import checked, with_adapter
 from holdfast.callback import ProgressBar, StopOnNonFinite, add_penalty, add_term, whole_steps
-from holdfast.config import ModelOptions, OptionError, TuneOptions, as_dict, default_strength, read_yaml, resolve
+from holdfast.config import ModelOptions, OptionError, TuneOptions, as_dict, default_strength, read_yaml, resolve, several
+from holdfast.earlier import Earlier
 from holdfast.evaluation import changes, check_tasks, measure, table
 from holdfast.finish import sentences
+from holdfast.hub import importance_path, push_folder, ready, write_card, write_merged_card
 from holdfast.importance.container import Importance
 from holdfast.importance.controls import uniform
-from holdfast.keeper import check_budget, of_run
+from holdfast.keeper import check_budget, of_run, on_earlier
 from holdfast.layers import from_option
+from holdfast.lock import only_writer
 from holdfast.methods.method import Method, Setup
 from holdfast.methods.table import chosen
 from holdfast.methods.text import replay_text
 from holdfast.models import context_length, load_model, load_tokenizer, save_whole
 from holdfast.moved import moved
 from holdfast.penalty.pull import check_fit, implementation
-from holdfast.runs import check_free_space, check_output_folder, environment, sha256_file, write_json, write_text
+from holdfast.reading import FileError
+from holdfast.runs import check_free_space, check_output_folder, discard, environment, read_json, sha256_file, write_json, write_text
 from holdfast.tasks import encode_rows, load_training_data, truncation_report
 from holdfast.texts import fingerprint_rows
 from holdfast.weights import LowRankWeight, add_adapter, matching, placed, target_weights, unwrapped, warn_of_experts
 
 logger = logging.getLogger("holdfast")
+# What a resumed run may change: nothing of it decides the result.
 MAY_CHANGE = ("resume", "overwrite", "out", "device", "threads", "save_steps", "log_steps", "report_to", "general", "general_split", "text_column", "eval_data",
-              "offload_importance", "eval_split", "eval_steps", "tasks", "limit")  # fmt: skip # what a resumed run may change: nothing of it decides the result
+              "offload_importance", "eval_split", "eval_steps", "tasks", "limit", "push_to_hub", "private", "keep_all")  # fmt: skip
 
 
-def tune(options: TuneOptions) -> dict[str, Any]:
-    """Fine-tune as `options` say; writes `options.out` and returns what is in its run.json. Raises ValueError or OptionError before training starts."""
+def tune(options: TuneOptions, *, earlier: Earlier | None = None) -> dict[str, Any]:
+    """Fine-tune as `options` say; writes `options.out` and returns what is in its run.json. Raises ValueError or OptionError before training starts.
+
+    `earlier`: the model stands on the updates of a sequence's earlier steps (succession.py), and the adapter is relative to it."""
     distributed.start(options.device)
-    out = Path(options.out)
-    methods = _check(options, out)
-    if options.overwrite and not options.resume and distributed.first():
-        shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    distributed.barrier()  # before anything is written, every process has looked
-    importance = Importance.load(options.importance) if options.importance else None
+    methods = _check(options)
+    if earlier is None and (options.after or len(several(options.data)) > 1):
+        raise OptionError("several domains, or --after, are tuned by holdfast.succession.tune_in_turn; give tune one --data")
+    repo = ready(options.push_to_hub, private=options.private) if options.push_to_hub and distributed.first() else None
+    file = importance_path(options.importance) if options.importance else None
+    importance = Importance.load(file) if file else None
     if importance is not None and options.strength is None and not options.budget:
         options = replace(options, strength=default_strength(importance.info.get("estimator", "?")))
+    with only_writer(options.out):
+        _check_folder(options, Path(options.out))
+        run = _tuned(options, Path(options.out), methods, importance, file, earlier)
+    if repo and distributed.first():
+        push_result(repo, Path(options.out) / "final", run)
+    return run
+
+
+def _tuned(
+    options: TuneOptions, out: Path, methods: dict[str, Method], importance: Importance | None, file: Path | None, earlier: Earlier | None
+) -> dict[str, Any]:
     data = load_training_data(options.data, split=options.data_split)
     how = from_option(options.layers, tau=options.tau, per=options.per)
     set_seed(options.seed)
@@ -83,9 +102,10 @@ def tune(options: TuneOptions) -> dict[str, Any]:
     held = load_training_data(options.eval_data, split=options.eval_split, limit=options.limit) if options.eval_steps and options.eval_data else None
     wanted: dict[str, Any] = dict(general=options.general, data=options.eval_data, tasks=options.tasks, text_column=options.text_column,
                   general_split=options.general_split, data_split=options.eval_split, limit=options.limit)  # fmt: skip
+    model, ledger = on_earlier(options, earlier, model, tokenizer, encoded) if earlier else (model, None)
     text, source = replay_text(options, model, tokenizer, encoded)
     before = measure(model, tokenizer, **wanted)
-    keeper = of_run(options, model, tokenizer, data, encoded) if options.budget else None
+    keeper = of_run(options, model, tokenizer, data, encoded, ledger) if options.budget else None
     setup = Setup(options, tokenizer, text, _tokens_per_step(options, encoded), importance, how, before)
     model = _prepared(setup, methods, model)
     check_free_space(out, _disk_needed(options, model))
@@ -105,6 +125,8 @@ def tune(options: TuneOptions) -> dict[str, Any]:
         keeper.bind(trainer, importance, start=options.strength, layers=how, anchor=options.anchor, names=options.targets if options.full else None)
     _announce(options, model, importance, len(encoded))
     if distributed.first():
+        if not options.resume:
+            discard(out / "run.json")  # of the run that is overwritten: it must not stand for this one
         write_text(out / "config.yaml", yaml.safe_dump(as_dict(options), sort_keys=False))
     started = time.perf_counter()
     _train(trainer, _last_checkpoint(out) if options.resume else None)
@@ -129,7 +151,7 @@ def tune(options: TuneOptions) -> dict[str, Any]:
         "budget": kept,
         "verdict": None if kept is None else kept["verdict"],
         "replay": source,
-        "importance": {"file": options.importance, "sha256": sha256_file(options.importance)} if options.importance else None,
+        "importance": {"file": options.importance, "sha256": sha256_file(file)} if file else None,
         "before": before,
         "after": after,
         **changes(before, after),
@@ -142,6 +164,7 @@ def tune(options: TuneOptions) -> dict[str, Any]:
     if not distributed.first():
         distributed.barrier()
         return run
+    write_card(out / "final", "tune", run, what="model" if options.full else "adapter")
     write_json(out / "run.json", run)
     distributed.barrier()
     if any(wanted[key] for key in ("general", "data", "tasks")):
@@ -152,22 +175,30 @@ def tune(options: TuneOptions) -> dict[str, Any]:
     return run
 
 
+def push_result(repo: str, folder: Path, run: dict[str, Any]) -> None:
+    """Upload the result, unless it was to keep a budget and is not known to."""
+    if run["verdict"] not in (None, "met"):
+        logger.warning("the budget is %s: nothing is pushed; where you want it all the same: hf upload %s %s", run["verdict"], repo, folder)
+        return
+    push_folder(folder, repo, commit_message="Upload with holdfast tune")
+
+
 def merge(adapter: str, out: str, *, dtype: str | None = None) -> None:
     """Merge a PEFT adapter into its base model and save the result, a plain transformers model, to `out`."""
-    from peft import PeftConfig, PeftModel
-
-    if not (Path(adapter) / "adapter_config.json").is_file():
-        raise ValueError(f"'{adapter}' is not an adapter folder: expected adapter_config.json in it; give the final/ folder of a run")
-    options = resolve(ModelOptions, {"model": PeftConfig.from_pretrained(adapter).base_model_name_or_path, "dtype": dtype or "auto"})
+    base = checked(adapter).get("base_model_name_or_path")
+    if not base:
+        raise FileError(f"'{adapter}' does not say which model it belongs to: base_model_name_or_path in its adapter_config.json is empty")
+    options = resolve(ModelOptions, {"model": base, "dtype": dtype or "auto"})
     check_output_folder(out)
     if any(Path(out).iterdir()):
         raise ValueError(f"'{out}' is not empty; give a new folder")
-    model = PeftModel.from_pretrained(load_model(options), adapter).merge_and_unload()
+    model = with_adapter(load_model(options), adapter).merge_and_unload()
     save_whole(model, load_tokenizer(options), Path(out))
+    write_merged_card(out, adapter, options.model)
     logger.info("merged %s into %s: %s", adapter, options.model, out)
 
 
-def _check(options: TuneOptions, out: Path) -> dict[str, Method]:
+def _check(options: TuneOptions) -> dict[str, Method]:
     """Everything that can be refused without loading a model; the methods that the options name."""
     distributed.split_batch(options.batch_size, options.accumulation)  # refuses what cannot be shared
     if options.full and options.quantize != "none":
@@ -178,17 +209,28 @@ def _check(options: TuneOptions, out: Path) -> dict[str, Method]:
         raise OptionError("--anchor recorded starts from the recorded adapter; use --anchor base with --full")
     if options.report_to != "none" and importlib.util.find_spec(options.report_to) is None:
         raise OptionError(f"--report-to {options.report_to} needs a package of that name, which is not installed; pip install {options.report_to}")
+    if options.private is not None and not options.push_to_hub:
+        raise OptionError("--private is for --push-to-hub NAME, which is not given")
     methods = chosen(options)
     check_budget(options, list(methods))
     check_tasks(options.tasks)
-    check_output_folder(out)
+    return methods
+
+
+def _check_folder(options: TuneOptions, out: Path) -> None:
+    """Refuse a folder that holds another run. What a kill left of a checkpoint is removed; with --overwrite, all checkpoints."""
     if options.resume:
-        _check_resumed(options, out)
+        check_resumed(options, out)
     if (out / "run.json").exists() and not (options.overwrite or options.resume):
         raise ValueError(f"'{out}' holds a finished run; give another --out, or --overwrite")
     if (out / "checkpoints").exists() and not (options.resume or options.overwrite):
         raise ValueError(f"'{out}' holds checkpoints of an unfinished run; go on with --resume, or start again with --overwrite")
-    return methods
+    distributed.barrier()  # before anything is written, every process has looked
+    if distributed.first():
+        if not options.resume:
+            discard(out / "checkpoints")
+        _clear_checkpoints(out / "checkpoints")
+    distributed.barrier()
 
 
 def _check_model(options: TuneOptions, model: nn.Module, importance: Importance | None, how: Any) -> None:
@@ -321,17 +363,25 @@ def _train(trainer: Any, checkpoint: str | None) -> None:
             trainer._load_from_checkpoint(checkpoint)
             trainer.state = state
             return
-    with contextlib.redirect_stdout(sys.stderr):  # the trainer prints its log: progress, not a result
-        trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # the trainer prints its log: progress, not a result
+            trainer.train(resume_from_checkpoint=checkpoint)
+    except BaseException:
+        _clear_checkpoints(Path(trainer.args.output_dir))
+        raise
 
 
-def _check_resumed(options: TuneOptions, out: Path) -> None:
-    """Raise OptionError where the options that decide the result are not those that the interrupted run was started with."""
+def check_resumed(options: TuneOptions, out: Path, *, measured: Sequence[str] = ()) -> None:
+    """Raise OptionError where the options that decide the result are not those that the interrupted run was started with; `measured`: more that decide it."""
     path = out / "config.yaml"
     if not path.is_file():
         return
     then, now = read_yaml(path), as_dict(options)
-    may_change = set(MAY_CHANGE) - ({"general", "general_split", "text_column", "limit"} if options.budget else set())  # a budget is controlled on this text
+    may_change = (
+        set(MAY_CHANGE) - set(measured) - ({"general", "general_split", "text_column", "limit"} if options.budget else set())
+    )  # a budget is controlled on this text
+    if options.strength is None:  # then it was what suits the importance file, which is compared
+        may_change.add("strength")
     different = sorted(key for key in now if key in then and now[key] != then[key] and key not in may_change)
     if different:
         raise OptionError(f"{path} was made with other options: {', '.join(f'{k}={then[k]!r} (now {now[k]!r})' for k in different)}; "
@@ -351,9 +401,23 @@ def _announce(options: TuneOptions, model: nn.Module, importance: Importance | N
 
 
 def _last_checkpoint(out: Path) -> str | None:
-    """The newest whole checkpoint: the trainer writes trainer_state.json last."""
-    whole = [p for p in (out / "checkpoints").glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
-    return str(max(whole, key=lambda p: int(p.name.split("-")[-1]))) if whole else None
+    """The newest whole checkpoint."""
+    whole = [folder for folder in (out / "checkpoints").glob("checkpoint-*") if _is_whole(folder)]
+    return str(max(whole, key=lambda folder: int(folder.name.split("-")[-1]))) if whole else None
+
+
+def _clear_checkpoints(folder: Path) -> None:
+    """Remove checkpoints that were not written to their end."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        if distributed.first() and not _is_whole(checkpoint):
+            discard(checkpoint)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end: the trainer writes trainer_state.json last, and not at once."""
+    with contextlib.suppress(ValueError):
+        return isinstance(read_json(checkpoint / "trainer_state.json"), dict)
+    return False
 
 
 def _last(log: list[dict[str, Any]], key: str) -> float | None:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from holdfast import distributed
 from holdfast.checkpoint import Base, KeptWeight, StoredWeight, stored_weights
 from holdfast.config import OptionError, nearest
+from holdfast.reading import FileError
 
 logger = logging.getLogger("holdfast")
 FUSED_EXPERTS = (
@@ -165,6 +166,7 @@ def target_weights(model: nn.Module, *, names: str | None = None, subtract_initi
     base = unwrapped(model)
     found = [weight for path, module in base.named_modules() if (weight := _low_rank(path, module, model, subtract_initial)) is not None]
     if found:
+        _check_own(base, [(weight.name.removesuffix(".weight"), weight.module.get_base_layer()) for weight in found])
         return list(found)
     if hasattr(model, "peft_config"):
         raise ValueError(f"the model has no LoRA layer that holdfast can hold (found {_adapter_types(model)}); use LoRA, or full fine-tuning without PEFT")
@@ -225,6 +227,17 @@ def _low_rank(path: str, module: nn.Module, model: nn.Module, subtract_initial: 
     return LowRankWeight(path + ".weight", (B.shape[0], A.shape[1]), *_place(path), module, A, B, float(module.scaling[adapter]), initial, adapter)
 
 
+def _check_own(model: nn.Module, layers: list[tuple[str, nn.Module]]) -> None:
+    """Raise ValueError where a layer's weight is another module's too (tied, or shared by two layers): neither its gradient nor its update is the layer's."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name.replace(".base_layer.", "."))
+    for path, module in layers:
+        other = next((name for name in owners.get(id(module.weight), []) if name != f"{path}.weight"), None)
+        if other is not None:
+            raise ValueError(f"'{path}.weight' and '{other}' are one parameter, whose gradient and update belong to both; leave it out of the targets")
+
+
 def _moves_the_base(model: nn.Module, adapter: str) -> bool:
     configs = getattr(model, "peft_config", {})
     how = getattr(configs.get(adapter), "init_lora_weights", True) if isinstance(configs, dict) else True
@@ -239,6 +252,7 @@ def _place(path: str) -> tuple[int | None, str]:
 
 def _full(model: nn.Module, layers: list[tuple[str, nn.Module]]) -> list[TargetWeight]:
     """Weights that are trained themselves, each with its base: in the checkpoint's file where it stands there as it is now, else copied."""
+    _check_own(model, layers)
     for path, module in layers:
         if not module.weight.is_floating_point():
             raise ValueError(f"'{path}' is quantised ({module.weight.dtype}) and cannot be trained itself; use LoRA")
@@ -332,8 +346,9 @@ def base_layers(model: nn.Module, names: str) -> list[BaseLayer]:
         if _moves_the_base(_wrapper(model), adapter):
             raise ValueError(f"adapter '{adapter}' moved the base weight when it was made (init_lora_weights); importance belongs to the bare base: "
                              "record on the model without the adapter")  # fmt: skip
-    shapes = base_shapes(model)
-    return [BaseLayer(path + ".weight", shapes[path + ".weight"], module) for path, module in matching(base, names)]
+    shapes, layers = base_shapes(model), matching(base, names)
+    _check_own(base, layers)
+    return [BaseLayer(path + ".weight", shapes[path + ".weight"], module) for path, module in layers]
 
 
 def _wrapper(model: nn.Module) -> nn.Module:
@@ -427,10 +442,15 @@ def add_adapter(model: nn.Module, *, names: str, rank: int, alpha: float, dropou
 
 def adapter_inputs(folder: str | Path) -> dict[str, Tensor]:
     """Base weight name -> A (r, in) of a LoRA adapter's folder, read from its file without a model. Raises ValueError where there is none."""
-    from peft.utils.save_and_load import load_peft_weights
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
     found = {}
-    for key, value in load_peft_weights(str(folder), device="cpu").items():
+    try:
+        tensors = load_file(Path(folder) / "adapter_model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise FileError(f"'{folder}' has no whole adapter_model.safetensors ({error}); give the folder of an adapter that PEFT saved") from None
+    for key, value in tensors.items():
         path, mark, _ = key.removeprefix("base_model.model.").partition(".lora_A.")
         if mark:
             found[path + ".weight"] = value

@@ -253,6 +253,10 @@ class Attachment:
         mine = weakref.ref(self)
 
         def forward(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+            attachment = mine()
+            # Here, not in the backward pass: a module may be called several times before it. Checkpointing calls it again within one: that begins nothing.
+            if attachment is not None and torch._C._current_graph_task_id() == -1 and _fresh(weight):
+                attachment._pending.pop(weight.name, None)
             if not (torch.is_grad_enabled() and output.requires_grad):
                 return
             x = inputs[0].detach()
@@ -268,7 +272,7 @@ class Attachment:
 
     def _accumulate(self, weight: LowRankWeight, x: Tensor, grad: Tensor) -> None:
         dtype = wider(weight.A.dtype)
-        before = None if _fresh(weight) else self._pending.get(weight.name)
+        before = self._pending.get(weight.name)
         x, d = x.reshape(-1, weight.shape[1]).to(dtype), grad.reshape(-1, weight.shape[0]).to(dtype)
         self._pending[weight.name] = self.recorder.gather(weight, before, x, d)
 

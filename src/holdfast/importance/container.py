@@ -85,6 +85,27 @@ class Importance:
 
         return load(path)
 
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `importance.safetensors` and a model card into a folder, as they go to the Hub; paths of this machine are left out."""
+        from holdfast.hub import save_pretrained
+
+        save_pretrained(self, folder)
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, revision: str | None = None,
+                    commit_message: str = "Upload importance", create_pr: bool = False) -> str:  # fmt: skip
+        """Upload file and card to a Hub repository, made where it is not there; returns the address. Raises ValueError where the Hub refuses."""
+        from holdfast.hub import push_importance
+
+        return push_importance(self, repo_id, private=private, token=token, revision=revision, commit_message=commit_message, create_pr=create_pr)
+
+    @staticmethod
+    def from_pretrained(name: str | Path, *, revision: str | None = None, token: str | bool | None = None, cache_dir: str | Path | None = None,
+                        local_files_only: bool = False) -> Importance:  # fmt: skip
+        """Read importance from a file, a folder of `save_pretrained` or a Hub repository; what exists locally comes first. Raises ValueError as `load`."""
+        from holdfast.hub import importance_path
+
+        return Importance.load(importance_path(name, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only))
+
     def describe(self) -> str:
         """A table for people: where it came from, norms and a histogram per weight."""
         from holdfast.inspection import describe

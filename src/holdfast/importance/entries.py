@@ -5,9 +5,9 @@
     factored    Omega = row @ col^T, (out, k) and (in, k)                      the same, without an (out, in) tensor
     kronecker   G (out, out) and A (in, in), which also know directions        energy  tr(G U A U^T)
 
-Each has `shape` (out, in), `tier` (how it is stored), `dense()` -> (out, in), `energy(U)`, `norm()` (Frobenius norm of the quadratic form, so that
-coefficients of layers compare across forms), `to(device, dtype, moved)` and `tensors()` (what a file holds, by suffix of the weight's name). The penalty
-picks its algebra by type.
+Each has `shape` (out, in), `tier` (how it is stored), `dense()` -> (out, in), `rows(slice)` of it, `energy(U)`, `norm()` (Frobenius norm of the quadratic
+form, so that coefficients of layers compare across forms), `to(device, dtype, moved)` and `tensors()` (what a file holds, by suffix of the weight's name).
+The penalty picks its algebra by type.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class Entry(Protocol):
     @property
     def tier(self) -> str: ...
     def dense(self) -> Tensor: ...
+    def rows(self, rows: slice) -> Tensor: ...
     def energy(self, U: Tensor) -> Tensor: ...
     def norm(self) -> float: ...
     def to(self, device: torch.device, dtype: torch.dtype, moved: dict[Any, Any]) -> Entry: ...
@@ -136,6 +137,10 @@ class FactoredEntry:
         """row @ col^T, (out, in), f32 (f64 stays f64)."""
         return _wide(self.row) @ _wide(self.col).T
 
+    def rows(self, rows: slice) -> Tensor:
+        """Some rows, (rows, in), f32."""
+        return _wide(self.row[rows]) @ _wide(self.col).T
+
     def energy(self, U: Tensor) -> Tensor:
         """sum_ij Omega_ij U_ij^2, a scalar; U is (out, in)."""
         return (self.row.to(U) * ((U * U) @ self.col.to(U))).sum()
@@ -173,6 +178,10 @@ class KroneckerEntry:
     def dense(self) -> Tensor:
         """diag(G) diag(A)^T, (out, in): only the diagonal of the quadratic form. What the covariances know of directions is lost in it."""
         return torch.outer(self.out_cov.diagonal(), self.in_cov.diagonal())
+
+    def rows(self, rows: slice) -> Tensor:
+        """Some rows of `dense()`, (rows, in)."""
+        return torch.outer(self.out_cov.diagonal()[rows], self.in_cov.diagonal())
 
     def energy(self, U: Tensor) -> Tensor:
         """tr(G U A U^T), a scalar; U is (out, in)."""

@@ -217,7 +217,7 @@ class Penalty:
             pull_A, pull_B, energy = fused.pull(A, B, weight.scale, values, scale, entry.tier, _together(weight.scale, initial, anchor), k)
             return (pull_A, pull_B), energy
         A, B = A.to(dtype), B.to(dtype)
-        pull_A, pull_B, energy = _low_rank_pull(A, B, weight.scale, entry, *thin(A, B, weight.scale, initial, anchor), k)
+        pull_A, pull_B, energy = low_rank_pull(A, B, weight.scale, entry, *thin(A, B, weight.scale, initial, anchor), k)
         return (pull_A, pull_B), energy
 
     def _placed(self) -> Iterator[Entry]:
@@ -254,7 +254,7 @@ def implementation(importance: Importance) -> str:
     return f"{' and '.join(kinds)} for tier {importance.tier}"
 
 
-def _low_rank_pull(A: Tensor, B: Tensor, scale: float, entry: Entry, L: Tensor, R: Tensor, k: float) -> tuple[Tensor, Tensor, Tensor]:
+def low_rank_pull(A: Tensor, B: Tensor, scale: float, entry: Entry, L: Tensor, R: Tensor, k: float) -> tuple[Tensor, Tensor, Tensor]:
     """(pull on A, pull on B, energy) for D = L @ R, by the algebra that fits the entry."""
     if isinstance(entry, FactoredEntry):
         return factored.pull(A, B, scale, entry, L, R, k)

@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from holdfast.reading import FileError, brief
 from holdfast.report import numbers
-from holdfast.runs import read_json
+from holdfast.shapes import ANY, COMPARISON, RUN, check, read_checked
 
 FORMAT = 1
 Contents = dict[str, Any]
@@ -27,15 +28,16 @@ def load(folder: str | Path) -> Contents:
     """The contents of a folder. Raises ValueError where it holds nothing to report, or something of another format."""
     folder = Path(folder)
     if (folder / "compare.json").is_file():
-        found = read_json(folder / "compare.json")
+        found = read_checked(folder / "compare.json", ANY)
         if not isinstance(found, dict) or found.get("format") != FORMAT:
             version = found.get("format") if isinstance(found, dict) else type(found).__name__
-            raise ValueError(f"{folder / 'compare.json'}: expected format {FORMAT}, found {version!r}; make it again with this version of holdfast")
+            raise FileError(f"{folder / 'compare.json'}: expected format {FORMAT}, found {brief(version)}; make it again with this version of holdfast")
+        check(found, COMPARISON, str(folder / "compare.json"))
         return completed(found)
     if (folder / "run.json").is_file():
-        return of_run(read_json(folder / "run.json"), folder)
+        return of_run(read_checked(folder / "run.json", ANY), folder)
     what = "does not exist" if not folder.exists() else "holds no compare.json and no run.json"
-    raise ValueError(f"'{folder}' {what}; give a folder that holdfast compare, demo or tune has written")
+    raise FileError(f"'{folder}' {what}; give a folder that holdfast compare, demo or tune has written")
 
 
 def completed(found: Mapping[str, Any]) -> Contents:
@@ -66,7 +68,8 @@ def reported_part(contents: Contents) -> str:
 def of_run(run: Mapping[str, Any], folder: Path) -> Contents:
     """A single run as contents. Raises ValueError for a run.json that neither tune nor eval wrote."""
     if not isinstance(run, Mapping) or not isinstance(run.get("configuration"), Mapping) or "before" not in run:
-        raise ValueError(f"{folder / 'run.json'}: expected a run of holdfast tune or eval, found other contents; run it again with this version")
+        raise FileError(f"{folder / 'run.json'}: expected a run of holdfast tune or eval, found other contents; run it again with this version")
+    check(run, RUN, str(folder / "run.json"))
     options = run["configuration"]
     method = "+".join(run.get("method") or ["plain" if "method" in run else "run"])
     before, after = run["before"] or {}, run.get("after") or {}
@@ -82,8 +85,19 @@ def of_run(run: Mapping[str, Any], folder: Path) -> Contents:
         "kind": "run", "title": folder.resolve().name, "model": options.get("model"), "created": written, "environment": run.get("environment"),
         "experiment": options, "domains": [{"name": domain, **(run.get("data") or {}), "before": before.get("domain")}],
         "texts": [{"name": text, "kind": "recorded", "before": before.get("general")}], "methods": [{"name": method}], "runs": [trial],
-        "measures": measures(before, after, run), "verdict": sentences(run, domain, text),
+        "measures": measures(before, after, run), "verdict": sentences(run, domain, text), "sequences": _sequence(run, method, text),
     })  # fmt: skip
+
+
+def _sequence(run: Mapping[str, Any], method: str, text: str) -> list[dict[str, Any]]:
+    """The matrix of a run on several domains, as a comparison has it."""
+    found = run.get("sequence")
+    if not isinstance(found, Mapping):
+        return []
+    where = [found["accuracy_domains"].index(name) if name in found["accuracy_domains"] else None for name in found["domains"]]
+    accuracy = [[None if at is None else row[at] for at in where] for row in found["accuracy"]] if found["accuracy"] else None
+    general = {text: [one["nats"] for one in found["general"]]} if found["general"] else {}
+    return [{**found, "name": "of the run", "method": method, "seed": run["configuration"].get("seed"), "accuracy": accuracy, "general": general}]
 
 
 def _short(name: Any) -> str:
@@ -119,5 +133,9 @@ def sentences(run: Mapping[str, Any], domain: str, text: str) -> list[str]:
     second = "What was forgotten was not measured: --general gives held-out general text."
     if numbers.known(lost.get("nats")) is not None:
         second = f"On {text} the loss rose by {numbers.nats(lost['nats'], lost.get('standard_error'))} nats per token."
+    if isinstance(sequence := run.get("sequence"), Mapping):
+        falls = [before - after for before, after in zip(sequence["matrix"][0], sequence["matrix"][-1], strict=True)]
+        told = ", ".join(f"{name} {numbers.nats(fall)}" for name, fall in zip(sequence["domains"], falls, strict=True))
+        first = f"After all domains the loss had fallen by, in nats per token: {told}."
     verdict = run.get("verdict")
     return [first, second, *([f"The budget of {run['configuration'].get('budget')}: {verdict}."] if isinstance(verdict, str) else [])]

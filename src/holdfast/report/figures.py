@@ -56,8 +56,9 @@ def frontier(contents: Contents, looks: Looks, domain: str, text: str) -> Figure
     layout: dict[str, Any] = {"xaxis": _axis(f"forgetting: rise of the loss on {safe(text, 40)}, nats per token", rangemode="tozero"),
               "yaxis": _axis(f"learning: fall of the loss on {safe(domain, 40)}, nats per token", rangemode="tozero"),
               "shapes": [], "annotations": []}  # fmt: skip
-    for share, level in sorted({(row["share"], row.get("learning_nats")) for row in equal_rows(contents, domain, text)}):
-        if numbers.known(level) is not None:
+    levels = {(row["share"], numbers.known(row.get("learning_nats"))) for row in equal_rows(contents, domain, text)}
+    for share, level in sorted(levels, key=lambda pair: (pair[0], pair[1] or 0.0)):
+        if level is not None:
             layout["shapes"].append({"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": level, "y1": level, "line": {"width": 1, "dash": "dot"}})
             layout["annotations"].append({"xref": "paper", "x": 1, "xanchor": "right", "y": level, "yanchor": "bottom", "showarrow": False,
                                           "text": f"{numbers.percent(share)} of plain's learning"})  # fmt: skip

@@ -182,7 +182,7 @@ def sequences(contents: Contents) -> list[tuple[Mapping[str, Any], Table]]:
                   *(f"general rise, {name}" for name in general)]  # fmt: skip
         lines = []
         matrix, accuracy = sequence.get("matrix") or [], sequence.get("accuracy") or []
-        for step, name in enumerate(["base model", *domains][: len(matrix)]):
+        for step, name in enumerate((sequence.get("rows") or ["base model", *domains])[: len(matrix)]):
             cells = [number(value) for value in matrix[step]]
             scores = [number(value, show=numbers.share) for value in (accuracy[step] if step < len(accuracy) else [None] * len(domains))]
             rises = [number(_rise(values, step, len(matrix))) for values in general.values()]

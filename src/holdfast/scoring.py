@@ -1,0 +1,96 @@
+"""Accuracy on multiple-choice questions in a comparison: the base model and every finished test run, on the domain's questions and on those of other tasks.
+
+    domains: {sciq: {data: sciq=train.jsonl, test: sciq=test.jsonl, task: sciq=test.jsonl}}     # what was learned
+    tasks: {piqa: piqa=test.jsonl}                                                              # what may have been lost
+
+    DIR/accuracy.json             of the base
+    DIR/runs/ID/accuracy.json     of the whole update of a run
+
+Answers are ranked by likelihood (`evaluation.answers`). Measured from the finished adapters once the runs are done, so a task that is added to an experiment
+trains nothing again. Costs a forward pass over questions times choices, per run and task;
+how many says `limit: questions` (default: as `test`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from holdfast.config import ModelOptions, resolve
+from holdfast.evaluation import answers
+from holdfast.experiment import Experiment
+from holdfast.models import load_model, load_tokenizer
+from holdfast.runs import read_json, write_json
+from holdfast.tasks import load_task
+
+logger = logging.getLogger("holdfast")
+KEPT = ("acc", "acc_stderr", "acc_norm", "questions")
+
+
+def check_questions(experiment: Experiment) -> None:
+    """Raise OptionError for tasks that are not ours, ValueError for questions that cannot be read; before anything is trained."""
+    for where, spec in {**{f"domains: {name}": place["task"] for name, place in experiment.domains.items() if "task" in place},
+                        **{f"tasks: {name}": spec for name, spec in experiment.tasks.items()}}.items():  # fmt: skip
+        try:
+            load_task(spec, split=None)
+        except ValueError as error:
+            raise type(error)(f"{where}: {error}") from None
+
+
+def score_all(experiment: Experiment, jobs: Sequence[Mapping[str, Any]], out: Path) -> None:
+    """Measure what is not measured yet. `jobs`: the runs of the campaign; those on the test part that are done are scored."""
+    own = {domain: place["task"] for domain, place in experiment.domains.items() if "task" in place}
+    if not own and not experiment.tasks:
+        return
+    options = resolve(ModelOptions, experiment.model)
+    tokenizer = load_tokenizer(options)
+    base = _known(out / "accuracy.json", experiment, {**own, **experiment.tasks})
+    if base is None:
+        model = load_model(options)
+        base = _score(model, tokenizer, experiment, {**own, **experiment.tasks})
+        write_json(out / "accuracy.json", base)
+    for job in jobs:
+        trial, path = job["trial"], job["folder"] / "accuracy.json"
+        wanted = {**({trial.domain: own[trial.domain]} if trial.domain in own else {}), **experiment.tasks}
+        if trial.part != "test" or not wanted or read_json(job["folder"] / "run.json")["status"] != "done" or _known(path, experiment, wanted) is not None:
+            continue
+        if not (job["folder"] / "adapter").is_dir():
+            logger.warning("%s on %s, seed %d: its adapter is gone, so its accuracy cannot be measured", trial.method, trial.domain, trial.seed)
+            continue
+        write_json(path, _score(_finished(job), tokenizer, experiment, wanted))
+
+
+def _limit(experiment: Experiment) -> int | None:
+    return experiment.limit.get("questions", experiment.limit.get("test"))
+
+
+def _known(path: Path, experiment: Experiment, wanted: Mapping[str, str]) -> dict[str, Any] | None:
+    """What was measured, if it is all that is wanted."""
+    found = dict(read_json(path)) if path.exists() else None
+    if found is None or found["limit"] != _limit(experiment):
+        return None
+    return found if all(found["tasks"].get(name, {}).get("task") == spec for name, spec in wanted.items()) else None
+
+
+def _finished(job: Mapping[str, Any]) -> nn.Module:
+    """The model with the whole update of a run."""
+    from peft import PeftModel
+
+    adapter = str(job["folder"] / "adapter")
+    if job["options"].full:
+        return load_model(job["options"], adapter)
+    return PeftModel.from_pretrained(load_model(job["options"]), adapter)
+
+
+def _score(model: nn.Module, tokenizer: Any, experiment: Experiment, wanted: Mapping[str, str]) -> dict[str, Any]:
+    limit, found = _limit(experiment), {}
+    model.eval()
+    for name, spec in wanted.items():
+        task, rows = load_task(spec, split=None)
+        measured = answers(model, tokenizer, task, rows[:limit])
+        found[name] = {"task": spec, **{key: measured[key] for key in KEPT}}
+    return {"limit": limit, "tasks": found}

@@ -1,0 +1,366 @@
+"""tune() on several domains, one after the other: each is learned on top of what was learned before, which is held from then on.
+
+For each domain: importance is recorded on the one before and consolidated with what there is (importance/consolidation.py), the model with every update so far
+merged into it is tuned (its anchor is that model), and the result is measured on general text and on every domain as anybody would load it: the base with one
+plain PEFT adapter, the exact sum of the steps' updates (stacking.py). A budget covers general text, from the model that the command started from, and every
+earlier domain, from when it was learned; by the end of step i of n, i/n of it may be spent.
+
+    DIR/final/             the adapter for all of the domains, relative to the base
+    DIR/importance.safetensors    what the last step was held by, for `tune --after DIR`
+    DIR/data/              rows held out of each domain that came without --eval-data
+    DIR/steps/2/           the run of a step as tune writes it, what it was held by, its measurements; with --keep-all its adapter, for the base
+    DIR/run.json           the matrix of losses (and of accuracies), transfer (transfer.py), the rise of general loss after each step
+
+Whatever is finished is found again: --resume goes on within a recording or a training, and gives the same files as an uninterrupted run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from holdfast import distributed
+from holdfast.adapter_files import with_adapter
+from holdfast.config import LABELLED, RECORD_PRESETS, TRAINING_ONLY, OptionError, RecordOptions, TuneOptions, as_dict, resolve, several
+from holdfast.earlier import Earlier, Held, Stage, merged
+from holdfast.evaluation import answers, changes, measure, rise
+from holdfast.heldout import Domain, earlier_of, named
+from holdfast.hub import importance_path, ready
+from holdfast.importance.consolidation import consolidated, parse_rule
+from holdfast.importance.container import Importance
+from holdfast.keeper import check_budget
+from holdfast.lock import only_writer
+from holdfast.methods.table import chosen
+from holdfast.models import context_length, load_model, load_tokenizer
+from holdfast.recording import load_state, record_on
+from holdfast.runs import atomic_path, environment, read_json, sha256_file, write_json, write_text
+from holdfast.stacking import stack
+from holdfast.tasks import encode_rows, find_task, load_task, load_training_data
+from holdfast.texts import fingerprint_rows
+from holdfast.training import check_resumed, push_result, tune
+from holdfast.transfer import transfer
+
+logger = logging.getLogger("holdfast")
+MEASURED = ("general", "general_split", "text_column", "eval_data", "eval_split", "tasks", "limit")  # what is measured already must not be measured otherwise
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all steps share. `before`: the domains of the run that is gone on from, learned at once as far as this one can tell; `start`: its adapter."""
+
+    options: TuneOptions
+    out: Path
+    domains: tuple[Domain, ...]
+    before: tuple[Domain, ...] = ()
+    start: str | None = None
+
+    @property
+    def all(self) -> tuple[Domain, ...]:
+        return (*self.before, *self.domains)
+
+    @property
+    def first(self) -> int:
+        """The row of the measurements that this command starts from: 0 is the bare base, 1 the run that is gone on from."""
+        return 1 if self.start else 0
+
+    @property
+    def learned(self) -> list[int]:
+        """After which row each domain is learned."""
+        return [1] * len(self.before) + [self.first + i for i in range(1, len(self.domains) + 1)]
+
+    def step(self, row: int) -> Path:
+        return self.out / "steps" / str(row)
+
+
+def tune_in_turn(options: TuneOptions) -> dict[str, Any]:
+    """Fine-tune on each of `options.data` in its turn; writes `options.out` and returns what is in its run.json."""
+    repo = ready(options.push_to_hub, private=options.private) if options.push_to_hub else None
+    with only_writer(options.out):
+        run = _in_turn(options)
+    if repo:
+        push_result(repo, Path(options.out) / "final", run)
+    return run
+
+
+def _in_turn(options: TuneOptions) -> dict[str, Any]:
+    started = time.perf_counter()
+    plan = _planned(options)
+    measured = [_measured(plan, row) for row in range(plan.first + 1)]
+    verdict = None
+    for number, domain in enumerate(plan.domains, 1):
+        row = plan.first + number
+        logger.info("domain %d of %d: %s", number, len(plan.domains), domain.name)
+        verdict = _step(plan, number, domain)["verdict"]
+        if not (plan.step(row) / "adapter").is_dir():
+            stack(options, _adapters(plan, number), plan.step(row) / "adapter")
+        measured.append(_measured(plan, row))
+    run = _run(plan, measured, verdict, time.perf_counter() - started)
+    _finish(plan, run)
+    print("\n".join(lines(run["sequence"])))
+    logger.info("wrote %s", plan.out / "final")
+    return run
+
+
+def _planned(options: TuneOptions) -> Plan:
+    """Everything that can be refused before a model is loaded, and the domains with their held-out rows written."""
+    out = Path(options.out)
+    before: tuple[Domain, ...] = ()
+    start: str | None = None
+    if options.after:
+        before, start, importance = earlier_of(options)
+        options = replace(options, importance=options.importance or importance)
+    _check(options)
+    if options.resume:
+        check_resumed(options, out, measured=MEASURED)
+    elif (out / "config.yaml").exists():
+        if not options.overwrite:
+            raise ValueError(f"'{out}' holds {'a finished run' if (out / 'run.json').exists() else 'an unfinished run; go on with --resume'}; "
+                             "give another --out, or --overwrite")  # fmt: skip
+        for name in ("steps", "data", "final"):
+            shutil.rmtree(out / name, ignore_errors=True)
+        (out / "run.json").unlink(missing_ok=True)
+    domains = named(options, out, taken=[domain.name for domain in before])
+    write_text(out / "config.yaml", yaml.safe_dump(as_dict(options), sort_keys=False))
+    if options.importance:
+        options = replace(options, importance=str(importance_path(options.importance)))
+    return Plan(replace(options, push_to_hub=None, private=None), out, domains, before, start)
+
+
+def _check(options: TuneOptions) -> None:
+    parse_rule(options.consolidate or "sum")
+    distributed.start(options.device)
+    if distributed.size() > 1:
+        raise OptionError(f"several domains are tuned in one process, found {distributed.size()}; start one process, or tune on all of the data at once")
+    for spec in (*several(options.data), *several(options.eval_data)):
+        find_task(spec)  # a misspelt one is told before the rows of another are written
+    if options.full or options.quantize != "none" or options.anchor == "recorded":
+        wrong = "--full" if options.full else "--anchor recorded" if options.anchor == "recorded" else f"--quantize {options.quantize}"
+        raise OptionError(f"{wrong} cannot be used with several domains or --after: each step stands on the updates before it, merged into the base, and the "
+                          "result is one LoRA adapter; leave it out")  # fmt: skip
+    methods = chosen(options)
+    other = [name for name, method in methods.items() if method.adapter or method.save or name == "o-lora"]
+    if other:
+        raise OptionError(f"--method {other[0]} cannot be used with several domains or --after: the steps' updates are added up as plain LoRA")
+    check_budget(options, list(methods))
+    if options.final_rank is not None and options.budget:
+        raise OptionError("--final-rank changes the result after the budget was checked; leave out one of them")
+    given = several(options.eval_data)
+    if given and len(given) != len(several(options.data)):
+        raise OptionError(f"--eval-data is given for each --data in its order: expected {len(several(options.data))} of it, found {len(given)}")
+
+
+def _adapters(plan: Plan, steps: int) -> list[str]:
+    """The adapters on top of each other after so many steps of this command."""
+    return [*([plan.start] if plan.start else []), *(str(plan.step(plan.first + i) / "final") for i in range(1, steps + 1))]
+
+
+def _step(plan: Plan, number: int, domain: Domain) -> dict[str, Any]:
+    """Tune on one domain, on top of everything before; what is in the step's run.json."""
+    folder = plan.step(plan.first + number)
+    if (folder / "run.json").exists():
+        found: dict[str, Any] = read_json(folder / "run.json")
+        return found
+    stages = [Stage(plan.start, tuple(_held(one) for one in plan.before))] if plan.start else []
+    stages += [Stage(adapter, (_held(one),)) for adapter, one in zip(_adapters(plan, number - 1)[plan.first :], plan.domains, strict=False)]
+    earlier = Earlier(tuple(stages), plan.first, number / len(plan.domains))
+    options = replace(plan.options, data=domain.train, eval_data=domain.held, eval_split=domain.held_split, importance=_importance(plan, number),
+                      out=str(folder), after=None, consolidate=None, final_rank=None, keep_all=False, resume=True, overwrite=False)  # fmt: skip
+    return tune(options, earlier=earlier)
+
+
+def _held(domain: Domain) -> Held:
+    return Held(domain.name, domain.held, domain.held_split)
+
+
+def _importance(plan: Plan, number: int) -> str | None:
+    """The file that a step is held by: the one given, from then on consolidated with the importance of the domain before."""
+    row = plan.first + number
+    so_far = plan.options.importance if number == 1 else _importance(plan, number - 1)
+    if so_far is None or (number == 1 and not plan.start) or plan.options.consolidate == "none":
+        return so_far
+    path = plan.step(row) / "importance.safetensors"
+    if path.exists():
+        return str(path)
+    old = Importance.load(so_far)
+    if old.info.get("estimator") == "uniform":  # the same whatever was learned
+        return so_far
+    domain = plan.all[len(plan.before) + number - 2]
+    last = _recorded(plan, old, domain, plan.start if number == 1 else str(plan.step(row - 1) / "adapter"), plan.step(row) / "domain.safetensors")
+    both = consolidated(old, last, plan.options.consolidate or "sum")
+    error = both.info["consolidated"][-1]["error"]
+    logger.info("importance of %s consolidated with that before (%s): relative error %.3f at the median weight, %.3f at most", domain.name,
+                plan.options.consolidate or "sum", error["median"], error["largest"])  # fmt: skip
+    both.save(path)
+    return str(path)
+
+
+def _recorded(plan: Plan, like: Importance, domain: Domain, adapter: str | None, out: Path) -> Importance:
+    """Importance of `domain`'s rows on the base with `adapter`, by the estimator and in the form of `like`."""
+    if out.exists():
+        return Importance.load(out)
+    options, recipe = plan.options, recipe_of(like, plan.options, str(out))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    state = load_state(recipe)
+    torch.manual_seed(options.seed)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    tokenizer = load_tokenizer(options)
+    model = load_model(options) if adapter is None else merged(load_model(options), adapter)
+    rows = list(load_training_data(domain.train, split=options.data_split))[: recipe.documents]
+    length = min(recipe.length or 1024, context_length(model))
+    encoded = [(ids[-length:], scored[-length:]) for ids, scored in encode_rows(rows, tokenizer, completion_only=options.completion_only is not False)]
+    encoded = [row for row in encoded if any(row[1][1:])]
+    source = {"source": domain.train, "documents": len(rows), "tokens": sum(len(ids) for ids, _ in encoded), "sha256": fingerprint_rows(rows)}
+    return record_on(recipe, model, tokenizer, encoded, source, state)
+
+
+def recipe_of(importance: Importance, options: TuneOptions, out: str) -> RecordOptions:
+    """The options by which importance of another text is recorded as `importance` was, on the model of `options`."""
+    estimator, tier = str(importance.info.get("estimator")), importance.tier
+    known = {field.name for field in dataclasses.fields(RecordOptions)}
+    unused = {"out", "resume", "general", "general_split", "text_column", "model", "cov_rank", "tier", "keep_anchor",
+              *(() if estimator.startswith("path") else (*TRAINING_ONLY, "preset")), *(() if estimator in LABELLED else ("labels", "groups"))}  # fmt: skip
+    given = {key: value for key, value in importance.info.get("settings", {}).items() if key in known - unused}
+    kind, _, rank = tier.partition(":")
+    if estimator == "kronecker" and kind == "kronecker":
+        given["cov_rank"] = int(rank or 0)
+    else:
+        given["tier"] = tier
+    mine = {key: getattr(options, key) for key in ("model", "revision", "dtype", "device", "trust_remote_code", "threads", "seed", "resume")}
+    keep = {"keep_anchor": False} if estimator.startswith("path") else {}
+    return resolve(RecordOptions, {**given, **mine, **keep, "estimator": estimator, "quantize": "none", "out": out}, RECORD_PRESETS)
+
+
+def _measured(plan: Plan, row: int) -> dict[str, Any]:
+    """General text, tasks and every domain, of the base with the adapter of a row, as anybody would load it."""
+    adapter = None if row == 0 else plan.start if row == 1 and plan.start else str(plan.step(row) / "adapter")
+    return _measured_with(plan, adapter, plan.step(row) / "measured.json")
+
+
+def _measured_with(plan: Plan, adapter: str | None, path: Path) -> dict[str, Any]:
+    """The measurements of the base with one adapter, read from `path` where they were made before."""
+    if path.exists():
+        found: dict[str, Any] = read_json(path)
+        return found
+    options = plan.options
+    torch.manual_seed(options.seed)
+    tokenizer, model = load_tokenizer(options), load_model(options)
+    if adapter:
+        model = with_adapter(model, adapter)
+    numbers = measure(model, tokenizer, general=options.general, tasks=options.tasks, text_column=options.text_column, general_split=options.general_split,
+                      limit=options.limit)  # fmt: skip
+    numbers["domains"] = {}
+    for domain in plan.all:
+        split = domain.held_split
+        losses = measure(model, tokenizer, data=domain.held, data_split=split, limit=options.limit)["domain"]
+        accuracy = None
+        if find_task(domain.held) is not None:
+            task, rows = load_task(domain.held, split=split)
+            scored = answers(model, tokenizer, task, rows[: options.limit])
+            accuracy = {key: scored[key] for key in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")}
+        numbers["domains"][domain.name] = {**losses, "accuracy": accuracy}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, numbers)
+    return numbers
+
+
+def sequence_of(rows: Sequence[Mapping[str, Any]], domains: Sequence[str], learned: Sequence[int]) -> dict[str, Any]:
+    """The matrices, transfer and the rise of general loss (from the base) after each row of measurements."""
+    cells = [[row["domains"][name] for name in domains] for row in rows]
+    matrix = [[cell["nats"] for cell in row] for row in cells]
+    scored: list[list[Any]] = [[(cell["accuracy"] or {}).get("acc") for cell in row] for row in cells]
+    chosen_from = [j for j in range(len(domains)) if scored[0][j] is not None]  # domains where choices exist
+    accuracy = [[float(row[j]) for j in chosen_from] for row in scored] if chosen_from else None
+    of_accuracy = None
+    if accuracy:
+        turned = transfer([[-value for value in row] for row in accuracy], [learned[j] for j in chosen_from])
+        average = turned["average"]
+        of_accuracy = {**turned, "average": None if average is None else -average}
+    general = [rise(rows[0]["general"], row["general"]) for row in rows] if rows[0]["general"] else None
+    after = [", ".join(name for name, at in zip(domains, learned, strict=True) if at == row) for row in range(1, len(rows))]
+    return {"domains": list(domains), "learned": list(learned), "rows": ["base model", *after], "matrix": matrix,
+            "standard_error": [[cell["standard_error"] for cell in row] for row in cells],
+            **transfer(matrix, learned), "accuracy_domains": [domains[j] for j in chosen_from], "accuracy": accuracy, "accuracy_transfer": of_accuracy,
+            "general": general, "general_nats": [row["general"]["nats"] for row in rows] if rows[0]["general"] else None}  # fmt: skip
+
+
+def _run(plan: Plan, measured: list[dict[str, Any]], verdict: str | None, seconds: float) -> dict[str, Any]:
+    """What run.json holds."""
+    options, sequence = plan.options, sequence_of(measured, [domain.name for domain in plan.all], plan.learned)
+    steps = []
+    for number, domain in enumerate(plan.domains, 1):
+        step = read_json(plan.step(plan.first + number) / "run.json")
+        file = (step["importance"] or {}).get("file")
+        merging = Importance.load(file).info.get("consolidated") if file else None
+        steps.append({"domain": domain.name, "budget": step["budget"], "verdict": step["verdict"], "energy": step["energy"], "data": step["data"],
+                      "train_seconds": step["train_seconds"], "importance": step["importance"], "consolidated": merging})  # fmt: skip
+    before, after = ({key: row[key] for key in ("general", "tasks")} | {"domain": None} for row in (measured[0], measured[-1]))
+    importance = {"file": options.importance, "sha256": sha256_file(options.importance)} if options.importance else None
+    return {
+        "configuration": as_dict(options),
+        "environment": environment(),
+        "method": (options.method or "plain").split(","),
+        "sequence": {**sequence, "held": {domain.name: dataclasses.asdict(domain) for domain in plan.all}, "steps": steps},
+        "importance": importance,
+        "budget": steps[-1]["budget"],
+        "verdict": verdict,
+        "before": before,
+        "after": after,
+        **changes(before, after),
+        "train_seconds": sum(step["train_seconds"] for step in steps),
+        "seconds": seconds,
+    }
+
+
+def _finish(plan: Plan, run: dict[str, Any]) -> None:
+    """The final adapter, the importance for a later step, run.json; then away with what only a resumed run needs."""
+    last, rank = plan.step(plan.first + len(plan.domains)), plan.options.final_rank
+    error = stack(plan.options, [str(last / "adapter")], plan.out / "final", rank=rank)
+    if rank is not None:
+        smaller = _measured_with(plan, str(plan.out / "final"), plan.out / "steps" / "final.json")
+        losses = {name: smaller["domains"][name]["nats"] for name in run["sequence"]["domains"]}
+        run["sequence"]["refactored"] = {"rank": rank, "error": error, "losses": losses, "general_nats": (smaller["general"] or {}).get("nats")}
+    held_by = run["sequence"]["steps"][-1]["importance"]
+    if held_by is not None:
+        with atomic_path(plan.out / "importance.safetensors") as temporary:
+            shutil.copyfile(held_by["file"], temporary)
+    write_json(plan.out / "run.json", run)
+    for row in range(plan.first + 1, plan.first + len(plan.domains) + 1):
+        for name in ("final", "unscaled", "checkpoints", *(() if plan.options.keep_all else ("adapter",))):
+            shutil.rmtree(plan.step(row) / name, ignore_errors=True)
+        for name in ("importance.safetensors", "domain.safetensors"):
+            (plan.step(row) / name).unlink(missing_ok=True)
+
+
+def lines(sequence: Mapping[str, Any]) -> list[str]:
+    """The matrix and what follows from it, as text."""
+    names, labels = sequence["domains"], ["base model", *("after " + name for name in sequence["rows"][1:])]
+    width = max(map(len, [*labels, "nats per token"])) + 2
+    wide = max(10, *(len(name) + 2 for name in names))
+    found = []
+
+    def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[float]], number: str) -> None:
+        found.append(f"{title:<{width}}" + "".join(f"{name:>{wide}}" for name in columns))
+        found.extend(f"{labels[i]:<{width}}" + "".join(f"{value:>{wide}{number}}" for value in row) for i, row in enumerate(rows))
+
+    general = sequence["general_nats"]
+    matrix = [[*row, *([general[i]] if general else [])] for i, row in enumerate(sequence["matrix"])]
+    table("nats per token", [*names, *(["general"] if general else [])], matrix, ".4f")
+    if sequence["accuracy"]:
+        table("accuracy", sequence["accuracy_domains"], sequence["accuracy"], ".3f")
+    said = [f"{key.replace('_', ' ')} {sequence[key]:+.4f}" for key in ("backward_transfer", "forward_transfer") if sequence[key] is not None]
+    rises = f"; general loss {sequence['general'][-1]['nats']:+.4f}" if general else ""
+    if smaller := sequence.get("refactored"):
+        found.append(f"the final adapter at rank {smaller['rank']}: relative error {smaller['error']:.3f} of the update; "
+                     + ", ".join(f"{name} {loss:.4f}" for name, loss in smaller["losses"].items()))  # fmt: skip
+    found.append(f"average {sequence['average']:.4f}{''.join('; ' + one for one in said)} (above 0 is good){rises}, in nats per token")
+    return found

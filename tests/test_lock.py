@@ -1,0 +1,159 @@
+"""One process at a time per run: the second is told who the first is, a killed one never blocks, torchrun's processes are one run."""
+
+import errno
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import pytest
+
+from holdfast import lock
+from holdfast.lock import only_writer
+
+HOLD = textwrap.dedent("""
+    import sys, time
+    from holdfast import lock
+    if sys.argv[3] == "no flock":
+        lock._knows_flock = lambda folder: False
+    with lock.only_writer(sys.argv[1], folder=sys.argv[2] == "folder"):
+        print("held", flush=True)
+        time.sleep(60)
+""")
+
+
+@pytest.fixture
+def other():
+    """A function: starts another process that holds the lock of a path, and returns it once it does."""
+    started = []
+
+    def start(path: Path, *, folder: bool = True, flock: bool = True):
+        words = [sys.executable, "-c", HOLD, str(path), "folder" if folder else "file", "flock" if flock else "no flock"]
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+        started.append(process)
+        assert process.stdout.readline() == "held\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+@pytest.fixture(params=["flock", "no flock"])
+def flock(request, monkeypatch):
+    if request.param == "no flock":
+        monkeypatch.setattr(lock, "_knows_flock", lambda folder: False)
+    return request.param == "flock"
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_the_second_is_told_who_the_first_is_and_a_killed_one_does_not_block(tmp_path, other, flock, folder):
+    path = tmp_path / "run"
+    first = other(path, folder=folder, flock=flock)
+    with (
+        pytest.raises(ValueError, match=rf"process {first.pid} on {socket.gethostname()} \(since .*\) is writing to '.*run'; wait for it"),
+        only_writer(path, folder=folder),
+    ):
+        pass
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert len(list(tmp_path.rglob("*.lock"))) == 1  # what the kill left
+    with only_writer(path, folder=folder):
+        pass
+    assert list(tmp_path.rglob(".*")) == []
+
+
+def test_the_file_is_the_lock_where_the_system_has_none(tmp_path, monkeypatch):
+    import fcntl
+
+    def unsupported(*arguments):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with only_writer(tmp_path):
+        assert (tmp_path / ".lock").exists()
+        with pytest.raises(ValueError, match=r"if it is gone, remove '.*\.lock'"), only_writer(tmp_path):
+            pass
+        assert (tmp_path / ".lock").exists()
+    # One of another host cannot be known to be gone; one of this host, whose number is another process's by now, can.
+    (tmp_path / ".lock").write_text('{"pid": 1, "host": "elsewhere", "since": "2026-11-24 12:00:00", "began": 0}')
+    with pytest.raises(ValueError, match="process 1 on elsewhere"), only_writer(tmp_path):
+        pass
+    (tmp_path / ".lock").write_text(f'{{"pid": {os.getpid()}, "host": "{socket.gethostname()}", "since": "", "began": 1}}')
+    with only_writer(tmp_path):
+        pass
+
+
+def test_the_processes_of_a_launch_are_one_run(tmp_path, monkeypatch):
+    with only_writer(tmp_path):
+        for name, value in (("RANK", "1"), ("LOCAL_RANK", "1")):
+            monkeypatch.setenv(name, value)
+            with only_writer(tmp_path):
+                pass
+            monkeypatch.delenv(name)
+        monkeypatch.setenv("RANK", "0")
+        with pytest.raises(ValueError, match="is writing to"), only_writer(tmp_path):
+            pass
+    monkeypatch.setenv("RANK", "4")
+    monkeypatch.setenv("LOCAL_RANK", "0")  # the first of its machine, not of the launch
+    with only_writer(tmp_path):
+        assert not (tmp_path / ".lock").exists()
+
+
+def test_a_forked_child_does_not_keep_the_lock_of_a_killed_parent(tmp_path):
+    code = textwrap.dedent("""
+        import os, sys, time
+        from holdfast.lock import only_writer
+        with only_writer(sys.argv[1]):
+            if os.fork() == 0:
+                os.close(1)
+                time.sleep(5)
+                os._exit(0)
+            os.kill(os.getpid(), 9)
+    """)
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False, stdout=subprocess.PIPE)
+    with only_writer(tmp_path):
+        pass
+
+
+def test_many_at_once_never_write_together(tmp_path, flock):
+    inside, most, refused = 0, 0, 0
+
+    def work():
+        nonlocal inside, most, refused
+        for _ in range(40):
+            try:
+                with only_writer(tmp_path):
+                    inside += 1
+                    most = max(most, inside)
+                    inside -= 1
+            except ValueError:
+                refused += 1
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1 and refused < 160 and list(tmp_path.iterdir()) == []
+
+
+def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
+    ours = [tmp_path / "deep" / ".final.123.tmp", tmp_path / ".run.json.7.tmp"]
+    kept = [tmp_path / ".hidden.tmp", tmp_path / "a.1.tmp", tmp_path / ".cache"]
+    for path in (*ours, *kept):
+        path.mkdir(parents=True)
+        (path / "file").touch()
+    with only_writer(tmp_path):
+        assert not any(path.exists() for path in ours) and all(path.exists() for path in kept)
+    beside = [tmp_path / ".i.safetensors.5.tmp", tmp_path / ".i.safetensors.state.6.tmp", tmp_path / ".j.safetensors.5.tmp"]
+    for path in beside:
+        path.touch()
+    with only_writer(tmp_path / "i.safetensors", folder=False):
+        assert [path.exists() for path in beside] == [False, False, True]

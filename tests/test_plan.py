@@ -1,0 +1,164 @@
+"""The plan: sizes of files that are then really recorded, sharing of inputs as a recorder finds it, operations as torch counts them."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from holdfast.cli import main
+from holdfast.config import PlanOptions
+from holdfast.importance.kronecker import Kronecker
+from holdfast.plan import kept_per_token, operations, plan, shared_inputs, sketched
+from holdfast.sizes import Planned, bytes_of_file, bytes_of_tensors, pull_operations, shares, tensors_of
+from holdfast.storage import convert
+from holdfast.weights import add_adapter, base_layers
+
+KINDS = ("llama", "mistral", "qwen", "gemma", "phi3", "gpt2", "gptj")
+
+
+def planned(capsys, *words):
+    assert main(["plan", *map(str, words), "--json", "--flops", "1e10"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture
+def small(tokenizer, tmp_path):
+    """A Llama large enough that its files are numbers rather than names."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(vocab_size=48, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                         max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "small")
+    tokenizer.save_pretrained(tmp_path / "small")
+    return tmp_path / "small"
+
+
+@pytest.mark.parametrize("estimator", ["kronecker", "fisher", "path", "activation"])
+def test_files_are_as_large_as_planned(estimator, small, text_file, tmp_path, capsys):
+    given = ["--cov-rank", "24"] if estimator == "kronecker" else []
+    sizes = planned(capsys, small, "--estimator", estimator, *given)["files"]
+    file = tmp_path / "i.safetensors"
+    assert main(["record", str(small), "--general", str(text_file), "--estimator", estimator, "--out", str(file), "--quiet", *given]) == 0
+    found = {next(iter(sizes)): file}
+    for tier in list(sizes)[1:]:
+        if tier in ("kronecker", "kronecker:64"):
+            continue  # more than was recorded
+        found[tier] = tmp_path / f"{tier.replace(':', '-')}.safetensors"
+        convert(file, tier, found[tier])
+    for tier, path in found.items():
+        assert sizes[tier] == pytest.approx(path.stat().st_size, rel=0.01, abs=600 if sizes[tier] < 60_000 else 0), tier
+    if estimator == "kronecker":
+        whole = tmp_path / "whole.safetensors"
+        assert main(["record", str(small), "--general", str(text_file), "--cov-rank", "0", "--out", str(whole), "--quiet"]) == 0
+        assert sizes["kronecker"] == pytest.approx(whole.stat().st_size, rel=0.01)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shared_inputs_are_found_without_weights(kind, tiny, batch):
+    """On the meta device as by a real forward pass, for every architecture."""
+    model = tiny(kind)
+    recorder = Kronecker(model, "all-linear")
+    recorder.look(batch[:1])
+    empty = model.to("meta")
+    assert shared_inputs(empty, base_layers(empty, "all-linear"), 7) == recorder.leaders
+
+
+def test_what_autograd_keeps_is_linear_in_tokens_and_as_on_the_cpu(tiny):
+    model = add_adapter(tiny(), names="all-linear", rank=2, alpha=4)
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    ids = torch.zeros(4, 31, dtype=torch.long)
+    model.train()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(input_ids=ids, labels=ids)
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    real = sum(storage.nbytes() for key, storage in kept.items() if key not in own) / ids.numel()
+    assert kept_per_token(model.to("meta"), 13) == pytest.approx(real, rel=0.1)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_steps_operations_are_those_that_torch_counts(full, small):
+    from transformers import AutoModelForCausalLM
+
+    options = PlanOptions(model=str(small), full=full, tokens=4 * 63, length=63, accumulation=1)
+    model = AutoModelForCausalLM.from_pretrained(small, attn_implementation="eager")
+    if full:
+        model.requires_grad_(False)
+        for layer in base_layers(model, "all-linear"):
+            layer.module.weight.requires_grad_(True)
+    else:
+        model = add_adapter(model, names="all-linear", rank=8, alpha=32)
+    ids = torch.zeros(4, 63, dtype=torch.long)
+    with FlopCounterMode(display=False) as counted:
+        model(input_ids=ids, labels=ids).loss.backward()
+    sketch = sketched(options)
+    attention = 2 * 2.0 * 63 * sketch.width * sketch.blocks * ids.numel()  # eager attention also does the half above the diagonal
+    assert operations(options, sketch, "kronecker:16")["step"] + attention == pytest.approx(counted.get_total_flops(), rel=0.06)
+
+
+@pytest.mark.parametrize("tier", ["f32", "factored", "kronecker", "kronecker:8"])
+def test_a_pulls_operations_are_those_that_torch_counts(tier):
+    """Products only: torch counts nothing else."""
+    from holdfast.penalty import dense
+    from holdfast.penalty.pull import low_rank_pull
+    from holdfast.plan import _entry
+
+    weight, r = Planned("w", (96, 160), "w"), 4
+    A, B = torch.randn(r, 160), torch.randn(96, r)
+    entry = _entry(weight, tier, torch.device("cpu"))
+    with FlopCounterMode(display=False) as counted:
+        if tier == "f32":  # the twin: torch does not count products into a given tensor
+            dense.pull(A, B, 1.0, entry.values, None, 1.0)
+        else:
+            low_rank_pull(A, B, 1.0, entry, B, A, 1.0)
+    assert pull_operations(weight, tier, rank=r, full=False) == pytest.approx(counted.get_total_flops(), rel=0.1)
+
+
+def test_memory_falls_with_processes_and_rank(small, capsys):
+    one, four = planned(capsys, small), planned(capsys, small, "--processes", 4)
+    held = [found["memory"]["tuning"]["importance"] for found in (one, four)]
+    assert held[0] / 4 <= held[1] < 0.45 * held[0]
+    assert four["memory"]["tuning"]["model"] == one["memory"]["tuning"]["model"]
+    assert planned(capsys, small, "--processes", 4, "--engine", "fsdp")["memory"]["tuning"]["model"] == one["memory"]["tuning"]["model"] / 4
+    assert planned(capsys, small, "--rank", 16)["trained_parameters"] == 2 * one["trained_parameters"]
+    lean = planned(capsys, small, "--gradient-checkpointing")
+    assert lean["memory"]["tuning"]["activations"] < one["memory"]["tuning"]["activations"] and lean["operations"]["step"] > one["operations"]["step"]
+    assert planned(capsys, small, "--quantize", "4bit")["memory"]["tuning"]["model"] < 0.5 * one["memory"]["tuning"]["model"]
+
+
+def test_shares_keep_shared_inputs_together_and_lose_nothing():
+    weights = [Planned(f"{i}.{kind}", (64, 32), f"{i}.q") for i in range(5) for kind in "qkv"]
+    parts = shares(weights, "kronecker:8", 3)
+    assert sorted(w.name for part in parts for w in part) == sorted(w.name for w in weights)
+    assert all(len({w.leader for w in part}) * 3 == len(part) for part in parts)
+    assert sum(bytes_of_tensors(part, "kronecker:8") for part in parts) == bytes_of_tensors(weights, "kronecker:8")
+
+
+def test_numbers_of_every_tier():
+    weight = Planned("w", (6, 130), "w")
+    count = lambda tier: {suffix: math.prod(shape) for suffix, (shape, _) in tensors_of(weight, tier).items()}
+    assert count("u4") == {".codes": 6 * 65, ".scale": 12} and count("u8") == {".codes": 780, ".scale": 12}
+    assert count("kronecker:8") == {
+        ".out_cov.vectors": 36, ".out_cov.values": 6, ".out_cov.floor": 1, ".in_cov.vectors": 1040, ".in_cov.values": 8, ".in_cov.floor": 1,
+    }  # fmt: skip
+    assert bytes_of_file([weight], "f32", estimator="fisher") > 4 * 780
+
+
+def test_only_the_configuration_is_read(small, capsys):
+    (small / "model.safetensors").unlink()
+    assert main(["plan", str(small)]) == 0  # with rates measured here
+    out = capsys.readouterr().out
+    assert "<- tuned with" in out and "measured on" in out and "% of the step" in out
+    assert main(["plan", str(small), "--tier", "kronecker:4", "--estimator", "fisher"]) == 2
+    assert main(["plan", "./nothing"]) == 1
+
+
+def test_plan_from_python_returns_what_it_prints(small, capsys):
+    found = plan(PlanOptions(model=str(small), flops=1e12, json=True))
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(found))
