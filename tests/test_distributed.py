@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM
 
 import holdfast
 from conftest import CONFIGS
-from holdfast import Fisher, Importance, Kronecker, PathIntegral, Penalty, distributed
+from holdfast import Fisher, Importance, Kronecker, PathIntegral, Penalty, distributed, recording
 from holdfast.callback import HoldfastCallback, RecorderCallback
-from holdfast.config import TUNE_PRESETS, OptionError, TuneOptions, resolve
+from holdfast.config import RECORD_PRESETS, TUNE_PRESETS, OptionError, RecordOptions, TuneOptions, resolve
 from holdfast.importance.activation import Activation
 from holdfast.importance.path_factored import PathFactored
 from holdfast.importance.tiers import converted
@@ -369,3 +369,31 @@ def test_accelerate_configurations_parse(path):
     assert config.num_processes >= 2 and set(yaml.safe_load(path.read_text())) <= set(config.to_dict()) | {"fsdp_config"}
     if path.name == "fsdp2.yaml":
         assert config.distributed_type == DistributedType.FSDP and config.fsdp_config["fsdp_version"] == 2
+
+
+def resumed(folder, text_file, estimator):
+    """A recording that stopped after its third step, or batch, and goes on."""
+    given = {"model": str(folder), "general": str(text_file), "out": str(folder.parent / f"{estimator}.safetensors"), "estimator": estimator, "rank": 2,
+             "epochs": 2, "batch_size": 3, "accumulation": 2, "learning_rate": 1e-2, "save_steps": 1, "device": "cpu"}  # fmt: skip
+    given = given if estimator == "path" else {k: v for k, v in given.items() if k not in ("rank", "epochs", "accumulation", "learning_rate")}
+    whole = recording.record(resolve(RecordOptions, given, RECORD_PRESETS))
+    write, calls = recording._write_state, []
+
+    def stop(*arguments):
+        write(*arguments)
+        calls.append(None)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    recording._write_state = stop
+    with pytest.raises(KeyboardInterrupt):
+        recording.record(resolve(RecordOptions, given, RECORD_PRESETS))
+    recording._write_state = write
+    distributed.barrier()  # a launch ends with all of its processes: none is still writing when the next one clears up
+    again = recording.record(resolve(RecordOptions, {**given, "resume": True}, RECORD_PRESETS))
+    return all(torch.equal(whole[name].dense(), again[name].dense()) for name in whole), sorted(path.name for path in folder.parent.glob("*.state*"))
+
+
+@pytest.mark.parametrize("estimator", ["path", "fisher"])
+def test_recording_in_2_processes_resumes_to_the_same_bits(tmp_path, model_folder, text_file, estimator):
+    assert processes(2, resumed, model_folder, text_file, estimator, out=tmp_path / "out") == [(True, [])] * 2

@@ -1,6 +1,5 @@
 """What people train with: pull and recorder under checkpointing, torch.compile, fp16 with a scaler, 8-bit optimizers and CPU offload; docs/scaling.md has all.
 
-
 bf16 factors are in test_penalty, test_path and test_forms, 4- and 8-bit bases in test_quantized, the recorder's scaler and checkpointing in test_path.
 """
 

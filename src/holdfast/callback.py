@@ -120,8 +120,8 @@ class TermCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not distributed.has_whole_model(self.trainer):
-            raise ValueError("terms such as kl and replay run the model beside the trainer, which FSDP and DeepSpeed do not allow; train in one process or "
-                             "with DDP")  # fmt: skip
+            kind = distributed.engine(self.trainer)
+            raise ValueError(f"terms such as kl and replay run the model beside the trainer, which {kind} does not allow; train in one process or with DDP")
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         accelerator = self.trainer.accelerator
