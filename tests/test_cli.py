@@ -131,3 +131,11 @@ def test_progress_bars_are_for_terminals(model_folder, text_file, tmp_path, caps
     assert main([*words, *common]) == 0
     tuning = capsys.readouterr().err
     assert ("2/2" in tuning and "energy=" in tuning and "pull=" in tuning) is terminal
+
+
+def test_verbs_that_do_not_share_work_are_refused_under_a_launcher(monkeypatch, tmp_path, capsys):
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "localhost")):
+        monkeypatch.setenv(name, value)
+    assert main(["report", str(tmp_path)]) == 2 and "report works in one process, found 2" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert main(["report", str(tmp_path)]) == 1 and "works in one process" not in capsys.readouterr().err

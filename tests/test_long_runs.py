@@ -44,7 +44,7 @@ def trainer_of(model, batch, folder, steps, *callbacks, **given):
     return Trainer(model=model, args=arguments, train_dataset=rows, callbacks=list(callbacks))
 
 
-@pytest.mark.parametrize("steps", [120, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [120, pytest.param(20_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("what", ["penalty", "recorder"])
 def test_memory_does_not_grow_with_the_steps(tiny, batch, tmp_path, capsys, what, steps):
     model = add_adapter(tiny(), names="q_proj,v_proj", rank=2, alpha=2)
@@ -58,8 +58,8 @@ def test_memory_does_not_grow_with_the_steps(tiny, batch, tmp_path, capsys, what
     trainer.train()
     tensors, resident = zip(*(watch.found[step] for step in sorted(watch.found)), strict=True)
     assert len(set(tensors)) == 1
-    if steps >= 10_000:  # from the first quarter on; a float that is kept for every weight and step would take 4 MB
-        assert resident[-1] - resident[0] < 2 * 2**20
+    if steps >= 20_000:  # from the middle on: a Trainer by itself grows by 4 MB within its first 5,000; a float per weight and step would take 1.4 MB
+        assert resident[-1] - resident[1] < 1.2e6
     assert (len([entry for entry in trainer.state.log_history if "energy" in entry]) > 0) if what == "penalty" else recorder.steps == steps
 
 

@@ -36,6 +36,7 @@ from holdfast.config import (  # fmt: skip
 )
 from holdfast.reading import printable
 
+ALONE = ("eval", "compare", "shrink", "report", "convert", "merge", "demo")  # verbs that write, and don't share work between processes
 VERBS: dict[str, tuple[str, str]] = {
     "record": (
         "record what matters in a base model, once, into an importance file",
@@ -116,6 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         handler.setFormatter(Printable("%(message)s"))
     logging.getLogger("holdfast").setLevel(logging.WARNING if quiet else logging.INFO)
     try:
+        _check_launch(verb)
         status = _status(_action(verb, given)())
         sys.stdout.flush()
         return status
@@ -132,6 +134,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = "" if expected or debug else f" ({type(error).__name__}; run again with --debug for the traceback)"
         print(f"holdfast {verb}: {shown(error)}{hint}", file=sys.stderr)
         return 2 if isinstance(error, OptionError) else 1
+
+
+def _check_launch(verb: str) -> None:
+    """Raise OptionError where several processes would each do all of the work, into the same files."""
+    launched = all(name in os.environ for name in ("RANK", "MASTER_ADDR")) and os.environ.get("WORLD_SIZE", "1") != "1"
+    if launched and verb in ALONE:
+        raise OptionError(f"{verb} works in one process, found {os.environ['WORLD_SIZE']}: start it without torchrun or accelerate launch; "
+                          "record and tune share their work")  # fmt: skip
 
 
 def _reader_has_gone() -> bool:
