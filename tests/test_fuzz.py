@@ -40,6 +40,8 @@ general: {wiki: a.jsonl, code: b.jsonl}
 domains: {medicine: c.jsonl}
 methods: {plain: {grid: {learning_rate: [1.0e-3]}}}
 """
+settings.register_profile("repeatable", derandomize=True)  # the same examples in every run; fuzz/loaders.py draws others
+settings.load_profile("repeatable")
 plain_data = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
                           lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4), max_leaves=12)  # fmt: skip
 
@@ -139,7 +141,7 @@ def test_yaml_and_json_read_back_what_was_written(data):
     again = load_json(json.dumps(data))
     assert json.dumps(again) == json.dumps(data) or any(abs(number) >= 10**18 for number in numbers(data))
     try:
-        assert json.dumps(load_yaml(yaml.safe_dump(data, allow_unicode=True)), sort_keys=True) == json.dumps(data, sort_keys=True)
+        assert json.dumps(load_yaml(yaml.safe_dump(data)), sort_keys=True) == json.dumps(data, sort_keys=True)
     except ValueError as error:
         assert any(word in str(error) for word in ("control", "64 bits"))
 

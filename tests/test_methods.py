@@ -264,7 +264,7 @@ def test_wrong_methods_and_needs_are_refused_before_training(world, given, expec
 
 def test_terms_refuse_sharded_training():
     trainer = SimpleNamespace(accelerator=SimpleNamespace(distributed_type=DistributedType.FSDP))
-    with pytest.raises(ValueError, match="FSDP and DeepSpeed do not allow"):
+    with pytest.raises(ValueError, match="FSDP does not allow"):
         TermCallback(None, trainer=trainer).on_train_begin(None, None, None)
 
 
