@@ -74,7 +74,7 @@ COMPARISON = {
     "texts": [{"name!": NAME, "kind": TEXT, "documents": NUMBER, "tokens": NUMBER, "before": {**LOSS, "accuracy": NUMBER}}],
     "domains": [{"name!": NAME, "rows": NUMBER, "rows_trained": NUMBER, "before": {**LOSS, "accuracy": NUMBER}}],
     "methods": [{"name!": NAME, "label": TEXT, "family": TEXT, "needs": TEXT, "trials": NUMBER}],
-    "runs": [TRIAL], "frontier": Each(Each(Each(FRONTIER))), "equal_learning": Each(Each([EQUAL])), "noise": Each(ANY), "differences": [DIFFERENCE],
+    "runs": [TRIAL], "frontier": Each(Each(Each(FRONTIER))), "equal_learning": Each(Each([EQUAL])), "noise": Each({"learning": NUMBER, "forgetting": Each(NUMBER), "how": TEXT}), "differences": [DIFFERENCE],
     "verdict": [TEXT], "samples": [{"domain": TEXT, "prompt": TEXT, "reference": TEXT, "outputs": Each(TEXT)}], "sequences": [SEQUENCE], "notes": [TEXT],
     "importance": [{"name": TEXT, "estimator": TEXT, "tier": TEXT, "bytes": NUMBER, "seconds": NUMBER, "tokens": NUMBER, "weights": [WEIGHT]}],
     "measures": [{"name": TEXT, "unit": TEXT, "before": NUMBER, "after": NUMBER, "standard_error": NUMBER}],
