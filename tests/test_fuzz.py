@@ -351,7 +351,8 @@ def test_a_small_parquet_file_that_claims_a_billion_rows_is_refused(tmp_path, mo
 @pytest.mark.parametrize(("key", "value"), [("runs", [{}]), ("runs", {"a": 1}), ("methods", [{"label": "x"}]), ("methods", [3]), ("samples", [[]]),
 ("verdict", "x"),
                                             ("importance", [{"weights": [{"norm": "x"}]}]), ("equal_learning", {"sciq": {"wiki": 0.5}}), ("created", 3),
-                                            ("frontier", {"sciq": {"wiki": {"plain": []}}}), ("differences", [3]), ("noise", {"sciq": {"forgetting": 0.5}}), ("sequences", [[1]]), ("texts", {}),
+                                            ("frontier", {"sciq": {"wiki": {"plain": []}}}), ("differences", [3]), ("noise", {"a": {"forgetting": 0.5}}),
+                                            ("sequences", [[1]]), ("texts", {}),
                                             ("progress", 3), ("notes", 3), ("settings", [1]), ("environment", {"versions": 3})])  # fmt: skip
 def test_comparisons_of_another_shape_are_refused(tmp_path, key, value):
     (tmp_path / "compare.json").write_text(json.dumps({**comparison(), key: value}))

@@ -65,6 +65,7 @@ FRONTIER = {"points": [PLACE], "area": NUMBER, "area_error": NUMBER}
 EQUAL = {"method!": NAME, "share!": SHARE, "status": TEXT, **dict.fromkeys(("learning_nats", "forgetting", "standard_error", "reached", "seeds"), NUMBER)}
 DIFFERENCE = {"domain": TEXT, "text": TEXT, "share": NUMBER, "a": TEXT, "b": TEXT, "difference": NUMBER, "standard_error": NUMBER, "ratio": NUMBER,
               "beyond_noise": TRUTH}  # fmt: skip
+NOISE = {"learning": NUMBER, "forgetting": Each(NUMBER), "how": TEXT}
 WEIGHT = {"name": TEXT, "layer": NUMBER, "kind": TEXT, "norm": NUMBER, "coefficient": NUMBER}
 SEQUENCE = {"name": TEXT, "method": TEXT, "seed": NUMBER, "domains": [TEXT], "average": NUMBER, "backward_transfer": NUMBER, "forward_transfer": NUMBER,
             "general": Each([NUMBER]), "matrix": [[NUMBER]], "accuracy": [[NUMBER]]}  # fmt: skip
@@ -74,7 +75,7 @@ COMPARISON = {
     "texts": [{"name!": NAME, "kind": TEXT, "documents": NUMBER, "tokens": NUMBER, "before": {**LOSS, "accuracy": NUMBER}}],
     "domains": [{"name!": NAME, "rows": NUMBER, "rows_trained": NUMBER, "before": {**LOSS, "accuracy": NUMBER}}],
     "methods": [{"name!": NAME, "label": TEXT, "family": TEXT, "needs": TEXT, "trials": NUMBER}],
-    "runs": [TRIAL], "frontier": Each(Each(Each(FRONTIER))), "equal_learning": Each(Each([EQUAL])), "noise": Each({"learning": NUMBER, "forgetting": Each(NUMBER), "how": TEXT}), "differences": [DIFFERENCE],
+    "runs": [TRIAL], "frontier": Each(Each(Each(FRONTIER))), "equal_learning": Each(Each([EQUAL])), "noise": Each(NOISE), "differences": [DIFFERENCE],
     "verdict": [TEXT], "samples": [{"domain": TEXT, "prompt": TEXT, "reference": TEXT, "outputs": Each(TEXT)}], "sequences": [SEQUENCE], "notes": [TEXT],
     "importance": [{"name": TEXT, "estimator": TEXT, "tier": TEXT, "bytes": NUMBER, "seconds": NUMBER, "tokens": NUMBER, "weights": [WEIGHT]}],
     "measures": [{"name": TEXT, "unit": TEXT, "before": NUMBER, "after": NUMBER, "standard_error": NUMBER}],
