@@ -393,7 +393,7 @@ def adapter(tiny, tmp_path):
     "not a regular expression"),
     ({"rank_pattern": {"(a|a)*b": 1}}, "repeats groups"), ({"target_modules": 3}, "expected names"), ({"layer_replication": [[0, 10**6]]}, "layer_replication"),
     ({"megatron_config": {"a": 1}, "megatron_core": "os"}, "megatron_config"), ({"peft_type": "PROMPT_TUNING"}, "peft_type is 'PROMPT_TUNING'"),
-    ({"peft_type": ESCAPE}, "peft_type is"), ({"peft_type": ["LORA"]}, "peft_type is list"), ({"lora_alpha": 1e999}, "expected a number"),
+    ({"peft_type": ESCAPE}, "peft_type is"), ({"peft_type": ["LORA"]}, "peft_type is list"), ({"lora_alpha": 1e999}, "expected a number"), ({"lora_alpha": None}, "null"),
     ({"base_model_name_or_path": 3}, "expected a name"), ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"), ({"bias": ESCAPE}, "does not fit"),
     ({"lora_alpha": [1]}, "lora_alpha is a list"),
     ({"lora_alpha": "1"}, "lora_alpha is a str"), ({"init_lora_weights": "pissa_niter_9999999999"}, "iterations"),

@@ -319,6 +319,12 @@ def test_sequences_show_the_matrix_and_its_transfers():
     assert "backward transfer -0.100" in words(page(made))
 
 
+def test_a_sequence_with_rows_of_other_lengths_is_shown_as_far_as_it_goes():
+    odd = {"name": "ab", "method": "holdfast", "domains": ["a", "b"], "matrix": [[5.2], [4.1, 4.0, 3.0], []], "accuracy": [[0.5]], "general": {"wiki": [0.1]}}
+    _, found = tables.sequences(completed({**comparison(), "sequences": [odd]}))[0]
+    assert [row[1].shown for row in found.rows] == ["5.200", "4.100", numbers.MISSING] and page(completed({**comparison(), "sequences": [odd]}))
+
+
 @pytest.mark.parametrize(
     ("files", "words", "status", "expected"),
     [

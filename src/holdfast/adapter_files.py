@@ -101,6 +101,8 @@ def _check_kinds(config: dict[str, Any], where: str) -> None:
         takes_words = not isinstance(field.default, (int, float)) or isinstance(field.default, bool)  # init_lora_weights is a switch or a word
         if isinstance(field.default, (bool, int, float)) and isinstance(value, (list, dict) if takes_words else (list, dict, str)):
             raise FileError(f"{where}: {field.name} is a {type(value).__name__}, expected a value like {field.default}")
+        if field.name in config and value is None and isinstance(field.default, (int, float)) and not isinstance(field.default, bool):
+            raise FileError(f"{where}: {field.name} is null, expected a number like {field.default}")
         if field.name.startswith("num_") and isinstance(value, (int, float)) and not 0 <= value <= MOST_ITERATIONS:
             raise FileError(f"{where}: {field.name} is {value:.3g}, expected 0 to {MOST_ITERATIONS}")
         if isinstance(value, str) and (found := re.search(r"_niter_(\d+)", value)) and not int(found[1][:9]) <= MOST_ITERATIONS:

@@ -9,7 +9,6 @@ null fit everywhere but at keys marked with "!"; keys that are not named are let
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +36,7 @@ class Each:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= 1e100  # its square is finite; NaN is not
 
 
 TEXT = Kind("text", lambda value: isinstance(value, (str, int, float, bool)))
@@ -68,7 +67,8 @@ DIFFERENCE = {"domain": TEXT, "text": TEXT, "share": NUMBER, "a": TEXT, "b": TEX
 NOISE = {"learning": NUMBER, "forgetting": Each(NUMBER), "how": TEXT}
 WEIGHT = {"name": TEXT, "layer": NUMBER, "kind": TEXT, "norm": NUMBER, "coefficient": NUMBER}
 SEQUENCE = {"name": TEXT, "method": TEXT, "seed": NUMBER, "domains": [TEXT], "average": NUMBER, "backward_transfer": NUMBER, "forward_transfer": NUMBER,
-            "general": Each([NUMBER]), "matrix": [[NUMBER]], "accuracy": [[NUMBER]]}  # fmt: skip
+            "general": Each([NUMBER]), "rows": [TEXT], "matrix": [[NUMBER]],
+            "accuracy": [[NUMBER]]}  # fmt: skip
 COMPARISON = {
     "kind": TEXT, "title": TEXT, "model": TEXT, "created": NAME, "environment": ENVIRONMENT, "settings": Each(ANY),
     "progress": {"done": NUMBER, "of": NUMBER, "failed": NUMBER, "seconds": NUMBER},

@@ -95,8 +95,8 @@ def _sequence(run: Mapping[str, Any], method: str, text: str) -> list[dict[str, 
     if not isinstance(found, Mapping):
         return []
     where = [found["accuracy_domains"].index(name) if name in found["accuracy_domains"] else None for name in found["domains"]]
-    accuracy = [[None if at is None else row[at] for at in where] for row in found["accuracy"]] if found["accuracy"] else None
-    general = {text: [one["nats"] for one in found["general"]]} if found["general"] else {}
+    accuracy = [[None if at is None or at >= len(row) else row[at] for at in where] for row in found.get("accuracy") or []] or None
+    general = {text: [one.get("nats") for one in found["general"]]} if found.get("general") else {}
     return [{**found, "name": "of the run", "method": method, "seed": run["configuration"].get("seed"), "accuracy": accuracy, "general": general}]
 
 
@@ -133,9 +133,9 @@ def sentences(run: Mapping[str, Any], domain: str, text: str) -> list[str]:
     second = "What was forgotten was not measured: --general gives held-out general text."
     if numbers.known(lost.get("nats")) is not None:
         second = f"On {text} the loss rose by {numbers.nats(lost['nats'], lost.get('standard_error'))} nats per token."
-    if isinstance(sequence := run.get("sequence"), Mapping):
-        falls = [before - after for before, after in zip(sequence["matrix"][0], sequence["matrix"][-1], strict=True)]
-        told = ", ".join(f"{name} {numbers.nats(fall)}" for name, fall in zip(sequence["domains"], falls, strict=True))
+    if isinstance(sequence := run.get("sequence"), Mapping) and sequence["matrix"]:
+        ends = zip(sequence["domains"], sequence["matrix"][0], sequence["matrix"][-1], strict=False)
+        told = ", ".join(f"{name} {numbers.nats(before - after)}" for name, before, after in ends if None not in (before, after))
         first = f"After all domains the loss had fallen by, in nats per token: {told}."
     verdict = run.get("verdict")
     return [first, second, *([f"The budget of {run['configuration'].get('budget')}: {verdict}."] if isinstance(verdict, str) else [])]

@@ -183,15 +183,22 @@ def sequences(contents: Contents) -> list[tuple[Mapping[str, Any], Table]]:
         lines = []
         matrix, accuracy = sequence.get("matrix") or [], sequence.get("accuracy") or []
         for step, name in enumerate((sequence.get("rows") or ["base model", *domains])[: len(matrix)]):
-            cells = [number(value) for value in matrix[step]]
-            scores = [number(value, show=numbers.share) for value in (accuracy[step] if step < len(accuracy) else [None] * len(domains))]
+            cells = [number(value) for value in _wide(matrix[step], len(domains))]
+            scores = [number(value, show=numbers.share) for value in _wide(accuracy[step] if step < len(accuracy) else [], len(domains))]
             rises = [number(_rise(values, step, len(matrix))) for values in general.values()]
             lines.append([text(name), *cells, *scores, *rises])
         found.append((sequence, made(titles, lines)))
     return found
 
 
-def _rise(values: Sequence[Any], step: int, rows: int) -> Any:
+def _wide(row: Sequence[Any], width: int) -> list[Any]:
+    """A row of a matrix with as many places as there are domains."""
+    return [*row, *[None] * width][:width]
+
+
+def _rise(values: Sequence[Any] | None, step: int, rows: int) -> Any:
     """General rise after a step; lists without an entry for the base model start at the first domain."""
+    if values is None:
+        return None
     index = step - (rows - len(values))
     return 0.0 if index < 0 else values[index]
