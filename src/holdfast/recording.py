@@ -100,8 +100,9 @@ def record_on(options: RecordOptions, model: nn.Module, tokenizer: Any, encoded:
     importance = importance.to_tier(options.tier) if options.tier else importance
     if distributed.first():
         importance.save(out)
-    distributed.barrier()
+    distributed.barrier()  # states go when the file is there,
     _state_path(options).unlink(missing_ok=True)
+    distributed.barrier()  # and none is left once any process returns
     logger.info("wrote %s: %d weights, tier %s, %.2f MiB, %.1f s", out, len(importance), importance.tier, out.stat().st_size / 2**20, seconds)
     return importance
 
