@@ -162,13 +162,13 @@ def average_gradients(parameters: Sequence[Tensor]) -> None:
         p.grad.copy_(part.view_as(p.grad))
 
 
-def owners(sizes: Mapping[str, tuple[Hashable, int]]) -> dict[str, int]:
-    """Name -> the process that keeps it. `sizes`: name -> (what it shares memory with, bytes); those that share stay together, and each process gets about
-    as much as the others: the largest first, each to who has least."""
+def owners(sizes: Mapping[str, tuple[Hashable, int]], processes: int | None = None) -> dict[str, int]:
+    """Name -> which of `processes` (default: those that there are) keeps it. `sizes`: name -> (what it shares memory with, bytes); those that share stay
+    together, and each process gets about as much as the others: the largest first, each to who has least."""
     groups: dict[Hashable, int] = {}
     for together, amount in sizes.values():
         groups[together] = groups.get(together, 0) + amount
-    load = [0] * size()
+    load = [0] * (processes or size())
     where: dict[Hashable, int] = {}
     for together in sorted(groups, key=lambda key: -groups[key]):  # stable: the order of the model among equals
         where[together] = load.index(min(load))

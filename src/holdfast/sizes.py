@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from holdfast import codec
+from holdfast.distributed import owners
 from holdfast.importance.tiers import parse_tier
 from holdfast.runs import environment
 
@@ -116,17 +117,9 @@ def pull_operations(weight: Planned, tier: str, *, rank: int, full: bool) -> flo
 
 
 def shares(weights: list[Planned], tier: str, processes: int) -> list[list[Planned]]:
-    """Weights over processes, the largest first to whoever has least; those that read one input stay together."""
-    together: dict[str, list[Planned]] = {}
-    for weight in weights:
-        together.setdefault(weight.leader, []).append(weight)
-    mine: list[list[Planned]] = [[] for _ in range(processes)]
-    filled = [0] * processes
-    for group in sorted(together.values(), key=lambda group: -bytes_of_tensors(group, tier)):
-        least = filled.index(min(filled))
-        mine[least] += group
-        filled[least] += bytes_of_tensors(group, tier)
-    return mine
+    """The weights whose importance each process keeps."""
+    owner = owners({weight.name: (weight.leader, bytes_of_tensors([weight], tier)) for weight in weights}, processes)
+    return [[weight for weight in weights if owner[weight.name] == process] for process in range(processes)]
 
 
 def usual_tiers(estimator: str, cov_rank: int) -> list[str]:
