@@ -138,8 +138,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _check_launch(verb: str) -> None:
     """Raise OptionError where several processes would each do all of the work, into the same files."""
-    launched = all(name in os.environ for name in ("RANK", "MASTER_ADDR")) and os.environ.get("WORLD_SIZE", "1") != "1"
-    if launched and verb in ALONE:
+    if verb not in ALONE or "WORLD_SIZE" not in os.environ:
+        return
+    from holdfast.distributed import launched
+
+    if launched():
         raise OptionError(f"{verb} works in one process, found {os.environ['WORLD_SIZE']}: start it without torchrun or accelerate launch; "
                           "record and tune share their work")  # fmt: skip
 
