@@ -65,7 +65,7 @@ def load_tokenizer(options: ModelOptions, name: str | None = None) -> Any:
     return tokenizer
 
 
-def save_whole(model: Any, tokenizer: Any, folder: Path, save: Callable[[Any, Path], None] | None = None) -> None:
+def save_whole(model: Any, tokenizer: Any, folder: Path, save: Callable[[Any, Path], object] | None = None) -> None:
     """Save (by `save` where given) under a temporary name beside `folder`, then rename: a partial result is never taken for a whole one."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:

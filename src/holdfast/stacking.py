@@ -35,7 +35,7 @@ def stack(options: ModelOptions, adapters: Sequence[str], out: Path, *, rank: in
     Returns the relative error that a smaller `rank` costs (Frobenius norm), 0 without."""
     tokenizer = load_tokenizer(options)
     if len(adapters) == 1 and rank is None:
-        save_whole(Path(adapters[0]), tokenizer, out, _copied)
+        save_whole(Path(adapters[0]), tokenizer, out, shutil.copytree)
         return 0.0
     base: Any = load_model(options)
     parts: dict[str, list[Factors]] = {}
@@ -71,10 +71,6 @@ def _nearest(L: Tensor, R: Tensor, rank: int) -> tuple[Tensor, Tensor, float, fl
     U, values, V = torch.linalg.svd(left @ right.T)
     root = values[:rank].sqrt()
     return (P @ U[:, :rank] * root).to(L), (root[:, None] * (V[:rank] @ Q.T)).to(R), float(values.square().sum()), float(values[rank:].square().sum())
-
-
-def _copied(adapter: Path, folder: Path) -> None:
-    shutil.copytree(adapter, folder)
 
 
 def _collect(base: Any, adapter: str, parts: dict[str, list[Factors]]) -> Any:

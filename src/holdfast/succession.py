@@ -42,7 +42,7 @@ from holdfast.lock import only_writer
 from holdfast.methods.table import chosen
 from holdfast.models import context_length, load_model, load_tokenizer
 from holdfast.recording import load_state, record_on
-from holdfast.runs import atomic_path, environment, read_json, sha256_file, write_json, write_text
+from holdfast.runs import atomic_path, discard, environment, read_json, sha256_file, write_json, write_text
 from holdfast.stacking import stack
 from holdfast.tasks import encode_rows, find_task, load_task, load_training_data
 from holdfast.texts import fingerprint_rows
@@ -125,9 +125,8 @@ def _planned(options: TuneOptions) -> Plan:
         if not options.overwrite:
             raise ValueError(f"'{out}' holds {'a finished run' if (out / 'run.json').exists() else 'an unfinished run; go on with --resume'}; "
                              "give another --out, or --overwrite")  # fmt: skip
-        for name in ("steps", "data", "final"):
-            shutil.rmtree(out / name, ignore_errors=True)
-        (out / "run.json").unlink(missing_ok=True)
+        for name in ("run.json", "steps", "data", "final"):
+            discard(out / name)
     domains = named(options, out, taken=[domain.name for domain in before])
     write_text(out / "config.yaml", yaml.safe_dump(as_dict(options), sort_keys=False))
     if options.importance:
@@ -335,10 +334,8 @@ def _finish(plan: Plan, run: dict[str, Any]) -> None:
             shutil.copyfile(held_by["file"], temporary)
     write_json(plan.out / "run.json", run)
     for row in range(plan.first + 1, plan.first + len(plan.domains) + 1):
-        for name in ("final", "unscaled", "checkpoints", *(() if plan.options.keep_all else ("adapter",))):
-            shutil.rmtree(plan.step(row) / name, ignore_errors=True)
-        for name in ("importance.safetensors", "domain.safetensors"):
-            (plan.step(row) / name).unlink(missing_ok=True)
+        for name in ("final", "unscaled", "checkpoints", "importance.safetensors", "domain.safetensors", *(() if plan.options.keep_all else ("adapter",))):
+            discard(plan.step(row) / name)
 
 
 def lines(sequence: Mapping[str, Any]) -> list[str]:
