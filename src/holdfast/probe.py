@@ -11,7 +11,6 @@ worst of general text and earlier domains counts. Everything that the next step 
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -90,13 +89,12 @@ class Probe(TrainerCallback, ExportableState):
         self.cursor = (self.cursor + self.count) % len(self.pieces)
         rise = float((part.losses(model) - part.nats).sum() / part.tokens.sum())
         each = max(1, self.count // max(1, len(self.guards)))
-        worst = max(self._used(rise, self.offset), *(self._used(guard.look(model, each), guard.offset) for guard in self.guards), -math.inf)
+        worst = max([self._used(rise, self.offset), *(self._used(guard.look(model, each), guard.offset) for guard in self.guards)])
         return float(distributed.collect(worst)[0])  # one number for all processes, whatever their hardware rounds to
 
     def _used(self, rise: float, offset: float) -> float:
         """The rise as it would be if all of the budget were still free: where earlier domains have used some, the same share of what they left."""
-        target = self.controller.target
-        return rise if offset == 0 else (rise - offset) / max(1 - offset / target, 0.1)
+        return (rise - offset) / max(1 - offset / self.controller.target, 0.1)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.total_seconds = time.perf_counter() - self._started
