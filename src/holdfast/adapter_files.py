@@ -20,6 +20,8 @@ from typing import Any
 
 from torch import nn
 
+from holdfast.config import ModelOptions
+from holdfast.models import load_model
 from holdfast.reading import FileError, brief, check_mapping, cleaned, printable
 from holdfast.runs import read_json
 from holdfast.shapes import NUMBER, check
@@ -90,6 +92,11 @@ def with_adapter(model: nn.Module, folder: str | Path) -> Any:
             raise FileError(f"'{folder}' lacks tensors of the adapter ({message.partition(': ')[2]}); copy it again, or save it again with PEFT")
         logger.warning("%s", printable(message))
     return found
+
+
+def load_tuned(options: ModelOptions, folder: str | Path, *, full: bool = False) -> Any:
+    """What a run on the model of `options` left in `folder`: the base with its adapter, or after --full the trained model itself; in eval mode."""
+    return load_model(options, str(folder)) if full else with_adapter(load_model(options), folder)
 
 
 def _check_kinds(config: dict[str, Any], where: str) -> None:

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import yaml
 
+from holdfast.adapter_files import load_tuned
 from holdfast.carving import carve
 from holdfast.compare import choose, progress_line, summarise
 from holdfast.config import CompareOptions, ModelOptions, resolve
@@ -213,8 +214,6 @@ def _run_all(experiment: Experiment, jobs: list[dict[str, Any]], processes: int,
 
 def _answer(experiment: Experiment, jobs: list[dict[str, Any]], files: dict[str, str], out: Path) -> None:
     """Greedy answers to a few held-out prompts by the base, plain and each method of the holdfast family: what people want to read."""
-    from peft import PeftModel
-
     wanted = {experiment.reference, *(label for label, method in experiment.methods.items() if method.family == "holdfast")}
     samples: list[dict[str, Any]] = []
     options = resolve(ModelOptions, experiment.model)
@@ -226,8 +225,7 @@ def _answer(experiment: Experiment, jobs: list[dict[str, Any]], files: dict[str,
         last = {job["trial"].method: job for job in jobs if job["trial"].domain == domain and job["trial"].method in wanted and not job["options"].full
                 and (job["folder"] / "adapter").is_dir()}  # fmt: skip # of the test part where there is one
         for method in ("base", *last):
-            model = load_model(options)
-            model = model if method == "base" else PeftModel.from_pretrained(model, str(last[method]["folder"] / "adapter"))
+            model = load_model(options) if method == "base" else load_tuned(options, last[method]["folder"] / "adapter")
             for sample in found:
                 sample["outputs"][method] = _continued(model, load_tokenizer(options), sample["prompt"])
         samples += found

@@ -27,7 +27,7 @@ from holdfast.ledger import PIECE, Ledger, content, guard_of, measured, open_led
 from holdfast.models import context_length
 from holdfast.overlap import Overlap, overlap
 from holdfast.probe import Probe, Rolling, plan
-from holdfast.tasks import encode_rows, load_training_data
+from holdfast.tasks import encode_rows, load_training_data, row_text
 from holdfast.texts import Document, Encoded, load_documents
 from holdfast.update import Update
 from holdfast.weights import FullWeight
@@ -102,7 +102,7 @@ class Keeper:
 def of_run(options: TuneOptions, model: nn.Module, tokenizer: Any, data: Any, encoded: Any, ledger: Ledger | None = None) -> Keeper:
     """The keeper of `tune`, made with the bare model that is to be trained; `ledger` where that is not what the rise counts from."""
     documents = _documents(options)
-    shared = overlap([content(document) for document in documents], [_row_text(row) for row in data])
+    shared = overlap([content(document) for document in documents], [row_text(row) for row in data])
     per_step = options.batch_size * options.accumulation
     mean = sum(map(len, encoded["input_ids"])) / len(encoded)
     length = min(options.length, context_length(model)) if options.packing else mean
@@ -201,9 +201,3 @@ def _fitting(model: nn.Module, rows: list[Encoded], name: str) -> tuple[list[Enc
     if not rows:
         raise ValueError(f"{name}: no row has a token to score; expected text of at least two tokens, completions, or chats with assistant turns")
     return rows[:: max(1, math.ceil(sum(len(ids) for ids, _ in rows) / LEARNING_TOKENS))], window
-
-
-def _row_text(row: dict[str, Any]) -> str:
-    if "messages" in row:
-        return " ".join(turn["content"] for turn in row["messages"])
-    return row["text"] if "text" in row else row["prompt"] + row["completion"]

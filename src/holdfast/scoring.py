@@ -20,6 +20,7 @@ from typing import Any
 
 from torch import nn
 
+from holdfast.adapter_files import load_tuned
 from holdfast.config import ModelOptions, resolve
 from holdfast.evaluation import answers
 from holdfast.experiment import Experiment
@@ -61,7 +62,7 @@ def score_all(experiment: Experiment, jobs: Sequence[Mapping[str, Any]], out: Pa
         if not (job["folder"] / "adapter").is_dir():
             logger.warning("%s on %s, seed %d: its adapter is gone, so its accuracy cannot be measured", trial.method, trial.domain, trial.seed)
             continue
-        write_json(path, _score(_finished(job), tokenizer, experiment, wanted))
+        write_json(path, _score(load_tuned(job["options"], job["folder"] / "adapter", full=job["options"].full), tokenizer, experiment, wanted))
 
 
 def _limit(experiment: Experiment) -> int | None:
@@ -76,19 +77,8 @@ def _known(path: Path, experiment: Experiment, wanted: Mapping[str, str]) -> dic
     return found if all(found["tasks"].get(name, {}).get("task") == spec for name, spec in wanted.items()) else None
 
 
-def _finished(job: Mapping[str, Any]) -> nn.Module:
-    """The model with the whole update of a run."""
-    from peft import PeftModel
-
-    adapter = str(job["folder"] / "adapter")
-    if job["options"].full:
-        return load_model(job["options"], adapter)
-    return PeftModel.from_pretrained(load_model(job["options"]), adapter)
-
-
 def _score(model: nn.Module, tokenizer: Any, experiment: Experiment, wanted: Mapping[str, str]) -> dict[str, Any]:
     limit, found = _limit(experiment), {}
-    model.eval()
     for name, spec in wanted.items():
         task, rows = load_task(spec, split=None)
         measured = answers(model, tokenizer, task, rows[:limit])

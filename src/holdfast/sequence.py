@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.config import TuneOptions, resolve
+from holdfast.earlier import merged
 from holdfast.evaluation import rise
 from holdfast.experiment import Experiment, SequenceSpec, identity, record_options, tune_options
 from holdfast.models import load_model, load_tokenizer, save_whole
 from holdfast.runs import discard, read_json, sha256_file, write_json, write_text
-from holdfast.tasks import load_training_data
+from holdfast.tasks import load_training_data, row_text
 from holdfast.texts import load_documents
 from holdfast.transfer import transfer
 
@@ -125,16 +126,10 @@ def _to_keep(campaign: Campaign, earlier: tuple[str, ...], path: Path) -> str:
     for domain in earlier:
         rows += list(load_training_data(campaign.files[f"domain/{domain}/train"]))
     if not all(row.get("messages") for row in rows):
-        rows = [{"text": _flat(row)} for row in rows]
+        rows = [{"text": row_text(row)} for row in rows]
     lines = [json.dumps({key: value for key, value in row.items() if value is not None}, ensure_ascii=False) for row in rows]
     write_text(path, "\n".join(sorted(lines, key=lambda line: hashlib.sha256(line.encode()).digest())) + "\n")
     return str(path)
-
-
-def _flat(row: Mapping[str, Any]) -> str:
-    if "prompt" in row:
-        return str(row["prompt"] + row["completion"])
-    return str(row.get("text") or "\n".join(turn["content"] for turn in row["messages"]))
 
 
 def _address(campaign: Campaign, options: TuneOptions, settings: Mapping[str, Any], domain: str, text: str, domains: tuple[str, ...], before: str) -> str:
@@ -166,13 +161,8 @@ def _take(campaign: Campaign, options: TuneOptions, settings: Mapping[str, Any],
 
 def _merged(options: TuneOptions, folder: Path) -> tuple[Any, Any]:
     """The model of `options` with the step's adapter in its weights, saved to FOLDER/model, and its tokenizer; a fully fine-tuned one is that already."""
-    from peft import PeftModel
-
-    tokenizer = load_tokenizer(options)
-    if options.full:
-        model: Any = load_model(options, str(folder / "adapter"))
-    else:
-        model = PeftModel.from_pretrained(load_model(options), str(folder / "adapter")).merge_and_unload()
+    tokenizer, adapter = load_tokenizer(options), str(folder / "adapter")
+    model: Any = load_model(options, adapter) if options.full else merged(load_model(options), adapter)
     save_whole(model, tokenizer, folder / "model")
     return model, tokenizer
 

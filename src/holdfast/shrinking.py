@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from holdfast.adapter_files import checked, with_adapter
+from holdfast.adapter_files import checked, load_tuned
 from holdfast.budget import check_reach, parse, percent
 from holdfast.config import OptionError, ShrinkOptions, as_dict
 from holdfast.evaluation import changes, measure, table
@@ -33,7 +33,7 @@ from holdfast.hub import importance_path, write_card
 from holdfast.importance.container import Importance
 from holdfast.keeper import domain
 from holdfast.ledger import Ledger, open_ledger
-from holdfast.models import load_model, load_tokenizer, save_whole
+from holdfast.models import load_tokenizer, save_whole
 from holdfast.penalty.pull import check_fit
 from holdfast.runs import check_free_space, check_output_folder, environment, sha256_file, write_json
 from holdfast.tasks import encode_rows, load_training_data
@@ -59,7 +59,7 @@ def shrink(options: ShrinkOptions) -> dict[str, Any]:
     if options.threads:
         torch.set_num_threads(options.threads)
     started, out = time.perf_counter(), Path(options.out)
-    tokenizer, model = load_tokenizer(options), _loaded(options)
+    tokenizer, model = load_tokenizer(options), load_tuned(options, options.adapter)
     update = Update(model)
     if importance is not None:
         check_fit(model, importance, [weight.name for weight in update.weights], "base")
@@ -150,10 +150,6 @@ def adapter_config(folder: str) -> dict[str, Any]:
     if beyond:
         raise ValueError(f"'{folder}' has {', '.join(beyond)}, which would stay as it is when scale * B @ A is shrunk; only plain LoRA and rsLoRA are taken")
     return config
-
-
-def _loaded(options: ShrinkOptions) -> nn.Module:
-    return with_adapter(load_model(options), options.adapter)
 
 
 def _opened(options: ShrinkOptions, base: nn.Module, tokenizer: Any) -> tuple[Ledger, Learning | None]:

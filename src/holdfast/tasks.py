@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,6 +136,13 @@ def _check_row(row: Row, columns: tuple[str, ...], where: str) -> None:
             check_messages(value, where)
         elif not isinstance(value, str):
             raise FileError(f"{where}: '{column}' holds {type(value).__name__}, expected text; chats go into a column 'messages'")
+
+
+def row_text(row: Mapping[str, Any]) -> str:
+    """All of the text of a row of training data: running text, a prompt with its completion, or the turns of a chat."""
+    if row.get("prompt") is not None:
+        return str(row["prompt"] + row["completion"])
+    return str(row.get("text") or "\n".join(turn["content"] for turn in row["messages"]))
 
 
 def encode_rows(data: Any, tokenizer: Any, *, completion_only: bool = True, end: str = "") -> list[Encoded]:

@@ -30,7 +30,7 @@ from torch import nn
 from transformers import ProgressCallback, TrainerState, set_seed
 
 from holdfast import distributed
-from holdfast.adapter_files import checked, with_adapter
+from holdfast.adapter_files import checked, load_tuned
 from holdfast.callback import ProgressBar, StopOnNonFinite, add_penalty, add_term, whole_steps
 from holdfast.config import ModelOptions, OptionError, TuneOptions, as_dict, default_strength, read_yaml, resolve, several
 from holdfast.earlier import Earlier
@@ -192,7 +192,7 @@ def merge(adapter: str, out: str, *, dtype: str | None = None) -> None:
     check_output_folder(out)
     if any(Path(out).iterdir()):
         raise ValueError(f"'{out}' is not empty; give a new folder")
-    model = with_adapter(load_model(options), adapter).merge_and_unload()
+    model = load_tuned(options, adapter).merge_and_unload()
     save_whole(model, load_tokenizer(options), Path(out))
     write_merged_card(out, adapter, options.model)
     logger.info("merged %s into %s: %s", adapter, options.model, out)

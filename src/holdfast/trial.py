@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from holdfast.adapter_files import load_tuned
 from holdfast.config import TuneOptions
 from holdfast.evaluation import completion_loss, general_loss, rise
 from holdfast.experiment import Experiment, Trial
@@ -99,7 +100,7 @@ def _trained(job: dict[str, Any]) -> dict[str, Any]:
 def _scaled(options: TuneOptions, adapter: Path, scales: Iterable[float]) -> Iterator[tuple[float, nn.Module]]:
     """The base with the finished update at 1 and at each smaller scale; 1 alone where the update cannot be scaled (OFT, OSF)."""
     if options.full:
-        tuned, base = load_model(options, str(adapter)), load_model(options)
+        tuned, base = load_tuned(options, adapter, full=True), load_model(options)
         moved = [(p, q.detach().clone(), q.detach() - p.detach()) for p, q in zip(base.parameters(), tuned.parameters(), strict=True)]
         for scale in (1.0, *sorted(scales, reverse=True)):
             with torch.no_grad():
@@ -107,9 +108,7 @@ def _scaled(options: TuneOptions, adapter: Path, scales: Iterable[float]) -> Ite
                     p.copy_(whole if scale == 1 else whole - (1 - scale) * U)
             yield scale, base
         return
-    from peft import PeftModel
-
-    model, now = PeftModel.from_pretrained(load_model(options), str(adapter)), 1.0
+    model, now = load_tuned(options, adapter), 1.0
     for scale in (1.0, *sorted(scales, reverse=True)):
         try:
             scale_update(model, scale / now)
