@@ -40,6 +40,7 @@ GRIDS = {"plain": RATES, "paper": PAPER_STRENGTHS, "default": DEFAULT_STRENGTHS,
 RECORDINGS: dict[str, dict[str, Any]] = {  # importance files; the paper's lengths are cut to 300 steps in 5 epochs
     "paper": dict(preset="paper", documents=120, batch_size=16, accumulation=1, max_steps=300),
     "path": dict(estimator="path", documents=300, batch_size=16, accumulation=1, max_steps=120),
+    "path-factored": dict(estimator="path-factored", documents=300, batch_size=16, accumulation=1, max_steps=120),
     "fisher": dict(estimator="fisher", documents=300, batch_size=16),
     "fisher-sampled": dict(estimator="fisher", labels="sampled", documents=300, batch_size=16),
     "fisher-factored": dict(estimator="fisher", tier="factored", documents=300, batch_size=16),

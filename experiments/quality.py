@@ -28,6 +28,7 @@ METHODS: dict[str, tuple[str, str | None]] = {
     "uniform": ("uniform (L2 to the base)", "#cc79a7"),
     "paper": ("the paper's preset", "#d55e00"),
     "path": ("path integral", "#b8860b"),
+    "path-factored": ("path integral, from sums of rows and columns", None),
     "fisher": ("diagonal Fisher", "#e69f00"),
     "fisher-u8": ("diagonal Fisher, u8", None),
     "fisher-u4": ("diagonal Fisher, u4", None),
