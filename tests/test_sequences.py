@@ -336,3 +336,13 @@ def test_what_cannot_be_is_refused_before_anything_is_written(words, domains, im
         tune(resolve(TuneOptions, {"model": str(model_folder), "data": domains[:2], "out": str(tmp_path / "bad")}, TUNE_PRESETS))
     few = write(tmp_path / "few.jsonl", [{"text": f"{word} dog"} for word in WORDS])
     fails(1, "at least 20 different ones are needed", "--data", few, "--data", domains[0], "--budget", "50%", "--importance", importance())
+
+
+def test_a_finished_sequence_is_gone_on_with_too(words, domains, importance, tmp_path, capsys):
+    """Also where it was ended while it cleared up: what the steps left is no longer whole then."""
+    made = (*words, *of(domains[:2]), "--importance", importance(), "--out", tmp_path / "run")
+    assert run(made) == 0
+    whole, adapter = result(tmp_path / "run"), factors(tmp_path / "run" / "final")
+    capsys.readouterr()
+    assert run(made, "--resume") == 0 and "backward transfer" in capsys.readouterr().out
+    assert result(tmp_path / "run") == whole and same(factors(tmp_path / "run" / "final"), adapter)

@@ -94,6 +94,18 @@ def tune_in_turn(options: TuneOptions) -> dict[str, Any]:
 def _in_turn(options: TuneOptions) -> dict[str, Any]:
     started = time.perf_counter()
     plan = _planned(options)
+    if options.resume and (plan.out / "run.json").exists():
+        run: dict[str, Any] = read_json(plan.out / "run.json")
+    else:
+        run = _run_all(plan, started)
+    _clear(plan)
+    print("\n".join(lines(run["sequence"])))
+    logger.info("wrote %s", plan.out / "final")
+    return run
+
+
+def _run_all(plan: Plan, started: float) -> dict[str, Any]:
+    """Every step that is not finished, and the result; what run.json then holds."""
     measured = [_measured(plan, row) for row in range(plan.first + 1)]
     verdict = None
     for number, domain in enumerate(plan.domains, 1):
@@ -101,12 +113,10 @@ def _in_turn(options: TuneOptions) -> dict[str, Any]:
         logger.info("domain %d of %d: %s", number, len(plan.domains), domain.name)
         verdict = _step(plan, number, domain)["verdict"]
         if not (plan.step(row) / "adapter").is_dir():
-            stack(options, _adapters(plan, number), plan.step(row) / "adapter")
+            stack(plan.options, _adapters(plan, number), plan.step(row) / "adapter")
         measured.append(_measured(plan, row))
     run = _run(plan, measured, verdict, time.perf_counter() - started)
     _finish(plan, run)
-    print("\n".join(lines(run["sequence"])))
-    logger.info("wrote %s", plan.out / "final")
     return run
 
 
@@ -321,7 +331,7 @@ def _run(plan: Plan, measured: list[dict[str, Any]], verdict: str | None, second
 
 
 def _finish(plan: Plan, run: dict[str, Any]) -> None:
-    """The final adapter, the importance for a later step, run.json; then away with what only a resumed run needs."""
+    """The final adapter, the importance for a later step, run.json."""
     last, rank = plan.step(plan.first + len(plan.domains)), plan.options.final_rank
     error = stack(plan.options, [str(last / "adapter")], plan.out / "final", rank=rank)
     if rank is not None:
@@ -333,6 +343,10 @@ def _finish(plan: Plan, run: dict[str, Any]) -> None:
         with atomic_path(plan.out / "importance.safetensors") as temporary:
             shutil.copyfile(held_by["file"], temporary)
     write_json(plan.out / "run.json", run)
+
+
+def _clear(plan: Plan) -> None:
+    """Away with what only an unfinished run needs."""
     for row in range(plan.first + 1, plan.first + len(plan.domains) + 1):
         for name in ("final", "unscaled", "checkpoints", "importance.safetensors", "domain.safetensors", *(() if plan.options.keep_all else ("adapter",))):
             discard(plan.step(row) / name)
