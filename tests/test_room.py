@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from holdfast import models, recording, runs, shrinking, training
+from holdfast import adapter_files, models, recording, runs, training
 from holdfast.cli import main
 
 HIDDEN = lambda root: [path for path in root.rglob("*") if path.name.endswith((".tmp", ".lock"))]
@@ -160,7 +160,7 @@ def closed(request, tmp_path):
 @pytest.mark.parametrize("verb", ["record", "tune", "compare", "convert", "shrink", "merge", "report"])
 def test_a_folder_that_cannot_be_written_is_refused_before_any_long_work(words, closed, capsys, monkeypatch, verb):
     command = words(verb)
-    for module in (models, recording, training, shrinking):
+    for module in (models, recording, training, adapter_files):
         monkeypatch.setattr(module, "load_model", lambda *arguments: pytest.fail("loaded a model"))
     assert main([*command, "--out", str(closed / "new"), "--quiet"]) == 1
     assert f"holdfast {verb}: cannot write into '{closed}" in capsys.readouterr().err
