@@ -133,7 +133,7 @@ def _compare_domain(experiment: Experiment, summary: dict[str, Any], runs: Seque
     if reference is None:
         return
     noise = summary["noise"][domain] = _noise(experiment, runs)
-    for text in experiment.general:
+    for text in _texts_of([run for runs in here.values() for run in runs], experiment):
         frontier = summary["frontier"][domain][text] = {}
         rows = summary["equal_learning"][domain][text] = []
         at: dict[tuple[str, float], dict[str, Any]] = {}
@@ -175,14 +175,17 @@ def _points(group: Sequence[Run], text: str) -> list[dict[str, Any]]:
     return found
 
 
+def _texts_of(runs: Sequence[Run], experiment: Experiment) -> list[str]:
+    """The general texts that all of the runs were measured on."""
+    return [text for text in experiment.general if all(text in point["forgetting"] for run in runs for point in run["points"])]
+
+
 def _noise(experiment: Experiment, runs: Sequence[Run]) -> dict[str, Any]:
     """How much plain fine-tuning at one setting varies over seeds: data order and initialisation."""
-    groups = by_setting([run for run in runs if run["method"] == experiment.reference and run["part"] == "test"]) or by_setting(
-        [run for run in runs if run["method"] == experiment.reference]
-    )
-    group = max(groups, key=len, default=[])
+    part = _part(experiment, runs)
+    group = max(by_setting([run for run in runs if run["method"] == experiment.reference and run["part"] == part]), key=len, default=[])
     spread = lambda values: statistics.stdev(values) if len(values) > 1 else None
-    whole = {text: [curve(run, text)[-1] for run in group] for text in experiment.general}
+    whole = {text: [curve(run, text)[-1] for run in group] for text in _texts_of(group, experiment)}
     return {"learning": spread([x for x, _ in next(iter(whole.values()))]), "forgetting": {text: spread([y for _, y in ends]) for text, ends in whole.items()},
             "how": f"standard deviation of {experiment.reference} over {len(group)} seed{'s' * (len(group) != 1)} (data order and initialisation)"}  # fmt: skip
 

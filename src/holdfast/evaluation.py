@@ -113,9 +113,9 @@ def text_loss(model: nn.Module, encoded: Sequence[Encoded], *, window: int, stri
         while start < len(cut):
             group = cut[start : start + max(1, batch_tokens // len(cut[start][1][0]))]
             batch = {key: value.to(device) for key, value in collate([piece for _, piece in group], 0).items()}
-            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].float()
-            targets = batch["labels"][:, 1:]
-            each = nn.functional.cross_entropy(logits.transpose(1, 2), targets, ignore_index=-100, reduction="none")  # (batch, length - 1)
+            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
+            targets = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)  # moved instead of the logits, which a slice or transpose would copy
+            each = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none").view_as(targets)
             for (index, _), total, count in zip(group, each.double().sum(1).tolist(), (targets != -100).sum(1).tolist(), strict=True):
                 nats[index] += total
                 tokens[index] += count

@@ -124,6 +124,10 @@ class Experiment:
         """The general text that importance is recorded on."""
         return next(iter(self.general))
 
+    def texts(self, part: str) -> list[str]:
+        """The general texts that a run on this part is measured on. Settings are chosen on the recorded kind alone; the others wait for the test, if any."""
+        return [self.recorded] if part == "validation" and self.seeds.get("test") else list(self.general)
+
 
 @dataclass(frozen=True)
 class Trial:

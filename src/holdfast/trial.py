@@ -86,7 +86,7 @@ def _trained(job: dict[str, Any]) -> dict[str, Any]:
     base = read_json(job["base"])[trial.part]
     tokenizer, points = load_tokenizer(options), []
     for scale, model in _scaled(options, folder / "adapter", experiment.scales):
-        after = evaluate(experiment, model, tokenizer, job["files"], trial.part, [trial.domain])
+        after = evaluate(experiment, model, tokenizer, job["files"], trial.part, [trial.domain], experiment.texts(trial.part))
         gained = rise(base["domains"][trial.domain], after["domains"][trial.domain])
         points.append({"scale": scale, "learning": {**gained, "nats": -float(gained["nats"] or 0.0)}, "accuracy": None, "accuracy_general": None,
                        "forgetting": {name: rise(base["general"][name], numbers) for name, numbers in after["general"].items()}})  # fmt: skip
@@ -137,11 +137,12 @@ def _peak() -> int | None:
     return None
 
 
-def evaluate(experiment: Experiment, model: nn.Module, tokenizer: Any, files: dict[str, str], part: str, domains: Iterable[str]) -> dict[str, Any]:
-    """{general: {text: numbers}, domains: {domain: numbers}} of one state of a model."""
+def evaluate(experiment: Experiment, model: nn.Module, tokenizer: Any, files: dict[str, str], part: str, domains: Iterable[str],
+             texts: Iterable[str] | None = None) -> dict[str, Any]:  # fmt: skip
+    """{general: {text: numbers}, domains: {domain: numbers}} of one state of a model; `texts`: every general text."""
     limit = experiment.limit.get(part)
     found: dict[str, Any] = {"general": {}, "domains": {}}
-    for name in experiment.general:
+    for name in experiment.general if texts is None else texts:
         documents = load_documents(files[f"general/{name}/{part}"], limit=limit)
         if experiment.characters:
             documents = [dataclasses.replace(d, text=d.text[: experiment.characters]) if d.text is not None else d for d in documents]
