@@ -183,17 +183,18 @@ def all_held():
     return found, together, alone
 
 
-def fully_sharded(model):
-    """`model` under FSDP2, each decoder layer by itself."""
-    from torch.distributed.fsdp import fully_shard
+def fully_sharded(model, offload=False):
+    """`model` under FSDP2, each decoder layer by itself; with parameters, gradients and optimizer state in CPU memory between uses, as FSDP2 offloads them."""
+    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
+    policy = {"offload_policy": CPUOffloadPolicy(pin_memory=False)} if offload else {}
     for layer in next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList)):
-        fully_shard(layer)
-    return fully_shard(model)
+        fully_shard(layer, **policy)
+    return fully_shard(model, **policy)
 
 
 def stepped(tier, full, when=None, optimizer=torch.optim.SGD):
-    """Parameters after three steps with the pull, energy, and pull and gradient norms; under FSDP2 with the penalty made before or after sharding."""
+    """Parameters after three steps with the pull, energy, and pull and gradient norms; under FSDP2 with the penalty made before or after sharding, or offloaded."""
     model = tiny() if full else adapted()
     if full:
         model.requires_grad_(False)
@@ -202,9 +203,9 @@ def stepped(tier, full, when=None, optimizer=torch.optim.SGD):
     found, mark = importance(tier), fingerprint(model)
     found = Importance(found.entries, {}, {**found.info, "model": {"fingerprint": mark}})
     settings = dict(strength=3.0, layers=holdfast.layers.ScaleFree(), shard=when is not None)
-    penalty = None if when == "after" else Penalty(model, found, **settings)
+    penalty = None if when in ("after", "offloaded") else Penalty(model, found, **settings)
     if when is not None:
-        fully_sharded(model)
+        fully_sharded(model, offload=when == "offloaded")
     penalty = penalty or Penalty(model, found, **settings)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert all(distributed.is_sharded(p) == (when is not None) for p in parameters.values())
@@ -253,7 +254,7 @@ def tuned(folder, data, cases, name):
 
 
 FSDP2 = [*((tier, False, "after") for tier in TIERS), ("u8", False, "before"), *((tier, True, "after") for tier in TIERS if tier != "kronecker"),
-         ("u4", True, "before")]  # fmt: skip
+         ("u4", True, "before"), ("u8", False, "offloaded"), ("f32", True, "offloaded")]  # fmt: skip
 
 
 def same(a, b, tolerance=1e-5):

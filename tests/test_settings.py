@@ -156,6 +156,24 @@ def test_8_bit_optimizers_are_recorded(adapted, batch):
     assert recorder.steps == 5 and recorder.decrease == pytest.approx(before - after, rel=0.3)  # a sum over steps against the loss itself
 
 
+def test_an_optimizer_on_copies_in_cpu_memory_is_refused_and_held_by_pulling_before_the_gradients_are_copied(adapted, importance, batch):
+    model = adapted()
+    copies = [p.detach().clone() for p in trained(model)]
+    optimizer, penalty = torch.optim.SGD(copies, lr=0.05), Penalty(model, importance, strength=5.0)
+    with pytest.raises(ValueError, match="not among this optimizer's parameters"):
+        penalty.attach(optimizer)
+    for _ in range(3):
+        model(input_ids=batch, labels=batch).loss.backward()
+        penalty.pull()
+        for copy, p in zip(copies, trained(model), strict=True):
+            copy.grad, p.grad = p.grad, None
+        optimizer.step()
+        with torch.no_grad():
+            for copy, p in zip(copies, trained(model), strict=True):
+                p.copy_(copy)
+    assert torch.equal(factors(model), plainly(adapted, importance, batch))
+
+
 class CPUOffloadOptimizer:
     """As torchao's: not a torch optimizer; it copies gradients away inside the backward pass."""
 

@@ -299,7 +299,8 @@ class PenaltyAttachment:
             raise ValueError("every target weight is frozen, so there is nothing to hold; unfreeze the adapter (for PEFT: is_trainable=True)")
         for weight in penalty.weights:
             if any(p.requires_grad and id(p) not in known for p in weight.parameters):
-                raise ValueError(f"'{weight.name}' is not among this optimizer's parameters; attach the penalty to the optimizer that trains it")
+                raise ValueError(f"'{weight.name}' is not among this optimizer's parameters; attach the penalty to the optimizer that trains it, or, "
+                                 "where that one steps copies, call penalty.pull() before the gradients are copied")  # fmt: skip
         self._handle: Any = before_step(self.optimizer, self._pull)
 
     def __enter__(self) -> Penalty:
