@@ -194,7 +194,7 @@ def fully_sharded(model, offload=False):
 
 
 def stepped(tier, full, when=None, optimizer=torch.optim.SGD):
-    """Parameters after three steps with the pull, energy, and pull and gradient norms; under FSDP2 with the penalty made before or after sharding, or offloaded."""
+    """Parameters after three steps with the pull, energy, and pull and gradient norms; under FSDP2 made before or after sharding, or offloaded."""
     model = tiny() if full else adapted()
     if full:
         model.requires_grad_(False)
