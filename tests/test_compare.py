@@ -68,6 +68,7 @@ def test_a_comparison_says_who_forgets_least_and_is_not_run_twice(experiment, tm
         assert r["trainable_parameters"] > 0 and r["peak_memory_bytes"] > 0 and [entry["step"] for entry in r["log"]] == [1, 2, 3]
     assert summary["noise"]["domain"]["forgetting"]["wide"] > 0 and {row["share"] for row in summary["equal_learning"]["domain"]["wide"]} == {0.5, 0.8, 0.95}
     assert [text["kind"] for text in summary["texts"]] == ["recorded", "other"]
+    assert {weight["coefficient"] for weight in summary["importance"][0]["weights"]} == {1.0}  # layers: uniform, as the runs were held
     assert {"base", "plain", "holdfast"} == set(summary["samples"][0]["outputs"])
     monkeypatch.setattr(campaign, "run", lambda job: pytest.fail("ran again"))
     assert run(path, out) == 0

@@ -172,8 +172,7 @@ def _described(importance: Any, label: str, path: Path) -> dict[str, Any]:
     norms = importance.norms()
     return {"name": label, "file": path.name, "estimator": info.get("estimator"), "tier": importance.tier, "bytes": path.stat().st_size,
             "seconds": info.get("timings", {}).get("train_seconds"), "tokens": settings.get("tokens") or info.get("data", {}).get("tokens"),
-            "weights": [{"name": name, "layer": _layer(name), "kind": name.split(".")[-2], "norm": norm, "coefficient": None}
-                        for name, norm in norms.items()]}  # fmt: skip
+            "weights": [{"name": name, "layer": _layer(name), "kind": name.split(".")[-2], "norm": norm} for name, norm in norms.items()]}  # fmt: skip
 
 
 def _layer(name: str) -> int | None:

@@ -80,7 +80,7 @@ def summarise(out: Path, ids: Sequence[str], *, pending: int = 0) -> dict[str, A
     for run in runs:
         _with_accuracy(run, out / "runs" / run["id"], accuracy)
         run["chosen"] = chosen.get((run["method"], run["domain"])) == run["settings"]
-    importance = {path.stem: read_json(path) for path in sorted((out / "importance").glob("*.json"))} if (out / "importance").is_dir() else {}
+    importance = [_with_coefficients(read_json(path), runs) for path in sorted((out / "importance").glob("*.json"))]
     summary: dict[str, Any] = {
         "format": 1, "title": experiment.title, "model": experiment.model["model"], "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "environment": base["environment"], "experiment": (out / "experiment.yaml").read_text(encoding="utf-8"),
@@ -90,7 +90,7 @@ def summarise(out: Path, ids: Sequence[str], *, pending: int = 0) -> dict[str, A
                      "failed": sum(run["status"] != "done" for run in runs), "seconds": sum(run.get("wall_seconds") or 0.0 for run in runs)},
         "texts": _texts(experiment, base), "domains": _domains(experiment, base, accuracy), "methods": _methods(experiment, chosen), "runs": runs,
         "frontier": {}, "equal_learning": {}, "noise": {}, "differences": [],
-        "importance": list(importance.values()), "samples": read_json(out / "samples.json") if (out / "samples.json").exists() else [],
+        "importance": importance, "samples": read_json(out / "samples.json") if (out / "samples.json").exists() else [],
         "sequences": (read_json(out / "sequences.json") if experiment.sequences and (out / "sequences.json").exists() else []) or None,
     }  # fmt: skip
     for domain in experiment.domains:
@@ -112,6 +112,13 @@ def _with_accuracy(run: Run, folder: Path, base: dict[str, Any] | None) -> None:
         if point["scale"] == 1.0:
             point["accuracy"] = change.get(run["domain"])
             point["accuracy_general"] = {name: value for name, value in change.items() if name != run["domain"]} or None
+
+
+def _with_coefficients(recorded: dict[str, Any], runs: Sequence[Run]) -> dict[str, Any]:
+    """Put c_l into the weights of an importance file: those of a run that was held by it, if any."""
+    held: list[dict[str, Any]] = next((run["moved"] for run in runs if run["settings"].get("importance") == recorded["name"] and run.get("moved")), [])
+    found = {row["weight"]: row["coefficient"] for row in held}
+    return {**recorded, "weights": [{**weight, "coefficient": found.get(weight["name"])} for weight in recorded["weights"]]}
 
 
 def read_experiment_back(out: Path) -> Experiment:
