@@ -311,7 +311,7 @@ class EvalOptions(TextOptions, ModelOptions):
     limit: int | None = option(None, "evaluate at most this many documents or questions")
     length: int | None = option(None, "window in tokens; default: the model's context, at most 2048")
     stride: int | None = option(None, "tokens that a sliding window moves by; default: half the window")
-    batch_tokens: int = option(4096, "tokens per forward pass")
+    batch_tokens: int = option(None, "tokens per forward pass; default: 4096, on a CPU 1024")
     scale: float = option(1.0, "evaluate the adapter's update times this number")
     authors_perplexity: bool = option(False, "also print 2^nats, the figure that the paper's code calls perplexity")
     out: str | None = option(None, "folder for run.json", metavar="DIR")
