@@ -200,6 +200,18 @@ def test_the_scan_finds_the_budget_where_the_loss_is_not_monotone(tiny, tokenize
     assert report["others"]["5%"]["share"] == report["share"] and report["check"]["nats"] == pytest.approx(0.002, abs=1e-4)
 
 
+@pytest.mark.parametrize("worse, checked", [(0.5, [1.0]), (15.0, [1.0, 0.55])])
+def test_the_scan_ends_where_less_buys_nothing_and_the_fallback_goes_below_its_end(tiny, tokenizer, general, monkeypatch, worse, checked):
+    """A rise within every budget on the control part; on the check part `worse` times as large."""
+    ledger, tried = open_ledger(tiny(), tokenizer, load_documents(str(general)), parse("0.01nats")), [1.0]
+    noise = lambda part: np.random.default_rng(0).normal(0, 1e-5, len(part))
+    rise = lambda part: 0.004 * tried[-1] ** 2 * (worse if part is ledger.check else 1.0)
+    monkeypatch.setattr("holdfast.ledger.Part.losses", lambda part, model: part.nats + part.tokens * (rise(part) + noise(part)))
+    report = keep_budget(ledger, tiny(), {"scale": tried.append}, None)
+    assert tried[1:4] == [1.0, 0.85, 1.0]  # two of nine measured, then the check
+    assert [check["share"] for check in report["checks"]] == checked and report["verdict"] == ("met" if worse < 1 else "exceeded")
+
+
 def held_trainer(kind, tiny, tokenizer, folder):
     """A trainer with a fresh adapter on the tiny model, as a reader would make it, on prompts that it can learn."""
     from datasets import Dataset

@@ -6,8 +6,8 @@
              each has half of the error probability
     sources  in a sequence of domains the bound and the check are those of the worst source: the general text or an earlier domain
 
-`apply(share)` makes the model that share of the update: by scaling (`Update.scale`), or by shrinking along importance (shrink.py). Costs about 12
-evaluations of the control part and of the domain data, and one or two of the check part.
+`apply(share)` makes the model that share of the update: by scaling (`Update.scale`), or by shrinking along importance (shrink.py). Costs 5 to 12 evaluations
+of the control part and of the domain data along each way, and one or two of the check part.
 
     report = keep_budget(ledger, model, ways_of(update, importance), learning)
     print("\\n".join(sentences(report)))
@@ -32,7 +32,7 @@ from holdfast.update import Update
 
 logger = logging.getLogger("holdfast")
 SHARES = (1.0, 0.85, 0.7, 0.55, 0.4, 0.3, 0.2, 0.1, 0.05)
-REFINED = 4  # shares tried between the best one that keeps the budget and the next larger one
+REFINED = 3  # shares tried between the best one that keeps the budget and the next larger one
 EACH = ERROR / 2  # error probability of one check: the first, and the fallback's
 Ways = Mapping[str, Callable[[float], None]]  # name -> a function: share -> the model with that share of its update
 WORSE = ("met", "not shown", "exceeded")
@@ -80,24 +80,40 @@ class Point:
         return self.share if self.learning is None else self.learning.nats
 
 
-def scan(ledger: Ledger, model: nn.Module, way: str, apply: Callable[[float], None], learning: Learning | None) -> list[Point]:
-    """Points along one way, largest share first, more of them where the budget is crossed."""
-    points: dict[float, Point] = {}
+class Scan:
+    """Points along one way, more of them where the budget is crossed. Shares that can buy nothing are left out, until `below` asks for them."""
 
-    def at(share: float) -> None:
-        apply(share)
-        rise, bound, worst = ledger.planned(model, error=EACH)
-        points[share] = Point(way, share, rise, bound, None if learning is None else learning.of(model), worst)
+    def __init__(self, ledger: Ledger, model: nn.Module, way: str, apply: Callable[[float], None], learning: Learning | None):
+        self.ledger, self.model, self.way, self.apply, self.learning = ledger, model, way, apply, learning
+        self.points: list[Point] = []  # largest share first
+        for share in SHARES:
+            self._measure(share)
+            if self._enough():
+                break
+        for _ in range(REFINED):
+            best = choose(self.points, ledger.budget.nats)
+            larger = [point.share for point in self.points if point.share > best.share]
+            if not larger:
+                break
+            self._measure((best.share + min(larger)) / 2)
 
-    for share in SHARES:
-        at(share)
-    for _ in range(REFINED):
-        best = choose(list(points.values()), ledger.budget.nats)
-        larger = [share for share in points if share > best.share]
-        if not larger:
-            break
-        at((best.share + min(larger)) / 2)
-    return sorted(points.values(), key=lambda point: -point.share)
+    def below(self, share: float) -> list[Point]:
+        """All points below a share, those included that were left out."""
+        for lower in [lower for lower in SHARES if lower < min(share, self.points[-1].share)]:
+            self._measure(lower)
+        return [point for point in self.points if point.share < share]
+
+    def _measure(self, share: float) -> None:
+        self.apply(share)
+        rise, bound, worst = self.ledger.planned(self.model, error=EACH)
+        learned = None if self.learning is None else self.learning.of(self.model)
+        self.points = sorted([*self.points, Point(self.way, share, rise, bound, learned, worst)], key=lambda point: -point.share)
+
+    def _enough(self) -> bool:
+        """Whether the smallest share learns less than a larger one, and both keep the smallest budget that is reported on."""
+        least = min(self.ledger.budget.nats, *(math.log1p(other / 100) for other in OTHERS))
+        *larger, last = self.points
+        return last.bound <= least and any(point.bound <= least and point.gain > last.gain for point in larger)
 
 
 NOTHING = Point("scale", 0.0, Interval(0.0, 0.0, 0.0, 0.0, EACH, "document", 0, 0.0, 0), 0.0, None)  # the base model
@@ -143,8 +159,8 @@ def keep_budget(ledger: Ledger, model: nn.Module, ways: Ways, learning: Learning
     Leaves the model at the share that was checked last; returns what run.json holds under `budget`.
     """
     limit = ledger.budget.nats
-    scanned = {way: scan(ledger, model, way, apply, learning) for way, apply in ways.items()}
-    points = [point for way in among or ways for point in scanned[way]]
+    scans = {way: Scan(ledger, model, way, apply, learning) for way, apply in ways.items()}
+    points = [point for way in among or ways for point in scans[way].points]
     nothing = NOTHING
     if ledger.moved:  # in a sequence, the steps before have spent some of the budget
         ways["scale"](0.0)
@@ -161,8 +177,7 @@ def keep_budget(ledger: Ledger, model: nn.Module, ways: Ways, learning: Learning
         if checks[-1]["verdict"] == "met" or attempt:
             break
         logger.warning("the check part does not show the budget at share %.3f (%s): one fallback to a smaller share", chosen.share, checks[-1]["verdict"])
-        smaller = [point for point in scanned[chosen.way] if point.share < chosen.share]
-        chosen = choose(smaller, 0.9 * limit * limit / rise.high, nothing)  # as much smaller as the check missed by, and a tenth
+        chosen = choose(scans[chosen.way].below(chosen.share), 0.9 * limit * limit / rise.high, nothing)  # as much smaller as the check missed by, and a tenth
     gained = chosen.learning
     return {
         "budget": ledger.budget.text,
@@ -180,8 +195,8 @@ def keep_budget(ledger: Ledger, model: nn.Module, ways: Ways, learning: Learning
         "learning": None if gained is None else {"nats": gained.nats, "standard_error": gained.standard_error},
         "learning_on": None if learning is None else learning.name,
         "learning_per_nat": gained.nats / rises[GENERAL].nats if gained is not None and rises[GENERAL].nats > 0 else None,
-        "curve": [point.numbers() for way in ways for point in scanned[way]],
-        "each": {way: _bought(scanned[way], limit) for way in ways},
+        "curve": [point.numbers() for way in ways for point in scans[way].points],
+        "each": {way: _bought(scans[way].points, limit) for way in ways},
         "others": {f"{other:g}%": _bought(points, math.log1p(other / 100)) for other in OTHERS},
     }
 
