@@ -135,8 +135,9 @@ seed: 0
 def config(folder: Path) -> Target:
     """Experiments and options of tune and record in YAML: resolved, planned, every trial addressed."""
     from holdfast.campaign import _plan
-    from holdfast.config import RECORD_PRESETS, TUNE_PRESETS, RecordOptions, TuneOptions, as_dict, read_yaml, resolve
+    from holdfast.config import RECORD_PRESETS, TUNE_PRESETS, RecordOptions, TuneOptions, resolve
     from holdfast.experiment import identity, read, tune_options, validation_trials
+    from holdfast.options import as_dict, read_yaml
 
     (folder / "base.yaml").write_text(EXPERIMENT, encoding="utf-8")
     record = "general: wiki.jsonl\nout: i.safetensors\nestimator: path\nrank: 8\nepochs: 2\nxi: 1e-9\n"

@@ -18,7 +18,7 @@ from holdfast.budget import (  # fmt: skip
     t_quantile,
     verdict,
 )
-from holdfast.config import OptionError
+from holdfast.options import OptionError
 from holdfast.overlap import overlap
 
 

@@ -8,21 +8,8 @@ import pytest
 import torch
 
 from holdfast.cli import VERBS, main
-from holdfast.config import (
-    ABOVE_ZERO,
-    AT_LEAST,
-    RECORD_PRESETS,
-    TUNE_PRESETS,
-    CompareOptions,
-    EvalOptions,
-    OptionError,
-    PlanOptions,
-    RecordOptions,
-    ShrinkOptions,
-    TuneOptions,
-    read_yaml,
-    resolve,
-)
+from holdfast.config import RECORD_PRESETS, TUNE_PRESETS, CompareOptions, EvalOptions, PlanOptions, RecordOptions, ShrinkOptions, TuneOptions, resolve
+from holdfast.options import ABOVE_ZERO, AT_LEAST, OptionError, read_yaml
 
 
 @pytest.mark.parametrize("verb", ["", *sorted(VERBS)])

@@ -16,9 +16,10 @@ import pytest
 from holdfast import campaign, sequence, trial
 from holdfast.carving import carve, groups
 from holdfast.cli import main
-from holdfast.config import TUNE_PRESETS, OptionError, TuneOptions, resolve
+from holdfast.config import TUNE_PRESETS, TuneOptions, resolve
 from holdfast.experiment import identity, read, validation_trials
 from holdfast.lock import only_writer
+from holdfast.options import OptionError
 
 WORDS = "the cat sat on mat and dog then too yes no one two three".split()  # noqa: SIM905
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from holdfast.config import OptionError
 from holdfast.importance.consolidation import consolidated, parse_rule
 from holdfast.importance.container import DenseEntry, FactoredEntry, Importance, KroneckerEntry
 from holdfast.importance.covariance import Covariance
+from holdfast.options import OptionError
 
 
 def covariance(n, seed, scale=1.0):

@@ -20,10 +20,11 @@ import holdfast
 from conftest import CONFIGS
 from holdfast import Fisher, Importance, Kronecker, PathIntegral, Penalty, distributed, recording
 from holdfast.callback import HoldfastCallback, RecorderCallback
-from holdfast.config import RECORD_PRESETS, TUNE_PRESETS, OptionError, RecordOptions, TuneOptions, resolve
+from holdfast.config import RECORD_PRESETS, TUNE_PRESETS, RecordOptions, TuneOptions, resolve
 from holdfast.importance.activation import Activation
 from holdfast.importance.path_factored import PathFactored
 from holdfast.importance.tiers import converted
+from holdfast.options import OptionError
 from holdfast.penalty import sharing
 from holdfast.texts import batches
 from holdfast.training import tune

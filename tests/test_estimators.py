@@ -8,8 +8,9 @@ import torch
 import holdfast
 from holdfast import recording
 from holdfast.cli import main
-from holdfast.config import RECORD_PRESETS, OptionError, RecordOptions, resolve
+from holdfast.config import RECORD_PRESETS, RecordOptions, resolve
 from holdfast.importance.container import Importance
+from holdfast.options import OptionError
 from holdfast.weights import add_adapter, target_weights
 
 TRAINED = ["path", "path-factored"]

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from holdfast.config import EvalOptions, OptionError, resolve
+from holdfast.config import EvalOptions, resolve
 from holdfast.evaluation import TextLoss, answers, check_tasks, evaluate, lm_eval_accuracy, ratio_error, rise, text_loss
+from holdfast.options import OptionError
 from holdfast.runs import read_json
 from holdfast.tasks import load_task
 

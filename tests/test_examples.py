@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from holdfast.cli import NEEDED, OPTIONS, VERBS, _verb_parser, main
-from holdfast.config import as_dict, read_yaml, resolve
+from holdfast.config import resolve
+from holdfast.options import as_dict, read_yaml
 from holdfast.runs import read_json
 
 ROOT = Path(__file__).parents[1]

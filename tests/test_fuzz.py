@@ -19,10 +19,11 @@ from safetensors.torch import load_file, save_file
 from comparisons import comparison
 from holdfast import cli
 from holdfast.adapter_files import checked, with_adapter
-from holdfast.config import ModelOptions, OptionError, TuneOptions, read_yaml, resolve
+from holdfast.config import ModelOptions, TuneOptions, resolve
 from holdfast.experiment import read
 from holdfast.importance.container import DenseEntry, FactoredEntry, Importance
 from holdfast.inspection import describe, describe_file
+from holdfast.options import OptionError, read_yaml
 from holdfast.reading import DEPTH, UNSAFE, FileError, check_name, load_json, load_yaml, printable
 from holdfast.report.contents import load as report_contents
 from holdfast.report.markdown import markdown

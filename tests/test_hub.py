@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM
 from holdfast import Importance
 from holdfast.cards import code, command, extended, hub_name, section_of, shareable
 from holdfast.cli import main
-from holdfast.config import TUNE_PRESETS, OptionError, TuneOptions, as_dict, resolve
+from holdfast.config import TUNE_PRESETS, TuneOptions, resolve
 from holdfast.hub import FILE, importance_path
 from holdfast.importance.container import DenseEntry
+from holdfast.options import OptionError, as_dict
 from holdfast.runs import read_json, sha256_file
 
 NAME = "model.layers.0.self_attn.q_proj.weight"

@@ -19,8 +19,8 @@ from transformers import Trainer, TrainingArguments
 
 from holdfast import HoldCallback, Penalty, hold
 from holdfast.cli import main
-from holdfast.config import OptionError
 from holdfast.importance.container import DenseEntry, Importance
+from holdfast.options import OptionError
 from holdfast.weights import add_adapter, target_weights
 
 ROOT = Path(__file__).parents[1]

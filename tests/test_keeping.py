@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from holdfast import hold, keeper, training
 from holdfast.budget import parse
 from holdfast.cli import main
-from holdfast.config import OptionError
 from holdfast.finish import keep_budget
 from holdfast.importance.controls import uniform
 from holdfast.ledger import open_ledger
+from holdfast.options import OptionError
 from holdfast.probe import plan
 from holdfast.texts import load_documents
 from holdfast.update import Update

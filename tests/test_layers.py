@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from holdfast.config import OptionError
 from holdfast.layers import OverDepth, PerKind, ScaleFree, Softmax, Uniform, from_option
+from holdfast.options import OptionError
 
 
 @dataclass

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from holdfast import training
 from holdfast.callback import TermCallback
-from holdfast.config import METHOD_SETTINGS, RECORD_PRESETS, TUNE_PRESETS, EvalOptions, OptionError, RecordOptions, TuneOptions, resolve
+from holdfast.config import METHOD_SETTINGS, RECORD_PRESETS, TUNE_PRESETS, EvalOptions, RecordOptions, TuneOptions, resolve
 from holdfast.demo.run import MODEL
 from holdfast.demo.world import build, documents
 from holdfast.evaluation import evaluate
@@ -21,6 +21,7 @@ from holdfast.methods import orthogonal, scaling, terms
 from holdfast.methods.divergence import kl_gradient, kl_reference
 from holdfast.methods.laplace import FactorPenalty, curvature
 from holdfast.methods.table import METHODS
+from holdfast.options import OptionError
 from holdfast.recording import record
 from holdfast.training import tune
 from holdfast.weights import add_adapter, target_weights

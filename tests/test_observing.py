@@ -8,11 +8,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from holdfast.config import OptionError
 from holdfast.importance.activation import Activation
 from holdfast.importance.container import Importance
 from holdfast.importance.fisher import Fisher
 from holdfast.importance.kronecker import Kronecker
+from holdfast.options import OptionError
 from holdfast.texts import collate
 from holdfast.weights import add_adapter, target_weights
 

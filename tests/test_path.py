@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 
-from holdfast.config import OptionError
 from holdfast.importance.movement import effective_gradient, low_rank_movement
 from holdfast.importance.path import PathIntegral, normalise
 from holdfast.importance.path_factored import PathFactored
+from holdfast.options import OptionError
 from holdfast.penalty.pull import Penalty
 from holdfast.weights import add_adapter, target_weights
 

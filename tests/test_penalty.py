@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 
-from holdfast.config import OptionError
 from holdfast.importance.container import DenseEntry, Importance
 from holdfast.layers import PerKind, Softmax, Uniform
+from holdfast.options import OptionError
 from holdfast.penalty import dense, reference
 from holdfast.penalty.pull import Penalty
 from holdfast.weights import add_adapter, target_weights

@@ -5,11 +5,12 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from conftest import SMALL
-from holdfast.config import RECORD_PRESETS, TUNE_PRESETS, EvalOptions, OptionError, RecordOptions, TuneOptions, resolve
+from holdfast.config import RECORD_PRESETS, TUNE_PRESETS, EvalOptions, RecordOptions, TuneOptions, resolve
 from holdfast.evaluation import evaluate
 from holdfast.importance.container import Importance
 from holdfast.importance.path import PathIntegral
 from holdfast.models import load_model
+from holdfast.options import OptionError
 from holdfast.recording import record
 from holdfast.training import merge, tune
 from holdfast.weights import add_adapter, base_shapes, fingerprint, linear_layers, target_weights

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from holdfast.config import OptionError
+from holdfast.options import OptionError
 from holdfast.tasks import TASKS, encode_rows, load_task, load_training_data, truncation_report
 from holdfast.texts import batches, encode, encode_chat, load_documents, load_rows
 

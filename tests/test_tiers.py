@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from holdfast.config import OptionError
 from holdfast.importance.container import DenseEntry, FactoredEntry, Importance, KroneckerEntry
 from holdfast.importance.controls import shuffled, uniform
 from holdfast.importance.covariance import Covariance, leading_eigenpairs, low_rank
 from holdfast.importance.tiers import factorise
+from holdfast.options import OptionError
 from holdfast.weights import add_adapter
 
 

@@ -8,8 +8,8 @@ from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 
 from holdfast import HoldfastCallback, PathIntegral, Penalty, RecorderCallback, hold
-from holdfast.config import OptionError
 from holdfast.importance.container import DenseEntry, Importance
+from holdfast.options import OptionError
 from holdfast.weights import add_adapter, target_weights
 
 NUMBERS = {"energy", "pull_norm", "pull_ratio"}

@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from holdfast import recording, runs
-from holdfast.config import RECORD_PRESETS, STRENGTHS, TUNE_PRESETS, OptionError, RecordOptions, TuneOptions, resolve
+from holdfast.config import RECORD_PRESETS, STRENGTHS, TUNE_PRESETS, RecordOptions, TuneOptions, resolve
 from holdfast.importance.container import Importance
 from holdfast.importance.kronecker import Kronecker
+from holdfast.options import OptionError
 from holdfast.recording import record
 from holdfast.training import merge, tune
 

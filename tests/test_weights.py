@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
 from conftest import CONFIGS, SMALL
-from holdfast.config import OptionError
+from holdfast.options import OptionError
 from holdfast.weights import add_adapter, base_shapes, fingerprint, matching, target_weights
 
 

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from holdfast.config import OptionError
+from holdfast.options import OptionError
 
 ERROR = 0.05  # probability that a verdict is wrong, both tails, all checks of a run together
 PLANNED = 0.98  # quantile of the difference between the parts that lets the check be met 19 times in 20: the noise is itself an estimate (tests/test_budget.py)

@@ -21,9 +21,10 @@ from torch.utils.data import Sampler
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from holdfast import distributed
-from holdfast.config import OptionError, default_strength
+from holdfast.config import default_strength
 from holdfast.importance.attachment import PathRecorder
 from holdfast.importance.container import Importance
+from holdfast.options import OptionError
 from holdfast.penalty.pull import Penalty
 
 

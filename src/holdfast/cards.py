@@ -17,7 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from holdfast.config import TUNE_PRESETS, ShrinkOptions, TuneOptions, as_dict, resolve
+from holdfast.config import TUNE_PRESETS, ShrinkOptions, TuneOptions, resolve
+from holdfast.options import as_dict
 from holdfast.report import numbers
 from holdfast.report.markdown import plain
 

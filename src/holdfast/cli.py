@@ -17,23 +17,20 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from holdfast.config import (  # fmt: skip
+from holdfast.config import (
     RECORD_PRESETS,
     TUNE_PRESETS,
     CompareOptions,
     DemoOptions,
     EvalOptions,
-    OptionError,
     PlanOptions,
     RecordOptions,
     ReportOptions,
     ShrinkOptions,
-    TuneOptions,
-    nearest,
-    read_yaml,
+    TuneOptions,  # fmt: skip
     resolve,
-    several,
 )
+from holdfast.options import OptionError, nearest, read_yaml, several
 from holdfast.reading import printable
 
 ALONE = ("eval", "compare", "shrink", "report", "convert", "merge", "demo")  # verbs that write, and don't share work between processes

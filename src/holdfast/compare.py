@@ -14,9 +14,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from holdfast.config import read_yaml
 from holdfast.experiment import Experiment, from_resolved
 from holdfast.frontier import Curve, area, at_share, difference, mean_and_error, on_frontier, rank
+from holdfast.options import read_yaml
 from holdfast.runs import read_json, write_json
 from holdfast.shapes import TRIAL, read_checked
 

@@ -10,36 +10,13 @@ This file imports nothing but the standard library (and PyYAML when a file is re
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from holdfast.reading import FileError, brief, load_yaml
+from holdfast.options import OptionError, checked, nearest, option
 
 Options = TypeVar("Options")
-
-
-class OptionError(FileError):
-    """A wrong option or a wrong combination of options, wherever it was given: exit code 2 on the command line. The message is one printable line."""
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """End of an error message: the known name closest to `name`, or all of them when none is close."""
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
-
-
-def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, positional: bool = False, metavar: str | None = None,
-           repeated: bool = False) -> Any:  # fmt: skip
-    """A dataclass field with what the command line needs to know about it. `repeated`: may be given several times; the values are joined by commas."""
-    metadata = {"help": help, "choices": choices, "positional": positional, "metavar": metavar, "repeated": repeated}
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -47,14 +24,6 @@ PRESETS = ("default", "paper")
 ESTIMATORS = ("path", "path-factored", "fisher", "kronecker", "activation", "uniform")
 LAYERS = ("uniform", "softmax", "scale-free")
 REPORTERS = ("none", "tensorboard", "wandb", "trackio", "mlflow", "swanlab")
-
-# Options that must be at least a number, and those that must be above zero, wherever they occur.
-AT_LEAST = {"rank": 1, "batch_size": 1, "accumulation": 1, "save_steps": 1, "log_steps": 1, "limit": 1, "documents": 1, "self_documents": 1, "threads": 1,
-            "final_rank": 1, "length": 2, "stride": 1, "batch_tokens": 1, "shots": 0, "eval_steps": 0, "strength": 0, "cov_rank": 0, "groups": 1, "dropout": 0,
-            "warmup": 0, "weight_decay": 0, "max_grad_norm": 0, "seed": 0, "replay_documents": 1, "replay_share": 0, "kl_weight": 0,
-            "kl_sequences": 1, "general_steps": 0, "scale": 0, "max_forgetting": 0, "orthogonality": 0, "jobs": 1, "mu": 0,
-            "tokens": 2, "general_tokens": 1, "record_tokens": 2, "processes": 1}  # fmt: skip
-ABOVE_ZERO = ("learning_rate", "epochs", "alpha", "xi", "flops")
 
 
 @dataclass(frozen=True)
@@ -357,7 +326,7 @@ def resolve(kind: type[Options], given: Mapping[str, Any], presets: Mapping[str,
     for name in given:
         if name not in known:
             raise OptionError(f"unknown option '{name}' for {kind.__name__}; {nearest(name, known)}")
-    values = {name: _checked(known[name], value) for name, value in given.items()}
+    values = {name: checked(known[name], value) for name, value in given.items()}
     if kind is RecordOptions:
         check_estimator(values, str(values.get("estimator") or RECORD_PRESETS[str(values.get("preset") or "default")]["estimator"]))
     if presets is not None:
@@ -365,70 +334,3 @@ def resolve(kind: type[Options], given: Mapping[str, Any], presets: Mapping[str,
         decided = method_settings(values) if kind is TuneOptions else {}
         values = {**presets[preset], **decided, **{name: value for name, value in values.items() if value is not None or known[name].default is not None}}
     return kind(**values)
-
-
-def _checked(spec: dataclasses.Field, value: Any) -> Any:
-    """`value` if it fits the field's annotation and choices, converted where YAML is known to be loose (1e-3 is a string there)."""
-    kind = str(spec.type)
-    if value is None or kind == "Any":
-        return value
-    flag = "--" + spec.name.replace("_", "-")
-    try:
-        if kind.startswith("bool"):
-            if not isinstance(value, bool):
-                raise ValueError
-        elif kind.startswith("int"):
-            if isinstance(value, bool) or int(value) != float(value) or not abs(int(value)) < 1 << 63:
-                raise ValueError
-            value = int(value)
-        elif kind.startswith("float"):
-            if isinstance(value, bool) or not math.isfinite(float(value)):
-                raise ValueError
-            value = float(value)
-        else:
-            if isinstance(value, (dict, set, bytes)):
-                raise ValueError
-            value = ",".join(value) if isinstance(value, (list, tuple)) else str(value)
-    except (TypeError, ValueError, OverflowError):
-        raise OptionError(f"{flag} expects {kind.split(' ')[0]}, found {brief(value)}") from None
-    choices = spec.metadata.get("choices")
-    if choices and value not in choices:
-        near = nearest(str(value), choices)
-        raise OptionError(f"{flag} expects one of {', '.join(choices)}, found '{value}'" + (f"; {near}" if near.startswith("did") else ""))
-    if spec.name in AT_LEAST and value < AT_LEAST[spec.name]:
-        raise OptionError(f"{flag} must be at least {AT_LEAST[spec.name]}, found {value}")
-    if spec.name in ABOVE_ZERO and value <= 0:
-        raise OptionError(f"{flag} must be above 0, found {value}")
-    if spec.name == "dropout" and value >= 1:
-        raise OptionError(f"{flag} must be below 1, found {value}")
-    return value
-
-
-def several(spec: str | None) -> list[str]:
-    """The parts of an option that may be given several times; a file whose name has commas is one part."""
-    if not spec:
-        return []
-    return [spec] if "," not in spec or Path(spec).exists() else [part.strip() for part in spec.split(",") if part.strip()]
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file, safe-loaded; keys may be written with - or _. Raises OptionError with the line of a syntax error."""
-    path = Path(path)
-    try:
-        if not path.is_file():
-            raise OptionError(f"configuration file '{path}' does not exist")
-        content = load_yaml(path.read_text(encoding="utf-8"))
-    except OptionError:
-        raise
-    except (OSError, ValueError) as error:
-        raise OptionError(f"configuration file '{path}' is not valid YAML: {error}") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise OptionError(f"configuration file '{path}' must hold a mapping of options, found {type(content).__name__}")
-    return {key.replace("-", "_"): value for key, value in content.items()}
-
-
-def as_dict(options: Any) -> dict[str, Any]:
-    """Options as plain values, for run.json and the resolved configuration."""
-    return dataclasses.asdict(options)

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from holdfast.config import OptionError
+from holdfast.options import OptionError
 
 Item = TypeVar("Item")
 DATA_PARALLEL = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU", "MULTI_HPU", "MULTI_MUSA", "MULTI_SDAA", "MULTI_NEURON")

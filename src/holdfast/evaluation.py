@@ -20,8 +20,9 @@ import torch
 from torch import nn
 
 from holdfast.adapter_files import checked, with_adapter
-from holdfast.config import EvalOptions, OptionError, as_dict, nearest
+from holdfast.config import EvalOptions
 from holdfast.models import context_length, load_model, load_tokenizer
+from holdfast.options import OptionError, as_dict, nearest
 from holdfast.runs import check_output_folder, environment, write_json
 from holdfast.tasks import TASKS, Row, Task, encode_rows, find_task, load_task, load_training_data
 from holdfast.texts import Document, Encoded, collate, encode, encode_prompted, load_documents

@@ -30,23 +30,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from holdfast.config import RECORD_PRESETS, TUNE_PRESETS, OptionError, RecordOptions, TuneOptions, as_dict, nearest, read_yaml, resolve
+from holdfast.config import RECORD_PRESETS, TUNE_PRESETS, RecordOptions, TuneOptions, resolve
+from holdfast.options import OptionError, as_dict, nearest, read_yaml
 from holdfast.reading import FileError, brief, check_mapping, check_name
 
-OURS = {
-    "data",
-    "eval_data",
-    "general",
-    "out",
-    "model",
-    "resume",
-    "overwrite",
-    "seed",
-    "tasks",
-    "limit",
-    "eval_steps",
-    "earlier",
-}  # options that the experiment itself sets
+# Options that the experiment itself sets.
+OURS = {"data", "eval_data", "general", "out", "model", "resume", "overwrite", "seed", "tasks", "limit", "eval_steps", "earlier"}
 # Options that came after the first comparisons: where not given, runs made before are still found.
 LATER = ("earlier", "orthogonality", "after", "consolidate", "final_rank", "keep_all")
 MOST_SETTINGS = 10_000  # of one method

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from holdfast.config import OptionError, TuneOptions, several
+from holdfast.config import TuneOptions
+from holdfast.options import OptionError, several
 from holdfast.runs import read_json, write_text
 from holdfast.tasks import find_task, load_task, load_training_data
 

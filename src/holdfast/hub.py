@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.cards import FILES, HUB_NAME, extended, hub_name, importance_card, run_card, section_of, shareable
-from holdfast.config import OptionError
 from holdfast.importance.container import Importance
+from holdfast.options import OptionError
 from holdfast.runs import write_text
 from holdfast.storage import save
 

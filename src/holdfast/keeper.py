@@ -19,12 +19,13 @@ from torch import nn
 
 from holdfast.budget import Budget, Controller, check_reach, parse
 from holdfast.callback import HoldfastCallback, hold
-from holdfast.config import STRENGTHS, OptionError, TuneOptions
+from holdfast.config import STRENGTHS, TuneOptions
 from holdfast.earlier import Earlier, walk
 from holdfast.finish import EACH, Learning, keep_budget, ways_of
 from holdfast.importance.container import Importance
 from holdfast.ledger import PIECE, Ledger, content, guard_of, measured, open_ledger
 from holdfast.models import context_length
+from holdfast.options import OptionError
 from holdfast.overlap import Overlap, overlap
 from holdfast.probe import Probe, Rolling, plan
 from holdfast.tasks import encode_rows, load_training_data, row_text

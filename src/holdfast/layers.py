@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from holdfast.config import LAYERS, OptionError, nearest
+from holdfast.config import LAYERS
+from holdfast.options import OptionError, nearest
 
 
 class Placed(Protocol):

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from holdfast.config import ModelOptions, OptionError
+from holdfast.config import ModelOptions
+from holdfast.options import OptionError
 from holdfast.runs import discard, room_for
 
 

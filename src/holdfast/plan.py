@@ -28,11 +28,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from holdfast.config import OptionError, PlanOptions
+from holdfast.config import PlanOptions
 from holdfast.importance.covariance import AnyCovariance, Covariance, LowRankCovariance
 from holdfast.importance.entries import DenseEntry, Entry, FactoredEntry, KroneckerEntry
 from holdfast.importance.tiers import converted, parse_tier
 from holdfast.models import device_of, load_empty
+from holdfast.options import OptionError
 from holdfast.penalty.pull import low_rank_pull
 from holdfast.report import numbers
 from holdfast.sizes import Planned, bytes_of_file, bytes_of_tensors, pull_operations, shares, total, usual_tiers

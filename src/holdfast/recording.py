@@ -23,7 +23,7 @@ from torch import nn
 from tqdm import tqdm
 
 from holdfast import distributed
-from holdfast.config import LABELLED, TRAINING_ONLY, OptionError, RecordOptions, as_dict
+from holdfast.config import LABELLED, TRAINING_ONLY, RecordOptions
 from holdfast.hub import push_importance, ready
 from holdfast.importance.activation import Activation
 from holdfast.importance.attachment import PathRecorder
@@ -37,6 +37,7 @@ from holdfast.importance.path_factored import PathFactored
 from holdfast.importance.tiers import parse_tier
 from holdfast.lock import only_writer
 from holdfast.models import context_length, load_model, load_tokenizer
+from holdfast.options import OptionError, as_dict
 from holdfast.runs import atomic_path, check_free_space, environment, free_memory
 from holdfast.texts import Encoded, batches, encode, fingerprint_rows, load_documents, sample_documents
 from holdfast.weights import add_adapter, fingerprint, target_weights

@@ -26,7 +26,7 @@ from torch import nn
 
 from holdfast.adapter_files import checked, load_tuned
 from holdfast.budget import check_reach, parse, percent
-from holdfast.config import OptionError, ShrinkOptions, as_dict
+from holdfast.config import ShrinkOptions
 from holdfast.evaluation import changes, measure, table
 from holdfast.finish import EACH, Learning, keep_budget, sentences, ways_of
 from holdfast.hub import importance_path, write_card
@@ -34,6 +34,7 @@ from holdfast.importance.container import Importance
 from holdfast.keeper import domain
 from holdfast.ledger import Ledger, open_ledger
 from holdfast.models import load_tokenizer, save_whole
+from holdfast.options import OptionError, as_dict
 from holdfast.penalty.pull import check_fit
 from holdfast.runs import check_free_space, check_output_folder, environment, sha256_file, write_json
 from holdfast.tasks import encode_rows, load_training_data

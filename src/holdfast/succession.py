@@ -30,7 +30,7 @@ import yaml
 
 from holdfast import distributed
 from holdfast.adapter_files import with_adapter
-from holdfast.config import LABELLED, RECORD_PRESETS, TRAINING_ONLY, OptionError, RecordOptions, TuneOptions, as_dict, resolve, several
+from holdfast.config import LABELLED, RECORD_PRESETS, TRAINING_ONLY, RecordOptions, TuneOptions, resolve
 from holdfast.earlier import Earlier, Held, Stage, merged
 from holdfast.evaluation import answers, changes, measure, rise
 from holdfast.heldout import Domain, earlier_of, named
@@ -41,6 +41,7 @@ from holdfast.keeper import check_budget
 from holdfast.lock import only_writer
 from holdfast.methods.table import chosen
 from holdfast.models import context_length, load_model, load_tokenizer
+from holdfast.options import OptionError, as_dict, several
 from holdfast.recording import load_state, record_on
 from holdfast.runs import atomic_path, discard, environment, read_json, sha256_file, write_json, write_text
 from holdfast.stacking import stack

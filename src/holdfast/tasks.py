@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from holdfast.config import OptionError, nearest
+from holdfast.options import OptionError, nearest
 from holdfast.reading import FileError, brief
 from holdfast.texts import Encoded, check_messages, encode_chat, encode_prompted, load_rows
 

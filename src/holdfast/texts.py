@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from holdfast.config import OptionError
+from holdfast.options import OptionError
 from holdfast.reading import FileError, load_json
 
 FILES = (".txt", ".jsonl", ".json", ".csv", ".parquet")

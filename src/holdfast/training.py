@@ -32,7 +32,7 @@ from transformers import ProgressCallback, TrainerState, set_seed
 from holdfast import distributed
 from holdfast.adapter_files import checked, load_tuned
 from holdfast.callback import ProgressBar, StopOnNonFinite, add_penalty, add_term, whole_steps
-from holdfast.config import ModelOptions, OptionError, TuneOptions, as_dict, default_strength, read_yaml, resolve, several
+from holdfast.config import ModelOptions, TuneOptions, default_strength, resolve
 from holdfast.earlier import Earlier
 from holdfast.evaluation import changes, check_tasks, measure, table
 from holdfast.finish import sentences
@@ -47,6 +47,7 @@ from holdfast.methods.table import chosen
 from holdfast.methods.text import replay_text
 from holdfast.models import context_length, load_model, load_tokenizer, save_whole
 from holdfast.moved import moved
+from holdfast.options import OptionError, as_dict, read_yaml, several
 from holdfast.penalty.pull import check_fit, implementation
 from holdfast.reading import FileError
 from holdfast.runs import check_free_space, check_output_folder, discard, environment, read_json, sha256_file, write_json, write_text

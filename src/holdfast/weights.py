@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from holdfast import distributed
 from holdfast.checkpoint import Base, KeptWeight, StoredWeight, stored_weights
-from holdfast.config import OptionError, nearest
+from holdfast.options import OptionError, nearest
 from holdfast.reading import FileError
 
 logger = logging.getLogger("holdfast")

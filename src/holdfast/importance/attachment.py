@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from holdfast import distributed
-from holdfast.config import OptionError
 from holdfast.importance.container import Entry, Importance
 from holdfast.importance.movement import effective_gradient
+from holdfast.options import OptionError
 from holdfast.stepping import before_step, pending_scale, unwrapped_optimizer, will_skip
 from holdfast.weights import FullWeight, LowRankWeight, TargetWeight, target_weights, wider
 

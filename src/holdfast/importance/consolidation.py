@@ -26,10 +26,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from holdfast.config import OptionError
 from holdfast.importance.container import DenseEntry, Entry, FactoredEntry, Importance, KroneckerEntry
 from holdfast.importance.covariance import AnyCovariance, Covariance, LowRankCovariance, low_rank
 from holdfast.importance.tiers import converted
+from holdfast.options import OptionError
 
 Pair = tuple[Entry, Entry]
 Terms = Sequence[tuple[float, AnyCovariance]]

@@ -35,7 +35,7 @@ class Importance:
 
     def __getitem__(self, name: str) -> Entry:
         if name not in self.entries:
-            from holdfast.config import nearest
+            from holdfast.options import nearest
 
             raise KeyError(f"no importance for '{name}' ({len(self.entries)} weights); {nearest(name, self.entries)}")
         return self.entries[name]

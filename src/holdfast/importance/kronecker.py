@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from holdfast.config import OptionError
 from holdfast.importance.container import Entry, KroneckerEntry
 from holdfast.importance.covariance import AnyCovariance, Covariance
 from holdfast.importance.fidelity import energy_errors
 from holdfast.importance.observing import ObservingRecorder
+from holdfast.options import OptionError
 from holdfast.weights import BaseLayer
 
 

@@ -36,9 +36,9 @@ import torch
 from torch import Tensor, nn
 
 from holdfast import distributed
-from holdfast.config import OptionError
 from holdfast.importance.container import Entry, Importance
 from holdfast.importance.entries import from_plain, to_plain, with_tensors
+from holdfast.options import OptionError
 from holdfast.weights import BaseLayer, bare, base_layers, wider
 
 LABELS = ("empirical", "sampled")

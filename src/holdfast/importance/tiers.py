@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from holdfast import codec
-from holdfast.config import OptionError, nearest
 from holdfast.importance.covariance import AnyCovariance
 from holdfast.importance.entries import CodedEntry, DenseEntry, Entry, FactoredEntry, KroneckerEntry
+from holdfast.options import OptionError, nearest
 
 NUMBERS = {"f32": torch.float32, "bf16": torch.bfloat16}
 TIERS = (*NUMBERS, *codec.BITS, "factored", "kronecker")

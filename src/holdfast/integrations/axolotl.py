@@ -17,7 +17,7 @@ from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel
 
 from holdfast.callback import hold
-from holdfast.config import OptionError
+from holdfast.options import OptionError
 
 
 class HoldfastArgs(BaseModel):  # type: ignore[misc, unused-ignore]

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from holdfast.config import OptionError, TuneOptions
+from holdfast.config import TuneOptions
 from holdfast.methods.method import Setup
+from holdfast.options import OptionError
 from holdfast.weights import base_shapes, matching, peft_targets
 
 logger = logging.getLogger("holdfast")

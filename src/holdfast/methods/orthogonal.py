@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from holdfast.config import OptionError, TuneOptions
+from holdfast.config import TuneOptions
 from holdfast.methods import adapters
 from holdfast.methods.method import Setup
+from holdfast.options import OptionError
 from holdfast.weights import LowRankWeight, adapter_inputs, target_weights, wider
 
 

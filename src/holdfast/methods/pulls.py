@@ -12,11 +12,12 @@ from __future__ import annotations
 from torch import nn
 
 from holdfast import distributed
-from holdfast.config import OptionError, TuneOptions
+from holdfast.config import TuneOptions
 from holdfast.importance.container import Importance
 from holdfast.importance.controls import shuffled, uniform
 from holdfast.importance.fisher import Fisher
 from holdfast.methods.method import Setup
+from holdfast.options import OptionError
 from holdfast.penalty.pull import Penalty
 from holdfast.texts import batches
 

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from holdfast.config import OptionError, TuneOptions
+from holdfast.config import TuneOptions
 from holdfast.evaluation import general_loss, rise
 from holdfast.methods.method import Setup
 from holdfast.models import load_model
+from holdfast.options import OptionError
 from holdfast.texts import load_documents
 from holdfast.weights import LowRankWeight, matching, target_weights
 

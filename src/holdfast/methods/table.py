@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from holdfast.config import OptionError, TuneOptions, nearest
+from holdfast.config import TuneOptions
 from holdfast.methods import adapters, control, laplace, orthogonal, pulls, scaling, terms
 from holdfast.methods.method import Method
+from holdfast.options import OptionError, nearest
 
 PLACES = ("adapter", "optimizer", "pull", "finish")  # at most one method fills each; terms add up
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from holdfast import distributed
-from holdfast.config import OptionError, nearest
 from holdfast.importance.container import CodedEntry, DenseEntry, Entry, FactoredEntry, Importance, KroneckerEntry
 from holdfast.layers import Uniform
+from holdfast.options import OptionError, nearest
 from holdfast.penalty import factored, fused, kronecker, sharing, tiled
 from holdfast.penalty.difference import thin
 from holdfast.penalty.offload import in_cpu_memory, placed
