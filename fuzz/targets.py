@@ -136,7 +136,8 @@ def config(folder: Path) -> Target:
     """Experiments and options of tune and record in YAML: resolved, planned, every trial addressed."""
     from holdfast.campaign import _plan
     from holdfast.config import RECORD_PRESETS, TUNE_PRESETS, RecordOptions, TuneOptions, resolve
-    from holdfast.experiment import identity, read, tune_options, validation_trials
+    from holdfast.experiment import identity, tune_options, validation_trials
+    from holdfast.experiment_file import read
     from holdfast.options import as_dict, read_yaml
 
     (folder / "base.yaml").write_text(EXPERIMENT, encoding="utf-8")

@@ -17,7 +17,8 @@ from holdfast import campaign, sequence, trial
 from holdfast.carving import carve, groups
 from holdfast.cli import main
 from holdfast.config import TUNE_PRESETS, TuneOptions, resolve
-from holdfast.experiment import identity, read, validation_trials
+from holdfast.experiment import identity, validation_trials
+from holdfast.experiment_file import read
 from holdfast.lock import only_writer
 from holdfast.options import OptionError
 
@@ -325,7 +326,7 @@ def test_near_duplicates_fall_into_one_part_whatever_the_order():
 
 
 def test_reading_results_needs_no_torch():
-    code = "import sys, holdfast.compare, holdfast.frontier, holdfast.experiment; sys.exit('torch' in sys.modules)"
+    code = "import sys, holdfast.compare, holdfast.frontier, holdfast.experiment_file; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -20,7 +20,7 @@ from comparisons import comparison
 from holdfast import cli
 from holdfast.adapter_files import checked, with_adapter
 from holdfast.config import ModelOptions, TuneOptions, resolve
-from holdfast.experiment import read
+from holdfast.experiment_file import read
 from holdfast.importance.container import DenseEntry, FactoredEntry, Importance
 from holdfast.inspection import describe, describe_file
 from holdfast.options import OptionError, read_yaml

@@ -32,7 +32,8 @@ from holdfast.adapter_files import load_tuned
 from holdfast.carving import carve
 from holdfast.compare import choose, progress_line, summarise
 from holdfast.config import CompareOptions, ModelOptions, resolve
-from holdfast.experiment import RECORDED, Experiment, Trial, final_trials, identity, read, record_options, tune_options, validation_trials
+from holdfast.experiment import RECORDED, Experiment, Trial, final_trials, identity, record_options, tune_options, validation_trials
+from holdfast.experiment_file import read
 from holdfast.lock import only_writer
 from holdfast.models import context_length, load_model, load_tokenizer
 from holdfast.pool import running
