@@ -5,7 +5,7 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "holdfast"
 ORDER = ["reading", "options", "config", "runs", "lock", "shapes", "experiment", "experiment_file", "frontier", "transfer", "compare", "report", "cards",
-         "codec", "budget", "overlap", "carving", "stepping", "distributed", "checkpoint", "weights", "update", "importance", "storage",
+         "codec", "budget", "overlap", "carving", "stepping", "distributed", "checkpoint", "run_folder", "weights", "update", "importance", "storage",
          "inspection", "hub", "sizes", "shrink", "layers", "moved", "penalty", "callback", "models", "adapter_files", "texts", "tasks", "heldout",
          "evaluation", "earlier", "recording", "ledger", "probe", "finish", "keeper", "shrinking", "methods", "training", "plan", "integrations",
          "sequence", "trial", "pool", "scoring", "stacking", "succession", "campaign", "demo", "cli"]  # fmt: skip

@@ -43,11 +43,12 @@ from holdfast.methods.table import chosen
 from holdfast.models import context_length, load_model, load_tokenizer
 from holdfast.options import OptionError, as_dict, several
 from holdfast.recording import load_state, record_on
+from holdfast.run_folder import check_resumed
 from holdfast.runs import atomic_path, discard, environment, read_json, sha256_file, write_json, write_text
 from holdfast.stacking import stack
 from holdfast.tasks import encode_rows, find_task, load_task, load_training_data
 from holdfast.texts import fingerprint_rows
-from holdfast.training import check_resumed, push_result, tune
+from holdfast.training import push_result, tune
 from holdfast.transfer import transfer
 
 logger = logging.getLogger("holdfast")

@@ -19,7 +19,6 @@ import importlib.util
 import logging
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,18 +46,16 @@ from holdfast.methods.table import chosen
 from holdfast.methods.text import replay_text
 from holdfast.models import context_length, load_model, load_tokenizer, save_whole
 from holdfast.moved import moved
-from holdfast.options import OptionError, as_dict, read_yaml, several
+from holdfast.options import OptionError, as_dict, several
 from holdfast.penalty.pull import check_fit, implementation
 from holdfast.reading import FileError
-from holdfast.runs import check_free_space, check_output_folder, discard, environment, read_json, sha256_file, write_json, write_text
+from holdfast.run_folder import check_folder, clear_checkpoints, last_checkpoint
+from holdfast.runs import check_free_space, check_output_folder, discard, environment, sha256_file, write_json, write_text
 from holdfast.tasks import encode_rows, load_training_data, truncation_report
 from holdfast.texts import fingerprint_rows
 from holdfast.weights import LowRankWeight, add_adapter, matching, placed, target_weights, unwrapped, warn_of_experts
 
 logger = logging.getLogger("holdfast")
-# What a resumed run may change: nothing of it decides the result.
-MAY_CHANGE = ("resume", "overwrite", "out", "device", "threads", "save_steps", "log_steps", "report_to", "general", "general_split", "text_column", "eval_data",
-              "offload_importance", "eval_split", "eval_steps", "tasks", "limit", "push_to_hub", "private", "keep_all")  # fmt: skip
 
 
 def tune(options: TuneOptions, *, earlier: Earlier | None = None) -> dict[str, Any]:
@@ -75,7 +72,7 @@ def tune(options: TuneOptions, *, earlier: Earlier | None = None) -> dict[str, A
     if importance is not None and options.strength is None and not options.budget:
         options = replace(options, strength=default_strength(importance.info.get("estimator", "?")))
     with only_writer(options.out):
-        _check_folder(options, Path(options.out))
+        check_folder(options, Path(options.out))
         run = _tuned(options, Path(options.out), methods, importance, file, earlier)
     if repo and distributed.first():
         push_result(repo, Path(options.out) / "final", run)
@@ -130,7 +127,7 @@ def _tuned(
             discard(out / "run.json")  # of the run that is overwritten: it must not stand for this one
         write_text(out / "config.yaml", yaml.safe_dump(as_dict(options), sort_keys=False))
     started = time.perf_counter()
-    _train(trainer, _last_checkpoint(out) if options.resume else None)
+    _train(trainer, last_checkpoint(out) if options.resume else None)
     seconds = time.perf_counter() - started
     finished = {name: method.finish(setup, model) for name, method in methods.items() if method.finish}
     kept = None
@@ -216,22 +213,6 @@ def _check(options: TuneOptions) -> dict[str, Method]:
     check_budget(options, list(methods))
     check_tasks(options.tasks)
     return methods
-
-
-def _check_folder(options: TuneOptions, out: Path) -> None:
-    """Refuse a folder that holds another run. What a kill left of a checkpoint is removed; with --overwrite, all checkpoints."""
-    if options.resume:
-        check_resumed(options, out)
-    if (out / "run.json").exists() and not (options.overwrite or options.resume):
-        raise ValueError(f"'{out}' holds a finished run; give another --out, or --overwrite")
-    if (out / "checkpoints").exists() and not (options.resume or options.overwrite):
-        raise ValueError(f"'{out}' holds checkpoints of an unfinished run; go on with --resume, or start again with --overwrite")
-    distributed.barrier()  # before anything is written, every process has looked
-    if distributed.first():
-        if not options.resume:
-            discard(out / "checkpoints")
-        _clear_checkpoints(out / "checkpoints")
-    distributed.barrier()
 
 
 def _check_model(options: TuneOptions, model: nn.Module, importance: Importance | None, how: Any) -> None:
@@ -368,25 +349,8 @@ def _train(trainer: Any, checkpoint: str | None) -> None:
         with contextlib.redirect_stdout(sys.stderr):  # the trainer prints its log: progress, not a result
             trainer.train(resume_from_checkpoint=checkpoint)
     except BaseException:
-        _clear_checkpoints(Path(trainer.args.output_dir))
+        clear_checkpoints(Path(trainer.args.output_dir))
         raise
-
-
-def check_resumed(options: TuneOptions, out: Path, *, measured: Sequence[str] = ()) -> None:
-    """Raise OptionError where the options that decide the result are not those that the interrupted run was started with; `measured`: more that decide it."""
-    path = out / "config.yaml"
-    if not path.is_file():
-        return
-    then, now = read_yaml(path), as_dict(options)
-    may_change = (
-        set(MAY_CHANGE) - set(measured) - ({"general", "general_split", "text_column", "limit"} if options.budget else set())
-    )  # a budget is controlled on this text
-    if options.strength is None:  # then it was what suits the importance file, which is compared
-        may_change.add("strength")
-    different = sorted(key for key in now if key in then and now[key] != then[key] and key not in may_change)
-    if different:
-        raise OptionError(f"{path} was made with other options: {', '.join(f'{k}={then[k]!r} (now {now[k]!r})' for k in different)}; "
-                          "use the same, or --overwrite without --resume")  # fmt: skip
 
 
 def _announce(options: TuneOptions, model: nn.Module, importance: Importance | None, rows: int) -> None:
@@ -399,26 +363,6 @@ def _announce(options: TuneOptions, model: nn.Module, importance: Importance | N
     elif importance is not None and options.strength:
         held += f", strength {options.strength:g}, layers {options.layers}, anchor {options.anchor}, {implementation(importance)} from {options.importance}"
     logger.info("tuning %s on %s (%d rows): %s trainable parameters, %s; seed %d", options.model, options.data, rows, f"{trainable:,}", held, options.seed)
-
-
-def _last_checkpoint(out: Path) -> str | None:
-    """The newest whole checkpoint."""
-    whole = [folder for folder in (out / "checkpoints").glob("checkpoint-*") if _is_whole(folder)]
-    return str(max(whole, key=lambda folder: int(folder.name.split("-")[-1]))) if whole else None
-
-
-def _clear_checkpoints(folder: Path) -> None:
-    """Remove checkpoints that were not written to their end."""
-    for checkpoint in folder.glob("checkpoint-*"):
-        if distributed.first() and not _is_whole(checkpoint):
-            discard(checkpoint)
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written to its end: the trainer writes trainer_state.json last, and not at once."""
-    with contextlib.suppress(ValueError):
-        return isinstance(read_json(checkpoint / "trainer_state.json"), dict)
-    return False
 
 
 def _last(log: list[dict[str, Any]], key: str) -> float | None:
