@@ -338,7 +338,7 @@ def test_questions_are_answered_after_the_runs_and_train_nothing_again(experimen
     spec = f"piqa={tmp_path / 'questions.jsonl'}"
     monkeypatch.setattr(trial, "_trained", lambda job: pytest.fail("trained again"))
     domain = {"data": str(tmp_path / "domain.jsonl"), "test": str(tmp_path / "held.jsonl"), "task": spec}
-    assert run(experiment(domains={"domain": domain}, tasks={"other": spec}, limit={"validation": 100, "test": 300}), out) == 0
+    assert run(experiment(domains={"domain": domain}, tasks={"other": spec}, limit={"validation": 100, "test": 300}), out, "--jobs", "2") == 0
     summary = json.loads((out / "compare.json").read_text())
     whole = [r["points"][i] for r in summary["runs"] if r["part"] == "test" for i in range(2) if r["points"][i]["scale"] == 1.0]
     assert len(whole) == 4 and summary["domains"][0]["before"]["accuracy"] == 0.5  # the same two answers everywhere: one of them is always preferred

@@ -75,7 +75,7 @@ def compare(options: CompareOptions) -> dict[str, Any]:
                 base = read_json(out / "base.json")["test"]
                 measured = lambda model, tokenizer, domains: evaluate(experiment, model, tokenizer, files, "test", domains)
                 run_sequences(Campaign(experiment, files, recipes, base, measured, out), chosen)
-        score_all(experiment, jobs, out)
+        score_all(experiment, jobs, out, options.jobs)
         _answer(experiment, jobs, files, out)
         summary = summarise(out, [job["id"] for job in jobs])
     print("\n".join(summary["verdict"]))

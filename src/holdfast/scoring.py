@@ -25,6 +25,7 @@ from holdfast.config import ModelOptions, resolve
 from holdfast.evaluation import answers
 from holdfast.experiment import Experiment
 from holdfast.models import load_model, load_tokenizer
+from holdfast.pool import running
 from holdfast.runs import read_json, write_json
 from holdfast.tasks import load_task
 
@@ -42,18 +43,16 @@ def check_questions(experiment: Experiment) -> None:
             raise type(error)(f"{where}: {error}") from None
 
 
-def score_all(experiment: Experiment, jobs: Sequence[Mapping[str, Any]], out: Path) -> None:
-    """Measure what is not measured yet. `jobs`: the runs of the campaign; those on the test part that are done are scored."""
+def score_all(experiment: Experiment, jobs: Sequence[Mapping[str, Any]], out: Path, processes: int = 1) -> None:
+    """Measure what is not measured yet. `jobs`: the runs of the campaign; those on the test part that are done are scored, `processes` at a time."""
     own = {domain: place["task"] for domain, place in experiment.domains.items() if "task" in place}
     if not own and not experiment.tasks:
         return
-    options = resolve(ModelOptions, experiment.model)
-    tokenizer = load_tokenizer(options)
     base = _known(out / "accuracy.json", experiment, {**own, **experiment.tasks})
     if base is None:
-        model = load_model(options)
-        base = _score(model, tokenizer, experiment, {**own, **experiment.tasks})
-        write_json(out / "accuracy.json", base)
+        options = resolve(ModelOptions, experiment.model)
+        write_json(out / "accuracy.json", _score(load_model(options), load_tokenizer(options), experiment, {**own, **experiment.tasks}))
+    waiting = []
     for job in jobs:
         trial, path = job["trial"], job["folder"] / "accuracy.json"
         wanted = {**({trial.domain: own[trial.domain]} if trial.domain in own else {}), **experiment.tasks}
@@ -62,7 +61,19 @@ def score_all(experiment: Experiment, jobs: Sequence[Mapping[str, Any]], out: Pa
         if not (job["folder"] / "adapter").is_dir():
             logger.warning("%s on %s, seed %d: its adapter is gone, so its accuracy cannot be measured", trial.method, trial.domain, trial.seed)
             continue
-        write_json(path, _score(load_tuned(job["options"], job["folder"] / "adapter", full=job["options"].full), tokenizer, experiment, wanted))
+        waiting.append({**job, "wanted": wanted})
+    for done, _ in enumerate(running(_score_run, waiting, processes, killed=_was_killed), 1):
+        logger.info("accuracy of %d of %d runs", done, len(waiting))
+
+
+def _score_run(job: Mapping[str, Any]) -> None:
+    options = job["options"]
+    model = load_tuned(options, job["folder"] / "adapter", full=options.full)
+    write_json(job["folder"] / "accuracy.json", _score(model, load_tokenizer(options), job["experiment"], job["wanted"]))
+
+
+def _was_killed(job: Mapping[str, Any]) -> None:
+    logger.warning("%s on %s: its process was killed, so its accuracy was not measured; the same command tries again", job["trial"].method, job["trial"].domain)
 
 
 def _limit(experiment: Experiment) -> int | None:
