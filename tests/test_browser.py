@@ -82,6 +82,22 @@ def test_a_toggle_hides_a_method_in_every_figure(page):
     assert page.run(lines) == before and not page.problems
 
 
+def test_of_many_methods_the_best_are_drawn_first_and_bars_show_all(chromium, page_file, tmp_path):
+    drawn = """name => new Set([...document.querySelectorAll(`[data-figure=${name}]`)[0].data].filter(trace => trace.visible).map(trace => trace.meta)).size"""
+    bars = "document.querySelector('[data-figure=equal]').layout.yaxis.categoryarray.length"
+    try:
+        chromium.open(write(completed(comparison(many=True)), tmp_path / "many.html"))
+        assert chromium.run("document.querySelectorAll('#frontier .chip[aria-pressed=true]').length") == 9 and chromium.run(bars) == 21
+        assert "12 more are a click away" in chromium.run("document.querySelector('#frontier').textContent")
+        before = chromium.run(f"({drawn})('frontier')")
+        click(chromium, "[data-method=oft]")
+        assert chromium.run(f"({drawn})('frontier')") == before + 1 and chromium.run(bars) == 10  # from the first click on, of all figures alike
+        click(chromium, "[data-every=show]")
+        assert chromium.run(bars) == 21 and not chromium.problems
+    finally:
+        chromium.open(page_file)
+
+
 def test_toggles_work_from_the_keyboard(page):
     page.run("document.querySelector('[data-method=kl]').focus()")
     for kind in ("keyDown", "keyUp"):

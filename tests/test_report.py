@@ -19,7 +19,7 @@ from holdfast.report.figures import equal_learning, frontier, heat_map
 from holdfast.report.markdown import markdown
 from holdfast.report.page import as_json, page
 from holdfast.report.palette import ACCENT, DARK, HUES, LIGHT, NEUTRAL, looks
-from holdfast.report.summary import headlines
+from holdfast.report.summary import headlines, hidden_at_first
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'`{{7*7}}|_x_ <!-- \u2028 =cmd()"
 RUN = {
@@ -251,6 +251,16 @@ def luminance(colour):
     parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     r, g, b = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
     return 0.2126 * r + 0.7152 * g + 0.0722 * b
+
+
+def test_many_methods_are_drawn_by_their_places_with_plain_and_ours_always():
+    many = completed(comparison(many=True))
+    shown = {method["name"] for method in many["methods"]} - set(hidden_at_first(many, "wiki"))
+    assert len(shown) == 9 and {"plain", "holdfast", "paper"} <= shown
+    others = [row for row in many["equal_learning"]["sciq"]["wiki"] if row["share"] == 0.95 and row["method"] not in ("plain", "holdfast", "paper")]
+    best = [row["method"] for row in sorted((row for row in others if row["forgetting"] is not None), key=lambda row: row["forgetting"])]
+    assert {best[0], best[1]} <= shown and best[-1] not in shown
+    assert hidden_at_first(completed(comparison()), "wiki") == []
 
 
 @pytest.mark.parametrize("pair", [ACCENT, NEUTRAL, *HUES])

@@ -1,9 +1,10 @@
 "use strict";
 (() => {
   const Plotly = globalThis.Plotly;
-  const figures = JSON.parse(document.getElementById("data").textContent).figures;
+  const { figures, hidden } = JSON.parse(document.getElementById("data").textContent);
   const all = (selector, root = document) => [...root.querySelectorAll(selector)];
-  const state = { axis: "near", hidden: new Set() };
+  const state = { axis: "near", hidden: new Set(hidden), touched: false };
+  const isHidden = (name, method) => state.hidden.has(method) && (state.touched || name !== "equal"); // bars don't tangle: at first they show every method
   for (const button of all("[data-choose][aria-pressed=true]")) state[button.dataset.choose] = button.dataset.value;
 
   // --- theme: the system's, until someone presses the button
@@ -23,8 +24,8 @@
     if (value && typeof value === "object") return Object.fromEntries(Object.entries(value).map(([key, inner]) => [key, coloured(inner)]));
     return colour(value);
   };
-  const drawn = (trace) => ({
-    ...trace, visible: !state.hidden.has(trace.meta),
+  const drawn = (name, trace) => ({
+    ...trace, visible: !isHidden(name, trace.meta),
     ...(trace.marker && { marker: coloured(trace.marker) }), ...(trace.line && { line: coloured(trace.line) }),
     ...(trace.error_x && { error_x: { color: colour(INK), ...coloured(trace.error_x) } }), ...(trace.error_y && { error_y: coloured(trace.error_y) }),
     ...(trace.colorbar && { colorbar: { ...trace.colorbar, tickfont: { color: colour(SOFT) }, title: { ...trace.colorbar.title, font: { color: colour(SOFT) } } } }),
@@ -38,11 +39,11 @@
       if (layout[key].type === "log") Object.assign(layout[key], { exponentformat: "power", dtick: "D2" });
     }
     for (const shape of layout.shapes || []) shape.line.color = colour(SOFT);
-    layout.annotations = (layout.annotations || []).filter((note) => !state.hidden.has(note.name))
+    layout.annotations = (layout.annotations || []).filter((note) => !isHidden(name, note.name))
       .map((note) => ({ ...note, font: { size: narrow ? 10 : 12, color: colour(name === "equal" ? INK : SOFT) } }));
     if (name === "frontier" && state.axis === "near") layout.xaxis.range = figure.near;
     if (name === "frontier" && state.axis === "log") layout.xaxis = { ...layout.xaxis, type: "log", rangemode: "normal", exponentformat: "none" };
-    if (figure.order) layout.yaxis.categoryarray = figure.order.filter(([method]) => !state.hidden.has(method)).map(([, label]) => label);
+    if (figure.order) layout.yaxis.categoryarray = figure.order.filter(([method]) => !isHidden(name, method)).map(([, label]) => label);
     const height = figure.height + (figure.per || 0) * (figure.order ? layout.yaxis.categoryarray.length : 0);
     return {
       ...layout, height, width, showlegend: false, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", hovermode: "closest",
@@ -62,7 +63,7 @@
     const config = { displaylogo: false, displayModeBar: "hover", modeBarButtons: [["toImage", "resetScale2d"]], doubleClick: "reset",
       toImageButtonOptions: { format: "svg", filename: `holdfast-${name}` } };
     const width = printing ? 680 : target.clientWidth;
-    return Plotly.react(target, found.figure.traces.map(drawn), layoutOf(name, found.figure, width), config);
+    return Plotly.react(target, found.figure.traces.map((trace) => drawn(name, trace)), layoutOf(name, found.figure, width), config);
   }
   const drawAll = () => Promise.all(Object.keys(figures).map(draw));
 
@@ -83,14 +84,14 @@
     if (!button) return;
     if (button.dataset.choose) state[button.dataset.choose] = button.dataset.value;
     else if (button.dataset.method !== undefined) toggle(button.dataset.method);
-    else if (button.dataset.every) state.hidden = new Set(button.dataset.every === "hide" ? all(".chip").map((chip) => chip.dataset.method) : []);
+    else if (button.dataset.every) state.touched = true, state.hidden = new Set(button.dataset.every === "hide" ? all(".chip").map((chip) => chip.dataset.method) : []);
     else if (button.id === "theme") document.documentElement.dataset.theme = dark() ? "light" : "dark";
     else if (button.classList.contains("sort")) return sort(button.closest("th"));
     else if (button.classList.contains("copy")) return copy(button.closest(".table"));
     else return;
     show();
   });
-  const toggle = (method) => state.hidden.delete(method) || state.hidden.add(method);
+  const toggle = (method) => { state.touched = true; state.hidden.delete(method) || state.hidden.add(method); };
 
   // --- tables
   const sortable = (cell) => (cell.dataset.value === undefined ? null : Number(cell.dataset.value));

@@ -25,7 +25,7 @@ from holdfast.report import figures, numbers, tables
 from holdfast.report.contents import Contents, label, load, recorded_text
 from holdfast.report.markdown import markdown
 from holdfast.report.palette import PATHS, looks
-from holdfast.report.summary import equal_rows, headlines
+from holdfast.report.summary import equal_rows, headlines, hidden_at_first
 from holdfast.runs import atomic_path, check_output_file
 
 HERE = Path(__file__).parent
@@ -61,6 +61,7 @@ def page(contents: Contents) -> str:
     environment.filters |= {"nats": numbers.nats, "line": lambda value: numbers.text(value or None), "duration": numbers.duration,
                             "exact": numbers.exact}  # fmt: skip
     text, drawn = recorded_text(contents), _figures(contents)
+    hidden = hidden_at_first(contents, text)
     scripts = [plotly(), (HERE / "page.js").read_text(encoding="utf-8")]
     return environment.get_template("page.html.jinja").render(
         contents=contents,
@@ -78,7 +79,8 @@ def page(contents: Contents) -> str:
         policy=policy(scripts),
         style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
         scripts=[Markup(script) for script in scripts],
-        data=Markup(as_json({"figures": _rounded(drawn)})),
+        hidden=hidden,
+        data=Markup(as_json({"figures": _rounded(drawn), "hidden": hidden})),
     )
 
 

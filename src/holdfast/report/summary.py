@@ -9,6 +9,8 @@ from typing import Any
 from holdfast.report import numbers
 from holdfast.report.contents import Contents, label
 
+FEW = 9  # lines that a figure can hold without a tangle
+
 
 @dataclass(frozen=True)
 class Headline:
@@ -37,6 +39,23 @@ def equal_rows(contents: Contents, domain: str, text: str) -> list[dict[str, Any
             ran[run["method"]] = ran.get(run["method"], False) or run.get("status", "done") == "done"
     rows = [row for row in (contents["equal_learning"].get(domain) or {}).get(text) or [] if row["method"] in ran]
     return [row if ran[row["method"]] else {**row, "status": "no finished run"} for row in rows]
+
+
+def hidden_at_first(contents: Contents, text: str | None) -> list[str]:
+    """Methods whose lines wait for a click where there are many: all but plain, holdfast's and those that forget least, by their places over the domains."""
+    names = [str(method["name"]) for method in contents["methods"]]
+    if len(names) <= FEW:
+        return []
+    places = dict.fromkeys(names, 0)
+    for domain in contents["domains"]:
+        rows = equal_rows(contents, str(domain["name"]), str(text))
+        share = max((row["share"] for row in rows), default=None)
+        reached = [row for row in rows if row["share"] == share and numbers.known(row.get("forgetting")) is not None]
+        order = [row["method"] for row in sorted(reached, key=lambda row: row["forgetting"])]
+        places = {name: place + (order.index(name) if name in order else len(names)) for name, place in places.items()}
+    ours = [str(method["name"]) for method in contents["methods"] if method.get("family") == "holdfast" or method["name"] == "plain"]
+    others = sorted((name for name in names if name not in ours), key=lambda name: places[name])
+    return [name for name in names if name in others[max(0, FEW - len(ours)) :]]
 
 
 def _of_domain(contents: Contents, domain: str, text: str) -> Headline | None:
