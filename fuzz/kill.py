@@ -44,7 +44,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 import holdfast.campaign
 import holdfast.recording
 import holdfast.shrinking  # noqa: F401
-from holdfast import training
+import holdfast.training  # noqa: F401
+from holdfast import run_folder
 from holdfast.cli import main as holdfast_main
 
 WORDS = "the cat sat on mat and dog then too user assistant : . Question Answer ? yes no one two three a b c d".split()  # noqa: SIM905
@@ -215,7 +216,7 @@ def wrong_after_a_kill(place: Path, whole: Path) -> Iterator[str]:
         names = {path.name for path in folder.iterdir()}
         if not any(name.endswith(".safetensors") for name in names) or "tokenizer.json" not in names or not names & {"config.json", "adapter_config.json"}:
             yield f"{folder.relative_to(place)} is not whole: {sorted(names)}"
-    if (place / "run" / "checkpoints").exists() and (last := training._last_checkpoint(place / "run")):
+    if (place / "run" / "checkpoints").exists() and (last := run_folder.last_checkpoint(place / "run")):
         for path in Path(last).iterdir():
             try:
                 torch.load(path, weights_only=False) if path.suffix in (".pt", ".pth", ".bin") else load_file(path) if path.suffix == ".safetensors" else None
