@@ -43,7 +43,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 import holdfast.campaign
 import holdfast.recording
-import holdfast.shrinking  # noqa: F401
+import holdfast.shrinking
 import holdfast.training  # noqa: F401
 from holdfast import run_folder
 from holdfast.cli import main as holdfast_main
