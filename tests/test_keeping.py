@@ -116,6 +116,16 @@ def test_resuming_equals_an_uninterrupted_run(words, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "parted" / "run.json").read_text())["budget"]["trajectory"] == whole["trajectory"]
 
 
+def test_a_run_too_short_to_probe_that_is_interrupted_in_the_finish_keeps_its_trajectory(words, tmp_path):
+    path = tmp_path / "run" / "run.json"
+    assert run(words, "--budget", "2%", "--max-steps", "5", "--batch-size", "4") in (0, 3)
+    whole = json.loads(path.read_text())["budget"]
+    path.unlink()
+    assert run(words, "--budget", "2%", "--max-steps", "5", "--batch-size", "4", "--resume") in (0, 3)
+    assert [point["step"] for point in whole["trajectory"]] == [5] and whole["probe"]["every"] > 5
+    assert json.loads(path.read_text())["budget"]["trajectory"] == whole["trajectory"]
+
+
 def test_full_fine_tuning_keeps_a_budget(words, tmp_path):
     assert run(words, "--budget", "2%", "--full", "--learning-rate", "1e-3") == 0
     report = json.loads((tmp_path / "run" / "run.json").read_text())["budget"]
