@@ -1,4 +1,4 @@
-"""A finished comparison -> one figure: forgetting at 95 % of plain fine-tuning's learning for every method, a panel per domain, least first.
+"""A finished comparison -> one figure: forgetting at 80 % of plain fine-tuning's learning for every method, a panel per domain, least first.
 
 Reads compare.json and nothing else. Dots are means over seeds, lines their standard errors; methods that did not reach that learning are named below.
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from quality import INK, PALE, for_light_and_dark
 
-SHARE = 0.95
+SHARE = 0.8  # nearly every method reaches it in every seed; 95 % of what plain learns at its best rate only some do
 OURS, PLAIN, OTHERS = "#0072b2", "#8c8c8c", "#b06a2c"
 
 
@@ -71,8 +71,8 @@ def panel(axis: Any, domain: str, reached: list[dict[str, Any]], missed: list[st
     for side in ("top", "right", "left"):
         axis.spines[side].set_visible(False)
     if missed:
-        axis.annotate("not reached: " + ", ".join(missed), (0, 0), xytext=(0, -42), xycoords="axes fraction", textcoords="offset points", fontsize=8.5,
-                      wrap=True)  # fmt: skip
+        axis.annotate("not reached: " + ", ".join(missed), (0, 0), xytext=(0, -38), xycoords="axes fraction", textcoords="offset points", fontsize=8.5,
+                      va="top")  # fmt: skip
 
 
 FLOOR = 1e-3  # of the axis

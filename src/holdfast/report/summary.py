@@ -42,17 +42,17 @@ def equal_rows(contents: Contents, domain: str, text: str) -> list[dict[str, Any
 
 
 def hidden_at_first(contents: Contents, text: str | None) -> list[str]:
-    """Methods whose lines wait for a click where there are many: all but plain, holdfast's and those that forget least, by their places over the domains."""
+    """Methods whose lines wait for a click where there are many: all but plain, ours and those that forget least, by places over domains and shares."""
     names = [str(method["name"]) for method in contents["methods"]]
     if len(names) <= FEW:
         return []
     places = dict.fromkeys(names, 0)
     for domain in contents["domains"]:
         rows = equal_rows(contents, str(domain["name"]), str(text))
-        share = max((row["share"] for row in rows), default=None)
-        reached = [row for row in rows if row["share"] == share and numbers.known(row.get("forgetting")) is not None]
-        order = [row["method"] for row in sorted(reached, key=lambda row: row["forgetting"])]
-        places = {name: place + (order.index(name) if name in order else len(names)) for name, place in places.items()}
+        for share in {row["share"] for row in rows}:  # every share: one alone would hide a strong method that just misses it
+            reached = [row for row in rows if row["share"] == share and numbers.known(row.get("forgetting")) is not None]
+            order = [row["method"] for row in sorted(reached, key=lambda row: row["forgetting"])]
+            places = {name: place + (order.index(name) if name in order else len(names)) for name, place in places.items()}
     ours = [str(method["name"]) for method in contents["methods"] if method.get("family") == "holdfast" or method["name"] == "plain"]
     others = sorted((name for name in names if name not in ours), key=lambda name: places[name])
     return [name for name in names if name in others[max(0, FEW - len(ours)) :]]
