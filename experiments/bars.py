@@ -12,9 +12,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from quality import INK, PALE, for_light_and_dark
+from drawing import INK, PALE, pyplot, save
 
 SHARE = 0.8  # nearly every method reaches it in every seed; 95 % of what plain learns at its best rate only some do
+FLOOR = 1e-3  # of the axis
 OURS, PLAIN, OTHERS = "#0072b2", "#8c8c8c", "#b06a2c"
 
 
@@ -28,24 +29,14 @@ def rows(comparison: dict[str, Any], domain: str) -> tuple[list[dict[str, Any]],
 
 def draw(comparison: dict[str, Any], path: Path) -> None:
     """The figure, as SVG that follows the reader's colour scheme, or PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "bars", "font.family": "sans-serif", "font.size": 10, "text.color": INK,
-                                "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK})  # fmt: skip
-    from matplotlib import pyplot
-
     domains = [domain["name"] for domain in comparison["domains"]]
     longest = max(len(rows(comparison, domain)[0]) for domain in domains)
-    figure, axes = pyplot.subplots(1, len(domains), figsize=(5.6 * len(domains), 1.5 + 0.24 * longest), squeeze=False)
+    figure, axes = pyplot("bars").subplots(1, len(domains), figsize=(5.6 * len(domains), 1.5 + 0.24 * longest), squeeze=False)
     families = {method["name"]: method["family"] for method in comparison["methods"]}
     for axis, domain in zip(axes[0], domains, strict=True):
         panel(axis, domain, *rows(comparison, domain), families, longest)
     figure.tight_layout(w_pad=2.0)
-    figure.savefig(path, transparent=True, metadata={"Date": None})
-    pyplot.close(figure)
-    if path.suffix == ".svg":
-        path.write_text(for_light_and_dark(path.read_text(encoding="utf-8")), encoding="utf-8")
+    save(figure, path)
 
 
 def panel(axis: Any, domain: str, reached: list[dict[str, Any]], missed: list[str], families: dict[str, str], longest: int) -> None:
@@ -73,9 +64,6 @@ def panel(axis: Any, domain: str, reached: list[dict[str, Any]], missed: list[st
     if missed:
         axis.annotate("not reached: " + ", ".join(missed), (0, 0), xytext=(0, -38), xycoords="axes fraction", textcoords="offset points", fontsize=8.5,
                       va="top")  # fmt: skip
-
-
-FLOOR = 1e-3  # of the axis
 
 
 def main() -> None:

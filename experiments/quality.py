@@ -18,6 +18,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from drawing import PALE, pyplot, save
+
 SHARES = (0.5, 0.8, 0.95)
 Curve = list[tuple[float, float]]  # (learning, forgetting), from (0, 0) on
 Runs = dict[float | str, list[Curve]]  # setting -> one curve per seed
@@ -129,26 +131,13 @@ def name(method: str) -> str:
 
 def draw(found: dict[tuple[str, str], dict[str, Runs]], path: Path) -> None:
     """One panel per domain: the least forgetting over settings for every share of plain's learning, methods labelled where their lines end."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "quality", "font.family": "sans-serif", "font.size": 10, "axes.edgecolor": INK,
-                                "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK})  # fmt: skip
-    from matplotlib import pyplot
-
     domains = sorted(domain for part, domain in found if part == "validation")
-    figure, axes = pyplot.subplots(1, len(domains), figsize=(6.0 * len(domains), 4.8), sharey=True, squeeze=False)
+    figure, axes = pyplot("quality").subplots(1, len(domains), figsize=(6.0 * len(domains), 4.8), sharey=True, squeeze=False)
     for axis, domain in zip(axes[0], domains, strict=True):
         panel(axis, domain, found["validation", domain])
     axes[0][0].set_ylabel("forgetting, nats per token (less is better)")
     figure.tight_layout(w_pad=1.0)
-    figure.savefig(path, transparent=True, metadata={"Date": None})
-    pyplot.close(figure)
-    if path.suffix == ".svg":
-        path.write_text(for_light_and_dark(path.read_text(encoding="utf-8")), encoding="utf-8")
-
-
-INK, PALE = "#24292f", "#d0d7df"  # text and axes; grid
+    save(figure, path)
 
 
 def panel(axis: Any, domain: str, methods: dict[str, Runs]) -> None:
@@ -196,13 +185,6 @@ def label(axis: Any, ends: list[tuple[float, float, str, str, bool]]) -> None:
         axis.annotate(text, (x, y), xytext=(114, 10**height), color=colour, fontsize=9.5, fontweight="bold" if ours else "normal", va="center",
                       annotation_clip=False,
                       arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.6, "shrinkA": 1, "shrinkB": 3})  # fmt: skip
-
-
-def for_light_and_dark(svg: str) -> str:
-    """Ink and grid follow the reader's colour scheme."""
-    style = "<style>:root{--ink:#24292f;--pale:#d8dee4}@media(prefers-color-scheme:dark){:root{--ink:#e6edf3;--pale:#30363d}}</style>"
-    svg = svg.replace(INK, f"var(--ink,{INK})").replace(PALE, f"var(--pale,{PALE})")
-    return svg.replace("<defs>", f"{style}<defs>", 1)
 
 
 def page(found: dict[tuple[str, str], dict[str, Runs]]) -> str:

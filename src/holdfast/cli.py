@@ -27,7 +27,7 @@ from holdfast.config import (
     RecordOptions,
     ReportOptions,
     ShrinkOptions,
-    TuneOptions,  # fmt: skip
+    TuneOptions,
     resolve,
 )
 from holdfast.options import OptionError, nearest, read_yaml, several

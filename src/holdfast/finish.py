@@ -6,7 +6,7 @@
              each has half of the error probability
     sources  in a sequence of domains the bound and the check are those of the worst source: the general text or an earlier domain
 
-`apply(share)` makes the model that share of the update: by scaling (`Update.scale`), or by shrinking along importance (shrink.py). Costs 5 to 12 evaluations
+`apply(share)` makes the model that share of the update: by scaling (`Update.scale`), or by shrinking along importance (shrink.py). Costs 2 to 12 evaluations
 of the control part and of the domain data along each way, and one or two of the check part.
 
     report = keep_budget(ledger, model, ways_of(update, importance), learning)

@@ -90,7 +90,7 @@ class Keeper:
 
     def finish(self, trainer: Any) -> dict[str, Any]:
         """Make the model's update fit the budget and check it; what run.json holds under `budget`."""
-        if not self.probe.controller.trajectory and type(self.probe).__name__ in (trainer.state.stateful_callbacks or {}):
+        if not self.probe.controller.trajectory and self.probe.stored(trainer.state):
             self.probe.restore(trainer.state)  # a finished training that was only loaded
         self.update.keep()
         report = keep_budget(self.ledger, trainer.model, ways_of(self.update, self.shrinkable), self.learning)

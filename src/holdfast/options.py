@@ -1,7 +1,9 @@
 """How an option is described, checked and read from YAML; what options there are is in config.py.
 
-learning_rate: float = option(None, "peak learning rate; default: preset")     # a dataclass field that knows its help
-checked(field, "1e-3")                                                         # 0.001; OptionError for what does not fit
+    learning_rate: float = option(None, "peak learning rate; default: preset")     # a dataclass field that knows its help
+    checked(field, "1e-3")                                                         # 0.001; OptionError for what does not fit
+
+Nothing heavy is imported.
 """
 
 from __future__ import annotations

@@ -114,9 +114,13 @@ class Probe(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"cursor": self.cursor, "controller": self.controller.state(),
                                            "guards": [{"cursor": guard.cursor, "nats": guard.nats.tolist()} for guard in self.guards]}}  # fmt: skip
 
+    def stored(self, state: TrainerState) -> Any:
+        """What a checkpoint held of this callback; None where nothing."""
+        return (state.stateful_callbacks or {}).get(type(self).__name__)
+
     def restore(self, state: TrainerState) -> None:
         """Go on from a checkpoint's state. Raises ValueError where it was made without a budget."""
-        stored = (state.stateful_callbacks or {}).get(type(self).__name__)
+        stored = self.stored(state)
         if not isinstance(stored, dict) or "attributes" not in stored:
             raise ValueError("the checkpoint holds no state of a budget, so it was made without --budget; start again with --overwrite")
         self.cursor = int(stored["attributes"]["cursor"])

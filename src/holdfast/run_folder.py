@@ -1,7 +1,9 @@
 """The folder of a run of tune: whether it may be written, whether a run in it can be gone on with, and its checkpoints.
 
-check_folder(options, Path("run"))        # OptionError or ValueError, before anything is loaded
-last_checkpoint(Path("run"))              # 'run/checkpoints/checkpoint-40', or None
+    check_folder(options, Path("run"))        # OptionError or ValueError, before anything is loaded
+    last_checkpoint(Path("run"))              # 'run/checkpoints/checkpoint-40', or None
+
+Reads and removes; the trainer writes the checkpoints.
 """
 
 from __future__ import annotations

@@ -74,6 +74,7 @@
     for (const part of all("[data-importance]")) part.hidden = part.dataset.importance !== state.importance && all("[data-choose=importance]").length > 0;
     for (const chip of all(".chip")) chip.setAttribute("aria-pressed", String(!state.hidden.has(chip.dataset.method)));
     for (const note of all("[data-axis-note]")) note.hidden = state.axis !== note.dataset.axisNote;
+    for (const note of all("[data-first-note]")) note.hidden = state.touched;
     const button = document.getElementById("theme");
     button.textContent = dark() ? "Light" : "Dark";
     button.setAttribute("aria-label", dark() ? "Use the light theme" : "Use the dark theme");
@@ -84,14 +85,15 @@
     if (!button) return;
     if (button.dataset.choose) state[button.dataset.choose] = button.dataset.value;
     else if (button.dataset.method !== undefined) toggle(button.dataset.method);
-    else if (button.dataset.every) state.touched = true, state.hidden = new Set(button.dataset.every === "hide" ? all(".chip").map((chip) => chip.dataset.method) : []);
+    else if (button.dataset.every) choose(button.dataset.every === "hide" ? all(".chip").map((chip) => chip.dataset.method) : []);
     else if (button.id === "theme") document.documentElement.dataset.theme = dark() ? "light" : "dark";
     else if (button.classList.contains("sort")) return sort(button.closest("th"));
     else if (button.classList.contains("copy")) return copy(button.closest(".table"));
     else return;
     show();
   });
-  const toggle = (method) => { state.touched = true; state.hidden.delete(method) || state.hidden.add(method); };
+  const choose = (hiding) => { state.touched = true; state.hidden = new Set(hiding); };
+  const toggle = (method) => choose(state.hidden.has(method) ? [...state.hidden].filter((other) => other !== method) : [...state.hidden, method]);
 
   // --- tables
   const sortable = (cell) => (cell.dataset.value === undefined ? null : Number(cell.dataset.value));
