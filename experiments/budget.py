@@ -6,38 +6,47 @@
 Protocol: 60 steps of 8 sequences of at most 128 tokens, LoRA of rank 8 on all linear layers, rate 4e-3, seeds 1, 2, 3. sciq and medmcqa as in frontier.py, on
 lab-english-5m; piqa (goal -> solution) on tinystories-char-1m, whose tokens are characters. Importance is the default recipe's, on 300 documents. Every
 method is finished by the same code on the same documents (`finish.keep_budget`), to the most learning that the control part allows, then checked. `ours` is
-`tune --budget`, trained anew for each budget; the others are trained once a seed and finished for each budget by scaling: `plain`; `strength-3`, -10, -30,
-the default recipe at fixed strengths; `rate-0.001`, `rate-0.0003`, plain with a small learning rate. All are run with the first seed; with the others only
-plain, and the strength and the rate that learned most within the budgets. `shrunk` is plain's update made smaller along importance instead of scaled.
-General text is the first 1,200 characters of 277 held-out documents of six sources (piqa: 347 stories), half of them for the check, so that a run costs about
-two minutes on one core. By `check_reach` that text can show all four budgets (the first 600 characters: 1 % barely, 0.5 % not). One that it cannot show is
-refused before training, and the refusal is the result. Learning is measured on the rows that the finish chooses a scale by, for all methods alike.
+`tune --budget`, trained anew for each budget; the others are trained once a seed and finished for each budget:
+
+    plain                  scaled
+    shrunk                 plain's update made smaller along importance instead
+    strength-3, -10, -30   the default recipe at fixed strengths, scaled or shrunk as ours is
+    rate-0.001, -0.0003    plain with a small learning rate, stopped at the last step that keeps the budget
+
+All are run with the first seed; with the others only plain, and the strength and the rate that learned most within the budgets.
+General text is the first 1,200 characters of 277 held-out documents of six sources (piqa: the first 500 of 347 stories), half of them for the check, so that a
+run costs about two minutes on one core. By `check_reach` that text can show all four budgets (of the first 600 characters: 1 % barely, 0.5 % not). One that it
+cannot show is refused before training, and the refusal is the result. Learning is measured on the rows that the finish chooses by, for all methods alike.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import logging
 import statistics
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from frontier import prepare
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from holdfast.budget import parse, percent
 from holdfast.config import RECORD_PRESETS, TUNE_PRESETS, ModelOptions, RecordOptions, TuneOptions, resolve
 from holdfast.ledger import Part
-from holdfast.runs import environment, read_json, write_json
+from holdfast.runs import environment, read_json, write_json, write_text
 
 BUDGETS = ("5%", "2%", "1%", "0.5%")
 SEEDS = (1, 2, 3)
 STEPS = dict(max_steps=60, batch_size=8, accumulation=1, length=128, learning_rate=4e-3, dtype="float32", log_steps=10, save_steps=1000, overwrite=True,
              threads=1)  # fmt: skip
-CHARACTERS = 1200
+CHARACTERS = {"general": 1200, "tinystories": 500}
 ROWS = {"sciq": 250, "medmcqa": 100, "piqa": 100}  # of the test file: about 12,000 tokens
 MODELS = {"sciq": "lab-english-5m", "medmcqa": "lab-english-5m", "piqa": "tinystories-char-1m"}
 RECORDING = dict(documents=300, batch_size=16, length=128, dtype="float32", threads=1)
@@ -49,6 +58,7 @@ METHODS: dict[str, dict[str, Any]] = {  # what differs from plain; None: the imp
     "rate-0.001": dict(learning_rate=1e-3),
     "rate-0.0003": dict(learning_rate=3e-4),
 }
+FINISHES = {"strength": ("shrink", "scale"), "rate": ("stop",)}  # the ways in which a training run may be finished, by its kind; of plain's come two results
 KEPT = ("verdict", "reason", "budget_nats", "way", "share", "mu", "each", "promised", "control", "check", "checks", "learning", "documents_to_decide", "others",
         "trajectory", "probe")  # fmt: skip
 
@@ -60,6 +70,7 @@ def main() -> None:
     parser.add_argument("--domain", choices=tuple(ROWS), default="sciq")
     parser.add_argument("--steps", type=int, default=STEPS["max_steps"], help="for a smoke test")
     parser.add_argument("--seeds", type=int, nargs="*", default=SEEDS)
+    parser.add_argument("--only", choices=("ours", "finished"), help="only runs that are trained for a budget, or only those that are finished for all of them")
     parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
     if given.table:
@@ -68,10 +79,11 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     lab = Lab(given.shared, given.out, given.domain, given.steps)
     for seed in given.seeds:
-        for budget in BUDGETS:
+        for budget in BUDGETS if given.only != "finished" else ():
             lab.ours(budget, seed)
-        for method in METHODS if seed == given.seeds[0] else ("plain", lab.best("strength", given.seeds[0]), lab.best("rate", given.seeds[0])):
-            lab.finished(method, seed)
+        if given.only != "ours":
+            for method in METHODS if seed == SEEDS[0] else ("plain", lab.best("strength"), lab.best("rate")):
+                lab.finished(method, seed)
 
 
 class Lab:
@@ -83,7 +95,7 @@ class Lab:
         stories = MODELS[domain].startswith("tinystories")
         general = shared / "data" / ("tinystories" if stories else "general") / "test.jsonl"
         self.recorded = str(shared / "data/tinystories/train.jsonl") if stories else prepared["general_record"]
-        texts = [{**row, "text": row["text"][:CHARACTERS]} for row in read_lines(general)]
+        texts = [{**row, "text": row["text"][: CHARACTERS[general.parent.name]]} for row in read_lines(general)]
         self.general = few(out / "data" / f"{general.parent.name}.jsonl", texts)
         train = f"piqa={shared / 'data/piqa/train.jsonl'}" if domain == "piqa" else prepared[f"{domain}_train"]
         held = f"piqa={shared / 'data/piqa/test.jsonl'}" if domain == "piqa" else prepared[f"{domain}_test"]
@@ -100,12 +112,12 @@ class Lab:
             record(resolve(RecordOptions, {**RECORDING, "model": self.model, "general": self.recorded, "out": str(path)}, RECORD_PRESETS))
         return str(path)
 
-    def best(self, kind: str, seed: int) -> str:
-        """The method of a kind that learned most within the budgets, on average, with one seed."""
+    def best(self, kind: str) -> str:
+        """The method of a kind that learned most within the budgets, on average, with the first seed."""
         learned = {}
         for method in METHODS:
             if method.startswith(kind):
-                runs = [read_json(self.place(method, budget, seed)) for budget in BUDGETS]
+                runs = [read_json(self.place(method, budget, SEEDS[0])) for budget in BUDGETS]
                 learned[method] = sum(run["learning"]["nats"] for run in runs if run["verdict"] == "met" and run["learning"])
         return max(learned, key=lambda method: learned[method])
 
@@ -135,24 +147,26 @@ class Lab:
         self.write("ours", budget, seed, run["budget"], time.perf_counter() - started, run["train_seconds"])
 
     def finished(self, method: str, seed: int) -> None:
-        """One training run without a budget, finished for each of them by scaling; plain by shrinking too."""
+        """One training run without a budget, finished for each of them."""
         from holdfast.finish import keep_budget, ways_of
         from holdfast.importance.container import Importance
 
-        names = {method: "scale", **({"shrunk": "shrink"} if method == "plain" else {})}
+        names = {"plain": ("scale",), "shrunk": ("shrink",)} if method == "plain" else {method: FINISHES[method.partition("-")[0]]}
         wanted = [(name, budget) for name in names for budget in BUDGETS if not self.place(name, budget, seed).exists()]
         if not wanted:
             return
-        train_seconds = self.train(seed, **METHODS[method])["train_seconds"]
+        with every_step() as steps:
+            train_seconds = self.train(seed, **METHODS[method])["train_seconds"]
         started = time.perf_counter()
         model, ledger, learning, update = self.reload()
         now: list[Any] = [("scale", 1.0)]
         remembered = lambda part: Remembered(**{f.name: getattr(part, f.name) for f in dataclasses.fields(part)}, now=now)
         ledger = dataclasses.replace(ledger, control=remembered(ledger.control), check=remembered(ledger.check))
         learning = dataclasses.replace(learning, part=remembered(learning.part))
-        ways = {way: self.noted(now, way, apply) for way, apply in ways_of(update, Importance.load(self.importance())).items()}
+        ways = ways_of(update, Importance.load(self.importance())) | {"stop": stopped(model, steps)}
+        ways = {way: self.noted(now, way, apply) for way, apply in ways.items()}
         for name, budget in wanted:
-            report = keep_budget(dataclasses.replace(ledger, budget=parse(budget)), model, {names[name]: ways[names[name]]}, learning)
+            report = keep_budget(dataclasses.replace(ledger, budget=parse(budget)), model, {way: ways[way] for way in names[name]}, learning)
             self.write(name, budget, seed, report, time.perf_counter() - started, train_seconds)
 
     @staticmethod
@@ -189,6 +203,32 @@ class Lab:
         write_json(self.place(method, budget, seed), {**result, "environment": environment("cpu")})
 
 
+@contextlib.contextmanager
+def every_step() -> Iterator[list[list[torch.Tensor]]]:
+    """What is trained, after each optimizer step that is taken meanwhile."""
+    taken: list[list[torch.Tensor]] = []
+    note = lambda optimizer, *_: taken.append([p.detach().clone() for group in optimizer.param_groups for p in group["params"]])
+    handle = register_optimizer_step_post_hook(note)
+    try:
+        yield taken
+    finally:
+        handle.remove()
+
+
+def stopped(model: torch.nn.Module, steps: Sequence[Sequence[torch.Tensor]]) -> Callable[[float], None]:
+    """A function: share -> the model as it was after that share of the steps, 0 for the base. `model` carries the last one."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert all(torch.equal(p, last) for p, last in zip(trained, steps[-1], strict=True)), "the model that was loaded is not the one that was trained"
+
+    @torch.no_grad()
+    def apply(share: float) -> None:
+        step = max(1, round(share * len(steps)))
+        for p, then in zip(trained, steps[step - 1], strict=True):
+            p.copy_(then if share else torch.zeros_like(p))
+
+    return apply
+
+
 @dataclasses.dataclass(frozen=True)
 class Remembered(Part):
     """A part that measures each share of the update once, since four budgets scan the same shares."""
@@ -207,7 +247,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def few(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
 

@@ -4,6 +4,7 @@
     python experiments/frontier.py ../shared out/frontier --confirm --domain sciq --methods plain,paper,default
     python experiments/frontier.py ../shared out/frontier --domain medmcqa --methods default64@0.008 --values 5,10          # at another learning rate
     python experiments/frontier.py ../shared out/frontier --table                                     # what is there so far, as markdown
+    python experiments/frontier.py ../shared out/frontier --data                                      # the parts of the data alone, for lab.yaml
 
 Protocol: 120 steps of 8 sequences of at most 128 tokens, LoRA of rank 8 on all linear layers (the paper preset: its own settings). Settings are explored on
 parts of the train files (every fifth domain row; general documents that were not recorded on) with seed 0; `--confirm` uses the test files at the chosen
@@ -68,8 +69,12 @@ def main() -> None:
     parser.add_argument("--methods", default="plain,paper,default")
     parser.add_argument("--values", help="settings to try, instead of the method's grid or its chosen one", metavar="X,Y")
     parser.add_argument("--confirm", action="store_true")
+    parser.add_argument("--data", action="store_true", help="only write the parts of the data, to OUT/data")
     parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
+    if given.data:
+        prepare(given.shared / "data", given.out / "data")
+        return
     if given.table:
         print(table(given.out))
         return

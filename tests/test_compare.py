@@ -16,11 +16,14 @@ import pytest
 from holdfast import campaign, sequence, trial
 from holdfast.carving import carve, groups
 from holdfast.cli import main
-from holdfast.config import TUNE_PRESETS, TuneOptions, resolve
+from holdfast.config import TUNE_PRESETS, ModelOptions, TuneOptions, resolve
+from holdfast.evaluation import answers
 from holdfast.experiment import identity, validation_trials
 from holdfast.experiment_file import read
 from holdfast.lock import only_writer
+from holdfast.models import load_model, load_tokenizer
 from holdfast.options import OptionError
+from holdfast.tasks import load_task
 
 WORDS = "the cat sat on mat and dog then too yes no one two three".split()  # noqa: SIM905
 
@@ -154,6 +157,27 @@ def test_a_sequence_goes_on_from_the_merged_result_of_each_domain(succession, tm
     monkeypatch.setattr(sequence, "_take", lambda *arguments: pytest.fail("ran again"))
     assert run(path, out) == 0
     assert json.loads((out / "compare.json").read_text())["sequences"] == summary["sequences"]
+
+
+def test_a_sequence_answers_the_questions_of_its_domains_after_each_step(succession, tmp_path):
+    questions = [{"goal": f"second {i} {'abcd'[i % 4]} ?", "sol1": "one two a", "sol2": "dog mat b", "label": 0} for i in range(12)]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    spec = f"piqa={tmp_path / 'questions.jsonl'}"
+    domains = json.loads(succession().read_text())["domains"]
+    asked = {**domains, "second": {"data": domains["second"], "task": spec}}
+    way = {"domains": ["domain", "second", "third"], "methods": ["plain"]}
+    out = tmp_path / "out"
+    assert run(succession(domains=asked, sequences={"way": way}), out) == 0
+    summary = json.loads((out / "compare.json").read_text())
+    found = summary["sequences"][0]
+    scores = [row[1] for row in found["accuracy"]]
+    assert [row[::2] for row in found["accuracy"]] == [[None, None]] * 4 and scores[0] == summary["domains"][1]["before"]["accuracy"]
+    assert scores[2] == 1.0 and found["accuracy_transfer"] == {"average": scores[3], "backward_transfer": scores[3] - 1.0,
+                                                               "forward_transfer": scores[1] - scores[0]}  # fmt: skip
+    last = out / "sequences/way/plain-1/3-third/model"
+    task, rows = load_task(spec, split=None)
+    options = resolve(ModelOptions, {"model": str(last)})
+    assert answers(load_model(options), load_tokenizer(options), task, rows)["acc"] == pytest.approx(scores[3])
 
 
 def test_an_interrupted_sequence_goes_on_and_a_changed_step_finds_the_model_before_it(succession, tmp_path, monkeypatch):

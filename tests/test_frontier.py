@@ -3,7 +3,7 @@
 import pytest
 
 from holdfast.frontier import area, at_learning, at_share, difference, on_frontier, rank
-from holdfast.transfer import transfer
+from holdfast.transfer import of_accuracy, transfer
 
 CURVE = [(0.4, 0.01), (0.8, 0.05), (1.0, 0.25)]  # a run at scales 0.5, 0.75 and 1
 
@@ -66,3 +66,10 @@ def test_transfer_on_a_matrix_written_by_hand():
     assert found["forward_transfer"] == pytest.approx((0.5 - 0.1) / 2)
     assert transfer([[4.0], [3.0]]) == {"average": 3.0, "backward_transfer": None, "forward_transfer": None}
     assert set(transfer(losses[:3]).values()) == {None}  # not at its end yet
+
+
+def test_transfer_of_accuracies_has_their_sign():
+    """Two of three domains have questions: the first loses a tenth by the third's step, the second starts a fifth better after the first."""
+    found = of_accuracy([[0.2, 0.3], [0.6, 0.5], [0.7, 0.9], [0.5, 0.8]], [1, 2], steps=3)
+    assert found == {"average": pytest.approx(0.65), "backward_transfer": pytest.approx(-0.1), "forward_transfer": pytest.approx(0.2)}
+    assert set(of_accuracy([[0.2, 0.3], [0.6, 0.5], [0.7, 0.9]], [1, 2], steps=3).values()) == {None}  # the third domain's turn is still to come

@@ -8,7 +8,7 @@ ORDER = ["reading", "options", "config", "runs", "lock", "shapes", "experiment",
          "codec", "budget", "overlap", "carving", "stepping", "distributed", "checkpoint", "run_folder", "weights", "update", "importance", "storage",
          "inspection", "hub", "sizes", "shrink", "layers", "moved", "penalty", "callback", "models", "adapter_files", "texts", "tasks", "heldout",
          "evaluation", "earlier", "recording", "ledger", "probe", "finish", "keeper", "shrinking", "methods", "training", "plan", "integrations",
-         "sequence", "trial", "pool", "scoring", "stacking", "succession", "campaign", "demo", "cli"]  # fmt: skip
+         "trial", "pool", "scoring", "sequence", "stacking", "succession", "campaign", "demo", "cli"]  # fmt: skip
 # Importance.save, .load, .describe, .push_to_hub; hold(budget=...)
 LAZY = {("importance", "storage"), ("importance", "inspection"), ("importance", "hub"), ("callback", "keeper")}
 

@@ -210,6 +210,14 @@ def test_the_scan_finds_the_budget_where_the_loss_is_not_monotone(tiny, tokenize
     assert report["others"]["5%"]["share"] == report["share"] and report["check"]["nats"] == pytest.approx(0.002, abs=1e-4)
 
 
+def test_where_nothing_fits_any_way_leads_to_the_base(tiny, tokenizer, general, monkeypatch):
+    """A way of one's own, not scaling: none of the update is what is left of it at 0."""
+    ledger, tried = open_ledger(tiny(), tokenizer, load_documents(str(general)), parse("0.01nats")), [1.0]
+    monkeypatch.setattr("holdfast.ledger.Part.losses", lambda part, model: part.nats + part.tokens * (tried[-1] > 0) * np.linspace(0.5, 1.5, len(part)))
+    report = keep_budget(ledger, tiny(), {"stop": tried.append}, None)
+    assert (report["way"], report["share"], report["verdict"], tried[-1]) == ("stop", 0.0, "met", 0.0)
+
+
 @pytest.mark.parametrize("worse, checked", [(0.5, [1.0]), (15.0, [1.0, 0.55])])
 def test_the_scan_ends_where_less_buys_nothing_and_the_fallback_goes_below_its_end(tiny, tokenizer, general, monkeypatch, worse, checked):
     """A rise within every budget on the control part; on the check part `worse` times as large."""

@@ -329,6 +329,24 @@ def test_sequences_show_the_matrix_and_its_transfers():
     assert "backward transfer -0.100" in words(page(made))
 
 
+def test_several_methods_of_a_sequence_are_summed_up_the_lowest_loss_first():
+    one = {"name": "ab", "domains": ["a", "b"], "matrix": [[5.2, 4.9], [4.1, 4.7], [4.2, 4.0]], "general": {"wiki": [0.03, 0.05]}, "forward_transfer": None}
+    scored = {"average": 0.5, "backward_transfer": -0.25, "forward_transfer": None}
+    found = [{**one, "method": "plain", "seed": 1, "average": 4.5, "backward_transfer": -0.4},
+             {**one, "method": "holdfast", "seed": 1, "average": 4.0, "backward_transfer": -0.1, "accuracy_transfer": scored},
+             {**one, "method": "holdfast", "seed": 2, "average": 4.2, "backward_transfer": -0.2, "accuracy_transfer": scored},
+             {**one, "method": "holdfast", "seed": 3, "average": None, "backward_transfer": None, "error": "broken"}]  # fmt: skip
+    made = completed({**comparison(), "sequences": found})
+    [(name, table)] = tables.sequence_summary(made)
+    titles = ["method", "average loss", "backward transfer", "general rise, wiki", "average accuracy", "backward transfer of accuracy", "seeds"]
+    assert name == "ab" and [column.title for column in table.columns] == titles
+    assert [[cell.shown for cell in row] for row in table.rows] == [
+        ["holdfast", "4.100 ± 0.100", "-0.150 ± 0.050", "0.050 ± 0.000", "50.0 % ± 0.0 %", "-25.0 % ± 0.0 %", "2"],
+        ["plain LoRA", "4.500", "-0.400", "0.050", numbers.MISSING, numbers.MISSING, "1"]]  # fmt: skip
+    assert "every method at the end" in words(page(made)) and "4.100 ± 0.100" in markdown(made)
+    assert tables.sequence_summary(completed({**comparison(), "sequences": found[:1]})) == []
+
+
 def test_a_sequence_with_rows_of_other_lengths_is_shown_as_far_as_it_goes():
     odd = {"name": "ab", "method": "holdfast", "domains": ["a", "b"], "matrix": [[5.2], [4.1, 4.0, 3.0], []], "accuracy": [[0.5]], "general": {"wiki": [0.1]}}
     _, found = tables.sequences(completed({**comparison(), "sequences": [odd]}))[0]

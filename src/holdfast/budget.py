@@ -205,10 +205,11 @@ class Controller:
     energy, at probes and between them. For importance in nats (`unit` 1: it is a Fisher) one imagined probe at the budget with a rise of one energy
     steadies the first real ones.
 
-    e = log(rise / target), within [-4, 1.5]. While the budget is unused the proportional part alone takes the strength to start * exp(-6): nothing
-    is held back. The integral moves within [-7, 12], by at most 0.2 down and 0.45 up at a time (anti-windup), so that an overshoot is met at once and an
-    unused budget is given back slowly. `start` None: no strength is known for this importance, so the first clear rise sets it to `price` nats of domain
-    loss per nat of general loss, by the energy that came with it.
+    e = log(rise / target), within [-4, 1.5]. Near the budget the proportional part is gentle: an overshoot early in training, at a high learning rate, is not
+    what is left of it in the end, and holding as hard as it asks for undoes the learning (LOG.md, 2026-11-26). While the budget is unused it takes the
+    strength to start * exp(-5.6): nothing is held back. The integral moves within [-7, 12], by at most 0.2 down and 0.45 up at a time (anti-windup). Until the
+    first look the strength is `start`, since the first steps are the wildest. `start` None: no strength is known for this importance, so nothing is held
+    until the first clear rise sets it to `price` nats of domain loss per nat of general loss, by the energy that came with it.
     """
 
     target: float
@@ -221,7 +222,8 @@ class Controller:
     price: float = 10.0
     trajectory: list[dict[str, float | None]] = field(default_factory=list)
 
-    GAIN, UNUSED_GAIN, INTEGRAL_GAIN, KEPT = 1.0, 1.5, 0.3, 0.85
+    GAIN, UNUSED_GAIN, INTEGRAL_GAIN, KEPT = 0.5, 1.5, 0.3, 0.85
+    UNUSED = -0.4  # log(rise / target) below which the budget counts as unused: two thirds of it
 
     def __post_init__(self) -> None:
         if self.unit is not None:
@@ -244,8 +246,8 @@ class Controller:
         """The strength now; 0 until a start is known."""
         if self.start is None:
             return 0.0
-        error = -4.0 if self.rise is None else self._error()
-        return self.start * math.exp(self.integral + error * (self.GAIN if error > 0 else self.UNUSED_GAIN))
+        error = 0.0 if self.rise is None else self._error()
+        return self.start * math.exp(self.integral + self.GAIN * max(error, self.UNUSED) + self.UNUSED_GAIN * min(0.0, error - self.UNUSED))
 
     def _error(self) -> float:
         ratio = (self.rise or 0.0) / self.target

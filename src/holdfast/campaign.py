@@ -38,7 +38,7 @@ from holdfast.lock import only_writer
 from holdfast.models import context_length, load_model, load_tokenizer
 from holdfast.pool import running
 from holdfast.runs import environment, read_json, sha256_file, write_json, write_text
-from holdfast.scoring import check_questions, score_all
+from holdfast.scoring import check_questions, score_all, score_base
 from holdfast.sequence import Campaign, run_sequences
 from holdfast.shapes import TRIAL, read_checked
 from holdfast.tasks import load_training_data
@@ -74,7 +74,7 @@ def compare(options: CompareOptions) -> dict[str, Any]:
             if experiment.sequences:
                 base = read_json(out / "base.json")["test"]
                 measured = lambda model, tokenizer, domains: evaluate(experiment, model, tokenizer, files, "test", domains)
-                run_sequences(Campaign(experiment, files, recipes, base, measured, out), chosen)
+                run_sequences(Campaign(experiment, files, recipes, base, measured, score_base(experiment, out), out), chosen)
         score_all(experiment, jobs, out, options.jobs)
         _answer(experiment, jobs, files, out)
         summary = summarise(out, [job["id"] for job in jobs])

@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -34,7 +34,7 @@ logger = logging.getLogger("holdfast")
 SHARES = (1.0, 0.85, 0.7, 0.55, 0.4, 0.3, 0.2, 0.1, 0.05)
 REFINED = 3  # shares tried between the best one that keeps the budget and the next larger one
 EACH = ERROR / 2  # error probability of one check: the first, and the fallback's
-Ways = Mapping[str, Callable[[float], None]]  # name -> a function: share -> the model with that share of its update
+Ways = Mapping[str, Callable[[float], None]]  # name -> a function: share -> the model with that share of its update, none of it at 0
 WORSE = ("met", "not shown", "exceeded")
 OTHERS = (0.5, 1.0, 2.0, 5.0)  # per cent: what other budgets would buy
 
@@ -161,11 +161,11 @@ def keep_budget(ledger: Ledger, model: nn.Module, ways: Ways, learning: Learning
     limit = ledger.budget.nats
     scans = {way: Scan(ledger, model, way, apply, learning) for way, apply in ways.items()}
     points = [point for way in among or ways for point in scans[way].points]
-    nothing = NOTHING
+    nothing = replace(NOTHING, way=list(ways)[-1])
     if ledger.moved:  # in a sequence, the steps before have spent some of the budget
-        ways["scale"](0.0)
+        ways[nothing.way](0.0)
         rise, bound, worst = ledger.planned(model, error=EACH)
-        nothing = Point("scale", 0.0, rise, bound, None, worst)
+        nothing = replace(nothing, rise=rise, bound=bound, worst=worst)
     chosen, checks = choose(points, limit, nothing), []
     for attempt in range(2):
         ways[chosen.way](chosen.share)

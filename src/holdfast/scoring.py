@@ -45,13 +45,10 @@ def check_questions(experiment: Experiment) -> None:
 
 def score_all(experiment: Experiment, jobs: Sequence[Mapping[str, Any]], out: Path, processes: int = 1) -> None:
     """Measure what is not measured yet. `jobs`: the runs of the campaign; those on the test part that are done are scored, `processes` at a time."""
-    own = {domain: place["task"] for domain, place in experiment.domains.items() if "task" in place}
+    own = domain_tasks(experiment)
     if not own and not experiment.tasks:
         return
-    base = _known(out / "accuracy.json", experiment, {**own, **experiment.tasks})
-    if base is None:
-        options = resolve(ModelOptions, experiment.model)
-        write_json(out / "accuracy.json", _score(load_model(options), load_tokenizer(options), experiment, {**own, **experiment.tasks}))
+    score_base(experiment, out)
     waiting = []
     for job in jobs:
         trial, path = job["trial"], job["folder"] / "accuracy.json"
@@ -66,6 +63,36 @@ def score_all(experiment: Experiment, jobs: Sequence[Mapping[str, Any]], out: Pa
         logger.info("accuracy of %d of %d runs", done, len(waiting))
 
 
+def domain_tasks(experiment: Experiment) -> dict[str, str]:
+    """The multiple-choice questions of the domains that have any: domain -> task."""
+    return {domain: place["task"] for domain, place in experiment.domains.items() if "task" in place}
+
+
+def score_base(experiment: Experiment, out: Path) -> dict[str, float]:
+    """The base model's accuracy on every task, measured once: name -> share of right answers."""
+    wanted = {**domain_tasks(experiment), **experiment.tasks}
+    if not wanted:
+        return {}
+    found = _known(out / "accuracy.json", experiment, wanted)
+    if found is None:
+        options = resolve(ModelOptions, experiment.model)
+        found = _score(load_model(options), load_tokenizer(options), experiment, wanted)
+        write_json(out / "accuracy.json", found)
+    return {name: task["acc"] for name, task in found["tasks"].items()}
+
+
+def score_domains(experiment: Experiment, model: nn.Module, tokenizer: Any, domains: Sequence[str]) -> dict[str, float]:
+    """The accuracy of one state of a model on those of `domains` that have questions."""
+    own = domain_tasks(experiment)
+    found = _score(model, tokenizer, experiment, {domain: own[domain] for domain in domains if domain in own})
+    return {name: task["acc"] for name, task in found["tasks"].items()}
+
+
+def question_limit(experiment: Experiment) -> int | None:
+    """How many questions of each task are asked."""
+    return experiment.limit.get("questions", experiment.limit.get("test"))
+
+
 def _score_run(job: Mapping[str, Any]) -> None:
     options = job["options"]
     model = load_tuned(options, job["folder"] / "adapter", full=options.full)
@@ -76,20 +103,16 @@ def _was_killed(job: Mapping[str, Any]) -> None:
     logger.warning("%s on %s: its process was killed, so its accuracy was not measured; the same command tries again", job["trial"].method, job["trial"].domain)
 
 
-def _limit(experiment: Experiment) -> int | None:
-    return experiment.limit.get("questions", experiment.limit.get("test"))
-
-
 def _known(path: Path, experiment: Experiment, wanted: Mapping[str, str]) -> dict[str, Any] | None:
     """What was measured, if it is all that is wanted."""
     found = dict(read_json(path)) if path.exists() else None
-    if found is None or found["limit"] != _limit(experiment):
+    if found is None or found["limit"] != question_limit(experiment):
         return None
     return found if all(found["tasks"].get(name, {}).get("task") == spec for name, spec in wanted.items()) else None
 
 
 def _score(model: nn.Module, tokenizer: Any, experiment: Experiment, wanted: Mapping[str, str]) -> dict[str, Any]:
-    limit, found = _limit(experiment), {}
+    limit, found = question_limit(experiment), {}
     for name, spec in wanted.items():
         task, rows = load_task(spec, split=None)
         measured = answers(model, tokenizer, task, rows[:limit])

@@ -2,7 +2,7 @@
 
     DIR/sequences/NAME/METHOD-SEED/1-DOMAIN/step.json     one step, with the losses on the test parts
     DIR/sequences/NAME/METHOD-SEED/1-DOMAIN/adapter/      its adapter; model/ is the merged result, kept for the last step only
-    DIR/sequences.json                                    all of them, with average and transfer (transfer.py)
+    DIR/sequences.json                                    all of them, with losses, accuracies of domains with questions, average and transfer (transfer.py)
 
 A method is tuned at the settings chosen for it on each domain, with the test seeds. From the second step on, what must not be lost are the general text and
 the domains before: importance is recorded anew on the merged model, on both together, and the anchor is that model; `replay: recorded` is that text too. A
@@ -16,7 +16,7 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,10 @@ from holdfast.evaluation import rise
 from holdfast.experiment import Experiment, SequenceSpec, identity, record_options, tune_options
 from holdfast.models import load_model, load_tokenizer, save_whole
 from holdfast.runs import discard, read_json, sha256_file, write_json, write_text
+from holdfast.scoring import domain_tasks, question_limit, score_domains
 from holdfast.tasks import load_training_data, row_text
 from holdfast.texts import load_documents
-from holdfast.transfer import transfer
+from holdfast.transfer import of_accuracy, transfer
 
 logger = logging.getLogger("holdfast")
 Chosen = Mapping[tuple[str, str], dict[str, Any]]
@@ -43,6 +44,7 @@ class Campaign:
     recipes: Mapping[str, dict[str, Any]]
     base: Mapping[str, Any]
     evaluate: Callable[[Any, Any, list[str]], dict[str, Any]]  # (model, tokenizer, domains) -> {general: {text: numbers}, domains: {domain: numbers}}
+    accuracy: Mapping[str, float]  # of the base, of each domain with questions
     out: Path
 
 
@@ -62,19 +64,29 @@ def run_sequences(campaign: Campaign, chosen: Chosen) -> list[dict[str, Any]]:
 
 def _run_one(campaign: Campaign, name: str, spec: SequenceSpec, method: str, seed: int, chosen: Chosen) -> dict[str, Any]:
     """One method through one sequence, as compare.json has it; a failure ends it there and is told."""
-    rows, general, error = [campaign.base["domains"]], [], None
+    rows, scored, general, error = [campaign.base["domains"]], [campaign.accuracy], [], None
     place = campaign.out / "sequences" / name / f"{method}-{seed}"
     try:
         for step in _steps(campaign, spec, method, seed, chosen, place):
             rows.append(step["domains"])
+            scored.append(step["accuracy"])
             general.append(step["general"])
     except Exception as failure:  # a result, as a failed run is
         logger.warning("sequence %s, %s, seed %d: %s", name, method, seed, failure)
         error = f"{type(failure).__name__}: {failure}"
     matrix = [[row[domain]["nats"] for domain in spec.domains] for row in rows]
     rises = {text: [rise(campaign.base["general"][text], step[text])["nats"] for step in general] for text in campaign.experiment.general}
-    return {"name": name, "method": method, "seed": seed, "domains": list(spec.domains), "matrix": matrix, "accuracy": None, "general": rises, "error": error,
-            **transfer(matrix)}  # fmt: skip
+    return {"name": name, "method": method, "seed": seed, "domains": list(spec.domains), "matrix": matrix, **_accuracy(scored, spec.domains),
+            "general": rises, "error": error, **transfer(matrix)}  # fmt: skip
+
+
+def _accuracy(scored: Sequence[Mapping[str, float]], domains: Sequence[str]) -> dict[str, Any]:
+    """The matrix of accuracies, null for a domain without questions, and its transfer over those that have some."""
+    asked = [number for number, domain in enumerate(domains, 1) if domain in scored[0]]
+    if not asked:
+        return {"accuracy": None, "accuracy_transfer": None}
+    known = [[row[domains[number - 1]] for number in asked] for row in scored]
+    return {"accuracy": [[row.get(domain) for domain in domains] for row in scored], "accuracy_transfer": of_accuracy(known, asked, steps=len(domains))}
 
 
 def _steps(campaign: Campaign, spec: SequenceSpec, method: str, seed: int, chosen: Chosen, place: Path) -> Iterator[dict[str, Any]]:
@@ -138,7 +150,9 @@ def _address(campaign: Campaign, options: TuneOptions, settings: Mapping[str, An
     hashes = [sha256_file(campaign.files[key]) for key in (f"domain/{domain}/train", *held)]
     recipe = campaign.recipes.get(str(settings.get("importance")), {}).get("mark")
     alike = dataclasses.replace(options, model=experiment.model["model"], earlier=None)
-    return identity(alike, more=["sequence", before, recipe, sha256_file(text), hashes, experiment.limit.get("test"), experiment.characters])
+    questions = {name: task for name, task in domain_tasks(experiment).items() if name in domains}
+    asked = [questions, question_limit(experiment)] if questions else []
+    return identity(alike, more=["sequence", before, recipe, sha256_file(text), hashes, experiment.limit.get("test"), experiment.characters, *asked])
 
 
 def _take(campaign: Campaign, options: TuneOptions, settings: Mapping[str, Any], text: str, folder: Path, address: str, domains: list[str]) -> None:
@@ -155,7 +169,7 @@ def _take(campaign: Campaign, options: TuneOptions, settings: Mapping[str, Any],
         (folder / "work" / "final").replace(folder / "adapter")
         discard(folder / "work")
         model, tokenizer = _merged(options, folder)
-        found = campaign.evaluate(model, tokenizer, domains)
+        found = {**campaign.evaluate(model, tokenizer, domains), "accuracy": score_domains(campaign.experiment, model, tokenizer, domains)}
     write_json(folder / "step.json", {"id": address, "settings": settings, "energy": finished["energy"], "seconds": finished["train_seconds"], **found})
 
 

@@ -66,9 +66,9 @@ DIFFERENCE = {"domain": TEXT, "text": TEXT, "share": NUMBER, "a": TEXT, "b": TEX
               "beyond_noise": TRUTH}  # fmt: skip
 NOISE = {"learning": NUMBER, "forgetting": Each(NUMBER), "how": TEXT}
 WEIGHT = {"name": TEXT, "layer": NUMBER, "kind": TEXT, "norm": NUMBER, "coefficient": NUMBER}
-SEQUENCE = {"name": TEXT, "method": TEXT, "seed": NUMBER, "domains": [TEXT], "average": NUMBER, "backward_transfer": NUMBER, "forward_transfer": NUMBER,
-            "general": Each([NUMBER]), "rows": [TEXT], "matrix": [[NUMBER]],
-            "accuracy": [[NUMBER]]}  # fmt: skip
+TRANSFER = dict.fromkeys(("average", "backward_transfer", "forward_transfer"), NUMBER)
+SEQUENCE = {"name": TEXT, "method": TEXT, "seed": NUMBER, "domains": [TEXT], "general": Each([NUMBER]), "rows": [TEXT], "matrix": [[NUMBER]],
+            "accuracy": [[NUMBER]], "accuracy_transfer": TRANSFER, **TRANSFER}  # fmt: skip
 COMPARISON = {
     "kind": TEXT, "title": TEXT, "model": TEXT, "created": NAME, "environment": ENVIRONMENT, "settings": Each(ANY),
     "progress": {"done": NUMBER, "of": NUMBER, "failed": NUMBER, "seconds": NUMBER},
@@ -85,7 +85,7 @@ STATE = {"general": LOSS, "domain": LOSS, "tasks": Each(SCORES)}
 RUN = {"configuration": Each(ANY), "environment": ENVIRONMENT, "data": Each(ANY), "method": [NAME], "before": STATE, "after": STATE, "forgetting": CHANGE,
        "learning": CHANGE, "energy": NUMBER, "train_seconds": NUMBER, "trainable_parameters": NUMBER, "peak_memory_bytes": NUMBER, "log": LOG,
        "moved": MOVED, "sequence": {"domains!": [NAME], "matrix!": [[NUMBER]], "accuracy_domains!": [NAME], "accuracy": [[NUMBER]], "general": [CHANGE],
-                                    **dict.fromkeys(("average", "backward_transfer", "forward_transfer"), NUMBER)}}  # fmt: skip
+                                    "accuracy_transfer": TRANSFER, **TRANSFER}}  # fmt: skip
 
 
 def check(data: Any, shape: Any, where: str) -> None:

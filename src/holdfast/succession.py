@@ -49,7 +49,7 @@ from holdfast.stacking import stack
 from holdfast.tasks import encode_rows, find_task, load_task, load_training_data
 from holdfast.texts import fingerprint_rows
 from holdfast.training import push_result, tune
-from holdfast.transfer import transfer
+from holdfast.transfer import of_accuracy, transfer
 
 logger = logging.getLogger("holdfast")
 MEASURED = ("general", "general_split", "text_column", "eval_data", "eval_split", "tasks", "limit")  # what is measured already must not be measured otherwise
@@ -291,16 +291,12 @@ def sequence_of(rows: Sequence[Mapping[str, Any]], domains: Sequence[str], learn
     scored: list[list[Any]] = [[(cell["accuracy"] or {}).get("acc") for cell in row] for row in cells]
     chosen_from = [j for j in range(len(domains)) if scored[0][j] is not None]  # domains where choices exist
     accuracy = [[float(row[j]) for j in chosen_from] for row in scored] if chosen_from else None
-    of_accuracy = None
-    if accuracy:
-        turned = transfer([[-value for value in row] for row in accuracy], [learned[j] for j in chosen_from])
-        average = turned["average"]
-        of_accuracy = {**turned, "average": None if average is None else -average}
+    moved = of_accuracy(accuracy, [learned[j] for j in chosen_from], steps=max(learned)) if accuracy else None
     general = [rise(rows[0]["general"], row["general"]) for row in rows] if rows[0]["general"] else None
     after = [", ".join(name for name, at in zip(domains, learned, strict=True) if at == row) for row in range(1, len(rows))]
     return {"domains": list(domains), "learned": list(learned), "rows": ["base model", *after], "matrix": matrix,
             "standard_error": [[cell["standard_error"] for cell in row] for row in cells],
-            **transfer(matrix, learned), "accuracy_domains": [domains[j] for j in chosen_from], "accuracy": accuracy, "accuracy_transfer": of_accuracy,
+            **transfer(matrix, learned), "accuracy_domains": [domains[j] for j in chosen_from], "accuracy": accuracy, "accuracy_transfer": moved,
             "general": general, "general_nats": [row["general"]["nats"] for row in rows] if rows[0]["general"] else None}  # fmt: skip
 
 

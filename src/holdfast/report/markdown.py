@@ -25,6 +25,9 @@ def markdown(contents: Contents) -> str:
     for domain in [str(domain["name"]) for domain in contents["domains"]] if text and contents["kind"] != "run" else []:
         lines += [f"### {plain(domain)}", "", f"Forgetting on {plain(text)} at equal learning, in nats per token, ± standard error; "
                   "shares are of what plain fine-tuning learns.", "", table(tables.methods(contents, domain, str(text))), ""]  # fmt: skip
+    for name, found in tables.sequence_summary(contents):
+        lines += [f"### {plain(name)}, one domain after another", "", "Losses in nats per token, mean over seeds ± standard error; backward transfer is what "
+                  "later domains did to earlier ones (negative: forgotten).", "", table(found), ""]  # fmt: skip
     if contents["measures"]:
         lines += ["### Before and after", "", table(tables.measures(contents)), ""]
     failed = [run for run in contents["runs"] if run.get("status", "done") != "done"]

@@ -150,7 +150,7 @@ def _tables(contents: Contents) -> dict[str, Any]:
     pairs = [(str(domain["name"]), str(text["name"])) for domain in contents["domains"] for text in contents["texts"]]
     views = [] if contents["kind"] == "run" else [(domain, text, tables.methods(contents, domain, text)) for domain, text in pairs]
     return {"methods": views, "runs": tables.runs(contents), "measures": tables.measures(contents), "before": tables.before(contents),
-            "sequences": tables.sequences(contents)}  # fmt: skip
+            "sequences": tables.sequences(contents), "sequence_summary": tables.sequence_summary(contents)}  # fmt: skip
 
 
 def _sample(contents: Contents, sample: Mapping[str, Any]) -> dict[str, Any]:

@@ -191,6 +191,31 @@ def sequences(contents: Contents) -> list[tuple[Mapping[str, Any], Table]]:
     return found
 
 
+def sequence_summary(contents: Contents) -> list[tuple[str, Table]]:
+    """For each sequence that several methods or seeds went through, a row per method: where it ends, mean over seeds ± standard error, lowest loss first."""
+    found = []
+    for name in dict.fromkeys(str(sequence.get("name")) for sequence in contents["sequences"]):
+        mine = [sequence for sequence in contents["sequences"] if str(sequence.get("name")) == name]
+        if len(mine) == 1:
+            continue
+        texts = list(dict.fromkeys(text for sequence in mine for text in sequence.get("general") or {}))
+        titles = ["method", "average loss", "backward transfer", "forward transfer", *(f"general rise, {text}" for text in texts), "average accuracy",
+                  "backward transfer of accuracy", "forward transfer of accuracy", "seeds"]  # fmt: skip
+        lines = []
+        for method in dict.fromkeys(str(sequence.get("method")) for sequence in mine):
+            some = [sequence for sequence in mine if str(sequence.get("method")) == method and numbers.known(sequence.get("average")) is not None]
+            scored = [sequence.get("accuracy_transfer") or {} for sequence in some]
+            rises = [_mean([{"nats": ((sequence.get("general") or {}).get(text) or [None])[-1]} for sequence in some]) for text in texts]
+            lines.append([Cell(label(contents, method), mark=method), *(_mean(some, key) for key in TRANSFERS), *rises,
+                          *(_mean(scored, key, numbers.share) for key in TRANSFERS), number(len(some), show=numbers.whole)])  # fmt: skip
+        lines.sort(key=lambda line: (line[1].value is None, line[1].value or 0.0))
+        found.append((name, made(titles, lines)))
+    return found
+
+
+TRANSFERS = ("average", "backward_transfer", "forward_transfer")
+
+
 def _wide(row: Sequence[Any], width: int) -> list[Any]:
     """A row of a matrix with as many places as there are domains."""
     return [*row, *[None] * width][:width]
