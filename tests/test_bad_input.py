@@ -136,7 +136,7 @@ def test_places(fails, importance_file, model_folder, text_file, tmp_path, monke
     fails(["tune", model_folder, "--data", text_file, "--out", below], 1, "cannot write into", "--out")
     fails(["eval", model_folder, "--general", text_file, "--out", below], 1, "cannot write into", "--out")
     trained = []
-    monkeypatch.setattr(recording, "_train", lambda *a: trained.append(a))
+    monkeypatch.setattr(recording, "train", lambda *a: trained.append(a))
     monkeypatch.setattr(ObservingRecorder, "observe", lambda *a, **k: trained.append(a))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     for extra in (["--estimator", "path"], ["--estimator", "path", "--tier", "bf16"], [], ["--estimator", "fisher"], ["--cov-rank", "0"]):

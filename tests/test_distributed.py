@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import holdfast
 from conftest import CONFIGS
-from holdfast import Fisher, Importance, Kronecker, PathIntegral, Penalty, distributed, recording
+from holdfast import Fisher, Importance, Kronecker, PathIntegral, Penalty, distributed, recording, recording_state
 from holdfast.callback import HoldfastCallback, RecorderCallback
 from holdfast.config import RECORD_PRESETS, TUNE_PRESETS, RecordOptions, TuneOptions, resolve
 from holdfast.importance.activation import Activation
@@ -382,7 +382,7 @@ def resumed(folder, text_file, estimator):
              "epochs": 2, "batch_size": 3, "accumulation": 2, "learning_rate": 1e-2, "save_steps": 1, "device": "cpu"}  # fmt: skip
     given = given if estimator == "path" else {k: v for k, v in given.items() if k not in ("rank", "epochs", "accumulation", "learning_rate")}
     whole = recording.record(resolve(RecordOptions, given, RECORD_PRESETS))
-    write, calls = recording._write_state, []
+    write, calls = recording_state.write, []
 
     def stop(*arguments):
         write(*arguments)
@@ -390,10 +390,10 @@ def resumed(folder, text_file, estimator):
         if len(calls) == 3:
             raise KeyboardInterrupt
 
-    recording._write_state = stop
+    recording_state.write = stop
     with pytest.raises(KeyboardInterrupt):
         recording.record(resolve(RecordOptions, given, RECORD_PRESETS))
-    recording._write_state = write
+    recording_state.write = write
     distributed.barrier()  # a launch ends with all of its processes: none is still writing when the next one clears up
     again = recording.record(resolve(RecordOptions, {**given, "resume": True}, RECORD_PRESETS))
     return all(torch.equal(whole[name].dense(), again[name].dense()) for name in whole), sorted(path.name for path in folder.parent.glob("*.state*"))

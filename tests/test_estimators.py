@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import holdfast
-from holdfast import recording
+from holdfast import recording, recording_state
 from holdfast.cli import main
 from holdfast.config import RECORD_PRESETS, RecordOptions, resolve
 from holdfast.importance.container import Importance
@@ -100,7 +100,7 @@ def test_an_interrupted_recording_goes_on_to_the_same_file(model_folder, text_fi
     given |= {"accumulation": 1} if estimator == "path-factored" else {}
     options = lambda **more: resolve(RecordOptions, {**given, **more}, RECORD_PRESETS)
     whole = recording.record(options(out=str(tmp_path / "whole.safetensors")))
-    write, count = recording._write_state, 0
+    write, count = recording_state.write, 0
 
     def stop_after_three(*args):
         nonlocal count
@@ -109,10 +109,10 @@ def test_an_interrupted_recording_goes_on_to_the_same_file(model_folder, text_fi
         if count == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(recording, "_write_state", stop_after_three)
+    monkeypatch.setattr(recording_state, "write", stop_after_three)
     with pytest.raises(KeyboardInterrupt):
         recording.record(options(out=str(tmp_path / "parted.safetensors")))
-    monkeypatch.setattr(recording, "_write_state", write)
+    monkeypatch.setattr(recording_state, "write", write)
     assert not (tmp_path / "parted.safetensors").exists()
     with pytest.raises(OptionError, match="batch_size=3"):
         recording.record(options(out=str(tmp_path / "parted.safetensors"), resume=True, batch_size=2))

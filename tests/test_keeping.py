@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from holdfast import hold, keeper, training
+from holdfast import callback, hold, keeper, training
 from holdfast.budget import parse
 from holdfast.cli import main
 from holdfast.finish import keep_budget
@@ -94,16 +94,16 @@ def test_a_budget_that_the_check_refutes_exits_with_3(words, tmp_path, capsys, m
 
 def test_resuming_equals_an_uninterrupted_run(words, tmp_path, monkeypatch):
     assert run(words, "--budget", "2%", "--out", tmp_path / "whole") == 0
-    original = training.StopOnNonFinite.on_pre_optimizer_step
+    original = callback.StopOnNonFinite.on_pre_optimizer_step
 
     def interrupted(self, args, state, control, **kwargs):
         if state.global_step == 12:
             raise KeyboardInterrupt
         original(self, args, state, control, **kwargs)
 
-    monkeypatch.setattr(training.StopOnNonFinite, "on_pre_optimizer_step", interrupted)
+    monkeypatch.setattr(callback.StopOnNonFinite, "on_pre_optimizer_step", interrupted)
     assert run(words, "--budget", "2%", "--out", tmp_path / "parted") == 130
-    monkeypatch.setattr(training.StopOnNonFinite, "on_pre_optimizer_step", original)
+    monkeypatch.setattr(callback.StopOnNonFinite, "on_pre_optimizer_step", original)
     assert run(words, "--budget", "1%", "--out", tmp_path / "parted", "--resume") == 2  # another budget is another run
     assert run(words, "--budget", "2%", "--out", tmp_path / "parted", "--resume") == 0
     whole, parted = (json.loads((tmp_path / name / "run.json").read_text())["budget"] for name in ("whole", "parted"))
@@ -135,7 +135,7 @@ def test_full_fine_tuning_keeps_a_budget(words, tmp_path):
 
 
 def test_wrong_budgets_and_texts_are_refused_before_training(words, domain, general, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(training, "_train", lambda *a: pytest.fail("trained"))
+    monkeypatch.setattr(training, "train", lambda *a: pytest.fail("trained"))
 
     def fails(code, message, *more):
         capsys.readouterr()

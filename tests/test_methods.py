@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
-from holdfast import training
+from holdfast import callback, training
 from holdfast.callback import TermCallback
 from holdfast.config import METHOD_SETTINGS, RECORD_PRESETS, TUNE_PRESETS, EvalOptions, RecordOptions, TuneOptions, resolve
 from holdfast.demo.run import MODEL
@@ -90,15 +90,15 @@ def same(a, b):
 
 def interrupt_after(monkeypatch, step):
     """Ctrl-C before the optimizer's step number `step` + 1."""
-    original = training.StopOnNonFinite.on_pre_optimizer_step
+    original = callback.StopOnNonFinite.on_pre_optimizer_step
 
     def interrupted(self, args, state, control, **kwargs):
         if state.global_step == step:
-            monkeypatch.setattr(training.StopOnNonFinite, "on_pre_optimizer_step", original)
+            monkeypatch.setattr(callback.StopOnNonFinite, "on_pre_optimizer_step", original)
             raise KeyboardInterrupt
         original(self, args, state, control, **kwargs)
 
-    monkeypatch.setattr(training.StopOnNonFinite, "on_pre_optimizer_step", interrupted)
+    monkeypatch.setattr(callback.StopOnNonFinite, "on_pre_optimizer_step", interrupted)
 
 
 def watch_frozen(monkeypatch):

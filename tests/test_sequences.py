@@ -11,7 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from holdfast import recording, succession, training
+from holdfast import callback, path_training, recording, succession, training
 from holdfast.cli import main
 from holdfast.config import RECORD_PRESETS, TUNE_PRESETS, ModelOptions, RecordOptions, TuneOptions, resolve
 from holdfast.evaluation import completion_loss
@@ -148,8 +148,8 @@ def test_every_estimator_and_tier_is_recorded_again_as_it_was(words, domains, im
 
 
 PHASES = {
-    "training": (training.StopOnNonFinite, "on_pre_optimizer_step", 7),
-    "training the first": (training.StopOnNonFinite, "on_pre_optimizer_step", 3),
+    "training": (callback.StopOnNonFinite, "on_pre_optimizer_step", 7),
+    "training the first": (callback.StopOnNonFinite, "on_pre_optimizer_step", 3),
     "recording a domain": (recording, "_by_observing", 1),
     "consolidating": (succession, "consolidated", 1),
     "saving a step": (training, "save_whole", 2),
@@ -190,7 +190,7 @@ def test_interrupted_in_any_phase_it_resumes_to_the_same_bits(words, domains, im
 def test_a_recording_resumes_in_its_middle(words, domains, importance, tmp_path, monkeypatch):
     words = [*words, *of(domains[:2]), "--importance", importance(estimator="path", cov_rank=None, rank=2, accumulation=1, batch_size=4, save_steps=2)]
     assert run(words, "--out", tmp_path / "whole") == 0
-    calls, original = 0, recording._step
+    calls, original = 0, path_training._step
 
     def interrupted(*arguments):
         nonlocal calls
@@ -199,7 +199,7 @@ def test_a_recording_resumes_in_its_middle(words, domains, importance, tmp_path,
             raise KeyboardInterrupt
         return original(*arguments)
 
-    monkeypatch.setattr(recording, "_step", interrupted)
+    monkeypatch.setattr(path_training, "_step", interrupted)
     assert run(words, "--out", tmp_path / "parted") == 130
     assert (tmp_path / "parted" / "steps" / "2" / "domain.safetensors.state").exists()
     assert run(words, "--out", tmp_path / "parted", "--resume") == 0
@@ -239,7 +239,7 @@ def test_a_budget_covers_general_text_and_every_earlier_domain(words, domains, i
 def test_a_budget_resumes_with_what_it_knows_of_earlier_domains(words, domains, importance, tmp_path, monkeypatch):
     words = [*words, *of(domains[:2]), "--importance", importance(), "--budget", "8%", "--max-steps", "14", "--batch-size", "24"]
     assert run(words, "--out", tmp_path / "whole") in (0, 3)
-    original, calls = training.StopOnNonFinite.on_pre_optimizer_step, 0
+    original, calls = callback.StopOnNonFinite.on_pre_optimizer_step, 0
 
     def interrupted(self, *arguments, **more):
         nonlocal calls
@@ -248,7 +248,7 @@ def test_a_budget_resumes_with_what_it_knows_of_earlier_domains(words, domains, 
             raise KeyboardInterrupt
         return original(self, *arguments, **more)
 
-    monkeypatch.setattr(training.StopOnNonFinite, "on_pre_optimizer_step", interrupted)
+    monkeypatch.setattr(callback.StopOnNonFinite, "on_pre_optimizer_step", interrupted)
     assert run(words, "--out", tmp_path / "parted") == 130
     assert run(words, "--out", tmp_path / "parted", "--resume") in (0, 3)
     whole, parted = (result(tmp_path / name) for name in ("whole", "parted"))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from holdfast import recording, runs
+from holdfast import callback, path_training, recording, runs
 from holdfast.config import RECORD_PRESETS, STRENGTHS, TUNE_PRESETS, RecordOptions, TuneOptions, resolve
 from holdfast.importance.container import Importance
 from holdfast.importance.kronecker import Kronecker
@@ -68,7 +68,7 @@ def test_record_writes_a_file_with_provenance_and_cleans_up(recorded, tmp_path):
 def test_interrupted_recording_resumes_to_the_same_file(recorded, tmp_path, monkeypatch, stop):
     whole = recorded(dropout=0.1)
     calls = 0
-    step = recording._step
+    step = path_training._step
 
     def interrupted(*arguments):
         nonlocal calls
@@ -77,12 +77,12 @@ def test_interrupted_recording_resumes_to_the_same_file(recorded, tmp_path, monk
             raise KeyboardInterrupt
         return step(*arguments)
 
-    monkeypatch.setattr(recording, "_step", interrupted)
+    monkeypatch.setattr(path_training, "_step", interrupted)
     out = tmp_path / "j.safetensors"
     with pytest.raises(KeyboardInterrupt):
         recorded(dropout=0.1, out=str(out))
     assert not out.exists()
-    monkeypatch.setattr(recording, "_step", step)
+    monkeypatch.setattr(path_training, "_step", step)
     with pytest.raises(OptionError, match="learning_rate"):
         recorded(dropout=0.1, out=str(out), resume=True, learning_rate=0.5)
     parted = recorded(dropout=0.1, out=str(out), resume=True)
@@ -188,24 +188,22 @@ def test_accumulation_gives_the_same_update(recorded, tuned, tmp_path):
 
 
 def test_resuming_equals_an_uninterrupted_run(recorded, tuned, tmp_path):
-    from holdfast import training
-
     recorded()
     common = {"importance": str(tmp_path / "i.safetensors"), "save_steps": 2, "dropout": 0.1}  # no strength: what suits the importance, also when going on
     tuned(out=str(tmp_path / "whole"), **common)
-    original = training.StopOnNonFinite.on_pre_optimizer_step
+    original = callback.StopOnNonFinite.on_pre_optimizer_step
 
     def interrupted(self, args, state, control, **kwargs):
         if state.global_step == 4:
             raise KeyboardInterrupt
         original(self, args, state, control, **kwargs)
 
-    training.StopOnNonFinite.on_pre_optimizer_step = interrupted
+    callback.StopOnNonFinite.on_pre_optimizer_step = interrupted
     try:
         with pytest.raises(KeyboardInterrupt):
             tuned(out=str(tmp_path / "parted"), **common)
     finally:
-        training.StopOnNonFinite.on_pre_optimizer_step = original
+        callback.StopOnNonFinite.on_pre_optimizer_step = original
     with pytest.raises(ValueError, match="--resume"):
         tuned(out=str(tmp_path / "parted"), **common)
     with pytest.raises(OptionError, match=rf"strength={STRENGTHS['path']!r} \(now 0\.2\)"):

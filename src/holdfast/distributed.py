@@ -74,6 +74,11 @@ def first() -> bool:
     return rank() == 0
 
 
+def silent() -> bool:
+    """Whether progress bars are left out: no terminal to show them on, or not the first process."""
+    return not (sys.stderr.isatty() and first())
+
+
 def barrier() -> None:
     """Wait, together, until every process is here."""
     if running():

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from holdfast import distributed
+from holdfast import distributed, recording_state
 from holdfast.config import LABELLED, TRAINING_ONLY, RecordOptions
 from holdfast.hub import push_importance, ready
 from holdfast.importance.activation import Activation
@@ -38,13 +37,13 @@ from holdfast.importance.tiers import parse_tier
 from holdfast.lock import only_writer
 from holdfast.models import context_length, load_model, load_tokenizer
 from holdfast.options import OptionError, as_dict
-from holdfast.runs import atomic_path, check_free_space, environment, free_memory
+from holdfast.path_training import train
+from holdfast.runs import check_free_space, environment, free_memory
 from holdfast.texts import Encoded, batches, encode, fingerprint_rows, load_documents, sample_documents
 from holdfast.weights import add_adapter, fingerprint, target_weights
 
 # Estimators that train an adapter; the others observe.
 ESTIMATORS: dict[str, type[PathRecorder]] = {"path": PathIntegral, "path-factored": PathFactored}
-NOT_IN_THE_RESULT = ("groups", "offload", "push_to_hub", "private")
 logger = logging.getLogger("holdfast")
 
 
@@ -64,7 +63,7 @@ def record(options: RecordOptions) -> Importance:
 
 
 def _recorded(options: RecordOptions) -> Importance:
-    state = load_state(options)
+    state = recording_state.load(options)
     torch.manual_seed(options.seed)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -87,7 +86,7 @@ def record_on(options: RecordOptions, model: nn.Module, tokenizer: Any, encoded:
         torch.manual_seed(options.seed)
         job = _by_training if options.estimator in ESTIMATORS else _by_observing
         recorded, seconds = job(options, model, encoded, tokenizer.pad_token_id, state, source)
-    shown = {k: v for k, v in as_dict(options).items() if k not in ("out", "resume", "model", "general", *NOT_IN_THE_RESULT) and v is not None}
+    shown = {k: v for k, v in as_dict(options).items() if k not in ("out", "resume", "model", "general", *recording_state.NOT_IN_THE_RESULT) and v is not None}
     shown = {k: v for k, v in shown.items() if options.estimator in ESTIMATORS or k not in TRAINING_ONLY}
     info = {
         **recorded.info,
@@ -102,7 +101,7 @@ def record_on(options: RecordOptions, model: nn.Module, tokenizer: Any, encoded:
     if distributed.first():
         importance.save(out)
     distributed.barrier()  # states go when the file is there,
-    _state_path(options).unlink(missing_ok=True)
+    recording_state.place(options).unlink(missing_ok=True)
     distributed.barrier()  # and none is left once any process returns
     logger.info("wrote %s: %d weights, tier %s, %.2f MiB, %.1f s", out, len(importance), importance.tier, out.stat().st_size / 2**20, seconds)
     return importance
@@ -144,7 +143,7 @@ def _by_training(options: RecordOptions, model: nn.Module, encoded: list[Encoded
         torch.manual_seed(options.seed + distributed.rank())  # dropout draws masks of its own in each process
     started = time.perf_counter()
     recorder = ESTIMATORS[options.estimator](peft_model, gradient=options.gradient, xi=options.xi, clamp=options.clamp, offload=options.offload)
-    spent = _train(peft_model, recorder, encoded, options, total, per_epoch, pad_id, state, source["sha256"])
+    spent = train(peft_model, recorder, encoded, options, total, per_epoch, pad_id, state, source["sha256"])
     importance = recorder.finish()
     return importance, spent + time.perf_counter() - started
 
@@ -167,7 +166,7 @@ def _by_observing(options: RecordOptions, model: nn.Module, encoded: list[Encode
     logger.info("recording %s on %s: %d documents, %s tokens, %d pass(es); %d weights; %s; seed %d", options.model, options.general, source["documents"],
                 f"{source['tokens']:,}", recorder.passes, len(recorder.layers), recorder.describe(), options.seed)  # fmt: skip
     started, loss = time.perf_counter(), math.nan
-    with tqdm(total=total, initial=done, desc="recording", unit="batch", disable=_no_bar()) as bar:
+    with tqdm(total=total, initial=done, desc="recording", unit="batch", disable=distributed.silent()) as bar:
         while done < total:
             if done % len(pieces) % distributed.size() == distributed.rank():
                 loss = recorder.observe(**{key: value.to(device) for key, value in pieces[done % len(pieces)].items()})
@@ -180,13 +179,9 @@ def _by_observing(options: RecordOptions, model: nn.Module, encoded: list[Encode
                 recorder.end_pass()
             if done % options.save_steps == 0 and done < total:
                 rest = {"recorder": recorder.state_dict(), "done": done, "seconds": spent + time.perf_counter() - started}
-                _write_state(options, {"options": _comparable(options), "data": source["sha256"], **rest})
+                recording_state.write(options, {"options": recording_state.comparable(options), "data": source["sha256"], **rest})
     importance = recorder.finish()
     return importance, spent + time.perf_counter() - started
-
-
-def _no_bar() -> bool:
-    return not (sys.stderr.isatty() and distributed.first())
 
 
 def _divide(options: RecordOptions, recorder: ObservingRecorder, row: torch.Tensor) -> None:
@@ -239,130 +234,3 @@ def _disk_needed(options: RecordOptions, model: nn.Module, trainable: int, total
     elements = sum(math.prod(weight.shape) for weight in target_weights(model))
     file = elements * (2 if options.tier == "bf16" else 4) + 4 * trainable
     return file + (2 * (8 * elements + 12 * trainable) if total > options.save_steps else 0)
-
-
-def _train(model: nn.Module, recorder: PathRecorder, encoded: list[Encoded], options: RecordOptions, total: int, per_epoch: int, pad_id: int,
-           state: dict[str, Any] | None, data: str) -> float:  # fmt: skip
-    """Train for `total` optimizer steps under the recorder. Returns the seconds spent before the resumed state was saved."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=0.0)
-    decay = (lambda step: 1.0 - step / total) if options.schedule == "linear" else (lambda step: 1.0)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, decay)
-    done, spent = _restore(model, recorder, optimizer, scheduler, state)
-    model.train()
-    started = time.perf_counter()
-    with recorder.attach(optimizer), tqdm(total=total, initial=done, desc="recording", unit="step", disable=_no_bar()) as bar:
-        while done < total:
-            epoch, first = divmod(done, per_epoch)
-            for group in _groups(encoded, options, pad_id, epoch)[first : first + total - done]:
-                began = time.perf_counter()
-                loss, tokens = _step(model, optimizer, group, done)
-                scheduler.step()
-                done += 1
-                bar.update()
-                bar.set_postfix_str(f"loss {loss:.3f}, {tokens / (time.perf_counter() - began):,.0f} tokens/s", refresh=False)
-                if done % per_epoch == 0:
-                    recorder.end_epoch()
-                if done % options.save_steps == 0 and done < total:
-                    _save_state(options, model, recorder, optimizer, scheduler, done, spent + time.perf_counter() - started, data)
-    return spent
-
-
-def _groups(encoded: list[Encoded], options: RecordOptions, pad_id: int, epoch: int) -> list[list[dict[str, torch.Tensor]]]:
-    """The micro-batches of each optimizer step of one epoch, in the order that the seed and the epoch give."""
-    micro = list(batches(encoded, batch_size=options.batch_size, pad_id=pad_id, shuffle_seed=options.seed * 1000 + epoch))
-    return [micro[i : i + options.accumulation] for i in range(0, len(micro), options.accumulation)]
-
-
-def _share(group: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
-    """This process's part of a step: whole micro-batches where they go round, else some rows of each."""
-    if len(group) % distributed.size() == 0:
-        return distributed.share(group)
-    rows = slice(distributed.rank(), None, distributed.size())
-    return [{key: value[rows] for key, value in batch.items()} for batch in group if len(batch["input_ids"]) > distributed.rank()]
-
-
-def _step(model: nn.Module, optimizer: torch.optim.Optimizer, group: list[dict[str, torch.Tensor]], step: int) -> tuple[float, int]:
-    """One optimizer step on the mean cross-entropy of all scored tokens in the group; (nats per token, tokens)."""
-    device = next(model.parameters()).device
-    tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in group)
-    loss, processes = 0.0, distributed.size()
-    for batch in _share(group):
-        here = {key: value.to(device) for key, value in batch.items()}
-        logits = model(input_ids=here["input_ids"], attention_mask=here["attention_mask"]).logits[:, :-1]
-        nats = nn.functional.cross_entropy(logits.flatten(0, 1).float(), here["labels"][:, 1:].flatten(), ignore_index=-100, reduction="sum")
-        (nats * (processes / max(tokens, 1))).backward()  # the gradients' mean over processes is that of all tokens
-        loss += float(nats.detach()) / max(tokens, 1)
-    [loss] = distributed.add_up_numbers([loss], device)
-    distributed.average_gradients([p for p in model.parameters() if p.requires_grad])
-    if not math.isfinite(loss):
-        raise ValueError(f"the loss is {loss} at step {step + 1}; lower --learning-rate or use --dtype float32; the last saved state is kept for --resume")
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss, tokens
-
-
-def _state_path(options: RecordOptions) -> Path:
-    """Where this process saves its state."""
-    return Path(f"{options.out}.state" + (f".{distributed.rank()}" if distributed.rank() else ""))
-
-
-def _comparable(options: RecordOptions) -> dict[str, Any]:
-    """The options that decide the result, as they must be again to go on."""
-    return {k: v for k, v in as_dict(options).items() if k not in ("resume", "save_steps", "device", "threads", "tier", "keep_anchor", *NOT_IN_THE_RESULT)}
-
-
-def _save_state(options: RecordOptions, model: nn.Module, recorder: PathRecorder, optimizer: Any, scheduler: Any, done: int, seconds: float, data: str) -> None:
-    adapter = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    state = {"options": _comparable(options), "data": data, "adapter": adapter, "recorder": recorder.state_dict(), "optimizer": optimizer.state_dict(),
-             "scheduler": scheduler.state_dict(), "done": done, "seconds": seconds, "rng": torch.get_rng_state()}  # fmt: skip
-    _write_state(options, state)
-
-
-def _write_state(options: RecordOptions, state: dict[str, Any]) -> None:
-    with atomic_path(_state_path(options)) as temporary:
-        torch.save({**state, "processes": distributed.size()}, temporary)
-        distributed.barrier()  # all states are renamed at about the same moment
-
-
-def load_state(options: RecordOptions) -> dict[str, Any] | None:
-    """The saved state to go on from, or None. Read with weights_only, so no code in it can run."""
-    if not options.resume:
-        return None
-    path = _state_path(options)
-    if not any(distributed.collect(path.is_file())):
-        logger.info("no saved state beside %s: starting from the beginning", options.out)
-        return None
-    try:
-        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"{path} is not a whole saved state ({first}); remove it, or start again without --resume") from error
-    if not isinstance(state, dict) or not isinstance(state.get("options"), dict):
-        raise ValueError(f"{path} is not a saved state of holdfast record; remove it, or start again without --resume")
-    then_many = state.get("processes", 1)
-    if then_many != distributed.size():
-        raise OptionError(f"{path} was made by {then_many} process(es), found {distributed.size()}; use as many, or no --resume")
-    if len(set(distributed.collect(state["done"]))) > 1:
-        raise ValueError(f"the processes' states beside {options.out} are of different steps, as when interrupted while writing; start again without --resume")
-    now, then = _comparable(options), state["options"]
-    different = sorted(key for key in now if now[key] != then.get(key))
-    if different:
-        raise OptionError(
-            f"{path} was made with other options: {', '.join(f'{k}={then.get(k)!r} (now {now[k]!r})' for k in different)}; use the same, or no --resume"
-        )
-    return state
-
-
-def _restore(model: nn.Module, recorder: PathRecorder, optimizer: Any, scheduler: Any, state: dict[str, Any] | None) -> tuple[int, float]:
-    if state is None:
-        return 0, 0.0
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                parameter.copy_(state["adapter"][name])
-    recorder.load_state_dict(state["recorder"])
-    optimizer.load_state_dict(state["optimizer"])
-    scheduler.load_state_dict(state["scheduler"])
-    torch.set_rng_state(state["rng"])
-    return int(state["done"]), float(state["seconds"])

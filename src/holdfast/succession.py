@@ -20,7 +20,6 @@ import dataclasses
 import logging
 import shutil
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,28 +27,27 @@ from typing import Any
 import torch
 import yaml
 
-from holdfast import distributed
-from holdfast.adapter_files import with_adapter
+from holdfast import distributed, recording_state
 from holdfast.config import LABELLED, RECORD_PRESETS, TRAINING_ONLY, RecordOptions, TuneOptions, resolve
 from holdfast.earlier import Earlier, Held, Stage, merged
-from holdfast.evaluation import answers, changes, measure, rise
+from holdfast.evaluation import changes
 from holdfast.heldout import Domain, earlier_of, named
 from holdfast.hub import importance_path, ready
 from holdfast.importance.consolidation import consolidated, parse_rule
 from holdfast.importance.container import Importance
 from holdfast.keeper import check_budget
 from holdfast.lock import only_writer
+from holdfast.matrix import lines, measured, sequence_of
 from holdfast.methods.table import chosen
 from holdfast.models import context_length, load_model, load_tokenizer
 from holdfast.options import OptionError, as_dict, several
-from holdfast.recording import load_state, record_on
+from holdfast.recording import record_on
 from holdfast.run_folder import check_resumed
 from holdfast.runs import atomic_path, discard, environment, read_json, sha256_file, write_json, write_text
 from holdfast.stacking import stack
-from holdfast.tasks import encode_rows, find_task, load_task, load_training_data
+from holdfast.tasks import encode_rows, find_task, load_training_data
 from holdfast.texts import fingerprint_rows
 from holdfast.training import push_result, tune
-from holdfast.transfer import of_accuracy, transfer
 
 logger = logging.getLogger("holdfast")
 MEASURED = ("general", "general_split", "text_column", "eval_data", "eval_split", "tasks", "limit")  # what is measured already must not be measured otherwise
@@ -108,7 +106,7 @@ def _in_turn(options: TuneOptions) -> dict[str, Any]:
 
 def _run_all(plan: Plan, started: float) -> dict[str, Any]:
     """Every step that is not finished, and the result; what run.json then holds."""
-    measured = [_measured(plan, row) for row in range(plan.first + 1)]
+    rows = [_measured(plan, row) for row in range(plan.first + 1)]
     verdict = None
     for number, domain in enumerate(plan.domains, 1):
         row = plan.first + number
@@ -116,8 +114,8 @@ def _run_all(plan: Plan, started: float) -> dict[str, Any]:
         verdict = _step(plan, number, domain)["verdict"]
         if not (plan.step(row) / "adapter").is_dir():
             stack(plan.options, _adapters(plan, number), plan.step(row) / "adapter")
-        measured.append(_measured(plan, row))
-    run = _run(plan, measured, verdict, time.perf_counter() - started)
+        rows.append(_measured(plan, row))
+    run = _run(plan, rows, verdict, time.perf_counter() - started)
     _finish(plan, run)
     return run
 
@@ -220,7 +218,7 @@ def _recorded(plan: Plan, like: Importance, domain: Domain, adapter: str | None,
         return Importance.load(out)
     options, recipe = plan.options, recipe_of(like, plan.options, str(out))
     out.parent.mkdir(parents=True, exist_ok=True)
-    state = load_state(recipe)
+    state = recording_state.load(recipe)
     torch.manual_seed(options.seed)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -252,57 +250,14 @@ def recipe_of(importance: Importance, options: TuneOptions, out: str) -> RecordO
 
 
 def _measured(plan: Plan, row: int) -> dict[str, Any]:
-    """General text, tasks and every domain, of the base with the adapter of a row, as anybody would load it."""
+    """What is measured after a row's step."""
     adapter = None if row == 0 else plan.start if row == 1 and plan.start else str(plan.step(row) / "adapter")
-    return _measured_with(plan, adapter, plan.step(row) / "measured.json")
+    return measured(plan.options, plan.all, adapter, plan.step(row) / "measured.json")
 
 
-def _measured_with(plan: Plan, adapter: str | None, path: Path) -> dict[str, Any]:
-    """The measurements of the base with one adapter, read from `path` where they were made before."""
-    if path.exists():
-        found: dict[str, Any] = read_json(path)
-        return found
-    options = plan.options
-    torch.manual_seed(options.seed)
-    tokenizer, model = load_tokenizer(options), load_model(options)
-    if adapter:
-        model = with_adapter(model, adapter)
-    numbers = measure(model, tokenizer, general=options.general, tasks=options.tasks, text_column=options.text_column, general_split=options.general_split,
-                      limit=options.limit)  # fmt: skip
-    numbers["domains"] = {}
-    for domain in plan.all:
-        split = domain.held_split
-        losses = measure(model, tokenizer, data=domain.held, data_split=split, limit=options.limit)["domain"]
-        accuracy = None
-        if find_task(domain.held) is not None:
-            task, rows = load_task(domain.held, split=split)
-            scored = answers(model, tokenizer, task, rows[: options.limit])
-            accuracy = {key: scored[key] for key in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")}
-        numbers["domains"][domain.name] = {**losses, "accuracy": accuracy}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, numbers)
-    return numbers
-
-
-def sequence_of(rows: Sequence[Mapping[str, Any]], domains: Sequence[str], learned: Sequence[int]) -> dict[str, Any]:
-    """The matrices, transfer and the rise of general loss (from the base) after each row of measurements."""
-    cells = [[row["domains"][name] for name in domains] for row in rows]
-    matrix = [[cell["nats"] for cell in row] for row in cells]
-    scored: list[list[Any]] = [[(cell["accuracy"] or {}).get("acc") for cell in row] for row in cells]
-    chosen_from = [j for j in range(len(domains)) if scored[0][j] is not None]  # domains where choices exist
-    accuracy = [[float(row[j]) for j in chosen_from] for row in scored] if chosen_from else None
-    moved = of_accuracy(accuracy, [learned[j] for j in chosen_from], steps=max(learned)) if accuracy else None
-    general = [rise(rows[0]["general"], row["general"]) for row in rows] if rows[0]["general"] else None
-    after = [", ".join(name for name, at in zip(domains, learned, strict=True) if at == row) for row in range(1, len(rows))]
-    return {"domains": list(domains), "learned": list(learned), "rows": ["base model", *after], "matrix": matrix,
-            "standard_error": [[cell["standard_error"] for cell in row] for row in cells],
-            **transfer(matrix, learned), "accuracy_domains": [domains[j] for j in chosen_from], "accuracy": accuracy, "accuracy_transfer": moved,
-            "general": general, "general_nats": [row["general"]["nats"] for row in rows] if rows[0]["general"] else None}  # fmt: skip
-
-
-def _run(plan: Plan, measured: list[dict[str, Any]], verdict: str | None, seconds: float) -> dict[str, Any]:
+def _run(plan: Plan, rows: list[dict[str, Any]], verdict: str | None, seconds: float) -> dict[str, Any]:
     """What run.json holds."""
-    options, sequence = plan.options, sequence_of(measured, [domain.name for domain in plan.all], plan.learned)
+    options, sequence = plan.options, sequence_of(rows, [domain.name for domain in plan.all], plan.learned)
     steps = []
     for number, domain in enumerate(plan.domains, 1):
         step = read_json(plan.step(plan.first + number) / "run.json")
@@ -310,7 +265,7 @@ def _run(plan: Plan, measured: list[dict[str, Any]], verdict: str | None, second
         merging = Importance.load(file).info.get("consolidated") if file else None
         steps.append({"domain": domain.name, "budget": step["budget"], "verdict": step["verdict"], "energy": step["energy"], "data": step["data"],
                       "train_seconds": step["train_seconds"], "importance": step["importance"], "consolidated": merging})  # fmt: skip
-    before, after = ({key: row[key] for key in ("general", "tasks")} | {"domain": None} for row in (measured[0], measured[-1]))
+    before, after = ({key: row[key] for key in ("general", "tasks")} | {"domain": None} for row in (rows[0], rows[-1]))
     importance = {"file": options.importance, "sha256": sha256_file(options.importance)} if options.importance else None
     return {
         "configuration": as_dict(options),
@@ -333,7 +288,7 @@ def _finish(plan: Plan, run: dict[str, Any]) -> None:
     last, rank = plan.step(plan.first + len(plan.domains)), plan.options.final_rank
     error = stack(plan.options, [str(last / "adapter")], plan.out / "final", rank=rank)
     if rank is not None:
-        smaller = _measured_with(plan, str(plan.out / "final"), plan.out / "steps" / "final.json")
+        smaller = measured(plan.options, plan.all, str(plan.out / "final"), plan.out / "steps" / "final.json")
         losses = {name: smaller["domains"][name]["nats"] for name in run["sequence"]["domains"]}
         run["sequence"]["refactored"] = {"rank": rank, "error": error, "losses": losses, "general_nats": (smaller["general"] or {}).get("nats")}
     held_by = run["sequence"]["steps"][-1]["importance"]
@@ -348,28 +303,3 @@ def _clear(plan: Plan) -> None:
     for row in range(plan.first + 1, plan.first + len(plan.domains) + 1):
         for name in ("final", "unscaled", "checkpoints", "importance.safetensors", "domain.safetensors", *(() if plan.options.keep_all else ("adapter",))):
             discard(plan.step(row) / name)
-
-
-def lines(sequence: Mapping[str, Any]) -> list[str]:
-    """The matrix and what follows from it, as text."""
-    names, labels = sequence["domains"], ["base model", *("after " + name for name in sequence["rows"][1:])]
-    width = max(map(len, [*labels, "nats per token"])) + 2
-    wide = max(10, *(len(name) + 2 for name in names))
-    found = []
-
-    def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[float]], number: str) -> None:
-        found.append(f"{title:<{width}}" + "".join(f"{name:>{wide}}" for name in columns))
-        found.extend(f"{labels[i]:<{width}}" + "".join(f"{value:>{wide}{number}}" for value in row) for i, row in enumerate(rows))
-
-    general = sequence["general_nats"]
-    matrix = [[*row, *([general[i]] if general else [])] for i, row in enumerate(sequence["matrix"])]
-    table("nats per token", [*names, *(["general"] if general else [])], matrix, ".4f")
-    if sequence["accuracy"]:
-        table("accuracy", sequence["accuracy_domains"], sequence["accuracy"], ".3f")
-    said = [f"{key.replace('_', ' ')} {sequence[key]:+.4f}" for key in ("backward_transfer", "forward_transfer") if sequence[key] is not None]
-    rises = f"; general loss {sequence['general'][-1]['nats']:+.4f}" if general else ""
-    if smaller := sequence.get("refactored"):
-        found.append(f"the final adapter at rank {smaller['rank']}: relative error {smaller['error']:.3f} of the update; "
-                     + ", ".join(f"{name} {loss:.4f}" for name, loss in smaller["losses"].items()))  # fmt: skip
-    found.append(f"average {sequence['average']:.4f}{''.join('; ' + one for one in said)} (above 0 is good){rises}, in nats per token")
-    return found

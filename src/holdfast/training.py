@@ -13,11 +13,9 @@ In several processes (torchrun, DDP) a step is the same --batch-size x --accumul
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
 import logging
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -26,11 +24,11 @@ from typing import Any
 import torch
 import yaml
 from torch import nn
-from transformers import ProgressCallback, TrainerState, set_seed
+from transformers import set_seed
 
 from holdfast import distributed
 from holdfast.adapter_files import checked, load_tuned
-from holdfast.callback import ProgressBar, StopOnNonFinite, add_penalty, add_term, whole_steps
+from holdfast.callback import add_penalty, add_term
 from holdfast.config import ModelOptions, TuneOptions, default_strength, resolve
 from holdfast.earlier import Earlier
 from holdfast.evaluation import changes, check_tasks, measure, table
@@ -49,10 +47,11 @@ from holdfast.moved import moved
 from holdfast.options import OptionError, as_dict, several
 from holdfast.penalty.pull import check_fit, implementation
 from holdfast.reading import FileError
-from holdfast.run_folder import check_folder, clear_checkpoints, last_checkpoint
+from holdfast.run_folder import check_folder, last_checkpoint
 from holdfast.runs import check_free_space, check_output_folder, discard, environment, sha256_file, write_json, write_text
 from holdfast.tasks import encode_rows, load_training_data, truncation_report
 from holdfast.texts import fingerprint_rows
+from holdfast.trainer import made, train
 from holdfast.weights import LowRankWeight, add_adapter, matching, placed, target_weights, unwrapped, warn_of_experts
 
 logger = logging.getLogger("holdfast")
@@ -111,7 +110,7 @@ def _tuned(
     terms = [term for method in methods.values() if method.loss and (term := method.loss(setup, model)) is not None]
     pulls = [] if keeper else [method.pull for method in methods.values() if method.pull]  # the keeper brings its own
     penalties = [penalty for pull in pulls if (penalty := pull(setup, model)) is not None]
-    trainer = _trainer(options, model, tokenizer, encoded, None if held is None else _encoded(options, held, tokenizer, model),
+    trainer = made(options, model, tokenizer, encoded, None if held is None else _encoded(options, held, tokenizer, model),
                        next((method.optimizer(setup, model) for method in methods.values() if method.optimizer), None))  # fmt: skip
     for term in terms:
         add_term(trainer, term)
@@ -127,7 +126,7 @@ def _tuned(
             discard(out / "run.json")  # of the run that is overwritten: it must not stand for this one
         write_text(out / "config.yaml", yaml.safe_dump(as_dict(options), sort_keys=False))
     started = time.perf_counter()
-    _train(trainer, last_checkpoint(out) if options.resume else None)
+    train(trainer, last_checkpoint(out) if options.resume else None)
     seconds = time.perf_counter() - started
     finished = {name: method.finish(setup, model) for name, method in methods.items() if method.finish}
     kept = None
@@ -289,68 +288,6 @@ def _disk_needed(options: TuneOptions, model: nn.Module) -> int:
     trained = size(p for p in model.parameters() if p.requires_grad)
     saved = size(model.parameters()) if options.full else trained
     return saved * (2 if options.budget else 1) + 3 * (saved + 2 * trained)
-
-
-def _trainer(options: TuneOptions, model: nn.Module, tokenizer: Any, data: Any, held: Any, optimizer: Any = None) -> Any:
-    """TRL's SFTTrainer with our settings on encoded rows; nothing in it knows of the penalty. Without `optimizer` it makes its AdamW."""
-    from trl import SFTConfig, SFTTrainer
-
-    base = unwrapped(model)
-    batch_size, accumulation = distributed.split_batch(options.batch_size, options.accumulation)
-    bf16 = next(base.parameters()).dtype == torch.bfloat16 and torch.cuda.is_available()
-    config = SFTConfig(
-        output_dir=str(Path(options.out) / "checkpoints"),
-        learning_rate=options.learning_rate,
-        lr_scheduler_type=options.schedule,
-        warmup_steps=options.warmup,
-        weight_decay=options.weight_decay,
-        max_grad_norm=options.max_grad_norm,
-        num_train_epochs=options.epochs,
-        max_steps=options.max_steps,
-        per_device_train_batch_size=batch_size,
-        per_device_eval_batch_size=options.batch_size,
-        gradient_accumulation_steps=accumulation,
-        max_length=min(options.length, context_length(base)) if options.packing else None,  # rows come cut already
-        packing=options.packing,
-        gradient_checkpointing=options.gradient_checkpointing,
-        bf16=bf16,
-        seed=options.seed,
-        data_seed=options.seed,
-        eval_strategy="steps" if held is not None else "no",
-        eval_steps=options.eval_steps or None,
-        save_steps=options.save_steps,
-        save_total_limit=2,
-        logging_steps=options.log_steps,
-        logging_nan_inf_filter=False,
-        report_to=options.report_to,
-        disable_tqdm=not sys.stderr.isatty(),
-        use_cpu=options.device == "cpu",
-        dataloader_pin_memory=torch.cuda.is_available(),
-        ddp_find_unused_parameters=False,
-    )
-    trainer = SFTTrainer(model=model, args=config, train_dataset=data, eval_dataset=held, processing_class=tokenizer, callbacks=[StopOnNonFinite()],
-                         optimizers=(optimizer, None))  # fmt: skip
-    whole_steps(trainer)
-    if not config.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(ProgressBar)
-    return trainer
-
-
-def _train(trainer: Any, checkpoint: str | None) -> None:
-    """Train, from `checkpoint` where there is one. A finished one is only loaded: transformers 5.23 would take one more step from there."""
-    if checkpoint is not None:
-        state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-        if state.global_step >= (trainer.args.max_steps if trainer.args.max_steps > 0 else state.max_steps):
-            trainer._load_from_checkpoint(checkpoint)
-            trainer.state = state
-            return
-    try:
-        with contextlib.redirect_stdout(sys.stderr):  # the trainer prints its log: progress, not a result
-            trainer.train(resume_from_checkpoint=checkpoint)
-    except BaseException:
-        clear_checkpoints(Path(trainer.args.output_dir))
-        raise
 
 
 def _announce(options: TuneOptions, model: nn.Module, importance: Importance | None, rows: int) -> None:
