@@ -121,3 +121,31 @@ def equal(name: str, chosen: dict[str, tuple[Any, ...]], share: float) -> dict[s
     reached = 2 if name == "kl" and share == 0.95 else 3
     status = "reached" if reached == 3 else "reached by 2 of 3"
     return {**row, "forgetting": lost * scale**2, "standard_error": 0.002 + 0.02 * lost * scale**2, "reached": reached, "status": status}
+
+
+RUN = {
+    "configuration": {"model": "m", "data": "herbs.jsonl", "eval_data": "herbs-test.jsonl", "general": "wiki-test.jsonl", "method": "holdfast",
+                      "strength": 10.0, "learning_rate": 0.001, "seed": 3, "rank": 8},
+    "environment": {"python": "3.11.7", "versions": {"holdfast": "0.1.0"}, "device": "cpu", "commit": None}, "method": ["holdfast"],
+    "data": {"source": "herbs.jsonl", "rows": 600, "rows_trained": 598}, "importance": None,
+    "before": {"general": {"nats": 3.0, "standard_error": 0.02, "perplexity": 20.09}, "domain": {"nats": 5.0, "standard_error": 0.03, "perplexity": 148.4},
+               "tasks": {"sciq": {"acc": 0.25, "acc_stderr": 0.01}}},
+    "after": {"general": {"nats": 3.056, "standard_error": 0.02, "perplexity": 21.24}, "domain": {"nats": 3.9, "standard_error": 0.03, "perplexity": 49.4},
+              "tasks": {"sciq": {"acc": 0.375, "acc_stderr": 0.01}}},
+    "forgetting": {"nats": 0.056, "standard_error": 0.002}, "learning": {"nats": 1.1, "standard_error": 0.01}, "energy": 0.02, "train_seconds": 80.0,
+    "trainable_parameters": 78_848, "log": [{"step": 10, "loss": 4.0, "energy": 0.01}, {"step": 20, "loss": 3.5, "energy": 0.02}],
+    "moved": [{"weight": "w", "layer": 0, "kind": "q_proj", "movement": 0.3, "importance": 0.1, "coefficient": 1.0}],
+}  # fmt: skip
+
+
+def kept_budget() -> dict[str, Any]:
+    """What run.json holds of a budget of 1 %: two ways, twelve looks of the controller, the first before any probe."""
+    at = lambda share, rise, learning, way: {"way": way, "share": share, "mu": (1 / share - 1) ** 2 if way == "shrink" else None, "learning": learning,
+                                             "rise": {"nats": rise}, "bound": rise + 0.004}  # fmt: skip
+    curve = [at(x, 0.012 * x * x * f, 0.22 * x**0.5, way) for way, f in (("shrink", 0.8), ("scale", 1.0)) for x in (1.0, 0.85, 0.7, 0.4)]
+    looks = [{"step": 5 * i, "probe": None if i % 2 else 0.02 / i, "rise": 0.03 / i, "strength": 0.0 if i == 1 else 30 / i} for i in range(1, 13)]
+    bought = {"way": "scale", "share": 0.4, "mu": None, "learning": 0.139}
+    return {"budget": "1%", "budget_nats": 0.00995, "verdict": "met", "way": "scale", "share": 0.7, "mu": None, "promised": 0.0099,
+            "check": {"nats": 0.0033, "low": 0.0003, "high": 0.0063, "documents": 173}, "learning": {"nats": 0.184, "standard_error": 0.008},
+            "others": {"0.5%": bought, "1%": {**bought, "share": 0.7, "learning": 0.184}, "5%": {**bought, "way": "shrink", "share": 1.0, "mu": 0.0}},
+            "curve": curve, "trajectory": looks}  # fmt: skip

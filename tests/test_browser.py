@@ -7,8 +7,8 @@ import json
 import pytest
 
 import browser
-from comparisons import comparison
-from holdfast.report.contents import completed
+from comparisons import RUN, comparison, kept_budget
+from holdfast.report.contents import completed, load
 from holdfast.report.page import write
 
 pytestmark = pytest.mark.skipif(browser.find() is None, reason=f"needs Chromium: none of {', '.join(browser.NAMES)} on PATH, and no HOLDFAST_CHROMIUM")
@@ -205,3 +205,17 @@ def test_text_of_the_data_stays_text_and_long_words_fit_a_phone(chromium, tmp_pa
     assert chromium.run("document.querySelectorAll('img, main section a, .figure a').length") == 0
     assert chromium.run("document.title") == evil and chromium.run("document.querySelector('h1').textContent") == evil
     assert chromium.run("document.documentElement.scrollWidth <= innerWidth")
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_a_run_with_a_budget_shows_its_figures(chromium, tmp_path, theme):
+    run = {**RUN, "configuration": {**RUN["configuration"], "budget": "1%"}, "verdict": "met", "budget": kept_budget()}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    chromium.system_theme(theme)
+    chromium.size(1200, 900)
+    chromium.problems.clear()
+    chromium.open(write(load(tmp_path), tmp_path / "report.html"))
+    drawn = chromium.run("[...document.querySelectorAll('.figure')].map(one => [one.dataset.figure, one.querySelectorAll('svg.main-svg').length > 0])")
+    assert drawn == [[name, True] for name in ("trade", "control", "curves", "movement")] and quiet(chromium), chromium.problems
+    assert chromium.run("document.querySelectorAll('[data-figure=trade] .scatterlayer .trace').length") == 2
+    assert "budget 1%" in chromium.run("document.querySelector('[data-figure=trade]').textContent")

@@ -11,9 +11,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from comparisons import METHODS, comparison
+from comparisons import METHODS, RUN, comparison, kept_budget
 from holdfast.cli import main
-from holdfast.report import numbers, tables
+from holdfast.report import numbers, promise, tables
 from holdfast.report.contents import completed, load
 from holdfast.report.figures import equal_learning, frontier, heat_map
 from holdfast.report.markdown import markdown
@@ -22,19 +22,6 @@ from holdfast.report.palette import ACCENT, DARK, HUES, LIGHT, NEUTRAL, looks
 from holdfast.report.summary import headlines, hidden_at_first
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'`{{7*7}}|_x_ <!-- \u2028 =cmd()"
-RUN = {
-    "configuration": {"model": "m", "data": "herbs.jsonl", "eval_data": "herbs-test.jsonl", "general": "wiki-test.jsonl", "method": "holdfast",
-                      "strength": 10.0, "learning_rate": 0.001, "seed": 3, "rank": 8},
-    "environment": {"python": "3.11.7", "versions": {"holdfast": "0.1.0"}, "device": "cpu", "commit": None}, "method": ["holdfast"],
-    "data": {"source": "herbs.jsonl", "rows": 600, "rows_trained": 598}, "importance": None,
-    "before": {"general": {"nats": 3.0, "standard_error": 0.02, "perplexity": 20.09}, "domain": {"nats": 5.0, "standard_error": 0.03, "perplexity": 148.4},
-               "tasks": {"sciq": {"acc": 0.25, "acc_stderr": 0.01}}},
-    "after": {"general": {"nats": 3.056, "standard_error": 0.02, "perplexity": 21.24}, "domain": {"nats": 3.9, "standard_error": 0.03, "perplexity": 49.4},
-              "tasks": {"sciq": {"acc": 0.375, "acc_stderr": 0.01}}},
-    "forgetting": {"nats": 0.056, "standard_error": 0.002}, "learning": {"nats": 1.1, "standard_error": 0.01}, "energy": 0.02, "train_seconds": 80.0,
-    "trainable_parameters": 78_848, "log": [{"step": 10, "loss": 4.0, "energy": 0.01}, {"step": 20, "loss": 3.5, "energy": 0.02}],
-    "moved": [{"weight": "w", "layer": 0, "kind": "q_proj", "movement": 0.3, "importance": 0.1, "coefficient": 1.0}],
-}  # fmt: skip
 
 
 class Reader(HTMLParser):
@@ -317,6 +304,26 @@ def test_an_unfinished_comparison_says_so_and_needs_no_result_yet(tmp_path):
     assert main(["report", str(tmp_path)]) == 0
     assert "Not finished: 3 of 48 runs are done, 1 failed" in words((tmp_path / "report.html").read_text())
     assert "##" in markdown(load(tmp_path))
+
+
+def test_a_budget_shows_what_was_kept_what_others_buy_and_what_the_controller_did(tmp_path):
+    run = {**RUN, "configuration": {**RUN["configuration"], "budget": "1%"}, "verdict": "met", "budget": kept_budget()}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    made = load(tmp_path)
+    assert any("173 documents that nothing was chosen on the loss rose by 0.0003 to 0.0063" in sentence for sentence in made["verdict"])
+    rows = [[cell.shown for cell in row] for row in promise.table(made["budget"]).rows]
+    times = f"update {numbers.TIMES}"
+    assert rows == [["0.5%", "0.0050", f"{times} 0.4", "0.139", ""], ["1%", "0.0100", f"{times} 0.7", "0.184 ± 0.008", "this one"],
+                    ["5%", "0.0488", "all of the update", "0.139", ""]]  # fmt: skip
+    trade, control = promise.trade_off(made["budget"]), promise.control(made["budget"])
+    assert [trace["name"] for trace in trade["traces"]] == ["shrunk along importance", "scaled"] and trade["layout"]["shapes"][0]["x0"] == 0.00995
+    assert trade["traces"][1]["x"][0] == 0.012 and trade["traces"][1]["error_x"]["array"][0] == pytest.approx(0.004)
+    rise, probe, strength = control["traces"]
+    assert rise["y"][0] == pytest.approx(0.03 / 0.00995) and probe["x"] == [10, 20, 30, 40, 50, 60] and strength["x"][0] == 10  # 0 has no place on a log scale
+    assert "The budget" in words(page(made)) and "| 1% | 0.0100 |" in markdown(made)
+    bare = {**kept_budget(), "curve": [], "trajectory": [], "others": None, "check": None}
+    (tmp_path / "run.json").write_text(json.dumps({**run, "budget": bare}))
+    assert len(promise.table(load(tmp_path)["budget"]).rows) == 1 and "The budget of 1%: met." in words(page(load(tmp_path)))
 
 
 def test_sequences_show_the_matrix_and_its_transfers():

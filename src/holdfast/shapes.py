@@ -69,6 +69,11 @@ WEIGHT = {"name": TEXT, "layer": NUMBER, "kind": TEXT, "norm": NUMBER, "coeffici
 TRANSFER = dict.fromkeys(("average", "backward_transfer", "forward_transfer"), NUMBER)
 SEQUENCE = {"name": TEXT, "method": TEXT, "seed": NUMBER, "domains": [TEXT], "general": Each([NUMBER]), "rows": [TEXT], "matrix": [[NUMBER]],
             "accuracy": [[NUMBER]], "accuracy_transfer": TRANSFER, **TRANSFER}  # fmt: skip
+INTERVAL = dict.fromkeys(("nats", "standard_error", "low", "high", "documents"), NUMBER)
+BOUGHT = {"way": TEXT, "share": NUMBER, "mu": NUMBER, "learning": NUMBER}
+BUDGET = {"budget": TEXT, "budget_nats": NUMBER, "verdict": TEXT, "way": TEXT, "share": NUMBER, "mu": NUMBER, "promised": NUMBER, "check": INTERVAL,
+          "learning": CHANGE, "others": Each(BOUGHT), "curve": [{**BOUGHT, "rise": INTERVAL, "bound": NUMBER}],
+          "trajectory": [dict.fromkeys(("step", "probe", "rise", "strength"), NUMBER)]}  # fmt: skip
 COMPARISON = {
     "kind": TEXT, "title": TEXT, "model": TEXT, "created": NAME, "environment": ENVIRONMENT, "settings": Each(ANY),
     "progress": {"done": NUMBER, "of": NUMBER, "failed": NUMBER, "seconds": NUMBER},
@@ -77,13 +82,14 @@ COMPARISON = {
     "methods": [{"name!": NAME, "label": TEXT, "family": TEXT, "needs": TEXT, "trials": NUMBER}],
     "runs": [TRIAL], "frontier": Each(Each(Each(FRONTIER))), "equal_learning": Each(Each([EQUAL])), "noise": Each(NOISE), "differences": [DIFFERENCE],
     "verdict": [TEXT], "samples": [{"domain": TEXT, "prompt": TEXT, "reference": TEXT, "outputs": Each(TEXT)}], "sequences": [SEQUENCE], "notes": [TEXT],
+    "budget": BUDGET,
     "importance": [{"name": TEXT, "estimator": TEXT, "tier": TEXT, "bytes": NUMBER, "seconds": NUMBER, "tokens": NUMBER, "weights": [WEIGHT]}],
     "measures": [{"name": TEXT, "unit": TEXT, "before": NUMBER, "after": NUMBER, "standard_error": NUMBER}],
 }  # fmt: skip
 SCORES = {"answer_loss": LOSS, **dict.fromkeys(("acc", "acc_norm", "acc_stderr", "acc_norm_stderr"), NUMBER)}
 STATE = {"general": LOSS, "domain": LOSS, "tasks": Each(SCORES)}
 RUN = {"configuration": Each(ANY), "environment": ENVIRONMENT, "data": Each(ANY), "method": [NAME], "before": STATE, "after": STATE, "forgetting": CHANGE,
-       "learning": CHANGE, "energy": NUMBER, "train_seconds": NUMBER, "trainable_parameters": NUMBER, "peak_memory_bytes": NUMBER, "log": LOG,
+       "learning": CHANGE, "budget": BUDGET, "energy": NUMBER, "train_seconds": NUMBER, "trainable_parameters": NUMBER, "peak_memory_bytes": NUMBER, "log": LOG,
        "moved": MOVED, "sequence": {"domains!": [NAME], "matrix!": [[NUMBER]], "accuracy_domains!": [NAME], "accuracy": [[NUMBER]], "general": [CHANGE],
                                     "accuracy_transfer": TRANSFER, **TRANSFER}}  # fmt: skip
 

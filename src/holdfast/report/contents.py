@@ -21,7 +21,7 @@ FORMAT = 1
 Contents = dict[str, Any]
 EMPTY: dict[str, Any] = {"kind": "comparison", "title": "", "model": "", "created": "", "environment": {}, "experiment": {}, "settings": {}, "progress": {},
                          "texts": [], "domains": [], "methods": [], "runs": [], "frontier": {}, "equal_learning": {}, "noise": {}, "differences": [],
-                         "verdict": [], "importance": [], "samples": [], "sequences": [], "measures": [], "notes": []}  # fmt: skip
+                         "verdict": [], "importance": [], "samples": [], "sequences": [], "measures": [], "notes": [], "budget": {}}  # fmt: skip
 
 
 def load(folder: str | Path) -> Contents:
@@ -86,6 +86,7 @@ def of_run(run: Mapping[str, Any], folder: Path) -> Contents:
         "experiment": options, "domains": [{"name": domain, **(run.get("data") or {}), "before": before.get("domain")}],
         "texts": [{"name": text, "kind": "recorded", "before": before.get("general")}], "methods": [{"name": method}], "runs": [trial],
         "measures": measures(before, after, run), "verdict": sentences(run, domain, text), "sequences": _sequence(run, method, text),
+        "budget": run.get("budget"),
     })  # fmt: skip
 
 
@@ -137,5 +138,16 @@ def sentences(run: Mapping[str, Any], domain: str, text: str) -> list[str]:
         ends = zip(sequence["domains"], sequence["matrix"][0], sequence["matrix"][-1], strict=False)
         told = ", ".join(f"{name} {numbers.nats(before - after)}" for name, before, after in ends if None not in (before, after))
         first = f"After all domains the loss had fallen by, in nats per token: {told}."
-    verdict = run.get("verdict")
-    return [first, second, *([f"The budget of {run['configuration'].get('budget')}: {verdict}."] if isinstance(verdict, str) else [])]
+    return [first, second, *([_kept(run)] if isinstance(run.get("verdict"), str) else [])]
+
+
+def _kept(run: Mapping[str, Any]) -> str:
+    """What became of the budget."""
+    budget = run.get("budget") or {}
+    check, limit = budget.get("check") or {}, numbers.known(budget.get("budget_nats"))
+    low, high = numbers.known(check.get("low")), numbers.known(check.get("high"))
+    told = f"The budget of {run['configuration'].get('budget')}: {run['verdict']}."
+    if limit is None or low is None or high is None:
+        return told
+    return (f"{told} On {numbers.text(check.get('documents'))} documents that nothing was chosen on the loss rose by {low:.4f} to {high:.4f} nats per token; "
+            f"the budget is {limit:.4f}.")  # fmt: skip

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from holdfast.report import numbers, tables
+from holdfast.report import numbers, promise, tables
 from holdfast.report.contents import Contents, recorded_text
 from holdfast.report.summary import headlines
 
@@ -28,6 +28,8 @@ def markdown(contents: Contents) -> str:
     for name, found in tables.sequence_summary(contents):
         lines += [f"### {plain(name)}, one domain after another", "", "Losses in nats per token, mean over seeds ± standard error; backward transfer is what "
                   "later domains did to earlier ones (negative: forgotten).", "", table(found), ""]  # fmt: skip
+    if contents["budget"]:
+        lines += ["### The budget", "", table(promise.table(contents["budget"])), ""]
     if contents["measures"]:
         lines += ["### Before and after", "", table(tables.measures(contents)), ""]
     failed = [run for run in contents["runs"] if run.get("status", "done") != "done"]

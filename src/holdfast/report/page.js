@@ -15,7 +15,7 @@
   const INK = "#16191d|#e8ebee", SOFT = "#56606a|#a3afba", LINE = "#e3e6e9|#2d3338", GROUND = "#ffffff|#14171a", RAISED = "#ffffff|#23282d";
 
   // --- figures
-  const KEYS = { frontier: ["domain", "text"], equal: ["domain", "text", "share"], curves: ["domain"], movement: ["domain"], heat: ["importance"] };
+  const KEYS = { frontier: ["domain", "text"], equal: ["domain", "text", "share"], trade: [], control: [], curves: ["domain"], movement: ["domain"], heat: ["importance"] };
   const matches = (view, keys) => keys.every((key) => state[key] === undefined || view[key] === state[key]);
   const view = (name) => figures[name].find((one) => matches(one, KEYS[name]));
 

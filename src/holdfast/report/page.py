@@ -21,7 +21,7 @@ import yaml
 from markupsafe import Markup
 
 from holdfast.config import ReportOptions
-from holdfast.report import figures, numbers, tables
+from holdfast.report import figures, numbers, promise, tables
 from holdfast.report.contents import Contents, label, load, recorded_text
 from holdfast.report.markdown import markdown
 from holdfast.report.palette import PATHS, looks
@@ -128,7 +128,7 @@ def _choices(contents: Contents, text: str | None) -> dict[str, list[str]]:
 
 def _figures(contents: Contents) -> dict[str, list[dict[str, Any]]]:
     """Every figure in every view of it: {"frontier": [{"domain", "text", "figure"}, ...], ...}."""
-    found, look = {name: [] for name in ("frontier", "equal", "curves", "heat", "movement")}, looks(contents["methods"])  # type: ignore[var-annotated]
+    found, look = {name: [] for name in ("frontier", "equal", "trade", "control", "curves", "heat", "movement")}, looks(contents["methods"])  # type: ignore[var-annotated]
 
     def add(name: str, figure: figures.Figure | None, **view: str) -> None:
         if figure is not None:
@@ -143,6 +143,9 @@ def _figures(contents: Contents) -> dict[str, list[dict[str, Any]]]:
         add("movement", figures.movement(contents, look, domain), domain=domain)
     for item in contents["importance"]:
         add("heat", figures.heat_map(item), importance=str(item.get("name")))
+    if contents["budget"]:
+        add("trade", promise.trade_off(contents["budget"]))
+        add("control", promise.control(contents["budget"]))
     return found
 
 
@@ -150,6 +153,7 @@ def _tables(contents: Contents) -> dict[str, Any]:
     pairs = [(str(domain["name"]), str(text["name"])) for domain in contents["domains"] for text in contents["texts"]]
     views = [] if contents["kind"] == "run" else [(domain, text, tables.methods(contents, domain, text)) for domain, text in pairs]
     return {"methods": views, "runs": tables.runs(contents), "measures": tables.measures(contents), "before": tables.before(contents),
+            "budget": promise.table(contents["budget"]) if contents["budget"] else None,
             "sequences": tables.sequences(contents), "sequence_summary": tables.sequence_summary(contents)}  # fmt: skip
 
 
