@@ -1,7 +1,7 @@
 """Promised against checked: budgets of 0.5, 1, 2 and 5 % on the lab models, ours against scaling, fixed strengths and small learning rates.
 
     python experiments/budget.py ../shared out/budget --domain sciq          # finished results are not made again
-    python experiments/budget.py ../shared out/budget --table                # what is there so far, as markdown
+    python experiments/kept.py out/budget/results                            # what is there so far, as markdown and as a figure
 
 Protocol: 60 steps of 8 sequences of at most 128 tokens, LoRA of rank 8 on all linear layers, rate 4e-3, seeds 1, 2, 3. sciq and medmcqa as in frontier.py, on
 lab-english-5m; piqa (goal -> solution) on tinystories-char-1m, whose tokens are characters. Importance is the default recipe's, on 300 documents. Every
@@ -26,9 +26,7 @@ import contextlib
 import dataclasses
 import json
 import logging
-import statistics
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +35,7 @@ import torch
 from frontier import prepare
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from holdfast.budget import parse, percent
+from holdfast.budget import parse
 from holdfast.config import RECORD_PRESETS, TUNE_PRESETS, ModelOptions, RecordOptions, TuneOptions, resolve
 from holdfast.ledger import Part
 from holdfast.runs import environment, read_json, write_json, write_text
@@ -71,11 +69,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS["max_steps"], help="for a smoke test")
     parser.add_argument("--seeds", type=int, nargs="*", default=SEEDS)
     parser.add_argument("--only", choices=("ours", "finished"), help="only runs that are trained for a budget, or only those that are finished for all of them")
-    parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
-    if given.table:
-        print(table(given.out))
-        return
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     lab = Lab(given.shared, given.out, given.domain, given.steps)
     for seed in given.seeds:
@@ -249,61 +243,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def few(path: Path, rows: list[dict[str, Any]]) -> str:
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
-
-
-def table(out: Path) -> str:
-    """Promised against checked, and learning, for each method and budget; then what probing took and some trajectories."""
-    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for path in sorted((out / "results").glob("*.json")):
-        result = read_json(path)
-        groups.setdefault((result["domain"], result["budget"], result["method"]), []).append(result)
-    lines = ["| domain | budget | method | met / not shown / exceeded | promised at most | checked rise | its upper end | learning | share | seeds |",
-             "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
-    order = ["ours", "plain", "shrunk", *METHODS]
-    for (domain, budget, method), runs in sorted(groups.items(), key=lambda item: (item[0][0], -float(item[0][1][:-1]), order.index(item[0][2]))):
-        done = [run for run in runs if run["verdict"] != "refused"]
-        if not done:
-            lines.append(f"| {domain} | {budget} | {method} | refused: the text cannot show it | | | | | | {len(runs)} |")
-            continue
-        count = Counter(run["verdict"] for run in done)
-        rises = [f"{percent(value):.2f} %" for value in (mean(run["promised"] for run in done), mean(run["check"]["nats"] for run in done),
-                                                          mean(run["check"]["high"] for run in done))]  # fmt: skip
-        learned = [run["learning"]["nats"] if run["learning"] else 0.0 for run in done]
-        shares = ", ".join(f"{run['share']:.2f}" for run in done)
-        lines.append(f"| {domain} | {budget} | {method} | {count['met']} / {count['not shown']} / {count['exceeded']} | {' | '.join(rises)} | "
-                     f"{mean(learned):.3f}{spread(learned)} | {shares} | {len(done)} |")  # fmt: skip
-    return "\n".join([*lines, "", *costs(groups), "", *trajectories(groups)])
-
-
-def costs(groups: dict[tuple[str, str, str], list[dict[str, Any]]]) -> list[str]:
-    """What probing took, over all runs of ours."""
-    probes = [run["probe"] for runs in groups.values() for run in runs if run.get("probe")]
-    if not probes:
-        return []
-    each = [100 * probe["seconds"] / probe["train_seconds"] for probe in probes if probe["train_seconds"]]
-    return [f"Probing took {min(each):.1f} to {max(each):.1f} % of the training time ({len(each)} runs, every {probes[0]['every']} steps, "
-            f"{probes[0]['pieces']} pieces)."]  # fmt: skip
-
-
-def trajectories(groups: dict[tuple[str, str, str], list[dict[str, Any]]]) -> list[str]:
-    """Ours at the first seed: what each probe found, as a share of the budget, and the strength that followed."""
-    lines = ["| domain | budget | seed | | each probe |", "|---|---|---|---|---|"]
-    for (domain, budget, method), runs in sorted(groups.items()):
-        points = next((run["trajectory"] for run in runs if run.get("trajectory")), None)
-        if method != "ours" or points is None:
-            continue
-        seed, limit = next((run["seed"], run["budget_nats"]) for run in runs if run.get("trajectory"))
-        rises, strengths = (" ".join(f"{(point['rise'] or 0.0) / limit:.2f}" for point in points), " ".join(f"{point['strength']:.2g}" for point in points))
-        lines += [f"| {domain} | {budget} | {seed} | rise / budget, by energy | {rises} |", f"| | | | strength | {strengths} |"]
-    return lines
-
-
-def mean(values: Any) -> float:
-    return statistics.mean(values)
-
-
-def spread(values: list[float]) -> str:
-    return f" ± {statistics.stdev(values) / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
 
 
 if __name__ == "__main__":

@@ -83,10 +83,10 @@ class Point:
 class Scan:
     """Points along one way, more of them where the budget is crossed. Shares that can buy nothing are left out, until `below` asks for them."""
 
-    def __init__(self, ledger: Ledger, model: nn.Module, way: str, apply: Callable[[float], None], learning: Learning | None):
+    def __init__(self, ledger: Ledger, model: nn.Module, way: str, apply: Callable[[float], None], learning: Learning | None, whole: Point | None = None):
         self.ledger, self.model, self.way, self.apply, self.learning = ledger, model, way, apply, learning
-        self.points: list[Point] = []  # largest share first
-        for share in SHARES:
+        self.points = [] if whole is None else [replace(whole, way=way)]  # largest share first; the whole update is the same along every way
+        for share in SHARES[len(self.points) :]:
             self._measure(share)
             if self._enough():
                 break
@@ -159,7 +159,9 @@ def keep_budget(ledger: Ledger, model: nn.Module, ways: Ways, learning: Learning
     Leaves the model at the share that was checked last; returns what run.json holds under `budget`.
     """
     limit = ledger.budget.nats
-    scans = {way: Scan(ledger, model, way, apply, learning) for way, apply in ways.items()}
+    scans: dict[str, Scan] = {}
+    for way, apply in ways.items():
+        scans[way] = Scan(ledger, model, way, apply, learning, next((scan.points[0] for scan in scans.values()), None))
     points = [point for way in among or ways for point in scans[way].points]
     nothing = replace(NOTHING, way=list(ways)[-1])
     if ledger.moved:  # in a sequence, the steps before have spent some of the budget
