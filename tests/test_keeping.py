@@ -13,9 +13,9 @@ from holdfast.budget import parse
 from holdfast.cli import main
 from holdfast.finish import keep_budget
 from holdfast.importance.controls import uniform
-from holdfast.ledger import open_ledger
+from holdfast.ledger import Ledger, open_ledger
 from holdfast.options import OptionError
-from holdfast.probe import plan
+from holdfast.probe import Probe, plan
 from holdfast.texts import load_documents
 from holdfast.update import Update
 from holdfast.weights import add_adapter
@@ -179,7 +179,7 @@ def test_the_ledger_measures_what_changed_and_leaves_no_trace(tiny, tokenizer, g
     model = add_adapter(model, names="all-linear", rank=2, alpha=4.0)
     update = Update(model)
     assert ledger.control.rise(model, error=0.05).nats == pytest.approx(0, abs=1e-7)
-    spread = ledger.spread(model, update, error=0.05)
+    spread, _ = ledger.spread(model, update, error=0.05)
     assert 0.3 * ledger.budget.nats < spread.nats < 3 * ledger.budget.nats and spread.standard_error > 0
     assert all(not weight.update().any() for weight in update.weights)
 
@@ -195,7 +195,8 @@ def test_the_spread_is_that_of_an_update_which_costs_the_budget_where_pieces_mis
     noise = np.random.default_rng(0).normal(1, 0.3, len(ledger.control))
     rise = lambda part: 1e3 * size[-1] ** 2 * (noise if part is ledger.control else 3.0)
     monkeypatch.setattr("holdfast.ledger.Part.losses", lambda part, model: part.nats + part.tokens * rise(part))
-    assert ledger.spread(model, update, error=0.05).nats == pytest.approx(ledger.budget.nats, rel=0.25)
+    found, at = ledger.spread(model, update, error=0.05)
+    assert found.nats == pytest.approx(ledger.budget.nats, rel=0.25) and at in size  # the size that it was measured at
     assert not any(weight.update().any() for weight in update.weights)
 
 
@@ -271,3 +272,16 @@ def test_hold_refuses_half_a_budget_and_a_trainer_without_a_tokenizer(tiny, toke
     trainer.processing_class = None
     with pytest.raises(OptionError, match="processing_class"):
         hold(trainer, importance, budget="2%", general=str(general))
+
+
+def test_without_importance_in_nats_the_random_update_says_what_energy_costs(tiny, tokenizer, general, tmp_path, monkeypatch):
+    """The first steps are the wildest: with uniform importance too, they are held by a strength that is known before them."""
+    original, spreads = Ledger.spread, []
+    monkeypatch.setattr(Ledger, "spread", lambda *arguments, **more: spreads.append(original(*arguments, **more)) or spreads[0])
+    trainer = held_trainer("transformers", tiny, tokenizer, tmp_path)
+    held = hold(trainer, uniform(trainer.model.base_model.model, "all-linear"), budget="2%", general=str(general))
+    controller = next(one.controller for one in trainer.callback_handler.callbacks if isinstance(one, Probe))
+    assert held.penalty.energy() == 0 and held.penalty.strength == 2 * controller.price * controller.unit > 0  # measuring left nothing behind
+    [(rise, size)] = spreads
+    Update(trainer.model).randomise(size)
+    assert controller.unit * held.penalty.energy() == pytest.approx(rise.nats, rel=1e-5)

@@ -202,15 +202,16 @@ class Controller:
 
     A probe of some hundred tokens may err by more than the budget, but the rise is close to proportional to the energy, which costs next to nothing: so
     all probes so far say what a unit of energy costs (sum of rises / sum of energies, the last weighing most), and the strength follows rise = that *
-    energy, at probes and between them. For importance in nats (`unit` 1: it is a Fisher) one imagined probe at the budget with a rise of one energy
-    steadies the first real ones, and no estimate goes below half of the energy, which noise alone says.
+    energy, at probes and between them. What a unit costs is known before the first probe (`unit`): about 1 for importance in nats (it is a Fisher), for other
+    importance what the random update cost that the reach was measured with (keeper.py). One imagined probe at the budget with that cost steadies the first
+    real ones, and no estimate goes below half of it, which noise alone says.
 
     e = log(rise / target), within [-4, 1.5], and above -1 at the first look, -2 at the second: one lucky probe must not let go of everything. Near the budget
     the proportional part is gentle: an overshoot early in training, at a high learning rate, is not what is left of it in the end, and holding as hard as it
     asks for undoes the learning (LOG.md, 2026-11-26). While the budget is unused it takes the strength to start * exp(-5.6): nothing is held back. The
     integral moves within [-7, 12], by at most 0.2 down and 0.45 up at a time (anti-windup). Until the first look the strength is `start`, since the first
-    steps are the wildest. `start` None: no strength is known for this importance, so nothing is held until the first clear rise sets it to `price` nats of
-    domain loss per nat of general loss, by the energy that came with it.
+    steps are the wildest. `start` None: no strength is known for this importance; it is set to `price` nats of domain loss per nat of general loss, by `unit`,
+    or where that is not known either, by the energy that came with the first clear rise, until which nothing is held.
     """
 
     target: float
@@ -224,12 +225,13 @@ class Controller:
     trajectory: list[dict[str, float | None]] = field(default_factory=list)
 
     GAIN, UNUSED_GAIN, INTEGRAL_GAIN, KEPT = 0.5, 1.5, 0.3, 0.85
-    LEAST = 0.5  # nats of rise per nat of energy: the second-order theory; of finished updates the true rise was below 0.6 of the energy once in twenty
+    LEAST = 0.5  # of `unit`, for a Fisher the second-order theory; of finished updates the true rise was below 0.6 of the energy once in twenty
     UNUSED = -0.4  # log(rise / target) below which the budget counts as unused: two thirds of it
 
     def __post_init__(self) -> None:
         if self.unit is not None:
             self.rises, self.energies = self.target, self.target / self.unit
+            self.start = self.start or 2 * self.price * self.unit
 
     def update(self, step: int, energy: float, probe: float | None = None) -> float:
         """The strength to go on with at `energy` (sum of c * energy), where a probe may have found a rise."""
@@ -240,7 +242,7 @@ class Controller:
             least = self.LEAST * self.unit if self.unit is not None else -math.inf
             self.rise = max(self.rises / self.energies, least) * energy
             if self.start is None and probe is not None and energy > 0 and min(probe, self.rise) > 0.1 * self.target:
-                self.start = self.price * 2 * self.rise / energy
+                self.start = 2 * self.price * self.rise / energy
             if self.start is not None:
                 self.integral = min(12.0, max(-7.0, self.integral + self.INTEGRAL_GAIN * min(1.5, max(-0.7, self._error()))))
         self.trajectory[-1] |= {"rise": self.rise, "strength": self.strength()}

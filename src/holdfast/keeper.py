@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from holdfast.budget import Budget, Controller, check_reach, parse
+from holdfast.budget import Budget, Controller, Interval, check_reach, parse
 from holdfast.callback import HoldfastCallback, hold
 from holdfast.config import STRENGTHS, TuneOptions
 from holdfast.earlier import Earlier, walk
@@ -27,6 +27,7 @@ from holdfast.ledger import PIECE, Ledger, content, guard_of, measured, open_led
 from holdfast.models import context_length
 from holdfast.options import OptionError
 from holdfast.overlap import Overlap, overlap
+from holdfast.penalty.pull import Penalty
 from holdfast.probe import Probe, Rolling, plan
 from holdfast.tasks import encode_rows, load_training_data, row_text
 from holdfast.texts import Document, Encoded, load_documents
@@ -72,12 +73,13 @@ class Keeper:
         self.update = Update(trainer.model, names=names)
         only_scales = importance.info.get("estimator") == "uniform" or any(isinstance(weight, FullWeight) for weight in self.update.weights)
         self.shrinkable = None if only_scales else importance
+        spread: tuple[Interval, float] | None = None
         if not self.ledger.moved:  # a random update's rise is measured from the model that training starts from
             spread = self.ledger.spread(trainer.model, self.update, error=EACH)
-            check_reach(spread, len(self.ledger.check), self.budget, error=EACH)
-        start = start or STRENGTHS.get(importance.info.get("estimator", "?"))
+            check_reach(spread[0], len(self.ledger.check), self.budget, error=EACH)
         callback = hold(trainer, importance, strength=0.0, layers=layers, anchor=anchor, names=names, offload=offload)
-        unit = 1.0 if importance.info.get("estimator") in IN_NATS else None
+        unit = 1.0 if importance.info.get("estimator") in IN_NATS else self._unit(callback.penalty, spread)
+        start = start or (STRENGTHS[str(importance.info["estimator"])] if importance.info.get("estimator") in IN_NATS else None)
         guards = [Rolling(guard.control, trainer.model) for guard in self.ledger.guards]
         offset = self.ledger.offset(trainer.model) if self.ledger.moved else 0.0
         self.probe = Probe(Controller(self.budget.nats, start, unit), callback.penalty, self.ledger.pieces, every=self.every, count=self.count, guards=guards,
@@ -87,6 +89,17 @@ class Keeper:
         logger.info("budget %s (%.4g nats): %d control and %d check documents; %d pieces probed every %d steps", self.budget.text, self.budget.nats,
                     len(self.ledger.control), len(self.ledger.check), self.probe.count, self.every)  # fmt: skip
         return callback
+
+    def _unit(self, penalty: Penalty, spread: tuple[Interval, float] | None) -> float | None:
+        """Nats of general loss that a unit of energy costs, by the random update of which both were measured; None where there is none."""
+        if spread is None or spread[0].nats <= 0:
+            return None
+        try:
+            self.update.randomise(spread[1])
+            energy = penalty.energy(together=True)
+        finally:
+            self.update.scale(1)
+        return spread[0].nats / energy if energy > 0 else None
 
     def finish(self, trainer: Any) -> dict[str, Any]:
         """Make the model's update fit the budget and check it; what run.json holds under `budget`."""

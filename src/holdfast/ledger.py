@@ -97,8 +97,8 @@ class Ledger:
         """The rise of every source's check part. The budget is kept where each is within it: no correction for their number is needed to say so."""
         return {GENERAL: self.check.rise(model, error=error), **{guard.name: guard.check.rise(model, error=error) for guard in self.guards}}
 
-    def spread(self, model: nn.Module, update: Update, *, error: float) -> Interval:
-        """The interval of a random update that costs about the budget, on control documents; the update is as before afterwards.
+    def spread(self, model: nn.Module, update: Update, *, error: float) -> tuple[Interval, float]:
+        """The interval of a random update that costs about the budget, on control documents, and its size; the update is as before afterwards.
 
         The rise of a random update grows with the square of its size, so the size is found in at most 6 small evaluations of a few pieces; then one of the
         control part, or two where the first missed the budget: on the lab's text it cost as little as 0.39 of one, whose interval is too narrow.
@@ -116,11 +116,11 @@ class Ledger:
             for _ in range(2):
                 update.randomise(size)
                 found = self.control.rise(model, error=error)
-                ratio = self.budget.nats / found.nats if found.nats > 0 else 64.0
+                at, ratio = size, self.budget.nats / found.nats if found.nats > 0 else 64.0
                 if 0.8 < ratio < 1.25:
                     break
                 size *= min(8.0, max(0.125, math.sqrt(ratio)))
-            return found
+            return found, at
         finally:
             update.scale(1)
 

@@ -74,7 +74,7 @@ def shrink(options: ShrinkOptions) -> dict[str, Any]:
         ledger, learning = _opened(options, base, tokenizer) if options.budget else (None, None)
     kept: dict[str, Any] = {}
     if ledger is not None:
-        check_reach(ledger.spread(model, update, error=EACH), len(ledger.check), ledger.budget, error=EACH)
+        check_reach(ledger.spread(model, update, error=EACH)[0], len(ledger.check), ledger.budget, error=EACH)
         report = keep_budget(ledger, model, ways, learning, among=(options.method,))
         kept = {"budget": report, "verdict": report["verdict"]}
     else:
