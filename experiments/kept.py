@@ -163,8 +163,8 @@ def draw(groups: Groups, path: Path) -> None:
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
     axes[0][0].set_ylabel("learning within it, nats per token")
-    handles, names = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="lower center", ncols=len(names), frameon=False, fontsize=8.5, labelcolor=INK)
+    found = {name: handle for axis in axes[0] for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(list(found.values()), list(found), loc="lower center", ncols=len(found), frameon=False, fontsize=8.5, labelcolor=INK)
     figure.tight_layout(rect=(0, 0.07, 1, 1), w_pad=1.5)
     save(figure, path)
 
