@@ -1,6 +1,6 @@
 """Promised against checked: budgets of 0.5, 1, 2 and 5 % on the lab models, ours against scaling, fixed strengths and small learning rates.
 
-    python experiments/budget.py ../shared out/budget --domain sciq          # finished results are not made again
+    python experiments/budget.py ../shared out/budget --domain sciq          # finished results are not made again, those of budget.json neither
     python experiments/kept.py out/budget/results                            # what is there so far, as markdown and as a figure
 
 Protocol: 60 steps of 8 sequences of at most 128 tokens, LoRA of rank 8 on all linear layers, rate 4e-3, seeds 1, 2, 3. sciq and medmcqa as in frontier.py, on
@@ -72,6 +72,7 @@ def main() -> None:
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     lab = Lab(given.shared, given.out, given.domain, given.steps)
+    lab.restore(Path(__file__).parent / "budget.json")
     for seed in given.seeds:
         for budget in BUDGETS if given.only != "finished" else ():
             lab.ours(budget, seed)
@@ -117,6 +118,13 @@ class Lab:
 
     def place(self, method: str, budget: str, seed: int) -> Path:
         return self.out / "results" / f"{self.domain}-{method}-{budget.rstrip('%')}-{seed}.json"
+
+    def restore(self, known: Path) -> None:
+        """Take over the results of this domain that earlier campaigns left (kept.py wrote them)."""
+        for result in read_json(known) if known.exists() else ():
+            place = self.place(result["method"], result["budget"], result["seed"])
+            if (result["domain"], result["steps"]) == (self.domain, self.steps) and not place.exists():
+                write_json(place, result)
 
     def train(self, seed: int, **differs: Any) -> dict[str, Any]:
         from holdfast.training import tune

@@ -32,7 +32,8 @@ def pair(look: Look) -> str:
     return f"{look.light}|{look.dark}"
 
 
-def _axis(title: str, **more: Any) -> dict[str, Any]:
+def axis(title: str, **more: Any) -> dict[str, Any]:
+    """An axis with a title."""
     return {"title": {"text": title}, **more}
 
 
@@ -53,8 +54,8 @@ def frontier(contents: Contents, looks: Looks, domain: str, text: str) -> Figure
                 traces.append(_frontier_trace(some, name, label(contents, name), looks[name], runs, on))
     if len(traces) == 1:
         return None
-    layout: dict[str, Any] = {"xaxis": _axis(f"forgetting: rise of the loss on {safe(text, 40)}, nats per token", rangemode="tozero"),
-              "yaxis": _axis(f"learning: fall of the loss on {safe(domain, 40)}, nats per token", rangemode="tozero"),
+    layout: dict[str, Any] = {"xaxis": axis(f"forgetting: rise of the loss on {safe(text, 40)}, nats per token", rangemode="tozero"),
+              "yaxis": axis(f"learning: fall of the loss on {safe(domain, 40)}, nats per token", rangemode="tozero"),
               "shapes": [], "annotations": []}  # fmt: skip
     levels = {(row["share"], numbers.known(row.get("learning_nats"))) for row in equal_rows(contents, domain, text)}
     for share, level in sorted(levels, key=lambda pair: (pair[0], pair[1] or 0.0)):
@@ -116,7 +117,7 @@ def equal_learning(contents: Contents, looks: Looks, domain: str, text: str, sha
     if not rows:
         return None
     return {"traces": traces, "height": 76, "per": PER_BAR, "order": [[row["method"], safe(label(contents, row["method"]), 32)] for row in rows],
-            "layout": {"xaxis": _axis(f"forgetting on {safe(text, 40)}, nats per token", rangemode="tozero"),
+            "layout": {"xaxis": axis(f"forgetting on {safe(text, 40)}, nats per token", rangemode="tozero"),
                        "yaxis": {"type": "category", "autorange": "reversed", "showgrid": False},
                        "annotations": notes, "barmode": "overlay"}}  # fmt: skip
 
@@ -152,14 +153,14 @@ def curves(contents: Contents, looks: Looks, domain: str) -> Figure | None:
                                "hovertext": [f"<b>{shown}</b>, seed {run.get('seed')}<br>step {x:g}: {names[key]} {y:.4g}" for x, y in found]})  # fmt: skip
     if not traces:
         return None
-    gap, layout = 0.09, {"xaxis": _axis("optimizer step", anchor=f"y{len(panels)}" if len(panels) > 1 else "y")}
+    gap, layout = 0.09, {"xaxis": axis("optimizer step", anchor=f"y{len(panels)}" if len(panels) > 1 else "y")}
     tall = (1 - gap * (len(panels) - 1)) / len(panels)
     for row, key in enumerate(panels):
         top = 1 - row * (tall + gap)
         title = f"{names[key]}, nats" if key != "strength" else "strength"
         values = [y for trace in traces if trace["yaxis"] == (f"y{row + 1}" if row else "y") for y in trace["y"]]
         wide = key == "energy" and min(values) > 0 and max(values) > 100 * min(values)  # importance of different units side by side
-        layout["yaxis" + (str(row + 1) if row else "")] = _axis(title, domain=[max(0.0, top - tall), top], type="log" if wide else "linear",
+        layout["yaxis" + (str(row + 1) if row else "")] = axis(title, domain=[max(0.0, top - tall), top], type="log" if wide else "linear",
                                                                 rangemode="normal" if wide or key == "loss" else "tozero")  # fmt: skip
     return {"traces": traces, "layout": layout, "height": 90 + 190 * len(panels)}
 
@@ -182,7 +183,7 @@ def heat_map(item: Mapping[str, Any]) -> Figure | None:
                                      "xgap": 2, "ygap": 2, "colorscale": HEAT, "meta": None,
                                      "colorbar": {"title": {"text": "log10 of norm", "side": "top"}, "thickness": 10, "outlinewidth": 0, "orientation": "h",
                                                   "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom", "len": 0.72}}]  # fmt: skip
-    layout = {"xaxis": {"type": "category", "showgrid": False}, "yaxis": _axis("layer", type="category", autorange="reversed", showgrid=False)}
+    layout = {"xaxis": {"type": "category", "showgrid": False}, "yaxis": axis("layer", type="category", autorange="reversed", showgrid=False)}
     means = [_mean([w.get("coefficient") for w in weights if place(w.get("layer")) == at]) for at in layers]
     if any(mean is not None for mean in means):
         traces.append({"type": "bar", "orientation": "h", "x": means, "y": layers, "xaxis": "x2", "meta": None, "hoverinfo": "text", "width": 0.7,
@@ -228,5 +229,5 @@ def movement(contents: Contents, looks: Looks, domain: str) -> Figure | None:
                            "marker": {"color": pair(look), "symbol": look.symbol, "size": 8}})  # fmt: skip
     if not traces:
         return None
-    return {"traces": traces, "height": 430, "layout": {"xaxis": _axis("importance of the weight (norm)", type="log"),
-                                                        "yaxis": _axis("movement of the weight (norm of its update)", type="log")}}  # fmt: skip
+    return {"traces": traces, "height": 430, "layout": {"xaxis": axis("importance of the weight (norm)", type="log"),
+                                                        "yaxis": axis("movement of the weight (norm of its update)", type="log")}}  # fmt: skip

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from holdfast.report import numbers
-from holdfast.report.figures import Figure, safe
+from holdfast.report.figures import Figure, axis, safe
 from holdfast.report.palette import ACCENT, HUES, NEUTRAL
 from holdfast.report.tables import Cell, Table, made, number, text
 
@@ -70,8 +70,8 @@ def trade_off(budget: Mapping[str, Any]) -> Figure | None:
     if not traces or limit is None:
         return None
     return {"traces": traces, "height": 400, "layout": {
-        "xaxis": _axis("rise of the general loss on control text, nats per token; whisker: planned bound of the check", rangemode="tozero"),
-        "yaxis": _axis("learning, nats per token", rangemode="tozero"), "shapes": [_line("x", limit)],
+        "xaxis": axis("rise of the general loss on control text, nats per token; whisker: planned bound of the check", rangemode="tozero"),
+        "yaxis": axis("learning, nats per token", rangemode="tozero"), "shapes": [_line("x", limit)],
         "annotations": [{"x": limit, "yref": "paper", "y": 0, "yanchor": "bottom", "xanchor": "left", "showarrow": False, "xshift": 4,
                          "text": f"budget {safe(budget.get('budget'), 20)}"}]}}  # fmt: skip
 
@@ -97,8 +97,8 @@ def control(budget: Mapping[str, Any]) -> Figure | None:
               _trace(looks, "probe", PROBED, "one probe, share of the budget", 1 / limit, mode="markers"),
               _trace(looks, "strength", "|".join(ACCENT), "strength", 1.0, mode="lines", yaxis="y2")]  # fmt: skip
     return {"traces": [trace for trace in traces if trace["x"]], "height": 430, "layout": {
-        "xaxis": _axis("optimizer step", anchor="y2"), "yaxis": _axis("rise, share of the budget", domain=[0.52, 1.0]),
-        "yaxis2": _axis("strength", domain=[0.0, 0.42], type="log"), "shapes": [_line("y", 1.0)]}}  # fmt: skip
+        "xaxis": axis("optimizer step", anchor="y2"), "yaxis": axis("rise, share of the budget", domain=[0.52, 1.0]),
+        "yaxis2": axis("strength", domain=[0.0, 0.42], type="log"), "shapes": [_line("y", 1.0)]}}  # fmt: skip
 
 
 def _trace(looks: Sequence[Mapping[str, Any]], key: str, colour: str, name: str, unit: float, *, mode: str, yaxis: str = "y") -> dict[str, Any]:
@@ -110,12 +110,8 @@ def _trace(looks: Sequence[Mapping[str, Any]], key: str, colour: str, name: str,
             "hovertext": [f"step {step:g}: {name} {value:.3g}" for step, value in found]}  # fmt: skip
 
 
-def _axis(title: str, **more: Any) -> dict[str, Any]:
-    return {"title": {"text": title}, **more}
-
-
-def _line(axis: str, at: float) -> dict[str, Any]:
-    """A dotted line across the figure at a value of one axis."""
-    other = "y" if axis == "x" else "x"
-    return {"type": "line", f"{axis}0": at, f"{axis}1": at, f"{other}ref": "paper" if axis == "x" else "x domain", f"{other}0": 0, f"{other}1": 1,
+def _line(across: str, at: float) -> dict[str, Any]:
+    """A dotted line at a value of one axis."""
+    other = "y" if across == "x" else "x"
+    return {"type": "line", f"{across}0": at, f"{across}1": at, f"{other}ref": "paper" if across == "x" else "x domain", f"{other}0": 0, f"{other}1": 1,
             "line": {"width": 1, "dash": "dot"}}  # fmt: skip
