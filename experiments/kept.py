@@ -78,16 +78,23 @@ def attempts(result: Result) -> int:
 
 def table(groups: Groups) -> list[str]:
     """Learning within each budget: a row per domain and budget, a column per kind of method."""
-    lines = ["| domain | budget | " + " | ".join(name for name, _ in KINDS.values()) + " | ours / plain, scaled |", "|---" * (len(KINDS) + 3) + "|"]
+    lines = ["| domain | budget | " + " | ".join(name for name, _ in KINDS.values()) + " | ours / plain, scaled, same seeds |", "|---" * (len(KINDS) + 3) + "|"]
     for domain in sorted({domain for domain, _, _ in groups}):
         methods = {kind(method): method for method in chosen(groups, domain)}
         for budget in budgets(groups):
             cells = {one: groups.get((domain, budget, method), []) for one, method in methods.items()}
             shown = [_learned(cells.get(one, [])) + (f" ({methods[one].partition('-')[2]})" if "-" in methods.get(one, "") else "") for one in KINDS]
-            ours, plain = ([learning(result) for result in cells.get(one, [])] for one in ("ours", "plain"))
-            ratio = f"{statistics.mean(ours) / statistics.mean(plain):.2f}x" if ours and plain and statistics.mean(plain) > 0 else ""
+            ratio = _ratio(cells.get("ours", []), cells.get("plain", []))
             lines.append(f"| {domain} | {budget} | {' | '.join(shown)} | {ratio} |")
     return lines
+
+
+def _ratio(a: Sequence[Result], b: Sequence[Result]) -> str:
+    """What `a` learned as a multiple of `b`, over the seeds that both have."""
+    first, second = ({result["seed"]: learning(result) for result in some} for some in (a, b))
+    both = sorted(first.keys() & second.keys())
+    below = sum(second[seed] for seed in both)
+    return f"{sum(first[seed] for seed in both) / below:.2f}x" if below > 0 else ""
 
 
 def _learned(results: Sequence[Result]) -> str:
