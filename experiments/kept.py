@@ -53,7 +53,7 @@ def kind(method: str) -> str:
 
 
 def budgets(groups: Groups) -> list[str]:
-    return sorted({budget for _, budget, _ in groups}, key=lambda budget: float(budget[:-1]))
+    return sorted({budget for _, budget, _ in groups}, key=percent_of)
 
 
 def chosen(groups: Groups, domain: str) -> list[str]:
@@ -72,8 +72,8 @@ def learning(result: Result) -> float:
 
 
 def attempts(result: Result) -> int:
-    """How many checks it took: two where there was a fallback."""
-    return int(result.get("attempts") or len(result["checks"]))
+    """How many checks it took: two where there was a fallback, none where the budget was refused."""
+    return int(result.get("attempts") or len(result.get("checks") or ()))
 
 
 def table(groups: Groups) -> list[str]:
@@ -125,15 +125,11 @@ def promises(groups: Groups) -> list[str]:
     lines = ["| domain | budget | method | promised at most | checked rise | its upper end | learning | share | seeds |", "|---" * 9 + "|"]
     order = lambda item: (item[0][0], percent_of(item[0][1]), list(KINDS).index(kind(item[0][2])), item[0][2])
     for (domain, budget, method), results in sorted(groups.items(), key=order):
-        rises = [f"{percent(value):.2f} %" for value in (_mean(r["promised"] for r in results), _mean(r["check"]["nats"] for r in results),
-                                                          _mean(r["check"]["high"] for r in results))]  # fmt: skip
+        rises = [f"{percent(value):.2f} %" for value in (statistics.mean(r["promised"] for r in results), statistics.mean(r["check"]["nats"] for r in results),
+                                                          statistics.mean(r["check"]["high"] for r in results))]  # fmt: skip
         shares = ", ".join(f"{result['share']:.2f}" for result in results)
         lines.append(f"| {domain} | {budget} | {method} | {' | '.join(rises)} | {_learned(results)} | {shares} | {len(results)} |")
     return lines
-
-
-def _mean(values: Iterable[float]) -> float:
-    return statistics.mean(values)
 
 
 def probing(groups: Groups) -> str:
@@ -146,7 +142,7 @@ def probing(groups: Groups) -> str:
 def trajectories(groups: Groups) -> list[str]:
     """Ours at the first seed: the rise by energy as a share of the budget, and the strength that followed, at each look."""
     lines = ["| domain | budget | | at each look |", "|---|---|---|---|"]
-    for (domain, budget, method), results in sorted(groups.items(), key=lambda item: (item[0][0], float(item[0][1][:-1]))):
+    for (domain, budget, method), results in sorted(groups.items(), key=lambda item: (item[0][0], percent_of(item[0][1]))):
         if method != "ours":
             continue
         first = min(results, key=lambda result: result["seed"])
@@ -165,8 +161,9 @@ def draw(groups: Groups, path: Path) -> None:
             name, colour = KINDS[kind(method)]
             measured = [budget for budget in budgets(groups) if (domain, budget, method) in groups]
             found = [(percent_of(budget), [learning(result) for result in groups[domain, budget, method]]) for budget in measured]
-            axis.errorbar([x for x, _ in found], [_mean(values) for _, values in found], yerr=[_error(values) for _, values in found], color=colour, label=name,
-                          marker="o", markersize=5 if method != "ours" else 6, linewidth=2.4 if method == "ours" else 1.4, capsize=2)  # fmt: skip
+            means, errors = ([of(values) for _, values in found] for of in (statistics.mean, _error))
+            axis.errorbar([x for x, _ in found], means, yerr=errors, color=colour, label=name, marker="o", markersize=5 if method != "ours" else 6,
+                          linewidth=2.4 if method == "ours" else 1.4, capsize=2)  # fmt: skip
         axis.set(xscale="log", title=domain, xlabel="budget, per cent of perplexity", ylim=(0, None))
         axis.set_xticks([percent_of(budget) for budget in budgets(groups)], [budget[:-1] for budget in budgets(groups)])
         axis.minorticks_off()
@@ -185,12 +182,13 @@ def percent_of(budget: str) -> float:
     return float(budget[:-1])
 
 
-def page(groups: Groups) -> str:
-    """experiments/budget.md."""
+def page(groups: Groups, refused: Sequence[str]) -> str:
+    """experiments/budget.md. `refused`: what the general text could not show."""
     parts = ["# Budgets, promised against checked", "<!-- made by experiments/kept.py -->",
              "The protocol is in [budget.py](budget.py), what it says in [docs/budget.md](../docs/budget.md), every result in [budget.json](budget.json). "
              "Learning is in nats per token, mean over seeds ± standard error, of the update that the finish left; rises are in per cent of perplexity.",
              "## What each budget buys", "\n".join(table(groups)), "## Whether it was kept", "\n".join(verdicts(groups)), probing(groups),
+             *([f"Refused, since the text cannot show it: {', '.join(refused)}."] if refused else []),
              "## What the controller did", "\n".join(trajectories(groups)), "## Every method", "\n".join(promises(groups))]  # fmt: skip
     return "\n\n".join(parts) + "\n"
 
@@ -200,8 +198,9 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     given = parser.parse_args()
     results = load(given.results)
-    groups = grouped(results)
-    (HERE / "budget.md").write_text(page(groups), encoding="utf-8")
+    groups = grouped(result for result in results if result["verdict"] != "refused")
+    refused = sorted({f"{result['domain']} at {result['budget']}" for result in results if result["verdict"] == "refused"})
+    (HERE / "budget.md").write_text(page(groups, refused), encoding="utf-8")
     draw(groups, HERE.parent / "docs" / "budget.svg")
     if given.results.is_dir():
         kept = [{**{key: value for key, value in r.items() if key not in DROPPED}, "attempts": attempts(r)} for r in results]

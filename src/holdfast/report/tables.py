@@ -9,6 +9,7 @@ from typing import Any
 from holdfast.report import numbers
 from holdfast.report.contents import Contents, label
 from holdfast.report.summary import equal_rows
+from holdfast.shapes import TRANSFER
 
 
 @dataclass(frozen=True)
@@ -206,14 +207,11 @@ def sequence_summary(contents: Contents) -> list[tuple[str, Table]]:
             some = [sequence for sequence in mine if str(sequence.get("method")) == method and numbers.known(sequence.get("average")) is not None]
             scored = [sequence.get("accuracy_transfer") or {} for sequence in some]
             rises = [_mean([{"nats": ((sequence.get("general") or {}).get(text) or [None])[-1]} for sequence in some]) for text in texts]
-            lines.append([Cell(label(contents, method), mark=method), *(_mean(some, key) for key in TRANSFERS), *rises,
-                          *(_mean(scored, key, numbers.share) for key in TRANSFERS), number(len(some), show=numbers.whole)])  # fmt: skip
+            lines.append([Cell(label(contents, method), mark=method), *(_mean(some, key) for key in TRANSFER), *rises,
+                          *(_mean(scored, key, numbers.share) for key in TRANSFER), number(len(some), show=numbers.whole)])  # fmt: skip
         lines.sort(key=lambda line: (line[1].value is None, line[1].value or 0.0))
         found.append((name, made(titles, lines)))
     return found
-
-
-TRANSFERS = ("average", "backward_transfer", "forward_transfer")
 
 
 def _wide(row: Sequence[Any], width: int) -> list[Any]:
