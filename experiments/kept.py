@@ -78,14 +78,25 @@ def attempts(result: Result) -> int:
 
 def table(groups: Groups) -> list[str]:
     """Learning within each budget: a row per domain and budget, a column per kind of method."""
-    lines = ["| domain | budget | " + " | ".join(name for name, _ in KINDS.values()) + " | ours / plain, scaled, same seeds |", "|---" * (len(KINDS) + 3) + "|"]
+    lines = ["| domain | budget | " + " | ".join(name for name, _ in KINDS.values()) + " |", "|---" * (len(KINDS) + 2) + "|"]
     for domain in sorted({domain for domain, _, _ in groups}):
         methods = {kind(method): method for method in chosen(groups, domain)}
         for budget in budgets(groups):
             cells = {one: groups.get((domain, budget, method), []) for one, method in methods.items()}
             shown = [_learned(cells.get(one, [])) + (f" ({methods[one].partition('-')[2]})" if "-" in methods.get(one, "") else "") for one in KINDS]
-            ratio = _ratio(cells.get("ours", []), cells.get("plain", []))
-            lines.append(f"| {domain} | {budget} | {' | '.join(shown)} | {ratio} |")
+            lines.append(f"| {domain} | {budget} | {' | '.join(shown)} |")
+    return lines
+
+
+def ratios(groups: Groups) -> list[str]:
+    """Learning of one kind of method as a multiple of another's, over the seeds that both have."""
+    pairs = (("ours", "plain"), ("ours", "strength"), ("shrunk", "plain"), ("rate", "plain"))
+    lines = ["| domain | budget | " + " | ".join(f"{KINDS[a][0]} / {KINDS[b][0]}" for a, b in pairs) + " |", "|---" * (len(pairs) + 2) + "|"]
+    for domain in sorted({domain for domain, _, _ in groups}):
+        methods = {kind(method): method for method in chosen(groups, domain)}
+        for budget in budgets(groups):
+            cells = {one: groups.get((domain, budget, method), []) for one, method in methods.items()}
+            lines.append(f"| {domain} | {budget} | {' | '.join(_ratio(cells.get(a, []), cells.get(b, [])) for a, b in pairs)} |")
     return lines
 
 
@@ -130,6 +141,14 @@ def promises(groups: Groups) -> list[str]:
         shares = ", ".join(f"{result['share']:.2f}" for result in results)
         lines.append(f"| {domain} | {budget} | {method} | {' | '.join(rises)} | {_learned(results)} | {shares} | {len(results)} |")
     return lines
+
+
+def used(groups: Groups) -> str:
+    """How much of the budget ours came to on the check part."""
+    ours = [result for (_, _, method), results in groups.items() if method == "ours" for result in results]
+    rises, ends = ([result["check"][key] / result["budget_nats"] for result in ours] for key in ("nats", "high"))
+    return (f"Of the budget, `tune --budget` came to {statistics.median(rises):.2f} in the middle and {max(rises):.2f} at most on the check part, "
+            f"the upper end of the interval to {statistics.median(ends):.2f} and {max(ends):.2f}.")  # fmt: skip
 
 
 def probing(groups: Groups) -> str:
@@ -187,7 +206,8 @@ def page(groups: Groups, refused: Sequence[str]) -> str:
     parts = ["# Budgets, promised against checked", "<!-- made by experiments/kept.py -->",
              "The protocol is in [budget.py](budget.py), what it says in [docs/budget.md](../docs/budget.md), every result in [budget.json](budget.json). "
              "Learning is in nats per token, mean over seeds ± standard error, of the update that the finish left; rises are in per cent of perplexity.",
-             "## What each budget buys", "\n".join(table(groups)), "## Whether it was kept", "\n".join(verdicts(groups)), probing(groups),
+             "## What each budget buys", "\n".join(table(groups)), "## As multiples, over the same seeds", "\n".join(ratios(groups)),
+             "## Whether it was kept", "\n".join(verdicts(groups)), used(groups), probing(groups),
              *([f"Refused, since the text cannot show it: {', '.join(refused)}."] if refused else []),
              "## What the controller did", "\n".join(trajectories(groups)), "## Every method", "\n".join(promises(groups))]  # fmt: skip
     return "\n\n".join(parts) + "\n"
