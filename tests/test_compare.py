@@ -20,6 +20,7 @@ from holdfast.config import TUNE_PRESETS, ModelOptions, TuneOptions, resolve
 from holdfast.evaluation import answers
 from holdfast.experiment import identity, validation_trials
 from holdfast.experiment_file import read
+from holdfast.importance.container import Importance
 from holdfast.lock import only_writer
 from holdfast.models import load_model, load_tokenizer
 from holdfast.options import OptionError
@@ -154,6 +155,9 @@ def test_a_sequence_goes_on_from_the_merged_result_of_each_domain(succession, tm
     assert len(list(out.glob("sequences/way/*/*/model"))) == 3  # of the last step alone
     kept = (out / "sequences/way/holdfast-1/keep-3.jsonl").read_text()
     assert all(word in kept for word in ("Question", "second", "cat")) and "third" not in kept
+    held_by = Importance.load(out / "sequences/way/holdfast-1/3-third/importance.safetensors").info
+    assert [Path(step["data"]["source"]).parent.name for step in held_by["consolidated"]] == ["domain", "second"]
+    assert held_by["data"]["source"].endswith("wide/record.jsonl")
     monkeypatch.setattr(sequence, "_take", lambda *arguments: pytest.fail("ran again"))
     assert run(path, out) == 0
     assert json.loads((out / "compare.json").read_text())["sequences"] == summary["sequences"]
@@ -178,6 +182,19 @@ def test_a_sequence_answers_the_questions_of_its_domains_after_each_step(success
     task, rows = load_task(spec, split=None)
     options = resolve(ModelOptions, {"model": str(last)})
     assert answers(load_model(options), load_tokenizer(options), task, rows)["acc"] == pytest.approx(scores[3])
+
+
+def test_a_sequence_is_held_by_the_domains_before_by_a_rule(succession, tmp_path):
+    """`consolidate: none` holds general text alone, the first step apart: there is nothing before it."""
+    like = {"like": "holdfast", "strength": 30}
+    way = {"domains": ["domain", "second"], "methods": {"sum": like, "none": {**like, "consolidate": "none"}}}
+    out = tmp_path / "out"
+    assert run(succession(sequences={"way": way}), out) == 0
+    added, alone = json.loads((out / "compare.json").read_text())["sequences"]
+    assert added["error"] is None and alone["error"] is None
+    assert added["matrix"][:2] == alone["matrix"][:2]
+    assert added["backward_transfer"] > alone["backward_transfer"]  # the domain before is held too
+    assert not (out / "sequences/way/none-1/2-second/importance.safetensors").exists()
 
 
 def test_an_interrupted_sequence_goes_on_and_a_changed_step_finds_the_model_before_it(succession, tmp_path, monkeypatch):
@@ -302,6 +319,8 @@ def test_one_campaign_at_a_time(experiment, tmp_path, capsys):
     ({"domains": {"domain": {"test": "x"}}}, "domains: domain expects data"),
     ({"sequences": {"way": {"domains": ["domain"], "methods": ["plain"]}}}, "two or more different domains, found domain"),
     ({"sequences": {"way": {"domains": ["domain", "domian"], "methods": ["plain"]}}}, "unknown domain 'domian'; did you mean 'domain'?"),
+    ({"sequences": {"way": {"domains": ["domain", "domain2"], "methods": {"plain": {"consolidate": "mean"}}}},
+      "domains": {"domain": "a.jsonl", "domain2": "b.jsonl"}}, "way: plain: --consolidate expects sum, none, or decay:0.9"),
     ({"sequences": {"way": ["domain", "other"]}}, "way expects domains (a list) and methods"),
     ({"sequences": {"way": {"domains": ["domain", "domain2"], "methods": ["o-lora"]}}, "domains": {"domain": "a.jsonl", "domain2": "b.jsonl"}},
      "unknown method 'o-lora'"),

@@ -164,6 +164,10 @@ def _check_sequence(path: Any, experiment: Experiment, name: str, spec: Sequence
         settings = {**experiment.methods[like].settings()[0], **{key: value for key, value in over.items() if key != "like"}}
         made = lambda settings=settings: tune_options(experiment, settings, data="x", replay="x", importance="x", out="x", seed=0)
         _named(path, f"sequences: {name}: {label}", made)
+        if settings.get("consolidate"):
+            from holdfast.importance.consolidation import parse_rule
+
+            _named(path, f"sequences: {name}: {label}", lambda settings=settings: parse_rule(settings["consolidate"]))
     if experiment.model.get("quantize", "none") != "none":
         raise OptionError(f"{where}: each step is merged into the weights, which quantize does not allow; leave out one of them")
     if not experiment.seeds.get("test"):

@@ -5,8 +5,9 @@
     DIR/sequences.json                                    all of them, with losses, accuracies of domains with questions, average and transfer (transfer.py)
 
 A method is tuned at the settings chosen for it on each domain, with the test seeds. From the second step on, what must not be lost are the general text and
-the domains before: importance is recorded anew on the merged model, on both together, and the anchor is that model; `replay: recorded` is that text too. A
-step's address is a hash of all that decides it and of the step before: an interruption loses one step. It costs a training, a recording and a merged model.
+the domains before: importance is consolidated with that of the domain before (domain_importance.py, as `tune` on several domains does) and the anchor is the
+merged model; `replay: recorded` is general text and the rows of the domains before. A step's address is a hash of all that decides it and of the step before:
+an interruption loses one step. It costs a training, a recording and a merged model.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 from holdfast.config import TuneOptions, resolve
 from holdfast.earlier import merged
 from holdfast.evaluation import rise
-from holdfast.experiment import Experiment, SequenceSpec, identity, record_options, tune_options
+from holdfast.experiment import Experiment, SequenceSpec, identity, tune_options
 from holdfast.models import load_model, load_tokenizer, save_whole
 from holdfast.runs import discard, read_json, sha256_file, write_json, write_text
 from holdfast.scoring import domain_tasks, question_limit, score_domains
@@ -105,7 +106,7 @@ def _steps(campaign: Campaign, spec: SequenceSpec, method: str, seed: int, chose
             discard(folder)
             if last is not None and not (last / "model").is_dir():  # deleted when the step to be made anew was first finished
                 _merge_again(campaign, earlier, place)
-            _take(campaign, options, settings, text, folder, address, list(spec.domains))
+            _take(campaign, options, settings, last, folder, address, list(spec.domains))
         yield read_json(folder / "step.json")
         if last is not None:
             discard(last / "model")
@@ -115,7 +116,7 @@ def _steps(campaign: Campaign, spec: SequenceSpec, method: str, seed: int, chose
 
 def _options(campaign: Campaign, settings: Mapping[str, Any], domain: str, *, model: str, text: str, folder: Path, adapters: list[str],
              seed: int) -> TuneOptions:  # fmt: skip
-    """The options of one step. Without an earlier adapter o-lora is plain; the recording of the first step is the experiment's."""
+    """The options of one step. Without an earlier adapter o-lora is plain; the importance of the first step is the experiment's, and so is its anchor."""
     given = dict(settings)
     methods = str(given["method"]).split(",")
     if "o-lora" in methods and adapters:
@@ -126,7 +127,8 @@ def _options(campaign: Campaign, settings: Mapping[str, Any], domain: str, *, mo
     recorded = str(folder / "importance.safetensors") if adapters else campaign.recipes.get(str(given.get("importance")), {}).get("path")
     options = tune_options(campaign.experiment, given, data=campaign.files[f"domain/{domain}/train"], replay=text, importance=recorded,
                            out=str(folder / "work"), seed=seed)  # fmt: skip
-    return dataclasses.replace(options, model=model, overwrite=True)
+    anchor = "base" if adapters and options.anchor == "recorded" else options.anchor
+    return dataclasses.replace(options, model=model, anchor=anchor, overwrite=True)
 
 
 def _to_keep(campaign: Campaign, earlier: tuple[str, ...], path: Path) -> str:
@@ -152,25 +154,37 @@ def _address(campaign: Campaign, options: TuneOptions, settings: Mapping[str, An
     alike = dataclasses.replace(options, model=experiment.model["model"], earlier=None)
     questions = {name: task for name, task in domain_tasks(experiment).items() if name in domains}
     asked = [questions, question_limit(experiment)] if questions else []
-    return identity(alike, more=["sequence", before, recipe, sha256_file(text), hashes, experiment.limit.get("test"), experiment.characters, *asked])
+    added = ["consolidated"] if options.importance and before else []  # by a rule that is among the options
+    more = ["sequence", before, recipe, sha256_file(text), hashes, experiment.limit.get("test"), experiment.characters, *asked, *added]
+    return identity(alike, more=more)
 
 
-def _take(campaign: Campaign, options: TuneOptions, settings: Mapping[str, Any], text: str, folder: Path, address: str, domains: list[str]) -> None:
-    """One step: record what is to be kept where that has changed, tune, merge, measure. step.json is written last."""
-    from holdfast.recording import record
+def _take(campaign: Campaign, options: TuneOptions, settings: Mapping[str, Any], last: Path | None, folder: Path, address: str, domains: list[str]) -> None:
+    """One step, on top of the one in the folder `last`: consolidate importance, tune, merge, measure. step.json is written last."""
     from holdfast.training import tune
 
     folder.mkdir(parents=True)
     with open(folder / "log.txt", "w", encoding="utf-8") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        if options.importance and Path(options.importance).parent == folder:
-            recipe = campaign.experiment.importance[str(settings["importance"])]
-            record(dataclasses.replace(record_options(campaign.experiment, recipe, general=text, out=options.importance), model=options.model))
-        finished = tune(options)
+        if last is not None and options.importance:
+            options = dataclasses.replace(options, importance=_held_by(campaign, options, settings, last, folder))
+        finished = tune(dataclasses.replace(options, consolidate=None))
         (folder / "work" / "final").replace(folder / "adapter")
         discard(folder / "work")
         model, tokenizer = _merged(options, folder)
         found = {**campaign.evaluate(model, tokenizer, domains), "accuracy": score_domains(campaign.experiment, model, tokenizer, domains)}
     write_json(folder / "step.json", {"id": address, "settings": settings, "energy": finished["energy"], "seconds": finished["train_seconds"], **found})
+
+
+def _held_by(campaign: Campaign, options: TuneOptions, settings: Mapping[str, Any], last: Path, folder: Path) -> str:
+    """The importance file of a step: that of the step before, consolidated with the domain that was learned in it."""
+    from holdfast.domain_importance import consolidate
+
+    before = last / "importance.safetensors"
+    so_far = str(before) if before.exists() else campaign.recipes[str(settings["importance"])]["path"]
+    learned = campaign.files[f"domain/{last.name.partition('-')[2]}/train"]
+    held_by = consolidate(so_far, learned, lambda: load_model(options), options, folder / "importance.safetensors", saved=True)
+    discard(folder / "domain.safetensors")
+    return held_by
 
 
 def _merged(options: TuneOptions, folder: Path) -> tuple[Any, Any]:

@@ -24,29 +24,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
-from holdfast import distributed, recording_state
-from holdfast.config import LABELLED, RECORD_PRESETS, TRAINING_ONLY, RecordOptions, TuneOptions, resolve
+from holdfast import distributed
+from holdfast.config import TuneOptions
+from holdfast.domain_importance import consolidate
 from holdfast.earlier import Earlier, Held, Stage, merged
 from holdfast.evaluation import changes
 from holdfast.heldout import Domain, earlier_of, named
 from holdfast.hub import importance_path, ready
-from holdfast.importance.consolidation import consolidated, parse_rule
+from holdfast.importance.consolidation import parse_rule
 from holdfast.importance.container import Importance
 from holdfast.keeper import check_budget
 from holdfast.lock import only_writer
 from holdfast.matrix import lines, measured, sequence_of
 from holdfast.methods.table import chosen
-from holdfast.models import context_length, load_model, load_tokenizer
+from holdfast.models import load_model
 from holdfast.options import OptionError, as_dict, several
-from holdfast.recording import record_on
 from holdfast.run_folder import check_resumed
 from holdfast.runs import atomic_path, discard, environment, read_json, sha256_file, write_json, write_text
 from holdfast.stacking import stack
-from holdfast.tasks import encode_rows, find_task, load_training_data
-from holdfast.texts import fingerprint_rows
+from holdfast.tasks import find_task
 from holdfast.training import push_result, tune
 
 logger = logging.getLogger("holdfast")
@@ -194,59 +192,14 @@ def _importance(plan: Plan, number: int) -> str | None:
     """The file that a step is held by: the one given, from then on consolidated with the importance of the domain before."""
     row = plan.first + number
     so_far = plan.options.importance if number == 1 else _importance(plan, number - 1)
-    if so_far is None or (number == 1 and not plan.start) or plan.options.consolidate == "none":
+    if so_far is None or (number == 1 and not plan.start):
         return so_far
     path = plan.step(row) / "importance.safetensors"
     if path.exists():
         return str(path)
-    old = Importance.load(so_far)
-    if old.info.get("estimator") == "uniform":  # the same whatever was learned
-        return so_far
-    domain = plan.all[len(plan.before) + number - 2]
-    last = _recorded(plan, old, domain, plan.start if number == 1 else str(plan.step(row - 1) / "adapter"), plan.step(row) / "domain.safetensors")
-    both = consolidated(old, last, plan.options.consolidate or "sum")
-    error = both.info["consolidated"][-1]["error"]
-    logger.info("importance of %s consolidated with that before (%s): relative error %.3f at the median weight, %.3f at most", domain.name,
-                plan.options.consolidate or "sum", error["median"], error["largest"])  # fmt: skip
-    both.save(path)
-    return str(path)
-
-
-def _recorded(plan: Plan, like: Importance, domain: Domain, adapter: str | None, out: Path) -> Importance:
-    """Importance of `domain`'s rows on the base with `adapter`, by the estimator and in the form of `like`."""
-    if out.exists():
-        return Importance.load(out)
-    options, recipe = plan.options, recipe_of(like, plan.options, str(out))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    state = recording_state.load(recipe)
-    torch.manual_seed(options.seed)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    tokenizer = load_tokenizer(options)
-    model = load_model(options) if adapter is None else merged(load_model(options), adapter)
-    rows = list(load_training_data(domain.train, split=options.data_split))[: recipe.documents]
-    length = min(recipe.length or 1024, context_length(model))
-    encoded = [(ids[-length:], scored[-length:]) for ids, scored in encode_rows(rows, tokenizer, completion_only=options.completion_only is not False)]
-    encoded = [row for row in encoded if any(row[1][1:])]
-    source = {"source": domain.train, "documents": len(rows), "tokens": sum(len(ids) for ids, _ in encoded), "sha256": fingerprint_rows(rows)}
-    return record_on(recipe, model, tokenizer, encoded, source, state)
-
-
-def recipe_of(importance: Importance, options: TuneOptions, out: str) -> RecordOptions:
-    """The options by which importance of another text is recorded as `importance` was, on the model of `options`."""
-    estimator, tier = str(importance.info.get("estimator")), importance.tier
-    known = {field.name for field in dataclasses.fields(RecordOptions)}
-    unused = {"out", "resume", "general", "general_split", "text_column", "model", "cov_rank", "tier", "keep_anchor",
-              *(() if estimator.startswith("path") else (*TRAINING_ONLY, "preset")), *(() if estimator in LABELLED else ("labels", "groups"))}  # fmt: skip
-    given = {key: value for key, value in importance.info.get("settings", {}).items() if key in known - unused}
-    kind, _, rank = tier.partition(":")
-    if estimator == "kronecker" and kind == "kronecker":
-        given["cov_rank"] = int(rank or 0)
-    else:
-        given["tier"] = tier
-    mine = {key: getattr(options, key) for key in ("model", "revision", "dtype", "device", "trust_remote_code", "threads", "seed", "resume")}
-    keep = {"keep_anchor": False} if estimator.startswith("path") else {}
-    return resolve(RecordOptions, {**given, **mine, **keep, "estimator": estimator, "quantize": "none", "out": out}, RECORD_PRESETS)
+    options, domain = plan.options, plan.all[len(plan.before) + number - 2]
+    adapter = plan.start if number == 1 else str(plan.step(row - 1) / "adapter")
+    return consolidate(so_far, domain.train, lambda: load_model(options) if adapter is None else merged(load_model(options), adapter), options, path)
 
 
 def _measured(plan: Plan, row: int) -> dict[str, Any]:
