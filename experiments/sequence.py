@@ -1,8 +1,8 @@
 """Three domains one after another on the lab model, with holdfast and without: what each does to those before, to those after, and to general text.
 
-    python experiments/sequence.py ../shared out/sequence out/frontier/default64.safetensors                      # finished runs are not made again
-    python experiments/sequence.py ../shared out/sequence out/frontier/default64.safetensors --arms plain,sum     # some of the arms
-    python experiments/sequence.py ../shared out/sequence out/frontier/default64.safetensors --table              # what is there so far, as markdown
+    python experiments/sequence.py ../shared out/sequence out/budget/lab-english-5m.safetensors                   # finished runs are not made again
+    python experiments/sequence.py ../shared out/sequence out/budget/lab-english-5m.safetensors --arms plain,sum  # some of the arms
+    python experiments/sequence.py ../shared out/sequence --page                # what is there -> experiments/sequence.json and experiments/sequence.md
 
 Protocol: sciq (question -> answer), medmcqa (running text with its explanation), piqa (goal -> solution), 120 steps of 8 sequences of at most 128 tokens
 each, LoRA of rank 8 on all linear layers, rate 4e-3, seeds 1, 2, 3. Held-out rows are the test files' (the first 200), general text the first 1,200
@@ -15,12 +15,14 @@ characters of 200 test documents. Arms:
     kl         no importance; divergence from the model before the step on two general sequences per optimizer step
     budget     sum, with --budget 2%: general text and every earlier domain
 
-An interrupted run goes on where it was. About four minutes a run on one core.
+The importance file is the default recipe's, recorded on frontier.py's general text (budget.py makes it). An interrupted run goes on where it was. Five to six
+minutes a run on one core, with a budget twelve.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +31,7 @@ from typing import Any
 from frontier import prepare
 
 from holdfast.config import TUNE_PRESETS, TuneOptions, resolve
-from holdfast.runs import read_json
+from holdfast.runs import read_json, write_text
 from holdfast.succession import tune_in_turn
 
 SEEDS = (1, 2, 3)
@@ -44,22 +46,23 @@ ARMS: dict[str, dict[str, Any]] = {  # importance and replay are filled in
     "budget": dict(importance=None, consolidate="sum", budget="2%"),
 }
 PIQA_ROWS = 2000
+NUMBERS = ("matrix", "average", "backward_transfer", "forward_transfer", "accuracy_domains", "accuracy", "accuracy_transfer", "general")  # that are kept
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shared", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("importance", type=Path, help="recorded on frontier.py's general text")
-    parser.add_argument("--arms", default="plain,general,sum,decay,kl")
+    parser.add_argument("importance", type=Path, nargs="?", help="recorded on frontier.py's general text")
+    parser.add_argument("--arms", default=",".join(ARMS))
     parser.add_argument("--seeds", type=int, nargs="*", default=SEEDS)
     parser.add_argument("--order", default=",".join(ORDER))
     parser.add_argument("--steps", type=int, default=STEPS["max_steps"], help="for a smoke test")
     parser.add_argument("--limit", type=int, default=STEPS["limit"], help="documents and rows that are measured; for a smoke test")
-    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--page", action="store_true")
     given = parser.parse_args()
-    if given.table:
-        print(table(given.out))
+    if given.page:
+        write_page(given.out)
         return
     data = domains(given.shared / "data", given.out / "data")
     for seed in given.seeds:
@@ -93,48 +96,75 @@ def run(given: argparse.Namespace, data: dict[str, str], arm: str, seed: int) ->
     tune_in_turn(resolve(TuneOptions, options, TUNE_PRESETS))
 
 
-def table(out: Path) -> str:
-    """The mean over seeds ± its standard error for each arm: transfer, general rise, and the loss on each domain in the end."""
-    lines: list[str] = []
-    for folder in sorted((out / "runs").glob("*")):
+def write_page(out: Path) -> None:
+    """experiments/sequence.json: what each run's run.json says of its sequence, with those of earlier campaigns; experiments/sequence.md: the tables."""
+    here = Path(__file__).parent
+    kept = read_json(here / "sequence.json") if (here / "sequence.json").exists() else {}
+    for path in sorted((out / "runs").glob("*/*/run.json")):
+        found = read_json(path)["sequence"]
+        steps = [{"domain": step["domain"], "verdict": step["verdict"], "seconds": step["train_seconds"], "budget": promise(step["budget"]),
+                  "consolidated": step["consolidated"] and step["consolidated"][-1]["error"]} for step in found["steps"]]  # fmt: skip
+        named = [domain.removesuffix("_train") for domain in found["domains"]]
+        kept[f"{path.parent.parent.name}/{path.parent.name}"] = {**{key: found[key] for key in NUMBERS}, "domains": named, "steps": steps}
+    write_text(here / "sequence.json", json.dumps(kept, separators=(",", ":")) + "\n")
+    write_text(here / "sequence.md", page(kept))
+
+
+def promise(budget: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What a step's budget allowed, and the rise and its upper end that were found on each source's check part."""
+    if budget is None:
+        return None
+    check = budget["check"]
+    each = check["each"] or {"general text": check}
+    return {"nats": budget["budget_nats"], "share": budget["share"], "learning": budget["learning"]["nats"],
+            "sources": {name.removesuffix("_train"): [found["nats"], found["high"]] for name, found in each.items()}}  # fmt: skip
+
+
+def page(kept: dict[str, dict[str, Any]]) -> str:
+    """The mean over seeds ± its standard error for each arm: transfer, general rise, and the loss on each domain in the end; and what the budget promised."""
+    lines = ["# One domain after another", "", "<!-- made by experiments/sequence.py --page -->", "",
+             "The protocol and what each arm is are in [sequence.py](sequence.py), every run in [sequence.json](sequence.json), what it says in "
+             "[docs/sequences.md](../docs/sequences.md)."]  # fmt: skip
+    for order in dict.fromkeys(name.partition("/")[0] for name in kept):
         runs: dict[str, list[dict[str, Any]]] = {}
-        for path in sorted(folder.glob("*/run.json")):
-            runs.setdefault(path.parent.name.rpartition("-")[0], []).append(read_json(path)["sequence"])
-        if not runs:
-            continue
-        names = next(iter(runs.values()))[0]["domains"]
-        columns = [
-            "arm",
-            "learned in its turn",
-            "average loss in the end",
-            "backward transfer",
-            "forward transfer",
-            "general rise",
-            *(f"{name}, end" for name in names),
-        ]
-        lines += [f"### {', '.join(names)}", "", "Nats per token; mean over seeds ± standard error.", "", f"| {' | '.join(columns)} | seeds |",
-                  "|---" * (len(names) + 7) + "|"]  # fmt: skip
-        for arm in ARMS:
-            if arm in runs:
-                lines.append(f"| {arm} | {' | '.join(row(runs[arm]))} | {len(runs[arm])} |")
+        for name, found in kept.items():
+            if name.startswith(f"{order}/"):
+                runs.setdefault(name.partition("/")[2].rpartition("-")[0], []).append(found)
+        runs = {arm: runs[arm] for arm in ARMS if arm in runs}
+        domains = next(iter(runs.values()))[0]["domains"]
+        lines += ["", f"## {', '.join(domains)}", "", "Nats per token; mean over seeds ± standard error. Learned: the fall of each domain's loss from the bare "
+                  "base to the end of its own step, averaged.", ""]  # fmt: skip
+        head = ["arm", "seeds", "learned", "average loss in the end", "backward transfer", "forward transfer", "general rise", *(f"{n}, end" for n in domains)]
+        lines += rows(head, [[arm, str(len(found)), *row(found)] for arm, found in runs.items()])
         scored = next(iter(runs.values()))[0]["accuracy_domains"]
         if scored:
-            lines += ["", f"| accuracy in the end | {' | '.join(scored)} |", "|---" * (len(scored) + 1) + "|"]
+            ends = [[arm, *(mean([one["accuracy"][-1][j] for one in found]) for j in range(len(scored)))] for arm, found in runs.items()]
+            lines += ["", *rows(["accuracy in the end", *scored], ends)]
+        if promised := [(seed, step) for seed, one in enumerate(runs.get("budget", ()), 1) for step in one["steps"]]:
             lines += [
-                f"| {arm} | {' | '.join(mean([one['accuracy'][-1][j] for one in runs[arm]]) for j in range(len(scored)))} |" for arm in ARMS if arm in runs
+                "",
+                "What the budget allowed by the end of each step, and on the check parts the rise of each source with the upper end of its interval:",
+                "",
             ]
-        lines.append("")
-    return "\n".join(lines)
+            lines += rows(["seed", "step", "verdict", "allowed", "share kept", "learned", "rise of each source (at most)"],
+                          [[str(seed), step["domain"], step["verdict"], *kept_to(step["budget"])] for seed, step in promised])  # fmt: skip
+    return "\n".join(lines) + "\n"
 
 
-def row(sequences: Sequence[dict[str, Any]]) -> list[str]:
-    learned = [statistics.fmean(s["matrix"][0][j] - s["matrix"][j + 1][j] for j in range(len(s["domains"]))) for s in sequences]
-    numbers = [
-        learned,
-        *([s[key] for s in sequences] for key in ("average", "backward_transfer", "forward_transfer")),
-        [s["general"][-1]["nats"] for s in sequences],
-    ]
-    numbers += [[s["matrix"][-1][j] for s in sequences] for j in range(len(sequences[0]["domains"]))]
+def rows(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *body)]
+
+
+def kept_to(budget: dict[str, Any]) -> list[str]:
+    sources = "; ".join(f"{name} {rise:+.4f} ({high:+.4f})" for name, (rise, high) in budget["sources"].items())
+    return [f"{budget['nats']:.4f}", f"{budget['share']:.2f}", f"{budget['learning']:.3f}", sources]
+
+
+def row(runs: Sequence[dict[str, Any]]) -> list[str]:
+    learned = [statistics.fmean(run["matrix"][0][j] - run["matrix"][j + 1][j] for j in range(len(run["domains"]))) for run in runs]
+    numbers = [learned, *([run[key] for run in runs] for key in ("average", "backward_transfer", "forward_transfer")),
+               [run["general"][-1]["nats"] for run in runs]]  # fmt: skip
+    numbers += [[run["matrix"][-1][j] for run in runs] for j in range(len(runs[0]["domains"]))]
     return [mean(values) for values in numbers]
 
 

@@ -24,6 +24,8 @@ CONFIGS = {
     "gpt2": GPT2Config(vocab_size=48, n_positions=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2),
     "gptj": GPTJConfig(vocab_size=48, n_positions=32, n_embd=16, n_layer=2, n_head=2, rotary_dim=4, bos_token_id=1, eos_token_id=2),
 }
+# A chat template without {% generation %} markers.
+PLAIN = "{% for m in messages %}{{ m['role'] + ' : ' + m['content'] + ' . ' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant : ' }}{% endif %}"
 
 
 @pytest.fixture

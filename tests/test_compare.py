@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from holdfast import campaign, sequence, trial
+from conftest import PLAIN
+from holdfast import campaign, sequence, texts, trial
 from holdfast.carving import carve, groups
 from holdfast.cli import main
 from holdfast.config import TUNE_PRESETS, ModelOptions, TuneOptions, resolve
@@ -258,6 +259,79 @@ def test_runs_made_before_an_option_came_are_still_found():
     assert identity(resolve(TuneOptions, {**given, "earlier": "e"}, TUNE_PRESETS), more=["x", [1]]) != "334dde370bdc59aa"
 
 
+@pytest.mark.parametrize("method", ["oft", "osf", "full"])
+def test_updates_that_are_not_loras_are_scaled_too(experiment, tmp_path, method):
+    """By the difference of the weights: half of it lies between the base and all of it."""
+    options = {"method": method, "learning_rate": 1e-3}
+    out = tmp_path / "out"
+    assert run(experiment(methods={"plain": {}, "other": options}, seeds={"validation": [0], "test": []}, scales=[0.5, 0.01]), out) == 0
+    found = next(r for r in json.loads((out / "compare.json").read_text())["runs"] if r["method"] == "other")
+    learned = {point["scale"]: point["learning"]["nats"] for point in found["points"]}
+    assert set(learned) == {1.0, 0.5, 0.01} and abs(learned[0.01]) < 0.1 * abs(learned[1.0])
+    assert learned[0.5] == pytest.approx(learned[1.0] / 2, rel=0.5)
+    assert learned[1.0] != 0
+
+
+def test_methods_may_share_a_run_and_be_renamed(experiment, tmp_path, monkeypatch):
+    """What a run is decides its address, not what it is called."""
+    out, rates = tmp_path / "out", {"learning_rate": [1e-3, 1e-2]}
+    named = lambda **methods: experiment(methods={"plain": {"grid": rates}, **methods}, seeds={"validation": [0], "test": [1]})
+    assert run(named(twin={"grid": {"learning_rate": [1e-2, 2e-2]}}), out) == 0
+    summary = json.loads((out / "compare.json").read_text())
+    ran = lambda label: [r for r in summary["runs"] if r["method"] == label]
+    assert len(ran("plain")) == len(ran("twin")) == 3 and {r["id"] for r in ran("plain")} & {r["id"] for r in ran("twin")}
+    monkeypatch.setattr(trial, "_trained", lambda job: pytest.fail("ran again"))
+    assert run(named(brother={"grid": {"learning_rate": [1e-2, 2e-2]}}), out) == 0
+    renamed = json.loads((out / "compare.json").read_text())
+    assert {r["method"] for r in renamed["runs"]} == {"plain", "brother"}
+    numbers = lambda found, label: [{**row, "method": None} for row in found["equal_learning"]["domain"]["wide"] if row["method"] == label]
+    assert numbers(renamed, "brother") == numbers(summary, "twin")
+
+
+def test_until_every_method_is_tested_the_verdict_is_of_the_validation_part(experiment, tmp_path, monkeypatch):
+    path, out, original = experiment(), tmp_path / "out", trial._trained
+
+    def interrupted(job):
+        if job["trial"].part == "test" and job["trial"].method == "holdfast":
+            raise KeyboardInterrupt
+        return original(job)
+
+    monkeypatch.setattr(trial, "_trained", interrupted)
+    assert run(path, out) == 130
+    summary = json.loads((out / "compare.json").read_text())
+    assert [r["method"] for r in summary["runs"] if r["part"] == "test"] == ["plain", "plain"]
+    assert {row["part"] for row in summary["equal_learning"]["domain"]["wide"]} == {"validation"} and "not yet tested" in summary["verdict"][0]
+    assert summary["progress"] == {**summary["progress"], "done": 6, "of": 8}
+
+
+def test_a_changed_recipe_leaves_only_its_own_file_in_the_report(experiment, tmp_path):
+    out = tmp_path / "out"
+    for size in (8, 4):
+        assert run(experiment(importance={"default": {"batch_size": size}}), out, "--part", "validation") == 0
+    found = json.loads((out / "compare.json").read_text())["importance"]
+    assert len(found) == 1 and len(list((out / "importance").glob("*.safetensors"))) == 2
+
+
+def test_answers_to_chats_come_through_the_chat_template(experiment, model_folder, tokenizer, tmp_path):
+    tokenizer.chat_template = PLAIN
+    tokenizer.save_pretrained(model_folder)
+    turns = lambda i: [{"role": "user", "content": f"Question {i} ?"}, {"role": "assistant", "content": " a b c"}]
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text("\n".join(json.dumps({"messages": turns(i)}) for i in range(40)))
+    seen = []
+
+    def noted(tokenizer, messages, *, prompt=False):
+        seen.append((messages, prompt))
+        return texts.templated(tokenizer, messages, prompt=prompt)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(campaign, "templated", noted)
+        assert run(experiment(domains={"domain": str(chats)}, seeds={"validation": [0], "test": []}), tmp_path / "out") == 0
+    assert seen and all(prompt and [turn["role"] for turn in messages] == ["user"] for messages, prompt in seen)
+    answered = {r["settings"]["learning_rate"] for r in json.loads((tmp_path / "out" / "compare.json").read_text())["runs"] if r["chosen"]}
+    assert answered  # and of the chosen settings, where nothing is tested
+
+
 def test_out_of_memory_is_a_result_and_a_failure_is_tried_again(experiment, tmp_path, monkeypatch):
     path, out, original = experiment(), tmp_path / "out", trial._trained
     failing = {"holdfast": MemoryError("no room"), "plain": None}
@@ -315,7 +389,14 @@ def test_one_campaign_at_a_time(experiment, tmp_path, capsys):
     ({"methods": {"plain": {"learnign_rate": 1}}}, "methods: plain: "),
     ({"methods": {"plain": {"seed": 1}}}, "'seed' is set by the experiment itself"),
     ({"seeds": {"validation": [1], "test": [1]}}, "fresh seeds"),
+    ({"seeds": {"test": [1]}}, "validation part, which needs at least one seed"),
     ({"scales": [0.5, 2]}, "scales lie between 0 and 1"),
+    ({"shares": []}, "expected some between 0 and 1"),
+    ({"training": {"seed": 5}}, "training: 'seed' is set by the experiment itself"),
+    ({"training": {"importance": "default"}}, "training: 'importance' is set by the methods"),
+    ({"methods": {"plain": {}, "x": {"method": "klx"}}}, "methods: x: unknown method 'klx'; did you mean 'kl'?"),
+    ({"methods": {"plain": {}, "x": {"method": "kl"}}}, "methods: x: --method kl needs --replay"),
+    ({"methods": {"plain": {"grid": {"rank": [1]}}, "x": {"grid": {"importance": ["nope"]}}}}, "methods: x: unknown importance 'nope'"),
     ({"domains": {"domain": {"test": "x"}}}, "domains: domain expects data"),
     ({"sequences": {"way": {"domains": ["domain"], "methods": ["plain"]}}}, "two or more different domains, found domain"),
     ({"sequences": {"way": {"domains": ["domain", "domian"], "methods": ["plain"]}}}, "unknown domain 'domian'; did you mean 'domain'?"),
@@ -337,6 +418,9 @@ def test_an_experiment_may_differ_from_another_one(experiment, tmp_path):
     found = read(other)
     assert list(found.methods) == ["plain"] and found.training["max_steps"] == 5 and found.training["rank"] == 2
     assert [trial.seed for trial in validation_trials(found)] == [0, 7, 0, 7] and found.seeds["test"] == read(path).seeds["test"]
+    other.write_text("base: experiment.yaml\ntitle: null\nsequences: {way: {domains: [domain, two], methods: {plain: , holdfast: }}}\n"
+                     "domains: {two: second.jsonl}\n")  # fmt: skip
+    assert list(read(other).sequences["way"].methods) == ["plain", "holdfast"]  # null removes what is there, and means no options where nothing is
     other.write_text("base: other.yaml\n")
     with pytest.raises(OptionError, match="leads back to itself"):
         read(other)

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from holdfast.importance.consolidation import consolidated, parse_rule
+from holdfast.importance.consolidation import consolidated
 from holdfast.importance.container import DenseEntry, FactoredEntry, Importance, KroneckerEntry
 from holdfast.importance.covariance import Covariance
-from holdfast.options import OptionError
+from holdfast.options import OptionError, parse_rule
 
 
 def covariance(n, seed, scale=1.0):

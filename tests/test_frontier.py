@@ -44,12 +44,13 @@ def test_points_that_are_beaten_are_not_on_the_frontier():
     assert on_frontier([(1.0, 0.1), (0.5, 0.1), (0.5, 0.01), (1.0, 0.1)]) == [True, False, True, True]
 
 
-def test_a_difference_is_beyond_the_noise_by_two_standard_errors():
-    a, b = ({"forgetting": f, "standard_error": e} for f, e in ((0.10, 0.003), (0.20, 0.004)))
+def test_a_difference_is_beyond_the_noise_outside_of_welchs_interval():
+    a, b = ({"forgetting": f, "standard_error": e, "seeds": 3} for f, e in ((0.10, 0.003), (0.20, 0.004)))
     gap = difference(a, b, noise=None)
     assert gap["ratio"] == pytest.approx(0.5) and gap["standard_error"] == pytest.approx(0.005) and gap["beyond_noise"]
-    assert not difference(a, {**b, "forgetting": 0.105}, noise=None)["beyond_noise"]
-    one = {"forgetting": 0.1, "standard_error": None}
+    # 3.7 degrees of freedom (Welch 1947: 25^2 / (9^2 / 2 + 16^2 / 2), in units of 1e-6): t = 2.87, half a width of 0.01436
+    assert not difference(a, {**b, "forgetting": 0.1143}, noise=None)["beyond_noise"] and difference(a, {**b, "forgetting": 0.1145}, noise=None)["beyond_noise"]
+    one = {"forgetting": 0.1, "standard_error": None, "seeds": 1}
     assert difference(one, {**one, "forgetting": 0.2}, noise=None)["beyond_noise"] is None  # one seed and nothing known of the noise
     assert (
         difference(one, {**one, "forgetting": 0.2}, noise=0.04)["beyond_noise"] and not difference(one, {**one, "forgetting": 0.2}, noise=0.06)["beyond_noise"]

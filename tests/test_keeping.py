@@ -162,6 +162,50 @@ def test_general_text_that_is_trained_on_is_warned_of(words, domain, general, tm
     assert "240 of 240 documents are in it word for word" in caplog.text
 
 
+def test_general_chats_that_are_trained_on_are_warned_of(tokenizer, tmp_path):
+    """By their words: neither roles nor the file's own signs are what is compared."""
+    from holdfast.keeper import trained_on as found
+
+    chats = [[{"role": "user", "content": f"the cat {word}\\nsat on mat and dog then too {word}"}, {"role": "assistant", "content": f"yes {word} no one two"}]
+             for word in WORDS]  # fmt: skip
+    path = tmp_path / "chats.jsonl"
+    path.write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))
+    rows = [{"messages": chat} for chat in chats[:3]] + [{"messages": [*chats[3], {"role": "user", "content": "and then the dog sat"}]}]
+    assert (found(load_documents(str(path)), rows).exact, found(load_documents(str(path)), rows).near) == ([0, 1, 2], [3])
+
+
+def test_resuming_with_other_data_is_refused(words, domain, general, tmp_path, capsys, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "train", interrupted)
+    assert run(words, "--budget", "5%", "--eval-data", domain) == 130
+    lines = general.read_text().splitlines()
+    for path, what in ((general, "general text"), (domain, "training data")):
+        before = path.read_text()
+        path.write_text("\n".join(before.splitlines()[:-1]))
+        assert run(words, "--budget", "5%", "--eval-data", domain, "--resume") == 1
+        assert what in (said := capsys.readouterr().err) and "was started with other data" in said
+        path.write_text(before)
+    assert run(words, "--budget", "5%", "--resume") == 2  # the share is chosen on --eval-data
+    assert len(lines) == 240 and run(words, "--budget", "5%", "--eval-data", domain, "--resume") == 130
+
+
+def test_a_single_held_out_row_is_refused_before_training(words, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(training, "train", lambda *a: pytest.fail("trained"))
+    (tmp_path / "one.jsonl").write_text(json.dumps({"prompt": "a ?", "completion": " b"}))
+    assert run(words, "--budget", "5%", "--eval-data", tmp_path / "one.jsonl") == 1
+    assert "at least two rows of domain data, found 1" in capsys.readouterr().err
+
+
+def test_what_a_trainer_does_not_score_is_no_learning():
+    """TRL's masks of completions and of assistant turns."""
+    rows = [{"input_ids": [1, 2, 3, 4], "assistant_masks": [0, 0, 1, 1]}, {"input_ids": [1, 2, 3], "completion_mask": [0, 1, 1], "assistant_masks": [1, 1, 0]},
+            {"input_ids": [1, 2]}]  # fmt: skip
+    scored = [keeper._token_rows([row])[0][1] for row in rows]
+    assert scored == [[False, False, True, True], [False, True, False], [True, True]]
+
+
 def test_the_probe_stays_within_its_share_of_tokens():
     for per_step in (10, 64, 1024, 50_000):
         for piece in (8, 60, 128):

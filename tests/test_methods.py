@@ -48,6 +48,11 @@ ROWS = [
     ("corda", {"replay": "TEXT"}, None),
     ("lora-fa", {}, None),
     ("lora-fa,holdfast", {"importance": "FILE", "strength": 1.0}, None),
+    (
+        "holdfast,replay,wise",
+        {"importance": "FILE", "strength": 1.0, "replay": "TEXT", "replay_share": 0.5, "scale": 0.5},
+        {"strength": 0.0, "replay_share": 0.0, "scale": 1.0},
+    ),
     ("holdfast,kl,replay", {"importance": "FILE", "strength": 1.0, "replay": "TEXT"}, {"strength": 0.0, "kl_weight": 0.0, "replay_share": 0.0}),
 ]
 IDS = [row[0] for row in ROWS]

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from holdfast.pool import running
+from holdfast.pool import running, visible
 
 
 def work(job):
@@ -67,3 +67,9 @@ def is_running(pid: int) -> bool:
             return file.read().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_each_process_sees_one_gpu_of_those_that_are_given():
+    assert [visible(number, 2, None) for number in range(3)] == ["0", "1", "0"]
+    assert [visible(number, 2, "4, 6") for number in range(2)] == ["4", "6"]
+    assert visible(1, 1, None) is None and visible(1, 0, "") is None  # nothing to share out

@@ -13,7 +13,7 @@ import pytest
 
 from comparisons import METHODS, RUN, comparison, kept_budget
 from holdfast.cli import main
-from holdfast.report import numbers, promise, tables
+from holdfast.report import figures, numbers, promise, tables
 from holdfast.report.contents import completed, load
 from holdfast.report.figures import equal_learning, frontier, heat_map
 from holdfast.report.markdown import markdown
@@ -45,6 +45,15 @@ class Reader(HTMLParser):
 def folder(tmp_path):
     (tmp_path / "compare.json").write_text(json.dumps(comparison()))
     return tmp_path
+
+
+def tables_of(text):
+    """The tables of a markdown text, as lists of lines."""
+    return [table.splitlines() for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)]
+
+
+def same_cells(table):
+    return len({len(re.findall(r"(?<!\\)\|", row)) for row in table}) == 1
 
 
 def words(text):
@@ -264,15 +273,13 @@ def test_markdown_has_summary_table_and_settings(folder, capsys):
     assert "| method | forgetting at 95 % | forgetting at 80 % |" in text and "\n| holdfast | 0.0" in text and "| not reached |" in text
     assert "* L2 to the base" not in text and "* l2 on medmcqa, learning rate 0.004, strength 10: out of memory (needed 3.1 GiB, 2.0 GiB were free)" in text
     assert "* seeds: validation: 0; test: 1, 2, 3" in text and "torch 2.13.0" in text
-    heads = [line for line in text.splitlines() if line.startswith("|")]
-    assert {line.count("|") for line in heads if "not reached" not in line} == {heads[0].count("|")}
+    assert all(same_cells(found) for found in tables_of(text))
 
 
 def test_markdown_shows_hostile_text_as_text():
     text = markdown(completed(hostile(comparison())))
     assert not re.search(r"(?<!\\)<(?!/?(details|summary)>)", text) and r"{{7\*7}}" in text
-    rows = [line for line in text.splitlines() if line.startswith("| ")]
-    assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1
+    assert len(tables_of(text)) > 2 and all(same_cells(found) for found in tables_of(text))
 
 
 def test_a_single_run_says_what_was_learned_and_lost(tmp_path, capsys):
@@ -389,3 +396,49 @@ def test_without_plotly_markdown_still_works(folder, monkeypatch, capsys):
     assert not (folder / "report.html").exists()
     assert main(["report", str(folder), "--format", "markdown", "--out", str(folder / "report.md")]) == 0
     assert html.unescape((folder / "report.md").read_text()).startswith("## Which method")
+
+
+def test_the_experiment_is_shown_as_it_was_written(folder):
+    """compare.json holds the text of the file."""
+    found = comparison()
+    found["experiment"], found["settings"] = "title: Methods\nmodel:\n  model: some/model\n", {"max_steps": 77}
+    (folder / "compare.json").write_text(json.dumps(found))
+    shown = page(load(folder))
+    assert "title: Methods\nmodel:\n  model: some/model" in html.unescape(shown) and "77 steps" in words(shown)
+
+
+def test_a_method_that_was_validated_but_not_tested_has_no_finished_run(folder):
+    found = comparison()
+    for row in (row for rows in found["equal_learning"].values() for each in rows.values() for row in each):
+        row["part"] = "test"
+        if row["method"] == "holdfast":
+            row |= {"forgetting": None, "status": "not reached"}
+    for one in found["runs"]:
+        one["part"] = "validation" if one["method"] == "holdfast" else "test"
+    made = tables.methods(completed(found), "sciq", "wiki")
+    row = next(row for row in made.rows if row[0].mark == "holdfast")
+    assert row[1].shown == "no finished run"
+
+
+def test_plain_fine_tuning_may_have_another_name(folder):
+    renamed = json.loads(json.dumps(comparison()).replace('"plain"', '"lora"'))
+    made = completed({**renamed, "reference": "lora"})
+    assert all("not measured at" not in h.detail for h in headlines(made, "wiki")) and looks(made["methods"], "lora")["lora"].light == NEUTRAL[0]
+
+
+def test_markdown_shows_every_general_text_and_the_noise(folder):
+    found = completed(comparison())
+    said = markdown(found)
+    for other in [text["name"] for text in found["texts"]][1:]:
+        assert f"The same on {other}" in said
+    assert all(f"noise, {domain}" in said for domain in found["noise"])
+
+
+def test_importance_of_other_units_is_drawn_on_one_scale(folder):
+    found = comparison()
+    for one in found["runs"]:
+        if one.get("moved") and one["method"] == "holdfast":
+            one["moved"] = [{**row, "importance": 1000 * row["importance"]} for row in one["moved"]]
+    drawn = [figures.movement(completed(made), looks(made["methods"]), "sciq") for made in (comparison(), found)]
+    x = [next(trace["x"] for trace in figure["traces"] if trace["meta"] == "holdfast") for figure in drawn]
+    assert x[0] == pytest.approx(x[1])

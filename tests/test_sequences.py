@@ -11,10 +11,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from holdfast import callback, path_training, recording, succession, training
+from holdfast import callback, keeper, path_training, recording, succession, training
 from holdfast.cli import main
 from holdfast.config import RECORD_PRESETS, TUNE_PRESETS, ModelOptions, RecordOptions, TuneOptions, resolve
 from holdfast.evaluation import completion_loss
+from holdfast.heldout import earlier_of
 from holdfast.importance.container import Importance
 from holdfast.recording import record
 from holdfast.stacking import stack
@@ -335,7 +336,58 @@ def test_what_cannot_be_is_refused_before_anything_is_written(words, domains, im
     with pytest.raises(ValueError, match="tune_in_turn"):
         tune(resolve(TuneOptions, {"model": str(model_folder), "data": domains[:2], "out": str(tmp_path / "bad")}, TUNE_PRESETS))
     few = write(tmp_path / "few.jsonl", [{"text": f"{word} dog"} for word in WORDS])
-    fails(1, "at least 20 different ones are needed", "--data", few, "--data", domains[0], "--budget", "50%", "--importance", importance())
+    fails(1, "at least 20 are needed", "--data", few, "--data", domains[0], "--budget", "50%", "--importance", importance())
+    fails(1, "at least 20 are needed", *two, "--eval-data", domains[0], "--eval-data", domains[1], "--limit", "12", "--budget", "50%", "--importance",
+          importance())  # fmt: skip
+    assert not (tmp_path / "bad" / "steps").exists()
+
+
+def test_only_a_run_of_tune_with_lora_is_gone_on_with(words, domains, importance, model_folder, general, tmp_path, capsys, caplog):
+    after = lambda name, *more: run(words, "--data", domains[1], "--after", tmp_path / name, "--out", tmp_path / f"{name}-2", *more)
+    assert run(words, "--data", domains[0], "--method", "oft", "--out", tmp_path / "oft") == 0
+    assert after("oft") == 1 and "of type OFT, expected LORA" in capsys.readouterr().err
+    assert run(words, "--data", domains[0], "--out", tmp_path / "plain") == 0
+    file = importance()
+    shrink = ["shrink", tmp_path / "plain" / "final", "--model", model_folder, "--importance", file, "--mu", "0.1", "--out", tmp_path / "shrunk"]
+    assert run(shrink) == 0
+    assert after("shrunk") == 1 and "was not written by holdfast tune" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*-2/steps"))
+    assert after("plain") == 0 and result(tmp_path / "plain-2")["method"] == ["plain"]  # of a run without importance, nothing is held, and this is said
+    assert "was tuned without importance" in caplog.text
+
+
+def test_an_earlier_sequence_in_the_same_folder_holds_nothing(words, domains, importance, tmp_path):
+    """A run that overwrites a sequence is held by its own importance, and so is what goes on from it."""
+    file, out = importance(), tmp_path / "run"
+    assert run(words, *of(domains[:2]), "--importance", file, "--out", out) == 0 and (out / "importance.safetensors").exists()
+    assert run(words, "--data", domains[0], "--importance", file, "--out", out, "--overwrite") == 0
+    options = resolve(TuneOptions, {"model": words[1], "data": [domains[1]], "after": str(out), "out": "x"}, TUNE_PRESETS)
+    assert earlier_of(options)[2] == file
+
+
+def test_rows_of_an_earlier_domain_are_enough_however_long_they_are(tiny, monkeypatch):
+    monkeypatch.setattr(keeper, "LEARNING_TOKENS", 1000)
+    rows = [([1] * 30, [True] * 30) for _ in range(400)]
+    assert len(keeper._fitting(tiny(), rows, "long", least=keeper.LEAST_ROWS)[0]) >= keeper.LEAST_ROWS
+    assert 30 <= len(keeper._fitting(tiny(), rows, "long")[0]) <= 34  # of the domain that is learned, as many tokens as asked for
+
+
+def test_a_sequence_whose_data_changed_is_not_gone_on_with(words, domains, tmp_path, monkeypatch, capsys):
+    held = [str(write(tmp_path / f"held-{i}.jsonl", [{"prompt": f"dog {word} ?", "completion": " a b"} for word in WORDS])) for i in range(2)]
+    made = (*words, *of(domains[:2]), "--eval-data", held[0], "--eval-data", held[1], "--out", tmp_path / "run")
+
+    def interrupted(*arguments, **more):
+        raise KeyboardInterrupt
+
+    original = succession.tune
+    monkeypatch.setattr(succession, "tune", interrupted)
+    assert run(made) == 130
+    before = Path(held[1]).read_text()
+    Path(held[1]).write_text(before.replace("dog", "cat"))
+    assert run(made, "--resume") == 1 and "changed are the held-out rows of second" in capsys.readouterr().err
+    Path(held[1]).write_text(before)
+    monkeypatch.setattr(succession, "tune", original)
+    assert run(made, "--resume") == 0
 
 
 def test_a_finished_sequence_is_gone_on_with_too(words, domains, importance, tmp_path, capsys):

@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from conftest import PLAIN
 from holdfast.options import OptionError
 from holdfast.tasks import TASKS, encode_rows, load_task, load_training_data, truncation_report
 from holdfast.texts import batches, encode, encode_chat, load_documents, load_rows
@@ -134,7 +135,6 @@ CHAT = [
     {"role": "user", "content": "and"},
     {"role": "assistant", "content": "too"},
 ]
-PLAIN = "{% for m in messages %}{{ m['role'] + ' : ' + m['content'] + ' . ' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant : ' }}{% endif %}"
 MARKED = (
     "{% for m in messages %}{{ m['role'] + ' : ' }}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + ' .' }}{% endgeneration %}"
     "{% else %}{{ m['content'] + ' .' }}{% endif %}{{ ' ' }}{% endfor %}"

@@ -6,12 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from conftest import PLAIN
 from holdfast.config import RECORD_PRESETS, TUNE_PRESETS, RecordOptions, TuneOptions, resolve
 from holdfast.recording import record
 from holdfast.training import tune
 
 CHATS = [{"messages": [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": f"sat {end}"}]} for end in ("on", "too", "mat", "then")]
-PLAIN = "{% for m in messages %}{{ m['role'] + ' : ' + m['content'] + ' . ' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant : ' }}{% endif %}"
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -136,7 +137,10 @@ def _within(rises: np.ndarray, tokens: np.ndarray, group: np.ndarray, rise: floa
 
 
 def t_quantile(p: float, degrees: float) -> float:
-    """Quantile of Student's t for p >= 0.5 and any degrees of freedom >= 1, by bisection on its distribution function."""
+    """Quantile of Student's t for p >= 0.5 and any degrees of freedom >= 1, by bisection on its distribution function; the normal one from 10,000 degrees on,
+    where the two differ by less than 1e-4 of it."""
+    if degrees >= 1e4:
+        return NormalDist().inv_cdf(p)
     low, high = 0.0, 1e6
     for _ in range(60):
         middle = (low + high) / 2
@@ -194,6 +198,19 @@ def check_reach(spread: Interval, check_documents: int, budget: Budget, *, error
     raise ValueError(f"the general text is too short to show a budget of {budget.text} ({budget.nats:.4g} nats): half of it is kept for the check, and there "
                      f"the rise is known to +- {width:.2g} nats at best. Give about {needed} documents (found {2 * check_documents}){few}, "
                      "or a larger budget")  # fmt: skip
+
+
+def aim(spread: Interval, check_documents: int, budget: Budget, *, error: float) -> float:
+    """The rise to hold at while training, in nats: less than the budget, since what is promised in the end is a bound on the rise.
+
+    `spread` is the interval of an update in a random direction that costs about the budget. Its documents move apart by its size, the root of its rise r, so
+    its bound is r + k sqrt(r) at any size; the aim is the r whose bound is the budget. Updates that were trained move them at least as far apart, so holding
+    at the aim never asks for more than could be promised.
+    """
+    if spread.nats <= 0:
+        return budget.nats
+    k = (planned_bound(spread, check_documents, error=error) - spread.nats) / math.sqrt(spread.nats)
+    return ((math.sqrt(k * k + 4 * budget.nats) - k) / 2) ** 2
 
 
 @dataclass

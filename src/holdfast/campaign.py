@@ -30,19 +30,21 @@ import yaml
 
 from holdfast.adapter_files import load_tuned
 from holdfast.carving import carve
-from holdfast.compare import choose, progress_line, summarise
+from holdfast.compare import CURRENT, choose, ended, progress_line, summarise
 from holdfast.config import CompareOptions, ModelOptions, resolve
 from holdfast.experiment import RECORDED, Experiment, Trial, final_trials, identity, record_options, tune_options, validation_trials
 from holdfast.experiment_file import read
 from holdfast.lock import only_writer
+from holdfast.methods.table import chosen as chosen_methods
 from holdfast.models import context_length, load_model, load_tokenizer
+from holdfast.options import OptionError
 from holdfast.pool import running
 from holdfast.runs import environment, read_json, sha256_file, write_json, write_text
 from holdfast.scoring import check_questions, score_all, score_base
 from holdfast.sequence import Campaign, run_sequences
 from holdfast.shapes import TRIAL, read_checked
 from holdfast.tasks import load_training_data
-from holdfast.texts import load_documents
+from holdfast.texts import load_documents, templated
 from holdfast.trial import evaluate, run, was_killed
 from holdfast.weights import unwrapped
 
@@ -55,6 +57,7 @@ SAMPLES, SAMPLE_TOKENS = 3, 40  # prompts of each domain that are answered in th
 def compare(options: CompareOptions) -> dict[str, Any]:
     """Run the experiment and return the summary. Raises OptionError or ValueError for what is wrong with it before anything is trained."""
     experiment, out = read(options.experiment), Path(options.out)
+    check_methods(experiment)
     check_questions(experiment)
     if options.dry_run:
         print(_plan(experiment, options.part))
@@ -65,9 +68,10 @@ def compare(options: CompareOptions) -> dict[str, Any]:
         measure_base(experiment, files, out)
         recipes = record_all(experiment, files, out)
         jobs = [_job(experiment, trial, files, recipes, out) for trial in validation_trials(experiment)]
-        _run_all(experiment, jobs, options.jobs, out)
+        tested = len(experiment.methods) * len(experiment.domains) * len(experiment.seeds.get("test", [])) if options.part != "validation" else 0
+        _run_all(experiment, jobs, options.jobs, out, later=tested)
         if options.part != "validation" and experiment.seeds.get("test"):
-            chosen = choose(experiment, [read_json(job["folder"] / "run.json") for job in jobs])
+            chosen = choose(experiment, ended(out, _trials(jobs)))
             final = [_job(experiment, trial, files, recipes, out) for trial in final_trials(experiment, chosen)]
             _run_all(experiment, final, options.jobs, out, before=jobs)
             jobs += final
@@ -76,12 +80,22 @@ def compare(options: CompareOptions) -> dict[str, Any]:
                 measured = lambda model, tokenizer, domains: evaluate(experiment, model, tokenizer, files, "test", domains)
                 run_sequences(Campaign(experiment, files, recipes, base, measured, score_base(experiment, out), out), chosen)
         score_all(experiment, jobs, out, options.jobs)
-        _answer(experiment, jobs, files, out)
-        summary = summarise(out, [job["id"] for job in jobs])
+        _answer(experiment, _shown(experiment, jobs, out), files, out)
+        summary = summarise(out, _trials(jobs))
     print("\n".join(summary["verdict"]))
     if not any(run["status"] == "done" for run in summary["runs"]):
         raise ValueError(f"no run of {len(jobs)} succeeded; the first error was: {summary['runs'][0]['error']}")
     return summary
+
+
+def check_methods(experiment: Experiment) -> None:
+    """Raise OptionError for methods that do not exist, cannot be combined or lack what they need, in any setting."""
+    for label, method in experiment.methods.items():
+        for settings in method.settings():
+            try:
+                chosen_methods(tune_options(experiment, settings, data="x", replay="x", importance="x", out="x", seed=0))
+            except OptionError as error:
+                raise OptionError(f"methods: {label}: {error}") from None
 
 
 def _plan(experiment: Experiment, part: str) -> str:
@@ -154,7 +168,8 @@ def record_all(experiment: Experiment, files: dict[str, str], out: Path) -> dict
     general = files[f"general/{experiment.recorded}/record"]
     found = {}
     for label, recipe in experiment.importance.items():
-        mark = [experiment.model, recipe, sha256_file(general) if recipe.get("general", "") != "self" else "self"]
+        own = str(recipe.get("general") or general)
+        mark = [experiment.model, recipe, sha256_file(own) if Path(own).is_file() else own]
         name = f"{label}-{hashlib.sha256(json.dumps(mark, sort_keys=True, default=str).encode()).hexdigest()[:8]}"
         path = out / "importance" / f"{name}.safetensors"
         if not path.exists():
@@ -165,6 +180,8 @@ def record_all(experiment: Experiment, files: dict[str, str], out: Path) -> dict
         if not info.exists():
             write_json(info, _described(Importance.load(path), label, path))
         found[label] = {"mark": mark, "path": str(path), "bytes": path.stat().st_size}
+    if found:
+        write_json(out / "importance" / CURRENT, {label: Path(str(one["path"])).with_suffix(".json").name for label, one in found.items()})
     return found
 
 
@@ -187,7 +204,7 @@ def _job(experiment: Experiment, trial: Trial, files: dict[str, str], recipes: d
     options = tune_options(experiment, trial.settings, data=train, replay=general, importance=recipe.get("path"), out="", seed=trial.seed)
     held = [files[key] for key in (*(f"general/{name}/{trial.part}" for name in experiment.general), f"domain/{trial.domain}/{trial.part}")]
     word = trial.settings.get("replay")
-    replayed = [sha256_file(general)] if word == RECORDED else [] if word is None else [word]
+    replayed = [sha256_file(general)] if word == RECORDED else [] if word is None else [sha256_file(word) if Path(word).is_file() else word]
     run = identity(options, more=[sha256_file(train), recipe.get("mark"), replayed, [sha256_file(path) for path in held], trial.part,
                                   list(experiment.scales), experiment.limit.get(trial.part), experiment.characters])  # fmt: skip
     folder = out / "runs" / run
@@ -200,16 +217,27 @@ def _finished(job: dict[str, Any]) -> bool:
     return path.exists() and read_checked(path, TRIAL).get("status") in ("done", "out of memory")
 
 
-def _run_all(experiment: Experiment, jobs: list[dict[str, Any]], processes: int, out: Path, before: Iterable[dict[str, Any]] = ()) -> None:
-    """Run the jobs that are not finished, in their order, and write the summary after each."""
+def _trials(jobs: Iterable[dict[str, Any]]) -> list[tuple[str, Trial]]:
+    return [(job["id"], job["trial"]) for job in jobs]
+
+
+def _run_all(experiment: Experiment, jobs: list[dict[str, Any]], processes: int, out: Path, before: Iterable[dict[str, Any]] = (), later: int = 0) -> None:
+    """Run the jobs that are not finished, in their order, and write the summary after each. `later`: how many runs come after these."""
     waiting = {job["id"]: job for job in jobs if not _finished(job)}  # two settings may be the same run
-    every = [job["id"] for job in (*before, *jobs)]
+    every = _trials((*before, *jobs))
     started = time.perf_counter()
     for done, job in enumerate(running(run, list(waiting.values()), processes, killed=was_killed), 1):
-        summary = summarise(out, every, pending=len(waiting) - done)
-        seconds = (time.perf_counter() - started) / done * (len(waiting) - done)
+        summary = summarise(out, every, pending=len(waiting) - done + later)
+        seconds = (time.perf_counter() - started) / done * (len(waiting) - done + later)
         result = read_json(job["folder"] / "run.json")
         logger.info("%s", progress_line(result, summary, seconds))
+
+
+def _shown(experiment: Experiment, jobs: Iterable[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
+    """The runs that stand for their methods: on the test part, or at the chosen settings where nothing was tested."""
+    chosen = choose(experiment, ended(out, _trials(jobs)))
+    picked = [job for job in jobs if chosen.get((job["trial"].method, job["trial"].domain)) == job["trial"].settings]
+    return [job for job in picked if job["trial"].part == "test"] or picked
 
 
 def _answer(experiment: Experiment, jobs: list[dict[str, Any]], files: dict[str, str], out: Path) -> None:
@@ -218,34 +246,38 @@ def _answer(experiment: Experiment, jobs: list[dict[str, Any]], files: dict[str,
     samples: list[dict[str, Any]] = []
     options = resolve(ModelOptions, experiment.model)
     for domain in experiment.domains:
-        rows = list(load_training_data(files[f"domain/{domain}/test"], limit=SAMPLES))
-        found: list[dict[str, Any]] = [
-            {"domain": domain, "prompt": prompt, "reference": reference, "outputs": {}} for prompt, reference in map(_prompted, rows)
-        ]
+        prompted = [_prompted(row) for row in load_training_data(files[f"domain/{domain}/test"], limit=SAMPLES)]
+        found: list[dict[str, Any]] = [{"domain": domain, "prompt": said, "reference": reference, "outputs": {}} for said, reference, _ in prompted]
         last = {job["trial"].method: job for job in jobs if job["trial"].domain == domain and job["trial"].method in wanted and not job["options"].full
-                and (job["folder"] / "adapter").is_dir()}  # fmt: skip # of the test part where there is one
+                and (job["folder"] / "adapter").is_dir()}  # fmt: skip
         for method in ("base", *last):
             model = load_model(options) if method == "base" else load_tuned(options, last[method]["folder"] / "adapter")
-            for sample in found:
-                sample["outputs"][method] = _continued(model, load_tokenizer(options), sample["prompt"])
+            for sample, (said, _, turns) in zip(found, prompted, strict=True):
+                sample["outputs"][method] = _continued(model, load_tokenizer(options), said, turns)
         samples += found
     write_json(out / "samples.json", samples)
 
 
-def _prompted(row: dict[str, Any]) -> tuple[str, str]:
-    """(prompt, what should follow) of a row of domain data; running text is cut in the middle, a chat before its last turn."""
+def _prompted(row: dict[str, Any]) -> tuple[str, str, list[dict[str, str]]]:
+    """(prompt, what should follow, turns of a chat) of a row of domain data; running text is cut in the middle, a chat before its last turn."""
     if "prompt" in row:
-        return row["prompt"], row["completion"]
+        return row["prompt"], row["completion"], []
     if "text" in row:
         words = row["text"].split(" ")
-        return " ".join(words[: len(words) // 2]), " ".join(words[len(words) // 2 :])
-    return "\n".join(turn["content"] for turn in row["messages"][:-1]), row["messages"][-1]["content"]
+        middle = max(1, len(words) // 2)
+        return " ".join(words[:middle]), " ".join(words[middle:]), []
+    *turns, last = row["messages"]
+    return "\n".join(turn["content"] for turn in turns), last["content"], turns
 
 
-def _continued(model: Any, tokenizer: Any, prompt: str) -> str:
+def _continued(model: Any, tokenizer: Any, prompt: str, turns: list[dict[str, str]]) -> str:
+    """What the model says next: after `turns` of a chat, as its template has them, or after `prompt`."""
     context = context_length(unwrapped(model))
     new = min(SAMPLE_TOKENS, context // 2)
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"][:, new - context :].to(next(model.parameters()).device)
+    given = templated(tokenizer, turns, prompt=True) if turns else tokenizer(prompt)["input_ids"]
+    if not given:
+        return ""
+    ids = torch.tensor([given[new - context :]], device=next(model.parameters()).device)
     with torch.no_grad():
         made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False,
                               pad_token_id=tokenizer.pad_token_id)  # fmt: skip

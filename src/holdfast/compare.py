@@ -7,6 +7,7 @@ the validation parts until then (said so).
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
@@ -14,12 +15,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from holdfast.experiment import Experiment, from_resolved
+from holdfast.experiment import Experiment, Trial, from_resolved
 from holdfast.frontier import Curve, area, at_share, difference, mean_and_error, on_frontier, rank
 from holdfast.options import read_yaml
 from holdfast.runs import read_json, write_json
 from holdfast.shapes import TRIAL, read_checked
 
+CURRENT = "current.json"  # label of a recipe -> what describes its file
 CHOSEN_AT = 0.95  # share of plain's learning at which settings are chosen and the verdict is given
 Run = dict[str, Any]
 
@@ -70,17 +72,35 @@ def choose(experiment: Experiment, runs: Sequence[Run]) -> dict[tuple[str, str],
     return chosen
 
 
-def summarise(out: Path, ids: Sequence[str], *, pending: int = 0) -> dict[str, Any]:
-    """Read the runs `ids` below `out`, write out/compare.json and return it. Runs that are not finished are left out."""
+def ended(out: Path, trials: Sequence[tuple[str, Trial]]) -> list[Run]:
+    """What the runs of these (ID, trial) left below `out`, those that have not ended left out.
+
+    Method and settings are the trial's: an ID does not depend on labels, so methods may share a run, and it outlives another label.
+    """
+    runs = []
+    for run, trial in dict.fromkeys((run, _frozen(trial)) for run, trial in trials):
+        path = out / "runs" / run / "run.json"
+        if path.exists():
+            runs.append({**read_checked(path, TRIAL), **json.loads(trial)})
+    return runs
+
+
+def _frozen(trial: Trial) -> str:
+    return json.dumps({"method": trial.method, "domain": trial.domain, "settings": trial.settings, "part": trial.part, "seed": trial.seed})
+
+
+def summarise(out: Path, trials: Sequence[tuple[str, Trial]], *, pending: int = 0) -> dict[str, Any]:
+    """Read the runs of these (ID, trial) below `out`, write out/compare.json and return it. Runs that are not finished are left out."""
     experiment = read_experiment_back(out)
     base = read_json(out / "base.json")
-    runs = [read_checked(path, TRIAL) for run in dict.fromkeys(ids) if (path := out / "runs" / run / "run.json").exists()]
+    runs = ended(out, trials)
     chosen = choose(experiment, runs)
     accuracy = read_json(out / "accuracy.json") if (out / "accuracy.json").exists() else None
     for run in runs:
         _with_accuracy(run, out / "runs" / run["id"], accuracy)
         run["chosen"] = chosen.get((run["method"], run["domain"])) == run["settings"]
-    importance = [_with_coefficients(read_json(path), runs) for path in sorted((out / "importance").glob("*.json"))]
+    current = out / "importance" / CURRENT  # files of recipes that were changed since lie there too
+    importance = [_with_coefficients(read_json(out / "importance" / name), runs) for name in (read_json(current).values() if current.exists() else ())]
     summary: dict[str, Any] = {
         "format": 1, "title": experiment.title, "model": experiment.model["model"], "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "environment": base["environment"], "experiment": (out / "experiment.yaml").read_text(encoding="utf-8"),
@@ -88,7 +108,8 @@ def summarise(out: Path, ids: Sequence[str], *, pending: int = 0) -> dict[str, A
                      "shares": list(experiment.shares), "scales": [*experiment.scales, 1.0], "trials": experiment.trials},
         "progress": {"done": sum(run["status"] == "done" for run in runs), "of": len(runs) + pending,
                      "failed": sum(run["status"] != "done" for run in runs), "seconds": sum(run.get("wall_seconds") or 0.0 for run in runs)},
-        "texts": _texts(experiment, base), "domains": _domains(experiment, base, accuracy), "methods": _methods(experiment, chosen), "runs": runs,
+        "reference": experiment.reference, "texts": _texts(experiment, base),
+        "domains": _domains(experiment, base, accuracy), "methods": _methods(experiment, chosen), "runs": runs,
         "frontier": {}, "equal_learning": {}, "noise": {}, "differences": [],
         "importance": importance, "samples": read_json(out / "samples.json") if (out / "samples.json").exists() else [],
         "sequences": (read_json(out / "sequences.json") if experiment.sequences and (out / "sequences.json").exists() else []) or None,
@@ -127,7 +148,11 @@ def read_experiment_back(out: Path) -> Experiment:
 
 
 def _part(experiment: Experiment, runs: Sequence[Run]) -> str:
-    return "test" if any(run["part"] == "test" and run["method"] == experiment.reference and run["status"] == "done" for run in runs) else "validation"
+    """The test part once every method that was validated has ended a run on it, plain fine-tuning with a result."""
+    tried = {run["method"] for run in runs if run["part"] == "validation" and run["status"] == "done"}
+    tested = {run["method"] for run in runs if run["part"] == "test"}
+    learned = any(run["part"] == "test" and run["method"] == experiment.reference and run["status"] == "done" for run in runs)
+    return "test" if learned and tried <= tested else "validation"
 
 
 def _compare_domain(experiment: Experiment, summary: dict[str, Any], runs: Sequence[Run], domain: str) -> None:
@@ -238,6 +263,7 @@ def verdict(experiment: Experiment, summary: dict[str, Any]) -> list[str]:
             times = "" if gap["ratio"] is None else f"{gap['ratio']:.2f}x, "  # none where plain forgets nothing
             text += f"; {experiment.reference} scaled back forgets {_nats(plain)} ({times}{noise})"
         lines.append(text + ("" if best["part"] == "test" else " (validation part, not yet tested)") + ".")
+        lines += _next(domain, reached, summary["noise"][domain]["forgetting"].get(experiment.recorded))
         missed = [row["method"] for row in rows if row["forgetting"] is None and row["seeds"]]
         if missed:
             lines.append(f"{domain}: {', '.join(missed)} did not reach that learning in every seed.")
@@ -247,6 +273,16 @@ def verdict(experiment: Experiment, summary: dict[str, Any]) -> list[str]:
         lines.append("Methods had unequal numbers of trials: " + ", ".join(f"{name} {count}" for name, count in counts.items()) + ".")
     failed = summary["progress"]["failed"]
     return lines + ([f"{failed} run{'s' * (failed != 1)} failed or ran out of memory."] if failed else [])
+
+
+def _next(domain: str, reached: Sequence[dict[str, Any]], noise: float | None) -> list[str]:
+    """Who cannot be told apart from the method that forgets least; where nobody, who comes next. `reached`: least forgetting first."""
+    best, others = reached[0], reached[1:]
+    beyond = [gap and gap["beyond_noise"] for gap in (difference(other, best, noise) for other in others)]
+    alike = [other["method"] for other, apart in zip(others, beyond, strict=True) if apart is False]
+    if alike:
+        return [f"{domain}: within the noise of {best['method']}: {', '.join(alike)}."]
+    return [f"{domain}: next comes {others[0]['method']}, {_nats(others[0])}, beyond the noise."] if beyond and beyond[0] else []
 
 
 def _sequences(found: Sequence[dict[str, Any]]) -> list[str]:

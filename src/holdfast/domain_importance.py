@@ -22,17 +22,18 @@ from holdfast.texts import fingerprint_rows
 logger = logging.getLogger("holdfast")
 
 
-def consolidate(so_far: str, learned: str, model: Callable[[], nn.Module], options: TuneOptions, out: Path, *, saved: bool = False) -> str:
+def consolidate(so_far: str, learned: str, split: str | None, model: Callable[[], nn.Module], options: TuneOptions, out: Path, *, saved: bool = False) -> str:
     """The file that the next step is held by: `so_far` with the importance of the rows of `learned`, by `options.consolidate`, written to `out`.
 
-    `model` gives the model that has learned them; `saved`: the next step loads that model itself (options.model), not the base. Uniform importance is the same
-    whatever was learned, and is given back as it is. The domain's own importance stays beside `out` as domain.safetensors, where it is found again.
+    `split` of a Hub dataset (None: that of the options). `model` gives the model that has learned them; `saved`: the next step loads that model itself
+    (options.model), not the base. Uniform importance is the same whatever was learned, and is given back as it is. The domain's own importance stays beside
+    `out` as domain.safetensors, where it is found again.
     """
     rule = options.consolidate or "sum"
     old = Importance.load(so_far)
     if rule == "none" or old.info.get("estimator") == "uniform":
         return so_far
-    last = _recorded(old, learned, model, options, out.with_name("domain.safetensors"))
+    last = _recorded(old, learned, split or options.data_split, model, options, out.with_name("domain.safetensors"))
     both = consolidated(old, last, rule)
     if saved:
         both.info["model"] = last.info["model"]
@@ -43,7 +44,7 @@ def consolidate(so_far: str, learned: str, model: Callable[[], nn.Module], optio
     return str(out)
 
 
-def _recorded(like: Importance, learned: str, model: Callable[[], nn.Module], options: TuneOptions, out: Path) -> Importance:
+def _recorded(like: Importance, learned: str, split: str, model: Callable[[], nn.Module], options: TuneOptions, out: Path) -> Importance:
     """Importance of what is scored in the rows of `learned`, by the estimator and in the form of `like`."""
     if out.exists():
         return Importance.load(out)
@@ -54,7 +55,7 @@ def _recorded(like: Importance, learned: str, model: Callable[[], nn.Module], op
     if options.threads:
         torch.set_num_threads(options.threads)
     tokenizer, taught = load_tokenizer(options), model()
-    rows = list(load_training_data(learned, split=options.data_split))[: recipe.documents]
+    rows = list(load_training_data(learned, split=split))[: recipe.documents]
     length = min(recipe.length or 1024, context_length(taught))
     encoded = [(ids[-length:], scored[-length:]) for ids, scored in encode_rows(rows, tokenizer, completion_only=options.completion_only is not False)]
     encoded = [row for row in encoded if any(row[1][1:])]

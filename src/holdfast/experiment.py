@@ -34,9 +34,9 @@ class MethodSpec:
     @property
     def needs(self) -> str:
         """What it takes besides the domain data."""
-        if self.options.get("replay") and self.options["replay"] not in ("self", "domain"):
-            return "general text while tuning"
-        return "importance file" if self.options.get("importance") else "nothing"
+        text = self.options.get("replay") and self.options["replay"] not in ("self", "domain")
+        needs = [*(["general text while tuning"] if text else []), *(["importance file"] if self.options.get("importance") else [])]
+        return ", ".join(needs) or "nothing"
 
 
 @dataclass(frozen=True)

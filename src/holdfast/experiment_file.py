@@ -27,11 +27,12 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.experiment import Experiment, MethodSpec, SequenceSpec, record_options, tune_options
-from holdfast.options import OptionError, nearest, read_yaml
+from holdfast.options import OptionError, nearest, parse_rule, read_yaml
 from holdfast.reading import FileError, brief, check_mapping, check_name
 
 # Options that the experiment itself sets.
 OURS = {"data", "eval_data", "general", "out", "model", "resume", "overwrite", "seed", "tasks", "limit", "eval_steps", "earlier"}
+SETTINGS = {"importance", "method", "replay"}  # what makes a method
 MOST_SETTINGS = 10_000  # of one method
 FAMILIES = ("baseline", "holdfast", "penalty", "data", "adapter", "control")
 FAMILY = {"holdfast": "holdfast", "ewc-lora": "penalty", "la-lora": "penalty", "l2": "control", "shuffled": "control", "general-steps": "control", "kl": "data",
@@ -85,8 +86,8 @@ def _with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     merged = dict(below)
     for key, value in above.items():
-        if value is None:
-            merged.pop(key, None)
+        if value is None and key in merged:
+            del merged[key]
         elif isinstance(value, dict) and isinstance(merged.get(key), dict):
             merged[key] = _merged(merged[key], value)
         else:
@@ -133,8 +134,9 @@ def _method(label: str, spec: dict[str, Any], importance: Mapping[str, Any]) -> 
     for key in (*options, *grid):
         if key in OURS:
             raise OptionError(f"methods: {label}: '{key}' is set by the experiment itself; leave it out")
-    if options.get("importance") and str(options["importance"]) not in importance:
-        raise OptionError(f"methods: {label}: unknown importance '{options['importance']}'; {nearest(str(options['importance']), importance or ['none'])}")
+    for name in map(str, filter(None, (options.get("importance"), *grid.get("importance", ())))):
+        if name not in importance:
+            raise OptionError(f"methods: {label}: unknown importance '{name}'; {nearest(name, importance or ['none'])}")
     return MethodSpec(label, options, grid, family)
 
 
@@ -165,8 +167,6 @@ def _check_sequence(path: Any, experiment: Experiment, name: str, spec: Sequence
         made = lambda settings=settings: tune_options(experiment, settings, data="x", replay="x", importance="x", out="x", seed=0)
         _named(path, f"sequences: {name}: {label}", made)
         if settings.get("consolidate"):
-            from holdfast.importance.consolidation import parse_rule
-
             _named(path, f"sequences: {name}: {label}", lambda settings=settings: parse_rule(settings["consolidate"]))
     if experiment.model.get("quantize", "none") != "none":
         raise OptionError(f"{where}: each step is merged into the weights, which quantize does not allow; leave out one of them")
@@ -186,6 +186,12 @@ def _check(path: Any, experiment: Experiment) -> None:
     for what, value in (*((f"limit: {part}", limit) for part, limit in experiment.limit.items()), ("characters", experiment.characters)):
         if value is not None and not _is_count(value, 1):
             raise OptionError(f"{path}: {what} expects a whole number above 0, found {brief(value)}")
+    if not experiment.seeds.get("validation"):
+        raise OptionError(f"{path}: seeds: settings are chosen on the validation part, which needs at least one seed; add `validation: [0]`")
+    if not experiment.shares or not all(0 < share <= 1 for share in experiment.shares):
+        raise OptionError(f"{path}: shares are of plain fine-tuning's learning: expected some between 0 and 1, found {list(experiment.shares)}")
+    if wrong := [key for key in experiment.training if key in (OURS | SETTINGS)]:
+        raise OptionError(f"{path}: training: '{wrong[0]}' is set by the {'experiment itself' if wrong[0] in OURS else 'methods'}; leave it out")
     if set(experiment.seeds.get("validation", [])) & set(experiment.seeds.get("test", [])):
         raise OptionError(f"{path}: seeds: the test part needs fresh seeds, found {experiment.seeds}")
     if not all(0 < scale < 1 for scale in experiment.scales):

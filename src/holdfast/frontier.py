@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from holdfast.budget import t_quantile
+
 Curve = Sequence[tuple[float, float]]  # (learning, forgetting) by rising scale, without the base's (0, 0)
 
 
@@ -73,13 +75,23 @@ def on_frontier(points: Sequence[tuple[float, float]]) -> list[bool]:
 def difference(a: dict[str, Any], b: dict[str, Any], noise: float | None) -> dict[str, Any] | None:
     """Forgetting of `a` minus that of `b` (two results of `at_share`); None unless both were reached.
 
-    Beyond the noise: more than two standard errors over seeds; with one seed each, more than twice the spread of plain over seeds where that is known.
+    Beyond the noise: outside of Welch's 95 % interval over seeds (three seeds each: 2.8 to 4.3 standard errors); with one seed each, more than twice the
+    spread of plain over seeds where that is known. No correction for the number of comparisons.
     """
     if a["forgetting"] is None or b["forgetting"] is None:
         return None
     gap = a["forgetting"] - b["forgetting"]
     errors = [a["standard_error"], b["standard_error"]]
     error = math.sqrt(sum(e * e for e in errors)) if None not in errors else None
-    bound = 2 * error if error is not None else None if noise is None else 2 * noise
+    bound = _width(a, b) if error is not None else None if noise is None else 2 * noise
     ratio = a["forgetting"] / b["forgetting"] if b["forgetting"] > 0 else None
     return {"difference": gap, "standard_error": error, "ratio": ratio, "beyond_noise": None if bound is None else abs(gap) > bound}
+
+
+def _width(a: dict[str, Any], b: dict[str, Any]) -> float:
+    """Half of Welch's 95 % interval of a difference of means over seeds."""
+    parts = [(row["standard_error"] ** 2, row["seeds"] - 1) for row in (a, b)]
+    square = sum(part for part, _ in parts)
+    if square == 0:
+        return 0.0
+    return t_quantile(0.975, square**2 / sum(part**2 / degrees for part, degrees in parts)) * math.sqrt(square)

@@ -28,12 +28,13 @@ logger = logging.getLogger("holdfast")
 
 @dataclass(frozen=True)
 class Domain:
-    """One domain. `held_split` is that of a Hub dataset; None: the held-out one."""
+    """One domain. `split` and `held_split` are those of a Hub dataset; None for `held_split`: the held-out one, for `split`: that of the command."""
 
     name: str
     train: str
     held: str
     held_split: str | None = None
+    split: str | None = None
 
 
 def named(options: TuneOptions, out: Path, *, taken: Sequence[str] = ()) -> tuple[Domain, ...]:
@@ -44,7 +45,7 @@ def named(options: TuneOptions, out: Path, *, taken: Sequence[str] = ()) -> tupl
         name = _free(_short(spec), used)
         used.append(name)
         if given:
-            found.append(Domain(name, spec, given[number - 1], options.eval_split))
+            found.append(Domain(name, spec, given[number - 1], options.eval_split, options.data_split))
         else:
             found.append(Domain(name, *_parted(spec, options.data_split, out / "data" / f"{number}-{name}")))
     return tuple(found)
@@ -57,17 +58,24 @@ def earlier_of(options: TuneOptions) -> tuple[tuple[Domain, ...], str, str | Non
         raise ValueError(f"--after '{folder}': expected a finished run of holdfast tune, with run.json and an adapter in final/; give the --out of such a run")
     run = read_json(folder / "run.json")
     then = run["configuration"]
+    if "eval_data" not in then:
+        raise ValueError(
+            f"--after '{folder}' was not written by holdfast tune, so it does not say which data must not be lost; give the folder of a run of tune"
+        )
+    kind = read_json(folder / "final" / "adapter_config.json").get("peft_type")
+    if kind != "LORA":
+        raise ValueError(f"--after '{folder}': its adapter is of type {kind}, expected LORA, since the updates are added up as one; tune with a LoRA method")
     if Path(str(then["model"])).resolve() != Path(options.model).resolve() and then["model"] != options.model:
         raise OptionError(f"--after '{folder}' was tuned on '{then['model']}', found MODEL '{options.model}'; give the same")
     if "sequence" in run:
         domains = tuple(Domain(**one) for one in run["sequence"]["held"].values())
     elif then["eval_data"]:
-        domains = (Domain(_short(then["data"]), then["data"], then["eval_data"], then["eval_split"]),)
+        domains = (Domain(_short(then["data"]), then["data"], then["eval_data"], then["eval_split"], then["data_split"]),)
     else:
         logger.warning("%s had no --eval-data: its domain is measured and held on rows that it was trained on", folder)
-        domains = (Domain(_short(then["data"]), then["data"], then["data"], then["data_split"]),)
-    file = folder / "importance.safetensors"
-    return domains, str(folder / "final"), str(file) if file.is_file() else then["importance"]
+        domains = (Domain(_short(then["data"]), then["data"], then["data"], then["data_split"], then["data_split"]),)
+    file = folder / "importance.safetensors"  # of a sequence; what else is called so in the folder of a single run, an earlier one left
+    return domains, str(folder / "final"), str(file) if "sequence" in run and file.is_file() else then["importance"]
 
 
 def _parted(spec: str, split: str, start: Path) -> tuple[str, str]:

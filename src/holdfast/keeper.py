@@ -11,31 +11,32 @@ import functools
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 from torch import nn
 
-from holdfast.budget import Budget, Controller, Interval, check_reach, parse
+from holdfast.budget import Budget, Controller, Interval, aim, check_reach, parse
 from holdfast.callback import HoldfastCallback, hold
 from holdfast.config import STRENGTHS, TuneOptions
 from holdfast.earlier import Earlier, walk
 from holdfast.finish import EACH, Learning, keep_budget, ways_of
 from holdfast.importance.container import Importance
-from holdfast.ledger import PIECE, Ledger, content, guard_of, measured, open_ledger
+from holdfast.ledger import PIECE, Ledger, guard_of, measured, open_ledger
 from holdfast.models import context_length
 from holdfast.options import OptionError
 from holdfast.overlap import Overlap, overlap
 from holdfast.penalty.pull import Penalty
 from holdfast.probe import Probe, Rolling, plan
 from holdfast.tasks import encode_rows, load_training_data, row_text
-from holdfast.texts import Document, Encoded, load_documents
+from holdfast.texts import Document, Encoded, fingerprint_rows, load_documents
 from holdfast.update import Update
 from holdfast.weights import FullWeight
 
 logger = logging.getLogger("holdfast")
-LEARNING_TOKENS = 30_000  # of domain data, for the learning along the scan
+LEARNING_TOKENS = 30_000  # of domain data, for the learning along the scan, and of earlier domains
+LEAST_ROWS = 100  # of an earlier domain, however long they are
 
 
 IN_NATS = ("kronecker", "fisher")  # estimators whose energy is a rise of the general loss in nats, up to a factor
@@ -77,17 +78,18 @@ class Keeper:
         if not self.ledger.moved:  # a random update's rise is measured from the model that training starts from
             spread = self.ledger.spread(trainer.model, self.update, error=EACH)
             check_reach(spread[0], len(self.ledger.check), self.budget, error=EACH)
+        target = aim(spread[0], len(self.ledger.check), self.budget, error=EACH) if spread else self.budget.nats
         callback = hold(trainer, importance, strength=0.0, layers=layers, anchor=anchor, names=names, offload=offload)
         unit = 1.0 if importance.info.get("estimator") in IN_NATS else self._unit(callback.penalty, spread)
         start = start or (STRENGTHS[str(importance.info["estimator"])] if importance.info.get("estimator") in IN_NATS else None)
         guards = [Rolling(guard.control, trainer.model) for guard in self.ledger.guards]
         offset = self.ledger.offset(trainer.model) if self.ledger.moved else 0.0
-        self.probe = Probe(Controller(self.budget.nats, start, unit), callback.penalty, self.ledger.pieces, every=self.every, count=self.count, guards=guards,
+        self.probe = Probe(Controller(target, start, unit), callback.penalty, self.ledger.pieces, every=self.every, count=self.count, guards=guards,
                            offset=offset)  # fmt: skip
         trainer.callback_handler.callbacks.insert(0, self.probe)
         callback.finishing = functools.partial(self.finish, trainer)
-        logger.info("budget %s (%.4g nats): %d control and %d check documents; %d pieces probed every %d steps", self.budget.text, self.budget.nats,
-                    len(self.ledger.control), len(self.ledger.check), self.probe.count, self.every)  # fmt: skip
+        logger.info("budget %s (%.4g nats), held at a rise of %.4g: %d control and %d check documents; %d pieces probed every %d steps", self.budget.text,
+                    self.budget.nats, target, len(self.ledger.control), len(self.ledger.check), self.probe.count, self.every)  # fmt: skip
         return callback
 
     def _unit(self, penalty: Penalty, spread: tuple[Interval, float] | None) -> float | None:
@@ -116,7 +118,7 @@ class Keeper:
 def of_run(options: TuneOptions, model: nn.Module, tokenizer: Any, data: Any, encoded: Any, ledger: Ledger | None = None) -> Keeper:
     """The keeper of `tune`, made with the bare model that is to be trained; `ledger` where that is not what the rise counts from."""
     documents = _documents(options)
-    shared = overlap([content(document) for document in documents], [row_text(row) for row in data])
+    shared = trained_on(documents, data)
     per_step = options.batch_size * options.accumulation
     mean = sum(map(len, encoded["input_ids"])) / len(encoded)
     length = min(options.length, context_length(model)) if options.packing else mean
@@ -137,8 +139,18 @@ def on_earlier(options: TuneOptions, earlier: Earlier, model: nn.Module, tokeniz
             ledger = _opened(options, model, tokenizer, encoded, Budget(budget.nats * earlier.share, text))
         for held in earlier.stages[number - 1].held if number else ():
             rows = encode_rows(load_training_data(held.data, split=held.split, limit=options.limit), tokenizer)
-            guards.append(guard_of(model, held.name, *_fitting(model, rows, held.data)))
+            guards.append(guard_of(model, held.name, *_fitting(model, rows, held.data, least=LEAST_ROWS)))
     return model, None if ledger is None else replace(ledger, guards=tuple(guards), moved=len(earlier.stages) > earlier.reference)
+
+
+def trained_on(documents: Sequence[Document], data: Any) -> Overlap:
+    """Which general documents are in the rows that are trained on."""
+    return overlap([_said(document) for document in documents], [row_text(row) for row in data])
+
+
+def _said(document: Document) -> str:
+    """The words of a document, as `row_text` has those of a row that is trained on."""
+    return document.text if document.text is not None else row_text({"messages": document.messages})
 
 
 def _documents(options: TuneOptions) -> list[Document]:
@@ -160,7 +172,7 @@ def of_trainer(trainer: Any, budget: str, general: str, names: str | None) -> Ke
     steps = args.max_steps if args.max_steps > 0 else math.ceil(len(trainer.train_dataset) * args.num_train_epochs / per_step)
     length = sum(len(ids) for ids, _ in rows) / len(rows) if rows else PIECE  # of rows in another form nothing is known
     documents = load_documents(general)
-    shared = overlap([content(document) for document in documents], tokenizer.batch_decode([ids for ids, _ in rows], skip_special_tokens=True))
+    shared = overlap([_said(document) for document in documents], tokenizer.batch_decode([ids for ids, _ in rows], skip_special_tokens=True))
     held = _token_rows(trainer.eval_dataset) or rows
     training, update = trainer.model.training, Update(trainer.model, names=names)
     try:
@@ -186,9 +198,19 @@ def _token_rows(data: Any) -> list[Encoded]:
     rows = []
     for row in data:
         ids = [int(token) for token in row["input_ids"]]
-        scored = [int(label) != -100 for label in row["labels"]] if "labels" in row else [bool(one) for one in row.get("completion_mask", [1] * len(ids))]
+        masks = [row[name] for name in ("completion_mask", "assistant_masks") if name in row]  # of TRL; both given, both must allow it
+        scored = [int(label) != -100 for label in row["labels"]] if "labels" in row else [all(bits) for bits in zip(*masks, strict=True)] or [True] * len(ids)
         rows.append((ids, scored))
     return rows
+
+
+def hashes(options: TuneOptions) -> dict[str, str]:
+    """sha256 of the general text that a budget is kept on and of the rows that learning is measured by: a resumed run needs the same."""
+    found = {"general text": fingerprint_rows([asdict(document) for document in _documents(options)])}
+    if options.eval_data:
+        held = load_training_data(options.eval_data, split=options.eval_split, limit=options.limit)
+        found["held-out rows"] = fingerprint_rows(list(held))
+    return found
 
 
 def _learning(options: TuneOptions, model: nn.Module, tokenizer: Any, encoded: Any) -> Learning:
@@ -205,13 +227,17 @@ def _learning(options: TuneOptions, model: nn.Module, tokenizer: Any, encoded: A
 def domain(model: nn.Module, rows: list[Encoded], name: str) -> Learning:
     """Domain data of at most LEARNING_TOKENS tokens, evenly taken from `rows`, measured on the base. A row too long for the window loses its beginning."""
     rows, window = _fitting(model, rows, name)
+    if len(rows) < 2:
+        raise ValueError(f"{name}: learning is measured on at least two rows of domain data, found {len(rows)}; give more")
     return Learning(measured(model, rows, ["domain"] * len(rows), window), name)
 
 
-def _fitting(model: nn.Module, rows: list[Encoded], name: str) -> tuple[list[Encoded], int]:
+def _fitting(model: nn.Module, rows: list[Encoded], name: str, *, least: int = 2) -> tuple[list[Encoded], int]:
+    """Rows of about LEARNING_TOKENS tokens, but at least `least` of them, evenly taken and cut to the window; and the window."""
     window = min(2048, context_length(model))
     rows = [(ids[-window:], scored[-window:]) for ids, scored in rows]
     rows = [row for row in rows if any(row[1][1:])]
     if not rows:
         raise ValueError(f"{name}: no row has a token to score; expected text of at least two tokens, completions, or chats with assistant turns")
-    return rows[:: max(1, math.ceil(sum(len(ids) for ids, _ in rows) / LEARNING_TOKENS))], window
+    every = math.ceil(sum(len(ids) for ids, _ in rows) / LEARNING_TOKENS)
+    return rows[:: max(1, min(every, len(rows) // least))], window

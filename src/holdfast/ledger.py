@@ -157,11 +157,16 @@ def open_ledger(model: nn.Module, tokenizer: Any, documents: Sequence[Document],
 def guard_of(model: nn.Module, name: str, encoded: list[Encoded], window: int) -> Guard:
     """Held-out rows of a domain, split by their content and measured now. Raises ValueError where there are too few."""
     control, check = split([str(ids) for ids, _ in encoded], [name] * len(encoded))
-    if min(len(control), len(check)) < FEW_DOCUMENTS:
-        raise ValueError(f"domain {name} has {len(encoded)} held-out rows; to keep a budget on it, at least {2 * FEW_DOCUMENTS} different ones are needed: "
-                         "give more with --eval-data")  # fmt: skip
+    check_held(name, 2 * min(len(control), len(check)))
     parts = [measured(model, [encoded[i] for i in side], [name] * len(side), window) for side in (control, check)]
     return Guard(name, *parts)
+
+
+def check_held(name: str, rows: int) -> None:
+    """Raise ValueError where a domain has too few different held-out rows to keep a budget on it."""
+    if rows < 2 * FEW_DOCUMENTS:
+        raise ValueError(f"domain {name} has {rows} different held-out rows; to keep a budget on it, at least {2 * FEW_DOCUMENTS} are needed: give more with "
+                         "--eval-data, or a larger --limit")  # fmt: skip
 
 
 def content(document: Document) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import field
 from pathlib import Path
@@ -113,3 +114,15 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 def as_dict(options: Any) -> dict[str, Any]:
     """Options as plain values, for run.json and the resolved configuration."""
     return dataclasses.asdict(options)
+
+
+def parse_rule(rule: str) -> tuple[float, float]:
+    """'sum' -> (1, 1), 'decay:0.9' -> (0.9, 0.1), 'none' -> (1, 0): factors of the importance so far and that of the last domain.
+
+    What they mean: importance/consolidation.py. Raises OptionError."""
+    if rule in ("sum", "none"):
+        return 1.0, float(rule == "sum")
+    match = re.fullmatch(r"decay:(0?\.\d+)", rule)
+    if match is None or not 0 < float(match.group(1)) < 1:
+        raise OptionError(f"--consolidate expects sum, none, or decay:0.9 with a number between 0 and 1, found '{rule}'")
+    return float(match.group(1)), 1 - float(match.group(1))

@@ -1,7 +1,8 @@
 """Documents of general text that the training data also holds: word for word, or nearly, found by runs of words (shingles).
 
 A rise measured on such documents says nothing of what was lost. Near duplicates: at least half of a document's runs of 8 words occur in the training data.
-Memory: one 32-bit hash per run of words, of which at most about 5 million are kept (those that a power of two divides), so that any size fits.
+In writing without spaces (Chinese, Japanese, Thai, ...) each character is a word. Memory: the words of the training data, and one 32-bit hash per run of words,
+of which at most about 5 million are kept (those that a power of two divides).
 
     overlap(general, training).describe()     # None where there is none
 """
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 
 WORDS = 8
 SHARE = 0.5
+UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"  # Thai, Lao, Myanmar, Khmer, kana, CJK ideographs
+WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
 MOST = 5_000_000
 
 
@@ -55,7 +58,7 @@ def overlap(general: Sequence[str], training: Sequence[str]) -> Overlap:
 
 
 def words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
+    return WORD.findall(text.lower())
 
 
 def shingles(words: list[str], every: int) -> Iterator[int]:

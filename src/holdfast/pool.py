@@ -58,14 +58,22 @@ def running(run: Callable[[Job], None], jobs: Sequence[Job], processes: int, *, 
 
 
 def _worker(number: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=_started, initargs=(number,))
+    gpu = visible(number, torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=_started, initargs=(gpu,))
 
 
-def _started(number: int) -> None:
-    """Give each process its own GPU where there are several, and end it with its parent."""
+def visible(number: int, gpus: int, given: str | None) -> str | None:
+    """The one GPU that process `number` is to see, of those that `given` (CUDA_VISIBLE_DEVICES) names; None: leave it as it is. A current device would not
+    do: trainers choose their own, and spread a batch over all that they see."""
+    names = given.split(",") if given else [str(gpu) for gpu in range(gpus)]
+    return names[number % gpus].strip() if gpus > 1 else None
+
+
+def _started(gpu: str | None) -> None:
+    """Give a process its own GPU, before CUDA is first used in it, and end it with its parent."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    if torch.cuda.device_count() > 1:
-        torch.cuda.set_device(number % torch.cuda.device_count())
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
 
 
 def _end_with_parent() -> None:

@@ -9,13 +9,15 @@ Reads and removes; the trainer writes the checkpoints.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from holdfast import distributed
 from holdfast.config import TuneOptions
 from holdfast.options import OptionError, as_dict, read_yaml
-from holdfast.runs import discard, read_json
+from holdfast.runs import discard, read_json, write_json
+
+INPUTS = "inputs.json"  # what the data of a run were when it was started: name -> sha256 of the rows
 
 # What a resumed run may change: nothing of it decides the result.
 MAY_CHANGE = ("resume", "overwrite", "out", "device", "threads", "save_steps", "log_steps", "report_to", "general", "general_split", "text_column", "eval_data",
@@ -44,15 +46,26 @@ def check_resumed(options: TuneOptions, out: Path, *, measured: Sequence[str] = 
     if not path.is_file():
         return
     then, now = read_yaml(path), as_dict(options)
-    may_change = (
-        set(MAY_CHANGE) - set(measured) - ({"general", "general_split", "text_column", "limit"} if options.budget else set())
-    )  # a budget is controlled on this text
+    budget = {"general", "general_split", "text_column", "limit", "eval_data", "eval_split"}  # controlled on this text, chosen by what is learned of these rows
+    may_change = set(MAY_CHANGE) - set(measured) - (budget if options.budget else set())
     if options.strength is None:  # then it was what suits the importance file, which is compared
         may_change.add("strength")
     different = sorted(key for key in now if key in then and now[key] != then[key] and key not in may_change)
     if different:
         raise OptionError(f"{path} was made with other options: {', '.join(f'{k}={then[k]!r} (now {now[k]!r})' for k in different)}; "
                           "use the same, or --overwrite without --resume")  # fmt: skip
+
+
+def check_inputs(found: Mapping[str, str], out: Path, *, resume: bool) -> None:
+    """Note the hashes of a run's data in its folder; of a resumed run, raise ValueError where they are not those that it was started with."""
+    path = out / INPUTS
+    if resume and path.is_file():
+        then = read_json(path)
+        changed = sorted(name for name, digest in found.items() if then.get(name, digest) != digest)
+        if changed:
+            raise ValueError(f"'{out}' was started with other data: changed are the {', the '.join(changed)}; give the same, or start again with --overwrite")
+    elif distributed.first():
+        write_json(path, dict(found))
 
 
 def last_checkpoint(out: Path) -> str | None:

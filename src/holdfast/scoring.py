@@ -94,9 +94,13 @@ def question_limit(experiment: Experiment) -> int | None:
 
 
 def _score_run(job: Mapping[str, Any]) -> None:
-    options = job["options"]
-    model = load_tuned(options, job["folder"] / "adapter", full=options.full)
-    write_json(job["folder"] / "accuracy.json", _score(model, load_tokenizer(options), job["experiment"], job["wanted"]))
+    options, trial = job["options"], job["trial"]
+    try:
+        model = load_tuned(options, job["folder"] / "adapter", full=options.full)
+        write_json(job["folder"] / "accuracy.json", _score(model, load_tokenizer(options), job["experiment"], job["wanted"]))
+    except Exception as error:  # one run without an accuracy must not cost the comparison
+        logger.warning("%s on %s, seed %d: its accuracy was not measured (%s: %s); the same command tries again", trial.method, trial.domain, trial.seed,
+                       type(error).__name__, error)  # fmt: skip
 
 
 def _was_killed(job: Mapping[str, Any]) -> None:
@@ -106,7 +110,7 @@ def _was_killed(job: Mapping[str, Any]) -> None:
 def _known(path: Path, experiment: Experiment, wanted: Mapping[str, str]) -> dict[str, Any] | None:
     """What was measured, if it is all that is wanted."""
     found = dict(read_json(path)) if path.exists() else None
-    if found is None or found["limit"] != question_limit(experiment):
+    if found is None or found["limit"] != question_limit(experiment) or found.get("model", experiment.model["model"]) != experiment.model["model"]:
         return None
     return found if all(found["tasks"].get(name, {}).get("task") == spec for name, spec in wanted.items()) else None
 
@@ -117,4 +121,4 @@ def _score(model: nn.Module, tokenizer: Any, experiment: Experiment, wanted: Map
         task, rows = load_task(spec, split=None)
         measured = answers(model, tokenizer, task, rows[:limit])
         found[name] = {"task": spec, **{key: measured[key] for key in KEPT}}
-    return {"limit": limit, "tasks": found}
+    return {"model": experiment.model["model"], "limit": limit, "tasks": found}

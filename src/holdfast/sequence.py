@@ -182,7 +182,7 @@ def _held_by(campaign: Campaign, options: TuneOptions, settings: Mapping[str, An
     before = last / "importance.safetensors"
     so_far = str(before) if before.exists() else campaign.recipes[str(settings["importance"])]["path"]
     learned = campaign.files[f"domain/{last.name.partition('-')[2]}/train"]
-    held_by = consolidate(so_far, learned, lambda: load_model(options), options, folder / "importance.safetensors", saved=True)
+    held_by = consolidate(so_far, learned, None, lambda: load_model(options), options, folder / "importance.safetensors", saved=True)
     discard(folder / "domain.safetensors")
     return held_by
 

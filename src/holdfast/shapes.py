@@ -75,7 +75,7 @@ BUDGET = {"budget": TEXT, "budget_nats": NUMBER, "verdict": TEXT, "way": TEXT, "
           "learning": CHANGE, "others": Each(BOUGHT), "curve": [{**BOUGHT, "rise": INTERVAL, "bound": NUMBER}],
           "trajectory": [dict.fromkeys(("step", "probe", "rise", "strength"), NUMBER)]}  # fmt: skip
 COMPARISON = {
-    "kind": TEXT, "title": TEXT, "model": TEXT, "created": NAME, "environment": ENVIRONMENT, "settings": Each(ANY),
+    "kind": TEXT, "title": TEXT, "model": TEXT, "reference": NAME, "created": NAME, "environment": ENVIRONMENT, "settings": Each(ANY),
     "progress": {"done": NUMBER, "of": NUMBER, "failed": NUMBER, "seconds": NUMBER},
     "texts": [{"name!": NAME, "kind": TEXT, "documents": NUMBER, "tokens": NUMBER, "before": {**LOSS, "accuracy": NUMBER}}],
     "domains": [{"name!": NAME, "rows": NUMBER, "rows_trained": NUMBER, "before": {**LOSS, "accuracy": NUMBER}}],

@@ -33,18 +33,19 @@ from holdfast.earlier import Earlier, Held, Stage, merged
 from holdfast.evaluation import changes
 from holdfast.heldout import Domain, earlier_of, named
 from holdfast.hub import importance_path, ready
-from holdfast.importance.consolidation import parse_rule
 from holdfast.importance.container import Importance
 from holdfast.keeper import check_budget
+from holdfast.ledger import check_held
 from holdfast.lock import only_writer
 from holdfast.matrix import lines, measured, sequence_of
 from holdfast.methods.table import chosen
 from holdfast.models import load_model
-from holdfast.options import OptionError, as_dict, several
-from holdfast.run_folder import check_resumed
+from holdfast.options import OptionError, as_dict, parse_rule, several
+from holdfast.run_folder import INPUTS, check_inputs, check_resumed
 from holdfast.runs import atomic_path, discard, environment, read_json, sha256_file, write_json, write_text
 from holdfast.stacking import stack
-from holdfast.tasks import find_task
+from holdfast.tasks import find_task, load_training_data, row_text
+from holdfast.texts import fingerprint_rows, load_documents
 from holdfast.training import push_result, tune
 
 logger = logging.getLogger("holdfast")
@@ -126,6 +127,9 @@ def _planned(options: TuneOptions) -> Plan:
     if options.after:
         before, start, importance = earlier_of(options)
         options = replace(options, importance=options.importance or importance)
+        if options.importance is None and options.method == "holdfast":  # the default beside --after
+            logger.warning("%s was tuned without importance, and none is given: nothing but a budget holds it; --importance FILE does", options.after)
+            options = replace(options, method="plain")
     _check(options)
     if options.resume:
         check_resumed(options, out, measured=MEASURED)
@@ -133,9 +137,10 @@ def _planned(options: TuneOptions) -> Plan:
         if not options.overwrite:
             raise ValueError(f"'{out}' holds {'a finished run' if (out / 'run.json').exists() else 'an unfinished run; go on with --resume'}; "
                              "give another --out, or --overwrite")  # fmt: skip
-        for name in ("run.json", "steps", "data", "final"):
+        for name in ("run.json", "steps", "data", "final", "importance.safetensors", INPUTS):
             discard(out / name)
     domains = named(options, out, taken=[domain.name for domain in before])
+    _check_rows(options, (*before, *domains), out)
     write_text(out / "config.yaml", yaml.safe_dump(as_dict(options), sort_keys=False))
     if options.importance:
         options = replace(options, importance=str(importance_path(options.importance)))
@@ -163,6 +168,21 @@ def _check(options: TuneOptions) -> None:
     given = several(options.eval_data)
     if given and len(given) != len(several(options.data)):
         raise OptionError(f"--eval-data is given for each --data in its order: expected {len(several(options.data))} of it, found {len(given)}")
+
+
+def _check_rows(options: TuneOptions, domains: tuple[Domain, ...], out: Path) -> None:
+    """Refuse data that is not what an interrupted run was started with, and with a budget held-out rows that are too few to show it."""
+    held = [load_training_data(domain.held, split=domain.held_split, limit=options.limit) for domain in domains]
+    if options.budget:
+        for domain, rows in zip(domains[:-1], held, strict=False):
+            check_held(domain.name, len({row_text(row) for row in rows}))
+    given = {f"held-out rows of {domain.name}": fingerprint_rows(list(rows)) for domain, rows in zip(domains, held, strict=True)}
+    given |= {f"rows of {domain.name}": fingerprint_rows(list(load_training_data(domain.train, split=domain.split or options.data_split)))
+              for domain in domains}  # fmt: skip
+    if options.general and options.general != "self":
+        documents = load_documents(options.general, column=options.text_column, split=options.general_split, limit=options.limit)
+        given["general text"] = fingerprint_rows([dataclasses.asdict(document) for document in documents])
+    check_inputs(given, out, resume=options.resume)
 
 
 def _adapters(plan: Plan, steps: int) -> list[str]:
@@ -199,7 +219,8 @@ def _importance(plan: Plan, number: int) -> str | None:
         return str(path)
     options, domain = plan.options, plan.all[len(plan.before) + number - 2]
     adapter = plan.start if number == 1 else str(plan.step(row - 1) / "adapter")
-    return consolidate(so_far, domain.train, lambda: load_model(options) if adapter is None else merged(load_model(options), adapter), options, path)
+    model = lambda: load_model(options) if adapter is None else merged(load_model(options), adapter)
+    return consolidate(so_far, domain.train, domain.split, model, options, path)
 
 
 def _measured(plan: Plan, row: int) -> dict[str, Any]:

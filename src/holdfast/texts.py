@@ -188,7 +188,7 @@ def encode_chat(messages: list[dict[str, str]], tokenizer: Any, *, assistant_onl
     if not getattr(tokenizer, "chat_template", None):
         raise FileError("the data holds chat messages, but the tokenizer has no chat template; give plain text, or use an instruct model")
     if not assistant_only:
-        ids = _template(tokenizer, messages)
+        ids = templated(tokenizer, messages)
         return ids, [True] * len(ids)
     template = _marked_template(tokenizer)
     if template is None:
@@ -211,12 +211,12 @@ def _marked_template(tokenizer: Any) -> str | None:
 
 def _chat_by_prefixes(messages: list[dict[str, str]], tokenizer: Any) -> Encoded:
     """An assistant turn is what the chat up to it has more than the prompt for it; costs two templatings per turn."""
-    ids = _template(tokenizer, messages)
+    ids = templated(tokenizer, messages)
     scored = [False] * len(ids)
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
-            prompt = _template(tokenizer, messages[:index], prompt=True) if index else []
-            whole = _template(tokenizer, messages[: index + 1])
+            prompt = templated(tokenizer, messages[:index], prompt=True) if index else []
+            whole = templated(tokenizer, messages[: index + 1])
             start, end = _common_prefix(prompt, whole), len(whole)
             if ids[:end] != whole:
                 raise FileError(f"the chat template writes turn {index + 1} differently once the chat goes on, so its tokens cannot be told apart; "
@@ -225,7 +225,8 @@ def _chat_by_prefixes(messages: list[dict[str, str]], tokenizer: Any) -> Encoded
     return ids, scored
 
 
-def _template(tokenizer: Any, messages: list[dict[str, str]], *, prompt: bool = False) -> list[int]:
+def templated(tokenizer: Any, messages: list[dict[str, str]], *, prompt: bool = False) -> list[int]:
+    """Token ids of a chat by the tokenizer's template; `prompt`: up to where the assistant would answer."""
     return list(tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=prompt, return_dict=False))
 
 

@@ -62,6 +62,7 @@ def made(options: TuneOptions, model: nn.Module, tokenizer: Any, data: Any, held
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
     )
+    config._n_gpu = min(config.n_gpu, 1)  # else the trainer spreads a lone process's batches over all GPUs (DataParallel), and a step is larger than asked for
     trainer = SFTTrainer(model=model, args=config, train_dataset=data, eval_dataset=held, processing_class=tokenizer, callbacks=[StopOnNonFinite()],
                          optimizers=(optimizer, None))  # fmt: skip
     whole_steps(trainer)

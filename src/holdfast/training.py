@@ -36,7 +36,7 @@ from holdfast.finish import sentences
 from holdfast.hub import importance_path, push_folder, ready, write_card, write_merged_card
 from holdfast.importance.container import Importance
 from holdfast.importance.controls import uniform
-from holdfast.keeper import check_budget, of_run, on_earlier
+from holdfast.keeper import check_budget, hashes, of_run, on_earlier
 from holdfast.layers import from_option
 from holdfast.lock import only_writer
 from holdfast.methods.method import Method, Setup
@@ -47,7 +47,7 @@ from holdfast.moved import moved
 from holdfast.options import OptionError, as_dict, several
 from holdfast.penalty.pull import check_fit, implementation
 from holdfast.reading import FileError
-from holdfast.run_folder import check_folder, last_checkpoint
+from holdfast.run_folder import check_folder, check_inputs, last_checkpoint
 from holdfast.runs import check_free_space, check_output_folder, discard, environment, sha256_file, write_json, write_text
 from holdfast.tasks import encode_rows, load_training_data, truncation_report
 from holdfast.texts import fingerprint_rows
@@ -95,6 +95,8 @@ def _tuned(
         from peft import prepare_model_for_kbit_training
 
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=options.gradient_checkpointing)
+    digest = fingerprint_rows(list(data))
+    check_inputs({"training data": digest} | (hashes(options) if options.budget else {}), out, resume=options.resume)
     encoded = _encoded(options, data, tokenizer, model)
     held = load_training_data(options.eval_data, split=options.eval_split, limit=options.limit) if options.eval_steps and options.eval_data else None
     wanted: dict[str, Any] = dict(general=options.general, data=options.eval_data, tasks=options.tasks, text_column=options.text_column,
@@ -141,7 +143,7 @@ def _tuned(
     run = {
         "configuration": as_dict(options),
         "environment": environment(str(next(model.parameters()).device)),
-        "data": {"source": options.data, "rows": len(data), "rows_trained": len(encoded), "sha256": fingerprint_rows(list(data))},
+        "data": {"source": options.data, "rows": len(data), "rows_trained": len(encoded), "sha256": digest},
         "processes": distributed.size(),
         "method": list(methods),
         "finished": finished,

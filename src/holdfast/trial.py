@@ -30,7 +30,7 @@ from holdfast.models import load_model, load_tokenizer
 from holdfast.runs import discard, read_json, write_json
 from holdfast.tasks import load_training_data
 from holdfast.texts import load_documents
-from holdfast.weights import scale_update
+from holdfast.weights import has_lora, scale_update
 
 logger = logging.getLogger("holdfast")
 LOGGED = ("step", "loss", "energy", "pull_ratio", "strength", "kl")
@@ -88,8 +88,11 @@ def _trained(job: dict[str, Any]) -> dict[str, Any]:
     for scale, model in _scaled(options, folder / "adapter", experiment.scales):
         after = evaluate(experiment, model, tokenizer, job["files"], trial.part, [trial.domain], experiment.texts(trial.part))
         gained = rise(base["domains"][trial.domain], after["domains"][trial.domain])
-        points.append({"scale": scale, "learning": {**gained, "nats": -float(gained["nats"] or 0.0)}, "accuracy": None, "accuracy_general": None,
-                       "forgetting": {name: rise(base["general"][name], numbers) for name, numbers in after["general"].items()}})  # fmt: skip
+        lost = {name: rise(base["general"][name], numbers) for name, numbers in after["general"].items()}
+        if gained["nats"] is None or any(change["nats"] is None for change in lost.values()):
+            raise ValueError(f"the loss of the update at scale {scale:g} is not a number: training diverged; give a smaller learning rate")
+        points.append({"scale": scale, "learning": {**gained, "nats": -float(gained["nats"])}, "accuracy": None, "accuracy_general": None,
+                       "forgetting": lost})  # fmt: skip
     extra = {"self": "text sampled from the model", "domain": "the domain text again"}.get(str(trial.settings.get("replay")), trial.settings.get("replay"))
     return {"points": points, "energy": finished["energy"], "seconds": finished["train_seconds"], "peak_memory_bytes": _peak(), "extra_data": extra,
             "file_bytes": job["file_bytes"], "trainable_parameters": finished["trainable_parameters"], "moved": finished.get("moved"),
@@ -98,24 +101,22 @@ def _trained(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _scaled(options: TuneOptions, adapter: Path, scales: Iterable[float]) -> Iterator[tuple[float, nn.Module]]:
-    """The base with the finished update at 1 and at each smaller scale; 1 alone where the update cannot be scaled (OFT, OSF)."""
-    if options.full:
-        tuned, base = load_tuned(options, adapter, full=True), load_model(options)
-        moved = [(p, q.detach().clone(), q.detach() - p.detach()) for p, q in zip(base.parameters(), tuned.parameters(), strict=True)]
+    """The base with the finished update at 1 and at each smaller scale: a LoRA update by its scaling, any other by the difference of the weights."""
+    tuned = load_tuned(options, adapter, full=options.full)
+    if options.full or not has_lora(tuned):
+        whole, base = dict((tuned if options.full else tuned.merge_and_unload()).named_parameters()), load_model(options)
+        moved = [(p, whole[name].detach().clone(), whole[name].detach() - p.detach()) for name, p in base.named_parameters()]
         for scale in (1.0, *sorted(scales, reverse=True)):
             with torch.no_grad():
                 for p, whole, U in moved:
                     p.copy_(whole if scale == 1 else whole - (1 - scale) * U)
             yield scale, base
         return
-    model, now = load_tuned(options, adapter), 1.0
+    now = 1.0
     for scale in (1.0, *sorted(scales, reverse=True)):
-        try:
-            scale_update(model, scale / now)
-        except ValueError:
-            return
+        scale_update(tuned, scale / now)
         now = scale
-        yield scale, model
+        yield scale, tuned
 
 
 def _forget_peak() -> None:

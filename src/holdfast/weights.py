@@ -459,6 +459,13 @@ def adapter_inputs(folder: str | Path) -> dict[str, Tensor]:
     return found
 
 
+def has_lora(model: nn.Module) -> bool:
+    """Whether an adapter's update is plain LoRA's, of any kind of layer."""
+    from peft.tuners.lora import LoraLayer
+
+    return any(isinstance(module, LoraLayer) for module in unwrapped(model).modules())
+
+
 def scale_update(model: nn.Module, factor: float) -> None:
     """Multiply the active adapter's update by `factor`, in place, by its scaling: plain LoRA layers of any kind."""
     from peft.tuners.lora import LoraLayer

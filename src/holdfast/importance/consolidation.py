@@ -19,7 +19,6 @@ Cost: a pass over the tensors; for whole covariances one product of sums, for ra
 from __future__ import annotations
 
 import math
-import re
 import statistics
 from collections.abc import Sequence
 
@@ -29,20 +28,10 @@ from torch import Tensor
 from holdfast.importance.container import DenseEntry, Entry, FactoredEntry, Importance, KroneckerEntry
 from holdfast.importance.covariance import AnyCovariance, Covariance, LowRankCovariance, low_rank
 from holdfast.importance.tiers import converted
-from holdfast.options import OptionError
+from holdfast.options import parse_rule
 
 Pair = tuple[Entry, Entry]
 Terms = Sequence[tuple[float, AnyCovariance]]
-
-
-def parse_rule(rule: str) -> tuple[float, float]:
-    """'sum' -> (1, 1), 'decay:0.9' -> (0.9, 0.1), 'none' -> (1, 0): factors of the importance so far and that of the last domain. Raises OptionError."""
-    if rule in ("sum", "none"):
-        return 1.0, float(rule == "sum")
-    match = re.fullmatch(r"decay:(0?\.\d+)", rule)
-    if match is None or not 0 < float(match.group(1)) < 1:
-        raise OptionError(f"--consolidate expects sum, none, or decay:0.9 with a number between 0 and 1, found '{rule}'")
-    return float(match.group(1)), 1 - float(match.group(1))
 
 
 def consolidated(before: Importance, last: Importance, rule: str = "sum") -> Importance:

@@ -21,7 +21,8 @@ FORMAT = 1
 Contents = dict[str, Any]
 EMPTY: dict[str, Any] = {"kind": "comparison", "title": "", "model": "", "created": "", "environment": {}, "experiment": {}, "settings": {}, "progress": {},
                          "texts": [], "domains": [], "methods": [], "runs": [], "frontier": {}, "equal_learning": {}, "noise": {}, "differences": [],
-                         "verdict": [], "importance": [], "samples": [], "sequences": [], "measures": [], "notes": [], "budget": {}}  # fmt: skip
+                         "verdict": [], "importance": [], "samples": [], "sequences": [], "measures": [], "notes": [], "budget": {},
+                         "reference": "plain"}  # fmt: skip
 
 
 def load(folder: str | Path) -> Contents:

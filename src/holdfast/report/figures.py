@@ -209,7 +209,8 @@ def _mean(values: Sequence[Any]) -> float | None:
 
 
 def movement(contents: Contents, looks: Looks, domain: str) -> Figure | None:
-    """How far each weight moved over how much it matters, a mark per weight and method, both on log scales."""
+    """How far each weight moved over how much it matters, a mark per weight and method, both on log scales. Methods have importance in units of their own, so
+    it is relative to its mean over the weights that a method moves."""
     norms = {w.get("name"): w.get("norm") for item in reversed(contents["importance"]) for w in item.get("weights") or []}
     traces, met = [], set()
     for run in shown_runs(contents, domain):
@@ -222,12 +223,14 @@ def movement(contents: Contents, looks: Looks, domain: str) -> Figure | None:
                 points.append((importance, movement, f"<b>{safe(label(contents, run['method']))}</b><br>{safe(w.get('weight'))}<br>"
                                f"moved {movement:.4g}, importance {importance:.4g}"))  # fmt: skip
         if points and run["method"] not in met:
+            mean = sum(importance for importance, _, _ in points) / len(points)
             met.add(run["method"])
             look = looks[run["method"]]
-            traces.append({"type": "scatter", "mode": "markers", "x": [p[0] for p in points], "y": [p[1] for p in points], "hovertext": [p[2] for p in points],
-                           "hoverinfo": "text", "meta": run["method"], "name": safe(label(contents, run["method"])), "opacity": 0.85,
+            traces.append({"type": "scatter", "mode": "markers", "x": [p[0] / mean for p in points], "y": [p[1] for p in points],
+                           "hovertext": [p[2] for p in points], "hoverinfo": "text", "meta": run["method"], "name": safe(label(contents, run["method"])),
+                           "opacity": 0.85,
                            "marker": {"color": pair(look), "symbol": look.symbol, "size": 8}})  # fmt: skip
     if not traces:
         return None
-    return {"traces": traces, "height": 430, "layout": {"xaxis": axis("importance of the weight (norm)", type="log"),
+    return {"traces": traces, "height": 430, "layout": {"xaxis": axis("importance of the weight (norm, its mean is 1)", type="log"),
                                                         "yaxis": axis("movement of the weight (norm of its update)", type="log")}}  # fmt: skip

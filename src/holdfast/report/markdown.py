@@ -25,6 +25,9 @@ def markdown(contents: Contents) -> str:
     for domain in [str(domain["name"]) for domain in contents["domains"]] if text and contents["kind"] != "run" else []:
         lines += [f"### {plain(domain)}", "", f"Forgetting on {plain(text)} at equal learning, in nats per token, ± standard error; "
                   "shares are of what plain fine-tuning learns.", "", table(tables.methods(contents, domain, str(text))), ""]  # fmt: skip
+        for other in [str(other["name"]) for other in contents["texts"] if other["name"] != text]:
+            if (found := tables.equal(contents, domain, other)).rows:
+                lines += [f"The same on {plain(other)}, of which nothing was recorded or replayed:", "", table(found), ""]
     for name, found in tables.sequence_summary(contents):
         lines += [f"### {plain(name)}, one domain after another", "", "Losses in nats per token, mean over seeds ± standard error; backward transfer is what "
                   "later domains did to earlier ones (negative: forgotten).", "", table(found), ""]  # fmt: skip
@@ -58,5 +61,11 @@ def _settings(contents: Contents) -> list[str]:
     pairs = [("model", contents["model"]), *((key.replace("_", " "), value) for key, value in contents["settings"].items()),
              *(((key.replace("_", " "), value) for key, value in contents["experiment"].items() if key != "model") if contents["kind"] == "run" else ()),
              ("device", environment.get("device")), ("commit", environment.get("commit")), ("versions", versions), ("made", contents["created"])]  # fmt: skip
+    pairs += [(f"noise, {domain}", _noise(noise)) for domain, noise in contents["noise"].items()]
     shown = [f"* {plain(key)}: {plain(numbers.text(value))}" for key, value in pairs if value not in (None, "", False)]
     return ["<details><summary>Settings</summary>", "", *shown, "", "</details>"]
+
+
+def _noise(noise: Mapping[str, Any]) -> str:
+    lost = "".join(f", forgetting on {text} {numbers.nats(value)}" for text, value in (noise.get("forgetting") or {}).items())
+    return f"learning {numbers.nats(noise.get('learning'))}{lost}" + (f" ({noise['how']})" if noise.get("how") else "")

@@ -67,7 +67,7 @@ def page(contents: Contents) -> str:
         contents=contents,
         label=lambda name: label(contents, name),
         headlines=headlines(contents, text),
-        looks=looks(contents["methods"]),
+        looks=looks(contents["methods"], contents["reference"]),
         paths=PATHS,
         choices=_choices(contents, text),
         drawn={name for name, views in drawn.items() if views},
@@ -75,7 +75,7 @@ def page(contents: Contents) -> str:
         samples=[_sample(contents, sample) for sample in contents["samples"]],
         failed=[run for run in contents["runs"] if run.get("status", "done") != "done"],
         settings=numbers.settings,
-        experiment=yaml.safe_dump(_plain(contents["experiment"]), sort_keys=False, allow_unicode=True, width=100) if contents["experiment"] else "",
+        experiment=_experiment(contents["experiment"]),
         policy=policy(scripts),
         style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
         scripts=[Markup(script) for script in scripts],
@@ -128,7 +128,8 @@ def _choices(contents: Contents, text: str | None) -> dict[str, list[str]]:
 
 def _figures(contents: Contents) -> dict[str, list[dict[str, Any]]]:
     """Every figure in every view of it: {"frontier": [{"domain", "text", "figure"}, ...], ...}."""
-    found, look = {name: [] for name in ("frontier", "equal", "trade", "control", "curves", "heat", "movement")}, looks(contents["methods"])  # type: ignore[var-annotated]
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in ("frontier", "equal", "trade", "control", "curves", "heat", "movement")}
+    look = looks(contents["methods"], contents["reference"])
 
     def add(name: str, figure: figures.Figure | None, **view: str) -> None:
         if figure is not None:
@@ -161,8 +162,15 @@ def _sample(contents: Contents, sample: Mapping[str, Any]) -> dict[str, Any]:
     """A sample with its outputs in reading order: before, after plain, after holdfast, the rest."""
     outputs = sample.get("outputs") or {}
     order = [*(name for name in SPOKEN if name in outputs), *(name for name in outputs if name not in SPOKEN)]
-    shown = [{"name": name, "title": SPOKEN.get(name) or f"after {label(contents, name)}", "text": outputs[name]} for name in order]
+    shown = [{"name": name, "title": SPOKEN.get(name) or f"after {label(contents, name)}", "text": str(outputs[name] or "").strip()} for name in order]
     return {"domain": sample.get("domain"), "prompt": sample.get("prompt"), "reference": sample.get("reference"), "outputs": shown}
+
+
+def _experiment(found: Any) -> str:
+    """The experiment, or a run's options, as YAML: compare.json has the text of the file."""
+    if not found or isinstance(found, str):
+        return str(found or "")
+    return str(yaml.safe_dump(_plain(found), sort_keys=False, allow_unicode=True, width=100))
 
 
 def _plain(data: Any) -> Any:

@@ -34,8 +34,8 @@ class Look:
     dash: str
 
 
-def looks(methods: Sequence[Mapping[str, Any]]) -> dict[str, Look]:
-    """Method name -> its look, in the order of the comparison. The first method of family holdfast gets the accent, 'plain' the grey."""
+def looks(methods: Sequence[Mapping[str, Any]], reference: str = "plain") -> dict[str, Look]:
+    """Method name -> its look, in the order of the comparison. The first method of family holdfast gets the accent, plain fine-tuning the grey."""
     names = [str(method["name"]) for method in methods]
     held = [name for name, method in zip(names, methods, strict=True) if method.get("family") == "holdfast"]
     first = "holdfast" if "holdfast" in held else (held[0] if held else "holdfast")
@@ -44,7 +44,7 @@ def looks(methods: Sequence[Mapping[str, Any]]) -> dict[str, Look]:
     for name in names:
         if name == first:
             found[name] = Look(*ACCENT, "circle", "solid")
-        elif name == "plain":
+        elif name == reference:
             found[name] = Look(*NEUTRAL, "circle", "solid")
         else:
             turn = others // len(HUES)

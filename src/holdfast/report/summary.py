@@ -33,11 +33,14 @@ def headlines(contents: Contents, text: str | None) -> list[Headline]:
 
 def equal_rows(contents: Contents, domain: str, text: str) -> list[dict[str, Any]]:
     """Forgetting at equal learning of one domain and text, of methods that ran. One without a finished run has not failed to learn: its status says so."""
+    rows = (contents["equal_learning"].get(domain) or {}).get(text) or []
+    part = next((row["part"] for row in rows if row.get("part")), None)  # the rows are of one
     ran: dict[str, bool] = {}
     for run in contents["runs"]:
         if run.get("domain") == domain:
-            ran[run["method"]] = ran.get(run["method"], False) or run.get("status", "done") == "done"
-    rows = [row for row in (contents["equal_learning"].get(domain) or {}).get(text) or [] if row["method"] in ran]
+            counts = run.get("status", "done") == "done" and part in (None, run.get("part"))
+            ran[run["method"]] = ran.get(run["method"], False) or counts
+    rows = [row for row in rows if row["method"] in ran]
     return [row if ran[row["method"]] else {**row, "status": "no finished run"} for row in rows]
 
 
@@ -53,7 +56,7 @@ def hidden_at_first(contents: Contents, text: str | None) -> list[str]:
             reached = [row for row in rows if row["share"] == share and numbers.known(row.get("forgetting")) is not None]
             order = [row["method"] for row in sorted(reached, key=lambda row: row["forgetting"])]
             places = {name: place + (order.index(name) if name in order else len(names)) for name, place in places.items()}
-    ours = [str(method["name"]) for method in contents["methods"] if method.get("family") == "holdfast" or method["name"] == "plain"]
+    ours = [str(method["name"]) for method in contents["methods"] if method.get("family") == "holdfast" or method["name"] == contents["reference"]]
     others = sorted((name for name in names if name not in ours), key=lambda name: places[name])
     return [name for name in names if name in others[max(0, FEW - len(ours)) :]]
 
@@ -67,13 +70,13 @@ def _of_domain(contents: Contents, domain: str, text: str) -> Headline | None:
     best = min(reached.values(), key=lambda row: row["forgetting"])
     name, lost = label(contents, best["method"]), numbers.nats(best["forgetting"], best.get("standard_error"))
     level = f"at {numbers.percent(share)} of its learning"
-    plain, place = reached.get("plain"), f"{domain}, measured on {text}"
+    plain, place = reached.get(contents["reference"]), f"{domain}, measured on {text}"
     if best is plain:
         return Headline(lost, f"nats forgotten by {name}: nothing here forgets less", f"{level}, no other method comes out below it", place, "")
     if plain is None:
         level = f"at {numbers.percent(share)} of plain fine-tuning's learning"
         return Headline(lost, f"nats forgotten with {name}, the least here", f"{level}, which plain fine-tuning is not measured at", place, "")
-    against, noise = label(contents, "plain"), _noise(contents, domain, text, share, best["method"])
+    against, noise = label(contents, contents["reference"]), _noise(contents, domain, text, share, best["method"])
     detail = f"{lost} instead of {numbers.nats(plain['forgetting'], plain.get('standard_error'))} nats per token, {level}"
     if best["forgetting"] <= 0:
         return Headline("0", f"nats forgotten with {name}", detail, place, noise)
@@ -87,7 +90,7 @@ def _times(ratio: float) -> str:
 def _noise(contents: Contents, domain: str, text: str, share: float, best: str) -> str:
     wanted = {"domain": domain, "text": text, "share": share}
     for row in contents["differences"]:
-        if {row.get("a"), row.get("b")} == {best, "plain"} and all(row.get(key) == value for key, value in wanted.items()):
+        if {row.get("a"), row.get("b")} == {best, contents["reference"]} and all(row.get(key) == value for key, value in wanted.items()):
             return {True: "beyond the noise", False: "within the noise"}.get(row.get("beyond_noise"), "noise not measured")
     return "noise not measured"
 

@@ -73,6 +73,17 @@ def methods(contents: Contents, domain: str, text_name: str) -> Table:
     return made(titles, lines)
 
 
+def equal(contents: Contents, domain: str, text_name: str) -> Table:
+    """Forgetting at equal learning alone, a row per method."""
+    rows = equal_rows(contents, domain, text_name)
+    shares = sorted({row["share"] for row in rows}, reverse=True)
+    at = {(row["method"], row["share"]): row for row in rows}
+    lines = [[Cell(label(contents, name), mark=name), *(_at_share(at.get((name, share))) for share in shares)]
+             for name in dict.fromkeys(row["method"] for row in rows)]  # fmt: skip
+    lines.sort(key=lambda line: [(cell.value is None, cell.value or 0.0) for cell in line[1:]])
+    return made(["method", *(f"forgetting at {numbers.percent(s)}" for s in shares)], lines)
+
+
 def _at_share(row: Mapping[str, Any] | None) -> Cell:
     """A number; "not reached" where the method never learns that much; the status beside the number where only some seeds do."""
     if row is None:
