@@ -200,19 +200,6 @@ def check_reach(spread: Interval, check_documents: int, budget: Budget, *, error
                      "or a larger budget")  # fmt: skip
 
 
-def aim(spread: Interval, check_documents: int, budget: Budget, *, error: float) -> float:
-    """The rise to hold at while training, in nats: less than the budget, since what is promised in the end is a bound on the rise.
-
-    `spread` is the interval of an update in a random direction that costs about the budget. Its documents move apart by its size, the root of its rise r, so
-    its bound is r + k sqrt(r) at any size; the aim is the r whose bound is the budget. Updates that were trained move them at least as far apart, so holding
-    at the aim never asks for more than could be promised.
-    """
-    if spread.nats <= 0:
-        return budget.nats
-    k = (planned_bound(spread, check_documents, error=error) - spread.nats) / math.sqrt(spread.nats)
-    return ((math.sqrt(k * k + 4 * budget.nats) - k) / 2) ** 2
-
-
 @dataclass
 class Controller:
     """The strength that keeps the general loss at the budget, from few noisy probes of its rise and the penalty's exact energy.

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from holdfast.budget import Budget, Controller, Interval, aim, check_reach, parse
+from holdfast.budget import Budget, Controller, Interval, check_reach, parse
 from holdfast.callback import HoldfastCallback, hold
 from holdfast.config import STRENGTHS, TuneOptions
 from holdfast.earlier import Earlier, walk
@@ -78,18 +78,17 @@ class Keeper:
         if not self.ledger.moved:  # a random update's rise is measured from the model that training starts from
             spread = self.ledger.spread(trainer.model, self.update, error=EACH)
             check_reach(spread[0], len(self.ledger.check), self.budget, error=EACH)
-        target = aim(spread[0], len(self.ledger.check), self.budget, error=EACH) if spread else self.budget.nats
         callback = hold(trainer, importance, strength=0.0, layers=layers, anchor=anchor, names=names, offload=offload)
         unit = 1.0 if importance.info.get("estimator") in IN_NATS else self._unit(callback.penalty, spread)
         start = start or (STRENGTHS[str(importance.info["estimator"])] if importance.info.get("estimator") in IN_NATS else None)
         guards = [Rolling(guard.control, trainer.model) for guard in self.ledger.guards]
         offset = self.ledger.offset(trainer.model) if self.ledger.moved else 0.0
-        self.probe = Probe(Controller(target, start, unit), callback.penalty, self.ledger.pieces, every=self.every, count=self.count, guards=guards,
+        self.probe = Probe(Controller(self.budget.nats, start, unit), callback.penalty, self.ledger.pieces, every=self.every, count=self.count, guards=guards,
                            offset=offset)  # fmt: skip
         trainer.callback_handler.callbacks.insert(0, self.probe)
         callback.finishing = functools.partial(self.finish, trainer)
-        logger.info("budget %s (%.4g nats), held at a rise of %.4g: %d control and %d check documents; %d pieces probed every %d steps", self.budget.text,
-                    self.budget.nats, target, len(self.ledger.control), len(self.ledger.check), self.probe.count, self.every)  # fmt: skip
+        logger.info("budget %s (%.4g nats): %d control and %d check documents; %d pieces probed every %d steps", self.budget.text, self.budget.nats,
+                    len(self.ledger.control), len(self.ledger.check), self.probe.count, self.every)  # fmt: skip
         return callback
 
     def _unit(self, penalty: Penalty, spread: tuple[Interval, float] | None) -> float | None:
