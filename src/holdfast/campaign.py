@@ -30,7 +30,7 @@ import yaml
 
 from holdfast.adapter_files import load_tuned
 from holdfast.carving import carve
-from holdfast.compare import CURRENT, choose, ended, progress_line, summarise
+from holdfast.compare import CURRENT, choose, ended, summarise
 from holdfast.config import CompareOptions, ModelOptions, resolve
 from holdfast.experiment import RECORDED, Experiment, Trial, final_trials, identity, record_options, tune_options, validation_trials
 from holdfast.experiment_file import read
@@ -46,6 +46,7 @@ from holdfast.shapes import TRIAL, read_checked
 from holdfast.tasks import load_training_data
 from holdfast.texts import load_documents, templated
 from holdfast.trial import evaluate, run, was_killed
+from holdfast.verdict import progress_line
 from holdfast.weights import unwrapped
 
 logger = logging.getLogger("holdfast")

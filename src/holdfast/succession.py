@@ -140,7 +140,7 @@ def _planned(options: TuneOptions) -> Plan:
         for name in ("run.json", "steps", "data", "final", "importance.safetensors", INPUTS):
             discard(out / name)
     domains = named(options, out, taken=[domain.name for domain in before])
-    _check_rows(options, (*before, *domains), out)
+    _check_rows(options, before, domains, out)
     write_text(out / "config.yaml", yaml.safe_dump(as_dict(options), sort_keys=False))
     if options.importance:
         options = replace(options, importance=str(importance_path(options.importance)))
@@ -170,13 +170,14 @@ def _check(options: TuneOptions) -> None:
         raise OptionError(f"--eval-data is given for each --data in its order: expected {len(several(options.data))} of it, found {len(given)}")
 
 
-def _check_rows(options: TuneOptions, domains: tuple[Domain, ...], out: Path) -> None:
+def _check_rows(options: TuneOptions, before: tuple[Domain, ...], domains: tuple[Domain, ...], out: Path) -> None:
     """Refuse data that is not what an interrupted run was started with, and with a budget held-out rows that are too few to show it."""
-    held = [load_training_data(domain.held, split=domain.held_split, limit=options.limit) for domain in domains]
+    every = (*before, *domains)
+    held = [load_training_data(domain.held, split=domain.held_split, limit=options.limit) for domain in every]
     if options.budget:
-        for domain, rows in zip(domains[:-1], held, strict=False):
+        for domain, rows in zip(every[:-1], held, strict=False):
             check_held(domain.name, len({row_text(row) for row in rows}))
-    given = {f"held-out rows of {domain.name}": fingerprint_rows(list(rows)) for domain, rows in zip(domains, held, strict=True)}
+    given = {f"held-out rows of {domain.name}": fingerprint_rows(list(rows)) for domain, rows in zip(every, held, strict=True)}
     given |= {f"rows of {domain.name}": fingerprint_rows(list(load_training_data(domain.train, split=domain.split or options.data_split)))
               for domain in domains}  # fmt: skip
     if options.general and options.general != "self":
