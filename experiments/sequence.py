@@ -103,7 +103,8 @@ def write_page(out: Path) -> None:
     for path in sorted((out / "runs").glob("*/*/run.json")):
         found = read_json(path)["sequence"]
         steps = [{"domain": step["domain"].removesuffix("_train"), "verdict": step["verdict"], "seconds": step["train_seconds"],
-                  "budget": promise(step["budget"]), "consolidated": step["consolidated"] and step["consolidated"][-1]["error"]} for step in found["steps"]]  # fmt: skip
+                  "consolidated": step["consolidated"] and step["consolidated"][-1]["error"], "budget": promise(step["budget"])}
+                 for step in found["steps"]]  # fmt: skip
         named = [domain.removesuffix("_train") for domain in found["domains"]]
         kept[f"{path.parent.parent.name}/{path.parent.name}"] = {**{key: found[key] for key in NUMBERS}, "domains": named, "steps": steps}
     write_text(here / "sequence.json", json.dumps(kept, separators=(",", ":")) + "\n")
