@@ -64,6 +64,8 @@ def main() -> None:
     if given.page:
         write_page(given.out)
         return
+    if given.importance is None:
+        parser.error("an importance file is needed, recorded on frontier.py's general text (budget.py makes one)")
     data = domains(given.shared / "data", given.out / "data")
     for seed in given.seeds:
         for arm in given.arms.split(","):
@@ -128,6 +130,7 @@ def page(kept: dict[str, dict[str, Any]]) -> str:
              "[docs/sequences.md](../docs/sequences.md)."]  # fmt: skip
     for order in dict.fromkeys(name.partition("/")[0] for name in kept):
         runs: dict[str, list[dict[str, Any]]] = {}
+        budgets = {name.rpartition("-")[2]: one for name, one in kept.items() if name.startswith(f"{order}/budget-")}
         for name, found in kept.items():
             if name.startswith(f"{order}/"):
                 runs.setdefault(name.partition("/")[2].rpartition("-")[0], []).append(found)
@@ -141,14 +144,14 @@ def page(kept: dict[str, dict[str, Any]]) -> str:
         if scored:
             ends = [[arm, *(mean([one["accuracy"][-1][j] for one in found]) for j in range(len(scored)))] for arm, found in runs.items()]
             lines += ["", *rows(["accuracy in the end", *scored], ends)]
-        if promised := [(seed, step) for seed, one in enumerate(runs.get("budget", ()), 1) for step in one["steps"]]:
+        if promised := [(seed, step) for seed, one in budgets.items() for step in one["steps"]]:
             lines += [
                 "",
                 "What the budget allowed by the end of each step, and on the check parts the rise of each source with the upper end of its interval:",
                 "",
             ]
             lines += rows(["seed", "step", "verdict", "allowed", "share kept", "learned", "rise of each source (at most)"],
-                          [[str(seed), step["domain"], step["verdict"], *kept_to(step["budget"])] for seed, step in promised])  # fmt: skip
+                          [[seed, step["domain"], step["verdict"], *kept_to(step["budget"])] for seed, step in promised])  # fmt: skip
     return "\n".join(lines) + "\n"
 
 

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from conftest import PLAIN
 from holdfast import campaign, sequence, texts, trial
@@ -26,6 +27,7 @@ from holdfast.lock import only_writer
 from holdfast.models import load_model, load_tokenizer
 from holdfast.options import OptionError
 from holdfast.tasks import load_task
+from holdfast.weights import add_adapter
 
 WORDS = "the cat sat on mat and dog then too yes no one two three".split()  # noqa: SIM905
 
@@ -272,6 +274,35 @@ def test_updates_that_are_not_loras_are_scaled_too(experiment, tmp_path, method)
     assert learned[1.0] != 0
 
 
+def test_what_is_answered_is_of_the_chosen_settings(experiment, tmp_path, monkeypatch):
+    """Also where nothing is tested."""
+    loaded, original = [], campaign.load_tuned
+
+    def noted(options, folder, **more):
+        loaded.append(Path(folder).parent.name)
+        return original(options, folder, **more)
+
+    monkeypatch.setattr(campaign, "load_tuned", noted)
+    for part in ("validation", "both"):
+        loaded.clear()
+        assert run(experiment(), tmp_path / "out", "--part", part) == 0
+        runs = json.loads((tmp_path / "out" / "compare.json").read_text())["runs"]
+        wanted = {r["id"] for r in runs if r["chosen"] and r["part"] == ("test" if part == "both" else "validation")}
+        assert len(loaded) == 2 and set(loaded) <= wanted
+
+
+def test_updates_on_a_quantised_base_that_are_not_loras_are_measured_whole(model_folder, tmp_path, monkeypatch):
+    """By the adapter itself: the weights are codes, of which there are no differences."""
+    given = {"model": str(model_folder), "data": "d", "out": "o"}
+    quantised = resolve(TuneOptions, {**given, "quantize": "4bit", "method": "oft"}, TUNE_PRESETS)
+    live = torch.nn.Linear(2, 2)
+    monkeypatch.setattr(trial, "load_tuned", lambda *arguments, **more: live)
+    assert list(trial._scaled(quantised, tmp_path, [0.5])) == [(1.0, live)]
+    lora = add_adapter(load_model(resolve(TuneOptions, given, TUNE_PRESETS)), names="all-linear", rank=2, alpha=4.0)
+    monkeypatch.setattr(trial, "load_tuned", lambda *arguments, **more: lora)
+    assert [scale for scale, _ in trial._scaled(quantised, tmp_path, [0.5, 0.25])] == [1.0, 0.5, 0.25]
+
+
 def test_methods_may_share_a_run_and_be_renamed(experiment, tmp_path, monkeypatch):
     """What a run is decides its address, not what it is called."""
     out, rates = tmp_path / "out", {"learning_rate": [1e-3, 1e-2]}
@@ -286,6 +317,7 @@ def test_methods_may_share_a_run_and_be_renamed(experiment, tmp_path, monkeypatc
     assert {r["method"] for r in renamed["runs"]} == {"plain", "brother"}
     numbers = lambda found, label: [{**row, "method": None} for row in found["equal_learning"]["domain"]["wide"] if row["method"] == label]
     assert numbers(renamed, "brother") == numbers(summary, "twin")
+    assert renamed["progress"]["done"] == renamed["progress"]["of"] == len({r["id"] for r in renamed["runs"]}) < len(renamed["runs"])
 
 
 def test_until_every_method_is_tested_the_verdict_is_of_the_validation_part(experiment, tmp_path, monkeypatch):
@@ -302,6 +334,22 @@ def test_until_every_method_is_tested_the_verdict_is_of_the_validation_part(expe
     assert [r["method"] for r in summary["runs"] if r["part"] == "test"] == ["plain", "plain"]
     assert {row["part"] for row in summary["equal_learning"]["domain"]["wide"]} == {"validation"} and "not yet tested" in summary["verdict"][0]
     assert summary["progress"] == {**summary["progress"], "done": 6, "of": 8}
+
+
+def test_a_sequence_adds_up_one_kind_of_importance(succession, tmp_path):
+    """Where another recipe was chosen for a later domain, the sum would be of neither."""
+    kinds = {"default": {"batch_size": 8}, "fisher": {"estimator": "fisher", "batch_size": 8}}
+    way = {"domains": ["domain", "second"], "methods": {"holdfast": None}}
+    out, path = tmp_path / "out", succession(importance=kinds, sequences={"way": way})
+    original = sequence.SequenceSpec.settings
+
+    def other(self, label, domain, chosen):
+        return original(self, label, domain, chosen) | ({"importance": "fisher"} if domain == "second" else {})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sequence.SequenceSpec, "settings", other)
+        assert run(path, out) == 0
+    assert "a sequence adds one kind up" in json.loads((out / "compare.json").read_text())["sequences"][0]["error"]
 
 
 def test_a_changed_recipe_leaves_only_its_own_file_in_the_report(experiment, tmp_path):
@@ -328,8 +376,6 @@ def test_answers_to_chats_come_through_the_chat_template(experiment, model_folde
         patch.setattr(campaign, "templated", noted)
         assert run(experiment(domains={"domain": str(chats)}, seeds={"validation": [0], "test": []}), tmp_path / "out") == 0
     assert seen and all(prompt and [turn["role"] for turn in messages] == ["user"] for messages, prompt in seen)
-    answered = {r["settings"]["learning_rate"] for r in json.loads((tmp_path / "out" / "compare.json").read_text())["runs"] if r["chosen"]}
-    assert answered  # and of the chosen settings, where nothing is tested
 
 
 def test_out_of_memory_is_a_result_and_a_failure_is_tried_again(experiment, tmp_path, monkeypatch):
@@ -421,6 +467,8 @@ def test_an_experiment_may_differ_from_another_one(experiment, tmp_path):
     other.write_text("base: experiment.yaml\ntitle: null\nsequences: {way: {domains: [domain, two], methods: {plain: , holdfast: }}}\n"
                      "domains: {two: second.jsonl}\n")  # fmt: skip
     assert list(read(other).sequences["way"].methods) == ["plain", "holdfast"]  # null removes what is there, and means no options where nothing is
+    other.write_text("base: experiment.yaml\nmethods: {hodlfast: null}\ntraining: {warmup: null}\n")
+    assert list(read(other).methods) == ["plain", "holdfast"] and "warmup" not in read(other).training  # nothing to remove
     other.write_text("base: other.yaml\n")
     with pytest.raises(OptionError, match="leads back to itself"):
         read(other)

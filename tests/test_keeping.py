@@ -179,16 +179,21 @@ def test_resuming_with_other_data_is_refused(words, domain, general, tmp_path, c
         raise KeyboardInterrupt
 
     monkeypatch.setattr(training, "train", interrupted)
-    assert run(words, "--budget", "5%", "--eval-data", domain) == 130
-    lines = general.read_text().splitlines()
-    for path, what in ((general, "general text"), (domain, "training data")):
+    held = tmp_path / "held.jsonl"
+    held.write_text(domain.read_text())
+    made = (*words, "--budget", "5%", "--eval-data", held)
+    few = tmp_path / "few.jsonl"
+    few.write_text("\n".join(general.read_text().splitlines()[:6]))
+    assert run(made, "--general", few, "--resume") == 1 and "too short" in capsys.readouterr().err  # nothing was started by that:
+    assert run(made, "--resume") == 130
+    for path, what in ((general, "general text"), (domain, "training data"), (held, "held-out rows")):
         before = path.read_text()
         path.write_text("\n".join(before.splitlines()[:-1]))
-        assert run(words, "--budget", "5%", "--eval-data", domain, "--resume") == 1
-        assert what in (said := capsys.readouterr().err) and "was started with other data" in said
+        assert run(made, "--resume") == 1
+        assert f"was started with other data: changed are the {what};" in capsys.readouterr().err
         path.write_text(before)
     assert run(words, "--budget", "5%", "--resume") == 2  # the share is chosen on --eval-data
-    assert len(lines) == 240 and run(words, "--budget", "5%", "--eval-data", domain, "--resume") == 130
+    assert run(made, "--resume") == 130
 
 
 def test_a_single_held_out_row_is_refused_before_training(words, tmp_path, capsys, monkeypatch):

@@ -8,6 +8,7 @@ import textwrap
 import time
 
 import pytest
+import torch
 
 from holdfast.pool import running, visible
 
@@ -73,3 +74,16 @@ def test_each_process_sees_one_gpu_of_those_that_are_given():
     assert [visible(number, 2, None) for number in range(3)] == ["0", "1", "0"]
     assert [visible(number, 2, "4, 6") for number in range(2)] == ["4", "6"]
     assert visible(1, 1, None) is None and visible(1, 0, "") is None  # nothing to share out
+
+
+def seen(place):
+    place.write_text(f"{os.environ.get('CUDA_VISIBLE_DEVICES')} {torch.cuda.is_initialized()}")
+
+
+@pytest.mark.parametrize(("spread", "expected"), [(True, {"4", "6"}), (False, {"4,6"})])
+def test_a_process_has_its_gpu_before_cuda_is_used(tmp_path, monkeypatch, spread, expected):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    places = [tmp_path / "0", tmp_path / "1"]
+    assert len(list(running(seen, places, 2, killed=print, spread=spread))) == 2
+    assert {place.read_text().split()[0] for place in places} <= expected and all(place.read_text().endswith("False") for place in places)

@@ -335,6 +335,10 @@ def test_what_cannot_be_is_refused_before_anything_is_written(words, domains, im
     fails(1, "expected a finished run of holdfast tune", "--data", domains[0], "--after", tmp_path / "nothing", "--method", "plain")
     with pytest.raises(ValueError, match="tune_in_turn"):
         tune(resolve(TuneOptions, {"model": str(model_folder), "data": domains[:2], "out": str(tmp_path / "bad")}, TUNE_PRESETS))
+    own = Path(importance()).rename(tmp_path / "bad" / "importance.safetensors") if (tmp_path / "bad").is_dir() else None
+    assert own is not None
+    fails(2, "lies where this run writes", *two, "--importance", own, "--overwrite")
+    assert own.exists()
     few = write(tmp_path / "few.jsonl", [{"text": f"{word} dog"} for word in WORDS])
     fails(1, "at least 20 are needed", "--data", few, "--data", domains[0], "--budget", "50%", "--importance", importance())
     fails(1, "at least 20 are needed", *two, "--eval-data", domains[0], "--eval-data", domains[1], "--limit", "12", "--budget", "50%", "--importance",

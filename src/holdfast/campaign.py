@@ -40,7 +40,7 @@ from holdfast.models import context_length, load_model, load_tokenizer
 from holdfast.options import OptionError
 from holdfast.pool import running
 from holdfast.runs import environment, read_json, sha256_file, write_json, write_text
-from holdfast.scoring import check_questions, score_all, score_base
+from holdfast.scoring import check_questions, score_all, score_base, spread
 from holdfast.sequence import Campaign, run_sequences
 from holdfast.shapes import TRIAL, read_checked
 from holdfast.tasks import load_training_data
@@ -52,6 +52,7 @@ from holdfast.weights import unwrapped
 logger = logging.getLogger("holdfast")
 PARTS = ("validation", "test")
 SHARES = {"text": {True: (0.8, 0.2), False: (0.6, 0.2, 0.2)}, "other": {True: (1.0,), False: (0.5, 0.5)}}  # by whether a test file is given
+ENDED = ("done", "out of memory")  # not tried again
 SAMPLES, SAMPLE_TOKENS = 3, 40  # prompts of each domain that are answered in the report
 
 
@@ -69,8 +70,7 @@ def compare(options: CompareOptions) -> dict[str, Any]:
         measure_base(experiment, files, out)
         recipes = record_all(experiment, files, out)
         jobs = [_job(experiment, trial, files, recipes, out) for trial in validation_trials(experiment)]
-        tested = len(experiment.methods) * len(experiment.domains) * len(experiment.seeds.get("test", [])) if options.part != "validation" else 0
-        _run_all(experiment, jobs, options.jobs, out, later=tested)
+        _run_all(experiment, jobs, options.jobs, out, later=0 if options.part == "validation" else _to_test(experiment, out))
         if options.part != "validation" and experiment.seeds.get("test"):
             chosen = choose(experiment, ended(out, _trials(jobs)))
             final = [_job(experiment, trial, files, recipes, out) for trial in final_trials(experiment, chosen)]
@@ -181,7 +181,7 @@ def record_all(experiment: Experiment, files: dict[str, str], out: Path) -> dict
         if not info.exists():
             write_json(info, _described(Importance.load(path), label, path))
         found[label] = {"mark": mark, "path": str(path), "bytes": path.stat().st_size}
-    if found:
+    if (out / "importance").is_dir():
         write_json(out / "importance" / CURRENT, {label: Path(str(one["path"])).with_suffix(".json").name for label, one in found.items()})
     return found
 
@@ -215,7 +215,14 @@ def _job(experiment: Experiment, trial: Trial, files: dict[str, str], recipes: d
 
 def _finished(job: dict[str, Any]) -> bool:
     path = job["folder"] / "run.json"
-    return path.exists() and read_checked(path, TRIAL).get("status") in ("done", "out of memory")
+    return path.exists() and read_checked(path, TRIAL).get("status") in ENDED
+
+
+def _to_test(experiment: Experiment, out: Path) -> int:
+    """How many runs on the test part are still to come, before it is known which settings they have."""
+    every = len(experiment.methods) * len(experiment.domains) * len(experiment.seeds.get("test", []))
+    ended = [read_json(path) for path in out.glob("runs/*/run.json")]
+    return max(0, every - sum(run["part"] == "test" and run["status"] in ENDED for run in ended))
 
 
 def _trials(jobs: Iterable[dict[str, Any]]) -> list[tuple[str, Trial]]:
@@ -227,7 +234,7 @@ def _run_all(experiment: Experiment, jobs: list[dict[str, Any]], processes: int,
     waiting = {job["id"]: job for job in jobs if not _finished(job)}  # two settings may be the same run
     every = _trials((*before, *jobs))
     started = time.perf_counter()
-    for done, job in enumerate(running(run, list(waiting.values()), processes, killed=was_killed), 1):
+    for done, job in enumerate(running(run, list(waiting.values()), processes, killed=was_killed, spread=spread(experiment)), 1):
         summary = summarise(out, every, pending=len(waiting) - done + later)
         seconds = (time.perf_counter() - started) / done * (len(waiting) - done + later)
         result = read_json(job["folder"] / "run.json")

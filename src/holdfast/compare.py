@@ -95,6 +95,7 @@ def summarise(out: Path, trials: Sequence[tuple[str, Trial]], *, pending: int = 
     experiment = read_experiment_back(out)
     base = read_json(out / "base.json")
     runs = ended(out, trials)
+    own = list({run["id"]: run for run in runs}.values())  # methods may share a run
     chosen = choose(experiment, runs)
     accuracy = read_json(out / "accuracy.json") if (out / "accuracy.json").exists() else None
     for run in runs:
@@ -107,8 +108,8 @@ def summarise(out: Path, trials: Sequence[tuple[str, Trial]], *, pending: int = 
         "environment": base["environment"], "experiment": (out / "experiment.yaml").read_text(encoding="utf-8"),
         "settings": {**{key: experiment.training.get(key) for key in ("max_steps", "batch_size", "length")}, "seeds": experiment.seeds,
                      "shares": list(experiment.shares), "scales": [*experiment.scales, 1.0], "trials": experiment.trials},
-        "progress": {"done": sum(run["status"] == "done" for run in runs), "of": len(runs) + pending,
-                     "failed": sum(run["status"] != "done" for run in runs), "seconds": sum(run.get("wall_seconds") or 0.0 for run in runs)},
+        "progress": {"done": sum(run["status"] == "done" for run in own), "of": len(own) + pending,
+                     "failed": sum(run["status"] != "done" for run in own), "seconds": sum(run.get("wall_seconds") or 0.0 for run in own)},
         "reference": experiment.reference, "texts": _texts(experiment, base),
         "domains": _domains(experiment, base, accuracy), "methods": _methods(experiment, chosen), "runs": runs,
         "frontier": {}, "equal_learning": {}, "noise": {}, "differences": [],

@@ -83,13 +83,14 @@ def _with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     return _merged(_with_base(path.parent / str(base), (*above, path.resolve())), given) if base else given
 
 
-def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def _merged(below: dict[str, Any], above: dict[str, Any], where: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Null removes a key; a method of a sequence that is not there yet is one without options of its own."""
     merged = dict(below)
     for key, value in above.items():
-        if value is None and key in merged:
-            del merged[key]
+        if value is None and (key in merged or len(where) != 3 or where[::2] != ("sequences", "methods")):
+            merged.pop(key, None)
         elif isinstance(value, dict) and isinstance(merged.get(key), dict):
-            merged[key] = _merged(merged[key], value)
+            merged[key] = _merged(merged[key], value, (*where, key))
         else:
             merged[key] = value
     return merged

@@ -83,12 +83,12 @@ def difference(a: dict[str, Any], b: dict[str, Any], noise: float | None) -> dic
     gap = a["forgetting"] - b["forgetting"]
     errors = [a["standard_error"], b["standard_error"]]
     error = math.sqrt(sum(e * e for e in errors)) if None not in errors else None
-    bound = _width(a, b) if error is not None else None if noise is None else 2 * noise
+    bound = _half_width(a, b) if error is not None else None if noise is None else 2 * noise
     ratio = a["forgetting"] / b["forgetting"] if b["forgetting"] > 0 else None
     return {"difference": gap, "standard_error": error, "ratio": ratio, "beyond_noise": None if bound is None else abs(gap) > bound}
 
 
-def _width(a: dict[str, Any], b: dict[str, Any]) -> float:
+def _half_width(a: dict[str, Any], b: dict[str, Any]) -> float:
     """Half of Welch's 95 % interval of a difference of means over seeds."""
     parts = [(row["standard_error"] ** 2, row["seeds"] - 1) for row in (a, b)]
     square = sum(part for part, _ in parts)

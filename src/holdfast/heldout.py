@@ -45,7 +45,7 @@ def named(options: TuneOptions, out: Path, *, taken: Sequence[str] = ()) -> tupl
         name = _free(_short(spec), used)
         used.append(name)
         if given:
-            found.append(Domain(name, spec, given[number - 1], options.eval_split, options.data_split))
+            found.append(Domain(name, spec, given[number - 1], held_split=options.eval_split, split=options.data_split))
         else:
             found.append(Domain(name, *_parted(spec, options.data_split, out / "data" / f"{number}-{name}")))
     return tuple(found)
@@ -70,10 +70,10 @@ def earlier_of(options: TuneOptions) -> tuple[tuple[Domain, ...], str, str | Non
     if "sequence" in run:
         domains = tuple(Domain(**one) for one in run["sequence"]["held"].values())
     elif then["eval_data"]:
-        domains = (Domain(_short(then["data"]), then["data"], then["eval_data"], then["eval_split"], then["data_split"]),)
+        domains = (Domain(_short(then["data"]), then["data"], then["eval_data"], held_split=then["eval_split"], split=then["data_split"]),)
     else:
         logger.warning("%s had no --eval-data: its domain is measured and held on rows that it was trained on", folder)
-        domains = (Domain(_short(then["data"]), then["data"], then["data"], then["data_split"], then["data_split"]),)
+        domains = (Domain(_short(then["data"]), then["data"], then["data"], held_split=then["data_split"], split=then["data_split"]),)
     file = folder / "importance.safetensors"  # of a sequence; what else is called so in the folder of a single run, an earlier one left
     return domains, str(folder / "final"), str(file) if "sequence" in run and file.is_file() else then["importance"]
 

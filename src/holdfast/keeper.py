@@ -144,12 +144,7 @@ def on_earlier(options: TuneOptions, earlier: Earlier, model: nn.Module, tokeniz
 
 def trained_on(documents: Sequence[Document], data: Any) -> Overlap:
     """Which general documents are in the rows that are trained on."""
-    return overlap([_said(document) for document in documents], [row_text(row) for row in data])
-
-
-def _said(document: Document) -> str:
-    """The words of a document, as `row_text` has those of a row that is trained on."""
-    return document.text if document.text is not None else row_text({"messages": document.messages})
+    return overlap([row_text(asdict(document)) for document in documents], [row_text(row) for row in data])
 
 
 def _documents(options: TuneOptions) -> list[Document]:
@@ -171,7 +166,7 @@ def of_trainer(trainer: Any, budget: str, general: str, names: str | None) -> Ke
     steps = args.max_steps if args.max_steps > 0 else math.ceil(len(trainer.train_dataset) * args.num_train_epochs / per_step)
     length = sum(len(ids) for ids, _ in rows) / len(rows) if rows else PIECE  # of rows in another form nothing is known
     documents = load_documents(general)
-    shared = overlap([_said(document) for document in documents], tokenizer.batch_decode([ids for ids, _ in rows], skip_special_tokens=True))
+    shared = overlap([row_text(asdict(document)) for document in documents], tokenizer.batch_decode([ids for ids, _ in rows], skip_special_tokens=True))
     held = _token_rows(trainer.eval_dataset) or rows
     training, update = trainer.model.training, Update(trainer.model, names=names)
     try:
@@ -203,9 +198,13 @@ def _token_rows(data: Any) -> list[Encoded]:
     return rows
 
 
+def hash_of_general(options: TuneOptions) -> str:
+    return fingerprint_rows([asdict(document) for document in _documents(options)])
+
+
 def hashes(options: TuneOptions) -> dict[str, str]:
     """sha256 of the general text that a budget is kept on and of the rows that learning is measured by: a resumed run needs the same."""
-    found = {"general text": fingerprint_rows([asdict(document) for document in _documents(options)])}
+    found = {"general text": hash_of_general(options)}
     if options.eval_data:
         held = load_training_data(options.eval_data, split=options.eval_split, limit=options.limit)
         found["held-out rows"] = fingerprint_rows(list(held))

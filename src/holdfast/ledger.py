@@ -156,8 +156,9 @@ def open_ledger(model: nn.Module, tokenizer: Any, documents: Sequence[Document],
 
 def guard_of(model: nn.Module, name: str, encoded: list[Encoded], window: int) -> Guard:
     """Held-out rows of a domain, split by their content and measured now. Raises ValueError where there are too few."""
-    control, check = split([str(ids) for ids, _ in encoded], [name] * len(encoded))
-    check_held(name, 2 * min(len(control), len(check)))
+    contents = [str(ids) for ids, _ in encoded]
+    check_held(name, len(set(contents)))
+    control, check = split(contents, [name] * len(encoded))
     parts = [measured(model, [encoded[i] for i in side], [name] * len(side), window) for side in (control, check)]
     return Guard(name, *parts)
 

@@ -117,9 +117,8 @@ def as_dict(options: Any) -> dict[str, Any]:
 
 
 def parse_rule(rule: str) -> tuple[float, float]:
-    """'sum' -> (1, 1), 'decay:0.9' -> (0.9, 0.1), 'none' -> (1, 0): factors of the importance so far and that of the last domain.
-
-    What they mean: importance/consolidation.py. Raises OptionError."""
+    """'sum' -> (1, 1), 'decay:0.9' -> (0.9, 0.1), 'none' -> (1, 0): factors of the importance so far and of that of the last domain
+    (importance/consolidation.py). Raises OptionError."""
     if rule in ("sum", "none"):
         return 1.0, float(rule == "sum")
     match = re.fullmatch(r"decay:(0?\.\d+)", rule)

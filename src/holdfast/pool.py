@@ -23,8 +23,9 @@ import torch
 Job = TypeVar("Job")
 
 
-def running(run: Callable[[Job], None], jobs: Sequence[Job], processes: int, *, killed: Callable[[Job], None]) -> Iterator[Job]:
-    """Each job once it is done; `killed` is told of one whose process was killed. With one process, `run` is called here."""
+def running(run: Callable[[Job], None], jobs: Sequence[Job], processes: int, *, killed: Callable[[Job], None], spread: bool = True) -> Iterator[Job]:
+    """Each job once it is done; `killed` is told of one whose process was killed. With one process, `run` is called here. `spread`: each process sees a GPU
+    of its own, where there are several."""
     if processes <= 1:
         for job in jobs:
             run(job)
@@ -39,7 +40,7 @@ def running(run: Callable[[Job], None], jobs: Sequence[Job], processes: int, *, 
 
     try:
         for number in range(min(processes, len(jobs))):
-            workers[number] = _worker(number)
+            workers[number] = _worker(number, spread=spread)
             give(number)
         while pending:
             for future in wait(pending, return_when=FIRST_COMPLETED).done:
@@ -49,7 +50,7 @@ def running(run: Callable[[Job], None], jobs: Sequence[Job], processes: int, *, 
                 except BrokenProcessPool:
                     killed(job)
                     workers[number].shutdown()
-                    workers[number] = _worker(number)
+                    workers[number] = _worker(number, spread=spread)
                 give(number)
                 yield job
     finally:
@@ -57,8 +58,8 @@ def running(run: Callable[[Job], None], jobs: Sequence[Job], processes: int, *, 
             worker.shutdown(wait=True, cancel_futures=True)
 
 
-def _worker(number: int) -> ProcessPoolExecutor:
-    gpu = visible(number, torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+def _worker(number: int, *, spread: bool) -> ProcessPoolExecutor:
+    gpu = None if not spread else visible(number, torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES"))
     return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=_started, initargs=(gpu,))
 
 

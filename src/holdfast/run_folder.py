@@ -15,7 +15,7 @@ from pathlib import Path
 from holdfast import distributed
 from holdfast.config import TuneOptions
 from holdfast.options import OptionError, as_dict, read_yaml
-from holdfast.runs import discard, read_json, write_json
+from holdfast.runs import discard, read_json
 
 INPUTS = "inputs.json"  # what the data of a run were when it was started: name -> sha256 of the rows
 
@@ -56,16 +56,12 @@ def check_resumed(options: TuneOptions, out: Path, *, measured: Sequence[str] = 
                           "use the same, or --overwrite without --resume")  # fmt: skip
 
 
-def check_inputs(found: Mapping[str, str], out: Path, *, resume: bool) -> None:
-    """Note the hashes of a run's data in its folder; of a resumed run, raise ValueError where they are not those that it was started with."""
-    path = out / INPUTS
-    if resume and path.is_file():
-        then = read_json(path)
-        changed = sorted(name for name, digest in found.items() if then.get(name, digest) != digest)
-        if changed:
-            raise ValueError(f"'{out}' was started with other data: changed are the {', the '.join(changed)}; give the same, or start again with --overwrite")
-    elif distributed.first():
-        write_json(path, dict(found))
+def check_inputs(found: Mapping[str, str], out: Path) -> None:
+    """Raise ValueError where the hashes of the data of a resumed run are not those that it was started with (INPUTS, written beside config.yaml)."""
+    then = read_json(out / INPUTS) if (out / INPUTS).is_file() else {}
+    changed = sorted(name for name, digest in found.items() if then.get(name, digest) != digest)
+    if changed:
+        raise ValueError(f"'{out}' was started with other data: changed are the {', the '.join(changed)}; give the same, or start again with --overwrite")
 
 
 def last_checkpoint(out: Path) -> str | None:

@@ -50,7 +50,7 @@ def score_all(experiment: Experiment, jobs: Sequence[Mapping[str, Any]], out: Pa
         return
     score_base(experiment, out)
     waiting = []
-    for job in jobs:
+    for job in {job["id"]: job for job in jobs}.values():  # methods may share a run
         trial, path = job["trial"], job["folder"] / "accuracy.json"
         wanted = {**({trial.domain: own[trial.domain]} if trial.domain in own else {}), **experiment.tasks}
         if trial.part != "test" or not wanted or read_json(job["folder"] / "run.json")["status"] != "done" or _known(path, experiment, wanted) is not None:
@@ -59,8 +59,13 @@ def score_all(experiment: Experiment, jobs: Sequence[Mapping[str, Any]], out: Pa
             logger.warning("%s on %s, seed %d: its adapter is gone, so its accuracy cannot be measured", trial.method, trial.domain, trial.seed)
             continue
         waiting.append({**job, "wanted": wanted})
-    for done, _ in enumerate(running(_score_run, waiting, processes, killed=_was_killed), 1):
+    for done, _ in enumerate(running(_score_run, waiting, processes, killed=_was_killed, spread=spread(experiment)), 1):
         logger.info("accuracy of %d of %d runs", done, len(waiting))
+
+
+def spread(experiment: Experiment) -> bool:
+    """Whether each process may have a GPU of its own: not where the experiment names one."""
+    return ":" not in str(experiment.model.get("device") or "")
 
 
 def domain_tasks(experiment: Experiment) -> dict[str, str]:

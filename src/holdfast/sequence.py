@@ -179,7 +179,10 @@ def _held_by(campaign: Campaign, options: TuneOptions, settings: Mapping[str, An
     """The importance file of a step: that of the step before, consolidated with the domain that was learned in it."""
     from holdfast.domain_importance import consolidate
 
-    before = last / "importance.safetensors"
+    before, recipe = last / "importance.safetensors", read_json(last / "step.json")["settings"].get("importance")
+    if recipe != settings["importance"]:
+        raise ValueError(f"the importance chosen is '{settings['importance']}' after '{recipe}' for the domain before: a sequence adds one kind up; lay "
+                         "`importance` over the method in `sequences`")  # fmt: skip
     so_far = str(before) if before.exists() else campaign.recipes[str(settings["importance"])]["path"]
     learned = campaign.files[f"domain/{last.name.partition('-')[2]}/train"]
     held_by = consolidate(so_far, learned, None, lambda: load_model(options), options, folder / "importance.safetensors", saved=True)

@@ -34,7 +34,7 @@ from holdfast.evaluation import changes
 from holdfast.heldout import Domain, earlier_of, named
 from holdfast.hub import importance_path, ready
 from holdfast.importance.container import Importance
-from holdfast.keeper import check_budget
+from holdfast.keeper import check_budget, hash_of_general
 from holdfast.ledger import check_held
 from holdfast.lock import only_writer
 from holdfast.matrix import lines, measured, sequence_of
@@ -45,10 +45,11 @@ from holdfast.run_folder import INPUTS, check_inputs, check_resumed
 from holdfast.runs import atomic_path, discard, environment, read_json, sha256_file, write_json, write_text
 from holdfast.stacking import stack
 from holdfast.tasks import find_task, load_training_data, row_text
-from holdfast.texts import fingerprint_rows, load_documents
+from holdfast.texts import fingerprint_rows
 from holdfast.training import push_result, tune
 
 logger = logging.getLogger("holdfast")
+IMPORTANCE = "importance.safetensors"  # in --out
 MEASURED = ("general", "general_split", "text_column", "eval_data", "eval_split", "tasks", "limit")  # what is measured already must not be measured otherwise
 
 
@@ -131,16 +132,19 @@ def _planned(options: TuneOptions) -> Plan:
             logger.warning("%s was tuned without importance, and none is given: nothing but a budget holds it; --importance FILE does", options.after)
             options = replace(options, method="plain")
     _check(options)
+    if options.importance and Path(options.importance).resolve() == (out / IMPORTANCE).resolve():
+        raise OptionError(f"--importance '{options.importance}' lies where this run writes what its last step was held by; copy it to another place")
     if options.resume:
         check_resumed(options, out, measured=MEASURED)
     elif (out / "config.yaml").exists():
         if not options.overwrite:
             raise ValueError(f"'{out}' holds {'a finished run' if (out / 'run.json').exists() else 'an unfinished run; go on with --resume'}; "
                              "give another --out, or --overwrite")  # fmt: skip
-        for name in ("run.json", "steps", "data", "final", "importance.safetensors", INPUTS):
+        for name in ("run.json", "steps", "data", "final", IMPORTANCE, INPUTS):
             discard(out / name)
     domains = named(options, out, taken=[domain.name for domain in before])
-    _check_rows(options, before, domains, out)
+    given = _check_rows(options, before, domains, out)
+    write_json(out / INPUTS, given)
     write_text(out / "config.yaml", yaml.safe_dump(as_dict(options), sort_keys=False))
     if options.importance:
         options = replace(options, importance=str(importance_path(options.importance)))
@@ -170,8 +174,8 @@ def _check(options: TuneOptions) -> None:
         raise OptionError(f"--eval-data is given for each --data in its order: expected {len(several(options.data))} of it, found {len(given)}")
 
 
-def _check_rows(options: TuneOptions, before: tuple[Domain, ...], domains: tuple[Domain, ...], out: Path) -> None:
-    """Refuse data that is not what an interrupted run was started with, and with a budget held-out rows that are too few to show it."""
+def _check_rows(options: TuneOptions, before: tuple[Domain, ...], domains: tuple[Domain, ...], out: Path) -> dict[str, str]:
+    """Hashes of the data. Raises ValueError where it is not what an interrupted run was started with, and with a budget for too few held-out rows."""
     every = (*before, *domains)
     held = [load_training_data(domain.held, split=domain.held_split, limit=options.limit) for domain in every]
     if options.budget:
@@ -181,9 +185,10 @@ def _check_rows(options: TuneOptions, before: tuple[Domain, ...], domains: tuple
     given |= {f"rows of {domain.name}": fingerprint_rows(list(load_training_data(domain.train, split=domain.split or options.data_split)))
               for domain in domains}  # fmt: skip
     if options.general and options.general != "self":
-        documents = load_documents(options.general, column=options.text_column, split=options.general_split, limit=options.limit)
-        given["general text"] = fingerprint_rows([dataclasses.asdict(document) for document in documents])
-    check_inputs(given, out, resume=options.resume)
+        given["general text"] = hash_of_general(options)
+    if options.resume:
+        check_inputs(given, out)
+    return given
 
 
 def _adapters(plan: Plan, steps: int) -> list[str]:
@@ -215,7 +220,7 @@ def _importance(plan: Plan, number: int) -> str | None:
     so_far = plan.options.importance if number == 1 else _importance(plan, number - 1)
     if so_far is None or (number == 1 and not plan.start):
         return so_far
-    path = plan.step(row) / "importance.safetensors"
+    path = plan.step(row) / IMPORTANCE
     if path.exists():
         return str(path)
     options, domain = plan.options, plan.all[len(plan.before) + number - 2]
@@ -268,7 +273,7 @@ def _finish(plan: Plan, run: dict[str, Any]) -> None:
         run["sequence"]["refactored"] = {"rank": rank, "error": error, "losses": losses, "general_nats": (smaller["general"] or {}).get("nats")}
     held_by = run["sequence"]["steps"][-1]["importance"]
     if held_by is not None:
-        with atomic_path(plan.out / "importance.safetensors") as temporary:
+        with atomic_path(plan.out / IMPORTANCE) as temporary:
             shutil.copyfile(held_by["file"], temporary)
     write_json(plan.out / "run.json", run)
 
@@ -276,5 +281,5 @@ def _finish(plan: Plan, run: dict[str, Any]) -> None:
 def _clear(plan: Plan) -> None:
     """Away with what only an unfinished run needs."""
     for row in range(plan.first + 1, plan.first + len(plan.domains) + 1):
-        for name in ("final", "unscaled", "checkpoints", "importance.safetensors", "domain.safetensors", *(() if plan.options.keep_all else ("adapter",))):
+        for name in ("final", "unscaled", "checkpoints", IMPORTANCE, "domain.safetensors", *(() if plan.options.keep_all else ("adapter",))):
             discard(plan.step(row) / name)

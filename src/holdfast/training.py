@@ -47,7 +47,7 @@ from holdfast.moved import moved
 from holdfast.options import OptionError, as_dict, several
 from holdfast.penalty.pull import check_fit, implementation
 from holdfast.reading import FileError
-from holdfast.run_folder import check_folder, check_inputs, last_checkpoint
+from holdfast.run_folder import INPUTS, check_folder, check_inputs, last_checkpoint
 from holdfast.runs import check_free_space, check_output_folder, discard, environment, sha256_file, write_json, write_text
 from holdfast.tasks import encode_rows, load_training_data, truncation_report
 from holdfast.texts import fingerprint_rows
@@ -96,7 +96,9 @@ def _tuned(
 
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=options.gradient_checkpointing)
     digest = fingerprint_rows(list(data))
-    check_inputs({"training data": digest} | (hashes(options) if options.budget else {}), out, resume=options.resume)
+    given = {"training data": digest} | (hashes(options) if options.budget else {})
+    if options.resume:
+        check_inputs(given, out)
     encoded = _encoded(options, data, tokenizer, model)
     held = load_training_data(options.eval_data, split=options.eval_split, limit=options.limit) if options.eval_steps and options.eval_data else None
     wanted: dict[str, Any] = dict(general=options.general, data=options.eval_data, tasks=options.tasks, text_column=options.text_column,
@@ -126,6 +128,7 @@ def _tuned(
     if distributed.first():
         if not options.resume:
             discard(out / "run.json")  # of the run that is overwritten: it must not stand for this one
+        write_json(out / INPUTS, given)
         write_text(out / "config.yaml", yaml.safe_dump(as_dict(options), sort_keys=False))
     started = time.perf_counter()
     train(trainer, last_checkpoint(out) if options.resume else None)

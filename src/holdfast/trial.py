@@ -101,11 +101,15 @@ def _trained(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _scaled(options: TuneOptions, adapter: Path, scales: Iterable[float]) -> Iterator[tuple[float, nn.Module]]:
-    """The base with the finished update at 1 and at each smaller scale: a LoRA update by its scaling, any other by the difference of the weights."""
+    """The base with the finished update at 1 and at each smaller scale: a LoRA update by its scaling, any other by the difference of the weights; on a
+    quantised base, whose weights are codes, such an update at 1 alone."""
     tuned = load_tuned(options, adapter, full=options.full)
+    if options.quantize != "none" and not has_lora(tuned):
+        yield 1.0, tuned
+        return
     if options.full or not has_lora(tuned):
-        whole, base = dict((tuned if options.full else tuned.merge_and_unload()).named_parameters()), load_model(options)
-        moved = [(p, whole[name].detach().clone(), whole[name].detach() - p.detach()) for name, p in base.named_parameters()]
+        ends, base = dict((tuned if options.full else tuned.merge_and_unload()).named_parameters()), load_model(options)
+        moved = [(p, ends[name].detach().clone(), ends[name].detach() - p.detach()) for name, p in base.named_parameters()]
         for scale in (1.0, *sorted(scales, reverse=True)):
             with torch.no_grad():
                 for p, whole, U in moved:

@@ -32,7 +32,7 @@ def verdict(experiment: Experiment, summary: dict[str, Any]) -> list[str]:
             times = "" if gap["ratio"] is None else f"{gap['ratio']:.2f}x, "  # none where plain forgets nothing
             text += f"; {experiment.reference} scaled back forgets {_nats(plain)} ({times}{noise})"
         lines.append(text + ("" if best["part"] == "test" else " (validation part, not yet tested)") + ".")
-        lines += _next(domain, reached, summary["noise"][domain]["forgetting"].get(experiment.recorded))
+        lines += _next(domain, [row for row in reached if row is best or row is not plain], summary["noise"][domain]["forgetting"].get(experiment.recorded))
         missed = [row["method"] for row in rows if row["forgetting"] is None and row["seeds"]]
         if missed:
             lines.append(f"{domain}: {', '.join(missed)} did not reach that learning in every seed.")

@@ -27,7 +27,7 @@ def markdown(contents: Contents) -> str:
                   "shares are of what plain fine-tuning learns.", "", table(tables.methods(contents, domain, str(text))), ""]  # fmt: skip
         for other in [str(other["name"]) for other in contents["texts"] if other["name"] != text]:
             if (found := tables.equal(contents, domain, other)).rows:
-                lines += [f"The same on {plain(other)}, of which nothing was recorded or replayed:", "", table(found), ""]
+                lines += [f"The same on {plain(other)}, which importance was not recorded on:", "", table(found), ""]
     for name, found in tables.sequence_summary(contents):
         lines += [f"### {plain(name)}, one domain after another", "", "Losses in nats per token, mean over seeds ± standard error; backward transfer is what "
                   "later domains did to earlier ones (negative: forgotten).", "", table(found), ""]  # fmt: skip
