@@ -13,7 +13,8 @@ characters of 200 test documents. Arms:
     sum        the importance of each domain is added
     decay      running average, 0.9 of what was so far
     kl         no importance; divergence from the model before the step on two general sequences per optimizer step
-    budget     sum, with --budget 2%: general text and every earlier domain
+    budget-2   sum, with --budget 2%: general text and every earlier domain; a text that cannot show a third of it is refused, which is a result
+    budget-5   the same with 5%
 
 The importance file is the default recipe's, recorded on frontier.py's general text (budget.py makes it). An interrupted run goes on where it was. Five to six
 minutes a run on one core, with a budget twelve.
@@ -31,7 +32,7 @@ from typing import Any
 from frontier import prepare
 
 from holdfast.config import TUNE_PRESETS, TuneOptions, resolve
-from holdfast.runs import read_json, write_text
+from holdfast.runs import read_json, write_json, write_text
 from holdfast.succession import tune_in_turn
 
 SEEDS = (1, 2, 3)
@@ -43,9 +44,11 @@ ARMS: dict[str, dict[str, Any]] = {  # importance and replay are filled in
     "sum": dict(importance=None, consolidate="sum"),
     "decay": dict(importance=None, consolidate="decay:0.9"),
     "kl": dict(method="kl", replay=None, kl_weight=1.0),
-    "budget": dict(importance=None, consolidate="sum", budget="2%"),
+    "budget-2": dict(importance=None, consolidate="sum", budget="2%"),
+    "budget-5": dict(importance=None, consolidate="sum", budget="5%"),
 }
 PIQA_ROWS = 2000
+REFUSED = "refused.json"
 NUMBERS = ("matrix", "average", "backward_transfer", "forward_transfer", "accuracy_domains", "accuracy", "accuracy_transfer", "general")  # that are kept
 
 
@@ -87,7 +90,7 @@ def run(given: argparse.Namespace, data: dict[str, str], arm: str, seed: int) ->
     """One sequence; skipped where it is finished, gone on with where it was begun."""
     order = given.order.split(",")
     out = given.out / "runs" / ("-".join(order)) / f"{arm}-{seed}"
-    if (out / "run.json").exists():
+    if (out / "run.json").exists() or (out / REFUSED).exists():
         return
     filled = {"importance": str(given.importance), "replay": data["general_record"]}
     settings = {key: filled.get(key) if value is None else value for key, value in ARMS[arm].items()}
@@ -95,13 +98,20 @@ def run(given: argparse.Namespace, data: dict[str, str], arm: str, seed: int) ->
                "model": str(given.shared / "models/lab-english-5m"), "seed": seed, "out": str(out),
                "data": [data[f"{name}_train"] for name in order], "eval_data": [data[f"{name}_test"] for name in order],
                "general": data["general_test"], "resume": (out / "config.yaml").exists()}  # fmt: skip
-    tune_in_turn(resolve(TuneOptions, options, TUNE_PRESETS))
+    try:
+        tune_in_turn(resolve(TuneOptions, options, TUNE_PRESETS))
+    except ValueError as error:
+        if "too short to show" not in str(error):
+            raise
+        write_json(out / REFUSED, {"refused": str(error)})
 
 
 def write_page(out: Path) -> None:
     """experiments/sequence.json: what each run's run.json says of its sequence, with those of earlier campaigns; experiments/sequence.md: the tables."""
     here = Path(__file__).parent
     kept = read_json(here / "sequence.json") if (here / "sequence.json").exists() else {}
+    for path in sorted((out / "runs").glob(f"*/*/{REFUSED}")):
+        kept[f"{path.parent.parent.name}/{path.parent.name}"] = read_json(path)
     for path in sorted((out / "runs").glob("*/*/run.json")):
         found = read_json(path)["sequence"]
         steps = [{"domain": step["domain"].removesuffix("_train"), "verdict": step["verdict"], "seconds": step["train_seconds"],
@@ -130,9 +140,9 @@ def page(kept: dict[str, dict[str, Any]]) -> str:
              "[docs/sequences.md](../docs/sequences.md)."]  # fmt: skip
     for order in dict.fromkeys(name.partition("/")[0] for name in kept):
         runs: dict[str, list[dict[str, Any]]] = {}
-        budgets = {name.rpartition("-")[2]: one for name, one in kept.items() if name.startswith(f"{order}/budget-")}
+        budgets = {name.partition("/")[2]: one for name, one in kept.items() if name.startswith(f"{order}/budget-")}
         for name, found in kept.items():
-            if name.startswith(f"{order}/"):
+            if name.startswith(f"{order}/") and "refused" not in found:
                 runs.setdefault(name.partition("/")[2].rpartition("-")[0], []).append(found)
         runs = {arm: runs[arm] for arm in ARMS if arm in runs}
         domains = next(iter(runs.values()))[0]["domains"]
@@ -144,15 +154,16 @@ def page(kept: dict[str, dict[str, Any]]) -> str:
         if scored:
             ends = [[arm, *(mean([one["accuracy"][-1][j] for one in found]) for j in range(len(scored)))] for arm, found in runs.items()]
             lines += ["", *rows(["accuracy in the end", *scored], ends)]
-        if promised := [(seed, step) for seed, one in budgets.items() for step in one["steps"]]:
+        if promised := [(name, step) for name, one in budgets.items() for step in one.get("steps", ())]:
             lines += [
                 "",
                 "What the budget allowed by the end of each step, and on the check parts the rise of each source with the upper end of its interval:",
                 "",
             ]
-            lines += rows(["seed", "step", "verdict", "allowed", "share kept", "learned", "rise of each source (at most)"],
-                          [[seed, step["domain"], step["verdict"], *kept_to(step["budget"])] for seed, step in promised])  # fmt: skip
-    return "\n".join(lines) + "\n"
+            lines += rows(["run", "step", "verdict", "allowed", "share kept", "learned", "rise of each source (at most)"],
+                          [[name, step["domain"], step["verdict"], *kept_to(step["budget"])] for name, step in promised])  # fmt: skip
+        lines += ["", *(f"{name} was refused before training: {one['refused']}." for name, one in budgets.items() if "refused" in one)]
+    return "\n".join(lines).rstrip("\n") + "\n"
 
 
 def rows(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
