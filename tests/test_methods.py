@@ -130,7 +130,7 @@ def watch_frozen(monkeypatch):
 def test_the_contract_of_every_method(world, monkeypatch, name, given, off):
     untouched = watch_frozen(monkeypatch)
     run = world("whole", method=name, save_steps=2, eval_data="DATA", **given)
-    assert run["method"] == name.split(",") and run["configuration"]["method"] == name
+    assert run["method"] == name.split(",") and run["configuration"]["method"] == name and run["prepare_seconds"] > 0
     assert len([entry for entry in run["log"] if "loss" in entry]) == 4 and run["learning"]["nats"] > 0
     assert (run["replay"] is not None) == ("replay" in given)
     written = json.loads((world.folder / "whole" / "run.json").read_text())
@@ -149,6 +149,8 @@ def test_the_contract_of_every_method(world, monkeypatch, name, given, off):
 
     assert same(tensors(world.folder / "whole"), world.plain()) == (name == "plain")
     if off is not None:
+        for adds in ("add_term", "add_penalty"):  # neither a penalty with its importance nor a term with its text is made
+            monkeypatch.setattr(training, adds, lambda trainer, added: pytest.fail(f"{added} at 0"))
         world("off", method=name, **{**given, **off})
         assert same(tensors(world.folder / "off"), world.plain())
 

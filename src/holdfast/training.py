@@ -104,10 +104,13 @@ def _tuned(
     wanted: dict[str, Any] = dict(general=options.general, data=options.eval_data, tasks=options.tasks, text_column=options.text_column,
                   general_split=options.general_split, data_split=options.eval_split, limit=options.limit)  # fmt: skip
     model, ledger = on_earlier(options, earlier, model, tokenizer, encoded) if earlier else (model, None)
+    started = time.perf_counter()
     text, source = replay_text(options, model, tokenizer, encoded)
+    preparing = time.perf_counter() - started
     before = measure(model, tokenizer, **wanted)
     keeper = of_run(options, model, tokenizer, data, encoded, ledger) if options.budget else None
     setup = Setup(options, tokenizer, text, _tokens_per_step(options, encoded), importance, how, before)
+    started = time.perf_counter()
     model = _prepared(setup, methods, model)
     check_free_space(out, _disk_needed(options, model))
     # Before the trainer, which makes its folder: what they refuse must leave no trace.
@@ -116,6 +119,7 @@ def _tuned(
     penalties = [penalty for pull in pulls if (penalty := pull(setup, model)) is not None]
     trainer = made(options, model, tokenizer, encoded, None if held is None else _encoded(options, held, tokenizer, model),
                        next((method.optimizer(setup, model) for method in methods.values() if method.optimizer), None))  # fmt: skip
+    preparing += time.perf_counter() - started
     for term in terms:
         add_term(trainer, term)
     for penalty in penalties:
@@ -160,6 +164,7 @@ def _tuned(
         "energy": _last(trainer.state.log_history, "energy"),
         "moved": moved(model, importance, how),
         "train_seconds": seconds,
+        "prepare_seconds": preparing,  # what the methods did before: text sampled, curvature, decompositions, steps on general text
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "log": trainer.state.log_history,
     }

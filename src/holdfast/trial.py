@@ -94,7 +94,8 @@ def _trained(job: dict[str, Any]) -> dict[str, Any]:
         points.append({"scale": scale, "learning": {**gained, "nats": -float(gained["nats"])}, "accuracy": None, "accuracy_general": None,
                        "forgetting": lost})  # fmt: skip
     extra = {"self": "text sampled from the model", "domain": "the domain text again"}.get(str(trial.settings.get("replay")), trial.settings.get("replay"))
-    return {"points": points, "energy": finished["energy"], "seconds": finished["train_seconds"], "peak_memory_bytes": _peak(), "extra_data": extra,
+    return {"points": points, "energy": finished["energy"], "seconds": finished["prepare_seconds"] + finished["train_seconds"],
+            "peak_memory_bytes": _peak(), "extra_data": extra,
             "file_bytes": job["file_bytes"], "trainable_parameters": finished["trainable_parameters"], "moved": finished.get("moved"),
             "log": [{key: entry.get(key) for key in LOGGED} for entry in finished["log"] if "loss" in entry],
             "environment": finished["environment"]}  # fmt: skip
