@@ -221,8 +221,8 @@ def _finished(job: dict[str, Any]) -> bool:
 def _to_test(experiment: Experiment, out: Path) -> int:
     """How many runs on the test part are still to come, before it is known which settings they have."""
     every = len(experiment.methods) * len(experiment.domains) * len(experiment.seeds.get("test", []))
-    ended = [read_json(path) for path in out.glob("runs/*/run.json")]
-    return max(0, every - sum(run["part"] == "test" and run["status"] in ENDED for run in ended))
+    found = [read_json(path) for path in out.glob("runs/*/run.json")]
+    return max(0, every - sum(run["part"] == "test" and run["status"] in ENDED for run in found))
 
 
 def _trials(jobs: Iterable[dict[str, Any]]) -> list[tuple[str, Trial]]:

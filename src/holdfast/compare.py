@@ -7,7 +7,7 @@ the validation parts until then (said so).
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
@@ -79,15 +79,11 @@ def ended(out: Path, trials: Sequence[tuple[str, Trial]]) -> list[Run]:
     Method and settings are the trial's: an ID does not depend on labels, so methods may share a run, and it outlives another label.
     """
     runs = []
-    for run, trial in dict.fromkeys((run, _frozen(trial)) for run, trial in trials):
+    for run, trial in {(run, repr(trial)): (run, trial) for run, trial in trials}.values():  # each once
         path = out / "runs" / run / "run.json"
         if path.exists():
-            runs.append({**read_checked(path, TRIAL), **json.loads(trial)})
+            runs.append({**read_checked(path, TRIAL), **dataclasses.asdict(trial)})
     return runs
-
-
-def _frozen(trial: Trial) -> str:
-    return json.dumps({"method": trial.method, "domain": trial.domain, "settings": trial.settings, "part": trial.part, "seed": trial.seed})
 
 
 def summarise(out: Path, trials: Sequence[tuple[str, Trial]], *, pending: int = 0) -> dict[str, Any]:

@@ -30,8 +30,10 @@ def consolidate(so_far: str, learned: str, split: str | None, model: Callable[[]
     `out` as domain.safetensors, where it is found again.
     """
     rule = options.consolidate or "sum"
+    if rule == "none":
+        return so_far
     old = Importance.load(so_far)
-    if rule == "none" or old.info.get("estimator") == "uniform":
+    if old.info.get("estimator") == "uniform":
         return so_far
     last = _recorded(old, learned, split or options.data_split, model, options, out.with_name("domain.safetensors"))
     both = consolidated(old, last, rule)

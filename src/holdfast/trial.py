@@ -65,8 +65,7 @@ def was_killed(job: dict[str, Any]) -> None:
 
 
 def _about(job: dict[str, Any]) -> dict[str, Any]:
-    trial: Trial = job["trial"]
-    return {"id": job["id"], "method": trial.method, "domain": trial.domain, "part": trial.part, "seed": trial.seed, "settings": trial.settings}
+    return {"id": job["id"], **dataclasses.asdict(job["trial"])}
 
 
 def _ended(status: str, error: str) -> dict[str, Any]:
@@ -105,10 +104,10 @@ def _scaled(options: TuneOptions, adapter: Path, scales: Iterable[float]) -> Ite
     """The base with the finished update at 1 and at each smaller scale: a LoRA update by its scaling, any other by the difference of the weights; on a
     quantised base, whose weights are codes, such an update at 1 alone."""
     tuned = load_tuned(options, adapter, full=options.full)
-    if options.quantize != "none" and not has_lora(tuned):
-        yield 1.0, tuned
-        return
-    if options.full or not has_lora(tuned):
+    if not has_lora(tuned):
+        if options.quantize != "none":
+            yield 1.0, tuned
+            return
         ends, base = dict((tuned if options.full else tuned.merge_and_unload()).named_parameters()), load_model(options)
         moved = [(p, ends[name].detach().clone(), ends[name].detach() - p.detach()) for name, p in base.named_parameters()]
         for scale in (1.0, *sorted(scales, reverse=True)):
