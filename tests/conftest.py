@@ -47,6 +47,10 @@ def batch():
 
 @pytest.fixture
 def tokenizer():
+    return words_tokenizer()
+
+
+def words_tokenizer():
     """A word-level tokenizer of 48 tokens over a few English words, with <pad>, <s> and </s> as 0, 1 and 2."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

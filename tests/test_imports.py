@@ -7,9 +7,9 @@ SOURCE = Path(__file__).parents[1] / "src" / "holdfast"
 ORDER = ["reading", "options", "config", "runs", "lock", "shapes", "experiment", "experiment_file", "budget", "frontier", "transfer", "verdict", "compare",
          "report", "cards", "codec", "overlap", "carving", "stepping", "distributed", "checkpoint", "run_folder", "weights", "update", "importance",
          "storage", "inspection", "hub", "sizes", "shrink", "layers", "moved", "penalty", "callback", "models", "adapter_files", "texts", "tasks", "heldout",
-         "evaluation", "earlier", "recording_state", "path_training", "recording", "domain_importance", "ledger", "probe", "finish", "keeper", "shrinking",
-         "methods", "trainer", "training", "plan", "integrations", "trial", "pool", "scoring", "sequence", "matrix", "stacking", "succession", "campaign",
-         "demo", "cli"]  # fmt: skip
+         "evaluation", "earlier", "ledger", "recording_state", "path_training", "calibrating", "recording", "domain_importance", "probe", "finish",
+         "prediction", "keeper", "shrinking", "methods", "trainer", "training", "plan", "integrations", "trial", "pool", "scoring", "sequence", "matrix",
+         "stacking", "succession", "campaign", "demo", "cli"]  # fmt: skip
 # Importance.save, .load, .describe, .push_to_hub; hold(budget=...)
 LAZY = {("importance", "storage"), ("importance", "inspection"), ("importance", "hub"), ("callback", "keeper")}
 

@@ -77,7 +77,8 @@ class HoldfastCallback(TrainerCallback):
         _log(self.penalty.logs(), logs, state)
 
     def finish(self) -> dict[str, Any]:
-        """After training with a budget: scales the update to what keeps it, checks it, and returns the report (`["verdict"]`: met, not shown, exceeded)."""
+        """After training with a budget: scales the update to what keeps it, checks it, and returns the report (`["verdict"]`: met, not shown, exceeded;
+        predicted where there is no general text)."""
         if self.finishing is None:
             raise ValueError("finish() is for a budget: expected hold(trainer, importance, budget='1%', general='text.jsonl'), found no budget")
         return self.finishing()
@@ -195,21 +196,22 @@ def hold(trainer: Any, importance: Importance | str | Path, *, strength: float |
 
     `strength` None takes what suits the importance's estimator (`config.STRENGTHS`); the rest is as in `Penalty`. Returns the callback; its `.penalty` tells
     the energy. With `budget` ("1%" of perplexity on the text `general`, or "0.01nats") the strength is controlled from there on, and `finish()` of the
-    callback scales, checks and reports after `trainer.train()` (docs/budget.md). In several processes each keeps its share of the importance
+    callback scales, checks and reports after `trainer.train()` (docs/budget.md); without `general` the rise is predicted by the importance's calibration, and
+    the verdict is `predicted`. In several processes each keeps its share of the importance
     (docs/scaling.md); every process calls `hold`.
     Raises ValueError when importance does not fit the model, the text cannot show the budget or the engine cannot be held under (DeepSpeed, FSDP 1),
     OptionError for wrong settings.
     """
-    if (budget is None) != (general is None):
-        raise OptionError(f"budget and general go together (budget='1%', general='text.jsonl'), found budget={budget!r}, general={general!r}")
+    if general is not None and budget is None:
+        raise OptionError(f"general text is for a budget (budget='1%'), found general={general!r} and no budget")
     distributed.check_engine(trainer, "the pull")
     if budget is not None and not distributed.has_whole_model(trainer):
         raise ValueError("a budget measures general text beside the trainer, which FSDP does not allow; train in one process or with DDP, or give a strength")
     loaded = importance if isinstance(importance, Importance) else Importance.from_pretrained(importance)
-    if budget is not None and general is not None:
+    if budget is not None:
         from holdfast.keeper import of_trainer
 
-        keeper = of_trainer(trainer, budget, general, names)
+        keeper = of_trainer(trainer, budget, general, loaded, names)
         return keeper.bind(trainer, loaded, start=strength, layers=layers, anchor=anchor, names=names, offload=offload)
     strength = default_strength(loaded.info.get("estimator", "?")) if strength is None else strength
     penalty = Penalty(trainer.model, loaded, strength=strength, layers=layers, anchor=anchor, names=names, offload=offload, shard=distributed.running())

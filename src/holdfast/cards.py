@@ -106,8 +106,9 @@ def code(value: Any) -> str:
     return f"{ticks} {text} {ticks}" if len(ticks) > 1 else f"`{text}`"
 
 
-def importance_card(info: Mapping[str, Any], *, tier: str, weights: int, elements: int, size: int, repo: str | None = None) -> Card:
-    """The card of an importance file; `info` is the file's own, `size` its bytes, `repo` where it will be."""
+def importance_card(info: Mapping[str, Any], *, tier: str, weights: int, elements: int, size: int, calibration: str | None = None,
+                    repo: str | None = None) -> Card:  # fmt: skip
+    """The card of an importance file; `info` is the file's own, `size` its bytes, `calibration` what it says of itself, `repo` where it will be."""
     info = shareable(info)
     model, data = info.get("model", {}), info.get("data", {})
     base = hub_name(model.get("name"))
@@ -119,6 +120,7 @@ def importance_card(info: Mapping[str, Any], *, tier: str, weights: int, element
             ("unit", plain(printable(info.get("unit", "?")))),
             ("tier", f"{code(tier)}: {weights} weights with {elements:,} elements in {numbers.size(size)}"),
             ("error of the tier", _tier_error(info)),
+            ("calibration", plain(calibration or "none: a forgetting budget needs general text while tuning")),
             ("general text", f"{code(data.get('source', '?'))}: {numbers.whole(data.get('documents'))} documents, {numbers.whole(data.get('tokens'))} tokens, "
                              f"sha256 {code(str(data.get('sha256', '?'))[:16])}"),
             ("recorded with", plain(printable(_versions(info.get("versions", {})))))]  # fmt: skip
@@ -218,6 +220,9 @@ def _table(run: Mapping[str, Any]) -> list[str]:
 
 
 def _budget(budget: Mapping[str, Any]) -> str:
+    if predicted := budget.get("predicted"):
+        return plain(f"{budget['budget']} ({budget['budget_nats']:.4g} nats per token): predicted, not measured; by the importance file's calibration the "
+                     f"general loss rose by {predicted['nats']:.4f}, and by at most {predicted['bound']:.4f} for 19 of 20 such updates")  # fmt: skip
     check = budget["check"]
     return plain(f"{budget['budget']} ({budget['budget_nats']:.4g} nats per token): {budget['verdict']}; on {check['documents']} documents that nothing was "
                  f"chosen on, the loss rose by {check['nats']:.4f}, between {check['low']:.4f} and {check['high']:.4f}")  # fmt: skip

@@ -165,8 +165,8 @@ def _quiet_hosts() -> None:
 
 
 def _status(result: Any) -> int:
-    """3 where the result says that a budget or check was not met."""
-    return 3 if isinstance(result, dict) and result.get("verdict") in ("not shown", "exceeded") else 0
+    """3 where the result does not say that the budget was met, also where it was only predicted."""
+    return 3 if isinstance(result, dict) and result.get("verdict") in ("not shown", "exceeded", "predicted") else 0
 
 
 def _action(verb: str, given: dict[str, Any]) -> Callable[[], Any]:

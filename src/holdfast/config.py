@@ -78,6 +78,8 @@ class RecordOptions(AdapterOptions, TextOptions, ModelOptions):
     offload: bool = option(False, "path: keep credits and importance in CPU memory while training on a GPU")
     keep_anchor: bool = option(True, "store the adapter at the end of recording, for anchor: recorded")
     documents: int | None = option(None, "use at most this many documents")
+    calibrate: bool = option(False, "also measure what fine-tuning costs in general loss, by nine short trainings, so that tune --budget can do without "
+                             "--general (docs/budget.md)")  # fmt: skip
     length: int = option(None, "tokens per sequence; default: preset, at most the model's context")
     epochs: int = option(None, "passes over the general text")
     max_steps: int | None = option(None, "stop after this many optimizer steps")
@@ -223,6 +225,9 @@ def method_settings(given: Mapping[str, Any]) -> dict[str, Any]:
 
 # Strengths that kept most of the learning and lost least of the rest on the lab model and the demo (LOG.md); units differ between estimators.
 STRENGTHS = {"kronecker": 10.0, "fisher": 10.0, "path": 0.01}
+
+
+IN_NATS = ("kronecker", "fisher")  # estimators whose energy is a rise of the general loss in nats, up to a factor
 
 
 def default_strength(estimator: str) -> float:

@@ -19,14 +19,16 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
-from holdfast.budget import ERROR, Interval, documents_to_decide, percent, verdict
+from holdfast.budget import ERROR, Budget, Interval, documents_to_decide, percent, verdict
+from holdfast.importance.calibration import Calibration
 from holdfast.importance.container import Importance
 from holdfast.importance.covariance import AnyCovariance
 from holdfast.ledger import GENERAL, Ledger, Part
+from holdfast.probe import Probe
 from holdfast.shrink import Basis, Form, prepared, refactored, typical
 from holdfast.update import Update
 
@@ -37,6 +39,14 @@ EACH = ERROR / 2  # error probability of one check: the first, and the fallback'
 Ways = Mapping[str, Callable[[float], None]]  # name -> a function: share -> the model with that share of its update, none of it at 0
 WORSE = ("met", "not shown", "exceeded")
 OTHERS = (0.5, 1.0, 2.0, 5.0)  # per cent: what other budgets would buy
+
+
+class Planner(Protocol):
+    """What a scan asks: a ledger, which measures, or a forecast (prediction.py)."""
+
+    @property
+    def budget(self) -> Budget: ...
+    def planned(self, model: nn.Module, *, error: float) -> tuple[Interval, float, str]: ...
 
 
 @dataclass(frozen=True)
@@ -83,7 +93,7 @@ class Point:
 class Scan:
     """Points along one way, more of them where the budget is crossed. Shares that can buy nothing are left out, until `below` asks for them."""
 
-    def __init__(self, ledger: Ledger, model: nn.Module, way: str, apply: Callable[[float], None], learning: Learning | None, whole: Point | None = None):
+    def __init__(self, ledger: Planner, model: nn.Module, way: str, apply: Callable[[float], None], learning: Learning | None, whole: Point | None = None):
         self.ledger, self.model, self.way, self.apply, self.learning = ledger, model, way, apply, learning
         self.points = [] if whole is None else [replace(whole, way=way)]  # largest share first; the whole update is the same along every way
         for share in SHARES[len(self.points) :]:
@@ -159,9 +169,7 @@ def keep_budget(ledger: Ledger, model: nn.Module, ways: Ways, learning: Learning
     Leaves the model at the share that was checked last; returns what run.json holds under `budget`.
     """
     limit = ledger.budget.nats
-    scans: dict[str, Scan] = {}
-    for way, apply in ways.items():
-        scans[way] = Scan(ledger, model, way, apply, learning, next((scan.points[0] for scan in scans.values()), None))
+    scans = _scanned(ledger, model, ways, learning)
     points = [point for way in among or ways for point in scans[way].points]
     nothing = replace(NOTHING, way=list(ways)[-1])
     if ledger.moved:  # in a sequence, the steps before have spent some of the budget
@@ -180,27 +188,73 @@ def keep_budget(ledger: Ledger, model: nn.Module, ways: Ways, learning: Learning
             break
         logger.warning("the check part does not show the budget at share %.3f (%s): one fallback to a smaller share", chosen.share, checks[-1]["verdict"])
         chosen = choose(scans[chosen.way].below(chosen.share), 0.9 * limit * limit / rise.high, nothing)  # as much smaller as the check missed by, and a tenth
-    gained = chosen.learning
     return {
-        "budget": ledger.budget.text,
-        "budget_nats": limit,
         "verdict": checks[-1]["verdict"],
-        "way": chosen.way,
-        "share": chosen.share,
-        "mu": chosen.mu,
-        "promised": chosen.bound,
         "control": chosen.rise.numbers(),
         "check": checks[-1],
         "checks": checks,
         "how": rise.how(),
         "documents_to_decide": documents_to_decide(rise, limit) if checks[-1]["verdict"] == "not shown" else None,
+        "learning_per_nat": _per_nat(chosen, rises[GENERAL].nats),
+        **_chosen(ledger.budget, chosen, scans, points, learning),
+    }
+
+
+def keep_predicted(forecast: Planner, calibration: Calibration, model: nn.Module, ways: Ways, learning: Learning | None) -> dict[str, Any]:
+    """As `keep_budget` with a `prediction.Forecast` in place of the ledger: nothing is measured but the learning, so nothing can be checked."""
+    scans = _scanned(forecast, model, ways, learning)
+    points = [point for scan in scans.values() for point in scan.points]
+    chosen = choose(points, forecast.budget.nats, replace(NOTHING, way=list(ways)[-1]))
+    ways[chosen.way](chosen.share)
+    return {
+        "verdict": "predicted",
+        "predicted": {"nats": chosen.rise.nats, "percent": percent(chosen.rise.nats), "bound": chosen.bound},
+        "calibration": calibration.numbers(),
+        "check": None,
+        "checks": [],
+        "how": calibration.describe(),
+        "learning_per_nat": _per_nat(chosen, chosen.rise.nats),
+        **_chosen(forecast.budget, chosen, scans, points, learning),
+    }
+
+
+def _scanned(ledger: Planner, model: nn.Module, ways: Ways, learning: Learning | None) -> dict[str, Scan]:
+    """Every way, each from the same whole update."""
+    scans: dict[str, Scan] = {}
+    for way, apply in ways.items():
+        scans[way] = Scan(ledger, model, way, apply, learning, next((scan.points[0] for scan in scans.values()), None))
+    return scans
+
+
+def _chosen(budget: Budget, chosen: Point, scans: Mapping[str, Scan], points: Sequence[Point], learning: Learning | None) -> dict[str, Any]:
+    """The part of the report that is the same whether the rise was measured or predicted."""
+    gained = chosen.learning
+    return {
+        "budget": budget.text,
+        "budget_nats": budget.nats,
+        "way": chosen.way,
+        "share": chosen.share,
+        "mu": chosen.mu,
+        "promised": chosen.bound,
         "learning": None if gained is None else {"nats": gained.nats, "standard_error": gained.standard_error},
         "learning_on": None if learning is None else learning.name,
-        "learning_per_nat": gained.nats / rises[GENERAL].nats if gained is not None and rises[GENERAL].nats > 0 else None,
-        "curve": [point.numbers() for way in ways for point in scans[way].points],
-        "each": {way: _bought(scans[way].points, limit) for way in ways},
+        "curve": [point.numbers() for scan in scans.values() for point in scan.points],
+        "each": {way: _bought(scan.points, budget.nats) for way, scan in scans.items()},
         "others": {f"{other:g}%": _bought(points, math.log1p(other / 100)) for other in OTHERS},
     }
+
+
+def _per_nat(point: Point, rise: float) -> float | None:
+    """Learning for each nat of forgetting; None where nothing was learned or lost."""
+    return point.learning.nats / rise if point.learning is not None and rise > 0 else None
+
+
+def history(probe: Probe, state: Any) -> dict[str, Any]:
+    """What the controller did while training, for the report; of a finished training that was only loaded, by its checkpoint."""
+    if not probe.controller.trajectory and probe.stored(state):
+        probe.restore(state)
+    measured = {"every": probe.every, "pieces": probe.count} if probe.pieces else {"every": None, "pieces": 0}
+    return {"trajectory": probe.controller.trajectory, "probe": {**measured, "seconds": probe.seconds, "train_seconds": probe.total_seconds}}
 
 
 def _bought(points: Sequence[Point], limit: float) -> dict[str, Any]:
@@ -216,6 +270,23 @@ def _bought(points: Sequence[Point], limit: float) -> dict[str, Any]:
 
 def sentences(report: dict[str, Any]) -> list[str]:
     """The report in plain English."""
+    lines = _predicted(report) if report["verdict"] == "predicted" else _checked(report)
+    if report["share"] == 0:
+        lines.append("  no part of the update keeps this budget: the result is the model as it was. Give a larger budget or more general text")
+    elif report["share"] == 1:
+        lines.append("  all of the update is kept: the budget was not used up")
+    else:
+        lines.append(f"  the update was {_how(report)}")
+    if report["learning"] is not None:
+        per = f", {report['learning_per_nat']:.3g} nats for each nat of forgetting" if report["learning_per_nat"] is not None else ""
+        lines.append(f"  learning {report['learning']['nats']:.4f} nats per token on {report['learning_on']}{per}")
+    if len(report["each"]) > 1:
+        lines.append("  each way within this budget, on the control part: " + "; ".join(_described(f"{way}:", point) for way, point in report["each"].items()))
+    return [*lines, *_otherwise(report)]
+
+
+def _checked(report: dict[str, Any]) -> list[str]:
+    """What the check said."""
     check, limit = report["check"], report["budget_nats"]
     of = f" of {check['on']}, of {len(check['each'])} sources the nearest to the budget," if check["each"] else ""
     sign = {"met": "met", "not shown": "NOT SHOWN", "exceeded": "EXCEEDED"}[report["verdict"]]
@@ -231,18 +302,20 @@ def sentences(report: dict[str, Any]) -> list[str]:
         lines.append(f"  the budget lies within this interval; {'more text' if more is None else f'about {more} {kind}'} would decide")
     if report["verdict"] == "exceeded":
         lines.append("  the check part forgets more than the control part does, also after a fallback: is the general text of one kind? Use a smaller budget")
-    if report["share"] == 0:
-        lines.append("  no part of the update keeps this budget: the result is the model as it was. Give a larger budget or more general text")
-    elif report["share"] == 1:
-        lines.append("  all of the update is kept: the budget was not used up")
-    else:
-        lines.append(f"  the update was {_how(report)}")
-    if report["learning"] is not None:
-        per = f", {report['learning_per_nat']:.3g} nats for each nat of forgetting" if report["learning_per_nat"] is not None else ""
-        lines.append(f"  learning {report['learning']['nats']:.4f} nats per token on {report['learning_on']}{per}")
-    if len(report["each"]) > 1:
-        lines.append("  each way within this budget, on the control part: " + "; ".join(_described(f"{way}:", point) for way, point in report["each"].items()))
-    return [*lines, *_otherwise(report)]
+    return lines
+
+
+def _predicted(report: dict[str, Any]) -> list[str]:
+    """What was predicted, how well that is known, and how to find out."""
+    rise, known = report["predicted"], report["calibration"]
+    return [
+        f"budget {report['budget']} ({report['budget_nats']:.4g} nats per token of general text): PREDICTED, not measured",
+        f"  predicted by the importance file: rise {rise['percent']:+.2f} % of perplexity ({rise['nats']:+.5f} nats); of 20 such updates, 19 are expected "
+        f"below {rise['bound']:+.5f}",
+        f"  (calibrated on {known['updates']} updates: what energy costs is off by a factor of {known['error']:.2g} typically, {known['factor']:.2g} at most "
+        "19 times in 20, for training and text like theirs)",
+        "  no general text was looked at: holdfast eval MODEL --adapter OUT/final --general TEXT measures what was lost; tune with --general to check it",
+    ]
 
 
 def _how(point: dict[str, Any]) -> str:

@@ -57,15 +57,16 @@ def save_pretrained(importance: Importance, folder: str | Path, *, repo: str | N
     folder = Path(folder)
     if folder.is_file():
         raise ValueError(f"'{folder}' is a file; expected a folder for {FILE} and {CARD} (Importance.save writes a single file)")
-    shared = Importance(importance.entries, importance.anchors, shareable({key: value for key, value in importance.info.items() if key != "path"}))
+    info = shareable({key: value for key, value in importance.info.items() if key != "path"})
+    shared = Importance(importance.entries, importance.anchors, info, importance.calibration)
     save(shared, folder / FILE)
     elements = sum(entry.shape[0] * entry.shape[1] for entry in importance.entries.values())
     size = (folder / FILE).stat().st_size
     card = folder / CARD
     existing = card.read_text(encoding="utf-8") if card.is_file() else ""
-    write_text(
-        card, extended(existing, *importance_card(importance.info, tier=importance.tier, weights=len(importance), elements=elements, size=size, repo=repo))
-    )
+    about = importance_card(importance.info, tier=importance.tier, weights=len(importance), elements=elements, size=size,
+                            calibration=importance.calibration.describe() if importance.calibration else None, repo=repo)  # fmt: skip
+    write_text(card, extended(existing, *about))
     return folder / FILE
 
 

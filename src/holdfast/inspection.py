@@ -103,6 +103,7 @@ def _head(importance: Importance) -> list[str]:
         f"data         {data.get('source', '?')}: {data.get('documents', '?')} documents, {data.get('tokens', '?')} tokens, "
         f"sha256 {str(data.get('sha256', '?'))[:12]}",
         f"anchor       {'recorded adapter, rank ' + str(next(iter(importance.anchors.values()))[0].shape[0]) if importance.anchors else 'none'}",
+        f"calibration  {importance.calibration.describe() if importance.calibration else 'none'}",
         f"weights      {len(importance)} with {sum(e.shape[0] * e.shape[1] for e in importance.entries.values()):,} elements, "
         f"stored in {_bytes(importance.entries) / 2**20:.2f} MiB",
     ]

@@ -19,15 +19,16 @@ from torch import nn
 
 from holdfast.budget import Budget, Controller, Interval, check_reach, parse
 from holdfast.callback import HoldfastCallback, hold
-from holdfast.config import STRENGTHS, TuneOptions
+from holdfast.config import IN_NATS, STRENGTHS, TuneOptions
 from holdfast.earlier import Earlier, walk
-from holdfast.finish import EACH, Learning, keep_budget, ways_of
+from holdfast.finish import EACH, Learning, history, keep_budget, ways_of
 from holdfast.importance.container import Importance
 from holdfast.ledger import PIECE, Ledger, guard_of, measured, open_ledger
 from holdfast.models import context_length
-from holdfast.options import OptionError
+from holdfast.options import OptionError, several
 from holdfast.overlap import Overlap, overlap
 from holdfast.penalty.pull import Penalty
+from holdfast.prediction import Predictor, check_calibrated
 from holdfast.probe import Probe, Rolling, plan
 from holdfast.tasks import encode_rows, load_training_data, row_text
 from holdfast.texts import Document, Encoded, fingerprint_rows, load_documents
@@ -39,7 +40,6 @@ LEARNING_TOKENS = 30_000  # of domain data, for the learning along the scan, and
 LEAST_ROWS = 100  # of an earlier domain, however long they are
 
 
-IN_NATS = ("kronecker", "fisher")  # estimators whose energy is a rise of the general loss in nats, up to a factor
 HELD = ("plain", "holdfast", "kl", "replay", "rslora", "full", "small-lr")  # methods that leave the penalty and the finish to the keeper
 
 
@@ -52,8 +52,14 @@ def check_budget(options: TuneOptions, methods: Sequence[str]) -> None:
         raise OptionError(f"--budget sets the strength of the pull on importance and scales the update, which --method {others[0]} does not leave to it; "
                           f"expected {', '.join(HELD)}")  # fmt: skip
     parse(options.budget)
-    if not options.general or options.general == "self":
-        raise OptionError(f"--budget is kept on held-out general text, found --general {options.general}; give --general TEXT (not part of --data)")
+    if options.general == "self":
+        raise OptionError("--budget is kept on held-out general text, found --general self; give --general TEXT (not part of --data)")
+    if options.general:
+        return
+    if options.after or len(several(options.data)) > 1:
+        raise OptionError("--budget with several domains or --after is kept on held-out general text, found none; give --general TEXT")
+    if options.full:
+        raise OptionError("--budget without --general is kept on a prediction for adapters, found --full; give --general TEXT")
 
 
 class Keeper:
@@ -104,18 +110,17 @@ class Keeper:
 
     def finish(self, trainer: Any) -> dict[str, Any]:
         """Make the model's update fit the budget and check it; what run.json holds under `budget`."""
-        if not self.probe.controller.trajectory and self.probe.stored(trainer.state):
-            self.probe.restore(trainer.state)  # a finished training that was only loaded
         self.update.keep()
         report = keep_budget(self.ledger, trainer.model, ways_of(self.update, self.shrinkable), self.learning)
-        report["trajectory"] = self.probe.controller.trajectory
-        report["probe"] = {"every": self.every, "pieces": self.probe.count, "seconds": self.probe.seconds, "train_seconds": self.probe.total_seconds}
-        report["overlap"] = self.overlap
-        return report
+        return {**report, **history(self.probe, trainer.state), "overlap": self.overlap}
 
 
-def of_run(options: TuneOptions, model: nn.Module, tokenizer: Any, data: Any, encoded: Any, ledger: Ledger | None = None) -> Keeper:
-    """The keeper of `tune`, made with the bare model that is to be trained; `ledger` where that is not what the rise counts from."""
+def of_run(options: TuneOptions, model: nn.Module, tokenizer: Any, data: Any, encoded: Any, importance: Importance | None,
+           ledger: Ledger | None = None) -> Keeper | Predictor:  # fmt: skip
+    """The keeper of `tune`, made with the bare model that is to be trained; `ledger` where that is not what the rise counts from. Without general text, one
+    that predicts."""
+    if not options.general:
+        return Predictor(parse(options.budget or ""), check_calibrated(importance), _learning(options, model, tokenizer, encoded))
     documents = _documents(options)
     shared = trained_on(documents, data)
     per_step = options.batch_size * options.accumulation
@@ -156,8 +161,9 @@ def _opened(options: TuneOptions, model: nn.Module, tokenizer: Any, encoded: Any
     return open_ledger(model, tokenizer, _documents(options), budget, pieces=most_pieces(steps), seed=options.seed)
 
 
-def of_trainer(trainer: Any, budget: str, general: str, names: str | None) -> Keeper:
+def of_trainer(trainer: Any, budget: str, general: str | None, importance: Importance, names: str | None) -> Keeper | Predictor:
     """The keeper of anybody's trainer. The base is measured with the update set to zero for as long, so an adapter may have been trained before."""
+    calibration = None if general else check_calibrated(importance)
     tokenizer, args = trainer.processing_class, trainer.args
     if not hasattr(tokenizer, "batch_decode"):
         raise OptionError("a budget needs the tokenizer to read the general text: make the trainer with processing_class=tokenizer")
@@ -165,18 +171,21 @@ def of_trainer(trainer: Any, budget: str, general: str, names: str | None) -> Ke
     per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     steps = args.max_steps if args.max_steps > 0 else math.ceil(len(trainer.train_dataset) * args.num_train_epochs / per_step)
     length = sum(len(ids) for ids, _ in rows) / len(rows) if rows else PIECE  # of rows in another form nothing is known
-    documents = load_documents(general)
+    documents = load_documents(general) if general else []
     shared = overlap([row_text(asdict(document)) for document in documents], tokenizer.batch_decode([ids for ids, _ in rows], skip_special_tokens=True))
     held = _token_rows(trainer.eval_dataset) or rows
     training, update = trainer.model.training, Update(trainer.model, names=names)
     try:
         update.scale(0)
-        ledger = open_ledger(trainer.model, tokenizer, documents, parse(budget), pieces=most_pieces(steps), seed=args.seed)
+        ledger = None if calibration else open_ledger(trainer.model, tokenizer, documents, parse(budget), pieces=most_pieces(steps), seed=args.seed)
         name = "the trainer's eval_dataset" if held is not rows else "rows trained on (give the trainer an eval_dataset for held-out ones)"
         learning = domain(trainer.model, held, name) if held else None
     finally:
         update.scale(1)
         trainer.model.train(training)
+    if ledger is None:
+        assert calibration is not None
+        return Predictor(parse(budget), calibration, learning)
     return Keeper(ledger, learning, shared, per_step * length)
 
 
@@ -204,7 +213,7 @@ def hash_of_general(options: TuneOptions) -> str:
 
 def hashes(options: TuneOptions) -> dict[str, str]:
     """sha256 of the general text that a budget is kept on and of the rows that learning is measured by: a resumed run needs the same."""
-    found = {"general text": hash_of_general(options)}
+    found = {"general text": hash_of_general(options)} if options.general else {}
     if options.eval_data:
         held = load_training_data(options.eval_data, split=options.eval_split, limit=options.limit)
         found["held-out rows"] = fingerprint_rows(list(held))

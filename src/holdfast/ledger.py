@@ -136,12 +136,7 @@ def open_ledger(model: nn.Module, tokenizer: Any, documents: Sequence[Document],
 
     `pieces` is how many pieces will be probed at most.
     """
-    encoded, kept = [], []
-    for document in documents:
-        ids, scored = encode_chat(document.messages, tokenizer) if document.messages is not None else _plain(document, tokenizer)
-        if any(scored[1:]):
-            encoded.append((ids, scored))
-            kept.append(document)
+    encoded, kept = encoded_each(documents, tokenizer)
     sides = split([content(document) for document in kept], [document.source for document in kept])
     if min(map(len, sides)) < FEW_DOCUMENTS:
         raise ValueError(f"the general text is too short for a budget: {len(kept)} documents with something to predict, expected at least {2 * FEW_DOCUMENTS} "
@@ -152,6 +147,17 @@ def open_ledger(model: nn.Module, tokenizer: Any, documents: Sequence[Document],
     cut = [piece for piece in cut if any(piece[1][1:])]
     random.Random(seed).shuffle(cut)
     return Ledger(budget, control, check, measured(model, cut[:pieces], [""] * len(cut[:pieces]), min(PIECE, window)))
+
+
+def encoded_each(documents: Sequence[Document], tokenizer: Any) -> tuple[list[Encoded], list[Document]]:
+    """The documents with something to predict, each as token ids with what is scored."""
+    encoded, kept = [], []
+    for document in documents:
+        ids, scored = encode_chat(document.messages, tokenizer) if document.messages is not None else _plain(document, tokenizer)
+        if any(scored[1:]):
+            encoded.append((ids, scored))
+            kept.append(document)
+    return encoded, kept
 
 
 def guard_of(model: nn.Module, name: str, encoded: list[Encoded], window: int) -> Guard:

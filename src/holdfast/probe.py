@@ -3,16 +3,18 @@
 Between probes the controller is told the energy alone. A forward pass over a token costs a third to a half of a training step's work on one, so probing 8 %
 as many tokens as are trained takes 3 to 4 % of the time. The plan is made in tokens, not in seconds, so that a run is the same on any machine; what it took
 is measured and reported. Pieces rotate, so that over a run all of the control text is used; base losses of the pieces are known. In a sequence of domains the
-worst of general text and earlier domains counts. Everything that the next step depends on is in the trainer's checkpoint.
+worst of general text and earlier domains counts. Without pieces nothing is measured, and `cost` alone says what the update would. Everything that the
+next step depends on is in the trainer's checkpoint.
 
     trainer.callback_handler.callbacks.insert(0, Probe(controller, penalty, ledger.pieces, every=5, count=4))
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,10 +63,11 @@ class Rolling:
 class Probe(TrainerCallback, ExportableState):
     """Sets `penalty.strength` from what the general loss does, and logs budget/rise and budget/strength."""
 
-    def __init__(self, controller: Controller, penalty: Penalty, pieces: Part, *, every: int, count: int, guards: Sequence[Rolling] = (),
-                 offset: float = 0.0):  # fmt: skip
-        self.controller, self.penalty, self.pieces, self.every, self.count = controller, penalty, pieces, every, min(count, len(pieces))
+    def __init__(self, controller: Controller, penalty: Penalty, pieces: Part | None = None, *, every: int = EVERY, count: int = 0,
+                 guards: Sequence[Rolling] = (), offset: float = 0.0, cost: Callable[[], float] | None = None):  # fmt: skip
+        self.controller, self.penalty, self.pieces, self.every, self.count = controller, penalty, pieces, every, min(count, len(pieces or ()))
         self.guards, self.offset = guards, offset
+        self.cost = cost or functools.partial(penalty.energy, together=True)
         self.cursor = 0
         self.seconds, self._started, self.total_seconds = 0.0, 0.0, 0.0
         penalty.strength = controller.strength()
@@ -79,14 +82,14 @@ class Probe(TrainerCallback, ExportableState):
         if not now and state.global_step % EVERY:
             return
         started = time.perf_counter()
-        rise = self._measured(kwargs["model"]) if now else None
-        self.penalty.strength = self.controller.update(state.global_step, self.penalty.energy(together=True), rise)
+        rise = self._measured(kwargs["model"], self.pieces) if now and self.pieces else None
+        self.penalty.strength = self.controller.update(state.global_step, self.cost(), rise)
         self.seconds += time.perf_counter() - started
 
-    def _measured(self, model: Any) -> float:
+    def _measured(self, model: Any, pieces: Part) -> float:
         """The rise on the pieces whose turn it is."""
-        part = self.pieces.some([(self.cursor + i) % len(self.pieces) for i in range(self.count)])
-        self.cursor = (self.cursor + self.count) % len(self.pieces)
+        part = pieces.some([(self.cursor + i) % len(pieces) for i in range(self.count)])
+        self.cursor = (self.cursor + self.count) % len(pieces)
         rise = float((part.losses(model) - part.nats).sum() / part.tokens.sum())
         each = max(1, self.count // max(1, len(self.guards)))
         worst = max([self._used(rise, self.offset), *(self._used(guard.look(model, each), guard.offset) for guard in self.guards)])

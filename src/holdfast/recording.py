@@ -5,7 +5,7 @@ estimators make one pass over the text with the bare model. Everything that can 
 beside the file to write (`FILE.state`); `--resume` goes on from the last one with the same result as an uninterrupted run.
 
 In several processes (torchrun) each takes its share of every step, or of the batches to observe; the importance is that of one process, to rounding, and the
-first one writes it. Each saves a state of its own.
+first one writes it. Each saves a state of its own. With `calibrate` the file is written when importance is there, and again with the calibration.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 from holdfast import distributed, recording_state
+from holdfast.calibrating import apart, calibrated
 from holdfast.config import LABELLED, TRAINING_ONLY, RecordOptions
 from holdfast.hub import push_importance, ready
 from holdfast.importance.activation import Activation
@@ -39,7 +40,7 @@ from holdfast.models import context_length, load_model, load_tokenizer
 from holdfast.options import OptionError, as_dict
 from holdfast.path_training import train
 from holdfast.runs import check_free_space, environment, free_memory
-from holdfast.texts import Encoded, batches, encode, fingerprint_rows, load_documents, sample_documents
+from holdfast.texts import Document, Encoded, batches, encode, fingerprint_rows, load_documents, sample_documents
 from holdfast.weights import add_adapter, fingerprint, target_weights
 
 # Estimators that train an adapter; the others observe.
@@ -54,6 +55,10 @@ def record(options: RecordOptions) -> Importance:
         _check_tier(options)
     if options.private is not None and not options.push_to_hub:
         raise OptionError("--private is for --push-to-hub NAME, which is not given")
+    if options.calibrate and options.estimator == "uniform":
+        raise OptionError("--calibrate measures what energy costs, which with --estimator uniform is the size of the update alone; use another estimator")
+    if options.calibrate and distributed.size() > 1:
+        raise OptionError(f"--calibrate trains in one process, found {distributed.size()}; record without torchrun")
     repo = ready(options.push_to_hub, private=options.private) if options.push_to_hub and distributed.first() else None
     with only_writer(options.out, folder=False):
         importance = _recorded(options)
@@ -68,8 +73,24 @@ def _recorded(options: RecordOptions) -> Importance:
     if options.threads:
         torch.set_num_threads(options.threads)
     tokenizer, model = load_tokenizer(options), load_model(options)
-    encoded, source = ([], {}) if options.estimator == "uniform" else _text(options, model, tokenizer)
-    return record_on(options, model, tokenizer, encoded, source, state)
+    encoded, source, kept = ([], {}, []) if options.estimator == "uniform" else _text(options, model, tokenizer)
+    if state is not None and "calibrated" in state:
+        importance, done = Importance.load(options.out), state["calibrated"]
+    else:
+        importance, done = record_on(options, model, tokenizer, encoded, source, state), []
+    if not options.calibrate:
+        return importance
+
+    def save(updates: list[dict[str, Any]]) -> None:
+        recording_state.write(options, {"options": recording_state.comparable(options), "data": source["sha256"], "done": len(updates), "calibrated": updates})
+
+    save(done)
+    if options.estimator in ESTIMATORS:  # which left their adapter in the model
+        model = load_model(options)
+    importance = dataclasses.replace(importance, calibration=calibrated(options, model, tokenizer, importance, encoded, kept, done, save))
+    importance.save(options.out)
+    recording_state.place(options).unlink()
+    return importance
 
 
 def record_on(options: RecordOptions, model: nn.Module, tokenizer: Any, encoded: list[Encoded], source: dict[str, Any],
@@ -107,15 +128,17 @@ def record_on(options: RecordOptions, model: nn.Module, tokenizer: Any, encoded:
     return importance
 
 
-def _text(options: RecordOptions, model: nn.Module, tokenizer: Any) -> tuple[list[Encoded], dict[str, Any]]:
-    """The general text as pieces of token ids, and where it came from."""
+def _text(options: RecordOptions, model: nn.Module, tokenizer: Any) -> tuple[list[Encoded], dict[str, Any], list[Document]]:
+    """The general text as pieces of token ids, where it came from, and the documents that are kept apart for a calibration."""
     assert options.general is not None  # the command line has checked
     longest = context_length(model)
     documents = (
         sample_documents(model, tokenizer, options.self_documents, min(options.length or 256, longest), options.seed)
         if options.general == "self"
-        else load_documents(options.general, column=options.text_column, split=options.general_split, limit=options.documents)
+        else load_documents(options.general, column=options.text_column, split=options.general_split, limit=None if options.calibrate else options.documents)
     )
+    documents, kept = apart(documents, tokenizer) if options.calibrate else (documents, [])
+    documents = documents[: options.documents]
     encoded = encode(documents, tokenizer, length=min(options.length or 1024, longest))
     source = {
         "source": options.general,
@@ -123,7 +146,7 @@ def _text(options: RecordOptions, model: nn.Module, tokenizer: Any) -> tuple[lis
         "tokens": sum(len(ids) for ids, _ in encoded),
         "sha256": fingerprint_rows([dataclasses.asdict(d) for d in documents]),
     }
-    return encoded, source
+    return encoded, source, kept
 
 
 def _by_training(options: RecordOptions, model: nn.Module, encoded: list[Encoded], pad_id: int, state: dict[str, Any] | None,

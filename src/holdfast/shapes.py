@@ -72,8 +72,8 @@ SEQUENCE = {"name": TEXT, "method": TEXT, "seed": NUMBER, "domains": [TEXT], "ge
 INTERVAL = dict.fromkeys(("nats", "standard_error", "low", "high", "documents"), NUMBER)
 BOUGHT = {"way": TEXT, "share": NUMBER, "mu": NUMBER, "learning": NUMBER}
 BUDGET = {"budget": TEXT, "budget_nats": NUMBER, "verdict": TEXT, "way": TEXT, "share": NUMBER, "mu": NUMBER, "promised": NUMBER,
-          "check": INTERVAL, "learning": CHANGE, "others": Each(BOUGHT), "curve": [{**BOUGHT, "rise": INTERVAL, "bound": NUMBER}],
-          "trajectory": [dict.fromkeys(("step", "probe", "rise", "strength"), NUMBER)]}  # fmt: skip
+          "check": INTERVAL, "predicted": dict.fromkeys(("nats", "bound"), NUMBER), "learning": CHANGE, "others": Each(BOUGHT),
+          "curve": [{**BOUGHT, "rise": INTERVAL, "bound": NUMBER}], "trajectory": [dict.fromkeys(("step", "probe", "rise", "strength"), NUMBER)]}  # fmt: skip
 COMPARISON = {
     "kind": TEXT, "title": TEXT, "model": TEXT, "reference": NAME, "created": NAME, "environment": ENVIRONMENT, "settings": Each(ANY),
     "progress": {"done": NUMBER, "of": NUMBER, "failed": NUMBER, "seconds": NUMBER},

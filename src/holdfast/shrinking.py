@@ -28,14 +28,15 @@ from holdfast.adapter_files import checked, load_tuned
 from holdfast.budget import check_reach, parse, percent
 from holdfast.config import ShrinkOptions
 from holdfast.evaluation import changes, measure, table
-from holdfast.finish import EACH, Learning, keep_budget, sentences, ways_of
+from holdfast.finish import EACH, Learning, keep_budget, keep_predicted, sentences, ways_of
 from holdfast.hub import importance_path, write_card
 from holdfast.importance.container import Importance
 from holdfast.keeper import domain
 from holdfast.ledger import Ledger, open_ledger
 from holdfast.models import load_tokenizer, save_whole
 from holdfast.options import OptionError, as_dict
-from holdfast.penalty.pull import check_fit
+from holdfast.penalty.pull import Penalty, check_fit
+from holdfast.prediction import Forecast, check_calibrated
 from holdfast.runs import check_free_space, check_output_folder, environment, sha256_file, write_json
 from holdfast.tasks import encode_rows, load_training_data
 from holdfast.texts import load_documents
@@ -56,6 +57,7 @@ def shrink(options: ShrinkOptions) -> dict[str, Any]:
         raise OptionError(f"'{options.adapter}' does not name its base model; give --model MODEL")
     file = importance_path(options.importance) if options.importance else None
     importance = Importance.load(file) if file else None
+    calibration = check_calibrated(importance) if options.budget and not options.general else None
     torch.manual_seed(options.seed)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -71,11 +73,16 @@ def shrink(options: ShrinkOptions) -> dict[str, Any]:
                                   data_split=options.data_split, limit=options.limit)  # fmt: skip
     with bare(model) as base:
         before = measure(base, tokenizer, **wanted)
-        ledger, learning = _opened(options, base, tokenizer) if options.budget else (None, None)
+        learning = _learning(options, base, tokenizer) if options.budget else None
+        ledger = _opened(options, base, tokenizer) if options.budget and options.general else None
     kept: dict[str, Any] = {}
     if ledger is not None:
         check_reach(ledger.spread(model, update, error=EACH)[0], len(ledger.check), ledger.budget, error=EACH)
         report = keep_budget(ledger, model, ways, learning, among=(options.method,))
+    elif calibration is not None and importance is not None:
+        forecast = Forecast(parse(options.budget or ""), calibration, Penalty(model, importance, strength=0.0))
+        report = keep_predicted(forecast, calibration, model, {"scale": update.scale}, learning)
+    if options.budget:
         kept = {"budget": report, "verdict": report["verdict"]}
     else:
         assert options.mu is not None
@@ -125,8 +132,11 @@ def _check(options: ShrinkOptions) -> dict[str, Any]:
         raise OptionError("give --budget (1%, 0.01nats), which chooses mu, or --mu X; one of them")
     if options.budget:
         parse(options.budget)
-        if not options.general or options.general == "self":
-            raise OptionError(f"--budget is kept on held-out general text, found --general {options.general}; give --general TEXT")
+        if options.general == "self":
+            raise OptionError("--budget is kept on held-out general text, found --general self; give --general TEXT")
+        if not options.general and options.method != "scale":
+            raise OptionError("without --general a budget is kept on a prediction, which holds for scaled updates alone: give --general TEXT, or --method "
+                              "scale with --importance FILE of holdfast record --calibrate")  # fmt: skip
     config = adapter_config(options.adapter)
     adapter, out = Path(options.adapter).resolve(), Path(options.out).resolve()
     if out == adapter or out in adapter.parents or adapter in out.parents:
@@ -153,11 +163,15 @@ def adapter_config(folder: str) -> dict[str, Any]:
     return config
 
 
-def _opened(options: ShrinkOptions, base: nn.Module, tokenizer: Any) -> tuple[Ledger, Learning | None]:
-    """What the base loses on the two parts of the general text, and on the domain data."""
+def _opened(options: ShrinkOptions, base: nn.Module, tokenizer: Any) -> Ledger:
+    """What the base loses on the two parts of the general text."""
     documents = load_documents(options.general or "", column=options.text_column, split=options.general_split, limit=options.limit)
-    ledger = open_ledger(base, tokenizer, documents, parse(options.budget or ""))
+    return open_ledger(base, tokenizer, documents, parse(options.budget or ""))
+
+
+def _learning(options: ShrinkOptions, base: nn.Module, tokenizer: Any) -> Learning | None:
+    """What the base loses on the domain data, where it is given."""
     if not options.data:
-        return ledger, None
+        return None
     rows = encode_rows(load_training_data(options.data, split=options.data_split, limit=options.limit), tokenizer)
-    return ledger, domain(base, rows, options.data)
+    return domain(base, rows, options.data)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from holdfast import codec
-from holdfast.importance.container import CodedEntry, DenseEntry, Entry, FactoredEntry, Importance, KroneckerEntry
+from holdfast.importance.container import Calibration, CodedEntry, DenseEntry, Entry, FactoredEntry, Importance, KroneckerEntry
 from holdfast.importance.covariance import AnyCovariance, Covariance, LowRankCovariance
 from holdfast.importance.tiers import parse_tier
 from holdfast.reading import UNSAFE, FileError, cleaned, load_json
@@ -36,6 +36,8 @@ FORMAT = 1
 SUFFIXES = (
     ".anchor_A",
     ".anchor_B",
+    ".gradient_L",
+    ".gradient_R",
     ".codes",
     ".scale",
     ".row",
@@ -45,7 +47,7 @@ SUFFIXES = (
 NOT_OURS = "expected an importance file of `holdfast record`"
 # What the metadata may hold where we read it: more is kept, but of another type it is refused.
 INFO: dict[str, type] = {"estimator": str, "unit": str, "tier": str, "model": dict, "data": dict, "settings": dict, "timings": dict, "norms": dict,
-                         "energy_error": dict, "shared_in_cov": dict, "coded": dict}  # fmt: skip
+                         "energy_error": dict, "shared_in_cov": dict, "coded": dict, "calibration": dict}  # fmt: skip
 LARGEST = 1 << 36  # elements of a weight: a few KB of factors can claim any shape; the largest known (an embedding of 256,000 x 16,384) has 2^32
 
 
@@ -56,12 +58,16 @@ def save(importance: Importance, path: str | Path) -> None:
     tensors, shared = _tensors(importance.entries, "the importance")
     for name, (A, B) in importance.anchors.items():
         tensors[f"{name}.anchor_A"], tensors[f"{name}.anchor_B"] = A.contiguous().cpu(), B.contiguous().cpu()
+    calibration = importance.calibration
+    for name, (L, R) in calibration.gradients.items() if calibration else ():
+        tensors[f"{name}.gradient_L"], tensors[f"{name}.gradient_R"] = L.contiguous().cpu(), R.contiguous().cpu()
     coded = {name: [entry.tier, *entry.shape] for name, entry in importance.entries.items() if isinstance(entry, CodedEntry)}
     info = {
         **{key: value for key, value in importance.info.items() if key != "path"},
         "format": FORMAT,
         **({"shared_in_cov": shared} if shared else {}),
         **({"coded": coded} if coded else {}),
+        **({"calibration": {"updates": list(calibration.updates), "data": dict(calibration.data)}} if calibration else {}),
     }
     with atomic_path(path) as temporary:
         save_file(tensors, str(temporary), metadata={"holdfast": json.dumps(info, sort_keys=True)})
@@ -77,15 +83,18 @@ def load(path: str | Path) -> Importance:
             raise FileError(f"{path}: {name[:100]!r} cannot be the name of a weight; {NOT_OURS}")
         suffix = next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
         parts.setdefault(name.removesuffix(suffix), {})[suffix] = tensor
-    shared, coded = info.pop("shared_in_cov", {}), info.pop("coded", {})
-    entries, anchors, inputs = {}, {}, {}
+    shared, coded, calibration = info.pop("shared_in_cov", {}), info.pop("coded", {}), info.pop("calibration", None)
+    entries, inputs = {}, {}
+    anchors: dict[str, tuple[Tensor, Tensor]] = {}
+    gradients: dict[str, tuple[Tensor, Tensor]] = {}
     for name, part in parts.items():
         where = f"{path}: '{name}'"
-        anchor = [part.pop(suffix, None) for suffix in (".anchor_A", ".anchor_B")]
-        if (anchor[0] is None) != (anchor[1] is None):
-            raise FileError(f"{where} has half a recorded adapter; the file is damaged, record again")
-        if anchor[0] is not None:
-            anchors[name] = (anchor[0], anchor[1])
+        for found, what, suffixes in ((anchors, "recorded adapter", (".anchor_A", ".anchor_B")), (gradients, "gradient", (".gradient_L", ".gradient_R"))):
+            first, second = (part.pop(suffix, None) for suffix in suffixes)
+            if (first is None) != (second is None):
+                raise FileError(f"{where} has half a {what}; the file is damaged, record again")
+            if first is not None and second is not None:
+                found[name] = (first, second)
         if name not in shared:
             entries[name] = _coded(where, part, coded[name]) if name in coded else _entry(where, part, None)
             inputs[name] = getattr(entries[name], "in_cov", None)
@@ -96,10 +105,11 @@ def load(path: str | Path) -> Importance:
     entries = {name: entries[name] for name in parts}
     for name, entry in entries.items():
         _check_extent(f"{path}: '{name}'", entry)
-    _check_anchors(path, entries, anchors)
+    _check_factors(path, entries, {name: (B, A) for name, (A, B) in anchors.items()}, "recorded adapter")
+    _check_factors(path, entries, gradients, "gradient")
     if not entries:
         raise FileError(f"{path} holds no importance; {NOT_OURS}")
-    return Importance(entries, anchors, {**info, "path": str(path)})
+    return Importance(entries, anchors, {**info, "path": str(path)}, _calibration(path, calibration, gradients))
 
 
 def _check_info(path: str | Path, info: Mapping[str, Any]) -> None:
@@ -219,15 +229,32 @@ def _check_parts(where: str, parts: dict[str, Tensor]) -> None:
             raise FileError(f"{where}{kind} has {parts[f'{kind}.vectors'].shape[1]} directions and other values; the file is damaged, record again")
 
 
-def _check_anchors(path: str | Path, entries: Mapping[str, Entry], anchors: dict[str, tuple[Tensor, Tensor]]) -> None:
-    for name, (A, B) in anchors.items():
-        if name not in entries or A.ndim != 2 or B.ndim != 2 or (B.shape[0], A.shape[1]) != entries[name].shape or A.shape[0] != B.shape[1]:
-            raise FileError(f"{path}: the recorded adapter of '{name}' does not fit its weight; the file is damaged, record again")
-        for part in (A, B):
+def _check_factors(path: str | Path, entries: Mapping[str, Entry], factors: Mapping[str, tuple[Tensor, Tensor]], what: str) -> None:
+    """Raise FileError unless each pair is (out, k), (k, in) of its weight, in numbers."""
+    for name, (L, R) in factors.items():
+        if name not in entries or L.ndim != 2 or R.ndim != 2 or (L.shape[0], R.shape[1]) != entries[name].shape or L.shape[1] != R.shape[0]:
+            raise FileError(f"{path}: the {what} of '{name}' does not fit its weight; the file is damaged, record again")
+        for part in (L, R):
             if part.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-                raise FileError(f"{path}: the recorded adapter of '{name}' is of {part.dtype}, expected f32 or bf16; the file is damaged, record again")
+                raise FileError(f"{path}: the {what} of '{name}' is of {part.dtype}, expected f32 or bf16; the file is damaged, record again")
             if not bool(torch.isfinite(part).all()):
-                raise FileError(f"{path}: the recorded adapter of '{name}' has non-finite values; record again, or use anchor 'base' with a new file")
+                raise FileError(f"{path}: the {what} of '{name}' has non-finite values; record again")
+
+
+def _calibration(path: str | Path, stored: dict[str, Any] | None, gradients: dict[str, tuple[Tensor, Tensor]]) -> Calibration | None:
+    """The calibration of a file that has one. Raises FileError where it is not what we write."""
+    if stored is None and not gradients:
+        return None
+    stored = stored or {}
+    updates, data = stored.get("updates"), stored.get("data", {})
+    number = lambda value: isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    whole = isinstance(updates, list) and all(isinstance(u, dict) and all(number(u.get(key)) for key in ("energy", "first", "second")) for u in updates)
+    if not whole or not isinstance(data, dict):
+        raise FileError(f"{path}: 'calibration' in the metadata is not what holdfast writes there; the file is damaged, record again")
+    try:
+        return Calibration(updates, gradients, data)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise FileError(f"{path}: {error}") from None
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

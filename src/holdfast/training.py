@@ -46,6 +46,7 @@ from holdfast.models import context_length, load_model, load_tokenizer, save_who
 from holdfast.moved import moved
 from holdfast.options import OptionError, as_dict, several
 from holdfast.penalty.pull import check_fit, implementation
+from holdfast.prediction import check_calibrated
 from holdfast.reading import FileError
 from holdfast.run_folder import INPUTS, check_folder, check_inputs, last_checkpoint
 from holdfast.runs import check_free_space, check_output_folder, discard, environment, sha256_file, write_json, write_text
@@ -68,6 +69,8 @@ def tune(options: TuneOptions, *, earlier: Earlier | None = None) -> dict[str, A
     repo = ready(options.push_to_hub, private=options.private) if options.push_to_hub and distributed.first() else None
     file = importance_path(options.importance) if options.importance else None
     importance = Importance.load(file) if file else None
+    if options.budget and not options.general:
+        check_calibrated(importance)
     if importance is not None and options.strength is None and not options.budget:
         options = replace(options, strength=default_strength(importance.info.get("estimator", "?")))
     with only_writer(options.out):
@@ -108,7 +111,7 @@ def _tuned(
     text, source = replay_text(options, model, tokenizer, encoded)
     preparing = time.perf_counter() - started
     before = measure(model, tokenizer, **wanted)
-    keeper = of_run(options, model, tokenizer, data, encoded, ledger) if options.budget else None
+    keeper = of_run(options, model, tokenizer, data, encoded, importance, ledger) if options.budget else None
     setup = Setup(options, tokenizer, text, _tokens_per_step(options, encoded), importance, how, before)
     started = time.perf_counter()
     model = _prepared(setup, methods, model)
@@ -304,9 +307,8 @@ def _announce(options: TuneOptions, model: nn.Module, importance: Importance | N
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     held = "plain fine-tuning (no penalty)" if options.method == "plain" else f"method {options.method}"
     if options.budget:
-        held += (
-            f", budget {options.budget} on {options.general}, layers {options.layers}, anchor {options.anchor}, importance {options.importance or 'uniform'}"
-        )
+        kept_on = f"on {options.general}" if options.general else "predicted"
+        held += f", budget {options.budget} {kept_on}, layers {options.layers}, anchor {options.anchor}, importance {options.importance or 'uniform'}"
     elif importance is not None and options.strength:
         held += f", strength {options.strength:g}, layers {options.layers}, anchor {options.anchor}, {implementation(importance)} from {options.importance}"
     logger.info("tuning %s on %s (%d rows): %s trainable parameters, %s; seed %d", options.model, options.data, rows, f"{trainable:,}", held, options.seed)

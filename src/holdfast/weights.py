@@ -382,6 +382,11 @@ def bare(model: nn.Module) -> Iterator[nn.Module]:
             parameter.requires_grad_(was)
 
 
+def without_adapter(model: nn.Module) -> nn.Module:
+    """What `add_adapter` was given, with the adapter taken out of it again."""
+    return model.unload()  # type: ignore[operator,no-any-return]
+
+
 def placed(model: nn.Module, names: str) -> list[Place]:
     """The places that `names` choose in a bare model (see `matching`)."""
     return [Place(path + ".weight", *_place(path)) for path, _ in matching(model, names)]

@@ -8,6 +8,7 @@ Keyed by the name of the base weight, always (out, in), so one record per base m
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,23 +16,28 @@ from typing import Any
 
 from torch import Tensor
 
+from holdfast.importance.calibration import Calibration
 from holdfast.importance.entries import CodedEntry, DenseEntry, Entry, FactoredEntry, KroneckerEntry
 from holdfast.importance.fidelity import energy_errors
 from holdfast.importance.tiers import converted
 
-__all__ = ["CodedEntry", "DenseEntry", "Entry", "FactoredEntry", "Importance", "KroneckerEntry"]
+__all__ = ["Calibration", "CodedEntry", "DenseEntry", "Entry", "FactoredEntry", "Importance", "KroneckerEntry"]
+logger = logging.getLogger("holdfast")
+BY_ELEMENT = {"f32", "bf16", "u8", "u4"}  # tiers that have the same energy, to the precision of their codes
 
 
 @dataclass(frozen=True)
 class Importance:
     """Base weight name -> entry, optionally the adapter at the end of recording, and where all of it came from.
 
-    `anchors` maps names to (A, B) with U* = B @ A: (r, in) and (out, r), the scale folded into B. `info` is plain data as stored in the file.
+    `anchors` maps names to (A, B) with U* = B @ A: (r, in) and (out, r), the scale folded into B. `info` is plain data as stored in the file. `calibration`
+    says what a unit of this energy costs; it goes where the energy changes.
     """
 
     entries: Mapping[str, Entry]
     anchors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
+    calibration: Calibration | None = None
 
     def __getitem__(self, name: str) -> Entry:
         if name not in self.entries:
@@ -70,7 +76,10 @@ class Importance:
         entries = converted(dict(self.entries), tier)
         errors = {name: energy_errors(self.entries[name], entry) for name, entry in entries.items()}
         norms = {"norms": {name: entry.norm() for name, entry in entries.items()}} if "norms" in self.info else {}
-        return Importance(entries, self.anchors, {**self.info, **norms, "energy_error": {"against": self.tier, "weights": errors}, "tier": tier})
+        calibration = self.calibration if {self.tier, tier} <= BY_ELEMENT else None  # other forms have another energy
+        if calibration is not self.calibration:
+            logger.warning("the calibration was measured with tier %s, and is left out of tier %s: record with --tier %s --calibrate", self.tier, tier, tier)
+        return Importance(entries, self.anchors, {**self.info, **norms, "energy_error": {"against": self.tier, "weights": errors}, "tier": tier}, calibration)
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; a temporary name first, then renamed."""

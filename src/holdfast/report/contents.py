@@ -148,6 +148,11 @@ def _kept(run: Mapping[str, Any]) -> str:
     check, limit = budget.get("check") or {}, numbers.known(budget.get("budget_nats"))
     low, high = numbers.known(check.get("low")), numbers.known(check.get("high"))
     told = f"The budget of {run['configuration'].get('budget')}: {run['verdict']}."
+    predicted = budget.get("predicted") or {}
+    rise, bound = numbers.known(predicted.get("nats")), numbers.known(predicted.get("bound"))
+    if None not in (limit, rise, bound):
+        return (f"{told} By the importance file's calibration the general loss rose by {rise:.4f} nats per token, and by at most {bound:.4f} for 19 of 20 such "
+                f"updates; the budget is {limit:.4f}. Nothing was measured.")  # fmt: skip
     if limit is None or low is None or high is None:
         return told
     return (f"{told} On {numbers.text(check.get('documents'))} documents that nothing was chosen on the loss rose by {low:.4f} to {high:.4f} nats per token; "

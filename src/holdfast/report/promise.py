@@ -70,7 +70,8 @@ def trade_off(budget: Mapping[str, Any]) -> Figure | None:
     if not traces or limit is None:
         return None
     return {"traces": traces, "height": 400, "layout": {
-        "xaxis": axis("rise of the general loss on control text, nats per token; whisker: planned bound of the check", rangemode="tozero"),
+        "xaxis": axis("predicted rise of the general loss, nats per token; whisker: bound for 19 of 20 updates" if budget.get("predicted") else
+                      "rise of the general loss on control text, nats per token; whisker: planned bound of the check", rangemode="tozero"),
         "yaxis": axis("learning, nats per token", rangemode="tozero"), "shapes": [_line("x", limit)],
         "annotations": [{"x": limit, "yref": "paper", "y": 0, "yanchor": "bottom", "xanchor": "left", "showarrow": False, "xshift": 4,
                          "text": f"budget {safe(budget.get('budget'), 20)}"}]}}  # fmt: skip
@@ -93,7 +94,8 @@ def control(budget: Mapping[str, Any]) -> Figure | None:
     looks = [look for look in budget.get("trajectory") or [] if numbers.known(look.get("step")) is not None]
     if not looks or not limit:
         return None
-    traces = [_trace(looks, "rise", "|".join(ACCENT), "rise by energy, share of the budget", 1 / limit, mode="lines"),
+    known = "predicted rise" if budget.get("predicted") else "rise by energy"
+    traces = [_trace(looks, "rise", "|".join(ACCENT), f"{known}, share of the budget", 1 / limit, mode="lines"),
               _trace(looks, "probe", PROBED, "one probe, share of the budget", 1 / limit, mode="markers"),
               _trace(looks, "strength", "|".join(ACCENT), "strength", 1.0, mode="lines", yaxis="y2")]  # fmt: skip
     return {"traces": [trace for trace in traces if trace["x"]], "height": 430, "layout": {

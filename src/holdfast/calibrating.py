@@ -1,0 +1,198 @@
+"""Calibrating: fine-tuning-like updates of a base model, their energy, and what they cost in general loss (importance/calibration.py has the law).
+
+kept apart   general documents that importance is not recorded on, at most a third of them and about 58,000 tokens: half to measure on, half to train on
+updates      nine short trainings of a LoRA adapter: on three pieces of that text, of about 4, 8 and 16 thousand tokens, which makes them narrow domains
+             seen 4 to 15 times; each is held at two strengths and two rates, since updates that evade importance cost more per unit of energy
+sizes        each update is scaled to where it should cost 0.5 to 5 % of perplexity, and f s + q s^2 is fitted to what it did cost. f is left out of the
+             cost of energy: text that is trained on here is of the kind that is measured
+gradient     of the recorded text at the base, as L R of rank 32 per weight: two passes through adapters with U = 0, first with a random A, which gives the
+             range of the gradient by B's, then with that range as B, which gives the rest by A's. No (out, in) tensor, and a quantised base will do
+
+recorded, kept = apart(documents, tokenizer)
+calibration = calibrated(options, model, tokenizer, importance, pieces_of(recorded), kept)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from holdfast import distributed
+from holdfast.budget import FEW_DOCUMENTS
+from holdfast.config import IN_NATS, STRENGTHS, RecordOptions
+from holdfast.importance.calibration import Calibration
+from holdfast.importance.container import Importance
+from holdfast.ledger import Part, content, encoded_each, measured
+from holdfast.models import context_length
+from holdfast.options import OptionError
+from holdfast.path_training import step
+from holdfast.penalty.pull import Penalty
+from holdfast.texts import Document, Encoded, batches, fingerprint_rows
+from holdfast.update import Update
+from holdfast.weights import LowRankWeight, add_adapter, target_weights, without_adapter
+
+logger = logging.getLogger("holdfast")
+SHARE, TOKENS = 1 / 3, 58_000  # of the general documents, kept apart at most
+LEAST_TOKENS, LEAST_DOCUMENTS = 4_000, 2 * FEW_DOCUMENTS  # kept apart at least, half of them to measure on
+PARTS = (1, 2, 4)  # sizes of the three pieces of text to train on
+STEPS, STEP_TOKENS = 60, 1024
+HELD = ((1.0, 4e-3), (3.0, 4e-3), (1.0, 1e-3))  # (strength as a multiple of the usual one, learning rate) of the updates on each piece of text
+AIMS = (0.02, 0.005, 0.01, 0.05)  # nats per token; the first one says how far off the others would be
+LARGEST = 8.0  # times the update as trained
+BEYOND = 0.06  # nats per token: a rise larger than that of any usual budget
+OFF = 0.05  # of a rise: what a parabola may be off by, beside the noise of the documents
+GRADIENT_RANK = 32
+
+
+def apart(documents: Sequence[Document], tokenizer: Any) -> tuple[list[Document], list[Document]]:
+    """(documents to record on, documents kept apart), by the hash of their text. Raises OptionError where there are too few."""
+    ordered = sorted({content(document) for document in documents}, key=lambda text: hashlib.sha256(text.encode()).digest())
+    sizes = {content(document): len(ids) for (ids, _), document in zip(*encoded_each(documents, tokenizer), strict=True)}
+    chosen: dict[str, int] = {}
+    for text in ordered[: int(SHARE * len(ordered))]:
+        if sum(chosen.values()) < TOKENS and text in sizes:
+            chosen[text] = sizes[text]
+    if len(chosen) < LEAST_DOCUMENTS or sum(chosen.values()) < LEAST_TOKENS:
+        raise OptionError(f"--calibrate keeps a third of the general documents apart, to train and to measure on: expected at least {LEAST_DOCUMENTS} there, "
+                          f"different ones of {LEAST_TOKENS:,} tokens together, found {len(chosen)} of {sum(chosen.values()):,}; give more general text, or "
+                          "leave out --calibrate")  # fmt: skip
+    kept = {content(document): document for document in documents if content(document) in chosen}
+    return [document for document in documents if content(document) not in chosen], [kept[text] for text in chosen]
+
+
+def calibrated(options: RecordOptions, model: nn.Module, tokenizer: Any, importance: Importance, recorded: Sequence[Encoded], kept: Sequence[Document],
+               done: Sequence[dict[str, Any]] = (), save: Callable[[list[dict[str, Any]]], None] = lambda updates: None) -> Calibration:  # fmt: skip
+    """The calibration of `importance` on its base `model`, which is bare before and afterwards.
+
+    `recorded`: the text that importance was recorded on; `kept`: the documents kept apart. `done`: updates that were measured before an interruption; `save`
+    is given all so far after each. Raises ValueError where the updates say nothing.
+    """
+    window = min(2048, context_length(model))
+    trained, part = _divided(model, tokenizer, kept, window)
+    length = min(options.length, window)
+    updates = list(done)
+    plans = [(rows, *how) for rows in trained for how in HELD]
+    for number, (rows, times, rate) in enumerate(tqdm(plans, desc="calibrating", unit="update", disable=distributed.silent())):
+        if number < len(updates):
+            continue
+        strength = times * _usual_strength(importance, updates)
+        update = _measured(model, tokenizer, importance, options, rows, part, strength=strength, rate=rate, length=length, seed=options.seed + number)
+        updates.append({"documents": len(rows), "strength": strength, "learning_rate": rate, "steps": STEPS, **update})
+        save(updates)
+    pieces = list(batches(recorded, batch_size=max(1, STEP_TOKENS // length), pad_id=tokenizer.pad_token_id))
+    gradients = gradient(model, options.targets, pieces, rank=GRADIENT_RANK, seed=options.seed)
+    tokens = int(part.tokens.sum())
+    found = Calibration(updates, gradients, {"documents": len(part), "tokens": tokens, "sha256": fingerprint_rows([content(d) for d in kept])})
+    logger.info("calibrated: %s", found.describe())
+    return found
+
+
+def _divided(base: nn.Module, tokenizer: Any, kept: Sequence[Document], window: int) -> tuple[list[list[Encoded]], Part]:
+    """(three pieces of text to train on; the part to measure on, with the losses of the base). Whole documents: the first half of the tokens to train on."""
+    encoded, documents = encoded_each(kept, tokenizer)
+    ends = np.cumsum([len(ids) for ids, _ in encoded]) / sum(len(ids) for ids, _ in encoded)
+    edges = np.searchsorted(ends, np.cumsum((0, *PARTS)) / (2 * sum(PARTS)))
+    pieces = [encoded[first : max(last, first + 1)] for first, last in itertools.pairwise(edges)]
+    sources = [document.source for document in documents[edges[-1] :]]
+    return pieces, measured(base, encoded[edges[-1] :], sources, window)
+
+
+def _usual_strength(importance: Importance, updates: Sequence[dict[str, Any]]) -> float:
+    """The strength that suits the importance: known for importance in nats; else by what the updates so far cost, and none for the first one."""
+    estimator = str(importance.info.get("estimator"))
+    if estimator in IN_NATS:
+        return STRENGTHS[estimator]
+    costs = [update["second"] / update["energy"] for update in updates if update["second"] > 0 and update["energy"] > 0]
+    return STRENGTHS["kronecker"] * math.exp(sum(map(math.log, costs)) / len(costs)) if costs else 0.0
+
+
+def _measured(base: nn.Module, tokenizer: Any, importance: Importance, options: RecordOptions, rows: Sequence[Encoded], part: Part, *, strength: float,
+              rate: float, length: int, seed: int) -> dict[str, Any]:  # fmt: skip
+    """One update's energy, the f and q of its rise, and the points they were fitted to. `base` is bare before and afterwards."""
+    torch.manual_seed(seed)
+    model = add_adapter(base, names=options.targets, rank=8, alpha=32.0)
+    penalty = Penalty(model, importance, strength=strength)
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
+    pieces = [(ids[i : i + length], scored[i : i + length]) for ids, scored in rows for i in range(0, len(ids), length) if any(scored[i + 1 : i + length])]
+    with penalty.attach(optimizer):
+        for number, batch in enumerate(itertools.islice(_endless(pieces, length, tokenizer.pad_token_id, seed), STEPS)):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * (1 - number / STEPS)
+            step(model, optimizer, [batch], number)
+    energy, update, points = penalty.energy(), Update(model), []
+    cost = 2.0
+    for aim in AIMS:
+        share = min(LARGEST, math.sqrt(aim / (cost * energy))) if energy > 0 else LARGEST
+        update.scale(share)
+        rise = part.rise(model, error=0.05)
+        points.append({"share": share, "nats": rise.nats, "standard_error": rise.within or rise.standard_error})
+        cost = max(rise.nats, aim / 8) / (share * share * energy) if len(points) == 1 and energy > 0 else cost
+    first, second = parabola(points)
+    without_adapter(model)
+    return {"energy": energy, "first": first, "second": second, "points": points}
+
+
+def _endless(pieces: Sequence[Encoded], length: int, pad_id: int, seed: int) -> Iterator[dict[str, Tensor]]:
+    """Batches of about STEP_TOKENS tokens, epoch after epoch."""
+    for epoch in itertools.count():
+        yield from batches(pieces, batch_size=max(1, STEP_TOKENS // length), pad_id=pad_id, shuffle_seed=1000 * seed + epoch)
+
+
+def parabola(points: Sequence[dict[str, float]]) -> tuple[float, float]:
+    """(f, q) of f s + q s^2 through measured rises, by least squares, weighted by their standard errors and 5 % of themselves. Rises above all budgets are
+    left out where two smaller ones are there: further out the loss rises faster than by squares."""
+    within = [point for point in points if point["nats"] <= BEYOND]
+    points = within if len({point["share"] for point in within}) > 1 else points
+    share, nats, error = (np.array([point[key] for point in points]) for key in ("share", "nats", "standard_error"))
+    weight = 1 / np.hypot(np.maximum(error, 1e-6), OFF * nats)
+    first, second = np.linalg.lstsq(np.stack([share, share**2], 1) * weight[:, None], nats * weight, rcond=None)[0]
+    return float(first), float(second)
+
+
+def gradient(base: nn.Module, names: str, pieces: Sequence[dict[str, Tensor]], *, rank: int, seed: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
+    """Weight -> (L (out, k), R (k, in)), bf16: about dL/dW of the loss in nats per token on padded batches, by a randomised range of at most `rank`
+    directions. `base` is bare before and afterwards."""
+    model = add_adapter(base, names=names, rank=rank, alpha=float(rank))  # scale 1
+    weights = [weight for weight in target_weights(model) if isinstance(weight, LowRankWeight)]  # all of them: the adapter was just made
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in weights:
+            weight.A.copy_(torch.randn(weight.A.shape, generator=random))
+    _backward(model, pieces)
+    ranges = {}
+    with torch.no_grad():
+        for weight in weights:
+            ranges[weight.name] = torch.linalg.qr(weight.B.grad.float())[0]  # type: ignore[union-attr]
+            weight.A.zero_()
+            weight.B.zero_()
+            weight.B[:, : ranges[weight.name].shape[1]] = ranges[weight.name].to(weight.B)
+    _backward(model, pieces)
+    found = {}
+    for weight in weights:
+        L = ranges[weight.name]
+        assert weight.A.grad is not None
+        found[weight.name] = (L.cpu().bfloat16(), weight.A.grad[: L.shape[1]].cpu().bfloat16())
+    without_adapter(model)
+    return found
+
+
+def _backward(model: nn.Module, pieces: Sequence[dict[str, Tensor]]) -> None:
+    """Set the gradients of what is trained to those of the mean loss of all scored tokens."""
+    device, tokens = next(model.parameters()).device, sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in pieces)
+    model.eval()
+    model.zero_grad()
+    for batch in tqdm(pieces, desc="gradient", unit="batch", disable=distributed.silent()):
+        here = {key: value.to(device) for key, value in batch.items()}
+        logits = model(input_ids=here["input_ids"], attention_mask=here["attention_mask"]).logits[:, :-1]
+        nats = nn.functional.cross_entropy(logits.flatten(0, 1).float(), here["labels"][:, 1:].flatten(), ignore_index=-100, reduction="sum")
+        (nats / tokens).backward()

@@ -1,0 +1,94 @@
+"""A budget kept on a prediction: for `tune --budget` without `--general`, with an importance file that holds a calibration (importance/calibration.py).
+
+while training   the strength follows the predicted rise, which the update alone says; nothing is probed
+after            the update is scaled to the most learning whose bound keeps the budget: the rise that 19 of 20 updates like the calibrated ones stay below. It
+                 is not shrunk along importance: that takes away energy on purpose, and what energy predicts holds for updates that training left
+verdict          predicted, never met: no general text was looked at
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from holdfast.budget import Budget, Controller, Interval
+from holdfast.callback import HoldfastCallback, hold
+from holdfast.config import IN_NATS, STRENGTHS
+from holdfast.finish import Learning, history, keep_predicted
+from holdfast.importance.calibration import COVERED, Calibration
+from holdfast.importance.container import Importance
+from holdfast.ledger import GENERAL
+from holdfast.options import OptionError
+from holdfast.penalty.pull import Penalty
+from holdfast.probe import Probe
+from holdfast.update import Update
+
+logger = logging.getLogger("holdfast")
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a ledger answers by measuring, by the update that the model carries alone. `gauge` knows the energy, without layer coefficients."""
+
+    budget: Budget
+    calibration: Calibration
+    gauge: Penalty
+
+    def rise(self) -> float:
+        """The predicted rise now, in nats per token."""
+        return self.calibration.rise(self._first(), self.gauge.energy(together=True))
+
+    def planned(self, model: nn.Module, *, error: float) -> tuple[Interval, float, str]:
+        """(predicted rise with the interval of one more update, its bound, whose it is); `error` is of measurements, and not used."""
+        first, energy = self._first(), self.gauge.energy(together=True)
+        known, made = self.calibration, len(self.calibration.updates)
+        rise, bound, second = known.rise(first, energy), known.bound(first, energy), known.cost * energy
+        found = Interval(rise, second * (known.error - 1), first + second / known.factor, bound, 2 * (1 - COVERED), "update", made, float(made), 0)
+        return found, bound, GENERAL
+
+    def _first(self) -> float:
+        return self.calibration.first(self.gauge.weights)
+
+
+class Predictor:
+    """Keeps the budget of one run by prediction; as `keeper.Keeper`: `bind` before training, `finish` after it."""
+
+    def __init__(self, budget: Budget, calibration: Calibration, learning: Learning | None):
+        self.budget, self.calibration, self.learning = budget, calibration, learning
+
+    def bind(self, trainer: Any, importance: Importance, *, start: float | None, layers: Any, anchor: str, names: str | None,
+             offload: bool = False) -> HoldfastCallback:  # fmt: skip
+        """Add penalty and controller to the trainer. `start`: the strength to begin at; None: what suits the importance."""
+        self.update = Update(trainer.model, names=names)
+        callback = hold(trainer, importance, strength=0.0, layers=layers, anchor=anchor, names=names, offload=offload)
+        plain = anchor == "base" and set(callback.penalty.coefficients.values()) == {1.0}
+        gauge = callback.penalty if plain else Penalty(trainer.model, importance, strength=0.0, names=names, offload=offload)
+        self.forecast = Forecast(self.budget, self.calibration, gauge)
+        estimator = str(importance.info.get("estimator"))
+        usual = STRENGTHS[estimator] if estimator in IN_NATS else STRENGTHS["kronecker"] * self.calibration.cost
+        self.probe = Probe(Controller(self.budget.nats, start or usual, 1.0), callback.penalty, cost=self.forecast.rise)
+        trainer.callback_handler.callbacks.insert(0, self.probe)
+        callback.finishing = functools.partial(self.finish, trainer)
+        logger.info("budget %s (%.4g nats) kept on a prediction, nothing is measured: %s", self.budget.text, self.budget.nats, self.calibration.describe())
+        return callback
+
+    def finish(self, trainer: Any) -> dict[str, Any]:
+        """Scale the model's update to what the prediction allows; what run.json holds under `budget`."""
+        self.update.keep()
+        report = keep_predicted(self.forecast, self.calibration, trainer.model, {"scale": self.update.scale}, self.learning)
+        return {**report, **history(self.probe, trainer.state)}
+
+
+def check_calibrated(importance: Importance | None) -> Calibration:
+    """The calibration of `importance`. Raises OptionError where there is none."""
+    if importance is None:
+        raise OptionError("--budget is kept on held-out general text, or on a prediction: give --general TEXT (not part of --data), or --importance FILE made "
+                          "with holdfast record --calibrate")  # fmt: skip
+    if importance.calibration is None:
+        where = importance.info.get("path", "the importance")
+        raise OptionError(f"{where} holds no calibration, which a budget without general text is kept by: give --general TEXT, or record with --calibrate")
+    return importance.calibration
