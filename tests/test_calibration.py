@@ -184,19 +184,19 @@ def test_recording_measures_updates_held_at_several_strengths(calibrated, genera
 def test_an_interrupted_calibration_goes_on_without_recording_again(taught, general, calibrated, tmp_path, monkeypatch):
     monkeypatch.setattr(calibrating, "STEPS", STEPS)
     out = tmp_path / "parted.safetensors"
-    original, count = calibrating._measured, [0]
+    original, count = calibrating.parabola, [0]
 
-    def interrupted(*args, **kwargs):
+    def interrupted(points):
         count[0] += 1
         if count[0] == 4:
             raise KeyboardInterrupt
-        return original(*args, **kwargs)
+        return original(points)
 
-    monkeypatch.setattr(calibrating, "_measured", interrupted)
+    monkeypatch.setattr(calibrating, "parabola", interrupted)
     assert run(*recording(taught, general, out)) == 130
     assert Importance.load(out).calibration is None  # the importance is there already
     monkeypatch.setattr("holdfast.recording.record_on", None)
-    monkeypatch.setattr(calibrating, "_measured", original)
+    monkeypatch.setattr(calibrating, "parabola", original)
     assert run(*recording(taught, general, out), "--resume") == 0
     whole, parted = Importance.load(calibrated).calibration, Importance.load(out).calibration
     assert whole.updates == parted.updates and whole.data == parted.data

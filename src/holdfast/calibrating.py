@@ -76,34 +76,50 @@ def calibrated(options: RecordOptions, model: nn.Module, tokenizer: Any, importa
     `recorded`: the text that importance was recorded on; `kept`: the documents kept apart. `done`: updates that were measured before an interruption; `save`
     is given all so far after each. Raises ValueError where the updates say nothing.
     """
-    window = min(2048, context_length(model))
-    trained, part = _divided(model, tokenizer, kept, window)
-    length = min(options.length, window)
     updates = list(done)
-    plans = [(rows, *how) for rows in trained for how in HELD]
-    for number, (rows, times, rate) in enumerate(tqdm(plans, desc="calibrating", unit="update", disable=distributed.silent())):
-        if number < len(updates):
-            continue
-        strength = times * _usual_strength(importance, updates)
-        update = _measured(model, tokenizer, importance, options, rows, part, strength=strength, rate=rate, length=length, seed=options.seed + number)
-        updates.append({"documents": len(rows), "strength": strength, "learning_rate": rate, "steps": STEPS, **update})
+    trained, part = divided(model, tokenizer, kept)
+    for _, found in measured_updates(options, model, tokenizer, importance, trained, part, done):
+        updates.append(found)
         save(updates)
-    pieces = list(batches(recorded, batch_size=max(1, STEP_TOKENS // length), pad_id=tokenizer.pad_token_id))
+    pieces = list(batches(recorded, batch_size=max(1, STEP_TOKENS // _length(options, model)), pad_id=tokenizer.pad_token_id))
     gradients = gradient(model, options.targets, pieces, rank=GRADIENT_RANK, seed=options.seed)
     tokens = int(part.tokens.sum())
-    found = Calibration(updates, gradients, {"documents": len(part), "tokens": tokens, "sha256": fingerprint_rows([content(d) for d in kept])})
-    logger.info("calibrated: %s", found.describe())
-    return found
+    calibration = Calibration(updates, gradients, {"documents": len(part), "tokens": tokens, "sha256": fingerprint_rows([content(d) for d in kept])})
+    logger.info("calibrated: %s", calibration.describe())
+    return calibration
 
 
-def _divided(base: nn.Module, tokenizer: Any, kept: Sequence[Document], window: int) -> tuple[list[list[Encoded]], Part]:
+def measured_updates(options: RecordOptions, model: nn.Module, tokenizer: Any, importance: Importance, trained: Sequence[Sequence[Encoded]], part: Part,
+                     done: Sequence[dict[str, Any]] = ()) -> Iterator[tuple[Update, dict[str, Any]]]:  # fmt: skip
+    """Each update that is not `done`, while `model` carries it, with what a `Calibration` keeps of it. `model` is bare before and afterwards."""
+    updates, length = list(done), _length(options, model)
+    plans = [(rows, *how) for rows in trained for how in HELD]
+    for number, (rows, times, rate) in enumerate(tqdm(plans, desc="calibrating", unit="update", disable=distributed.silent())):
+        if number < len(done):
+            continue
+        strength, seed = times * _usual_strength(importance, updates), options.seed + number
+        torch.manual_seed(seed)
+        adapted = add_adapter(model, names=options.targets, rank=8, alpha=32.0)
+        penalty = Penalty(adapted, importance, strength=strength)
+        _train(adapted, penalty, _endless(rows, length, tokenizer.pad_token_id, seed), rate)
+        update, energy = Update(adapted), penalty.energy()
+        points = _points(adapted, update, energy, part)
+        first, second = parabola(points)
+        updates.append({"documents": len(rows), "strength": strength, "learning_rate": rate, "steps": STEPS, "energy": energy, "first": first, "second": second,
+                        "points": points})  # fmt: skip
+        update.scale(1)
+        yield update, updates[-1]
+        without_adapter(adapted)
+
+
+def divided(base: nn.Module, tokenizer: Any, kept: Sequence[Document]) -> tuple[list[list[Encoded]], Part]:
     """(three pieces of text to train on; the part to measure on, with the losses of the base). Whole documents: the first half of the tokens to train on."""
     encoded, documents = encoded_each(kept, tokenizer)
     ends = np.cumsum([len(ids) for ids, _ in encoded]) / sum(len(ids) for ids, _ in encoded)
     edges = np.searchsorted(ends, np.cumsum((0, *PARTS)) / (2 * sum(PARTS)))
     pieces = [encoded[first : max(last, first + 1)] for first, last in itertools.pairwise(edges)]
     sources = [document.source for document in documents[edges[-1] :]]
-    return pieces, measured(base, encoded[edges[-1] :], sources, window)
+    return pieces, measured(base, encoded[edges[-1] :], sources, min(2048, context_length(base)))
 
 
 def _usual_strength(importance: Importance, updates: Sequence[dict[str, Any]]) -> float:
@@ -115,37 +131,37 @@ def _usual_strength(importance: Importance, updates: Sequence[dict[str, Any]]) -
     return STRENGTHS["kronecker"] * math.exp(sum(map(math.log, costs)) / len(costs)) if costs else 0.0
 
 
-def _measured(base: nn.Module, tokenizer: Any, importance: Importance, options: RecordOptions, rows: Sequence[Encoded], part: Part, *, strength: float,
-              rate: float, length: int, seed: int) -> dict[str, Any]:  # fmt: skip
-    """One update's energy, the f and q of its rise, and the points they were fitted to. `base` is bare before and afterwards."""
-    torch.manual_seed(seed)
-    model = add_adapter(base, names=options.targets, rank=8, alpha=32.0)
-    penalty = Penalty(model, importance, strength=strength)
-    model.train()
+def _train(model: nn.Module, penalty: Penalty, data: Iterator[dict[str, Tensor]], rate: float) -> None:
+    """STEPS steps under the pull, at a rate that falls to nothing."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
-    pieces = [(ids[i : i + length], scored[i : i + length]) for ids, scored in rows for i in range(0, len(ids), length) if any(scored[i + 1 : i + length])]
+    model.train()
     with penalty.attach(optimizer):
-        for number, batch in enumerate(itertools.islice(_endless(pieces, length, tokenizer.pad_token_id, seed), STEPS)):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * (1 - number / STEPS)
+        for number, batch in enumerate(itertools.islice(data, STEPS)):
+            optimizer.param_groups[0]["lr"] = rate * (1 - number / STEPS)
             step(model, optimizer, [batch], number)
-    energy, update, points = penalty.energy(), Update(model), []
-    cost = 2.0
+
+
+def _endless(rows: Sequence[Encoded], length: int, pad_id: int, seed: int) -> Iterator[dict[str, Tensor]]:
+    """Batches of about STEP_TOKENS tokens, epoch after epoch."""
+    pieces = [(ids[i : i + length], scored[i : i + length]) for ids, scored in rows for i in range(0, len(ids), length) if any(scored[i + 1 : i + length])]
+    for epoch in itertools.count():
+        yield from batches(pieces, batch_size=max(1, STEP_TOKENS // length), pad_id=pad_id, shuffle_seed=1000 * seed + epoch)
+
+
+def _points(model: nn.Module, update: Update, energy: float, part: Part) -> list[dict[str, float]]:
+    """Measured rises at the shares of an update where it should cost AIMS."""
+    points, cost = [], 2.0
     for aim in AIMS:
         share = min(LARGEST, math.sqrt(aim / (cost * energy))) if energy > 0 else LARGEST
         update.scale(share)
         rise = part.rise(model, error=0.05)
         points.append({"share": share, "nats": rise.nats, "standard_error": rise.within or rise.standard_error})
         cost = max(rise.nats, aim / 8) / (share * share * energy) if len(points) == 1 and energy > 0 else cost
-    first, second = parabola(points)
-    without_adapter(model)
-    return {"energy": energy, "first": first, "second": second, "points": points}
+    return points
 
 
-def _endless(pieces: Sequence[Encoded], length: int, pad_id: int, seed: int) -> Iterator[dict[str, Tensor]]:
-    """Batches of about STEP_TOKENS tokens, epoch after epoch."""
-    for epoch in itertools.count():
-        yield from batches(pieces, batch_size=max(1, STEP_TOKENS // length), pad_id=pad_id, shuffle_seed=1000 * seed + epoch)
+def _length(options: RecordOptions, model: nn.Module) -> int:
+    return min(options.length, 2048, context_length(model))
 
 
 def parabola(points: Sequence[dict[str, float]]) -> tuple[float, float]:
