@@ -314,8 +314,10 @@ def test_hold_keeps_a_budget_under_anybodys_trainer(kind, tiny, tokenizer, gener
 def test_hold_refuses_half_a_budget_and_a_trainer_without_a_tokenizer(tiny, tokenizer, general, tmp_path):
     trainer = held_trainer("transformers", tiny, tokenizer, tmp_path)
     importance = uniform(trainer.model.base_model.model, "all-linear")
-    with pytest.raises(OptionError, match="go together"):
+    with pytest.raises(OptionError, match="holds no calibration"):
         hold(trainer, importance, budget="2%")
+    with pytest.raises(OptionError, match="and no budget"):
+        hold(trainer, importance, general=str(general))
     with pytest.raises(ValueError, match="no budget"):
         hold(trainer, importance, strength=1.0).finish()
     trainer.processing_class = None

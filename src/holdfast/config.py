@@ -157,7 +157,8 @@ class TuneOptions(AdapterOptions, TextOptions, ModelOptions):
     earlier: str | None = option(None, "o-lora: adapters merged into MODEL before, whose directions are kept free", metavar="DIRS")
     orthogonality: float | None = option(None, "o-lora: weight of the overlap with earlier adapters [0.5]")
     strength: float | None = option(None, "how hard important weights are held (lambda); 0 is plain fine-tuning; default: what suits the file's estimator")
-    budget: str | None = option(None, "let perplexity on --general rise by at most this much: 1%, or 0.01nats; sets the strength (docs/budget.md)")
+    budget: str | None = option(None, "let perplexity on --general rise by at most this much: 1%, or 0.01nats; sets the strength. Without --general the "
+                               "rise is predicted by --importance, and not checked (docs/budget.md)")  # fmt: skip
     layers: Any = option(None, "layer coefficients: uniform, softmax, scale-free; a list over depth or a map of kinds in YAML", metavar="HOW")
     per: str = option("weight", "coefficients for each weight, or shared by the weights of a block", choices=("weight", "block"))
     tau: float = option(None, "temperature of the softmax over layers")
@@ -298,7 +299,8 @@ class ShrinkOptions(TextOptions, ModelOptions):
     model: str = option("", "base model; default: the one that the adapter names", metavar="MODEL")
     adapter: str = option("", "PEFT adapter (LoRA, rsLoRA), whoever trained it: a local folder", positional=True, metavar="ADAPTER")
     importance: str | None = option(None, "importance file of `holdfast record` for the base model, its folder or a Hub name", metavar="FILE")
-    budget: str | None = option(None, "let perplexity on --general rise by at most this much: 1%, or 0.01nats")
+    budget: str | None = option(None, "let perplexity on --general rise by at most this much: 1%, or 0.01nats; without --general and with --method scale "
+                                      "the rise is predicted by --importance, and not checked")  # fmt: skip
     data: str | None = option(None, "held-out domain data, on which learning is measured: a file, a Hub dataset, or a task (sciq=test.jsonl)", metavar="DATA")
     data_split: str | None = option(None, "split of a Hub dataset given by --data; default: test, or the held-out split of a task")
     method: str = option("shrink", "shrink along importance, or scale all of the update", choices=("shrink", "scale"))

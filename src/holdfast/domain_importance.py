@@ -69,7 +69,7 @@ def recipe_of(importance: Importance, options: TuneOptions, out: str) -> RecordO
     """The options by which importance of another text is recorded as `importance` was, on the model of `options`."""
     estimator, tier = str(importance.info.get("estimator")), importance.tier
     known = {field.name for field in dataclasses.fields(RecordOptions)}
-    unused = {"out", "resume", "general", "general_split", "text_column", "model", "cov_rank", "tier", "keep_anchor",
+    unused = {"out", "resume", "calibrate", "general", "general_split", "text_column", "model", "cov_rank", "tier", "keep_anchor",
               *(() if estimator.startswith("path") else (*TRAINING_ONLY, "preset")), *(() if estimator in LABELLED else ("labels", "groups"))}  # fmt: skip
     given = {key: value for key, value in importance.info.get("settings", {}).items() if key in known - unused}
     kind, _, rank = tier.partition(":")

@@ -49,6 +49,13 @@ class Planner(Protocol):
     def planned(self, model: nn.Module, *, error: float) -> tuple[Interval, float, str]: ...
 
 
+class Forecaster(Planner, Protocol):
+    """A planner by a calibration."""
+
+    @property
+    def calibration(self) -> Calibration: ...
+
+
 @dataclass(frozen=True)
 class Learning:
     """Domain data with the base's losses, and what to call it."""
@@ -200,7 +207,7 @@ def keep_budget(ledger: Ledger, model: nn.Module, ways: Ways, learning: Learning
     }
 
 
-def keep_predicted(forecast: Planner, calibration: Calibration, model: nn.Module, ways: Ways, learning: Learning | None) -> dict[str, Any]:
+def keep_predicted(forecast: Forecaster, model: nn.Module, ways: Ways, learning: Learning | None) -> dict[str, Any]:
     """As `keep_budget` with a `prediction.Forecast` in place of the ledger: nothing is measured but the learning, so nothing can be checked."""
     scans = _scanned(forecast, model, ways, learning)
     points = [point for scan in scans.values() for point in scan.points]
@@ -209,10 +216,10 @@ def keep_predicted(forecast: Planner, calibration: Calibration, model: nn.Module
     return {
         "verdict": "predicted",
         "predicted": {"nats": chosen.rise.nats, "percent": percent(chosen.rise.nats), "bound": chosen.bound},
-        "calibration": calibration.numbers(),
+        "calibration": forecast.calibration.numbers(),
         "check": None,
         "checks": [],
-        "how": calibration.describe(),
+        "how": forecast.calibration.describe(),
         "learning_per_nat": _per_nat(chosen, chosen.rise.nats),
         **_chosen(forecast.budget, chosen, scans, points, learning),
     }
@@ -272,7 +279,8 @@ def sentences(report: dict[str, Any]) -> list[str]:
     """The report in plain English."""
     lines = _predicted(report) if report["verdict"] == "predicted" else _checked(report)
     if report["share"] == 0:
-        lines.append("  no part of the update keeps this budget: the result is the model as it was. Give a larger budget or more general text")
+        more = "Give a larger budget, or --general TEXT" if report["verdict"] == "predicted" else "Give a larger budget or more general text"
+        lines.append(f"  no part of the update keeps this budget: the result is the model as it was. {more}")
     elif report["share"] == 1:
         lines.append("  all of the update is kept: the budget was not used up")
     else:

@@ -58,8 +58,13 @@ def check_budget(options: TuneOptions, methods: Sequence[str]) -> None:
         return
     if options.after or len(several(options.data)) > 1:
         raise OptionError("--budget with several domains or --after is kept on held-out general text, found none; give --general TEXT")
-    if options.full:
-        raise OptionError("--budget without --general is kept on a prediction for adapters, found --full; give --general TEXT")
+    if options.full or options.anchor == "recorded":
+        found = "--full" if options.full else "--anchor recorded"
+        raise OptionError(f"--budget without --general is kept on a prediction for adapters, counted from the base; found {found}; give --general TEXT")
+    if options.push_to_hub:
+        raise OptionError(
+            "--push-to-hub uploads what is known to keep its --budget, which without --general nothing is; give --general TEXT, or upload it by hand"
+        )
 
 
 class Keeper:

@@ -37,7 +37,11 @@ def train(model: nn.Module, recorder: PathRecorder, encoded: list[Encoded], opti
             epoch, first = divmod(done, per_epoch)
             for group in _groups(encoded, options, pad_id, epoch)[first : first + total - done]:
                 began = time.perf_counter()
-                loss, tokens = step(model, optimizer, group, done)
+                loss, tokens = step(model, optimizer, group)
+                if not math.isfinite(loss):
+                    raise ValueError(
+                        f"the loss is {loss} at step {done + 1}; lower --learning-rate or use --dtype float32; the last saved state is kept for --resume"
+                    )
                 scheduler.step()
                 done += 1
                 bar.update()
@@ -63,8 +67,8 @@ def _share(group: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]
     return [{key: value[rows] for key, value in batch.items()} for batch in group if len(batch["input_ids"]) > distributed.rank()]
 
 
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, group: list[dict[str, torch.Tensor]], number: int) -> tuple[float, int]:
-    """One optimizer step on the mean cross-entropy of all scored tokens in the group; (nats per token, tokens)."""
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, group: list[dict[str, torch.Tensor]]) -> tuple[float, int]:
+    """One optimizer step on the mean cross-entropy of all scored tokens in the group; (nats per token, tokens). None is taken where the loss is no number."""
     device = next(model.parameters()).device
     tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in group)
     loss, processes = 0.0, distributed.size()
@@ -76,9 +80,8 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, group: list[dict[st
         loss += float(nats.detach()) / max(tokens, 1)
     [loss] = distributed.add_up_numbers([loss], device)
     distributed.average_gradients([p for p in model.parameters() if p.requires_grad])
-    if not math.isfinite(loss):
-        raise ValueError(f"the loss is {loss} at step {number + 1}; lower --learning-rate or use --dtype float32; the last saved state is kept for --resume")
-    optimizer.step()
+    if math.isfinite(loss):
+        optimizer.step()
     optimizer.zero_grad()
     return loss, tokens
 

@@ -17,22 +17,22 @@ from torch import nn
 
 from holdfast.budget import Budget, Controller, Interval
 from holdfast.callback import HoldfastCallback, hold
-from holdfast.config import IN_NATS, STRENGTHS
 from holdfast.finish import Learning, history, keep_predicted
-from holdfast.importance.calibration import COVERED, Calibration
+from holdfast.importance.calibration import COVERED, Calibration, usual_strength
 from holdfast.importance.container import Importance
 from holdfast.ledger import GENERAL
 from holdfast.options import OptionError
 from holdfast.penalty.pull import Penalty
 from holdfast.probe import Probe
 from holdfast.update import Update
+from holdfast.weights import FullWeight
 
 logger = logging.getLogger("holdfast")
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a ledger answers by measuring, by the update that the model carries alone. `gauge` knows the energy, without layer coefficients."""
+    """What a ledger answers by measuring, by the update that the model carries alone. `gauge` knows its energy, anchored at the base."""
 
     budget: Budget
     calibration: Calibration
@@ -40,14 +40,14 @@ class Forecast:
 
     def rise(self) -> float:
         """The predicted rise now, in nats per token."""
-        return self.calibration.rise(self._first(), self.gauge.energy(together=True))
+        return self.calibration.rise(self._first(), self.gauge.energy(together=True, alike=True))
 
     def planned(self, model: nn.Module, *, error: float) -> tuple[Interval, float, str]:
         """(predicted rise with the interval of one more update, its bound, whose it is); `error` is of measurements, and not used."""
-        first, energy = self._first(), self.gauge.energy(together=True)
-        known, made = self.calibration, len(self.calibration.updates)
+        first, energy = self._first(), self.gauge.energy(together=True, alike=True)
+        known, made = self.calibration, self.calibration.used
         rise, bound, second = known.rise(first, energy), known.bound(first, energy), known.cost * energy
-        found = Interval(rise, second * (known.error - 1), first + second / known.factor, bound, 2 * (1 - COVERED), "update", made, float(made), 0)
+        found = Interval(rise, second * (known.error - 1), min(first, 0.0) + second / known.factor, bound, 2 * (1 - COVERED), "update", made, float(made), 0)
         return found, bound, GENERAL
 
     def _first(self) -> float:
@@ -64,13 +64,11 @@ class Predictor:
              offload: bool = False) -> HoldfastCallback:  # fmt: skip
         """Add penalty and controller to the trainer. `start`: the strength to begin at; None: what suits the importance."""
         self.update = Update(trainer.model, names=names)
+        _check_seen(trainer.model, self.update, anchor)
         callback = hold(trainer, importance, strength=0.0, layers=layers, anchor=anchor, names=names, offload=offload)
-        plain = anchor == "base" and set(callback.penalty.coefficients.values()) == {1.0}
-        gauge = callback.penalty if plain else Penalty(trainer.model, importance, strength=0.0, names=names, offload=offload)
-        self.forecast = Forecast(self.budget, self.calibration, gauge)
-        estimator = str(importance.info.get("estimator"))
-        usual = STRENGTHS[estimator] if estimator in IN_NATS else STRENGTHS["kronecker"] * self.calibration.cost
-        self.probe = Probe(Controller(self.budget.nats, start or usual, 1.0), callback.penalty, cost=self.forecast.rise)
+        self.forecast = Forecast(self.budget, self.calibration, callback.penalty)
+        start = start or usual_strength(importance, self.calibration.cost)
+        self.probe = Probe(Controller(self.budget.nats, start, 1.0), callback.penalty, cost=self.forecast.rise)
         trainer.callback_handler.callbacks.insert(0, self.probe)
         callback.finishing = functools.partial(self.finish, trainer)
         logger.info("budget %s (%.4g nats) kept on a prediction, nothing is measured: %s", self.budget.text, self.budget.nats, self.calibration.describe())
@@ -79,8 +77,19 @@ class Predictor:
     def finish(self, trainer: Any) -> dict[str, Any]:
         """Scale the model's update to what the prediction allows; what run.json holds under `budget`."""
         self.update.keep()
-        report = keep_predicted(self.forecast, self.calibration, trainer.model, {"scale": self.update.scale}, self.learning)
+        report = keep_predicted(self.forecast, trainer.model, {"scale": self.update.scale}, self.learning)
         return {**report, **history(self.probe, trainer.state)}
+
+
+def _check_seen(model: nn.Module, update: Update, anchor: str) -> None:
+    """Raise ValueError where training changes what the prediction does not see, OptionError for an anchor that it does not count from."""
+    seen = {id(parameter) for weight in update.weights for parameter in weight.parameters}
+    others = [name for name, parameter in model.named_parameters() if parameter.requires_grad and id(parameter) not in seen]
+    if others or any(isinstance(weight, FullWeight) for weight in update.weights):
+        raise ValueError(f"without general text a budget is kept on a prediction for LoRA adapters, found {others[0] if others else 'weights'} trained itself; "
+                         "train an adapter alone, or give general text")  # fmt: skip
+    if anchor != "base":
+        raise OptionError("without general text a budget is kept on a prediction that counts from the base model: use anchor 'base', or give general text")
 
 
 def check_calibrated(importance: Importance | None) -> Calibration:

@@ -74,23 +74,37 @@ def _recorded(options: RecordOptions) -> Importance:
         torch.set_num_threads(options.threads)
     tokenizer, model = load_tokenizer(options), load_model(options)
     encoded, source, kept = ([], {}, []) if options.estimator == "uniform" else _text(options, model, tokenizer)
-    if state is not None and "calibrated" in state:
-        importance, done = Importance.load(options.out), state["calibrated"]
-    else:
-        importance, done = record_on(options, model, tokenizer, encoded, source, state), []
-    if not options.calibrate:
-        return importance
+    if state is None or "calibrated" not in state:
+        importance = record_on(options, model, tokenizer, encoded, source, state)
+        return _calibrated(options, model, tokenizer, importance, encoded, kept, []) if options.calibrate else importance
+    if state["data"] != _apart_hash(kept):
+        raise ValueError(f"{options.out}.state was made from other general text; give the same --general, or start again without --resume")
+    importance = Importance.load(options.out)
+    if options.tier and importance.tier != options.tier:
+        raise OptionError(f"--tier {options.tier}: {options.out} has tier {importance.tier}, by which it is calibrated; give the same, or no --resume")
+    return _calibrated(options, model, tokenizer, importance, encoded, kept, state["calibrated"])
+
+
+def _calibrated(options: RecordOptions, model: nn.Module, tokenizer: Any, importance: Importance, encoded: list[Encoded], kept: list[Document],
+                done: list[dict[str, Any]]) -> Importance:  # fmt: skip
+    """`importance` with its calibration, written to `options.out` again; what is done is in the saved state after each update."""
 
     def save(updates: list[dict[str, Any]]) -> None:
-        recording_state.write(options, {"options": recording_state.comparable(options), "data": source["sha256"], "done": len(updates), "calibrated": updates})
+        state = {"options": recording_state.comparable(options), "data": _apart_hash(kept), "done": len(updates), "calibrated": updates}
+        recording_state.write(options, state)
 
     save(done)
     if options.estimator in ESTIMATORS:  # which left their adapter in the model
+        del model
         model = load_model(options)
     importance = dataclasses.replace(importance, calibration=calibrated(options, model, tokenizer, importance, encoded, kept, done, save))
     importance.save(options.out)
     recording_state.place(options).unlink()
     return importance
+
+
+def _apart_hash(kept: list[Document]) -> str:
+    return fingerprint_rows([dataclasses.asdict(document) for document in kept])
 
 
 def record_on(options: RecordOptions, model: nn.Module, tokenizer: Any, encoded: list[Encoded], source: dict[str, Any],
@@ -122,7 +136,8 @@ def record_on(options: RecordOptions, model: nn.Module, tokenizer: Any, encoded:
     if distributed.first():
         importance.save(out)
     distributed.barrier()  # states go when the file is there,
-    recording_state.place(options).unlink(missing_ok=True)
+    if not options.calibrate:  # which goes on from its state
+        recording_state.place(options).unlink(missing_ok=True)
     distributed.barrier()  # and none is left once any process returns
     logger.info("wrote %s: %d weights, tier %s, %.2f MiB, %.1f s", out, len(importance), importance.tier, out.stat().st_size / 2**20, seconds)
     return importance

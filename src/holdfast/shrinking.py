@@ -81,7 +81,7 @@ def shrink(options: ShrinkOptions) -> dict[str, Any]:
         report = keep_budget(ledger, model, ways, learning, among=(options.method,))
     elif calibration is not None and importance is not None:
         forecast = Forecast(parse(options.budget or ""), calibration, Penalty(model, importance, strength=0.0))
-        report = keep_predicted(forecast, calibration, model, {"scale": update.scale}, learning)
+        report = keep_predicted(forecast, model, {"scale": update.scale}, learning)
     if options.budget:
         kept = {"budget": report, "verdict": report["verdict"]}
     else:
@@ -115,8 +115,9 @@ def share_of(mu: float, method: str) -> float:
 
 
 def curves(report: dict[str, Any]) -> list[str]:
-    """Each way's curve on the control part, as text."""
-    lines = [f"{'way':<8}{'share':>8}{'mu':>10}{'general perplexity':>20}{'learning (nats)':>18}"]
+    """Each way's curve on the control part, or as predicted, as text."""
+    rise = "predicted rise" if report["verdict"] == "predicted" else "general perplexity"
+    lines = [f"{'way':<8}{'share':>8}{'mu':>10}{rise:>20}{'learning (nats)':>18}"]
     for point in report["curve"]:
         mu, learning = point["mu"], point["learning"]
         lines.append(f"{point['way']:<8}{point['share']:>8.3f}{'-' if mu is None else f'{mu:.3g}':>10}{percent(point['rise']['nats']):>+18.2f} %"

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 
 from holdfast import codec
+from holdfast.config import IN_NATS
+from holdfast.importance.calibration import PLAUSIBLE
 from holdfast.importance.container import Calibration, CodedEntry, DenseEntry, Entry, FactoredEntry, Importance, KroneckerEntry
 from holdfast.importance.covariance import AnyCovariance, Covariance, LowRankCovariance
 from holdfast.importance.tiers import parse_tier
@@ -109,7 +111,7 @@ def load(path: str | Path) -> Importance:
     _check_factors(path, entries, gradients, "gradient")
     if not entries:
         raise FileError(f"{path} holds no importance; {NOT_OURS}")
-    return Importance(entries, anchors, {**info, "path": str(path)}, _calibration(path, calibration, gradients))
+    return Importance(entries, anchors, {**info, "path": str(path)}, _calibration(path, info, calibration, entries, gradients))
 
 
 def _check_info(path: str | Path, info: Mapping[str, Any]) -> None:
@@ -117,15 +119,14 @@ def _check_info(path: str | Path, info: Mapping[str, Any]) -> None:
     for key, kind in INFO.items():
         if key in info and not isinstance(info[key], kind):
             raise FileError(f"{path}: '{key}' in the metadata is {type(info[key]).__name__}, expected {kind.__name__}; {NOT_OURS}")
-    number = lambda value: isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     whole = lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 0
-    pair = lambda value: isinstance(value, list) and len(value) == 2 and all(map(number, value))
+    pair = lambda value: isinstance(value, list) and len(value) == 2 and all(map(_number, value))
     errors = info.get("energy_error", {}).get("weights", {})
     coded = lambda value: isinstance(value, list) and len(value) == 3 and isinstance(value[0], str) and all(map(whole, value[1:]))
     text = lambda value: isinstance(value, (str, type(None)))
     for what, values, fits in (
         ("model", {key: info.get("model", {}).get(key) for key in ("name", "fingerprint")}, text),
-        ("norms", info.get("norms", {}), number),
+        ("norms", info.get("norms", {}), _number),
         ("energy_error", errors, pair),
         ("shared_in_cov", info.get("shared_in_cov", {}), lambda value: isinstance(value, str)),
         ("coded", info.get("coded", {}), coded),
@@ -241,20 +242,28 @@ def _check_factors(path: str | Path, entries: Mapping[str, Entry], factors: Mapp
                 raise FileError(f"{path}: the {what} of '{name}' has non-finite values; record again")
 
 
-def _calibration(path: str | Path, stored: dict[str, Any] | None, gradients: dict[str, tuple[Tensor, Tensor]]) -> Calibration | None:
-    """The calibration of a file that has one. Raises FileError where it is not what we write."""
+def _calibration(path: str | Path, info: Mapping[str, Any], stored: dict[str, Any] | None, entries: Mapping[str, Entry],
+                 gradients: dict[str, tuple[Tensor, Tensor]]) -> Calibration | None:  # fmt: skip
+    """The calibration of a file that has one. Raises FileError where it is not what we write, or says what no measurement does."""
     if stored is None and not gradients:
         return None
-    stored = stored or {}
-    updates, data = stored.get("updates"), stored.get("data", {})
-    number = lambda value: isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    whole = isinstance(updates, list) and all(isinstance(u, dict) and all(number(u.get(key)) for key in ("energy", "first", "second")) for u in updates)
-    if not whole or not isinstance(data, dict):
+    updates, data = (stored or {}).get("updates"), (stored or {}).get("data", {})
+    numbers = lambda update: isinstance(update, dict) and all(_number(update.get(key)) for key in ("energy", "first", "second", "second_error"))
+    if not isinstance(updates, list) or not all(map(numbers, updates)) or not isinstance(data, dict):
         raise FileError(f"{path}: 'calibration' in the metadata is not what holdfast writes there; the file is damaged, record again")
+    if missing := [name for name in entries if name not in gradients]:
+        raise FileError(f"{path}: the calibration has no gradient of '{missing[0]}'; the file is damaged, record again")
     try:
-        return Calibration(updates, gradients, data)  # type: ignore[arg-type]
+        calibration = Calibration(updates, gradients, data)
     except ValueError as error:
         raise FileError(f"{path}: {error}") from None
+    if info.get("estimator") in IN_NATS and not 1 / PLAUSIBLE < calibration.cost < PLAUSIBLE:
+        raise FileError(f"{path}: the calibration claims that a unit of energy costs {calibration.cost:.3g} nats, expected about 1; {NOT_OURS}, record again")
+    return calibration
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

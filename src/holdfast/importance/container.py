@@ -23,7 +23,7 @@ from holdfast.importance.tiers import converted
 
 __all__ = ["Calibration", "CodedEntry", "DenseEntry", "Entry", "FactoredEntry", "Importance", "KroneckerEntry"]
 logger = logging.getLogger("holdfast")
-BY_ELEMENT = {"f32", "bf16", "u8", "u4"}  # tiers that have the same energy, to the precision of their codes
+BY_ELEMENT = {"f32", "bf16", "u8", "u4"}  # tiers that have the same energy, to the precision of their codes: a few per cent
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Importance:
         entries = converted(dict(self.entries), tier)
         errors = {name: energy_errors(self.entries[name], entry) for name, entry in entries.items()}
         norms = {"norms": {name: entry.norm() for name, entry in entries.items()}} if "norms" in self.info else {}
-        calibration = self.calibration if {self.tier, tier} <= BY_ELEMENT else None  # other forms have another energy
+        calibration = self.calibration if tier == self.tier or {self.tier, tier} <= BY_ELEMENT else None  # other forms have another energy
         if calibration is not self.calibration:
             logger.warning("the calibration was measured with tier %s, and is left out of tier %s: record with --tier %s --calibrate", self.tier, tier, tier)
         return Importance(entries, self.anchors, {**self.info, **norms, "energy_error": {"against": self.tier, "weights": errors}, "tier": tier}, calibration)

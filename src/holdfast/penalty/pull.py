@@ -157,7 +157,7 @@ class Penalty:
         distributed.add_up_all([part for _, parts, _ in waiting for part in parts])
         yield from waiting
 
-    def _parts(self, strength: float) -> Iterator[tuple[TargetWeight, tuple[Tensor, ...], Any]]:
+    def _parts(self, strength: float, *, alike: bool = False) -> Iterator[tuple[TargetWeight, tuple[Tensor, ...], Any]]:
         """What this process has of each pull and energy: zeros for a weight whose importance another keeps."""
         entries = self._placed()
         for weight in self.weights:
@@ -168,7 +168,7 @@ class Penalty:
             c = self.coefficients[weight.name]
             parts, e = self._pull_of(here, next(entries), strength * c)
             counted = not self._sharded or self._owner is not None or (distributed.counts(weight.W) if isinstance(weight, FullWeight) else distributed.first())
-            yield weight, parts, c * e if counted else 0.0
+            yield weight, parts, (e if alike else c * e) if counted else 0.0
 
     def _counted(self, *numbers: float) -> list[float]:
         """Sums over the processes: of energies where importance is shared out, of norms where parameters are."""
@@ -178,8 +178,8 @@ class Penalty:
         return [*distributed.add_up_numbers(numbers[:1], device), *numbers[1:]] if self._owner is not None else list(numbers)
 
     @torch.no_grad()
-    def energy(self, *, together: bool = False) -> float:
-        """sum_l c_l * energy_l at the weights as they are now, in nats for importance in nats per squared weight.
+    def energy(self, *, together: bool = False, alike: bool = False) -> float:
+        """sum_l c_l * energy_l at the weights as they are now, in nats for importance in nats per squared weight; `alike`: sum_l energy_l.
 
         Where processes share the importance or the parameters, it is that of the last pull, so that one process may ask alone; `together`, every process
         asking, it is that of the weights as they are now. Raises ValueError before the first pull.
@@ -189,7 +189,7 @@ class Penalty:
                 raise ValueError("no pull was made yet, and importance is shared over processes: let every process call energy(together=True)")
             return self._last_energy
         self.settle()
-        return self._counted(_total([e for _, _, e in self._parts(0.0)]))[0]
+        return self._counted(_total([e for _, _, e in self._parts(0.0, alike=alike)]))[0]
 
     def value(self) -> float:
         """strength * energy(): what the paper adds to the loss."""

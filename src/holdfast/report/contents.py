@@ -152,7 +152,7 @@ def _kept(run: Mapping[str, Any]) -> str:
     rise, bound = numbers.known(predicted.get("nats")), numbers.known(predicted.get("bound"))
     if None not in (limit, rise, bound):
         return (f"{told} By the importance file's calibration the general loss rose by {rise:.4f} nats per token, and by at most {bound:.4f} for 19 of 20 such "
-                f"updates; the budget is {limit:.4f}. Nothing was measured.")  # fmt: skip
+                f"updates; the budget is {limit:.4f}. No general text was looked at.")  # fmt: skip
     if limit is None or low is None or high is None:
         return told
     return (f"{told} On {numbers.text(check.get('documents'))} documents that nothing was chosen on the loss rose by {low:.4f} to {high:.4f} nats per token; "
