@@ -231,11 +231,13 @@ def page(shared: Path, out: Path) -> str:
         for domain in domains:
             for method in METHODS:
                 some = [run for run in runs if (run["domain"], run["method"]) == (domain, method)]
-                if some:
-                    fits = [parabola([{"share": p["scale"], **p} for p in run["points"]]) for run in some]
-                    ratio = statistics.geometric_mean([max(q, 1e-9) / run["energies"]["kronecker:64"] for (_, q), run in zip(fits, some, strict=True)])
-                    f, g = statistics.mean(f for f, _ in fits), statistics.mean(run["first"] for run in some)
-                    lines.append(f"| {domain} | {method} | {f:+.4f} | {g:+.4f} | {ratio:.2f} |")
+                fits = [parabola([{"share": p["scale"], **p} for p in run["points"]]) for run in some]
+                g = statistics.mean(run["first"] for run in some) if some else 0.0
+                if some and all(second > 0 for _, second, _ in fits):
+                    ratio = statistics.geometric_mean([second / run["energies"]["kronecker:64"] for (_, second, _), run in zip(fits, some, strict=True)])
+                    lines.append(f"| {domain} | {method} | {statistics.mean(first for first, _, _ in fits):+.4f} | {g:+.4f} | {ratio:.2f} |")
+                elif some:
+                    lines.append(f"| {domain} | {method} | fewer than three sizes below .08 nats | {g:+.4f} | |")
     return "\n".join(lines) + "\n"
 
 

@@ -16,8 +16,8 @@ VALUES: list[Any] = [None, True, False, 0, 1, -1, 2, 3, 4, 7, 16, 2**31, 2**63, 
 DTYPES = ["F32", "F16", "BF16", "F64", "U8", "I8", "I16", "I32", "I64", "U16", "U32", "U64", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "C64",
           "F33", "", "f32"]  # fmt: skip
 SIZES = [0, 1, 2, 3, 7, 8, 16, 127, 128, 129, 255, 4096, 2**20, 2**31 - 1, 2**32, 10**12, 2**62, 2**63, 2**64 - 1, 2**64, -1, 1.5, "8", None]
-SUFFIXES = ["", ".codes", ".scale", ".row", ".col", ".anchor_A", ".anchor_B", ".in_cov", ".out_cov", ".in_cov.vectors", ".in_cov.values", ".in_cov.floor",
-            ".out_cov.vectors", ".out_cov.values", ".out_cov.floor", ".other"]  # fmt: skip
+SUFFIXES = ["", ".codes", ".scale", ".row", ".col", ".anchor_A", ".anchor_B", ".gradient_L", ".gradient_R", ".in_cov", ".out_cov",
+            ".in_cov.vectors", ".in_cov.values", ".in_cov.floor", ".out_cov.vectors", ".out_cov.values", ".out_cov.floor", ".other"]  # fmt: skip
 NUMBERS = [b"\x00\x00\xc0\x7f", b"\x00\x00\x80\x7f", b"\x00\x00\x80\xff", b"\x00\x00\x80\xbf", b"\x01\x00\x00\x00", b"\xff\xff\x7f\x7f", b"\xff\xff\x7f\xff",
            b"\xca\xf2\x49\x71", b"\x60\x42\xa2\x0d", b"\x00\x00\x00\x00"]  # fmt: skip # NaN, inf, -inf, -1, the least, the most, minus that, 1e30, 1e-30, 0
 

@@ -34,7 +34,7 @@ def importance(folder: Path) -> Target:
     """Importance files in every tier, then norms, the table of `inspect`, and for some of them another tier."""
     import torch
 
-    from holdfast.importance.container import CodedEntry, DenseEntry, FactoredEntry, Importance, KroneckerEntry
+    from holdfast.importance.container import Calibration, CodedEntry, DenseEntry, FactoredEntry, Importance, KroneckerEntry
     from holdfast.importance.covariance import Covariance, LowRankCovariance
     from holdfast.inspection import describe
     from holdfast.storage import load, save
@@ -49,6 +49,8 @@ def importance(folder: Path) -> Target:
             "data": {"source": "general.jsonl", "documents": 3, "tokens": 99, "sha256": "cd" * 32}, "settings": {"rank": 2, "xi": 1e-9, "seed": 0},
             "timings": {"train_seconds": 1.0}}  # fmt: skip
     anchors = {name: (torch.rand(2, 6), torch.rand(4, 2)) for name in names}
+    updates = [{"energy": 0.01 * n, "first": -0.001, "second": 0.03 * n, "second_error": 1e-4, "points": [{"share": 0.5, "nats": 0.01}]} for n in range(1, 7)]
+    calibration = Calibration(updates, {n: (torch.rand(4, 2).bfloat16(), torch.rand(2, 6).bfloat16()) for n in names}, {"documents": 20})
     made = {
         "f32": Importance(dense, anchors, info),
         "bf16": Importance({n: DenseEntry(e.values.bfloat16()) for n, e in dense.items()}, {}, info),
@@ -57,6 +59,7 @@ def importance(folder: Path) -> Target:
         "factored": Importance({n: FactoredEntry(torch.rand(4, 2), torch.rand(6, 2)) for n in names}, {}, info),
         "kronecker": Importance({n: KroneckerEntry(Covariance(G.clone()), whole) for n in names}, {}, {**info, "estimator": "kronecker"}),
         "thin": Importance({n: KroneckerEntry(Covariance(G).cut(2), thin) for n in names}, {}, {**info, "estimator": "kronecker"}),
+        "calibrated": Importance({n: KroneckerEntry(Covariance(G).cut(2), thin) for n in names}, {}, {**info, "estimator": "kronecker"}, calibration),
         "mixed": Importance({names[0]: FactoredEntry(torch.rand(4, 1), torch.rand(6, 1)), names[1]: dense[names[1]]}, {}, info),
     }
     assert isinstance(made["u4"][names[0]], CodedEntry) and isinstance(thin, LowRankCovariance)
@@ -70,6 +73,8 @@ def importance(folder: Path) -> Target:
     def use(path: Path) -> list[str]:
         found = load(path)
         found.norms()
+        if found.calibration is not None:
+            found.calibration.bound(0.0, 0.01)
         if path.stat().st_size % 16 == 0 and path.name != "wide.safetensors":
             found.to_tier(("f32", "bf16", "u8", "u4", "factored", "factored:2", "kronecker", "kronecker:1")[path.stat().st_size // 16 % 8])
         return describe(found).split("\n")

@@ -130,7 +130,8 @@ def _tuned(
         importance = getattr(penalty, "importance", importance)  # offloaded, or this process's share: not a second one beside it
     setup = replace(setup, importance=importance)
     if keeper is not None and importance is not None:
-        keeper.bind(trainer, importance, start=options.strength, layers=how, anchor=options.anchor, names=options.targets if options.full else None)
+        keeper.bind(trainer, importance, start=options.strength, layers=how, anchor=options.anchor, names=options.targets if options.full else None,
+                    offload=options.offload_importance)  # fmt: skip
     _announce(options, model, importance, len(encoded))
     if distributed.first():
         if not options.resume:

@@ -47,7 +47,7 @@ class Calibration:
 
     updates: Sequence[Mapping[str, Any]]
     gradients: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    data: Mapping[str, Any] = field(default_factory=dict)  # source, documents, tokens, sha256 of what was measured on
+    data: Mapping[str, Any] = field(default_factory=dict)  # documents and tokens measured on, sha256 of all that was kept apart
 
     def __post_init__(self) -> None:
         needed = max(FEWEST, math.ceil(SHARE * len(self.updates)))
