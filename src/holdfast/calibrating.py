@@ -87,7 +87,11 @@ def calibrated(options: RecordOptions, model: nn.Module, tokenizer: Any, importa
     pieces = list(batches(recorded, batch_size=_rows(recorded), pad_id=tokenizer.pad_token_id))
     gradients = gradient(model, options.targets, pieces, rank=GRADIENT_RANK, seed=options.seed)
     tokens = int(part.tokens.sum())
-    calibration = Calibration(updates, gradients, {"documents": len(part), "tokens": tokens, "sha256": fingerprint_rows([content(d) for d in kept])})
+    about = {"documents": len(part), "tokens": tokens, "sha256": fingerprint_rows([content(d) for d in kept])}
+    try:
+        calibration = Calibration(updates, gradients, about)
+    except ValueError as error:
+        raise ValueError(f"{error}; {options.out} is written without it") from None
     logger.info("calibrated: %s", calibration.describe())
     return calibration
 

@@ -53,7 +53,7 @@ class Calibration:
         needed = max(FEWEST, math.ceil(SHARE * len(self.updates)))
         if self.used < needed:
             raise ValueError(f"{self.used} of {len(self.updates)} updates clearly raise the general loss with the square of their size, expected at least "
-                             f"{needed}: the calibration says nothing about this model and text; record without --calibrate")  # fmt: skip
+                             f"{needed}: the calibration says nothing about this model and text")  # fmt: skip
         if not max(map(abs, self._logs)) < POSSIBLE:
             raise ValueError(f"an update costs e^{max(self._logs, key=abs):.0f} nats per unit of energy, which none does; record again")
 
