@@ -210,7 +210,7 @@ it, and if energy explains more than half of what the size leaves unexplained.
 * Runs that were held are most of these; on plain ones alone there are too few to say.
 
 The second criterion was met and the first was not. What these laws lack was found afterwards (calibration.md, LOG.md, 2026-11-26): a first-order term, and
-that a unit of energy costs 1.0 to 1.5 nats in updates that nothing held and 2 to 4 in those that were held, since what evades importance costs more than its
+that a unit of energy costs 1.3 to 1.5 nats in updates that nothing held and 2 to 4 in those that were held, since what evades importance costs more than its
 energy says. Calibrated on updates that are held as those to be predicted, the factor is 1.5 typically and 2 for one in twenty. `--budget` without
 `--general` is built on that (importance/calibration.py), not on the laws below, and what it promised was measured (predicted.md).
 """

@@ -71,6 +71,9 @@ class Predictor:
         self.probe = Probe(Controller(self.budget.nats, start, 1.0), callback.penalty, cost=self.forecast.rise)
         trainer.callback_handler.callbacks.insert(0, self.probe)
         callback.finishing = functools.partial(self.finish, trainer)
+        if (estimator := importance.info.get("estimator")) != "kronecker":
+            logger.warning("predictions by %s importance kept budgets for updates held as it was calibrated, and not for all others (docs/budget.md); "
+                           "record kronecker importance", estimator)  # fmt: skip
         logger.info("budget %s (%.4g nats) kept on a prediction, nothing is measured: %s", self.budget.text, self.budget.nats, self.calibration.describe())
         return callback
 
