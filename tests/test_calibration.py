@@ -1,5 +1,6 @@
 """Calibration: what a unit of energy costs, measured on updates of a tiny model, kept in the file; and budgets kept on the prediction, without general text."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -398,7 +399,7 @@ def test_predictions_that_cannot_be_made_are_refused_before_training(tuning, tau
 
 
 @pytest.mark.parametrize("importance_on", [True, False])
-def test_hold_keeps_a_predicted_budget_under_anybodys_trainer(taught, calibrated, tokenizer, tmp_path, importance_on):
+def test_hold_keeps_a_predicted_budget_under_anybodys_trainer(taught, calibrated, tokenizer, tmp_path, caplog, importance_on):
     from datasets import Dataset
     from transformers import Trainer, TrainingArguments
 
@@ -414,11 +415,17 @@ def test_hold_keeps_a_predicted_budget_under_anybodys_trainer(taught, calibrated
     with pytest.raises(ValueError, match=r"lm_head\.weight trained itself"):
         hold(trainer, str(calibrated), budget="1%")
     model.base_model.model.lm_head.weight.requires_grad_(False)
+    importance = Importance.load(calibrated)
+    hold(trainer, dataclasses.replace(importance, info={**importance.info, "estimator": "fisher"}), budget="1%")
+    assert "predictions by fisher importance" in caplog.text
+    caplog.clear()
+    trainer.callback_handler.callbacks = trainer.callback_handler.callbacks[2:]
     held = hold(trainer, str(calibrated), budget="1%", layers=None)
+    assert "predictions by" not in caplog.text
     trainer.train()
     report = held.finish()
     assert report["verdict"] == "predicted" and report["promised"] <= report["budget_nats"] and 0 < report["share"] <= 1
-    assert "PREDICTED" in sentences(report)[0]
+    assert "PREDICTED" in sentences(report)[0] and "nats for each nat of predicted forgetting" in "".join(sentences(report))
 
 
 def test_a_finished_adapter_is_scaled_on_the_prediction(tuning, calibrated, taught, domain, tmp_path, capsys):

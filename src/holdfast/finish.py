@@ -286,7 +286,11 @@ def sentences(report: dict[str, Any]) -> list[str]:
     else:
         lines.append(f"  the update was {_how(report)}")
     if report["learning"] is not None:
-        per = f", {report['learning_per_nat']:.3g} nats for each nat of forgetting" if report["learning_per_nat"] is not None else ""
+        per = (
+            f", {report['learning_per_nat']:.3g} nats for each nat of {'predicted ' if report['verdict'] == 'predicted' else ''}forgetting"
+            if report["learning_per_nat"] is not None
+            else ""
+        )
         lines.append(f"  learning {report['learning']['nats']:.4f} nats per token on {report['learning_on']}{per}")
     if len(report["each"]) > 1:
         lines.append("  each way within this budget, on the control part: " + "; ".join(_described(f"{way}:", point) for way, point in report["each"].items()))
