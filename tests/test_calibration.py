@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from conftest import CONFIGS, words_tokenizer
+from conftest import CONFIGS, PLAIN, words_tokenizer
 from holdfast import calibrating, hold, recording_state, training
 from holdfast.calibrating import apart, divided, gradient, parabola
 from holdfast.cli import main
@@ -196,6 +196,12 @@ def test_long_documents_are_cut_and_one_that_is_very_long_leaves_something_to_me
     text = lambda words: Document(" ".join(random.Random(words).choices(WORDS, k=words)), None, "")
     kept = apart([text(4000 + i) for i in range(150)], tokenizer)[1]
     assert 20 <= len(kept) <= 50
+    tokenizer.chat_template = PLAIN
+    talk = lambda i: Document(
+        None, [{"role": "user", "content": content(text(1 + i % 2 * 2000))}, {"role": "assistant", "content": content(text(200 + i))}], ""
+    )
+    kept = apart([talk(i) for i in range(150)], tokenizer)[1]  # of every other chat nothing is scored before the cut
+    assert kept and all(len(document.messages[0]["content"]) < 10 for document in kept)
     for sizes in ([3000, *range(100, 124)], [*range(100, 124), 3000], [*range(100, 112), 3000, *range(112, 124)]):
         pieces, part = divided(tiny(), tokenizer, [text(size) for size in sizes])
         trained = [tuple(ids) for piece in pieces for ids, _ in piece]

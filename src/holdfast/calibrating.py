@@ -63,8 +63,9 @@ def apart(documents: Sequence[Document], tokenizer: Any) -> tuple[list[Document]
     for text in ordered[: int(SHARE * len(ordered))]:
         if sum(kept.values()) >= TOKENS:
             break
-        for ids, _ in encoded_each([by_text[text]], tokenizer)[0]:  # none where there is nothing to predict
-            kept[text] = min(CUT, len(ids))
+        for ids, scored in encoded_each([by_text[text]], tokenizer)[0]:  # none where there is nothing to predict
+            if any(scored[1:CUT]):
+                kept[text] = min(CUT, len(ids))
     if len(kept) < LEAST_DOCUMENTS or sum(kept.values()) < LEAST_TOKENS:
         raise OptionError(f"--calibrate keeps a third of the general documents apart, to train and to measure on: expected at least {LEAST_DOCUMENTS} there, "
                           f"different ones of {LEAST_TOKENS:,} tokens together, found {len(kept)} of {sum(kept.values()):,}; give more general text, or "
