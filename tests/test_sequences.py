@@ -191,7 +191,7 @@ def test_interrupted_in_any_phase_it_resumes_to_the_same_bits(words, domains, im
 def test_a_recording_resumes_in_its_middle(words, domains, importance, tmp_path, monkeypatch):
     words = [*words, *of(domains[:2]), "--importance", importance(estimator="path", cov_rank=None, rank=2, accumulation=1, batch_size=4, save_steps=2)]
     assert run(words, "--out", tmp_path / "whole") == 0
-    calls, original = 0, path_training._step
+    calls, original = 0, path_training.step
 
     def interrupted(*arguments):
         nonlocal calls
@@ -200,7 +200,7 @@ def test_a_recording_resumes_in_its_middle(words, domains, importance, tmp_path,
             raise KeyboardInterrupt
         return original(*arguments)
 
-    monkeypatch.setattr(path_training, "_step", interrupted)
+    monkeypatch.setattr(path_training, "step", interrupted)
     assert run(words, "--out", tmp_path / "parted") == 130
     assert (tmp_path / "parted" / "steps" / "2" / "domain.safetensors.state").exists()
     assert run(words, "--out", tmp_path / "parted", "--resume") == 0

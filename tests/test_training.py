@@ -68,7 +68,7 @@ def test_record_writes_a_file_with_provenance_and_cleans_up(recorded, tmp_path):
 def test_interrupted_recording_resumes_to_the_same_file(recorded, tmp_path, monkeypatch, stop):
     whole = recorded(dropout=0.1)
     calls = 0
-    step = path_training._step
+    step = path_training.step
 
     def interrupted(*arguments):
         nonlocal calls
@@ -77,12 +77,12 @@ def test_interrupted_recording_resumes_to_the_same_file(recorded, tmp_path, monk
             raise KeyboardInterrupt
         return step(*arguments)
 
-    monkeypatch.setattr(path_training, "_step", interrupted)
+    monkeypatch.setattr(path_training, "step", interrupted)
     out = tmp_path / "j.safetensors"
     with pytest.raises(KeyboardInterrupt):
         recorded(dropout=0.1, out=str(out))
     assert not out.exists()
-    monkeypatch.setattr(path_training, "_step", step)
+    monkeypatch.setattr(path_training, "step", step)
     with pytest.raises(OptionError, match="learning_rate"):
         recorded(dropout=0.1, out=str(out), resume=True, learning_rate=0.5)
     parted = recorded(dropout=0.1, out=str(out), resume=True)
