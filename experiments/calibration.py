@@ -16,7 +16,7 @@ import argparse
 import json
 import shutil
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ METHODS: dict[str, dict[str, Any]] = {"plain": {}, "rate-0.001": dict(learning_r
 GROUPS = {"held at 3 to 30": ("strength-3", "strength-10", "strength-30"), "plain, held at 1": ("plain", "strength-1"),
           "small rate, held at 100, KL": ("rate-0.001", "strength-100", "kl")}  # fmt: skip
 DOMAINS = {"lab-english-5m": ("sciq", "medmcqa"), "tinystories-char-1m": ("piqa",)}
+FIRST: dict[str, Callable[[float], float]] = {"a rise by g counted, as tune does": lambda first: max(first, 0.0), "a fall too": lambda first: first}
 RECORDED: dict[str, dict[str, Any]] = {"fisher": dict(estimator="fisher"), "kronecker": dict(cov_rank=0), "uniform": dict(estimator="uniform"),
                                        "path": dict(estimator="path", max_steps=120, accumulation=1)}  # fmt: skip
 CONVERTED = {"kronecker:64": ("kronecker", "kronecker:64"), "kronecker:16": ("kronecker", "kronecker:16"), "fisher, u8": ("fisher", "u8"),
@@ -62,7 +63,9 @@ def main() -> None:
             for method in METHODS:
                 fine_tuning(given.shared, given.out, domain, method, seed)
     if given.page:
-        (HERE / "calibration.md").write_text(page(given.shared, given.out), encoding="utf-8")
+        found = {name: collected(given.shared, given.out, name) for name in DOMAINS}
+        write_json(HERE / "calibration.json", found)
+        (HERE / "calibration.md").write_text(page(found), encoding="utf-8")
 
 
 def lab_of(shared: Path, out: Path, model: str) -> Lab:
@@ -192,39 +195,46 @@ def most_learning(result: dict[str, Any], share: float) -> float:
     return max(float(np.interp(share * part / 20, scales, learned)) for part in range(21))
 
 
-def tested(known: Calibration, runs: Sequence[dict[str, Any]], label: str, *, credit: bool) -> str:
+def tested(known: Calibration, runs: Sequence[dict[str, Any]], label: str, counted: Callable[[float], float]) -> str:
     """Cells of the table: how often the budget was kept, at what share of it, the largest, and learning beside the exact scale's."""
     shares, kept = [], []
     for run in runs:
-        first, energy = run["first"] if credit else 0.0, run["energies"][label]
+        first, energy = counted(run["first"]), run["energies"][label]
         for budget in BUDGETS:
             limit = parse(budget).nats
-            share = largest(lambda s, f=first, e=energy: known.bound(s * f, s * s * e), limit)
+            share = largest(lambda s, f=first, e=energy: s * f + known.bound(0.0, s * s * e), limit)
             shares.append(costs(run, share) / limit)
             kept.append(most_learning(run, share) / most_learning(run, largest(lambda s, run=run: costs(run, s), limit)))
     within = sum(share <= 1 for share in shares)
     return f"{within} of {len(shares)} | {statistics.median(shares):.2f} | {max(shares):.2f} | {statistics.median(kept):.2f}"
 
 
-def page(shared: Path, out: Path) -> str:
+def collected(shared: Path, out: Path, name: str) -> dict[str, list[dict[str, Any]]]:
+    """The updates that calibrate and the runs that test, with their energies by every estimator."""
+    known, gradients = importances(shared, out, name), slope(shared, out, name)
+    made = [path.parent for path in sorted((out / "updates").glob(f"{name}-*/result.json"))]
+    runs = [path.parent for domain in DOMAINS[name] for path in sorted((out / "runs").glob(f"{domain}-*/result.json"))]
+    return {"updates": [featured(folder, known, gradients) for folder in made], "runs": [featured(folder, known, gradients) for folder in runs]}
+
+
+def page(found: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
     lines = ["# Calibrations made while recording, tested on other domains", "", "<!-- made by experiments/calibration.py -->", "",
              "Kept: how often an update that was scaled to a bound of .5, 1, 2 or 5 % cost no more than that. Cost: its measured rise as a share of the "
-             "budget. Learning: beside that of the largest scale that really keeps the budget. With g: with the first-order term of rank 32."]  # fmt: skip
+             "budget. Learning: beside that of the largest scale that really keeps the budget. g: the first-order term of rank 32, not counted where it is not "
+             "named."]  # fmt: skip
     for name, domains in DOMAINS.items():
-        known, gradients = importances(shared, out, name), slope(shared, out, name)
-        made = [featured(path.parent, known, gradients) for path in sorted((out / "updates").glob(f"{name}-*/result.json"))]
-        runs = [featured(path.parent, known, gradients) for domain in domains for path in sorted((out / "runs").glob(f"{domain}-*/result.json"))]
+        made, runs = found[name]["updates"], found[name]["runs"]
         lines += ["", f"## {name}: {len(made)} updates calibrate, {len(runs)} runs on {' and '.join(domains)} test", ""]
         lines += ["| estimator | nats per unit of energy | typical factor | bound's factor | tested on | kept | cost, median | largest | learning, median |",
                   "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
-        for label in known:
+        for label in made[0]["energies"]:
             calibration = calibration_of(made, label)
             about = f"| {label} | {calibration.cost:.3g} | {calibration.error:.2f} | {calibration.factor:.2f} |"
             for group, methods in GROUPS.items():
                 chosen = [run for run in runs if run["method"] in methods]
-                lines.append(f"{about} {group} | {tested(calibration, chosen, label, credit=False)} |")
-                if label == "kronecker:64":
-                    lines.append(f"| {label}, with g | | | | {group} | {tested(calibration, chosen, label, credit=True)} |")
+                lines.append(f"{about} {group} | {tested(calibration, chosen, label, lambda first: 0.0)} |")
+                for how, counted in FIRST.items() if label == "kronecker:64" else ():
+                    lines.append(f"| {label}, {how} | | | | {group} | {tested(calibration, chosen, label, counted)} |")
                 about = "| | | | |"
         lines += ["", "First-order term against the f of f s + q s^2 fitted to the measured rise, and q / E by `kronecker:64`; means over seeds:", "",
                   "| domain | method | f measured | g of rank 32 | q / E |", "|---|---|---|---|---|"]  # fmt: skip

@@ -62,6 +62,21 @@ def words_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>", model_max_length=32)
 
 
+def interrupt_after(monkeypatch, step):
+    """Ctrl-C before the optimizer's step number `step` + 1."""
+    from holdfast import callback
+
+    original = callback.StopOnNonFinite.on_pre_optimizer_step
+
+    def interrupted(self, args, state, control, **kwargs):
+        if state.global_step == step:
+            monkeypatch.setattr(callback.StopOnNonFinite, "on_pre_optimizer_step", original)
+            raise KeyboardInterrupt
+        original(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(callback.StopOnNonFinite, "on_pre_optimizer_step", interrupted)
+
+
 @pytest.fixture
 def model_folder(tiny, tokenizer, tmp_path):
     """A tiny Llama with its tokenizer on disk."""

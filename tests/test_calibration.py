@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from conftest import CONFIGS, PLAIN, words_tokenizer
+from conftest import CONFIGS, PLAIN, interrupt_after, words_tokenizer
 from holdfast import calibrating, hold, recording_state, training
 from holdfast.calibrating import apart, divided, gradient, parabola
 from holdfast.cli import main
@@ -366,19 +366,9 @@ def test_layer_coefficients_change_the_pull_and_not_the_prediction(tuning, tmp_p
 
 
 def test_resuming_a_predicted_budget_equals_an_uninterrupted_run(tuning, tmp_path, monkeypatch):
-    from holdfast import callback
-
     assert run(*tuning, "--out", tmp_path / "whole") == 3
-    original = callback.StopOnNonFinite.on_pre_optimizer_step
-
-    def interrupted(self, args, state, control, **kwargs):
-        if state.global_step == 12:
-            raise KeyboardInterrupt
-        original(self, args, state, control, **kwargs)
-
-    monkeypatch.setattr(callback.StopOnNonFinite, "on_pre_optimizer_step", interrupted)
+    interrupt_after(monkeypatch, 12)
     assert run(*tuning, "--out", tmp_path / "parted") == 130
-    monkeypatch.setattr(callback.StopOnNonFinite, "on_pre_optimizer_step", original)
     assert run(*tuning, "--out", tmp_path / "parted", "--resume") == 3
     whole, parted = (json.loads((tmp_path / name / "run.json").read_text())["budget"] for name in ("whole", "parted"))
     assert whole["trajectory"] == parted["trajectory"] and whole["promised"] == parted["promised"]

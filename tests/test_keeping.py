@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from holdfast import callback, hold, keeper, training
+from conftest import interrupt_after
+from holdfast import hold, keeper, training
 from holdfast.budget import parse
 from holdfast.cli import main
 from holdfast.finish import keep_budget
@@ -94,16 +95,8 @@ def test_a_budget_that_the_check_refutes_exits_with_3(words, tmp_path, capsys, m
 
 def test_resuming_equals_an_uninterrupted_run(words, tmp_path, monkeypatch):
     assert run(words, "--budget", "2%", "--out", tmp_path / "whole") == 0
-    original = callback.StopOnNonFinite.on_pre_optimizer_step
-
-    def interrupted(self, args, state, control, **kwargs):
-        if state.global_step == 12:
-            raise KeyboardInterrupt
-        original(self, args, state, control, **kwargs)
-
-    monkeypatch.setattr(callback.StopOnNonFinite, "on_pre_optimizer_step", interrupted)
+    interrupt_after(monkeypatch, 12)
     assert run(words, "--budget", "2%", "--out", tmp_path / "parted") == 130
-    monkeypatch.setattr(callback.StopOnNonFinite, "on_pre_optimizer_step", original)
     assert run(words, "--budget", "1%", "--out", tmp_path / "parted", "--resume") == 2  # another budget is another run
     assert run(words, "--budget", "2%", "--out", tmp_path / "parted", "--resume") == 0
     whole, parted = (json.loads((tmp_path / name / "run.json").read_text())["budget"] for name in ("whole", "parted"))

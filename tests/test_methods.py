@@ -11,7 +11,8 @@ import torch
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
-from holdfast import callback, training
+from conftest import interrupt_after
+from holdfast import training
 from holdfast.callback import TermCallback
 from holdfast.config import METHOD_SETTINGS, RECORD_PRESETS, TUNE_PRESETS, EvalOptions, RecordOptions, TuneOptions, resolve
 from holdfast.demo.run import MODEL
@@ -91,19 +92,6 @@ def tensors(folder):
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def interrupt_after(monkeypatch, step):
-    """Ctrl-C before the optimizer's step number `step` + 1."""
-    original = callback.StopOnNonFinite.on_pre_optimizer_step
-
-    def interrupted(self, args, state, control, **kwargs):
-        if state.global_step == step:
-            monkeypatch.setattr(callback.StopOnNonFinite, "on_pre_optimizer_step", original)
-            raise KeyboardInterrupt
-        original(self, args, state, control, **kwargs)
-
-    monkeypatch.setattr(callback.StopOnNonFinite, "on_pre_optimizer_step", interrupted)
 
 
 def watch_frozen(monkeypatch):

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from holdfast import callback, path_training, recording, runs
+from conftest import interrupt_after
+from holdfast import path_training, recording, runs
 from holdfast.config import RECORD_PRESETS, STRENGTHS, TUNE_PRESETS, RecordOptions, TuneOptions, resolve
 from holdfast.importance.container import Importance
 from holdfast.importance.kronecker import Kronecker
@@ -187,23 +188,13 @@ def test_accumulation_gives_the_same_update(recorded, tuned, tmp_path):
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-5)
 
 
-def test_resuming_equals_an_uninterrupted_run(recorded, tuned, tmp_path):
+def test_resuming_equals_an_uninterrupted_run(recorded, tuned, tmp_path, monkeypatch):
     recorded()
     common = {"importance": str(tmp_path / "i.safetensors"), "save_steps": 2, "dropout": 0.1}  # no strength: what suits the importance, also when going on
     tuned(out=str(tmp_path / "whole"), **common)
-    original = callback.StopOnNonFinite.on_pre_optimizer_step
-
-    def interrupted(self, args, state, control, **kwargs):
-        if state.global_step == 4:
-            raise KeyboardInterrupt
-        original(self, args, state, control, **kwargs)
-
-    callback.StopOnNonFinite.on_pre_optimizer_step = interrupted
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            tuned(out=str(tmp_path / "parted"), **common)
-    finally:
-        callback.StopOnNonFinite.on_pre_optimizer_step = original
+    interrupt_after(monkeypatch, 4)
+    with pytest.raises(KeyboardInterrupt):
+        tuned(out=str(tmp_path / "parted"), **common)
     with pytest.raises(ValueError, match="--resume"):
         tuned(out=str(tmp_path / "parted"), **common)
     with pytest.raises(OptionError, match=rf"strength={STRENGTHS['path']!r} \(now 0\.2\)"):

@@ -18,6 +18,7 @@ import hashlib
 import itertools
 import logging
 import math
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -34,7 +35,7 @@ from holdfast.importance.container import Importance
 from holdfast.ledger import Part, content, encoded_each, measured
 from holdfast.models import context_length
 from holdfast.options import OptionError
-from holdfast.path_training import step
+from holdfast.path_training import backward, scored_tokens, step
 from holdfast.penalty.pull import Penalty
 from holdfast.texts import Document, Encoded, batches, fingerprint_rows
 from holdfast.update import Update
@@ -105,8 +106,8 @@ def measured_updates(options: RecordOptions, model: nn.Module, tokenizer: Any, i
     for number, (rows, times, rate) in enumerate(tqdm(plans, desc="calibrating", unit="update", disable=distributed.silent())):
         if number < len(done):
             continue
-        costs = [math.log(update["second"] / update["energy"]) for update in updates if update["second"] > 0 and update["energy"] > 0]
-        known = math.exp(sum(costs) / len(costs)) if costs else None
+        costs = [update["second"] / update["energy"] for update in updates if update["second"] > 0 and update["energy"] > 0]
+        known = statistics.geometric_mean(costs) if costs else None
         in_nats = importance.info.get("estimator") in IN_NATS
         strength = times * usual_strength(importance, known or 0.0)  # of other importance the first one is not held
         torch.manual_seed(options.seed + number)
@@ -240,11 +241,8 @@ def gradient(base: nn.Module, names: str, pieces: Sequence[dict[str, Tensor]], *
 
 def _backward(model: nn.Module, pieces: Sequence[dict[str, Tensor]]) -> None:
     """Set the gradients of what is trained to those of the mean loss of all scored tokens."""
-    device, tokens = next(model.parameters()).device, sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in pieces)
+    tokens = scored_tokens(pieces)
     model.eval()
     model.zero_grad()
     for batch in tqdm(pieces, desc="gradient", unit="batch", disable=distributed.silent()):
-        here = {key: value.to(device) for key, value in batch.items()}
-        logits = model(input_ids=here["input_ids"], attention_mask=here["attention_mask"]).logits[:, :-1]
-        nats = nn.functional.cross_entropy(logits.flatten(0, 1).float(), here["labels"][:, 1:].flatten(), ignore_index=-100, reduction="sum")
-        (nats / tokens).backward()
+        backward(model, batch, 1 / tokens)

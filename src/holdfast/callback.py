@@ -197,8 +197,7 @@ def hold(trainer: Any, importance: Importance | str | Path, *, strength: float |
     `strength` None takes what suits the importance's estimator (`config.STRENGTHS`); the rest is as in `Penalty`. Returns the callback; its `.penalty` tells
     the energy. With `budget` ("1%" of perplexity on the text `general`, or "0.01nats") the strength is controlled from there on, and `finish()` of the
     callback scales, checks and reports after `trainer.train()` (docs/budget.md); without `general` the rise is predicted by the importance's calibration, and
-    the verdict is `predicted`. In several processes each keeps its share of the importance
-    (docs/scaling.md); every process calls `hold`.
+    the verdict is `predicted`. In several processes each keeps its share of the importance (docs/scaling.md); every process calls `hold`.
     Raises ValueError when importance does not fit the model, the text cannot show the budget or the engine cannot be held under (DeepSpeed, FSDP 1),
     OptionError for wrong settings.
     """

@@ -28,7 +28,6 @@ from holdfast.importance.calibration import Calibration
 from holdfast.importance.container import Importance
 from holdfast.importance.covariance import AnyCovariance
 from holdfast.ledger import GENERAL, Ledger, Part
-from holdfast.probe import Probe
 from holdfast.shrink import Basis, Form, prepared, refactored, typical
 from holdfast.update import Update
 
@@ -256,14 +255,6 @@ def _per_nat(point: Point, rise: float) -> float | None:
     return point.learning.nats / rise if point.learning is not None and rise > 0 else None
 
 
-def history(probe: Probe, state: Any) -> dict[str, Any]:
-    """What the controller did while training, for the report; of a finished training that was only loaded, by its checkpoint."""
-    if not probe.controller.trajectory and probe.stored(state):
-        probe.restore(state)
-    measured = {"every": probe.every, "pieces": probe.count} if probe.pieces else {"every": None, "pieces": 0}
-    return {"trajectory": probe.controller.trajectory, "probe": {**measured, "seconds": probe.seconds, "train_seconds": probe.total_seconds}}
-
-
 def _bought(points: Sequence[Point], limit: float) -> dict[str, Any]:
     """What a budget of `limit` nats buys along `points`."""
     point = choose(points, limit)
@@ -277,20 +268,18 @@ def _bought(points: Sequence[Point], limit: float) -> dict[str, Any]:
 
 def sentences(report: dict[str, Any]) -> list[str]:
     """The report in plain English."""
-    lines = _predicted(report) if report["verdict"] == "predicted" else _checked(report)
+    predicted = report["verdict"] == "predicted"
+    lines = _predicted(report) if predicted else _checked(report)
     if report["share"] == 0:
-        more = "Give a larger budget, or --general TEXT" if report["verdict"] == "predicted" else "Give a larger budget or more general text"
+        more = "Give a larger budget, or --general TEXT" if predicted else "Give a larger budget or more general text"
         lines.append(f"  no part of the update keeps this budget: the result is the model as it was. {more}")
     elif report["share"] == 1:
         lines.append("  all of the update is kept: the budget was not used up")
     else:
         lines.append(f"  the update was {_how(report)}")
     if report["learning"] is not None:
-        per = (
-            f", {report['learning_per_nat']:.3g} nats for each nat of {'predicted ' if report['verdict'] == 'predicted' else ''}forgetting"
-            if report["learning_per_nat"] is not None
-            else ""
-        )
+        lost = "predicted forgetting" if predicted else "forgetting"
+        per = f", {report['learning_per_nat']:.3g} nats for each nat of {lost}" if report["learning_per_nat"] is not None else ""
         lines.append(f"  learning {report['learning']['nats']:.4f} nats per token on {report['learning_on']}{per}")
     if len(report["each"]) > 1:
         lines.append("  each way within this budget, on the control part: " + "; ".join(_described(f"{way}:", point) for way, point in report["each"].items()))

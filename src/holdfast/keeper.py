@@ -21,7 +21,7 @@ from holdfast.budget import Budget, Controller, Interval, check_reach, parse
 from holdfast.callback import HoldfastCallback, hold
 from holdfast.config import IN_NATS, STRENGTHS, TuneOptions
 from holdfast.earlier import Earlier, walk
-from holdfast.finish import EACH, Learning, history, keep_budget, ways_of
+from holdfast.finish import EACH, Learning, keep_budget, ways_of
 from holdfast.importance.container import Importance
 from holdfast.ledger import PIECE, Ledger, guard_of, measured, open_ledger
 from holdfast.models import context_length
@@ -117,7 +117,7 @@ class Keeper:
         """Make the model's update fit the budget and check it; what run.json holds under `budget`."""
         self.update.keep()
         report = keep_budget(self.ledger, trainer.model, ways_of(self.update, self.shrinkable), self.learning)
-        return {**report, **history(self.probe, trainer.state), "overlap": self.overlap}
+        return {**report, **self.probe.history(trainer.state), "overlap": self.overlap}
 
 
 def of_run(options: TuneOptions, model: nn.Module, tokenizer: Any, data: Any, encoded: Any, importance: Importance | None,
@@ -168,21 +168,19 @@ def _opened(options: TuneOptions, model: nn.Module, tokenizer: Any, encoded: Any
 
 def of_trainer(trainer: Any, budget: str, general: str | None, importance: Importance, names: str | None) -> Keeper | Predictor:
     """The keeper of anybody's trainer. The base is measured with the update set to zero for as long, so an adapter may have been trained before."""
-    calibration = None if general else check_calibrated(importance)
+    limit, calibration = parse(budget), None if general else check_calibrated(importance)
     tokenizer, args = trainer.processing_class, trainer.args
     if not hasattr(tokenizer, "batch_decode"):
         raise OptionError("a budget needs the tokenizer to read the general text: make the trainer with processing_class=tokenizer")
     rows = _token_rows(trainer.train_dataset)
     per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     steps = args.max_steps if args.max_steps > 0 else math.ceil(len(trainer.train_dataset) * args.num_train_epochs / per_step)
-    length = sum(len(ids) for ids, _ in rows) / len(rows) if rows else PIECE  # of rows in another form nothing is known
     documents = load_documents(general) if general else []
-    shared = overlap([row_text(asdict(document)) for document in documents], tokenizer.batch_decode([ids for ids, _ in rows], skip_special_tokens=True))
     held = _token_rows(trainer.eval_dataset) or rows
     training, update = trainer.model.training, Update(trainer.model, names=names)
     try:
         update.scale(0)
-        ledger = None if calibration else open_ledger(trainer.model, tokenizer, documents, parse(budget), pieces=most_pieces(steps), seed=args.seed)
+        ledger = None if calibration else open_ledger(trainer.model, tokenizer, documents, limit, pieces=most_pieces(steps), seed=args.seed)
         name = "the trainer's eval_dataset" if held is not rows else "rows trained on (give the trainer an eval_dataset for held-out ones)"
         learning = domain(trainer.model, held, name) if held else None
     finally:
@@ -190,7 +188,9 @@ def of_trainer(trainer: Any, budget: str, general: str | None, importance: Impor
         trainer.model.train(training)
     if ledger is None:
         assert calibration is not None
-        return Predictor(parse(budget), calibration, learning)
+        return Predictor(limit, calibration, learning)
+    shared = overlap([row_text(asdict(document)) for document in documents], tokenizer.batch_decode([ids for ids, _ in rows], skip_special_tokens=True))
+    length = sum(len(ids) for ids, _ in rows) / len(rows) if rows else PIECE  # of rows in another form nothing is known
     return Keeper(ledger, learning, shared, per_step * length)
 
 

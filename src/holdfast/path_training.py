@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -70,20 +71,31 @@ def _share(group: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, group: list[dict[str, torch.Tensor]]) -> tuple[float, int]:
     """One optimizer step on the mean cross-entropy of all scored tokens in the group; (nats per token, tokens). None is taken where the loss is no number."""
     device = next(model.parameters()).device
-    tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in group)
+    tokens = scored_tokens(group)
     loss, processes = 0.0, distributed.size()
     for batch in _share(group):
-        here = {key: value.to(device) for key, value in batch.items()}
-        logits = model(input_ids=here["input_ids"], attention_mask=here["attention_mask"]).logits[:, :-1]
-        nats = nn.functional.cross_entropy(logits.flatten(0, 1).float(), here["labels"][:, 1:].flatten(), ignore_index=-100, reduction="sum")
-        (nats * (processes / max(tokens, 1))).backward()  # the gradients' mean over processes is that of all tokens
-        loss += float(nats.detach()) / max(tokens, 1)
+        nats = backward(model, batch, processes / max(tokens, 1))  # the gradients' mean over processes is that of all tokens
+        loss += nats / max(tokens, 1)
     [loss] = distributed.add_up_numbers([loss], device)
     distributed.average_gradients([p for p in model.parameters() if p.requires_grad])
     if math.isfinite(loss):
         optimizer.step()
     optimizer.zero_grad()
     return loss, tokens
+
+
+def backward(model: nn.Module, batch: dict[str, torch.Tensor], scale: float) -> float:
+    """Add the gradient of `scale` times the summed cross-entropy of what is scored in a padded batch; returns that sum, in nats."""
+    here = {key: value.to(next(model.parameters()).device) for key, value in batch.items()}
+    logits = model(input_ids=here["input_ids"], attention_mask=here["attention_mask"]).logits[:, :-1]
+    nats = nn.functional.cross_entropy(logits.flatten(0, 1).float(), here["labels"][:, 1:].flatten(), ignore_index=-100, reduction="sum")
+    (nats * scale).backward()
+    return float(nats.detach())
+
+
+def scored_tokens(group: Sequence[dict[str, torch.Tensor]]) -> int:
+    """Tokens that are scored in some batches."""
+    return sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in group)
 
 
 def _save_state(options: RecordOptions, model: nn.Module, recorder: PathRecorder, optimizer: Any, scheduler: Any, done: int, seconds: float, data: str) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 
 from holdfast.budget import Budget, Controller, Interval
 from holdfast.callback import HoldfastCallback, hold
-from holdfast.finish import Learning, history, keep_predicted
+from holdfast.finish import Learning, keep_predicted
 from holdfast.importance.calibration import COVERED, Calibration, usual_strength
 from holdfast.importance.container import Importance
 from holdfast.ledger import GENERAL
@@ -81,7 +81,7 @@ class Predictor:
         """Scale the model's update to what the prediction allows; what run.json holds under `budget`."""
         self.update.keep()
         report = keep_predicted(self.forecast, trainer.model, {"scale": self.update.scale}, self.learning)
-        return {**report, **history(self.probe, trainer.state)}
+        return {**report, **self.probe.history(trainer.state)}
 
 
 def _check_seen(model: nn.Module, update: Update, anchor: str) -> None:

@@ -121,6 +121,13 @@ class Probe(TrainerCallback, ExportableState):
         """What a checkpoint held of this callback; None where nothing."""
         return (state.stateful_callbacks or {}).get(type(self).__name__)
 
+    def history(self, state: TrainerState) -> dict[str, Any]:
+        """What the controller did while training, for the report; of a finished training that was only loaded, by its checkpoint."""
+        if not self.controller.trajectory and self.stored(state):
+            self.restore(state)
+        measured = {"every": self.every, "pieces": self.count} if self.pieces else {"every": None, "pieces": 0}
+        return {"trajectory": self.controller.trajectory, "probe": {**measured, "seconds": self.seconds, "train_seconds": self.total_seconds}}
+
     def restore(self, state: TrainerState) -> None:
         """Go on from a checkpoint's state. Raises ValueError where it was made without a budget."""
         stored = self.stored(state)
