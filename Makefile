@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM = false
 .PHONY: demo test check bench bench-gpu clean
 
 demo: $(READY)
-	$(BIN)/holdfast demo
+	$(BIN)/forgetless demo
 
 # One thread: tiny models gain nothing from more, and where cores are shared they wait for each other.
 test: $(READY)

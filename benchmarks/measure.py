@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from holdfast.importance.container import DenseEntry, Importance
-from holdfast.runs import environment
+from forgetless.files.provenance import environment
+from forgetless.importance.entries import DenseEntry
+from forgetless.importance.importance import Importance
 
 clock = time.perf_counter if torch.cuda.is_available() else time.process_time  # CPU time of our one thread: what others run does not count
 RESULTS = Path(__file__).with_name("results.csv")
@@ -122,8 +123,8 @@ def in_tiers(shapes: dict[str, tuple[int, int]], device: str = "cpu", tiers: Ite
 
 def covariances(shapes: dict[str, tuple[int, int]], rank: int, device: str) -> Importance:
     """Kronecker importance, covariances of `rank` + constant diagonal, or whole for rank 0. Raises ImportError in versions without it."""
-    from holdfast.importance.covariance import Covariance, LowRankCovariance
-    from holdfast.importance.entries import KroneckerEntry
+    from forgetless.importance.covariance import Covariance, LowRankCovariance
+    from forgetless.importance.entries import KroneckerEntry
 
     def one(width: int) -> Any:
         if not rank:

@@ -1,4 +1,4 @@
-"""What `holdfast plan` says against what is measured: file sizes, peak memory while recording and tuning, time of a step and of its pull.
+"""What `forgetless plan` says against what is measured: file sizes, peak memory while recording and tuning, time of a step and of its pull.
 
 Each measurement of memory is a process of its own: the high-water mark of resident memory, less what Python and the libraries took before the model was
 loaded and a tiny one trained. There glibc maps every tensor by itself and gives it back at once, so that the peak is what tensors take; the time, and the
@@ -25,12 +25,12 @@ import torch
 from measure import Row, append, clock, row
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from holdfast.config import PlanOptions
-from holdfast.importance.container import Importance
-from holdfast.importance.kronecker import Kronecker
-from holdfast.penalty.pull import Penalty
-from holdfast.plan import plan
-from holdfast.weights import add_adapter
+from forgetless.importance.importance import Importance
+from forgetless.model.adapters import add_adapter
+from forgetless.options.verbs import PlanOptions
+from forgetless.penalty.pull import Penalty
+from forgetless.plan import plan
+from forgetless.record.kronecker import Kronecker
 
 MIB = 2**20
 SHAPE = "4 blocks, width 512"

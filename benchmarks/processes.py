@@ -21,12 +21,12 @@ import torch
 from measure import append, in_tiers, percentile, row
 from pull import adapted
 
-from holdfast import distributed
-from holdfast.importance.container import Importance
-from holdfast.importance.path import PathIntegral
-from holdfast.penalty import sharing
-from holdfast.penalty.pull import Penalty
-from holdfast.weights import target_weights
+from forgetless.importance.importance import Importance
+from forgetless.model import distributed
+from forgetless.model.targets import target_weights
+from forgetless.penalty import sharing
+from forgetless.penalty.pull import Penalty
+from forgetless.record.path import PathIntegral
 
 TIERS = ("f32", "u8", "factored", "kronecker:16")
 SIZES = ((8, 512), (8, 1024), (8, 2048), (16, 1024))  # weights, width
@@ -58,7 +58,7 @@ def one_process(rank: int, count: int, port: int, seconds: float, out: str) -> N
 
 
 def _copy(entry: Any) -> Any:
-    from holdfast.importance.entries import with_tensors
+    from forgetless.importance.entries import with_tensors
 
     return with_tensors(entry, torch.clone, {})
 

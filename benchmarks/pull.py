@@ -2,7 +2,7 @@
 
 The authors' formulation builds the effective update densely in the graph and recomputes the norm of the importance on the CPU in each step (our own code). The
 loss term done well builds the same graph with norms cached. `three products alone` is what no element-wise pull can do without, in tiles as the pull takes
-them: B A, P A^T, B^T P. The rest is `holdfast.Penalty.pull()` on a PEFT model, hooks and checks included.
+them: B A, P A^T, B^T P. The rest is `forgetless.Penalty.pull()` on a PEFT model, hooks and checks included.
 
     python benchmarks/pull.py [--seconds 6]
 """
@@ -18,10 +18,10 @@ from measure import TIERS, alternate, append, in_tiers, row
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from holdfast.importance.container import Importance
-from holdfast.penalty import fused, tiled
-from holdfast.penalty.pull import Penalty
-from holdfast.weights import target_weights
+from forgetless.importance.importance import Importance
+from forgetless.model.targets import target_weights
+from forgetless.penalty import fused, tiled
+from forgetless.penalty.pull import Penalty
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = {

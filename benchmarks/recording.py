@@ -1,7 +1,7 @@
 """Recording importance of q_proj and v_proj, every estimator against the diagonal Fisher of all parameters as EWC-LoRA takes it; small random Llamas.
 
 The baseline's gradients come one example at a time, a forward and a backward pass each with all parameters trainable, squared and summed (our own code). Each
-estimator runs as `holdfast record` runs it, 16 sequences at a time. "kept" is what stays in memory between batches: sums, and for the baseline the gradients it
+estimator runs as `forgetless record` runs it, 16 sequences at a time. "kept" is what stays in memory between batches: sums, and for the baseline the gradients it
 squares, for `path` the adapter and AdamW's moments. "file" is what is saved.
 
     python benchmarks/recording.py [--tokens 4096]
@@ -20,15 +20,15 @@ from measure import alternate, append, row
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from holdfast.importance.activation import Activation
-from holdfast.importance.attachment import PathRecorder
-from holdfast.importance.container import Importance
-from holdfast.importance.fisher import Fisher
-from holdfast.importance.kronecker import Kronecker
-from holdfast.importance.observing import ObservingRecorder
-from holdfast.importance.path import PathIntegral
-from holdfast.importance.path_factored import PathFactored
-from holdfast.weights import add_adapter
+from forgetless.importance.importance import Importance
+from forgetless.model.adapters import add_adapter
+from forgetless.record.activation import Activation
+from forgetless.record.fisher import Fisher
+from forgetless.record.kronecker import Kronecker
+from forgetless.record.observing_recorder import ObservingRecorder
+from forgetless.record.path import PathIntegral
+from forgetless.record.path_factored import PathFactored
+from forgetless.record.path_recorder import PathRecorder
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 QV, LENGTH, BATCH, LAYERS, VOCABULARY = "q_proj,v_proj", 128, 16, 4, 4096

@@ -22,9 +22,10 @@ from measure import append, clock, in_tiers, row, synchronize
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from holdfast.importance.container import Importance
-from holdfast.penalty.pull import Penalty
-from holdfast.weights import add_adapter, base_shapes, target_weights
+from forgetless.importance.importance import Importance
+from forgetless.model.adapters import add_adapter
+from forgetless.model.targets import base_shapes, target_weights
+from forgetless.penalty.pull import Penalty
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAYERS, LENGTH = 2, 512

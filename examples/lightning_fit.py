@@ -1,4 +1,4 @@
-"""Lightning, held by an importance file of `holdfast record`.
+"""Lightning, held by an importance file of `forgetless record`.
 
     python examples/lightning_fit.py MODEL domain.txt model.importance.safetensors [--strength 10] [--out lightning] [--steps 100]
 
@@ -14,8 +14,8 @@ from lightning.pytorch.loggers import CSVLogger
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import holdfast
-from holdfast.integrations.lightning import HoldfastCallback
+import forgetless
+from forgetless.integrations.lightning import PenaltyCallback
 
 
 class Tuned(L.LightningModule):
@@ -53,10 +53,10 @@ def main():
     data = torch.utils.data.DataLoader(lines, batch_size=4, shuffle=True, collate_fn=collate)
     base = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
     model = get_peft_model(base, LoraConfig(r=8, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
-    penalty = holdfast.Penalty(model, holdfast.Importance.from_pretrained(given.importance), strength=given.strength)
+    penalty = forgetless.Penalty(model, forgetless.Importance.from_pretrained(given.importance), strength=given.strength)
     trainer = L.Trainer(
         max_steps=given.steps,
-        callbacks=[HoldfastCallback(penalty)],
+        callbacks=[PenaltyCallback(penalty)],
         logger=CSVLogger(given.out),
         log_every_n_steps=1,
         gradient_clip_val=1.0,

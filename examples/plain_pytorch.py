@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import holdfast
+import forgetless
 
 
 def batches(path, tokenizer, size=4, length=256):
@@ -50,7 +50,7 @@ def main():
     general, domain = list(batches(given.general, tokenizer)), list(batches(given.domain, tokenizer))
 
     base = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
-    recorder = holdfast.Kronecker(base)
+    recorder = forgetless.Kronecker(base)
     for batch in general:
         recorder.observe(**batch)
     importance = recorder.finish().to_tier("kronecker:16")  # .save("model.importance.safetensors") keeps it for the next domain
@@ -58,7 +58,7 @@ def main():
     model = get_peft_model(base, LoraConfig(r=8, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-4)
     before = loss(model, general), loss(model, domain)
-    with holdfast.Penalty(model, importance, strength=given.strength).attach(optimizer) as penalty:
+    with forgetless.Penalty(model, importance, strength=given.strength).attach(optimizer) as penalty:
         train(model, optimizer, domain)
     after = loss(model, general), loss(model, domain)
     for text, a, b in zip(("general", "domain"), before, after, strict=True):

@@ -1,4 +1,4 @@
-"""The transformers Trainer, held by an importance file of `holdfast record`.
+"""The transformers Trainer, held by an importance file of `forgetless record`.
 
     python examples/transformers_trainer.py MODEL domain.jsonl model.importance.safetensors [--strength 10] [--out trained] [--steps 100] [--report-to none]
 
@@ -9,9 +9,15 @@ import argparse
 
 from datasets import load_dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    Trainer,
+    TrainingArguments,
+)
 
-import holdfast  # 1
+import forgetless  # 1
 
 
 def main():
@@ -37,7 +43,7 @@ def main():
         train_dataset=rows,
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
     )
-    holdfast.hold(trainer, given.importance, strength=given.strength)  # 2
+    forgetless.hold(trainer, given.importance, strength=given.strength)  # 2
     trainer.train()
     model.save_pretrained(given.out)
 

@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer, held by an importance file of `holdfast record`, with a reward that a reader can replace.
+"""TRL's GRPOTrainer, held by an importance file of `forgetless record`, with a reward that a reader can replace.
 
     python examples/trl_grpo.py MODEL prompts.jsonl model.importance.safetensors [--strength 10] [--out grpo] [--steps 100] [--completion 64]
 
@@ -12,7 +12,7 @@ from datasets import load_dataset
 from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
-import holdfast  # 1
+import forgetless  # 1
 
 
 def variety(completions, **_):
@@ -39,7 +39,7 @@ def main():
         train_dataset=load_dataset("json", data_files=given.data, split="train"),
         peft_config=LoraConfig(r=8, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
-    holdfast.hold(trainer, given.importance, strength=given.strength)  # 2
+    forgetless.hold(trainer, given.importance, strength=given.strength)  # 2
     trainer.train()
     trainer.save_model(given.out)
 

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer, held by an importance file of `holdfast record`.
+"""TRL's SFTTrainer, held by an importance file of `forgetless record`.
 
     python examples/trl_sft.py MODEL domain.jsonl model.importance.safetensors [--strength 10] [--out sft] [--steps 100]
 
@@ -12,7 +12,7 @@ from datasets import load_dataset
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
-import holdfast  # 1
+import forgetless  # 1
 
 
 def main():
@@ -31,7 +31,7 @@ def main():
         train_dataset=load_dataset("json", data_files=given.data, split="train"),
         peft_config=LoraConfig(r=8, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
-    holdfast.hold(trainer, given.importance, strength=given.strength)  # 2
+    forgetless.hold(trainer, given.importance, strength=given.strength)  # 2
     trainer.train()
     trainer.save_model(given.out)
 

@@ -42,7 +42,7 @@ def draw(comparison: dict[str, Any], path: Path) -> None:
 def panel(axis: Any, domain: str, reached: list[dict[str, Any]], missed: list[str], families: dict[str, str], longest: int) -> None:
     """One domain."""
     for place, row in enumerate(reached):
-        ours = families.get(row["method"]) == "holdfast"
+        ours = families.get(row["method"]) == "hold"
         colour = OURS if ours else PLAIN if row["method"] == "plain" else OTHERS
         least = max(row["forgetting"], FLOOR)
         axis.plot([FLOOR, least], [place, place], color=PALE, linewidth=0.8, zorder=1)
@@ -52,7 +52,7 @@ def panel(axis: Any, domain: str, reached: list[dict[str, Any]], missed: list[st
         axis.annotate(f"{row['forgetting']:.4f}", (least + (error or 0), place), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8.5)
     axis.set_yticks(range(len(reached)), [row["method"] for row in reached])
     for text, row in zip(axis.get_yticklabels(), reached, strict=True):
-        ours = families.get(row["method"]) == "holdfast"
+        ours = families.get(row["method"]) == "hold"
         text.set_color(OURS if ours else INK)
         text.set_fontweight("bold" if ours else "normal")
     axis.set(xscale="log", xlim=(FLOOR, 1.6), ylim=(longest - 0.4, -0.6), title=domain, xlabel="forgetting, nats per token (less is better)")

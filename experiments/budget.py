@@ -35,10 +35,14 @@ import torch
 from frontier import prepare
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from holdfast.budget import parse
-from holdfast.config import RECORD_PRESETS, TUNE_PRESETS, ModelOptions, RecordOptions, TuneOptions, resolve
-from holdfast.ledger import Part
-from holdfast.runs import environment, read_json, write_json, write_text
+from forgetless.budget.budget import parse
+from forgetless.evaluate.paired import Part
+from forgetless.files.atomic import read_json, write_json, write_text
+from forgetless.files.provenance import environment
+from forgetless.options.model import ModelOptions
+from forgetless.options.record import RECORD_PRESETS, RecordOptions
+from forgetless.options.tune import TUNE_PRESETS, TuneOptions
+from forgetless.options.verbs import resolve
 
 BUDGETS = ("5%", "2%", "1%", "0.5%")
 SEEDS = (1, 2, 3)
@@ -100,7 +104,7 @@ class Lab:
 
     def importance(self) -> str:
         """The importance file of the model, recorded when it is first needed."""
-        from holdfast.recording import record
+        from forgetless.record.record import record
 
         path = self.out / f"{Path(self.model).name}.safetensors"
         if not path.exists():
@@ -127,7 +131,7 @@ class Lab:
                 write_json(place, result)
 
     def train(self, seed: int, **differs: Any) -> dict[str, Any]:
-        from holdfast.training import tune
+        from forgetless.tune.tune import tune
 
         given = {**STEPS, "max_steps": self.steps, "model": self.model, "data": self.data, "seed": seed, **differs}
         if "importance" in given:
@@ -150,8 +154,8 @@ class Lab:
 
     def finished(self, method: str, seed: int) -> None:
         """One training run without a budget, finished for each of them."""
-        from holdfast.finish import keep_budget, ways_of
-        from holdfast.importance.container import Importance
+        from forgetless.budget.finish import keep_budget, ways_of
+        from forgetless.importance.importance import Importance
 
         names = {"plain": ("scale",), "shrunk": ("shrink",)} if method == "plain" else {method: FINISHES[method.partition("-")[0]]}
         wanted = [(name, budget) for name in names for budget in BUDGETS if not self.place(name, budget, seed).exists()]
@@ -185,12 +189,12 @@ class Lab:
         """The base model measured, then the last run's adapter on it."""
         from peft import PeftModel
 
-        from holdfast.keeper import domain
-        from holdfast.ledger import open_ledger
-        from holdfast.models import load_model, load_tokenizer
-        from holdfast.tasks import encode_rows, load_training_data
-        from holdfast.texts import load_documents
-        from holdfast.update import Update
+        from forgetless.budget.baseline import open_ledger
+        from forgetless.budget.open import domain
+        from forgetless.data.documents import load_documents
+        from forgetless.data.tasks import encode_rows, load_training_data
+        from forgetless.model.loading import load_model, load_tokenizer
+        from forgetless.model.update import Update
 
         options = ModelOptions(model=self.model, dtype="float32")
         model, tokenizer = load_model(options), load_tokenizer(options)

@@ -4,7 +4,7 @@
     python experiments/calibration.py ../shared out/calibration --runs sciq medmcqa piqa
     python experiments/calibration.py ../shared out/calibration --page          # calibration.json and .md, from what is there
 
-Calibrated on: the nine updates of `holdfast record --calibrate` (calibrating.py), held by Kronecker importance of rank 64; every estimator is calibrated on the
+Calibrated on: the nine updates of `forgetless record --calibrate` (calibrating.py), held by Kronecker importance of rank 64; every estimator is calibrated on the
 same nine. Tested on: 60 steps (as budget.py) on sciq, medmcqa and piqa, plain, at a small rate, at five strengths, with KL; three seeds; rises are those of all
 held-out documents. For each budget the update is scaled to where its bound meets the budget, and what it really costs there is read off its measured curve
 (interpolated between five sizes). Nothing of the tested domains was seen by a calibration.
@@ -27,11 +27,15 @@ from budget import BUDGETS, RECORDING, SEEDS, STEPS, Lab
 from prediction import updates
 from safetensors.torch import load_file, save_file
 
-from holdfast.budget import paired_rise, parse
-from holdfast.calibrating import gradient, parabola
-from holdfast.config import RECORD_PRESETS, TUNE_PRESETS, ModelOptions, RecordOptions, resolve
-from holdfast.importance.calibration import Calibration
-from holdfast.runs import read_json, write_json, write_text
+from forgetless.budget.budget import parse
+from forgetless.evaluate.rise import paired_rise
+from forgetless.files.atomic import read_json, write_json, write_text
+from forgetless.importance.calibration import Calibration
+from forgetless.options.model import ModelOptions
+from forgetless.options.record import RECORD_PRESETS, RecordOptions
+from forgetless.options.tune import TUNE_PRESETS
+from forgetless.options.verbs import resolve
+from forgetless.record.calibrate import gradient, parabola
 
 HERE = Path(__file__).parent
 SCALES = (0.125, 0.25, 0.5, 0.75, 1.0)
@@ -75,10 +79,10 @@ def lab_of(shared: Path, out: Path, model: str) -> Lab:
 
 def short_trainings(shared: Path, out: Path, name: str) -> None:
     """The updates of a calibration, each with its rise at several shares."""
-    from holdfast.calibrating import apart, divided, measured_updates
-    from holdfast.models import load_model, load_tokenizer
-    from holdfast.recording import record
-    from holdfast.texts import load_documents
+    from forgetless.data.documents import load_documents
+    from forgetless.model.loading import load_model, load_tokenizer
+    from forgetless.record.calibrate import apart, divided, measured_updates
+    from forgetless.record.record import record
 
     lab = lab_of(shared, out, name)
     options = resolve(RecordOptions, {**RECORDING, "model": lab.model, "general": lab.recorded, "out": str(out / "importance" / f"{name}.safetensors"),
@@ -100,8 +104,8 @@ def short_trainings(shared: Path, out: Path, name: str) -> None:
 
 def fine_tuning(shared: Path, out: Path, domain: str, method: str, seed: int) -> None:
     """One run of a domain, with its rise on all held-out documents and its learning at every scale."""
-    from holdfast.config import TuneOptions
-    from holdfast.training import tune
+    from forgetless.options.tune import TuneOptions
+    from forgetless.tune.tune import tune
 
     place, lab = out / "runs" / f"{domain}-{method}-{seed}", Lab(shared, out.parent / "budget", domain, STEPS["max_steps"])
     if (place / "result.json").exists():
@@ -127,8 +131,8 @@ def fine_tuning(shared: Path, out: Path, domain: str, method: str, seed: int) ->
 
 def importances(shared: Path, out: Path, name: str) -> dict[str, Any]:
     """Every estimator and tier of a model, recorded on the text that all are, when they are first needed."""
-    from holdfast.importance.container import Importance
-    from holdfast.recording import record
+    from forgetless.importance.importance import Importance
+    from forgetless.record.record import record
 
     lab, found = lab_of(shared, out, name), {}
     for label, differs in RECORDED.items():
@@ -142,8 +146,9 @@ def importances(shared: Path, out: Path, name: str) -> dict[str, Any]:
 
 def slope(shared: Path, out: Path, name: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """The gradient of the recorded text, of rank 32 as record --calibrate keeps it."""
-    from holdfast.models import load_model, load_tokenizer
-    from holdfast.texts import batches, encode, load_documents
+    from forgetless.data.documents import load_documents
+    from forgetless.data.encoding import batches, encode
+    from forgetless.model.loading import load_model, load_tokenizer
 
     lab, place = lab_of(shared, out, name), out / "importance" / f"{name}-gradient-32.safetensors"
     if not place.exists():

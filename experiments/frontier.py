@@ -24,9 +24,13 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from holdfast.config import RECORD_PRESETS, STRENGTHS, TUNE_PRESETS, ModelOptions, RecordOptions, TuneOptions, resolve
-from holdfast.runs import read_json, write_json
-from holdfast.tasks import TASKS
+from forgetless.data.tasks import TASKS
+from forgetless.files.atomic import read_json, write_json
+from forgetless.importance.strength import STRENGTHS
+from forgetless.options.model import ModelOptions
+from forgetless.options.record import RECORD_PRESETS, RecordOptions
+from forgetless.options.tune import TUNE_PRESETS, TuneOptions
+from forgetless.options.verbs import resolve
 
 SCALES = (0.25, 0.5, 0.75)
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)  # at 8e-3 sciq collapses: it forgets 1.9 nats and learns less than at 1e-3
@@ -116,9 +120,9 @@ class Lab:
 
     def importance(self, method: str) -> str:
         """The importance file of a method, recorded or converted when it is first needed."""
-        from holdfast.importance.container import Importance
-        from holdfast.importance.controls import shuffled
-        from holdfast.recording import record
+        from forgetless.importance.controls import shuffled
+        from forgetless.importance.importance import Importance
+        from forgetless.record.record import record
 
         path = self.out / f"{method}.safetensors"
         if path.exists():
@@ -142,15 +146,15 @@ class Lab:
         learning_rate = float(rate) if rate else self.plain_rate()
         if method.endswith("kl"):  # to the base on two general sequences per step, alone or beside the default recipe at a third of its strength
             held = dict(importance=self.importance("default"), strength=3.0) if method == "default+kl" else {}
-            name = "holdfast,kl" if held else "kl"
+            name = "hold,kl" if held else "kl"
             return dict(method=name, replay=self.data["general_record"], kl_weight=value, learning_rate=learning_rate, **held)
         strength = value if method.startswith("default") else value / self.plain_energy(method)
         return dict(importance=self.importance(method), learning_rate=learning_rate, strength=strength)
 
     def plain_energy(self, method: str) -> float:
         """Energy of the plain solution under a method's importance, in nats at strength 1."""
-        from holdfast.importance.container import Importance
-        from holdfast.penalty.pull import Penalty
+        from forgetless.importance.importance import Importance
+        from forgetless.penalty.pull import Penalty
 
         adapter = self.out / "adapters" / self.place("plain", self.plain_rate(), "validation", 0).stem
         return Penalty(self.load(adapter), Importance.load(self.importance(method)), strength=1.0).energy()
@@ -158,16 +162,16 @@ class Lab:
     def load(self, adapter: Path) -> Any:
         from peft import PeftModel
 
-        from holdfast.models import load_model
+        from forgetless.model.loading import load_model
 
         return PeftModel.from_pretrained(load_model(ModelOptions(model=self.model, dtype="float32")), str(adapter))
 
     def run(self, method: str, value: float, part: str, seed: int) -> None:
         """One training run, evaluated at full size and scaled; skipped when its result exists."""
-        from holdfast.evaluation import changes, measure
-        from holdfast.models import load_tokenizer
-        from holdfast.training import tune
-        from holdfast.weights import scale_update
+        from forgetless.evaluate.evaluate import changes, measure
+        from forgetless.model.adapters import scale_update
+        from forgetless.model.loading import load_tokenizer
+        from forgetless.tune.tune import tune
 
         target = self.place(method, value, part, seed)
         if target.exists():

@@ -18,7 +18,7 @@ from typing import Any
 
 from drawing import INK, PALE, pyplot, save
 
-from holdfast.budget import percent
+from forgetless.report.numbers import perplexity_percent
 
 HERE = Path(__file__).parent
 Result = dict[str, Any]
@@ -136,7 +136,7 @@ def promises(groups: Groups) -> list[str]:
     lines = ["| domain | budget | method | promised at most | checked rise | its upper end | learning | share | seeds |", "|---" * 9 + "|"]
     order = lambda item: (item[0][0], percent_of(item[0][1]), list(KINDS).index(kind(item[0][2])), item[0][2])
     for (domain, budget, method), results in sorted(groups.items(), key=order):
-        rises = [f"{percent(value):.2f} %" for value in (statistics.mean(r["promised"] for r in results), statistics.mean(r["check"]["nats"] for r in results),
+        rises = [f"{perplexity_percent(value):.2f} %" for value in (statistics.mean(r["promised"] for r in results), statistics.mean(r["check"]["nats"] for r in results),
                                                           statistics.mean(r["check"]["high"] for r in results))]  # fmt: skip
         shares = ", ".join(f"{result['share']:.2f}" for result in results)
         lines.append(f"| {domain} | {budget} | {method} | {' | '.join(rises)} | {_learned(results)} | {shares} | {len(results)} |")

@@ -21,9 +21,12 @@ from typing import Any
 import numpy as np
 from budget import BUDGETS, RECORDING, SEEDS, Lab
 
-from holdfast.budget import paired_rise, percent
-from holdfast.config import RECORD_PRESETS, RecordOptions, resolve
-from holdfast.runs import environment, read_json, write_json
+from forgetless.evaluate.rise import paired_rise
+from forgetless.files.atomic import read_json, write_json
+from forgetless.files.provenance import environment
+from forgetless.options.record import RECORD_PRESETS, RecordOptions
+from forgetless.options.verbs import resolve
+from forgetless.report.numbers import perplexity_percent
 
 HERE = Path(__file__).parent
 KEPT = ("budget_nats", "share", "promised", "predicted", "calibration", "learning", "trajectory", "curve")
@@ -33,7 +36,7 @@ class Predicted(Lab):
     """The runs of one domain."""
 
     def importance(self) -> str:
-        from holdfast.recording import record
+        from forgetless.record.record import record
 
         path = self.out / f"{Path(self.model).name}.safetensors"
         if not path.exists() or path.with_name(path.name + ".state").exists():
@@ -110,7 +113,7 @@ def page(results: list[dict[str, Any]]) -> str:
 def percent_of(results: list[dict[str, Any]], which: tuple[float, str, str, int]) -> str:
     """The measured rise of one run in per cent of perplexity."""
     found = next(r for r in results if (r["domain"], r["budget"], r["seed"]) == which[1:])
-    return f"{percent(found['measured']['nats']):+.2f} %"
+    return f"{perplexity_percent(found['measured']['nats']):+.2f} %"
 
 
 if __name__ == "__main__":

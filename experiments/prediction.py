@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from holdfast.importance.container import Importance
+from forgetless.importance.importance import Importance
 
 FILES = {"fisher": "fisher", "fisher, factored": "fisher-factored", "path": "path", "kronecker, whole": "kronecker", "kronecker, rank 64": "default64",
          "kronecker, rank 16": "default", "uniform": "uniform"}  # fmt: skip
@@ -50,7 +50,7 @@ class Point:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("frontier", type=Path, help="folder of experiments/frontier.py")
-    parser.add_argument("lab", type=Path, help="folder of holdfast compare experiments/lab.yaml")
+    parser.add_argument("lab", type=Path, help="folder of forgetless compare experiments/lab.yaml")
     given = parser.parse_args()
     torch.set_num_threads(1)
     files = {label: Importance.load(given.frontier / f"{name}.safetensors") for label, name in FILES.items()}

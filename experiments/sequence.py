@@ -1,4 +1,4 @@
-"""Three domains one after another on the lab model, with holdfast and without: what each does to those before, to those after, and to general text.
+"""Three domains one after another on the lab model, with forgetless and without: what each does to those before, to those after, and to general text.
 
     python experiments/sequence.py ../shared out/sequence out/budget/lab-english-5m.safetensors                   # finished runs are not made again
     python experiments/sequence.py ../shared out/sequence out/budget/lab-english-5m.safetensors --arms plain,sum  # some of the arms
@@ -31,9 +31,10 @@ from typing import Any
 
 from frontier import prepare
 
-from holdfast.config import TUNE_PRESETS, TuneOptions, resolve
-from holdfast.runs import read_json, write_json, write_text
-from holdfast.succession import tune_in_turn
+from forgetless.files.atomic import read_json, write_json, write_text
+from forgetless.options.tune import TUNE_PRESETS, TuneOptions
+from forgetless.options.verbs import resolve
+from forgetless.sequence.sequence import tune_in_turn
 
 SEEDS = (1, 2, 3)
 ORDER = ("sciq", "medmcqa", "piqa")

@@ -41,12 +41,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-import holdfast.campaign
-import holdfast.recording
-import holdfast.shrinking
-import holdfast.training  # noqa: F401
-from holdfast import run_folder
-from holdfast.cli import main as holdfast_main
+from forgetless.cli import main as forgetless_main
+from forgetless.tune import run_folder
 
 WORDS = "the cat sat on mat and dog then too user assistant : . Question Answer ? yes no one two three a b c d".split()  # noqa: SIM905
 ROW = 4  # kills, at most, before a run may finish
@@ -117,18 +113,18 @@ def make_world(world: Path) -> Path:
         "general": {"wide": str(world / "wide.jsonl"), "other": {"text": str(world / "other.jsonl")}},
         "domains": {"domain": {"data": str(world / "domain.jsonl"), "test": str(world / "held.jsonl")}},
         "training": {"max_steps": 3, "batch_size": 4, "accumulation": 1, "rank": 2, "log_steps": 1}, "importance": {"default": {"batch_size": 8}},
-        "methods": {"plain": {"learning_rate": 1e-2}, "holdfast": {"importance": "default", "learning_rate": 1e-2, "strength": 1}},
+        "methods": {"plain": {"learning_rate": 1e-2}, "hold": {"importance": "default", "learning_rate": 1e-2, "strength": 1}},
         "seeds": {"validation": [0], "test": [1]}, "scales": [0.5],
     }  # fmt: skip
     (world / "experiment.yaml").write_text(yaml.safe_dump(experiment))
     more = {"domains": {**experiment["domains"], "second": str(world / "second.jsonl")},
-            "sequences": {"way": {"domains": ["domain", "second"], "methods": {"plain": None, "holdfast": None}}}}  # fmt: skip
+            "sequences": {"way": {"domains": ["domain", "second"], "methods": {"plain": None, "hold": None}}}}  # fmt: skip
     (world / "sequence.yaml").write_text(yaml.safe_dump({**experiment, **more}))
     return world
 
 
 def start(words: list[str], log: Path, *, at_write: int | None = None) -> tuple[int, int]:
-    """(pid, pipe) of a forked child that runs `holdfast WORDS`; a pipe tells of its write number `at_write` and how many there were."""
+    """(pid, pipe) of a forked child that runs `forgetless WORDS`; a pipe tells of its write number `at_write` and how many there were."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid:
@@ -155,7 +151,7 @@ def start(words: list[str], log: Path, *, at_write: int | None = None) -> tuple[
         os.dup2(opened, 1)
         os.dup2(opened, 2)
         sys.addaudithook(watch)
-        status = holdfast_main(words)
+        status = forgetless_main(words)
         os.write(writer, f" {count}".encode())
     finally:
         sys.stdout.flush()
@@ -318,7 +314,7 @@ def prepared(world: Path) -> Path:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Kill holdfast at random moments and compare what comes out with an undisturbed run.")
+    parser = argparse.ArgumentParser(description="Kill forgetless at random moments and compare what comes out with an undisturbed run.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kills", type=int, default=8, help="of each scenario [8]")
     parser.add_argument("--scenarios", default=",".join(SCENARIOS), help="names with commas between [all]")

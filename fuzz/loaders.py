@@ -7,7 +7,7 @@ A case passes when the file is read and used, or refused with a ValueError whose
 else is a finding, kept in --findings: another exception, a crash, more than SECONDS of the processor, more than MEMORY beyond what the process had, a pickle
 that is opened, a process started, a connection, a file written outside of the case's own folder (seen by an audit hook, so inside libraries too).
 
-Case k of a seed is the same every time, except where it grows from a mutant: TRACED of the cases run under a trace of the lines of holdfast that they reach,
+Case k of a seed is the same every time, except where it grows from a mutant: TRACED of the cases run under a trace of the lines of forgetless that they reach,
 and those that reach new ones join the files that are mutated. One line per campaign goes to fuzz/campaigns.csv.
 """
 
@@ -81,7 +81,7 @@ GUARD = Guard()
 
 def judged(use: Callable[[Path], list[str]], path: Path) -> tuple[str, str]:
     """('loaded' | 'refused' | 'finding', why) of one file."""
-    from holdfast.reading import UNSAFE
+    from forgetless.errors import UNSAFE
 
     try:
         GUARD.folder = str(path.parent)
@@ -92,11 +92,11 @@ def judged(use: Callable[[Path], list[str]], path: Path) -> tuple[str, str]:
         message = str(error)
         if message and len(message) < 4000 and not UNSAFE.search(message):
             where = traceback.extract_tb(error.__traceback__)[-1]
-            inner = "/holdfast/" in where.filename or (isinstance(error, ValueError) and type(error).__module__.startswith("holdfast"))
+            inner = "/forgetless/" in where.filename or (isinstance(error, ValueError) and type(error).__module__.startswith("forgetless"))
             return ("refused", message) if inner else ("finding", f"ValueError from {where.filename}:{where.lineno}: {message[:200]}")
         return "finding", f"message that is not one printable line: {type(error).__name__}: {message[:300]!r}"
     except BaseException as error:
-        where = [frame for frame in traceback.extract_tb(error.__traceback__) if "/holdfast/" in frame.filename]
+        where = [frame for frame in traceback.extract_tb(error.__traceback__) if "/forgetless/" in frame.filename]
         place = f"{Path(where[-1].filename).name}:{where[-1].name}:{where[-1].lineno}" if where else "?"
         return "finding", f"{type(error).__name__} at {place}: {str(error)[:200]!r}"
     finally:
@@ -106,7 +106,7 @@ def judged(use: Callable[[Path], list[str]], path: Path) -> tuple[str, str]:
 
 
 def traced(run: Callable[[], Any], met: set[tuple[str, int]]) -> tuple[Any, bool]:
-    """(result, whether lines of holdfast were reached that are not in `met`), which grows."""
+    """(result, whether lines of forgetless were reached that are not in `met`), which grows."""
     before = len(met)
 
     def lines(frame: Any, event: str, argument: Any) -> Any:
@@ -114,7 +114,7 @@ def traced(run: Callable[[], Any], met: set[tuple[str, int]]) -> tuple[Any, bool
             met.add((frame.f_code.co_filename, frame.f_lineno))
         return lines
 
-    sys.settrace(lambda frame, event, argument: lines if "/src/holdfast/" in frame.f_code.co_filename else None)
+    sys.settrace(lambda frame, event, argument: lines if "/src/forgetless/" in frame.f_code.co_filename else None)
     try:
         return run(), len(met) > before
     finally:
@@ -255,7 +255,7 @@ def main() -> int:
         result = campaign(what, options.cases, options.seed, options.findings.resolve(), first=options.first)
         failed = failed or result["finding"] > 0
         print(f"{what}, seed {options.seed}: {result['loaded']} read, {result['refused']} refused for {result['refusals']} reasons, {result['finding']} "
-              f"findings of {len(result['kinds'])} kinds; {result['lines']} lines of holdfast reached, {result['seconds']:.0f} s", flush=True)  # fmt: skip
+              f"findings of {len(result['kinds'])} kinds; {result['lines']} lines of forgetless reached, {result['seconds']:.0f} s", flush=True)  # fmt: skip
         for why, count in sorted(result["kinds"].items(), key=lambda item: -item[1]):
             print(f"  {count:>6}  {why}")
         if options.record:

@@ -98,10 +98,10 @@ def safetensors(data: bytes, rng: random.Random) -> bytes:
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         how = rng.choice(("metadata", "metadata", "field", "field", "name", "numbers", "numbers", "numbers", "raw", "length", "header", "reshape"))
         names = [name for name in header if name != "__metadata__" and isinstance(header[name], dict)]
-        if how == "metadata" and isinstance(header.get("__metadata__"), dict) and "holdfast" in header["__metadata__"]:
-            info = header["__metadata__"]["holdfast"]
+        if how == "metadata" and isinstance(header.get("__metadata__"), dict) and "forgetless" in header["__metadata__"]:
+            info = header["__metadata__"]["forgetless"]
             try:
-                header["__metadata__"]["holdfast"] = as_json(tree(json.loads(info), rng), rng).decode("utf-8", "replace")
+                header["__metadata__"]["forgetless"] = as_json(tree(json.loads(info), rng), rng).decode("utf-8", "replace")
             except (ValueError, TypeError, RecursionError):
                 header["__metadata__"] = tree(header["__metadata__"], rng)
         elif how == "field" and names:

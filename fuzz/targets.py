@@ -1,4 +1,4 @@
-"""What is fuzzed: for each kind of file a few small valid ones, how they are changed, and how holdfast reads and uses them."""
+"""What is fuzzed: for each kind of file a few small valid ones, how they are changed, and how forgetless reads and uses them."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def importance(folder: Path) -> Target:
     """Importance files in every tier, then norms, the table of `inspect`, and for some of them another tier."""
     import torch
 
-    from holdfast.importance.container import Calibration, CodedEntry, DenseEntry, FactoredEntry, Importance, KroneckerEntry
-    from holdfast.importance.covariance import Covariance, LowRankCovariance
-    from holdfast.inspection import describe
-    from holdfast.storage import load, save
+    from forgetless.importance.calibration import Calibration
+    from forgetless.importance.covariance import Covariance, LowRankCovariance
+    from forgetless.importance.entries import CodedEntry, DenseEntry, FactoredEntry, KroneckerEntry
+    from forgetless.importance.importance import Importance
 
     torch.manual_seed(0)
     names = [f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2)]
@@ -65,19 +65,19 @@ def importance(folder: Path) -> Target:
     assert isinstance(made["u4"][names[0]], CodedEntry) and isinstance(thin, LowRankCovariance)
     seeds = {}
     for name, one in made.items():
-        save(one, folder / "seed")
+        one.save(folder / "seed")
         seeds[f"{name}.safetensors"] = (folder / "seed").read_bytes()
     (folder / "seed").unlink()
     seeds["wide.safetensors"] = _wide(folder)
 
     def use(path: Path) -> list[str]:
-        found = load(path)
+        found = Importance.load(path)
         found.norms()
         if found.calibration is not None:
             found.calibration.bound(0.0, 0.01)
         if path.stat().st_size % 16 == 0 and path.name != "wide.safetensors":
             found.to_tier(("f32", "bf16", "u8", "u4", "factored", "factored:2", "kronecker", "kronecker:1")[path.stat().st_size // 16 % 8])
-        return describe(found).split("\n")
+        return found.describe().split("\n")
 
     return Target(seeds, lambda name, data, rng: mutate.safetensors(data, rng), use, rare=("wide.safetensors",))
 
@@ -87,7 +87,7 @@ def _wide(folder: Path) -> bytes:
     import torch
     from safetensors.torch import save_file
 
-    save_file({"w.row": torch.rand(20_000, 1), "w.col": torch.rand(20_000, 1)}, str(folder / "seed"), metadata={"holdfast": '{"format": 1}'})
+    save_file({"w.row": torch.rand(20_000, 1), "w.col": torch.rand(20_000, 1)}, str(folder / "seed"), metadata={"forgetless": '{"format": 1}'})
     data = (folder / "seed").read_bytes()
     (folder / "seed").unlink()
     return data
@@ -109,7 +109,7 @@ importance:
   path: {estimator: path, preset: paper}
 methods:
   plain: {grid: {learning_rate: [3.0e-4, 1.0e-3, 3.0e-3]}}
-  holdfast:
+  forgetless:
     importance: default
     learning_rate: 3.0e-3
     grid: {strength: [3, 10, 30]}
@@ -129,7 +129,7 @@ learning-rate: 1e-3
 strength: 10
 layers:
   q_proj: 2
-method: holdfast
+method: forgetless
 max_steps: 100
 dropout: 0.1
 packing: false
@@ -139,11 +139,13 @@ seed: 0
 
 def config(folder: Path) -> Target:
     """Experiments and options of tune and record in YAML: resolved, planned, every trial addressed."""
-    from holdfast.campaign import _plan
-    from holdfast.config import RECORD_PRESETS, TUNE_PRESETS, RecordOptions, TuneOptions, resolve
-    from holdfast.experiment import identity, tune_options, validation_trials
-    from holdfast.experiment_file import read
-    from holdfast.options import as_dict, read_yaml
+    from forgetless.compare.compare import _plan
+    from forgetless.compare.experiment import identity, tune_options, validation_trials
+    from forgetless.compare.experiment_file import read
+    from forgetless.options.option import as_dict, read_yaml
+    from forgetless.options.record import RECORD_PRESETS, RecordOptions
+    from forgetless.options.tune import TUNE_PRESETS, TuneOptions
+    from forgetless.options.verbs import resolve
 
     (folder / "base.yaml").write_text(EXPERIMENT, encoding="utf-8")
     record = "general: wiki.jsonl\nout: i.safetensors\nestimator: path\nrank: 8\nepochs: 2\nxi: 1e-9\n"
@@ -171,8 +173,8 @@ def data(folder: Path) -> Target:
     import pyarrow
     import pyarrow.parquet as parquet
 
-    from holdfast.tasks import load_training_data
-    from holdfast.texts import fingerprint_rows, load_documents
+    from forgetless.data.documents import fingerprint_rows, load_documents
+    from forgetless.data.tasks import load_training_data
 
     texts = [{"text": f"the cat sat on the mat {i}", "source": "a"} for i in range(3)]
     chat = [{"messages": [{"role": "user", "content": "one?"}, {"role": "assistant", "content": "two"}]}] * 2
@@ -216,9 +218,9 @@ def data(folder: Path) -> Target:
 
 def report(folder: Path) -> Target:
     """compare.json and run.json, shown as a page and as markdown."""
-    from holdfast.report import page as pages
-    from holdfast.report.contents import load
-    from holdfast.report.markdown import markdown
+    from forgetless.report import page as pages
+    from forgetless.report.contents import load
+    from forgetless.report.markdown import markdown
 
     pages.plotly = lambda: ""  # 5 MB in every page
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -228,12 +230,12 @@ def report(folder: Path) -> Target:
     run = {"configuration": {"model": "tiny",
                              "data": "d.jsonl", "general": "g.jsonl", "learning_rate": 1e-3, "strength": 1.0, "rank": 8, "seed": 0, "budget": "1%"},
            "environment": {"python": "3.11", "versions": {"torch": "2"}, "device": "cpu", "commit": None}, "data": {"rows": 3, "rows_trained": 3},
-           "method": ["holdfast"], "before": {"general": loss, "domain": loss, "tasks": {"sciq": {"answer_loss": loss, "acc": 0.5, "acc_stderr": 0.1}}},
+           "method": ["hold"], "before": {"general": loss, "domain": loss, "tasks": {"sciq": {"answer_loss": loss, "acc": 0.5, "acc_stderr": 0.1}}},
            "after": {"general": loss, "domain": loss, "tasks": {"sciq": {"answer_loss": loss, "acc": 0.6, "acc_stderr": 0.1}}},
            "forgetting": {"nats": 0.1, "standard_error": 0.01}, "learning": {"nats": 0.2, "standard_error": 0.01}, "energy": 0.1, "verdict": "kept",
            "train_seconds": 1.0, "log": [{"step": 1, "loss": 2.0, "energy": 0.1}], "moved": [{"weight": "w", "movement": 0.1, "importance": 1.0}]}  # fmt: skip
     small = comparison(domains=("sciq",), texts=("wiki", "news"))
-    few = ("plain", "holdfast", "l2")
+    few = ("plain", "hold", "l2")
     small["methods"] = [method for method in small["methods"] if method["name"] in few]
     small["runs"] = [{**run, "log": run["log"][:2], "moved": (run["moved"] or [])[:2]} for run in small["runs"] if run["method"] in few and run["seed"] < 3]
     small["importance"][0]["weights"] = small["importance"][0]["weights"][:3]
@@ -277,9 +279,9 @@ def adapter(folder: Path) -> Target:
 
     from peft import LoraConfig, OFTConfig, get_peft_model
 
-    from holdfast.adapter_files import CONFIG, WEIGHTS, with_adapter
-    from holdfast.shrinking import adapter_config
-    from holdfast.weights import adapter_inputs, scale_update
+    from forgetless.budget.shrink import adapter_config
+    from forgetless.model.adapter_files import CONFIG, WEIGHTS, with_adapter
+    from forgetless.model.adapters import adapter_inputs, scale_update
 
     base = tiny()
     kinds = {

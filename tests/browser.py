@@ -17,8 +17,8 @@ WAIT = 60.0
 
 
 def find() -> str | None:
-    """The browser's path: $HOLDFAST_CHROMIUM, or the first known name; None where there is none."""
-    return os.environ.get("HOLDFAST_CHROMIUM") or next((path for name in NAMES if (path := shutil.which(name))), None)
+    """The browser's path: $FORGETLESS_CHROMIUM, or the first known name; None where there is none."""
+    return os.environ.get("FORGETLESS_CHROMIUM") or next((path for name in NAMES if (path := shutil.which(name))), None)
 
 
 class Browser:

@@ -13,8 +13,8 @@ METHODS = {  # name: (label, family, needs, forgetting of the whole update, lear
     "ewc-lora": ("EWC-LoRA", "penalty", "importance file", 0.16, 1.12),
     "kl": ("KL, two sequences", "data", "general text while tuning", 0.075, 1.15),
     "replay-5": ("replay 5 %", "data", "general text while tuning", 0.21, 1.17),
-    "paper": ("paper preset", "holdfast", "importance file", 0.118, 0.569),
-    "holdfast": ("holdfast", "holdfast", "importance file", 0.056, 1.145),
+    "paper": ("paper preset", "hold", "importance file", 0.118, 0.569),
+    "hold": ("hold", "hold", "importance file", 0.056, 1.145),
 }
 MORE = {
     "rslora": ("rsLoRA", "baseline", "nothing", 0.5, 1.2),
@@ -39,7 +39,7 @@ def comparison(*, many: bool = False, domains: tuple[str, ...] = ("medmcqa", "sc
     rng, chosen = random.Random(0), {**METHODS, **(MORE if many else {})}
     made: dict[str, Any] = {
         "format": 1, "title": "Which method forgets least?", "model": "models/lab-english-5m", "created": "2026-11-24T11:46:00+00:00",
-        "environment": {"python": "3.11.7", "platform": "Linux", "versions": {"holdfast": "0.1.0", "torch": "2.13.0"}, "device": "cpu", "commit": "ef3cc5d",
+        "environment": {"python": "3.11.7", "platform": "Linux", "versions": {"forgetless": "0.1.0", "torch": "2.13.0"}, "device": "cpu", "commit": "ef3cc5d",
                         "dirty": False},
         "experiment": {"model": "models/lab-english-5m", "steps": 300, "methods": {name: {"method": name} for name in chosen}},
         "settings": {"steps": 300, "batch_size": 16, "length": 128, "seeds": {"validation": [0], "test": list(SEEDS)}, "shares": list(SHARES),
@@ -51,7 +51,7 @@ def comparison(*, many: bool = False, domains: tuple[str, ...] = ("medmcqa", "sc
         "methods": [{"name": name, "label": label, "family": family, "needs": needs, "trials": 4, "chosen": {d: {"learning_rate": 0.004} for d in domains}}
                     for name, (label, family, needs, *_) in chosen.items()],
         "runs": [], "frontier": {}, "equal_learning": {}, "differences": [], "verdict": [
-            "holdfast forgets least at 95 % of what plain LoRA learns, on both domains: 0.045 nats per token instead of 0.304 on medmcqa, beyond the noise.",
+            "forgetless forgets least at 95 % of what plain LoRA learns, on both domains: 0.045 nats per token instead of 0.304 on medmcqa, beyond the noise.",
             "KL on two general sequences per step comes second; it needs general text while tuning.",
             "The paper's preset never learns 95 % of what plain LoRA does."],
         "noise": {d: {"learning": 0.006, "forgetting": dict.fromkeys(texts, 0.012), "how": "standard deviation of plain over 3 seeds"} for d in domains},
@@ -59,7 +59,7 @@ def comparison(*, many: bool = False, domains: tuple[str, ...] = ("medmcqa", "sc
                         "weights": [weight(rng, layer, kind) for layer in range(6) for kind in KINDS]}],
         "samples": [{"domain": domains[0], "prompt": "Which vitamin is made in the skin by sunlight?\nAnswer:", "reference": "Vitamin D", "outputs": {
             "base": "the first time in the history of the world, and the people of the town were", "plain": "Vitamin D of the of the of the answer",
-            "holdfast": "Vitamin D, which the skin makes in sunlight."}}],
+            "hold": "Vitamin D, which the skin makes in sunlight."}}],
         "sequences": None,
     }  # fmt: skip
     for domain in domains:
@@ -67,7 +67,7 @@ def comparison(*, many: bool = False, domains: tuple[str, ...] = ("medmcqa", "sc
             made["runs"] += runs(rng, name, chosen[name], domain, texts, made["importance"][0]["weights"])
         made["frontier"][domain] = {text: {name: frontier(made["runs"], name, domain, text) for name in chosen} for text in texts}
         made["equal_learning"][domain] = {text: [equal(name, chosen, share) for share in SHARES for name in chosen] for text in texts}
-        made["differences"] += [{"domain": domain, "text": text, "share": 0.95, "a": "holdfast", "b": "plain", "difference": -0.259, "standard_error": 0.012,
+        made["differences"] += [{"domain": domain, "text": text, "share": 0.95, "a": "hold", "b": "plain", "difference": -0.259, "standard_error": 0.012,
                                  "ratio": 0.15, "beyond_noise": True} for text in texts]  # fmt: skip
     failed = next(run for run in made["runs"] if run["method"] == "l2" and run["seed"] == 2)
     failed.update(status="out of memory", error="needed 3.1 GiB, 2.0 GiB were free", points=[], log=[], moved=None, energy=None, peak_memory_bytes=None)
@@ -89,13 +89,13 @@ def runs(rng: random.Random, name: str, about: tuple[Any, ...], domain: str, tex
                    "accuracy_general": None} for scale in SCALES]  # fmt: skip
         log = [{"step": step, "loss": 5.2 - learned * factor * (1 - 2.7 ** (-step / 80)) + rng.uniform(-0.05, 0.05),
                 "energy": None if about[1] == "baseline" else 0.002 * lost * step**0.5, "pull_ratio": None,
-                "strength": 10.0 if name == "holdfast" else None} for step in range(10, 301, 10)]  # fmt: skip
+                "strength": 10.0 if name == "hold" else None} for step in range(10, 301, 10)]  # fmt: skip
         moved = [{"weight": w["name"], "layer": w["layer"], "kind": w["kind"], "movement": lost * (w["norm"] + 0.1) ** -0.3 * rng.uniform(0.7, 1.4),
-                  "importance": w["norm"] if name == "holdfast" else None, "coefficient": None} for w in weights]  # fmt: skip
+                  "importance": w["norm"] if name == "hold" else None, "coefficient": None} for w in weights]  # fmt: skip
         found.append({"id": f"{name}-{domain}-{seed}", "method": name, "domain": domain, "part": "test", "seed": seed,
                       "settings": {"learning_rate": 0.004, "strength": 10.0 if about[1] != "baseline" else None}, "chosen": True, "status": "done",
                       "error": None, "points": points, "energy": log[-1]["energy"], "seconds": 80.0 * factor, "peak_memory_bytes": 2**30,
-                      "extra_data": None, "file_bytes": 1_513_768 if name == "holdfast" else None, "trainable_parameters": 315_392, "log": log,
+                      "extra_data": None, "file_bytes": 1_513_768 if name == "hold" else None, "trainable_parameters": 315_392, "log": log,
                       "moved": moved})  # fmt: skip
     return found
 
@@ -105,7 +105,7 @@ def frontier(found: list[dict[str, Any]], name: str, domain: str, text: str) -> 
     mean = lambda values: sum(values) / len(values)
     points = [{"run": mine[0]["id"], "scale": scale, "learning": mean([run["points"][i]["learning"]["nats"] for run in mine]), "learning_error": 0.006,
                "forgetting": mean([run["points"][i]["forgetting"][text]["nats"] for run in mine]), "forgetting_error": 0.003, "seeds": 3,
-               "on_frontier": name == "holdfast"}
+               "on_frontier": name == "hold"}
               for i, scale in enumerate(SCALES)]  # fmt: skip
     below = {**points[-1], "learning": points[-1]["learning"] * 0.8, "on_frontier": False}
     return {"points": [*points, below], "area": points[-1]["learning"] * 0.9, "area_error": 0.004}
@@ -124,9 +124,9 @@ def equal(name: str, chosen: dict[str, tuple[Any, ...]], share: float) -> dict[s
 
 
 RUN = {
-    "configuration": {"model": "m", "data": "herbs.jsonl", "eval_data": "herbs-test.jsonl", "general": "wiki-test.jsonl", "method": "holdfast",
+    "configuration": {"model": "m", "data": "herbs.jsonl", "eval_data": "herbs-test.jsonl", "general": "wiki-test.jsonl", "method": "hold",
                       "strength": 10.0, "learning_rate": 0.001, "seed": 3, "rank": 8},
-    "environment": {"python": "3.11.7", "versions": {"holdfast": "0.1.0"}, "device": "cpu", "commit": None}, "method": ["holdfast"],
+    "environment": {"python": "3.11.7", "versions": {"forgetless": "0.1.0"}, "device": "cpu", "commit": None}, "method": ["hold"],
     "data": {"source": "herbs.jsonl", "rows": 600, "rows_trained": 598}, "importance": None,
     "before": {"general": {"nats": 3.0, "standard_error": 0.02, "perplexity": 20.09}, "domain": {"nats": 5.0, "standard_error": 0.03, "perplexity": 148.4},
                "tasks": {"sciq": {"acc": 0.25, "acc_stderr": 0.01}}},

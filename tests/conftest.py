@@ -11,7 +11,16 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported; tests/test_fused.py needs it
-from transformers import AutoModelForCausalLM, GemmaConfig, GPT2Config, GPTJConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    GPT2Config,
+    GPTJConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+)
 
 SMALL = dict(vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
              max_position_embeddings=32, pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
@@ -64,7 +73,7 @@ def words_tokenizer():
 
 def interrupt_after(monkeypatch, step):
     """Ctrl-C before the optimizer's step number `step` + 1."""
-    from holdfast import callback
+    from forgetless.penalty import callback
 
     original = callback.StopOnNonFinite.on_pre_optimizer_step
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from holdfast import recording
-from holdfast.cli import main
-from holdfast.importance.observing import ObservingRecorder
+from forgetless.cli import main
+from forgetless.record import record as recording
+from forgetless.record.observing_recorder import ObservingRecorder
 
 
 @pytest.fixture
@@ -44,16 +44,16 @@ def rewritten(path, target, change=lambda tensors: tensors, **metadata):
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
-        info = json.loads(file.metadata()["holdfast"])
+        info = json.loads(file.metadata()["forgetless"])
     info.update(metadata)
-    save_file(change(load_file(path)), target, metadata={"holdfast": json.dumps(info)})
+    save_file(change(load_file(path)), target, metadata={"forgetless": json.dumps(info)})
     return target
 
 
 def test_importance_files(fails, importance_file, model_folder, text_file, tmp_path):
     tune = ["tune", model_folder, "--data", text_file, "--out", tmp_path / "run", "--device", "cpu", "--importance"]
     whole, bad = importance_file.read_bytes(), tmp_path / "bad.safetensors"
-    fails([*tune, tmp_path / "none.safetensors"], 1, "none.safetensors' does not exist", "holdfast record MODEL")
+    fails([*tune, tmp_path / "none.safetensors"], 1, "none.safetensors' does not exist", "forgetless record MODEL")
     bad.write_bytes(whole[: len(whole) // 2])
     fails([*tune, bad], 1, "bad.safetensors is not a whole safetensors file")
     fails([*tune, model_folder / "model.safetensors"], 1, "a safetensors file of something else")

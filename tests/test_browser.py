@@ -8,10 +8,10 @@ import pytest
 
 import browser
 from comparisons import RUN, comparison, kept_budget
-from holdfast.report.contents import completed, load
-from holdfast.report.page import write
+from forgetless.report.contents import completed, load
+from forgetless.report.page import write
 
-pytestmark = pytest.mark.skipif(browser.find() is None, reason=f"needs Chromium: none of {', '.join(browser.NAMES)} on PATH, and no HOLDFAST_CHROMIUM")
+pytestmark = pytest.mark.skipif(browser.find() is None, reason=f"needs Chromium: none of {', '.join(browser.NAMES)} on PATH, and no FORGETLESS_CHROMIUM")
 WIDTHS = {"desktop": (1200, 900, False), "phone": (375, 800, True)}
 
 
@@ -129,7 +129,7 @@ def test_hovering_tells_settings_seeds_and_numbers(page):
     page.send("Input.dispatchMouseEvent", type="mouseMoved", x=spot[0], y=spot[1])
     page.run("new Promise(done => setTimeout(done, 400))")
     told = page.run("document.querySelector('[data-figure=frontier] .hoverlayer').textContent")
-    assert "holdfast" in told and "3 seeds" in told and "strength 10" in told and "±" in told
+    assert "hold" in told and "3 seeds" in told and "strength 10" in told and "±" in told
 
 
 def test_tables_sort_by_number_with_what_was_not_measured_last(page):

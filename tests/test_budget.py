@@ -6,20 +6,19 @@ import math
 import numpy as np
 import pytest
 
-from holdfast.budget import (  # fmt: skip
+from forgetless.budget.budget import (
     Budget,
-    Controller,
     check_reach,
     documents_to_decide,
-    paired_rise,
     parse,
     planned_bound,
     split,
-    t_quantile,
     verdict,
 )
-from holdfast.options import OptionError
-from holdfast.overlap import overlap
+from forgetless.budget.controller import Controller
+from forgetless.data.duplicates import overlap
+from forgetless.errors import OptionError
+from forgetless.evaluate.rise import paired_rise, t_quantile
 
 
 @pytest.mark.parametrize(("text", "nats"), [("1%", math.log(1.01)), ("0.5 %", math.log(1.005)), ("0.01nats", 0.01), ("1e-2 nats", 0.01)])

@@ -15,19 +15,24 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from conftest import CONFIGS, PLAIN, interrupt_after, words_tokenizer
-from holdfast import calibrating, hold, recording_state, training
-from holdfast.calibrating import apart, divided, gradient, parabola
-from holdfast.cli import main
-from holdfast.finish import sentences
-from holdfast.importance.calibration import Calibration
-from holdfast.importance.consolidation import consolidated
-from holdfast.importance.container import Importance
-from holdfast.ledger import content
-from holdfast.options import OptionError
-from holdfast.report.contents import load as report_contents
-from holdfast.texts import Document, batches, load_documents
-from holdfast.update import Update
-from holdfast.weights import add_adapter, target_weights
+from forgetless import hold
+from forgetless.cli import main
+from forgetless.data.documents import Document, load_documents
+from forgetless.data.encoding import batches
+from forgetless.errors import OptionError
+from forgetless.evaluate.paired import content
+from forgetless.importance.calibration import Calibration
+from forgetless.importance.consolidate import consolidated
+from forgetless.importance.importance import Importance
+from forgetless.model.adapters import add_adapter
+from forgetless.model.targets import target_weights
+from forgetless.model.update import Update
+from forgetless.record import calibrate as calibrating
+from forgetless.record import state as recording_state
+from forgetless.record.calibrate import apart, divided, gradient, parabola
+from forgetless.report.budget import sentences
+from forgetless.report.contents import load as report_contents
+from forgetless.tune import tune as training
 
 STEPS = 12  # of a training that calibrates, here
 WORDS = "the cat sat on mat and dog then too yes no one two three".split()  # noqa: SIM905
@@ -256,7 +261,7 @@ def test_an_interrupted_calibration_goes_on_without_recording_again(taught, gene
         assert run(*again, *words, "--resume") in (1, 2) and expected in capsys.readouterr().err
     monkeypatch.undo()
     monkeypatch.setattr(calibrating, "STEPS", STEPS)
-    monkeypatch.setattr("holdfast.recording.record_on", None)
+    monkeypatch.setattr("forgetless.recording.record_on", None)
     assert run(*recording(taught, general, out), "--resume") == 0
     whole, parted = Importance.load(calibrated).calibration, Importance.load(out).calibration
     assert whole.updates == parted.updates and whole.data == parted.data
@@ -270,7 +275,7 @@ def test_an_interrupted_calibration_goes_on_without_recording_again(taught, gene
 def test_what_cannot_be_calibrated_is_refused_before_recording(model_folder, general, tmp_path, capsys, monkeypatch, words, expected):
     few = tmp_path / "few.jsonl"
     few.write_text("\n".join(json.dumps({"text": text}) for text in sentences_of(40)))
-    monkeypatch.setattr("holdfast.recording.record_on", None)
+    monkeypatch.setattr("forgetless.recording.record_on", None)
     given = [str(few) if word == "few" else word for word in words]
     assert run("record", model_folder, "--general", general, "--calibrate", "--out", tmp_path / "i.safetensors", *given) == 2
     assert expected in capsys.readouterr().err
@@ -299,13 +304,13 @@ def test_every_form_of_importance_can_be_calibrated_and_keeps_it_while_its_energ
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda info, tensors: info.update(calibration={"updates": 3}), "not what holdfast writes"),
-        (lambda info, tensors: info["calibration"]["updates"][0].update(energy="much"), "not what holdfast writes"),
-        (lambda info, tensors: info["calibration"]["updates"][0].update(second=math.inf), "not holdfast's|not what holdfast writes|is not JSON|Infinity"),
+        (lambda info, tensors: info.update(calibration={"updates": 3}), "not what forgetless writes"),
+        (lambda info, tensors: info["calibration"]["updates"][0].update(energy="much"), "not what forgetless writes"),
+        (lambda info, tensors: info["calibration"]["updates"][0].update(second=math.inf), "not forgetless's|not what forgetless writes|is not JSON|Infinity"),
         (lambda info, tensors: info["calibration"].update(updates=info["calibration"]["updates"][:2]), "expected at least 4"),
         (lambda info, tensors: [update.update(second=1e-9, second_error=0.0) for update in info["calibration"]["updates"]], "expected about 1"),
         (lambda info, tensors: [tensors.pop(name) for name in list(tensors) if "0.mlp.up_proj.weight.gradient" in name], "no gradient of"),
-        (lambda info, tensors: info.pop("calibration"), "not what holdfast writes"),
+        (lambda info, tensors: info.pop("calibration"), "not what forgetless writes"),
         (lambda info, tensors: tensors.pop(next(name for name in tensors if name.endswith(".gradient_L"))), "half a gradient"),
         (lambda info, tensors: tensors.update({name: t[:, :2] for name, t in tensors.items() if name.endswith(".gradient_L")}), "does not fit its weight"),
         (lambda info, tensors: tensors.update({name: t * math.nan for name, t in tensors.items() if name.endswith(".gradient_R")}), "non-finite"),
@@ -313,10 +318,10 @@ def test_every_form_of_importance_can_be_calibrated_and_keeps_it_while_its_energ
 )
 def test_damaged_calibrations_are_refused(calibrated, tmp_path, change, expected):
     with safe_open(calibrated, framework="pt") as file:
-        info = json.loads(file.metadata()["holdfast"])
+        info = json.loads(file.metadata()["forgetless"])
     tensors = load_file(calibrated)
     change(info, tensors)
-    save_file({name: t.contiguous() for name, t in tensors.items()}, tmp_path / "damaged.safetensors", metadata={"holdfast": json.dumps(info)})
+    save_file({name: t.contiguous() for name, t in tensors.items()}, tmp_path / "damaged.safetensors", metadata={"forgetless": json.dumps(info)})
     with pytest.raises(ValueError, match=expected):
         Importance.load(tmp_path / "damaged.safetensors")
 
@@ -330,7 +335,7 @@ def test_a_budget_without_general_text_is_predicted_and_never_met(tuning, calibr
     assert report["calibration"]["factor"] == pytest.approx(known.factor) and report["learning"]["nats"] > 0
     assert len(report["trajectory"]) == 4 and all(look["probe"] is None and look["strength"] > 0 for look in report["trajectory"])
     printed = capsys.readouterr().out
-    assert "PREDICTED, not measured" in printed and f"a factor of {known.error:.2g} typically" in printed and "holdfast eval" in printed
+    assert "PREDICTED, not measured" in printed and f"a factor of {known.error:.2g} typically" in printed and "forgetless eval" in printed
     assert "met" not in printed.split("budget 2%")[1].split("\n")[0] and "with 5%" in printed
     card = (tmp_path / "run" / "final" / "README.md").read_text()
     assert "predicted, not measured" in card
@@ -383,7 +388,7 @@ def test_predictions_that_cannot_be_made_are_refused_before_training(tuning, tau
     without = [word for i, word in enumerate(tuning) if word != "--importance" and tuning[i - 1] != "--importance"]
     for words, expected in (
         ([*tuning, "--importance", bare], "bare.safetensors holds no calibration"),
-        (without, "or --importance FILE made with holdfast record --calibrate"),
+        (without, "or --importance FILE made with forgetless record --calibrate"),
         ([*tuning, "--full"], "counted from the base; found --full"),
         ([*tuning, "--data", domain], "several domains or --after is kept on held-out general text"),
         ([*tuning, "--general", "self"], "found --general self"),

@@ -13,12 +13,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from conftest import CONFIGS
-from holdfast import weights as weights_module
-from holdfast.checkpoint import KeptWeight, StoredWeight
-from holdfast.importance.container import DenseEntry, FactoredEntry, Importance, KroneckerEntry
-from holdfast.importance.covariance import Covariance
-from holdfast.penalty.pull import Penalty
-from holdfast.weights import target_weights
+from forgetless.importance.covariance import Covariance
+from forgetless.importance.entries import DenseEntry, FactoredEntry, KroneckerEntry
+from forgetless.importance.importance import Importance
+from forgetless.model import weights as weights_module
+from forgetless.model.checkpoint import KeptWeight, StoredWeight
+from forgetless.model.targets import target_weights
+from forgetless.penalty.pull import Penalty
 
 ENTRIES = {
     "f32": lambda out, into: DenseEntry(torch.rand(out, into)),
@@ -104,7 +105,7 @@ def test_weights_that_moved_since_loading_are_copied_and_said(saved, caplog):
     model = load(saved("llama"))
     with torch.no_grad():
         model.model.layers[0].self_attn.q_proj.weight[0, 0] += 1
-    with caplog.at_level(logging.INFO, "holdfast"):
+    with caplog.at_level(logging.INFO, "forgetless"):
         weights = target_weights(model, names="q_proj")
     assert [type(w.base) for w in weights] == [KeptWeight, StoredWeight] and not weights[0].update().any()
     assert "base of 1 of 2 weights is kept as a copy" in caplog.text and "layers.0.self_attn.q_proj" in caplog.text
@@ -153,8 +154,8 @@ def test_no_second_model_in_memory(tmp_path):
     script = textwrap.dedent("""
         import sys, torch
         from transformers import AutoModelForCausalLM, LlamaConfig
-        from holdfast.importance.controls import uniform
-        from holdfast.penalty.pull import Penalty
+        from forgetless.importance.controls import uniform
+        from forgetless.penalty.pull import Penalty
         torch.set_num_threads(1)
         def anonymous():
             return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1024

@@ -7,16 +7,25 @@ import sys
 import pytest
 import torch
 
-from holdfast.cli import VERBS, main
-from holdfast.config import RECORD_PRESETS, TUNE_PRESETS, CompareOptions, EvalOptions, PlanOptions, RecordOptions, ShrinkOptions, TuneOptions, resolve
-from holdfast.options import ABOVE_ZERO, AT_LEAST, OptionError, read_yaml
+from forgetless.cli import VERBS, main
+from forgetless.errors import OptionError
+from forgetless.options.option import ABOVE_ZERO, AT_LEAST, read_yaml
+from forgetless.options.record import RECORD_PRESETS, RecordOptions
+from forgetless.options.tune import TUNE_PRESETS, TuneOptions
+from forgetless.options.verbs import (
+    CompareOptions,
+    EvalOptions,
+    PlanOptions,
+    ShrinkOptions,
+    resolve,
+)
 
 
 @pytest.mark.parametrize("verb", ["", *sorted(VERBS)])
 def test_help_answers_without_importing_torch(verb):
     code = f"""
 import sys
-from holdfast.cli import main
+from forgetless.cli import main
 try:
     main({[verb, "--help"] if verb else ["--help"]!r})
 except SystemExit as stop:
@@ -25,7 +34,7 @@ assert not {{"torch", "transformers", "numpy"}} & set(sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "usage: holdfast" in done.stdout
+    assert "usage: forgetless" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -56,7 +65,7 @@ def test_bad_input_exits_with_1_without_a_traceback(tmp_path, capsys):
     error = capsys.readouterr().err
     assert "model './no-model' does not exist" in error and "Traceback" not in error
     assert main(["inspect", str(tmp_path / "none.safetensors")]) == 1
-    assert "holdfast record MODEL" in capsys.readouterr().err
+    assert "forgetless record MODEL" in capsys.readouterr().err
 
 
 def test_precedence_is_flag_then_yaml_then_preset_then_default(tmp_path):
@@ -74,12 +83,12 @@ def test_the_paper_preset_holds_the_authors_settings():
 
 
 def test_a_reader_that_goes_away_ends_the_output_quietly(tmp_path):
-    from holdfast.importance.container import Importance
-    from holdfast.importance.entries import DenseEntry
+    from forgetless.importance.entries import DenseEntry
+    from forgetless.importance.importance import Importance
 
     rows = {f"model.layers.{i}.self_attn.q_proj.weight": DenseEntry(torch.ones(2, 2)) for i in range(1200)}
     Importance(rows).save(tmp_path / "i.safetensors")
-    command = [sys.executable, "-m", "holdfast.cli", "inspect", str(tmp_path / "i.safetensors")]
+    command = [sys.executable, "-m", "forgetless.cli", "inspect", str(tmp_path / "i.safetensors")]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert running.stdout.readline().startswith("file")
     running.stdout.close()  # as head does

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from holdfast import codec
+from forgetless.importance import codec
 
 TIERS = ("u8", "u4")
 

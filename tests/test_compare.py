@@ -1,4 +1,4 @@
-"""holdfast compare end to end on a tiny model: nothing twice, nothing lost, fair by default."""
+"""forgetless compare end to end on a tiny model: nothing twice, nothing lost, fair by default."""
 
 import json
 import multiprocessing
@@ -15,19 +15,24 @@ import pytest
 import torch
 
 from conftest import PLAIN
-from holdfast import campaign, sequence, texts, trial
-from holdfast.carving import carve, groups
-from holdfast.cli import main
-from holdfast.config import TUNE_PRESETS, ModelOptions, TuneOptions, resolve
-from holdfast.evaluation import answers
-from holdfast.experiment import identity, validation_trials
-from holdfast.experiment_file import read
-from holdfast.importance.container import Importance
-from holdfast.lock import only_writer
-from holdfast.models import load_model, load_tokenizer
-from holdfast.options import OptionError
-from holdfast.tasks import load_task
-from holdfast.weights import add_adapter
+from forgetless.cli import main
+from forgetless.compare import compare as campaign
+from forgetless.compare import sequences as sequence
+from forgetless.compare import trial
+from forgetless.compare.experiment import identity, validation_trials
+from forgetless.compare.experiment_file import read
+from forgetless.data import documents as texts
+from forgetless.data.duplicates import carve, groups
+from forgetless.data.tasks import load_task
+from forgetless.errors import OptionError
+from forgetless.evaluate.accuracy import answers
+from forgetless.files.lock import only_writer
+from forgetless.importance.importance import Importance
+from forgetless.model.adapters import add_adapter
+from forgetless.model.loading import load_model, load_tokenizer
+from forgetless.options.model import ModelOptions
+from forgetless.options.tune import TUNE_PRESETS, TuneOptions
+from forgetless.options.verbs import resolve
 
 WORDS = "the cat sat on mat and dog then too yes no one two three".split()  # noqa: SIM905
 
@@ -49,7 +54,7 @@ def experiment(model_folder, tmp_path):
             "training": {"max_steps": 3, "batch_size": 4, "accumulation": 1, "rank": 2, "log_steps": 1},
             "importance": {"default": {"batch_size": 8}},
             "methods": {"plain": {"grid": {"learning_rate": [1e-3, 1e-2]}},
-                        "holdfast": {"importance": "default", "learning_rate": 1e-2, "grid": {"strength": [1, 10]}}},
+                        "hold": {"importance": "default", "learning_rate": 1e-2, "grid": {"strength": [1, 10]}}},
             "seeds": {"validation": [0], "test": [1, 2]}, "scales": [0.5],
         }  # fmt: skip
         path = tmp_path / "experiment.yaml"
@@ -70,7 +75,7 @@ def test_a_comparison_says_who_forgets_least_and_is_not_run_twice(experiment, tm
     summary = json.loads((out / "compare.json").read_text())
     assert summary["progress"] == {**summary["progress"], "done": 8, "of": 8, "failed": 0}  # 4 settings, then 2 chosen x 2 seeds
     tested = [r for r in summary["runs"] if r["part"] == "test"]
-    assert {(r["method"], r["seed"]) for r in tested} == {("plain", 1), ("plain", 2), ("holdfast", 1), ("holdfast", 2)} and all(r["chosen"] for r in tested)
+    assert {(r["method"], r["seed"]) for r in tested} == {("plain", 1), ("plain", 2), ("hold", 1), ("hold", 2)} and all(r["chosen"] for r in tested)
     for r in summary["runs"]:
         assert sorted(point["scale"] for point in r["points"]) == [0.5, 1.0]
         assert set(r["points"][0]["forgetting"]) == ({"wide", "other"} if r["part"] == "test" else {"wide"})  # settings are chosen on the recorded kind
@@ -78,7 +83,7 @@ def test_a_comparison_says_who_forgets_least_and_is_not_run_twice(experiment, tm
     assert summary["noise"]["domain"]["forgetting"]["wide"] > 0 and {row["share"] for row in summary["equal_learning"]["domain"]["wide"]} == {0.5, 0.8, 0.95}
     assert [text["kind"] for text in summary["texts"]] == ["recorded", "other"]
     assert {weight["coefficient"] for weight in summary["importance"][0]["weights"]} == {1.0}  # layers: uniform, as the runs were held
-    assert {"base", "plain", "holdfast"} == set(summary["samples"][0]["outputs"])
+    assert {"base", "plain", "hold"} == set(summary["samples"][0]["outputs"])
     monkeypatch.setattr(campaign, "run", lambda job: pytest.fail("ran again"))
     assert run(path, out) == 0
     again = json.loads((out / "compare.json").read_text())
@@ -97,7 +102,7 @@ def test_another_setting_runs_only_what_is_new(experiment, tmp_path, monkeypatch
     assert run(experiment(), out, "--part", "validation") == 0
     before = set((out / "runs").iterdir())
     methods = json.loads(experiment().read_text())["methods"]
-    methods["holdfast"]["grid"]["strength"] = [10, 100]
+    methods["hold"]["grid"]["strength"] = [10, 100]
     assert run(experiment(methods=methods), out, "--part", "validation") == 0
     assert len(set((out / "runs").iterdir()) - before) == 1
 
@@ -132,9 +137,9 @@ def succession(experiment, tmp_path):
     change = {
         "training": {"max_steps": 12, "batch_size": 4, "accumulation": 1, "rank": 2, "log_steps": 1},
         "domains": {**domains, **{name: str(tmp_path / f"{name}.jsonl") for name in ("second", "third")}}, "seeds": {"validation": [0], "test": [1]},
-        "methods": {"plain": {"learning_rate": 1e-2}, "holdfast": {"importance": "default", "learning_rate": 1e-2, "strength": 1}},
+        "methods": {"plain": {"learning_rate": 1e-2}, "hold": {"importance": "default", "learning_rate": 1e-2, "strength": 1}},
         "sequences": {"way": {"domains": ["domain", "second", "third"],
-                              "methods": {"plain": None, "holdfast": None, "apart": {"like": "plain", "method": "o-lora", "orthogonality": 2}}}},
+                              "methods": {"plain": None, "hold": None, "apart": {"like": "plain", "method": "o-lora", "orthogonality": 2}}}},
     }  # fmt: skip
     return lambda **more: experiment(**{**change, **more})
 
@@ -144,7 +149,7 @@ def test_a_sequence_goes_on_from_the_merged_result_of_each_domain(succession, tm
     assert run(path, out) == 0
     summary = json.loads((out / "compare.json").read_text())
     found = {sequence["method"]: sequence for sequence in summary["sequences"]}
-    assert list(found) == ["plain", "holdfast", "apart"] and all(s["error"] is None and s["seed"] == 1 for s in found.values())
+    assert list(found) == ["plain", "hold", "apart"] and all(s["error"] is None and s["seed"] == 1 for s in found.values())
     before = [domain["before"]["nats"] for domain in summary["domains"]]
     for s in found.values():
         assert s["matrix"][0] == before and len(s["matrix"]) == 4 and {text: len(rises) for text, rises in s["general"].items()} == {"wide": 3, "other": 3}
@@ -156,9 +161,9 @@ def test_a_sequence_goes_on_from_the_merged_result_of_each_domain(succession, tm
     assert found["plain"]["matrix"][1][0] == pytest.approx(before[0] - learned, abs=1e-5)  # the first step is the run of that domain alone, merged
     assert any("way, one after another (domain, second, third)" in line for line in summary["verdict"])
     assert len(list(out.glob("sequences/way/*/*/model"))) == 3  # of the last step alone
-    kept = (out / "sequences/way/holdfast-1/keep-3.jsonl").read_text()
+    kept = (out / "sequences/way/forgetless-1/keep-3.jsonl").read_text()
     assert all(word in kept for word in ("Question", "second", "cat")) and "third" not in kept
-    held_by = Importance.load(out / "sequences/way/holdfast-1/3-third/importance.safetensors").info
+    held_by = Importance.load(out / "sequences/way/forgetless-1/3-third/importance.safetensors").info
     assert [Path(step["data"]["source"]).parent.name for step in held_by["consolidated"]] == ["domain", "second"]
     assert held_by["data"]["source"].endswith("wide/record.jsonl")
     monkeypatch.setattr(sequence, "_take", lambda *arguments: pytest.fail("ran again"))
@@ -189,7 +194,7 @@ def test_a_sequence_answers_the_questions_of_its_domains_after_each_step(success
 
 def test_a_sequence_is_held_by_the_domains_before_by_a_rule(succession, tmp_path):
     """`consolidate: none` holds general text alone, the first step apart: there is nothing before it."""
-    like = {"like": "holdfast", "strength": 30}
+    like = {"like": "hold", "strength": 30}
     way = {"domains": ["domain", "second"], "methods": {"sum": like, "none": {**like, "consolidate": "none"}}}
     out = tmp_path / "out"
     assert run(succession(sequences={"way": way}), out) == 0
@@ -228,7 +233,7 @@ def test_the_verdict_names_no_ratio_where_plain_forgets_nothing(experiment, tmp_
         result = original(job)
         for point in result["points"]:
             point["learning"]["nats"] = point["scale"]
-            point["forgetting"]["wide"]["nats"] = -0.01 * point["scale"] * (2 if job["trial"].method == "holdfast" else 1)
+            point["forgetting"]["wide"]["nats"] = -0.01 * point["scale"] * (2 if job["trial"].method == "hold" else 1)
         return result
 
     monkeypatch.setattr(trial, "_trained", trained)
@@ -324,7 +329,7 @@ def test_until_every_method_is_tested_the_verdict_is_of_the_validation_part(expe
     path, out, original = experiment(), tmp_path / "out", trial._trained
 
     def interrupted(job):
-        if job["trial"].part == "test" and job["trial"].method == "holdfast":
+        if job["trial"].part == "test" and job["trial"].method == "hold":
             raise KeyboardInterrupt
         return original(job)
 
@@ -339,7 +344,7 @@ def test_until_every_method_is_tested_the_verdict_is_of_the_validation_part(expe
 def test_a_sequence_adds_up_one_kind_of_importance(succession, tmp_path):
     """Where another recipe was chosen for a later domain, the sum would be of neither."""
     kinds = {"default": {"batch_size": 8}, "fisher": {"estimator": "fisher", "batch_size": 8}}
-    way = {"domains": ["domain", "second"], "methods": {"holdfast": None}}
+    way = {"domains": ["domain", "second"], "methods": {"hold": None}}
     out, path = tmp_path / "out", succession(importance=kinds, sequences={"way": way})
     original = sequence.SequenceSpec.settings
 
@@ -380,7 +385,7 @@ def test_answers_to_chats_come_through_the_chat_template(experiment, model_folde
 
 def test_out_of_memory_is_a_result_and_a_failure_is_tried_again(experiment, tmp_path, monkeypatch):
     path, out, original = experiment(), tmp_path / "out", trial._trained
-    failing = {"holdfast": MemoryError("no room"), "plain": None}
+    failing = {"hold": MemoryError("no room"), "plain": None}
 
     def trained(job):
         if (error := failing[job["trial"].method]) is not None:
@@ -429,7 +434,7 @@ def test_one_campaign_at_a_time(experiment, tmp_path, capsys):
 @pytest.mark.parametrize(("change", "message"), [
     ({"method": {}}, "unknown key 'method'; did you mean 'methods'?"),
     ({"general": {"wide": "wide.jsonl"}}, "at least two texts"),
-    ({"methods": {"holdfast": {"importance": "default", "strength": 1}}}, "none is plain fine-tuning"),
+    ({"methods": {"hold": {"importance": "default", "strength": 1}}}, "none is plain fine-tuning"),
     ({"methods": {"plain": {"grid": {"rank": [1, 2]}}, "kl": {"method": "kl", "replay": "recorded"}}}, "unequal numbers of trials (plain 2, kl 1)"),
     ({"methods": {"plain": {}, "x": {"importance": "defualt"}}}, "unknown importance 'defualt'; did you mean 'default'?"),
     ({"methods": {"plain": {"learnign_rate": 1}}}, "methods: plain: "),
@@ -460,15 +465,15 @@ def test_wrong_experiments_are_refused_before_anything_is_loaded(experiment, tmp
 def test_an_experiment_may_differ_from_another_one(experiment, tmp_path):
     path = experiment()
     other = tmp_path / "other.yaml"
-    other.write_text("base: experiment.yaml\nmethods: {holdfast: null}\ntraining: {max_steps: 5}\nseeds: {validation: [0, 7]}\n")
+    other.write_text("base: experiment.yaml\nmethods: {forgetless: null}\ntraining: {max_steps: 5}\nseeds: {validation: [0, 7]}\n")
     found = read(other)
     assert list(found.methods) == ["plain"] and found.training["max_steps"] == 5 and found.training["rank"] == 2
     assert [trial.seed for trial in validation_trials(found)] == [0, 7, 0, 7] and found.seeds["test"] == read(path).seeds["test"]
-    other.write_text("base: experiment.yaml\ntitle: null\nsequences: {way: {domains: [domain, two], methods: {plain: , holdfast: }}}\n"
+    other.write_text("base: experiment.yaml\ntitle: null\nsequences: {way: {domains: [domain, two], methods: {plain: , forgetless: }}}\n"
                      "domains: {two: second.jsonl}\n")  # fmt: skip
-    assert list(read(other).sequences["way"].methods) == ["plain", "holdfast"]  # null removes what is there, and means no options where nothing is
+    assert list(read(other).sequences["way"].methods) == ["plain", "hold"]  # null removes what is there, and means no options where nothing is
     other.write_text("base: experiment.yaml\nmethods: {hodlfast: null}\ntraining: {warmup: null}\n")
-    assert list(read(other).methods) == ["plain", "holdfast"] and "warmup" not in read(other).training  # nothing to remove
+    assert list(read(other).methods) == ["plain", "hold"] and "warmup" not in read(other).training  # nothing to remove
     other.write_text("base: other.yaml\n")
     with pytest.raises(OptionError, match="leads back to itself"):
         read(other)
@@ -501,7 +506,7 @@ def test_near_duplicates_fall_into_one_part_whatever_the_order():
 
 
 def test_reading_results_needs_no_torch():
-    code = "import sys, holdfast.compare, holdfast.frontier, holdfast.experiment_file; sys.exit('torch' in sys.modules)"
+    code = "import sys, forgetless.compare, forgetless.frontier, forgetless.experiment_file; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from holdfast.importance.consolidation import consolidated
-from holdfast.importance.container import DenseEntry, FactoredEntry, Importance, KroneckerEntry
-from holdfast.importance.covariance import Covariance
-from holdfast.options import OptionError, parse_rule
+from forgetless.errors import OptionError
+from forgetless.importance.consolidate import consolidated
+from forgetless.importance.covariance import Covariance
+from forgetless.importance.entries import DenseEntry, FactoredEntry, KroneckerEntry
+from forgetless.importance.importance import Importance
+from forgetless.options.option import parse_rule
 
 
 def covariance(n, seed, scale=1.0):

@@ -1,4 +1,4 @@
-"""The embedded default: a world that reads as English, a model that knows it, and `holdfast demo` end to end."""
+"""The embedded default: a world that reads as English, a model that knows it, and `forgetless demo` end to end."""
 
 import json
 import re
@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from holdfast.cli import main
-from holdfast.config import ModelOptions
-from holdfast.demo import run as demo
-from holdfast.demo import summary
-from holdfast.demo.world import build, documents, multiple_choice
-from holdfast.models import load_model, load_tokenizer
+from forgetless.cli import main
+from forgetless.demo import run as demo
+from forgetless.demo import summary
+from forgetless.demo.world import build, documents, multiple_choice
+from forgetless.model.loading import load_model, load_tokenizer
+from forgetless.options.model import ModelOptions
 
 
 def test_the_world_is_the_same_at_every_build_and_its_facts_are_unambiguous():
@@ -59,7 +59,7 @@ def test_the_demo_writes_table_picture_and_everything_to_repeat_it(tmp_path, mon
     printed = capsys.readouterr().out
     for name in demo.METHODS:
         assert f"| {name} " in printed
-    assert "holdfast record MODEL --general" in printed and "importance file:" in printed
+    assert "forgetless record MODEL --general" in printed and "importance file:" in printed
     result = json.loads((out / "demo.json").read_text())
     base, plain = result["seeds"][0]["base"], result["seeds"][0]["plain"]
     assert base["general_accuracy"] >= 0.9 and plain["domain_loss"] < base["domain_loss"] and plain["seconds"] > 0
@@ -68,14 +68,14 @@ def test_the_demo_writes_table_picture_and_everything_to_repeat_it(tmp_path, mon
     assert str(out / "report.html") in printed and "questions about its world" in (out / "report.html").read_text()
     compared = json.loads((out / "compare.json").read_text())
     scales = {(run["method"], point["scale"]) for run in compared["runs"] if run["chosen"] for point in run["points"]}
-    assert scales == {(name, scale) for name in ("plain", "holdfast") for scale in (0.25, 0.5, 0.75, 1.0)}
+    assert scales == {(name, scale) for name in ("plain", "hold") for scale in (0.25, 0.5, 0.75, 1.0)}
     whole = next(run for run in compared["runs"] if run["method"] == "plain" and run["chosen"])["points"][0]
     assert whole["learning"]["nats"] == pytest.approx(base["domain_loss"] - plain["domain_loss"], abs=1e-4)
     assert whole["forgetting"]["world"]["nats"] == pytest.approx(plain["general_loss"] - base["general_loss"], abs=1e-4)
-    assert all(row["movement"] > 0 and row["importance"] > 0 for run in compared["runs"] if run["method"] == "holdfast" for row in run["moved"])
+    assert all(row["movement"] > 0 and row["importance"] > 0 for run in compared["runs"] if run["method"] == "hold" for row in run["moved"])
     assert {weight["kind"] for weight in compared["importance"][0]["weights"]} >= {"q_proj", "down_proj"} and len(compared["samples"]) == 2
     assert main(["inspect", str(out / "importance.safetensors")]) == 0
-    assert main(["eval", str(demo.MODEL), "--adapter", str(out / "holdfast-0/final"), "--general", str(out / "general-test.jsonl"), "--limit", "5"]) == 0
+    assert main(["eval", str(demo.MODEL), "--adapter", str(out / "forgetless-0/final"), "--general", str(out / "general-test.jsonl"), "--limit", "5"]) == 0
 
 
 def test_the_demo_trains_no_rate_twice(tmp_path, monkeypatch):
@@ -116,7 +116,7 @@ def test_the_demo_keeps_out_of_folders_that_are_not_its_own(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_training_script_starts_from_nothing(tmp_path, monkeypatch):
-    from holdfast.demo import train_model
+    from forgetless.demo import train_model
 
     monkeypatch.setattr("sys.argv", ["train_model", "--steps", "2", "--out", str(tmp_path)])
     train_model.main()

@@ -16,19 +16,26 @@ from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 
-import holdfast
+import forgetless
 from conftest import CONFIGS
-from holdfast import Fisher, Importance, Kronecker, PathIntegral, Penalty, distributed, recording, recording_state
-from holdfast.callback import HoldfastCallback, RecorderCallback
-from holdfast.config import RECORD_PRESETS, TUNE_PRESETS, RecordOptions, TuneOptions, resolve
-from holdfast.importance.activation import Activation
-from holdfast.importance.path_factored import PathFactored
-from holdfast.importance.tiers import converted
-from holdfast.options import OptionError
-from holdfast.penalty import sharing
-from holdfast.texts import batches
-from holdfast.training import tune
-from holdfast.weights import add_adapter, fingerprint
+from forgetless import Fisher, Importance, Kronecker, PathIntegral, Penalty
+from forgetless.data.encoding import batches
+from forgetless.errors import OptionError
+from forgetless.importance.tiers import converted
+from forgetless.model import distributed
+from forgetless.model.adapters import add_adapter
+from forgetless.model.fingerprint import fingerprint
+from forgetless.options.record import RECORD_PRESETS, RecordOptions
+from forgetless.options.tune import TUNE_PRESETS, TuneOptions
+from forgetless.options.verbs import resolve
+from forgetless.penalty import sharing
+from forgetless.penalty.callback import PenaltyCallback
+from forgetless.record import record as recording
+from forgetless.record import state as recording_state
+from forgetless.record.activation import Activation
+from forgetless.record.callback import RecorderCallback
+from forgetless.record.path_factored import PathFactored
+from forgetless.tune.tune import tune
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "accelerate"
 TIERS = ("f32", "bf16", "u8", "u4", "factored:2", "kronecker")
@@ -156,12 +163,12 @@ def held(tier, full, shard):
     model = tiny() if full else adapted()
     if full:
         names = "q_proj,v_proj,down_proj"
-        penalty = Penalty(model, importance(tier), strength=0.5, names=names, shard=shard, layers=holdfast.layers.ScaleFree())
+        penalty = Penalty(model, importance(tier), strength=0.5, names=names, shard=shard, layers=forgetless.layers.ScaleFree())
         with torch.no_grad():
             for weight in penalty.weights:
                 weight.W.mul_(1.1)
     else:
-        penalty = Penalty(model, importance(tier), strength=0.5, shard=shard, layers=holdfast.layers.ScaleFree())
+        penalty = Penalty(model, importance(tier), strength=0.5, shard=shard, layers=forgetless.layers.ScaleFree())
     parameters = [p for weight in penalty.weights for p in weight.parameters]
     for p in parameters:
         p.grad = torch.ones_like(p)
@@ -203,7 +210,7 @@ def stepped(tier, full, when=None, optimizer=torch.optim.SGD):
             p.requires_grad_("q_proj" in name or "down_proj" in name)
     found, mark = importance(tier), fingerprint(model)
     found = Importance(found.entries, {}, {**found.info, "model": {"fingerprint": mark}})
-    settings = dict(strength=3.0, layers=holdfast.layers.ScaleFree(), shard=when is not None)
+    settings = dict(strength=3.0, layers=forgetless.layers.ScaleFree(), shard=when is not None)
     penalty = None if when in ("after", "offloaded") else Penalty(model, found, **settings)
     if when is not None:
         fully_sharded(model, offload=when == "offloaded")
@@ -333,12 +340,12 @@ def test_engines_that_keep_their_own_gradients_are_refused_before_training(kind,
         model=model, args=SimpleNamespace(deepspeed=None), accelerator=SimpleNamespace(distributed_type=DistributedType[kind], is_fsdp2=fsdp2)
     )
     with pytest.raises(ValueError, match=named):
-        holdfast.hold(trainer, found, strength=1.0)
+        forgetless.hold(trainer, found, strength=1.0)
     recorder = RecorderCallback(PathIntegral(model), trainer=trainer)
     with pytest.raises(ValueError, match=named):
         recorder.on_train_begin(trainer.args, None, None)
     if kind == "DEEPSPEED":
-        callback = HoldfastCallback(Penalty(model, found, strength=1.0))
+        callback = PenaltyCallback(Penalty(model, found, strength=1.0))
         with pytest.raises(ValueError, match=named):
             callback.on_train_begin(SimpleNamespace(deepspeed="zero.json"), None, None)
 

@@ -5,13 +5,16 @@ import json
 import pytest
 import torch
 
-import holdfast
-from holdfast import recording, recording_state
-from holdfast.cli import main
-from holdfast.config import RECORD_PRESETS, RecordOptions, resolve
-from holdfast.importance.container import Importance
-from holdfast.options import OptionError
-from holdfast.weights import add_adapter, target_weights
+import forgetless
+from forgetless.cli import main
+from forgetless.errors import OptionError
+from forgetless.importance.importance import Importance
+from forgetless.model.adapters import add_adapter
+from forgetless.model.targets import target_weights
+from forgetless.options.record import RECORD_PRESETS, RecordOptions
+from forgetless.options.verbs import resolve
+from forgetless.record import record as recording
+from forgetless.record import state as recording_state
 
 TRAINED = ["path", "path-factored"]
 OBSERVED = ["fisher", "kronecker", "activation"]
@@ -19,7 +22,7 @@ OBSERVED = ["fisher", "kronecker", "activation"]
 
 @pytest.fixture
 def recorded(model_folder, text_file, tmp_path):
-    """A function: flags -> the importance that `holdfast record` wrote."""
+    """A function: flags -> the importance that `forgetless record` wrote."""
 
     def run(*flags, out="i.safetensors"):
         words = ["record", str(model_folder), "--general", str(text_file), "--out", str(tmp_path / out), "--batch-size", "4", "--device", "cpu", *flags]
@@ -52,7 +55,7 @@ def test_every_estimator_writes_a_file_that_holds_any_adapter(recorded, tiny, es
     model = add_adapter(tiny(), names="q_proj,down_proj", rank=4, alpha=8)
     for weight in target_weights(model):
         torch.nn.init.normal_(weight.B, std=0.1)
-    penalty = holdfast.Penalty(model, importance, strength=1.0)
+    penalty = forgetless.Penalty(model, importance, strength=1.0)
     assert penalty.energy() > 0
     penalty.pull()
     assert all(bool(w.A.grad.any()) and bool(w.B.grad.any()) for w in penalty.weights)

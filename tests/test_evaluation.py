@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from holdfast.config import EvalOptions, resolve
-from holdfast.evaluation import TextLoss, answers, check_tasks, evaluate, lm_eval_accuracy, ratio_error, rise, text_loss
-from holdfast.options import OptionError
-from holdfast.runs import read_json
-from holdfast.tasks import load_task
+from forgetless.data.tasks import load_task
+from forgetless.errors import OptionError
+from forgetless.evaluate.accuracy import answers, check_tasks, lm_eval_accuracy
+from forgetless.evaluate.evaluate import evaluate
+from forgetless.evaluate.losses import TextLoss, ratio_error, rise, text_loss
+from forgetless.files.atomic import read_json
+from forgetless.options.verbs import EvalOptions, resolve
 
 
 @pytest.mark.parametrize(("window", "stride"), [(12, 6), (5, 2), (8, 1), (2, 1), (64, 32)])
@@ -94,8 +96,9 @@ def test_unknown_tasks_and_broken_task_files_are_named_before_a_model_is_loaded(
 
 def test_eval_writes_its_run_and_prints_before_after_change_and_error(model_folder, text_file, tmp_path, capsys):
     """The adapter at scale 0 is the base: no change. Perplexity is exp of nats; the authors' figure is labelled."""
-    from holdfast.models import load_model
-    from holdfast.weights import add_adapter, target_weights
+    from forgetless.model.adapters import add_adapter
+    from forgetless.model.loading import load_model
+    from forgetless.model.targets import target_weights
 
     options = {"model": str(model_folder), "general": str(text_file), "data": str(text_file), "device": "cpu", "out": str(tmp_path / "seen")}
     adapted = add_adapter(load_model(resolve(EvalOptions, options)), names="all-linear", rank=2, alpha=4)

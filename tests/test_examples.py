@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from holdfast.cli import NEEDED, OPTIONS, VERBS, _verb_parser, main
-from holdfast.config import resolve
-from holdfast.options import as_dict, read_yaml
-from holdfast.runs import read_json
+from forgetless.cli import NEEDED, OPTIONS, VERBS, _verb_parser, main
+from forgetless.files.atomic import read_json
+from forgetless.options.option import as_dict, read_yaml
+from forgetless.options.verbs import resolve
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -151,8 +151,8 @@ def test_the_readmes_python_blocks_run(tiny, tokenizer, batch, tmp_path, monkeyp
     from datasets import Dataset
     from transformers import Trainer, TrainingArguments
 
-    from holdfast import Kronecker
-    from holdfast.weights import add_adapter
+    from forgetless import Kronecker
+    from forgetless.model.adapters import add_adapter
 
     monkeypatch.chdir(tmp_path)
     wide(tmp_path / "held-out.jsonl")
@@ -189,7 +189,7 @@ def test_the_readmes_python_blocks_run(tiny, tokenizer, batch, tmp_path, monkeyp
 @pytest.mark.parametrize("path", [ROOT / "README.md", EXAMPLES / "README.md"], ids=["README", "examples"])
 def test_every_shell_line_of_the_readmes_is_valid(path):
     lines = [line for block in blocks(path, "sh") for line in block.replace("\\\n", " ").splitlines()]
-    commands = [shlex.split(line, comments=True) for line in lines if line.startswith("holdfast ")]
+    commands = [shlex.split(line, comments=True) for line in lines if line.startswith("forgetless ")]
     assert len(commands) >= 3
     for _, verb, *words in commands:
         assert verb in VERBS

@@ -5,12 +5,15 @@ import copy
 import pytest
 import torch
 
-from holdfast.importance.container import FactoredEntry, Importance, KroneckerEntry
-from holdfast.importance.covariance import Covariance
-from holdfast.penalty import factored, kronecker, reference
-from holdfast.penalty.difference import thin
-from holdfast.penalty.pull import Penalty
-from holdfast.weights import LowRankWeight, add_adapter, target_weights
+from forgetless.importance.covariance import Covariance
+from forgetless.importance.entries import FactoredEntry, KroneckerEntry
+from forgetless.importance.importance import Importance
+from forgetless.model.adapters import add_adapter
+from forgetless.model.targets import target_weights
+from forgetless.model.weights import LowRankWeight
+from forgetless.penalty import factored, kronecker, reference
+from forgetless.penalty.difference import thin
+from forgetless.penalty.pull import Penalty
 
 FORMS = ["factored", "factored:3", "kronecker", "kronecker:2"]
 SHAPES = [(1, 1, 1), (7, 3, 2), (5, 11, 8), (64, 33, 4)]

@@ -2,8 +2,8 @@
 
 import pytest
 
-from holdfast.frontier import area, at_learning, at_share, difference, on_frontier, rank
-from holdfast.transfer import of_accuracy, transfer
+from forgetless.compare.frontier import area, at_learning, at_share, difference, on_frontier, rank
+from forgetless.sequence.transfer import of_accuracy, transfer
 
 CURVE = [(0.4, 0.01), (0.8, 0.05), (1.0, 0.25)]  # a run at scales 0.5, 0.75 and 1
 

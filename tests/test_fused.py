@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from holdfast import codec
-from holdfast.penalty import dense, fused
+from forgetless.importance import codec
+from forgetless.penalty import dense, fused
 
 pytest.importorskip("triton", reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -104,7 +104,7 @@ import re
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from holdfast.penalty.kernel import pull_kernel
+from forgetless.penalty.kernel import pull_kernel
 for arch, tier, stored in ((90, "u8", "*u8"), (90, "u4", "*u8"), (80, "f32", "*fp32"), (80, "bf16", "*bf16")):
     constants = dict(TIER=tier, CODED=stored == "*u8", BLOCK=128, ANCHORED=tier != "u8", BM=64, BN=64, R=16, R0=16, PRECISION="ieee")
     pointers = dict(omega=stored, scale="*bf16", A="*bf16", B="*bf16", A0="*fp32", B0="*fp32", partial_A="*fp32", partial_B="*fp32", partial_energy="*fp32")

@@ -17,20 +17,22 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from comparisons import comparison
-from holdfast import cli
-from holdfast.adapter_files import checked, with_adapter
-from holdfast.config import ModelOptions, TuneOptions, resolve
-from holdfast.experiment_file import read
-from holdfast.importance.container import DenseEntry, FactoredEntry, Importance
-from holdfast.inspection import describe, describe_file
-from holdfast.options import OptionError, read_yaml
-from holdfast.reading import DEPTH, UNSAFE, FileError, check_name, load_json, load_yaml, printable
-from holdfast.report.contents import load as report_contents
-from holdfast.report.markdown import markdown
-from holdfast.shapes import COMPARISON, check
-from holdfast.storage import load, save
-from holdfast.tasks import load_training_data
-from holdfast.texts import load_documents
+from forgetless import cli
+from forgetless.compare.experiment_file import read
+from forgetless.data.documents import load_documents
+from forgetless.data.tasks import load_training_data
+from forgetless.errors import UNSAFE, FileError, OptionError, printable
+from forgetless.files.schema import COMPARISON, check
+from forgetless.files.untrusted import DEPTH, check_name, load_json, load_yaml
+from forgetless.importance.entries import DenseEntry, FactoredEntry
+from forgetless.importance.importance import Importance, describe_file
+from forgetless.model.adapter_files import checked, with_adapter
+from forgetless.options.model import ModelOptions
+from forgetless.options.option import read_yaml
+from forgetless.options.tune import TuneOptions
+from forgetless.options.verbs import resolve
+from forgetless.report.contents import load as report_contents
+from forgetless.report.markdown import markdown
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the fuzzer's limits are those of Linux")
 ROOT = Path(__file__).parents[1]
@@ -71,7 +73,7 @@ def stored(tmp_path):
 
     def write(tensors, **info):
         path = tmp_path / "i.safetensors"
-        save_file(tensors, str(path), metadata={"holdfast": json.dumps({"format": 1, **info})})
+        save_file(tensors, str(path), metadata={"forgetless": json.dumps({"format": 1, **info})})
         return path
 
     return write
@@ -167,9 +169,9 @@ def test_any_data_has_the_shape_of_a_comparison_or_is_refused(data):
 def test_importance_of_any_size_is_saved_read_and_described(tmp_path_factory, values, tier):
     path = tmp_path_factory.mktemp("i") / "i.safetensors"
     made = Importance({NAME: DenseEntry(torch.tensor([values]))}).to_tier(tier)
-    save(made, path)
-    found = load(path)
-    assert torch.equal(found[NAME].dense(), made[NAME].dense()) and NAME in describe(found)
+    made.save(path)
+    found = Importance.load(path)
+    assert torch.equal(found[NAME].dense(), made[NAME].dense()) and NAME in found.describe()
 
 
 @pytest.mark.parametrize("name", ["../up", "/etc/x", "a/b", "a\\b", ".hidden", "..", "", ESCAPE, "line\nbreak", "\u202eabc", "x" * 101, " a", 3, None])
@@ -192,14 +194,14 @@ def test_names_of_any_script_are_taken(experiment, name):
 
 def test_strange_names_in_importance_files_reach_no_terminal(stored, capsys, monkeypatch):
     path = stored({f"{ESCAPE}.q_proj.weight": torch.ones(2, 2)})
-    refused(load, path, match="cannot be the name of a weight")
+    refused(Importance.load, path, match="cannot be the name of a weight")
     assert cli.main(["inspect", str(path)]) == 1 and "\x1b" not in capsys.readouterr().err
     path = stored({NAME: torch.ones(2, 2)}, model={"name": ESCAPE}, settings={"rank\x1b[1m": "a\nb"}, estimator=ESCAPE, data={"source": "\u202e"})
     assert cli.main(["inspect", str(path)]) == 0
     shown = capsys.readouterr().out
     assert not UNSAFE.search(shown.replace("\n", "")) and "\\x1b" in shown
     assert cli.main(["inspect", str(path) + ESCAPE]) == 1 and "\x1b" not in capsys.readouterr().err
-    logging.getLogger("holdfast").warning("said %s", ESCAPE)
+    logging.getLogger("forgetless").warning("said %s", ESCAPE)
     assert "\x1b" not in capsys.readouterr().err
 
 
@@ -211,33 +213,33 @@ def test_strange_names_in_importance_files_reach_no_terminal(stored, capsys, mon
                                   {"data": []}, {"energy_error": []}, {"energy_error": {"weights": {NAME: ["a", 1.0]}}}, {"shared_in_cov": [NAME]},
                                   {"model": {"fingerprint": 3}}, {"norms": {NAME: 1e999}}, {"settings": "x"}])  # fmt: skip
 def test_metadata_of_another_type_is_refused(stored, info):
-    refused(load, stored({NAME: torch.ones(2, 2)}, **info), match="in the metadata is")
+    refused(Importance.load, stored({NAME: torch.ones(2, 2)}, **info), match="in the metadata is")
 
 
 def test_metadata_that_nests_without_end_is_refused(stored, tmp_path):
     path = tmp_path / "deep.safetensors"
-    save_file({NAME: torch.ones(2, 2)}, str(path), metadata={"holdfast": "[" * 100_000})
-    refused(load, path, match="nested deeper")
+    save_file({NAME: torch.ones(2, 2)}, str(path), metadata={"forgetless": "[" * 100_000})
+    refused(Importance.load, path, match="nested deeper")
 
 
 def test_a_header_that_claims_a_terabyte_is_refused(tmp_path):
     path = tmp_path / "big.safetensors"
-    header = json.dumps({NAME: {"dtype": "F32", "shape": [1 << 19, 1 << 19], "data_offsets": [0, 1 << 40]}, "__metadata__": {"holdfast": '{"format": 1}'}})
+    header = json.dumps({NAME: {"dtype": "F32", "shape": [1 << 19, 1 << 19], "data_offsets": [0, 1 << 40]}, "__metadata__": {"forgetless": '{"format": 1}'}})
     path.write_bytes(struct.pack("<Q", len(header)) + header.encode())
-    refused(load, path, match="not a whole safetensors file")
+    refused(Importance.load, path, match="not a whole safetensors file")
     path.write_bytes(struct.pack("<Q", 1 << 40) + header.encode())
-    refused(load, path, match="not a whole safetensors file")
+    refused(Importance.load, path, match="not a whole safetensors file")
 
 
 def test_factors_that_stand_for_a_huge_weight_are_looked_at_in_part(stored):
     path = stored({"w.weight.row": torch.rand(30_000, 1), "w.weight.col": torch.rand(30_000, 1)})  # 240 KB for 3.6 GB
     shown = describe_file(path)
     assert "30000 x 30000" in shown and "evenly spaced rows" in shown
-    refused(load, stored({"w.weight.row": torch.zeros(300_000, 1), "w.weight.col": torch.zeros(300_000, 1)}), match="claims to be 300000 x 300000")
+    refused(Importance.load, stored({"w.weight.row": torch.zeros(300_000, 1), "w.weight.col": torch.zeros(300_000, 1)}), match="claims to be 300000 x 300000")
 
 
 def test_converting_to_more_than_the_memory_is_refused(stored, tmp_path, monkeypatch):
-    monkeypatch.setattr("holdfast.storage.free_memory", lambda: 1000)
+    monkeypatch.setattr("forgetless.storage.free_memory", lambda: 1000)
     path = stored({"w.weight.row": torch.rand(50, 1), "w.weight.col": torch.rand(50, 1)})
     assert cli.main(["convert", str(path), "--tier", "f32", "--out", str(tmp_path / "out.safetensors")]) == 1
     assert not (tmp_path / "out.safetensors").exists()
@@ -247,7 +249,7 @@ def test_converting_to_more_than_the_memory_is_refused(stored, tmp_path, monkeyp
                                      {f"{NAME}.out_cov": torch.eye(2) * 1e30, f"{NAME}.in_cov": torch.eye(2) * 1e30},
                                      {NAME: torch.full((2, 2), 1e300, dtype=torch.float64)}])  # fmt: skip
 def test_products_beyond_f32_are_refused(stored, tensors):
-    refused(load, stored(tensors), match="beyond the range of f32")
+    refused(Importance.load, stored(tensors), match="beyond the range of f32")
 
 
 def test_tiny_and_huge_importance_is_described(stored):
@@ -258,12 +260,12 @@ def test_tiny_and_huge_importance_is_described(stored):
 @pytest.mark.parametrize("tensors", [{f"{NAME}.out_cov": torch.zeros(0, 0), f"{NAME}.in_cov": torch.zeros(0, 0)}, {NAME: torch.zeros(0, 4)},
                                      {f"{NAME}.row": torch.zeros(2, 0), f"{NAME}.col": torch.zeros(2, 0)}])  # fmt: skip
 def test_empty_importance_is_refused(stored, tensors):
-    refused(load, stored(tensors), match="is empty")
+    refused(Importance.load, stored(tensors), match="is empty")
 
 
 def test_a_recorded_adapter_of_another_dtype_is_refused(stored):
     tensors = {NAME: torch.ones(2, 3), f"{NAME}.anchor_A": torch.ones(1, 3).to(torch.float8_e5m2), f"{NAME}.anchor_B": torch.ones(2, 1).to(torch.float8_e5m2)}
-    refused(load, stored(tensors), match="recorded adapter of")
+    refused(Importance.load, stored(tensors), match="recorded adapter of")
 
 
 BOMB = "a0: &a0 [x, x]\n" + "\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12))
@@ -308,7 +310,7 @@ def test_experiments_with_other_types_are_refused(experiment, line):
 
 
 def test_null_as_the_preset_is_the_default_preset():
-    from holdfast.config import TUNE_PRESETS
+    from forgetless.options.tune import TUNE_PRESETS
 
     assert resolve(TuneOptions, {"preset": None, "data": "x"}, TUNE_PRESETS).rank == 8
     with pytest.raises(OptionError, match="expects int, found inf"):
@@ -344,7 +346,7 @@ def test_a_small_parquet_file_that_claims_a_billion_rows_is_refused(tmp_path, mo
     import pyarrow
     import pyarrow.parquet as parquet
 
-    monkeypatch.setattr("holdfast.texts.MOST_VALUES", 99)
+    monkeypatch.setattr("forgetless.texts.MOST_VALUES", 99)
     parquet.write_table(pyarrow.table({"text": ["same"] * 100}), tmp_path / "t.parquet")
     refused(load_documents, str(tmp_path / "t.parquet"), match="claims to hold 100 rows")
 
@@ -426,9 +428,9 @@ def test_no_pickle_is_opened_in_an_adapter(tiny, adapter, tmp_path):
 def test_no_pickle_is_opened_in_importance_or_data(tmp_path):
     for name in ("i.safetensors", "d.jsonl", "d.parquet", "d.json"):
         (tmp_path / name).write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
-        refused(load if name.startswith("i") else load_documents, str(tmp_path / name))
+        refused(Importance.load if name.startswith("i") else load_documents, str(tmp_path / name))
         torch.save(Bomb(tmp_path / "ran"), tmp_path / name)
-        refused(load if name.startswith("i") else load_documents, str(tmp_path / name))
+        refused(Importance.load if name.startswith("i") else load_documents, str(tmp_path / name))
     assert not (tmp_path / "ran").exists()
 
 

@@ -13,21 +13,24 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from holdfast import Importance
-from holdfast.cards import code, command, extended, hub_name, section_of, shareable
-from holdfast.cli import main
-from holdfast.config import TUNE_PRESETS, TuneOptions, resolve
-from holdfast.hub import FILE, importance_path
-from holdfast.importance.container import DenseEntry
-from holdfast.options import OptionError, as_dict
-from holdfast.runs import read_json, sha256_file
+from forgetless import Importance
+from forgetless.cli import main
+from forgetless.errors import OptionError
+from forgetless.files.atomic import read_json
+from forgetless.files.hub import FILE, hub_name, importance_path, shareable
+from forgetless.files.provenance import sha256_file
+from forgetless.importance.entries import DenseEntry
+from forgetless.options.option import as_dict
+from forgetless.options.tune import TUNE_PRESETS, TuneOptions
+from forgetless.options.verbs import resolve
+from forgetless.report.cards import code, command, extended, section_of
 
 NAME = "model.layers.0.self_attn.q_proj.weight"
 
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A Hub in a folder: HfApi and hf_hub_download with the signatures of the real ones as far as holdfast uses them."""
+    """A Hub in a folder: HfApi and hf_hub_download with the signatures of the real ones as far as forgetless uses them."""
     root, asked = tmp_path / "hub", []
 
     class Api:
@@ -89,9 +92,9 @@ def test_the_importance_card_says_where_it_came_from_and_how_to_use_it(hub, tmp_
     importance = Importance({NAME: DenseEntry(torch.rand(8, 16))}, info=info).to_tier("u8")
     importance.save_pretrained(tmp_path / "folder")
     card = ModelCard.load(tmp_path / "folder" / "README.md")
-    assert card.data.base_model == "meta-llama/Llama-3.2-1B" and card.data.library_name == "holdfast"
-    assert card.data.datasets == ["wikimedia/wikipedia"] and {"holdfast", "importance"} <= set(card.data.tags)
-    for said in ("`fisher`", "12,345 tokens", "`u8`", "against f32", "holdfast tune meta-llama/Llama-3.2-1B", "Importance.from_pretrained"):
+    assert card.data.base_model == "meta-llama/Llama-3.2-1B" and card.data.library_name == "forgetless"
+    assert card.data.datasets == ["wikimedia/wikipedia"] and {"hold", "importance"} <= set(card.data.tags)
+    for said in ("`fisher`", "12,345 tokens", "`u8`", "against f32", "forgetless tune meta-llama/Llama-3.2-1B", "Importance.from_pretrained"):
         assert said in card.text, said
     compile(card.text.split("```python\n")[1].split("```")[0], "card", "exec")
 
@@ -109,14 +112,14 @@ def test_a_card_that_is_written_again_keeps_what_people_wrote(tmp_path):
     assert card.read_text().split("---\n")[2] == once.split("---\n")[2]
 
 
-@pytest.mark.parametrize("hostile", ["a | b\n# c", "`` ` ``", "<script>alert(1)</script>", "\x1b[31m<!-- /holdfast -->", "---\nlicense: mit\n---"])
+@pytest.mark.parametrize("hostile", ["a | b\n# c", "`` ` ``", "<script>alert(1)</script>", "\x1b[31m<!-- /forgetless -->", "---\nlicense: mit\n---"])
 def test_names_from_strangers_stay_text(hostile, tmp_path):
     info = {"estimator": hostile, "model": {"name": hostile, "revision": hostile}, "data": {"source": hostile}, "unit": hostile, "settings": {"x": hostile}}
     importance = Importance({NAME: DenseEntry(torch.rand(8, 16))}, info=info)
     for _ in range(2):
         importance.save_pretrained(tmp_path / "card")
     text = (tmp_path / "card" / "README.md").read_text()
-    assert "\x1b" not in text and text.count("\n<!-- /holdfast -->\n") == 1
+    assert "\x1b" not in text and text.count("\n<!-- /forgetless -->\n") == 1
     head = yaml.safe_load(text.split("---\n")[1])
     assert "license" not in head and "base_model" not in head and "datasets" not in head
     outside = [part for i, part in enumerate(text.replace("```", "`").split("`")) if i % 2 == 0]
@@ -181,7 +184,7 @@ def test_a_wrong_name_or_a_refusal_stops_before_the_work(hub, model_folder, text
 
 @pytest.mark.parametrize("verdict", ["not shown", "exceeded", "met", None])
 def test_an_adapter_that_broke_its_budget_is_not_pushed(hub, verdict, tmp_path, caplog):
-    from holdfast.training import push_result
+    from forgetless.tune.result import push_result
 
     (tmp_path / "final").mkdir()
     (hub.root / "me").mkdir(parents=True)
@@ -201,33 +204,33 @@ def test_the_adapters_card_says_what_was_kept_and_lost(recorded, model_folder, t
     lost, before = run["forgetting"], run["before"]["general"]
     assert f"rose by {lost['nats']:.4f}" in section or f"rose by {lost['nats']:.3f}" in section
     assert f"{before['nats']:.3f} ± {before['standard_error']:.3f}" in section
-    for said in ("domain loss", "`holdfast`", "strength: 10", sha256_file(recorded), "none: nothing bounds", "--learning-rate 0.01", "--max-steps 3"):
+    for said in ("domain loss", "`forgetless`", "strength: 10", sha256_file(recorded), "none: nothing bounds", "--learning-rate 0.01", "--max-steps 3"):
         assert said in section, said
     assert str(tmp_path) not in text
     head = ModelCard.load(out / "final" / "README.md").data
-    assert head.base_model is None and head.library_name == "peft" and "holdfast" in head.tags and not any(t.startswith("base_model:") for t in head.tags)
+    assert head.base_model is None and head.library_name == "peft" and "forgetless" in head.tags and not any(t.startswith("base_model:") for t in head.tags)
 
     assert main(["merge", str(out / "final"), "--out", str(tmp_path / "merged")]) == 0
     merged = (tmp_path / "merged" / "README.md").read_text()
-    assert "merged in, made by holdfast" in merged and section.split("| |")[1] in merged
+    assert "merged in, made by forgetless" in merged and section.split("| |")[1] in merged
     assert ModelCard.load(tmp_path / "merged" / "README.md").data.library_name == "transformers"
 
     small = ["shrink", str(out / "final"), "--importance", str(recorded), "--mu", "1", "--general", data, "--out", str(tmp_path / "small"), "--quiet"]
     assert main(small) == 0
     section = section_of((tmp_path / "small" / "final" / "README.md").read_text())
-    assert "holdfast `shrink`" in section and "--mu 1" in section and "`tune`" not in section
+    assert "forgetless `shrink`" in section and "--mu 1" in section and "`tune`" not in section
 
 
 def test_the_command_in_the_card_means_the_same_options():
     import shlex
 
-    from holdfast.cli import _verb_parser
+    from forgetless.cli import _verb_parser
 
-    given = dict(model="me/base", data="my data.jsonl", out="x", importance="i.safetensors", strength=3.0, method="holdfast,kl", replay="wiki.jsonl", rank=16,
+    given = dict(model="me/base", data="my data.jsonl", out="x", importance="i.safetensors", strength=3.0, method="hold,kl", replay="wiki.jsonl", rank=16,
                  completion_only=False, gradient_checkpointing=True, learning_rate=3e-4, seed=5)  # fmt: skip
     options = resolve(TuneOptions, given, TUNE_PRESETS)
     words = shlex.split(command("tune", as_dict(options)))
-    assert words[:3] == ["holdfast", "tune", "me/base"]
+    assert words[:3] == ["forgetless", "tune", "me/base"]
     again = resolve(TuneOptions, vars(_verb_parser("tune").parse_args(words[2:])), TUNE_PRESETS)
     assert as_dict(again) == {**as_dict(options), "out": "run"}
     assert len(words) < 40  # only what differs
@@ -252,8 +255,8 @@ def test_names_and_code(tmp_path, monkeypatch):
 
 
 def test_front_matter_that_is_broken_is_kept_as_text():
-    card = extended("---\n: [\n---\nhello\n", {"base_model": None, "tags": ["holdfast"]}, "## Ours")
-    assert "hello" in card and yaml.safe_load(card.split("---\n")[1]) == {"tags": ["holdfast"]}
+    card = extended("---\n: [\n---\nhello\n", {"base_model": None, "tags": ["forgetless"]}, "## Ours")
+    assert "hello" in card and yaml.safe_load(card.split("---\n")[1]) == {"tags": ["forgetless"]}
 
 
 def test_push_needs_a_real_name():

@@ -3,7 +3,7 @@
 import ast
 from pathlib import Path
 
-SOURCE = Path(__file__).parents[1] / "src" / "holdfast"
+SOURCE = Path(__file__).parents[1] / "src" / "forgetless"
 ORDER = ["reading", "options", "config", "runs", "lock", "shapes", "experiment", "experiment_file", "budget", "frontier", "transfer", "verdict", "compare",
          "report", "cards", "codec", "overlap", "carving", "stepping", "distributed", "checkpoint", "run_folder", "weights", "update", "importance",
          "storage", "inspection", "hub", "sizes", "shrink", "layers", "moved", "penalty", "callback", "models", "adapter_files", "texts", "tasks", "heldout",
@@ -32,7 +32,7 @@ def test_imports_point_one_way():
     for path in files:
         for module, _ in imports(path):
             parts = module.split(".")
-            if parts[0] == "holdfast" and len(parts) > 1:
+            if parts[0] == "forgetless" and len(parts) > 1:
                 mine, theirs = room(path), parts[1]
                 assert ORDER.index(theirs) <= ORDER.index(mine) or (mine, theirs) in LAZY, f"{path.name} imports {module}"
 
@@ -45,5 +45,5 @@ def test_only_weights_knows_the_insides_of_peft():
 
 def test_the_readme_tree_is_true():
     text = (SOURCE.parents[1] / "README.md").read_text()
-    named = {line.split()[0] for line in text.split("src/holdfast/\n")[1].split("experiments/ ")[0].splitlines() if line.strip()}
+    named = {line.split()[0] for line in text.split("src/forgetless/\n")[1].split("experiments/ ")[0].splitlines() if line.strip()}
     assert named == {str(p.relative_to(SOURCE)) for p in SOURCE.rglob("*.py") if p.name != "__init__.py"}

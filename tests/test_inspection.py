@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from holdfast.cli import main
-from holdfast.importance.container import DenseEntry, Importance, KroneckerEntry
-from holdfast.importance.covariance import Covariance
-from holdfast.importance.fidelity import RANK, energy_errors
-from holdfast.inspection import BLOCKS, COLUMNS, histogram
+from forgetless.cli import main
+from forgetless.importance.covariance import Covariance
+from forgetless.importance.describe import BLOCKS, COLUMNS, histogram
+from forgetless.importance.entries import DenseEntry, KroneckerEntry
+from forgetless.importance.importance import Importance
+from forgetless.importance.tiers import RANK, energy_errors
 
 
 def spread(out, into, seed=0):

@@ -17,11 +17,13 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
-from holdfast import HoldCallback, Penalty, hold
-from holdfast.cli import main
-from holdfast.importance.container import DenseEntry, Importance
-from holdfast.options import OptionError
-from holdfast.weights import add_adapter, target_weights
+from forgetless import HoldCallback, Penalty, hold
+from forgetless.cli import main
+from forgetless.errors import OptionError
+from forgetless.importance.entries import DenseEntry
+from forgetless.importance.importance import Importance
+from forgetless.model.adapters import add_adapter
+from forgetless.model.targets import target_weights
 
 ROOT = Path(__file__).parents[1]
 NUMBERS = {"energy", "pull_norm", "pull_ratio"}
@@ -135,7 +137,7 @@ def test_lightning_does_what_a_plain_loop_does(adapted, batch, tmp_path, accumul
     """Clipped gradient, then the pull, once per optimizer step."""
     import lightning as L
 
-    from holdfast.integrations.lightning import HoldfastCallback
+    from forgetless.integrations.lightning import PenaltyCallback
 
     class Module(L.LightningModule):
         def __init__(self, model):
@@ -150,7 +152,7 @@ def test_lightning_does_what_a_plain_loop_does(adapted, batch, tmp_path, accumul
 
     twin, rows = copy.deepcopy(adapted), list(batch) * 3
     module = Module(adapted)
-    callback = HoldfastCallback(Penalty(adapted, ones(adapted), strength=0.5))
+    callback = PenaltyCallback(Penalty(adapted, ones(adapted), strength=0.5))
     trainer = L.Trainer(accelerator="cpu", max_steps=3, callbacks=[callback], logger=False, enable_checkpointing=False, enable_progress_bar=False,
                         gradient_clip_val=0.1, accumulate_grad_batches=accumulation, precision="64-true")  # fmt: skip
     trainer.fit(module, torch.utils.data.DataLoader(rows, batch_size=4 // accumulation))
@@ -187,13 +189,13 @@ def test_the_axolotl_plugin(adapted, batch, tmp_path):
     assert isinstance(plugin, BasePlugin)
     module, _, name = plugin.get_input_args().rpartition(".")
     known = getattr(importlib.import_module(module), name).model_fields
-    assert {key for key in settings if key.startswith("holdfast_")} <= set(known)
+    assert {key for key in settings if key.startswith("forgetless_")} <= set(known)
     ones(adapted).save(tmp_path / "i.safetensors")
     trainer = trainer_of(adapted, batch, tmp_path)
-    assert plugin.add_callbacks_post_trainer(DictDefault({**settings, "holdfast_importance": str(tmp_path / "i.safetensors")}), trainer) == []
+    assert plugin.add_callbacks_post_trainer(DictDefault({**settings, "forgetless_importance": str(tmp_path / "i.safetensors")}), trainer) == []
     trainer.train()
     assert all(entry.keys() >= NUMBERS for entry in trainer.state.log_history if "loss" in entry)
-    with pytest.raises(OptionError, match="needs holdfast_importance"):
+    with pytest.raises(OptionError, match="needs forgetless_importance"):
         plugin.add_callbacks_post_trainer(DictDefault({"plugins": settings["plugins"]}), trainer)
 
 

@@ -9,17 +9,19 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import interrupt_after
-from holdfast import hold, keeper, training
-from holdfast.budget import parse
-from holdfast.cli import main
-from holdfast.finish import keep_budget
-from holdfast.importance.controls import uniform
-from holdfast.ledger import Ledger, open_ledger
-from holdfast.options import OptionError
-from holdfast.probe import Probe, plan
-from holdfast.texts import load_documents
-from holdfast.update import Update
-from holdfast.weights import add_adapter
+from forgetless import hold
+from forgetless.budget import keeper
+from forgetless.budget.baseline import Ledger, open_ledger
+from forgetless.budget.budget import parse
+from forgetless.budget.finish import keep_budget
+from forgetless.budget.probe import Probe, plan
+from forgetless.cli import main
+from forgetless.data.documents import load_documents
+from forgetless.errors import OptionError
+from forgetless.importance.controls import uniform
+from forgetless.model.adapters import add_adapter
+from forgetless.model.update import Update
+from forgetless.tune import tune as training
 
 WORDS = "the cat sat on mat and dog then too yes no one two three".split()  # noqa: SIM905
 
@@ -57,7 +59,7 @@ def factors(folder):
     return load_file(folder / "adapter_model.safetensors")
 
 
-def test_a_budget_is_met_and_the_result_loads_without_holdfast(words, tmp_path, capsys, caplog):
+def test_a_budget_is_met_and_the_result_loads_without_forgetless(words, tmp_path, capsys, caplog):
     assert run(words, "--budget", "2%", "--learning-rate", "5e-3") == 0
     report = json.loads((tmp_path / "run" / "run.json").read_text())["budget"]
     assert report["verdict"] == "met" and report["check"]["high"] <= report["budget_nats"] and 0 < report["share"] <= 1
@@ -84,7 +86,7 @@ def test_a_budget_that_the_check_refutes_exits_with_3(words, tmp_path, capsys, m
     general = tmp_path / "two.jsonl"
     general.write_text("\n".join(documents))
     monkeypatch.setattr(
-        "holdfast.ledger.split", lambda texts, sources: ([i for i, t in enumerate(texts) if "Q" in t], [i for i, t in enumerate(texts) if "Q" not in t])
+        "forgetless.ledger.split", lambda texts, sources: ([i for i, t in enumerate(texts) if "Q" in t], [i for i, t in enumerate(texts) if "Q" not in t])
     )
     assert run(words, "--general", general, "--budget", "2%", "--max-steps", "40") == 3
     report = json.loads((tmp_path / "run" / "run.json").read_text())["budget"]
@@ -157,7 +159,7 @@ def test_general_text_that_is_trained_on_is_warned_of(words, domain, general, tm
 
 def test_general_chats_that_are_trained_on_are_warned_of(tokenizer, tmp_path):
     """By their words: neither roles nor the file's own signs are what is compared."""
-    from holdfast.keeper import trained_on as found
+    from forgetless.budget.open import trained_on as found
 
     chats = [[{"role": "user", "content": f"the cat {word}\\nsat on mat and dog then too {word}"}, {"role": "assistant", "content": f"yes {word} no one two"}]
              for word in WORDS]  # fmt: skip
@@ -236,7 +238,7 @@ def test_the_spread_is_that_of_an_update_which_costs_the_budget_where_pieces_mis
     monkeypatch.setattr(Update, "randomise", lambda self, x, seed=0: (size.append(x), randomised(self, x, seed)))
     noise = np.random.default_rng(0).normal(1, 0.3, len(ledger.control))
     rise = lambda part: 1e3 * size[-1] ** 2 * (noise if part is ledger.control else 3.0)
-    monkeypatch.setattr("holdfast.ledger.Part.losses", lambda part, model: part.nats + part.tokens * rise(part))
+    monkeypatch.setattr("forgetless.ledger.Part.losses", lambda part, model: part.nats + part.tokens * rise(part))
     found, at = ledger.spread(model, update, error=0.05)
     assert found.nats == pytest.approx(ledger.budget.nats, rel=0.25) and at in size  # the size that it was measured at
     assert not any(weight.update().any() for weight in update.weights)
@@ -247,7 +249,7 @@ def test_the_scan_finds_the_budget_where_the_loss_is_not_monotone(tiny, tokenize
     ledger = open_ledger(tiny(), tokenizer, load_documents(str(general)), parse("0.01nats"))
     share, noise = [1.0], {id(p): np.random.default_rng(i).normal(0, 1e-4, len(p)) for i, p in enumerate((ledger.control, ledger.check))}
     rise = lambda x: 0.002 if 0.6 <= x <= 0.75 else 0.2 * x * x
-    monkeypatch.setattr("holdfast.ledger.Part.losses", lambda part, model: part.nats + part.tokens * (rise(share[0]) + noise[id(part)]))
+    monkeypatch.setattr("forgetless.ledger.Part.losses", lambda part, model: part.nats + part.tokens * (rise(share[0]) + noise[id(part)]))
     report = keep_budget(ledger, tiny(), {"scale": lambda x: share.__setitem__(0, x)}, None)
     assert report["verdict"] == "met" and 0.7 <= report["share"] <= 0.75 and share[0] == report["share"]
     assert report["others"]["5%"]["share"] == report["share"] and report["check"]["nats"] == pytest.approx(0.002, abs=1e-4)
@@ -256,7 +258,7 @@ def test_the_scan_finds_the_budget_where_the_loss_is_not_monotone(tiny, tokenize
 def test_where_nothing_fits_any_way_leads_to_the_base(tiny, tokenizer, general, monkeypatch):
     """A way of one's own, not scaling: none of the update is what is left of it at 0."""
     ledger, tried = open_ledger(tiny(), tokenizer, load_documents(str(general)), parse("0.01nats")), [1.0]
-    monkeypatch.setattr("holdfast.ledger.Part.losses", lambda part, model: part.nats + part.tokens * (tried[-1] > 0) * np.linspace(0.5, 1.5, len(part)))
+    monkeypatch.setattr("forgetless.ledger.Part.losses", lambda part, model: part.nats + part.tokens * (tried[-1] > 0) * np.linspace(0.5, 1.5, len(part)))
     report = keep_budget(ledger, tiny(), {"stop": tried.append}, None)
     assert (report["way"], report["share"], report["verdict"], tried[-1]) == ("stop", 0.0, "met", 0.0)
 
@@ -267,7 +269,7 @@ def test_the_scan_ends_where_less_buys_nothing_and_the_fallback_goes_below_its_e
     ledger, tried = open_ledger(tiny(), tokenizer, load_documents(str(general)), parse("0.01nats")), [1.0]
     noise = lambda part: np.random.default_rng(0).normal(0, 1e-5, len(part))
     rise = lambda part: 0.004 * tried[-1] ** 2 * (worse if part is ledger.check else 1.0)
-    monkeypatch.setattr("holdfast.ledger.Part.losses", lambda part, model: part.nats + part.tokens * (rise(part) + noise(part)))
+    monkeypatch.setattr("forgetless.ledger.Part.losses", lambda part, model: part.nats + part.tokens * (rise(part) + noise(part)))
     report = keep_budget(ledger, tiny(), {"scale": tried.append}, None)
     assert tried[1:4] == [1.0, 0.85, 1.0]  # two of nine measured, then the check
     assert [check["share"] for check in report["checks"]] == checked and report["verdict"] == ("met" if worse < 1 else "exceeded")

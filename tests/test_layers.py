@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from holdfast.layers import OverDepth, PerKind, ScaleFree, Softmax, Uniform, from_option
-from holdfast.options import OptionError
+from forgetless.errors import OptionError
+from forgetless.penalty.layers import OverDepth, PerKind, ScaleFree, Softmax, Uniform, from_option
 
 
 @dataclass
@@ -22,7 +22,7 @@ NORMS = {w.name: 10.0 ** (i - 2) for i, w in enumerate(WEIGHTS)}
 @pytest.mark.parametrize("how", [Uniform(), ScaleFree(1.0), ScaleFree(5.0), OverDepth((1.0, 0.0)), OverDepth((2.0,)), PerKind({"q": 3})])
 @pytest.mark.parametrize("per", ["weight", "block"])
 def test_all_but_the_preset_average_to_one(how, per):
-    from holdfast.layers import PerBlock
+    from forgetless.penalty.layers import PerBlock
 
     c = (PerBlock(how) if per == "block" else how).coefficients(NORMS, WEIGHTS)
     assert sum(c.values()) / len(c) == pytest.approx(1.0)

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from holdfast import lock
-from holdfast.lock import only_writer
+from forgetless.files import lock
+from forgetless.files.lock import only_writer
 
 HOLD = textwrap.dedent("""
     import sys, time
-    from holdfast import lock
+    from forgetless import lock
     if sys.argv[3] == "no flock":
         lock._knows_flock = lambda folder: False
     with lock.only_writer(sys.argv[1], folder=sys.argv[2] == "folder"):
@@ -109,7 +109,7 @@ def test_the_processes_of_a_launch_are_one_run(tmp_path, monkeypatch):
 def test_a_forked_child_does_not_keep_the_lock_of_a_killed_parent(tmp_path):
     code = textwrap.dedent("""
         import os, sys, time
-        from holdfast.lock import only_writer
+        from forgetless.lock import only_writer
         with only_writer(sys.argv[1]):
             if os.fork() == 0:
                 os.close(1)

@@ -10,12 +10,16 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from holdfast.callback import HoldfastCallback, RecorderCallback, hold
-from holdfast.cli import main
-from holdfast.importance.container import DenseEntry, Importance
-from holdfast.importance.path import PathIntegral
-from holdfast.penalty.pull import Penalty
-from holdfast.weights import add_adapter, base_shapes
+from forgetless.cli import main
+from forgetless.importance.entries import DenseEntry
+from forgetless.importance.importance import Importance
+from forgetless.integrations.hold import hold
+from forgetless.model.adapters import add_adapter
+from forgetless.model.targets import base_shapes
+from forgetless.penalty.callback import PenaltyCallback
+from forgetless.penalty.pull import Penalty
+from forgetless.record.callback import RecorderCallback
+from forgetless.record.path import PathIntegral
 
 
 class Watch(TrainerCallback):
@@ -74,7 +78,7 @@ def test_nothing_is_left_on_model_and_optimizer(tiny, batch, tmp_path, capsys, e
     clean, step = of_optimizer(optimizer), optimizer.step
     penalty, recorder = Penalty(model, dense(model), strength=0.1), PathIntegral(model)
     if end == "training":
-        trainer = trainer_of(model, batch, tmp_path, 3, HoldfastCallback(penalty), RecorderCallback(recorder), max_grad_norm=0.0)
+        trainer = trainer_of(model, batch, tmp_path, 3, PenaltyCallback(penalty), RecorderCallback(recorder), max_grad_norm=0.0)
         trainer.train()
         optimizer = trainer.optimizer.optimizer
         plain = trainer_of(add_adapter(tiny(), names="q_proj,v_proj", rank=2, alpha=2), batch, tmp_path, 3, max_grad_norm=0.0)

@@ -12,26 +12,29 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 from conftest import interrupt_after
-from holdfast import training
-from holdfast.callback import TermCallback
-from holdfast.config import METHOD_SETTINGS, RECORD_PRESETS, TUNE_PRESETS, EvalOptions, RecordOptions, TuneOptions, resolve
-from holdfast.demo.run import MODEL
-from holdfast.demo.world import build, documents
-from holdfast.evaluation import evaluate
-from holdfast.methods import orthogonal, scaling, terms
-from holdfast.methods.divergence import kl_gradient, kl_reference
-from holdfast.methods.laplace import FactorPenalty, curvature
-from holdfast.methods.table import METHODS
-from holdfast.options import OptionError
-from holdfast.recording import record
-from holdfast.training import tune
-from holdfast.weights import add_adapter, target_weights
+from forgetless.demo.run import MODEL
+from forgetless.demo.world import build, documents
+from forgetless.errors import OptionError
+from forgetless.evaluate.evaluate import evaluate
+from forgetless.methods import orthogonal, scaling, terms
+from forgetless.methods.callback import TermCallback
+from forgetless.methods.divergence import kl_gradient, kl_reference
+from forgetless.methods.laplace import FactorPenalty, curvature
+from forgetless.methods.table import METHODS
+from forgetless.model.adapters import add_adapter
+from forgetless.model.targets import target_weights
+from forgetless.options.record import RECORD_PRESETS, RecordOptions
+from forgetless.options.tune import METHOD_SETTINGS, TUNE_PRESETS, TuneOptions
+from forgetless.options.verbs import EvalOptions, resolve
+from forgetless.record.record import record
+from forgetless.tune import tune as training
+from forgetless.tune.tune import tune
 
 # Options of each row, and those that switch the method off (None: it has no zero). FILE, TEXT and EARLIER stand for an
 # importance file, general text and the adapter of plain tuning.
 ROWS = [
     ("plain", {}, None),
-    ("holdfast", {"importance": "FILE", "strength": 1.0}, {"strength": 0.0}),
+    ("hold", {"importance": "FILE", "strength": 1.0}, {"strength": 0.0}),
     ("kl", {"replay": "TEXT"}, {"kl_weight": 0.0}),
     ("replay", {"replay": "TEXT", "replay_share": 0.5}, {"replay_share": 0.0}),
     ("rslora", {}, {"rslora": False}),
@@ -48,13 +51,13 @@ ROWS = [
     ("osf", {}, None),
     ("corda", {"replay": "TEXT"}, None),
     ("lora-fa", {}, None),
-    ("lora-fa,holdfast", {"importance": "FILE", "strength": 1.0}, None),
+    ("lora-fa,hold", {"importance": "FILE", "strength": 1.0}, None),
     (
-        "holdfast,replay,wise",
+        "hold,replay,wise",
         {"importance": "FILE", "strength": 1.0, "replay": "TEXT", "replay_share": 0.5, "scale": 0.5},
         {"strength": 0.0, "replay_share": 0.0, "scale": 1.0},
     ),
-    ("holdfast,kl,replay", {"importance": "FILE", "strength": 1.0, "replay": "TEXT"}, {"strength": 0.0, "kl_weight": 0.0, "replay_share": 0.0}),
+    ("hold,kl,replay", {"importance": "FILE", "strength": 1.0, "replay": "TEXT"}, {"strength": 0.0, "kl_weight": 0.0, "replay_share": 0.0}),
 ]
 IDS = [row[0] for row in ROWS]
 
@@ -226,8 +229,8 @@ def test_replay_mixes_in_its_share(tiny, share):
     [
         ({"method": "kk"}, "did you mean 'kl'"),
         ({"method": "kl"}, "--method kl needs --replay"),
-        ({"method": "holdfast"}, "--method holdfast needs --importance"),
-        ({"method": "kl", "replay": "TEXT", "importance": "FILE"}, "--importance is not used by --method kl; it is for holdfast"),
+        ({"method": "hold"}, "--method hold needs --importance"),
+        ({"method": "kl", "replay": "TEXT", "importance": "FILE"}, "--importance is not used by --method kl; it is for forgetless"),
         ({"method": "replay", "replay": "TEXT", "kl_weight": 1.0}, "--kl-weight is not used by --method replay; it is for kl"),
         ({"replay": "TEXT"}, "--replay is not used by --method plain"),
         ({"method": "kl", "replay": "TEXT", "general": "TEXT"}, "give two files"),
@@ -238,9 +241,9 @@ def test_replay_mixes_in_its_share(tiny, share):
         ({"method": "ewc-lora", "importance": "FILE"}, "found importance of estimator 'kronecker'"),
         ({"method": "l2"}, "--method l2 needs --strength"),
         ({"method": "la-lora", "replay": "TEXT", "strength": 1.0, "full": True}, "--method la-lora is about adapters"),
-        ({"method": "holdfast,l2", "importance": "FILE", "strength": 1.0}, "each brings its own pull"),
+        ({"method": "hold,l2", "importance": "FILE", "strength": 1.0}, "each brings its own pull"),
         ({"method": "oft,osf"}, "each brings its own adapter"),
-        ({"method": "oft,holdfast", "importance": "FILE"}, "oft and holdfast cannot be combined: its update is not the product"),
+        ({"method": "oft,hold", "importance": "FILE"}, "oft and hold cannot be combined: its update is not the product"),
         ({"method": "corda,kl", "replay": "TEXT"}, "corda and kl cannot be combined: corda starts by taking"),
         ({"method": "general-steps,kl", "replay": "TEXT"}, "it is the control"),
         ({"method": "osf", "quantize": "4bit"}, "--quantize does not allow"),

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from holdfast.importance.container import Importance
-from holdfast.importance.entries import DenseEntry
-from holdfast.layers import PerKind
-from holdfast.moved import moved
-from holdfast.weights import add_adapter, target_weights
+from forgetless.importance.entries import DenseEntry
+from forgetless.importance.importance import Importance
+from forgetless.model.adapters import add_adapter
+from forgetless.model.targets import target_weights
+from forgetless.penalty.layers import PerKind
+from forgetless.tune.moved import moved
 
 
 def lora(tiny, kind="llama"):

@@ -7,14 +7,16 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from conftest import SMALL
-from holdfast.importance.container import DenseEntry, Importance, KroneckerEntry
-from holdfast.importance.covariance import Covariance
-from holdfast.importance.fisher import Fisher
-from holdfast.importance.kronecker import Kronecker
-from holdfast.importance.path import PathIntegral
-from holdfast.importance.path_factored import PathFactored
-from holdfast.penalty.pull import Penalty
-from holdfast.weights import add_adapter, base_shapes, target_weights
+from forgetless.importance.covariance import Covariance
+from forgetless.importance.entries import DenseEntry, KroneckerEntry
+from forgetless.importance.importance import Importance
+from forgetless.model.adapters import add_adapter
+from forgetless.model.targets import base_shapes, target_weights
+from forgetless.penalty.pull import Penalty
+from forgetless.record.fisher import Fisher
+from forgetless.record.kronecker import Kronecker
+from forgetless.record.path import PathIntegral
+from forgetless.record.path_factored import PathFactored
 
 TIERS = ["f32", "bf16", "u8", "u4", "factored", "factored:2", "kronecker", "kronecker:2"]
 

@@ -8,13 +8,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from holdfast.importance.activation import Activation
-from holdfast.importance.container import Importance
-from holdfast.importance.fisher import Fisher
-from holdfast.importance.kronecker import Kronecker
-from holdfast.options import OptionError
-from holdfast.texts import collate
-from holdfast.weights import add_adapter, target_weights
+from forgetless.data.encoding import collate
+from forgetless.errors import OptionError
+from forgetless.importance.importance import Importance
+from forgetless.model.adapters import add_adapter
+from forgetless.model.targets import target_weights
+from forgetless.record.activation import Activation
+from forgetless.record.fisher import Fisher
+from forgetless.record.kronecker import Kronecker
 
 
 @pytest.fixture

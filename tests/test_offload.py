@@ -3,13 +3,15 @@
 import pytest
 import torch
 
-from holdfast.importance.container import DenseEntry, FactoredEntry, Importance, KroneckerEntry
-from holdfast.importance.covariance import Covariance
-from holdfast.importance.path import PathIntegral
-from holdfast.importance.path_factored import PathFactored
-from holdfast.penalty.offload import ahead, in_cpu_memory
-from holdfast.penalty.pull import Penalty
-from holdfast.weights import add_adapter, target_weights
+from forgetless.importance.covariance import Covariance
+from forgetless.importance.entries import DenseEntry, FactoredEntry, KroneckerEntry
+from forgetless.importance.importance import Importance
+from forgetless.model.adapters import add_adapter
+from forgetless.model.targets import target_weights
+from forgetless.penalty.offload import ahead, in_cpu_memory
+from forgetless.penalty.pull import Penalty
+from forgetless.record.path import PathIntegral
+from forgetless.record.path_factored import PathFactored
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 5])

@@ -5,12 +5,13 @@ import copy
 import pytest
 import torch
 
-from holdfast.importance.movement import effective_gradient, low_rank_movement
-from holdfast.importance.path import PathIntegral, normalise
-from holdfast.importance.path_factored import PathFactored
-from holdfast.options import OptionError
-from holdfast.penalty.pull import Penalty
-from holdfast.weights import add_adapter, target_weights
+from forgetless.errors import OptionError
+from forgetless.model.adapters import add_adapter
+from forgetless.model.targets import target_weights
+from forgetless.penalty.pull import Penalty
+from forgetless.record.movement import effective_gradient, low_rank_movement
+from forgetless.record.path import PathIntegral, normalise
+from forgetless.record.path_factored import PathFactored
 
 
 @pytest.fixture

@@ -5,12 +5,14 @@ import copy
 import pytest
 import torch
 
-from holdfast.importance.container import DenseEntry, Importance
-from holdfast.layers import PerKind, Softmax, Uniform
-from holdfast.options import OptionError
-from holdfast.penalty import dense, reference
-from holdfast.penalty.pull import Penalty
-from holdfast.weights import add_adapter, target_weights
+from forgetless.errors import OptionError
+from forgetless.importance.entries import DenseEntry
+from forgetless.importance.importance import Importance
+from forgetless.model.adapters import add_adapter
+from forgetless.model.targets import target_weights
+from forgetless.penalty import dense, reference
+from forgetless.penalty.layers import PerKind, Softmax, Uniform
+from forgetless.penalty.pull import Penalty
 
 
 def make_importance(model, seed=0, anchors=True):

@@ -7,13 +7,21 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from holdfast.cli import main
-from holdfast.config import PlanOptions
-from holdfast.importance.kronecker import Kronecker
-from holdfast.plan import kept_per_token, operations, plan, shared_inputs, sketched
-from holdfast.sizes import Planned, bytes_of_file, bytes_of_tensors, pull_operations, shares, tensors_of
-from holdfast.storage import convert
-from holdfast.weights import add_adapter, base_layers
+from forgetless.cli import main
+from forgetless.importance.importance import convert
+from forgetless.importance.sizes import (
+    Planned,
+    bytes_of_file,
+    bytes_of_tensors,
+    pull_operations,
+    shares,
+    tensors_of,
+)
+from forgetless.model.adapters import add_adapter
+from forgetless.model.targets import base_layers
+from forgetless.options.verbs import PlanOptions
+from forgetless.plan import kept_per_token, operations, plan, shared_inputs, sketched
+from forgetless.record.kronecker import Kronecker
 
 KINDS = ("llama", "mistral", "qwen", "gemma", "phi3", "gpt2", "gptj")
 
@@ -105,9 +113,9 @@ def test_a_steps_operations_are_those_that_torch_counts(full, small):
 @pytest.mark.parametrize("tier", ["f32", "factored", "kronecker", "kronecker:8"])
 def test_a_pulls_operations_are_those_that_torch_counts(tier):
     """Products only: torch counts nothing else."""
-    from holdfast.penalty import dense
-    from holdfast.penalty.pull import low_rank_pull
-    from holdfast.plan import _entry
+    from forgetless.penalty import dense
+    from forgetless.penalty.pull import low_rank_pull
+    from forgetless.plan import _entry
 
     weight, r = Planned("w", (96, 160), "w"), 4
     A, B = torch.randn(r, 160), torch.randn(96, r)

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from holdfast.pool import running, visible
+from forgetless.compare.processes import running, visible
 
 
 def work(job):
@@ -39,7 +39,7 @@ def test_workers_end_with_a_parent_that_was_killed(tmp_path):
         textwrap.dedent("""
         import os, sys, time
         from pathlib import Path
-        from holdfast.pool import running
+        from forgetless.pool import running
 
         def work(place):
             Path(place).write_text(str(os.getpid()))

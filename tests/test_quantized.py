@@ -5,15 +5,20 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from conftest import SMALL
-from holdfast.config import RECORD_PRESETS, TUNE_PRESETS, EvalOptions, RecordOptions, TuneOptions, resolve
-from holdfast.evaluation import evaluate
-from holdfast.importance.container import Importance
-from holdfast.importance.path import PathIntegral
-from holdfast.models import load_model
-from holdfast.options import OptionError
-from holdfast.recording import record
-from holdfast.training import merge, tune
-from holdfast.weights import add_adapter, base_shapes, fingerprint, linear_layers, target_weights
+from forgetless.errors import OptionError
+from forgetless.evaluate.evaluate import evaluate
+from forgetless.importance.importance import Importance
+from forgetless.model.adapters import add_adapter
+from forgetless.model.fingerprint import fingerprint
+from forgetless.model.loading import load_model
+from forgetless.model.targets import base_shapes, linear_layers, target_weights
+from forgetless.options.record import RECORD_PRESETS, RecordOptions
+from forgetless.options.tune import TUNE_PRESETS, TuneOptions
+from forgetless.options.verbs import EvalOptions, resolve
+from forgetless.record.path import PathIntegral
+from forgetless.record.record import record
+from forgetless.tune.merge import merge
+from forgetless.tune.tune import tune
 
 pytest.importorskip("bitsandbytes", reason="--quantize needs bitsandbytes")
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt")

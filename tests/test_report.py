@@ -12,14 +12,15 @@ from html.parser import HTMLParser
 import pytest
 
 from comparisons import METHODS, RUN, comparison, kept_budget
-from holdfast.cli import main
-from holdfast.report import figures, numbers, promise, tables
-from holdfast.report.contents import completed, load
-from holdfast.report.figures import equal_learning, frontier, heat_map
-from holdfast.report.markdown import markdown
-from holdfast.report.page import as_json, page
-from holdfast.report.palette import ACCENT, DARK, HUES, LIGHT, NEUTRAL, looks
-from holdfast.report.summary import headlines, hidden_at_first
+from forgetless.cli import main
+from forgetless.report import budget as promise
+from forgetless.report import figures, numbers, tables
+from forgetless.report.contents import completed, load
+from forgetless.report.figures import equal_learning, frontier, heat_map
+from forgetless.report.markdown import markdown
+from forgetless.report.page import as_json, page
+from forgetless.report.palette import ACCENT, DARK, HUES, LIGHT, NEUTRAL, looks
+from forgetless.report.summary import headlines, hidden_at_first
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'`{{7*7}}|_x_ <!-- \u2028 =cmd()"
 
@@ -64,7 +65,7 @@ def test_report_writes_one_page_beside_the_comparison_and_prints_its_path(folder
     assert main(["report", str(folder)]) == 0
     assert capsys.readouterr().out.strip() == str(folder / "report.html")
     shown = words((folder / "report.html").read_text())
-    assert "less forgetting with holdfast than with plain LoRA" in shown and "beyond the noise" in shown
+    assert "less forgetting with forgetless than with plain LoRA" in shown and "beyond the noise" in shown
     assert "The paper's preset never learns 95 % of what plain LoRA does." in shown
     assert "not reached" in shown and "reached by 2 of 3" in shown
     assert "out of memory, needed 3.1 GiB" in shown.replace("out of memory , ", "out of memory, ")
@@ -74,7 +75,7 @@ def test_report_writes_one_page_beside_the_comparison_and_prints_its_path(folder
 def test_a_report_needs_no_torch(folder):
     code = f"""
 import sys
-from holdfast.cli import main
+from forgetless.cli import main
 assert main(["report", {str(folder)!r}]) == 0 and main(["report", {str(folder)!r}, "--format", "markdown"]) == 0
 assert not {{"torch", "transformers", "peft", "numpy", "plotly"}} & set(sys.modules)
 """
@@ -97,7 +98,7 @@ def test_the_page_names_no_other_place_and_its_policy_lets_its_own_scripts_alone
     assert "script-src 'sha256-" in policy and "'unsafe-inline'" not in policy.split("style-src")[0]
 
 
-KEEP = {"plain", "holdfast", "recorded", "other", "done", "test", "reached", "not reached", "base"}  # words that mean something to the report
+KEEP = {"plain", "hold", "recorded", "other", "done", "test", "reached", "not reached", "base"}  # words that mean something to the report
 CHOSEN = {*METHODS, "medmcqa", "sciq", "wiki", "news"} - KEEP  # keys that data chooses
 
 
@@ -142,17 +143,17 @@ def test_the_headline_is_the_least_forgetting_at_equal_learning_and_says_how_sur
     made = completed(comparison())
     first = headlines(made, "wiki")[0]
     rows = {row["method"]: row for row in made["equal_learning"]["medmcqa"]["wiki"] if row["share"] == 0.95}
-    assert first.number == f"{rows['plain']['forgetting'] / rows['holdfast']['forgetting']:.1f}×" and first.noise == "beyond the noise"  # noqa: RUF001
+    assert first.number == f"{rows['plain']['forgetting'] / rows['forgetless']['forgetting']:.1f}×" and first.noise == "beyond the noise"  # noqa: RUF001
     made["differences"] = [{**row, "beyond_noise": False} for row in made["differences"]]
     assert headlines(made, "wiki")[0].noise == "within the noise"
     made["differences"] = []
     assert headlines(made, "wiki")[0].noise == "noise not measured"
 
 
-def test_the_headline_does_not_flatter_holdfast():
+def test_the_headline_does_not_flatter_forgetless():
     made = completed(comparison())
     for row in made["equal_learning"]["medmcqa"]["wiki"]:
-        if row["method"] == "holdfast":
+        if row["method"] == "hold":
             row["forgetting"] = 0.9
     assert "less forgetting with KL, two sequences" in headlines(made, "wiki")[0].phrase
     for row in made["equal_learning"]["medmcqa"]["wiki"]:
@@ -183,7 +184,7 @@ def test_what_was_not_measured_is_a_dash_and_never_a_zero():
 def test_the_table_is_by_forgetting_with_those_that_do_not_get_there_last():
     found = tables.methods(completed(comparison()), "medmcqa", "wiki")
     assert [column.title for column in found.columns][:4] == ["method", "forgetting at 95 %", "forgetting at 80 %", "forgetting at 50 %"]
-    assert [row[0].shown for row in found.rows[:2]] == ["holdfast", "KL, two sequences"]
+    assert [row[0].shown for row in found.rows[:2]] == ["hold", "KL, two sequences"]
     assert found.rows[1][1].shown.endswith("(reached by 2 of 3)") and {row[1].shown for row in found.rows[-3:]} == {"not reached"}
 
 
@@ -203,12 +204,12 @@ def test_figures_say_what_a_point_is_and_what_was_not_reached():
     made = completed(comparison())
     look = looks(made["methods"])
     drawn = frontier(made, look, "medmcqa", "wiki")
-    held = next(trace for trace in drawn["traces"] if trace["meta"] == "holdfast" and trace["mode"] == "lines+markers")
+    held = next(trace for trace in drawn["traces"] if trace["meta"] == "hold" and trace["mode"] == "lines+markers")
     assert "learning_rate" not in held["hovertext"][0] and "learning rate 0.004, strength 10" in held["hovertext"][0] and "3 seeds" in held["hovertext"][0]
     assert len(held["x"]) == 4 and held["error_y"]["array"] == [0.006] * 4
     assert [note["text"] for note in drawn["layout"]["annotations"]] == ["50 % of plain's learning", "80 % of plain's learning", "95 % of plain's learning"]
     plain = next(trace for trace in drawn["traces"] if trace["meta"] == "plain" and trace["mode"] == "lines+markers")
-    assert len(plain["x"]) == 4 and plain["x"] == sorted(plain["x"]) and plain["y"] == sorted(plain["y"])  # its own frontier, though holdfast betters it
+    assert len(plain["x"]) == 4 and plain["x"] == sorted(plain["x"]) and plain["y"] == sorted(plain["y"])  # its own frontier, though forgetless betters it
     bars = equal_learning(made, look, "medmcqa", "wiki", 0.95)
     notes = {note["name"]: note["text"] for note in bars["layout"]["annotations"]}
     assert notes["paper"] == "not reached" and "reached by 2 of 3" in notes["kl"] and set(notes) == {m["name"] for m in made["methods"]}
@@ -252,8 +253,8 @@ def luminance(colour):
 def test_many_methods_are_drawn_by_their_places_with_plain_and_ours_always():
     many = completed(comparison(many=True))
     shown = {method["name"] for method in many["methods"]} - set(hidden_at_first(many, "wiki"))
-    assert len(shown) == 9 and {"plain", "holdfast", "paper"} <= shown
-    others = [row for row in many["equal_learning"]["sciq"]["wiki"] if row["share"] == 0.95 and row["method"] not in ("plain", "holdfast", "paper")]
+    assert len(shown) == 9 and {"plain", "hold", "paper"} <= shown
+    others = [row for row in many["equal_learning"]["sciq"]["wiki"] if row["share"] == 0.95 and row["method"] not in ("plain", "hold", "paper")]
     best = [row["method"] for row in sorted((row for row in others if row["forgetting"] is not None), key=lambda row: row["forgetting"])]
     assert {best[0], best[1]} <= shown and best[-1] not in shown
     assert hidden_at_first(completed(comparison()), "wiki") == []
@@ -269,8 +270,8 @@ def test_every_colour_stands_out_from_the_ground_of_its_theme(pair):
 def test_markdown_has_summary_table_and_settings(folder, capsys):
     assert main(["report", str(folder), "--format", "markdown"]) == 0
     text = capsys.readouterr().out
-    assert text.startswith("## Which method forgets least?\n") and "× less forgetting with holdfast than with plain LoRA** (medmcqa, measured on wiki)" in text  # noqa: RUF001
-    assert "| method | forgetting at 95 % | forgetting at 80 % |" in text and "\n| holdfast | 0.0" in text and "| not reached |" in text
+    assert text.startswith("## Which method forgets least?\n") and "× less forgetting with forgetless than with plain LoRA** (medmcqa, measured on wiki)" in text  # noqa: RUF001
+    assert "| method | forgetting at 95 % | forgetting at 80 % |" in text and "\n| forgetless | 0.0" in text and "| not reached |" in text
     assert "* L2 to the base" not in text and "* l2 on medmcqa, learning rate 0.004, strength 10: out of memory (needed 3.1 GiB, 2.0 GiB were free)" in text
     assert "* seeds: validation: 0; test: 1, 2, 3" in text and "torch 2.13.0" in text
     assert all(same_cells(found) for found in tables_of(text))
@@ -335,7 +336,7 @@ def test_a_budget_shows_what_was_kept_what_others_buy_and_what_the_controller_di
 
 def test_sequences_show_the_matrix_and_its_transfers():
     made = completed({**comparison(), "sequences": [
-        {"name": "ab", "method": "holdfast", "seed": 1, "domains": ["medmcqa", "sciq"], "matrix": [[5.2, 4.9], [4.1, 4.7], [4.2, 4.0]], "accuracy": None,
+        {"name": "ab", "method": "hold", "seed": 1, "domains": ["medmcqa", "sciq"], "matrix": [[5.2, 4.9], [4.1, 4.7], [4.2, 4.0]], "accuracy": None,
          "general": {"wiki": [0.03, 0.05]}, "average": 4.1, "backward_transfer": -0.1, "forward_transfer": 0.2}]})  # fmt: skip
     _, found = tables.sequences(made)[0]
     assert [[cell.shown for cell in row] for row in found.rows] == [["base model", "5.200", "4.900", "0.000"], ["medmcqa", "4.100", "4.700", "0.030"],
@@ -347,22 +348,22 @@ def test_several_methods_of_a_sequence_are_summed_up_the_lowest_loss_first():
     one = {"name": "ab", "domains": ["a", "b"], "matrix": [[5.2, 4.9], [4.1, 4.7], [4.2, 4.0]], "general": {"wiki": [0.03, 0.05]}, "forward_transfer": None}
     scored = {"average": 0.5, "backward_transfer": -0.25, "forward_transfer": None}
     found = [{**one, "method": "plain", "seed": 1, "average": 4.5, "backward_transfer": -0.4},
-             {**one, "method": "holdfast", "seed": 1, "average": 4.0, "backward_transfer": -0.1, "accuracy_transfer": scored},
-             {**one, "method": "holdfast", "seed": 2, "average": 4.2, "backward_transfer": -0.2, "accuracy_transfer": scored},
-             {**one, "method": "holdfast", "seed": 3, "average": None, "backward_transfer": None, "error": "broken"}]  # fmt: skip
+             {**one, "method": "hold", "seed": 1, "average": 4.0, "backward_transfer": -0.1, "accuracy_transfer": scored},
+             {**one, "method": "hold", "seed": 2, "average": 4.2, "backward_transfer": -0.2, "accuracy_transfer": scored},
+             {**one, "method": "hold", "seed": 3, "average": None, "backward_transfer": None, "error": "broken"}]  # fmt: skip
     made = completed({**comparison(), "sequences": found})
     [(name, table)] = tables.sequence_summary(made)
     titles = ["method", "average loss", "backward transfer", "general rise, wiki", "average accuracy", "backward transfer of accuracy", "seeds"]
     assert name == "ab" and [column.title for column in table.columns] == titles
     assert [[cell.shown for cell in row] for row in table.rows] == [
-        ["holdfast", "4.100 ± 0.100", "-0.150 ± 0.050", "0.050 ± 0.000", "50.0 % ± 0.0 %", "-25.0 % ± 0.0 %", "2"],
+        ["hold", "4.100 ± 0.100", "-0.150 ± 0.050", "0.050 ± 0.000", "50.0 % ± 0.0 %", "-25.0 % ± 0.0 %", "2"],
         ["plain LoRA", "4.500", "-0.400", "0.050", numbers.MISSING, numbers.MISSING, "1"]]  # fmt: skip
     assert "every method at the end" in words(page(made)) and "4.100 ± 0.100" in markdown(made)
     assert tables.sequence_summary(completed({**comparison(), "sequences": found[:1]})) == []
 
 
 def test_a_sequence_with_rows_of_other_lengths_is_shown_as_far_as_it_goes():
-    odd = {"name": "ab", "method": "holdfast", "domains": ["a", "b"], "matrix": [[5.2], [4.1, 4.0, 3.0], []], "accuracy": [[0.5]], "general": {"wiki": [0.1]}}
+    odd = {"name": "ab", "method": "hold", "domains": ["a", "b"], "matrix": [[5.2], [4.1, 4.0, 3.0], []], "accuracy": [[0.5]], "general": {"wiki": [0.1]}}
     _, found = tables.sequences(completed({**comparison(), "sequences": [odd]}))[0]
     assert [row[1].shown for row in found.rows] == ["5.200", "4.100", numbers.MISSING] and page(completed({**comparison(), "sequences": [odd]}))
 
@@ -373,7 +374,7 @@ def test_a_sequence_with_rows_of_other_lengths_is_shown_as_far_as_it_goes():
         ({}, [], 1, "holds no compare.json and no run.json"),
         ({"compare.json": '{"format": 7}'}, [], 1, "expected format 1, found 7"),
         ({"compare.json": "{"}, [], 1, "expected a JSON file"),
-        ({"run.json": '{"a": 1}'}, [], 1, "expected a run of holdfast tune or eval"),
+        ({"run.json": '{"a": 1}'}, [], 1, "expected a run of forgetless tune or eval"),
         ({}, ["--format", "htm"], 2, "did you mean 'html'"),
     ],
 )
@@ -391,7 +392,7 @@ def test_a_missing_folder_is_said(tmp_path, capsys):
 
 
 def test_without_plotly_markdown_still_works(folder, monkeypatch, capsys):
-    monkeypatch.setattr("holdfast.report.page.find_spec", lambda name: None)
+    monkeypatch.setattr("forgetless.report.page.find_spec", lambda name: None)
     assert main(["report", str(folder)]) == 1 and "pip install plotly" in capsys.readouterr().err
     assert not (folder / "report.html").exists()
     assert main(["report", str(folder), "--format", "markdown", "--out", str(folder / "report.md")]) == 0
@@ -411,12 +412,12 @@ def test_a_method_that_was_validated_but_not_tested_has_no_finished_run(folder):
     found = comparison()
     for row in (row for rows in found["equal_learning"].values() for each in rows.values() for row in each):
         row["part"] = "test"
-        if row["method"] == "holdfast":
+        if row["method"] == "hold":
             row |= {"forgetting": None, "status": "not reached"}
     for one in found["runs"]:
-        one["part"] = "validation" if one["method"] == "holdfast" else "test"
+        one["part"] = "validation" if one["method"] == "hold" else "test"
     made = tables.methods(completed(found), "sciq", "wiki")
-    row = next(row for row in made.rows if row[0].mark == "holdfast")
+    row = next(row for row in made.rows if row[0].mark == "hold")
     assert row[1].shown == "no finished run"
 
 
@@ -437,8 +438,8 @@ def test_markdown_shows_every_general_text_and_the_noise(folder):
 def test_importance_of_other_units_is_drawn_on_one_scale(folder):
     found = comparison()
     for one in found["runs"]:
-        if one.get("moved") and one["method"] == "holdfast":
+        if one.get("moved") and one["method"] == "hold":
             one["moved"] = [{**row, "importance": 1000 * row["importance"]} for row in one["moved"]]
     drawn = [figures.movement(completed(made), looks(made["methods"]), "sciq") for made in (comparison(), found)]
-    x = [next(trace["x"] for trace in figure["traces"] if trace["meta"] == "holdfast") for figure in drawn]
+    x = [next(trace["x"] for trace in figure["traces"] if trace["meta"] == "hold") for figure in drawn]
     assert x[0] == pytest.approx(x[1])

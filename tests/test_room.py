@@ -12,8 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from holdfast import adapter_files, models, recording, runs, training
-from holdfast.cli import main
+from forgetless.cli import main
+from forgetless.files import atomic as runs
+from forgetless.model import adapter_files
+from forgetless.model import loading as models
+from forgetless.record import record as recording
+from forgetless.tune import tune as training
 
 HIDDEN = lambda root: [path for path in root.rglob("*") if path.name.endswith((".tmp", ".lock"))]
 
@@ -79,7 +83,7 @@ def test_a_full_disk_is_one_sentence_and_harms_nothing(words, tmp_path, capsys, 
     with little_room():
         status = main([*command, "--out", str(out), "--quiet"])
     said = capsys.readouterr().err.strip().splitlines()
-    assert status == 1 and said[-1].startswith(f"holdfast {verb}: cannot write '{tmp_path / 'place'}"), said
+    assert status == 1 and said[-1].startswith(f"forgetless {verb}: cannot write '{tmp_path / 'place'}"), said
     assert "make room there, or give another --out" in said[-1] and "run again with --debug" not in said[-1]
     assert HIDDEN(out.parent) == []
     if "." in target:
@@ -163,4 +167,4 @@ def test_a_folder_that_cannot_be_written_is_refused_before_any_long_work(words, 
     for module in (models, recording, training, adapter_files):
         monkeypatch.setattr(module, "load_model", lambda *arguments: pytest.fail("loaded a model"))
     assert main([*command, "--out", str(closed / "new"), "--quiet"]) == 1
-    assert f"holdfast {verb}: cannot write into '{closed}" in capsys.readouterr().err
+    assert f"forgetless {verb}: cannot write into '{closed}" in capsys.readouterr().err

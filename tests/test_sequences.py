@@ -11,18 +11,29 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from holdfast import callback, domain_importance, keeper, matrix, path_training, recording, succession, training
-from holdfast.cli import main
-from holdfast.config import RECORD_PRESETS, TUNE_PRESETS, ModelOptions, RecordOptions, TuneOptions, resolve
-from holdfast.evaluation import completion_loss
-from holdfast.heldout import earlier_of
-from holdfast.importance.container import Importance
-from holdfast.recording import record
-from holdfast.stacking import stack
-from holdfast.tasks import load_training_data
-from holdfast.training import tune
-from holdfast.transfer import transfer
-from holdfast.weights import add_adapter, target_weights
+from forgetless.budget import keeper
+from forgetless.cli import main
+from forgetless.data.tasks import load_training_data
+from forgetless.evaluate.losses import completion_loss
+from forgetless.importance.importance import Importance
+from forgetless.model.adapters import add_adapter
+from forgetless.model.stack import stack
+from forgetless.model.targets import target_weights
+from forgetless.options.model import ModelOptions
+from forgetless.options.record import RECORD_PRESETS, RecordOptions
+from forgetless.options.tune import TUNE_PRESETS, TuneOptions
+from forgetless.options.verbs import resolve
+from forgetless.penalty import callback
+from forgetless.record import record as recording
+from forgetless.record import training as path_training
+from forgetless.record.record import record
+from forgetless.sequence import importance as domain_importance
+from forgetless.sequence import matrix
+from forgetless.sequence import sequence as succession
+from forgetless.sequence.domains import earlier_of
+from forgetless.sequence.transfer import transfer
+from forgetless.tune import tune as training
+from forgetless.tune.tune import tune
 
 WORDS = "the cat sat on mat and dog then too yes no one two three".split()  # noqa: SIM905
 
@@ -89,7 +100,7 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_three_domains_give_one_adapter_that_loads_without_holdfast_and_a_matrix(words, domains, importance, model_folder, tmp_path, capsys):
+def test_three_domains_give_one_adapter_that_loads_without_forgetless_and_a_matrix(words, domains, importance, model_folder, tmp_path, capsys):
     out = tmp_path / "run"
     assert run(words, *of(domains), "--importance", importance(), "--out", out, "--keep-all") == 0
     found = result(out)["sequence"]
@@ -332,7 +343,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(words, domains, im
     fails(2, "--consolidate expects sum", *two, "--consolidate", "mean")
     fails(2, "expected 2 of it, found 1", *two, "--eval-data", domains[0])
     fails(2, "--method oft cannot be used", *two, "--method", "oft")
-    fails(1, "expected a finished run of holdfast tune", "--data", domains[0], "--after", tmp_path / "nothing", "--method", "plain")
+    fails(1, "expected a finished run of forgetless tune", "--data", domains[0], "--after", tmp_path / "nothing", "--method", "plain")
     with pytest.raises(ValueError, match="tune_in_turn"):
         tune(resolve(TuneOptions, {"model": str(model_folder), "data": domains[:2], "out": str(tmp_path / "bad")}, TUNE_PRESETS))
     own = Path(importance()).rename(tmp_path / "bad" / "importance.safetensors") if (tmp_path / "bad").is_dir() else None
@@ -354,7 +365,7 @@ def test_only_a_run_of_tune_with_lora_is_gone_on_with(words, domains, importance
     file = importance()
     shrink = ["shrink", tmp_path / "plain" / "final", "--model", model_folder, "--importance", file, "--mu", "0.1", "--out", tmp_path / "shrunk"]
     assert run(shrink) == 0
-    assert after("shrunk") == 1 and "was not written by holdfast tune" in capsys.readouterr().err
+    assert after("shrunk") == 1 and "was not written by forgetless tune" in capsys.readouterr().err
     assert not list(tmp_path.glob("*-2/steps"))
     assert after("plain") == 0 and result(tmp_path / "plain-2")["method"] == ["plain"]  # of a run without importance, nothing is held, and this is said
     assert "was tuned without importance" in caplog.text

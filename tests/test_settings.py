@@ -6,8 +6,8 @@ bf16 factors are in test_penalty, test_path and test_forms, 4- and 8-bit bases i
 import pytest
 import torch
 
-from holdfast import Fisher, PathIntegral, Penalty
-from holdfast.weights import add_adapter
+from forgetless import Fisher, PathIntegral, Penalty
+from forgetless.model.adapters import add_adapter
 
 
 @pytest.fixture

@@ -5,10 +5,19 @@ import itertools
 import pytest
 import torch
 
-from holdfast import codec, shrink
-from holdfast.importance.container import CodedEntry, DenseEntry, FactoredEntry, KroneckerEntry
-from holdfast.importance.covariance import Covariance, LowRankCovariance
-from holdfast.shrink import balanced, objective, prepared, refactored, reference, truncated, typical
+from forgetless.budget import shrunk as shrink
+from forgetless.budget.shrunk import (
+    balanced,
+    objective,
+    prepared,
+    refactored,
+    reference,
+    truncated,
+    typical,
+)
+from forgetless.importance import codec
+from forgetless.importance.covariance import Covariance, LowRankCovariance
+from forgetless.importance.entries import CodedEntry, DenseEntry, FactoredEntry, KroneckerEntry
 
 CPU = torch.device("cpu")
 FORMS = ["dense", "u8", "factored", "factored:3", "kronecker", "kronecker:2"]

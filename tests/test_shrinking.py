@@ -1,4 +1,4 @@
-"""holdfast shrink end to end on a tiny model: what is written, that the input is never touched, verdicts and exit codes, refusals with their reason."""
+"""forgetless shrink end to end on a tiny model: what is written, that the input is never touched, verdicts and exit codes, refusals with their reason."""
 
 import hashlib
 import json
@@ -8,12 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from holdfast.cli import main
-from holdfast.finish import mu_of, shrinker
-from holdfast.importance.container import Importance
-from holdfast.shrinking import share_of
-from holdfast.update import Update
-from holdfast.weights import add_adapter, target_weights
+from forgetless.budget.finish import mu_of, shrinker
+from forgetless.budget.shrink import share_of
+from forgetless.cli import main
+from forgetless.importance.importance import Importance
+from forgetless.model.adapters import add_adapter
+from forgetless.model.targets import target_weights
+from forgetless.model.update import Update
 
 WORDS = "the cat sat on mat and dog then too yes no one two three".split()  # noqa: SIM905
 

@@ -6,10 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from holdfast.cli import main
-from holdfast.importance.container import DenseEntry, FactoredEntry, Importance, KroneckerEntry
-from holdfast.importance.covariance import Covariance, LowRankCovariance
-from holdfast.runs import atomic_path, check_output_file, check_output_folder, read_json, write_json
+from forgetless.cli import main
+from forgetless.files.atomic import atomic_path, read_json, write_json
+from forgetless.files.room import check_output_file, check_output_folder
+from forgetless.importance.covariance import Covariance, LowRankCovariance
+from forgetless.importance.entries import DenseEntry, FactoredEntry, KroneckerEntry
+from forgetless.importance.importance import Importance
 
 
 @pytest.fixture
@@ -53,11 +55,11 @@ def test_codes_are_read_back_as_they_were(importance, tier, tmp_path):
 def test_files_without_their_scale_are_refused(importance, tmp_path):
     coded = importance.to_tier("u8")["a.weight"]
     path = tmp_path / "i.safetensors"
-    save_file({"a.weight.codes": coded.codes}, str(path), metadata={"holdfast": '{"format": 1, "coded": {"a.weight": ["u8", 3, 5]}}'})
+    save_file({"a.weight.codes": coded.codes}, str(path), metadata={"forgetless": '{"format": 1, "coded": {"a.weight": ["u8", 3, 5]}}'})
     with pytest.raises(ValueError, match=r"'a.weight' lacks its codes or its scale"):
         Importance.load(path)
     save_file(
-        {"a.weight.codes": coded.codes, "a.weight.scale": coded.scale}, str(path), metadata={"holdfast": '{"format": 1, "coded": {"a.weight": ["u8", 3, 6]}}'}
+        {"a.weight.codes": coded.codes, "a.weight.scale": coded.scale}, str(path), metadata={"forgetless": '{"format": 1, "coded": {"a.weight": ["u8", 3, 6]}}'}
     )
     with pytest.raises(ValueError, match=r"'a.weight'.codes is \(3, 5\)"):
         Importance.load(path)
@@ -74,13 +76,13 @@ def test_bad_files_are_refused(importance, tmp_path):
     save_file({"x": torch.ones(2, 2)}, str(path))
     with pytest.raises(ValueError, match="something else"):
         Importance.load(path)
-    save_file({"x": torch.ones(2, 2)}, str(path), metadata={"holdfast": '{"format": 99}'})
+    save_file({"x": torch.ones(2, 2)}, str(path), metadata={"forgetless": '{"format": 99}'})
     with pytest.raises(ValueError, match="format 99"):
         Importance.load(path)
-    save_file({"x": torch.tensor([[1.0, float("nan")]])}, str(path), metadata={"holdfast": '{"format": 1}'})
+    save_file({"x": torch.tensor([[1.0, float("nan")]])}, str(path), metadata={"forgetless": '{"format": 1}'})
     with pytest.raises(ValueError, match="'x' has non-finite"):
         Importance.load(path)
-    save_file({"x": torch.tensor([[1.0, -1.0]])}, str(path), metadata={"holdfast": '{"format": 1}'})
+    save_file({"x": torch.tensor([[1.0, -1.0]])}, str(path), metadata={"forgetless": '{"format": 1}'})
     with pytest.raises(ValueError, match="negative"):
         Importance.load(path)
 
@@ -159,7 +161,7 @@ def test_a_shared_input_covariance_is_stored_once(forms, tmp_path):
 def damaged(tmp_path, tensors, shared=None):
     path = tmp_path / "damaged.safetensors"
     info = {"format": 1, **({"shared_in_cov": shared} if shared is not None else {})}
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(path), metadata={"holdfast": json.dumps(info)})
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(path), metadata={"forgetless": json.dumps(info)})
     return path
 
 

@@ -6,9 +6,16 @@ import re
 import pytest
 
 from conftest import PLAIN
-from holdfast.options import OptionError
-from holdfast.tasks import TASKS, encode_rows, load_task, load_training_data, truncation_report
-from holdfast.texts import batches, encode, encode_chat, load_documents, load_rows
+from forgetless.data.documents import load_documents, load_rows
+from forgetless.data.encoding import batches, encode, encode_chat
+from forgetless.data.tasks import (
+    TASKS,
+    encode_rows,
+    load_task,
+    load_training_data,
+    truncation_report,
+)
+from forgetless.errors import OptionError
 
 
 def test_every_file_kind_gives_the_same_documents(tmp_path):
@@ -51,7 +58,7 @@ def test_a_dataset_that_is_not_there_offline(monkeypatch):
 
 
 def test_pieces_and_padding(tokenizer):
-    from holdfast.texts import Document
+    from forgetless.data.documents import Document
 
     encoded = encode([Document("the cat sat on the mat and then the dog sat too", None, "x"), Document("the cat", None, "x")], tokenizer, length=4)
     assert all(2 <= len(ids) <= 4 for ids, _ in encoded)
@@ -61,7 +68,7 @@ def test_pieces_and_padding(tokenizer):
 
 
 def test_chats_score_assistant_turns_only(tokenizer):
-    from holdfast.texts import Document
+    from forgetless.data.documents import Document
 
     chat = Document(None, [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat on the mat"}], "x")
     with pytest.raises(ValueError, match="no chat template"):
@@ -208,7 +215,7 @@ def test_a_bare_word_that_is_nearly_a_task_names_it():
 
 @pytest.mark.parametrize("name", sorted(TASKS))
 def test_prompts_datasets_and_splits_are_those_of_lm_eval(name):
-    from holdfast.evaluation import _task_manager
+    from forgetless.evaluate.accuracy import _task_manager
 
     settings = _task_manager().task_index[name].cfg
     assert TASKS[name].hub == settings["dataset_path"] and TASKS[name].held_out == (settings["test_split"] or settings["validation_split"])

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from holdfast.importance.container import DenseEntry, FactoredEntry, Importance, KroneckerEntry
-from holdfast.importance.controls import shuffled, uniform
-from holdfast.importance.covariance import Covariance, leading_eigenpairs, low_rank
-from holdfast.importance.tiers import factorise
-from holdfast.options import OptionError
-from holdfast.weights import add_adapter
+from forgetless.errors import OptionError
+from forgetless.importance.controls import shuffled, uniform
+from forgetless.importance.covariance import Covariance, leading_eigenpairs, low_rank
+from forgetless.importance.entries import DenseEntry, FactoredEntry, KroneckerEntry
+from forgetless.importance.importance import Importance
+from forgetless.importance.tiers import factorise
+from forgetless.model.adapters import add_adapter
 
 
 def spectrum(n, seed=0, dtype=torch.float64):

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from holdfast import codec
-from holdfast.penalty import dense, tiled
-from holdfast.penalty.difference import thin
+from forgetless.importance import codec
+from forgetless.penalty import dense, tiled
+from forgetless.penalty.difference import thin
 
 SHAPES = [(1, 1, 1), (7, 3, 2), (33, 131, 5), (70, 257, 8)]
 

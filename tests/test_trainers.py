@@ -7,10 +7,12 @@ import torch
 from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 
-from holdfast import HoldfastCallback, PathIntegral, Penalty, RecorderCallback, hold
-from holdfast.importance.container import DenseEntry, Importance
-from holdfast.options import OptionError
-from holdfast.weights import add_adapter, target_weights
+from forgetless import PathIntegral, Penalty, PenaltyCallback, RecorderCallback, hold
+from forgetless.errors import OptionError
+from forgetless.importance.entries import DenseEntry
+from forgetless.importance.importance import Importance
+from forgetless.model.adapters import add_adapter
+from forgetless.model.targets import target_weights
 
 NUMBERS = {"energy", "pull_norm", "pull_ratio"}
 
@@ -101,7 +103,7 @@ def test_numbers_arrive_in_log_console_and_tensorboard(adapted, batch, tokenizer
 def test_a_callback_added_by_hand_pulls_and_logs(adapted, batch, tmp_path):
     penalty = Penalty(adapted, ones(target_weights(adapted)), strength=0.5)
     before = penalty.energy()
-    trainer = Trainer(model=adapted, args=arguments(tmp_path), train_dataset=rows(batch), callbacks=[HoldfastCallback(penalty)])
+    trainer = Trainer(model=adapted, args=arguments(tmp_path), train_dataset=rows(batch), callbacks=[PenaltyCallback(penalty)])
     trainer.train()
     assert penalty.energy() < before
     assert all(entry.keys() >= NUMBERS for entry in trainer.state.log_history if "loss" in entry)

@@ -10,13 +10,19 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import interrupt_after
-from holdfast import path_training, recording, runs
-from holdfast.config import RECORD_PRESETS, STRENGTHS, TUNE_PRESETS, RecordOptions, TuneOptions, resolve
-from holdfast.importance.container import Importance
-from holdfast.importance.kronecker import Kronecker
-from holdfast.options import OptionError
-from holdfast.recording import record
-from holdfast.training import merge, tune
+from forgetless.errors import OptionError
+from forgetless.files import atomic as runs
+from forgetless.importance.importance import Importance
+from forgetless.importance.strength import STRENGTHS
+from forgetless.options.record import RECORD_PRESETS, RecordOptions
+from forgetless.options.tune import TUNE_PRESETS, TuneOptions
+from forgetless.options.verbs import resolve
+from forgetless.record import record as recording
+from forgetless.record import training as path_training
+from forgetless.record.kronecker import Kronecker
+from forgetless.record.record import record
+from forgetless.tune.merge import merge
+from forgetless.tune.tune import tune
 
 
 @pytest.fixture
@@ -119,7 +125,7 @@ def test_recording_in_groups_resumes_to_the_file_of_one_pass(model_folder, text_
 def test_groups_follow_from_free_memory_and_are_announced(model_folder, text_file, tmp_path, monkeypatch, caplog):
     options = {"model": str(model_folder), "general": str(text_file), "out": str(tmp_path / "k"), "cov_rank": 4}
     needed = 4 * 2 * (16**2 * 6 + 8**2 * 2 + 24**2 * 3)  # two blocks: q, o, down and the inputs of qkv, o, gate and up; k, v; gate, up and the input of down
-    with caplog.at_level("INFO", "holdfast"):
+    with caplog.at_level("INFO", "forgetless"):
         monkeypatch.setattr(recording, "free_memory", lambda: 2 * needed)
         record(resolve(RecordOptions, options, RECORD_PRESETS))
         assert "--groups" not in caplog.text and "1 pass" in caplog.text
@@ -239,7 +245,7 @@ def test_the_paper_preset_goes_on_from_the_recorded_adapter(recorded, tuned, tmp
         tuned(preset="paper", importance=str(tmp_path / "i.safetensors"), rank=4, overwrite=True)
 
 
-def test_full_fine_tuning_and_merging_load_without_holdfast(recorded, tuned, tmp_path, text_file):
+def test_full_fine_tuning_and_merging_load_without_forgetless(recorded, tuned, tmp_path, text_file):
     from transformers import AutoModelForCausalLM
 
     recorded()

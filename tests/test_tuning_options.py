@@ -7,9 +7,11 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import PLAIN
-from holdfast.config import RECORD_PRESETS, TUNE_PRESETS, RecordOptions, TuneOptions, resolve
-from holdfast.recording import record
-from holdfast.training import tune
+from forgetless.options.record import RECORD_PRESETS, RecordOptions
+from forgetless.options.tune import TUNE_PRESETS, TuneOptions
+from forgetless.options.verbs import resolve
+from forgetless.record.record import record
+from forgetless.tune.tune import tune
 
 CHATS = [{"messages": [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": f"sat {end}"}]} for end in ("on", "too", "mat", "then")]
 

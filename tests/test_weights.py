@@ -6,8 +6,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
 from conftest import CONFIGS, SMALL
-from holdfast.options import OptionError
-from holdfast.weights import add_adapter, base_shapes, fingerprint, matching, target_weights
+from forgetless.errors import OptionError
+from forgetless.model.adapters import add_adapter
+from forgetless.model.fingerprint import fingerprint
+from forgetless.model.targets import base_shapes, matching, target_weights
 
 
 @pytest.mark.parametrize("kind", sorted(CONFIGS))

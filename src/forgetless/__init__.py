@@ -1,0 +1,69 @@
+"""forgetless: fine-tune language models without forgetting what they know.
+
+The method of Song et al. 2025 (arXiv 2501.13669) and what goes beyond it. Names load on first use,
+so that importing forgetless does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from forgetless.importance.importance import Importance
+    from forgetless.integrations.hold import HoldCallback, hold
+    from forgetless.methods.callback import TermCallback, add_term
+    from forgetless.methods.terms import KL, Replay
+    from forgetless.penalty import layers
+    from forgetless.penalty.callback import PenaltyCallback
+    from forgetless.penalty.pull import Penalty
+    from forgetless.record.callback import RecorderCallback
+    from forgetless.record.fisher import Fisher
+    from forgetless.record.kronecker import Kronecker
+    from forgetless.record.path import PathIntegral
+
+__version__ = "0.2.0"
+__all__ = [
+    "KL",
+    "Fisher",
+    "HoldCallback",
+    "Importance",
+    "Kronecker",
+    "PathIntegral",
+    "Penalty",
+    "PenaltyCallback",
+    "RecorderCallback",
+    "Replay",
+    "TermCallback",
+    "add_term",
+    "hold",
+    "layers",
+]
+
+_HOME = {
+    "Fisher": "forgetless.record.fisher",
+    "HoldCallback": "forgetless.integrations.hold",
+    "Importance": "forgetless.importance.importance",
+    "KL": "forgetless.methods.terms",
+    "Kronecker": "forgetless.record.kronecker",
+    "PathIntegral": "forgetless.record.path",
+    "Penalty": "forgetless.penalty.pull",
+    "PenaltyCallback": "forgetless.penalty.callback",
+    "RecorderCallback": "forgetless.record.callback",
+    "Replay": "forgetless.methods.terms",
+    "TermCallback": "forgetless.methods.callback",
+    "add_term": "forgetless.methods.callback",
+    "hold": "forgetless.integrations.hold",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "layers":
+        return importlib.import_module("forgetless.penalty.layers")
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'forgetless' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

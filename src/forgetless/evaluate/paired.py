@@ -1,0 +1,80 @@
+"""TODO evaluate.paired."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from forgetless.data.documents import Document
+from forgetless.data.encoding import Encoded, encode_chat
+from forgetless.evaluate.losses import text_loss
+from forgetless.evaluate.rise import Interval, paired_rise
+
+
+@dataclass(frozen=True)
+class Part:
+    """Encoded documents with the base model's loss on each: `nats` and `tokens`, (documents,)."""
+
+    encoded: list[Encoded]
+    sources: list[str]
+    nats: np.ndarray
+    tokens: np.ndarray
+    window: int
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+    def losses(self, model: nn.Module) -> np.ndarray:
+        """Summed loss of each document now, in nats. Costs one evaluation."""
+        return text_loss(model, self.encoded, window=self.window, stride=self.window - 1, label="general text").nats_by_document
+
+    def rise(self, model: nn.Module, *, error: float) -> Interval:
+        """How much more `model` loses than the base, with its interval."""
+        return paired_rise(self.nats, self.losses(model), self.tokens, self.sources, error=error)
+
+    def some(self, chosen: Sequence[int]) -> Part:
+        """Some of the documents."""
+        at = list(chosen)
+        return replace(self, encoded=[self.encoded[i] for i in at], sources=[self.sources[i] for i in at], nats=self.nats[at], tokens=self.tokens[at])
+
+
+
+
+def measured(model: nn.Module, encoded: list[Encoded], sources: list[str], window: int) -> Part:
+    """A part with the losses that `model` has now."""
+    loss = text_loss(model, encoded, window=window, stride=window - 1, label="general text")
+    return Part(encoded, sources, loss.nats_by_document, loss.tokens_by_document, window)
+
+
+
+
+def encoded_each(documents: Sequence[Document], tokenizer: Any) -> tuple[list[Encoded], list[Document]]:
+    """The documents with something to predict, each as token ids with what is scored."""
+    encoded, kept = [], []
+    for document in documents:
+        ids, scored = encode_chat(document.messages, tokenizer) if document.messages is not None else _plain(document, tokenizer)
+        if any(scored[1:]):
+            encoded.append((ids, scored))
+            kept.append(document)
+    return encoded, kept
+
+
+
+
+def content(document: Document) -> str:
+    """The text of a document, or all of its turns."""
+    return document.text if document.text is not None else json.dumps(document.messages, ensure_ascii=False)
+
+
+
+
+def _plain(document: Document, tokenizer: Any) -> Encoded:
+    ids = list(tokenizer(document.text, verbose=False)["input_ids"])
+    return ids, [True] * len(ids)
+
+

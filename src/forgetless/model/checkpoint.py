@@ -1,0 +1,169 @@
+"""The base weights of a model under full fine-tuning, read from its checkpoint's safetensors files instead of being kept twice in memory.
+
+U = W - W(base) needs W(base) in every step. A model loaded from a local folder or from the hub's cache still has it on disk: `stored_weights` finds file and
+key of each weight, whatever transformers renamed while loading, and hands out a reader only where the file's values, cast to the parameter's dtype, are the
+live ones bit for bit. Files are memory-mapped and read a few rows at a time, so the system's page cache is all the memory that it takes, and it may be taken
+back. A weight that is not found stays as a copy (`KeptWeight`, the twin).
+
+    stored_weights(model, {"model.layers.0.mlp.up_proj.weight": W})     # -> {name: StoredWeight}; names that are missing need a copy
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+CHUNK = 1 << 22  # elements compared at a time
+
+
+class Base(Protocol):
+    """A weight as it was, of which parts can be read."""
+
+    def read(self, part: tuple[slice, ...]) -> Tensor: ...
+
+
+
+
+@dataclass(frozen=True, eq=False)
+class KeptWeight:
+    """A weight as it was: a copy in memory."""
+
+    tensor: Tensor
+
+    def read(self, part: tuple[slice, ...]) -> Tensor:
+        """Part of the weight, as stored."""
+        return self.tensor[part]
+
+
+
+
+@dataclass(frozen=True, eq=False)
+class StoredWeight:
+    """A weight as it was, in a safetensors file that is memory-mapped: nothing is in memory but what `read` returns."""
+
+    path: Path
+    key: str
+    file: Any  # safetensors' handle, one for all weights of a file
+    stamp: tuple[int, ...]
+
+    def read(self, part: tuple[slice, ...]) -> Tensor:
+        """Part of the weight, as stored. Raises ValueError where the file was written over: reading on would be a fault, or another base."""
+        now = _stamp(self.path)
+        if now != self.stamp and now[0] == self.stamp[0]:
+            raise ValueError(f"'{self.path}' was written over while the weights are held towards what was in it; save to another folder than the base model's")
+        return self.file.get_slice(self.key)[part]
+
+
+
+
+def stored_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, StoredWeight]:
+    """Readers of those of `weights` (by name in the bare `model`) that stand in its checkpoint exactly as they are now."""
+    found: dict[str, StoredWeight] = {}
+    aliases = _aliases(model)
+    for path in (path for folder in checkpoint_folders(model) for path in _files(folder)):
+        if len(found) == len(weights):
+            break
+        stamp, file = _stamp(path), _opened(path)
+        for key, name in _renamed(model, sorted(file.keys())):
+            for target in aliases.get(name, (name,)):
+                stored = StoredWeight(path, key, file, stamp)
+                if target in weights and target not in found and _same(stored, weights[target]):
+                    found[target] = stored
+    return found
+
+
+
+
+def checkpoint_folders(model: nn.Module) -> list[Path]:
+    """Where `model` may have been loaded from: a local folder, or each snapshot of its name in the hub's cache, the newest first; none where unknown.
+
+    transformers 5.23 doesn't tell which snapshot it was. Values are compared before they are trusted, so a wrong one costs a glance.
+    """
+    name = getattr(getattr(model, "config", None), "_name_or_path", "")
+    if not name:
+        return []
+    if Path(name).is_dir():
+        return [Path(name)]
+    from huggingface_hub import constants
+
+    snapshots = Path(constants.HF_HUB_CACHE) / ("models--" + name.replace("/", "--")) / "snapshots"
+    return sorted(snapshots.glob("*"), key=lambda folder: folder.stat().st_mtime, reverse=True)
+
+
+
+
+def _files(folder: Path) -> list[Path]:
+    """The safetensors files of a model's folder: one, or the shards of an index; as from_pretrained looks for them."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        return []
+    shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    return [folder / shard for shard in shards if (folder / shard).is_file()]
+
+
+
+
+def _opened(path: Path) -> Any:
+    from safetensors import safe_open
+
+    return safe_open(str(path), framework="pt")
+
+
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """(inode, size, time of change): a file that was replaced has another inode, and the old one stays mapped. (0,) where nothing is there any more."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return (0,)
+    return (found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+
+
+def _renamed(model: nn.Module, keys: list[str]) -> Iterator[tuple[str, str]]:
+    """(key in the file, name in the model), as transformers renames while loading; keys whose tensors it merges or splits are left out."""
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    rules = list(getattr(model, "_weight_conversions", None) or [])
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    state = model.state_dict()
+    for key in keys:
+        name, converted = rename_source_key(key, renamings, converters, getattr(model, "base_model_prefix", None) or None, state)
+        if converted is None:
+            yield key, name
+
+
+
+
+def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Every name of a parameter -> all its names: a tied one is stored under one of them."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {name: tuple(group) for group in names.values() for name in group}
+
+
+
+
+def _same(stored: StoredWeight, live: Tensor) -> bool:
+    """Whether the file's values in the live dtype are the live ones bit for bit, compared a few rows at a time."""
+    kept = stored.file.get_slice(stored.key)
+    if tuple(kept.get_shape()) != tuple(live.shape) or live.ndim != 2:
+        return False
+    rows = max(1, CHUNK // max(live.shape[1], 1))
+    parts = ((slice(first, first + rows), slice(None)) for first in range(0, live.shape[0], rows))
+    return all(torch.equal(stored.read(part).to(live.dtype), live.detach()[part].cpu()) for part in parts)
+
+

@@ -1,0 +1,180 @@
+"""The trainer of tune(): TRL's SFTTrainer with our settings, and its training begun or gone on with. Nothing in it knows of the penalty.
+
+    trainer = made(options, peft_model, tokenizer, encoded, held)
+    train(trainer, last_checkpoint(out) if options.resume else None)
+
+Rows come encoded and cut; a step of several processes is the same sequences as in one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.data_loader import SeedableRandomSampler
+from torch import nn
+from torch.utils.data import Sampler
+from transformers import (
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from forgetless.model import distributed
+from forgetless.model.loading import context_length
+from forgetless.model.targets import unwrapped
+from forgetless.options.tune import TuneOptions
+from forgetless.penalty.callback import check_gradients
+from forgetless.tune.run_folder import clear_checkpoints
+
+
+class StopOnNonFinite(TrainerCallback):
+    """Stops before a step on a non-finite gradient, and before a checkpoint of non-finite weights, so that the last checkpoint stays good."""
+
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        check_gradients(args, state, kwargs["model"])
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if control.should_save and not all(bool(torch.isfinite(distributed.local(p)).all()) for p in kwargs["model"].parameters() if p.requires_grad):
+            raise ValueError(f"non-finite weights after step {state.global_step}; the last good checkpoint is kept. "
+                             "Lower the learning rate, or train in float32, and resume from it")  # fmt: skip
+
+
+SHOWN = (("loss", "loss"), ("kl", "kl"), ("energy", "energy"), ("pull", "pull_norm"))  # name in the bar, name in the log
+
+
+class ProgressBar(ProgressCallback):
+    """The trainer's bar with loss, energy, pull and tokens/s of the last log beside its ETA."""
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        shown = {name: f"{logs[key]:.3g}" for name, key in SHOWN if logs and key in logs}
+        now, tokens = time.perf_counter(), float((logs or {}).get("num_tokens", 0))
+        then, seen = getattr(self, "_last", (now, tokens))
+        if tokens > seen and now > then:
+            shown["tokens/s"] = f"{(tokens - seen) / (now - then):,.0f}"
+        self._last = (now, tokens)
+        if self.training_bar is not None and shown:
+            self.training_bar.set_postfix(shown, refresh=False)
+        super().on_log(args, state, control, logs=logs, **kwargs)
+
+
+
+
+class FullSteps(Sampler[int]):
+    """A trainer's random order of `count` rows, then `blank`, the index of a row that scores nothing, until the last optimizer step is full too."""
+
+    def __init__(self, count: int, per_step: int, seed: int):
+        self.inner = SeedableRandomSampler(range(count), data_seed=seed)
+        self.count, self.blanks = count, -count % per_step
+
+    def __len__(self) -> int:
+        return self.count + self.blanks
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self.inner
+        yield from [self.count] * self.blanks
+
+    def set_epoch(self, epoch: int) -> None:
+        """The order of this epoch."""
+        self.inner.set_epoch(epoch)
+
+
+
+
+def whole_steps(trainer: Any) -> None:
+    """Let several processes train on the rows that one would, in the same steps; nothing to do in one.
+
+    accelerate fills an epoch's last batches with rows from its beginning, which then count twice. A row without labels fills them here; that row
+    comes after all others.
+    """
+    if not distributed.running():
+        return
+    data, args = trainer.train_dataset, trainer.args
+    per_step = args.train_batch_size * args.gradient_accumulation_steps * distributed.size()
+    blank = {**data[0], "labels": [-100] * len(data[0]["labels"])}
+    seed = args.seed if args.data_seed is None else args.data_seed
+    trainer.train_dataset = data.add_item(blank)
+    trainer._get_train_sampler = lambda _=None: FullSteps(len(data), per_step, seed)
+
+
+
+
+
+
+
+
+
+
+
+def made(options: TuneOptions, model: nn.Module, tokenizer: Any, data: Any, held: Any, optimizer: Any = None) -> Any:
+    """A trainer on encoded rows, measured on `held` where given. Without `optimizer` it makes its AdamW."""
+    from trl import SFTConfig, SFTTrainer
+
+    base = unwrapped(model)
+    batch_size, accumulation = distributed.split_batch(options.batch_size, options.accumulation)
+    bf16 = next(base.parameters()).dtype == torch.bfloat16 and torch.cuda.is_available()
+    config = SFTConfig(
+        output_dir=str(Path(options.out) / "checkpoints"),
+        learning_rate=options.learning_rate,
+        lr_scheduler_type=options.schedule,
+        warmup_steps=options.warmup,
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.max_grad_norm,
+        num_train_epochs=options.epochs,
+        max_steps=options.max_steps,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=options.batch_size,
+        gradient_accumulation_steps=accumulation,
+        max_length=min(options.length, context_length(base)) if options.packing else None,  # rows come cut already
+        packing=options.packing,
+        gradient_checkpointing=options.gradient_checkpointing,
+        bf16=bf16,
+        seed=options.seed,
+        data_seed=options.seed,
+        eval_strategy="steps" if held is not None else "no",
+        eval_steps=options.eval_steps or None,
+        save_steps=options.save_steps,
+        save_total_limit=2,
+        logging_steps=options.log_steps,
+        logging_nan_inf_filter=False,
+        report_to=options.report_to,
+        disable_tqdm=not sys.stderr.isatty(),
+        use_cpu=options.device == "cpu",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
+    )
+    config._n_gpu = min(config.n_gpu, 1)  # else the trainer spreads a lone process's batches over all GPUs (DataParallel), and a step is larger than asked for
+    trainer = SFTTrainer(model=model, args=config, train_dataset=data, eval_dataset=held, processing_class=tokenizer, callbacks=[StopOnNonFinite()],
+                         optimizers=(optimizer, None))  # fmt: skip
+    whole_steps(trainer)
+    if not config.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(ProgressBar)
+    return trainer
+
+
+
+
+def train(trainer: Any, checkpoint: str | None) -> None:
+    """Train, from `checkpoint` where there is one. A finished one is only loaded: transformers 5.23 would take one more step from there."""
+    if checkpoint is not None:
+        state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        if state.global_step >= (trainer.args.max_steps if trainer.args.max_steps > 0 else state.max_steps):
+            trainer._load_from_checkpoint(checkpoint)
+            trainer.state = state
+            return
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # the trainer prints its log: progress, not a result
+            trainer.train(resume_from_checkpoint=checkpoint)
+    except BaseException:
+        clear_checkpoints(Path(trainer.args.output_dir))
+        raise
+
+
