@@ -1,8 +1,10 @@
-"""Memory and time per process against 1, 2 and 4 processes (gloo, CPU): importance shared out over them, its pull, and a path recorder's sums.
+"""Memory and time per process against 1, 2 and 4 processes (gloo, CPU): importance shared out over
+them, its pull, and a path recorder's sums.
 
-Layers and nothing else, LoRA of rank 8, as in pull.py. Memory is what one process keeps, the largest of all. Time is the CPU time of one process for one pull,
-messages included, the median of all processes: on fewer cores than processes, wall time would show the waiting. A pull by one process of everything is the
-baseline; where processes pull alike without sharing, each takes that.
+Layers and nothing else, LoRA of rank 8, as in pull.py. Memory is what one process keeps, the
+largest of all. Time is the CPU time of one process for one pull, messages included, the median of
+all processes: on fewer cores than processes, wall time would show the waiting. A pull by one
+process of everything is the baseline; where processes pull alike without sharing, each takes that.
 
     python benchmarks/processes.py [--seconds 3]
 """
@@ -35,7 +37,9 @@ MIB = 2**20
 
 def one_process(rank: int, count: int, port: int, seconds: float, out: str) -> None:
     """Measure every size and tier in this process, together with the others."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(count))
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(count)
+    )
     torch.set_num_threads(1)
     distributed.start("cpu")
     found = {}
@@ -44,7 +48,12 @@ def one_process(rank: int, count: int, port: int, seconds: float, out: str) -> N
         model = adapted([(width, width)] * depth, 8)
         weights = target_weights(model)
         sums = PathIntegral(model).state_dict()
-        kept = sum(part.numel() * part.element_size() for key in ("credit", "omega") for parts in sums[key].values() for part in parts)
+        kept = sum(
+            part.numel() * part.element_size()
+            for key in ("credit", "omega")
+            for parts in sums[key].values()
+            for part in parts
+        )
         found[depth, width, "path sums"] = (kept / MIB, [])
         whole = in_tiers({weights[0].name: (width, width)}, tiers=TIERS)
         for tier, one in whole.items():
@@ -52,7 +61,10 @@ def one_process(rank: int, count: int, port: int, seconds: float, out: str) -> N
             copies = {weight.name: _copy(entry) for weight in weights}
             penalty = Penalty(model, Importance(copies), strength=0.1, shard=count > 1)
             found[depth, width, tier] = (0.0, pulls(penalty, seconds))
-            found[depth, width, tier] = (sharing.memory(penalty.importance.entries) / MIB, found[depth, width, tier][1])
+            found[depth, width, tier] = (
+                sharing.memory(penalty.importance.entries) / MIB,
+                found[depth, width, tier][1],
+            )
     torch.save(found, f"{out}.{rank}")
     distributed.barrier()
 
@@ -74,7 +86,9 @@ def pulls(penalty: Penalty, seconds: float) -> list[float]:
         penalty.pull()
         times.append((time.process_time() - start) * 1e3)
         if len(times) == 5:  # the first process says how many more
-            rounds = distributed.collect(min(30, 5 + int(seconds / max(time.perf_counter() - started, 1e-3) * 5)))[0]
+            rounds = distributed.collect(
+                min(30, 5 + int(seconds / max(time.perf_counter() - started, 1e-3) * 5))
+            )[0]
     return times
 
 
@@ -91,7 +105,9 @@ def measured(count: int, seconds: float) -> list[dict[Any, tuple[float, list[flo
 
 def main() -> None:
     """Measure and append."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seconds", type=float, default=1.0, help="per tier and size")
     seconds = parser.parse_args().seconds
     torch.set_num_threads(1)
@@ -105,10 +121,31 @@ def main() -> None:
             times = [percentile(each[case][1], 0.5) for each in found if each[case][1]]
             alone.setdefault(case, (memory, times[0] if times else 0.0))
             shape = f"{depth} x ({width}, {width}), {count} processes"
-            rows.append(row("kept per process", [memory], shape=shape, tier=tier, rank=8, unit="MiB", against=[alone[case][0]], baseline="1 process"))
+            rows.append(
+                row(
+                    "kept per process",
+                    [memory],
+                    shape=shape,
+                    tier=tier,
+                    rank=8,
+                    unit="MiB",
+                    against=[alone[case][0]],
+                    baseline="1 process",
+                )
+            )
             if times:
-                rows.append(row("pull per process", [percentile(times, 0.5)], shape=shape, tier=tier, rank=8, unit="ms", against=[alone[case][1]],
-                                baseline="1 process"))  # fmt: skip
+                rows.append(
+                    row(
+                        "pull per process",
+                        [percentile(times, 0.5)],
+                        shape=shape,
+                        tier=tier,
+                        rank=8,
+                        unit="ms",
+                        against=[alone[case][1]],
+                        baseline="1 process",
+                    )
+                )
     append(rows)
 
 

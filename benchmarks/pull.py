@@ -1,8 +1,11 @@
-"""One pull of one weight: the authors' formulation, a loss term done well, and the pull of every tier, side by side; then its growth.
+"""One pull of one weight: the authors' formulation, a loss term done well, and the pull of every
+tier, side by side; then its growth.
 
-The authors' formulation builds the effective update densely in the graph and recomputes the norm of the importance on the CPU in each step (our own code). The
-loss term done well builds the same graph with norms cached. `three products alone` is what no element-wise pull can do without, in tiles as the pull takes
-them: B A, P A^T, B^T P. The rest is `forgetless.Penalty.pull()` on a PEFT model, hooks and checks included.
+The authors' formulation builds the effective update densely in the graph and recomputes the norm of
+the importance on the CPU in each step (our own code). The loss term done well builds the same graph
+with norms cached. `three products alone` is what no element-wise pull can do without, in tiles as
+the pull takes them: B A, P A^T, B^T P. The rest is `forgetless.Penalty.pull()` on a PEFT model,
+hooks and checks included.
 
     python benchmarks/pull.py [--seconds 6]
 """
@@ -25,9 +28,13 @@ from forgetless.penalty.pull import Penalty
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = {
-    "Llama-3.2-1B q_proj": (2048, 2048), "Llama-3.2-1B v_proj": (512, 2048), "Llama-3.2-1B down_proj": (2048, 8192),
-    "Llama-3-8B q_proj": (4096, 4096), "Llama-3-8B v_proj": (1024, 4096), "Llama-3-8B down_proj": (4096, 14336),
-}  # fmt: skip
+    "Llama-3.2-1B q_proj": (2048, 2048),
+    "Llama-3.2-1B v_proj": (512, 2048),
+    "Llama-3.2-1B down_proj": (2048, 8192),
+    "Llama-3-8B q_proj": (4096, 4096),
+    "Llama-3-8B v_proj": (1024, 4096),
+    "Llama-3-8B down_proj": (4096, 14336),
+}
 
 
 class Blocks(nn.Module):
@@ -36,7 +43,10 @@ class Blocks(nn.Module):
     def __init__(self, shapes: list[tuple[int, int]]):
         super().__init__()
         self.embedding = nn.Embedding(2, 2)
-        self.layers = nn.ModuleList(nn.ModuleDict({"proj": nn.Linear(into, out, bias=False, device=DEVICE)}) for out, into in shapes)
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"proj": nn.Linear(into, out, bias=False, device=DEVICE)})
+            for out, into in shapes
+        )
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embedding
@@ -44,13 +54,20 @@ class Blocks(nn.Module):
 
 def adapted(shapes: list[tuple[int, int]], rank: int) -> nn.Module:
     """Layers with LoRA factors that have moved."""
-    model = get_peft_model(Blocks(shapes), LoraConfig(r=rank, lora_alpha=4 * rank, target_modules=["proj"]))
+    model = get_peft_model(
+        Blocks(shapes), LoraConfig(r=rank, lora_alpha=4 * rank, target_modules=["proj"])
+    )
     for weight in target_weights(model):
         nn.init.normal_(weight.B, std=0.01)
     return model
 
 
-def loss_term(model: nn.Module, importance: Importance, anchors: dict[str, Tensor], norms: dict[str, float] | None) -> None:
+def loss_term(
+    model: nn.Module,
+    importance: Importance,
+    anchors: dict[str, Tensor],
+    norms: dict[str, float] | None,
+) -> None:
     """Gradients of the penalty as a loss term; without `norms` those are recomputed on the CPU."""
     weights = target_weights(model)
     found = norms or {w.name: float(importance[w.name].dense().cpu().norm()) for w in weights}
@@ -63,7 +80,9 @@ def loss_term(model: nn.Module, importance: Importance, anchors: dict[str, Tenso
 
 
 def products(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """The three products of an element-wise pull, without importance: what is left of it is then a single pass."""
+    """The three products of an element-wise pull, without importance: what is left of it is then a
+    single pass.
+    """
     pull_A, pull_B = torch.zeros_like(A), torch.empty_like(B)
     for rows in tiled.tiles(B.shape[0], A.shape[1], A.device):
         P = torch.mm(B[rows], A)
@@ -72,7 +91,9 @@ def products(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     return pull_A, pull_B
 
 
-def contenders(shapes: list[tuple[int, int]], rank: int, tiers: tuple[str, ...] = TIERS, losses: bool = True) -> dict[str, Callable[[], Any]]:
+def contenders(
+    shapes: list[tuple[int, int]], rank: int, tiers: tuple[str, ...] = TIERS, losses: bool = True
+) -> dict[str, Callable[[], Any]]:
     """Name -> a call that leaves one pull in the factors' gradients."""
     model = adapted(shapes, rank)
     weights = target_weights(model)
@@ -83,7 +104,9 @@ def contenders(shapes: list[tuple[int, int]], rank: int, tiers: tuple[str, ...] 
         norms = stored["f32"].norms()
         calls["authors' formulation"] = lambda: loss_term(model, stored["f32"], anchors, None)
         calls["loss term done well"] = lambda: loss_term(model, stored["f32"], anchors, norms)
-        calls["three products alone"] = lambda: [products(w.A.detach(), w.B.detach()) for w in weights]
+        calls["three products alone"] = lambda: [
+            products(w.A.detach(), w.B.detach()) for w in weights
+        ]
     for tier, importance in stored.items():
         calls[tier] = Penalty(model, importance, strength=1e-3).pull
         if tier in fused.TIERS and fused.available(DEVICE)[0]:
@@ -97,7 +120,18 @@ def layers(seconds: float) -> None:
         times = alternate(contenders([(out, into)], 8), seconds=seconds)
         first = "authors' formulation"
         append(
-            [row("pull", values, shape=f"{shape} ({out}, {into})", tier=name, rank=8, against=times[first], baseline=first) for name, values in times.items()]
+            [
+                row(
+                    "pull",
+                    values,
+                    shape=f"{shape} ({out}, {into})",
+                    tier=name,
+                    rank=8,
+                    against=times[first],
+                    baseline=first,
+                )
+                for name, values in times.items()
+            ]
         )
 
 
@@ -113,7 +147,15 @@ def growth(seconds: float) -> None:
             times = alternate(contenders(shapes, rank, tiers, losses=False), seconds=seconds)
             append(
                 [
-                    row(what, values, shape=f"{len(shapes)} x {shapes[0]}", tier=name, rank=rank, against=times["f32"], baseline="f32")
+                    row(
+                        what,
+                        values,
+                        shape=f"{len(shapes)} x {shapes[0]}",
+                        tier=name,
+                        rank=rank,
+                        against=times["f32"],
+                        baseline="f32",
+                    )
                     for name, values in times.items()
                 ]
             )

@@ -1,6 +1,8 @@
-"""Files of importance for q_proj and v_proj of Llama-3-8B, per tier, against the f32 diagonal Fisher of the whole model.
+"""Files of importance for q_proj and v_proj of Llama-3-8B, per tier, against the f32 diagonal
+Fisher of the whole model.
 
-One block's files are written and measured; the model has 32 such blocks. The whole model's weights are counted from its configuration.
+One block's files are written and measured; the model has 32 such blocks. The whole model's weights
+are counted from its configuration.
 
     python benchmarks/sizes.py
 """
@@ -13,7 +15,10 @@ from pathlib import Path
 from measure import append, in_tiers, row
 
 BLOCKS, HIDDEN, INNER, KEY_VALUE, VOCABULARY = 32, 4096, 14336, 1024, 128256
-SHAPES = {"model.layers.0.self_attn.q_proj.weight": (HIDDEN, HIDDEN), "model.layers.0.self_attn.v_proj.weight": (KEY_VALUE, HIDDEN)}
+SHAPES = {
+    "model.layers.0.self_attn.q_proj.weight": (HIDDEN, HIDDEN),
+    "model.layers.0.self_attn.v_proj.weight": (KEY_VALUE, HIDDEN),
+}
 MIB = 2**20
 
 
@@ -33,8 +38,26 @@ def main() -> None:
             path = Path(folder) / "importance.safetensors"
             importance.save(path)
             size = path.stat().st_size
-            rows.append(row("file", [size * BLOCKS / MIB], shape="Llama-3-8B, q_proj + v_proj", tier=tier, unit="MiB", against=[fisher], baseline="f32 Fisher"))
-            rows.append(row("file", [size / count], shape="Llama-3-8B, q_proj + v_proj", tier=tier, unit="bytes per weight"))
+            rows.append(
+                row(
+                    "file",
+                    [size * BLOCKS / MIB],
+                    shape="Llama-3-8B, q_proj + v_proj",
+                    tier=tier,
+                    unit="MiB",
+                    against=[fisher],
+                    baseline="f32 Fisher",
+                )
+            )
+            rows.append(
+                row(
+                    "file",
+                    [size / count],
+                    shape="Llama-3-8B, q_proj + v_proj",
+                    tier=tier,
+                    unit="bytes per weight",
+                )
+            )
     append(rows)
 
 

@@ -1,4 +1,5 @@
-"""benchmarks/results.csv -> the tables in benchmarks/README.md: budgets, growth, and the rows of each measurement's latest run on each device.
+"""benchmarks/results.csv -> the tables in benchmarks/README.md: budgets, growth, and the rows of
+each measurement's latest run on each device.
 
 python benchmarks/table.py
 """
@@ -16,17 +17,27 @@ COLUMNS = ("shape", "tier", "rank", "tokens", "median", "20th to 80th", "against
 
 
 def latest() -> dict[tuple[str, str], list[dict[str, str]]]:
-    """(device, what) -> rows of the last run, each the last of its kind. Rows of other commits than the last one's are history."""
+    """(device, what) -> rows of the last run, each the last of its kind.
+
+    Rows of other commits than the last one's are history.
+    """
     kept: dict[tuple[str, ...], dict[str, str]] = {}
     last: dict[tuple[str, str], dict[str, str]] = {}
     with open(HERE / "results.csv", newline="", encoding="utf-8") as file:
         for each in csv.DictReader(file):
-            kept[tuple(each[key] for key in ("device", "what", "shape", "tier", "tokens", "rank", "unit"))] = each
+            kept[
+                tuple(
+                    each[key]
+                    for key in ("device", "what", "shape", "tier", "tokens", "rank", "unit")
+                )
+            ] = each
             last[each["device"], each["what"]] = each
     groups: dict[tuple[str, str], list[dict[str, str]]] = {}
     for each in kept.values():
         groups.setdefault((each["device"], each["what"]), []).append(each)
-    return {key: [r for r in rows if commit(r) == commit(last[key])] for key, rows in groups.items()}
+    return {
+        key: [r for r in rows if commit(r) == commit(last[key])] for key, rows in groups.items()
+    }
 
 
 def commit(r: dict[str, str]) -> str:
@@ -41,10 +52,29 @@ def render() -> str:
     for device in dict.fromkeys(name for name, _ in groups):
         mine = {what: rows for (name, what), rows in groups.items() if name == device}
         together = [r for rows in mine.values() for r in rows]
-        lines += [f"## {device}", "", "### Budgets", "", *budgets(together), "", "### Growth", "", "Exponent p of a power n^p through the medians.", ""]
+        lines += [
+            f"## {device}",
+            "",
+            "### Budgets",
+            "",
+            *budgets(together),
+            "",
+            "### Growth",
+            "",
+            "Exponent p of a power n^p through the medians.",
+            "",
+        ]
         lines += [*growth(together), ""]
         for what, rows in mine.items():
-            lines += [f"### {what}", "", f"{rows[-1]['versions']}, commit {rows[-1]['commit'] or 'unknown'}, {rows[-1]['date']}", "", *plain(rows), ""]
+            lines += [
+                f"### {what}",
+                "",
+                f"{rows[-1]['versions']}, commit {rows[-1]['commit'] or 'unknown'}, "
+                f"{rows[-1]['date']}",
+                "",
+                *plain(rows),
+                "",
+            ]
     return "\n".join(lines)
 
 
@@ -52,7 +82,15 @@ def plain(rows: list[dict[str, str]]) -> list[str]:
     """One line per row."""
     lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     for r in rows:
-        cells = (r["shape"], r["tier"], r["rank"], r["tokens"], f"{short(r['median'])} {r['unit']}", f"{short(r['p20'])} to {short(r['p80'])}", ratio(r))
+        cells = (
+            r["shape"],
+            r["tier"],
+            r["rank"],
+            r["tokens"],
+            f"{short(r['median'])} {r['unit']}",
+            f"{short(r['p20'])} to {short(r['p80'])}",
+            ratio(r),
+        )
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 

@@ -1,8 +1,11 @@
-"""A tuning step with and without the pull, and the peak memory of both, on a small randomly initialised Llama with the widths of Llama-3.2-1B.
+"""A tuning step with and without the pull, and the peak memory of both, on a small randomly
+initialised Llama with the widths of Llama-3.2-1B.
 
-Two blocks, a vocabulary of 8,192: what one core can do. The pulls of all tiers are timed one after the other within each step, in an order that moves on by
-one each step, and set against the rest of that step, so that the noise of whole steps does not hide them. Where a step takes over a minute, there are no more
-tokens to try. Memory is the high-water mark of a process of its own that loads the importance from its file, all linear layers targeted.
+Two blocks, a vocabulary of 8,192: what one core can do. The pulls of all tiers are timed one after
+the other within each step, in an order that moves on by one each step, and set against the rest of
+that step, so that the noise of whole steps does not hide them. Where a step takes over a minute,
+there are no more tokens to try. Memory is the high-water mark of a process of its own that loads
+the importance from its file, all linear layers targeted.
 
     python benchmarks/tuning.py [--tokens 512,2048,8192]
 """
@@ -39,12 +42,27 @@ MIB = 2**20
 def base_model() -> nn.Module:
     """Two blocks of Llama-3.2-1B's widths, randomly initialised; bf16 on a GPU."""
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=8192, hidden_size=2048, intermediate_size=8192, num_hidden_layers=LAYERS, num_attention_heads=32, num_key_value_heads=8,
-                         max_position_embeddings=LENGTH, tie_word_embeddings=True)  # fmt: skip
-    return LlamaForCausalLM(config).to(DEVICE, torch.bfloat16 if DEVICE == "cuda" else torch.float32)
+    config = LlamaConfig(
+        vocab_size=8192,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=LENGTH,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config).to(
+        DEVICE, torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    )
 
 
-def one_step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: torch.Tensor, penalties: dict[str, Penalty]) -> dict[str, float]:
+def one_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ids: torch.Tensor,
+    penalties: dict[str, Penalty],
+) -> dict[str, float]:
     """ms of each penalty's pull, and under "no pull" of all the rest of the step."""
     synchronize()
     start = clock()
@@ -69,7 +87,10 @@ def steps(token_counts: list[int], rounds: int) -> None:
     model = add_adapter(base_model(), names=QV, rank=8, alpha=32)
     weights = target_weights(model)
     optimizer = torch.optim.AdamW([p for w in weights for p in w.parameters], lr=1e-4)
-    penalties = {tier: Penalty(model, i, strength=1e-3) for tier, i in in_tiers({w.name: w.shape for w in weights}, DEVICE, STEP_TIERS).items()}
+    penalties = {
+        tier: Penalty(model, i, strength=1e-3)
+        for tier, i in in_tiers({w.name: w.shape for w in weights}, DEVICE, STEP_TIERS).items()
+    }
     shape = f"{LAYERS} blocks of Llama-3.2-1B"
     per_token = 0.0
     for tokens in token_counts:
@@ -78,14 +99,30 @@ def steps(token_counts: list[int], rounds: int) -> None:
             continue
         ids = torch.randint(8192, (max(1, tokens // LENGTH), min(tokens, LENGTH)), device=DEVICE)
         one_step(model, optimizer, ids[:1], penalties)  # the first is slower
-        fitting = int(2 * LONGEST / (per_token * tokens)) if DEVICE == "cpu" and per_token else rounds
-        measured = [one_step(model, optimizer, ids, in_turn(penalties, turn)) for turn in range(max(1, min(rounds, fitting)))]
+        fitting = (
+            int(2 * LONGEST / (per_token * tokens)) if DEVICE == "cpu" and per_token else rounds
+        )
+        measured = [
+            one_step(model, optimizer, ids, in_turn(penalties, turn))
+            for turn in range(max(1, min(rounds, fitting)))
+        ]
         per_token = measured[-1]["no pull"] / 1e3 / tokens
         plain = [spent["no pull"] for spent in measured]
         rows = [row("tuning step", plain, shape=shape, tier="no pull", tokens=tokens, rank=8)]
         for tier in penalties:
             whole = [spent["no pull"] + spent[tier] for spent in measured]
-            rows.append(row("tuning step", whole, shape=shape, tier=tier, tokens=tokens, rank=8, against=plain, baseline="no pull"))
+            rows.append(
+                row(
+                    "tuning step",
+                    whole,
+                    shape=shape,
+                    tier=tier,
+                    tokens=tokens,
+                    rank=8,
+                    against=plain,
+                    baseline="no pull",
+                )
+            )
         append(rows)
 
 
@@ -116,38 +153,83 @@ def memory(repeats: int) -> None:
     none = peaks.pop("no pull")
     rows = [row("peak memory", none, shape=shape, tier="no pull", tokens=128, rank=8, unit="MiB")]
     for tier, values in peaks.items():
-        rows.append(row("peak memory", values, shape=shape, tier=tier, tokens=128, rank=8, unit="MiB", against=none, baseline="no pull"))
+        rows.append(
+            row(
+                "peak memory",
+                values,
+                shape=shape,
+                tier=tier,
+                tokens=128,
+                rank=8,
+                unit="MiB",
+                against=none,
+                baseline="no pull",
+            )
+        )
         extra = [(value - other) * MIB / count for value, other in zip(values, none, strict=True)]
-        rows.append(row("added memory", extra, shape=shape, tier=tier, tokens=128, rank=8, unit="bytes per weight"))
+        rows.append(
+            row(
+                "added memory",
+                extra,
+                shape=shape,
+                tier=tier,
+                tokens=128,
+                rank=8,
+                unit="bytes per weight",
+            )
+        )
     append(rows)
 
 
 def _peak_of_process(file: str) -> float:
     """MiB. glibc gives freed memory back here: what it would keep is not what is needed."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
-    done = subprocess.run([sys.executable, __file__, "--peak", file], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, __file__, "--peak", file],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return float(json.loads(done.stdout.splitlines()[-1]))
 
 
 def peak(file: str) -> float:
-    """MiB of resident memory (of the GPU where there is one) at the highest, over two steps of 128 tokens with the importance in `file`, or without."""
+    """MiB of resident memory (of the GPU where there is one) at the highest, over two steps of 128
+    tokens with the importance in `file`, or without.
+    """
     model = add_adapter(base_model(), names="all-linear", rank=8, alpha=32)
     penalty = Penalty(model, Importance.load(file), strength=1e-3) if file else None
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     for _ in range(2):
-        one_step(model, optimizer, torch.randint(8192, (1, 128), device=DEVICE), {} if penalty is None else {"pull": penalty})
+        one_step(
+            model,
+            optimizer,
+            torch.randint(8192, (1, 128), device=DEVICE),
+            {} if penalty is None else {"pull": penalty},
+        )
     return torch.cuda.max_memory_allocated() / MIB if DEVICE == "cuda" else high_water()
 
 
 def high_water() -> float:
-    """MiB of resident memory at the highest. Not getrusage: after an exec its ru_maxrss still holds the peak of the process that started this one."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    """MiB of resident memory at the highest.
+
+    Not getrusage: after an exec its ru_maxrss still holds the peak of the process that started this
+    one.
+    """
+    line = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
     return int(line.split()[1]) / 1024
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", default="512,2048,8192", help="tokens per step, separated by commas")
+    parser.add_argument(
+        "--tokens", default="512,2048,8192", help="tokens per step, separated by commas"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--part", choices=("steps", "memory"), help="one of the two only")
     parser.add_argument("--peak", help=argparse.SUPPRESS)

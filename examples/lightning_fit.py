@@ -1,6 +1,7 @@
 """Lightning, held by an importance file of `forgetless record`.
 
-    python examples/lightning_fit.py MODEL domain.txt model.importance.safetensors [--strength 10] [--out lightning] [--steps 100]
+    python examples/lightning_fit.py MODEL domain.txt model.importance.safetensors [--strength 10]
+    [--out lightning] [--steps 100]
 
 `domain.txt` holds one document per line. Needs `pip install lightning`.
 """
@@ -33,7 +34,9 @@ class Tuned(L.LightningModule):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name in ("model", "data", "importance"):
         parser.add_argument(name)
     parser.add_argument("--strength", type=float, default=10.0)
@@ -47,13 +50,23 @@ def main():
     def collate(lines):
         batch = tokenizer(lines, return_tensors="pt", padding=True, truncation=True, max_length=256)
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
+        return {
+            "input_ids": batch["input_ids"],
+            "attention_mask": batch["attention_mask"],
+            "labels": labels,
+        }
 
-    lines = [line for line in Path(given.data).read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [
+        line for line in Path(given.data).read_text(encoding="utf-8").splitlines() if line.strip()
+    ]
     data = torch.utils.data.DataLoader(lines, batch_size=4, shuffle=True, collate_fn=collate)
     base = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
-    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
-    penalty = forgetless.Penalty(model, forgetless.Importance.from_pretrained(given.importance), strength=given.strength)
+    model = get_peft_model(
+        base, LoraConfig(r=8, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+    penalty = forgetless.Penalty(
+        model, forgetless.Importance.from_pretrained(given.importance), strength=given.strength
+    )
     trainer = L.Trainer(
         max_steps=given.steps,
         callbacks=[PenaltyCallback(penalty)],

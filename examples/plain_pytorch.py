@@ -19,9 +19,19 @@ def batches(path, tokenizer, size=4, length=256):
     """Token ids with padding masked in the labels, `size` lines at a time."""
     lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
     for start in range(0, len(lines), size):
-        batch = tokenizer(lines[start : start + size], return_tensors="pt", padding=True, truncation=True, max_length=length)
+        batch = tokenizer(
+            lines[start : start + size],
+            return_tensors="pt",
+            padding=True,
+            truncation=True,
+            max_length=length,
+        )
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        yield {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
+        yield {
+            "input_ids": batch["input_ids"],
+            "attention_mask": batch["attention_mask"],
+            "labels": labels,
+        }
 
 
 def train(model, optimizer, data):
@@ -39,7 +49,9 @@ def loss(model, data):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name in ("model", "general", "domain"):
         parser.add_argument(name)
     parser.add_argument("--strength", type=float, default=10.0)
@@ -47,18 +59,27 @@ def main():
     given = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    general, domain = list(batches(given.general, tokenizer)), list(batches(given.domain, tokenizer))
+    general, domain = (
+        list(batches(given.general, tokenizer)),
+        list(batches(given.domain, tokenizer)),
+    )
 
     base = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
     recorder = forgetless.Kronecker(base)
     for batch in general:
         recorder.observe(**batch)
-    importance = recorder.finish().to_tier("kronecker:16")  # .save("model.importance.safetensors") keeps it for the next domain
+    importance = recorder.finish().to_tier(
+        "kronecker:16"
+    )  # .save("model.importance.safetensors") keeps it for the next domain
 
-    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        base, LoraConfig(r=8, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-4)
     before = loss(model, general), loss(model, domain)
-    with forgetless.Penalty(model, importance, strength=given.strength).attach(optimizer) as penalty:
+    with forgetless.Penalty(model, importance, strength=given.strength).attach(
+        optimizer
+    ) as penalty:
         train(model, optimizer, domain)
     after = loss(model, general), loss(model, domain)
     for text, a, b in zip(("general", "domain"), before, after, strict=True):

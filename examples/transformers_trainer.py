@@ -1,6 +1,7 @@
 """The transformers Trainer, held by an importance file of `forgetless record`.
 
-    python examples/transformers_trainer.py MODEL domain.jsonl model.importance.safetensors [--strength 10] [--out trained] [--steps 100] [--report-to none]
+    python examples/transformers_trainer.py MODEL domain.jsonl model.importance.safetensors
+    [--strength 10] [--out trained] [--steps 100] [--report-to none]
 
 `domain.jsonl` has rows with a `text`. The two lines that hold the model are marked.
 """
@@ -21,7 +22,9 @@ import forgetless  # 1
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name in ("model", "data", "importance"):
         parser.add_argument(name)
     parser.add_argument("--strength", type=float, help="default: what suits the file's estimator")
@@ -33,13 +36,24 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     rows = load_dataset("json", data_files=given.data, split="train")
-    rows = rows.map(lambda row: tokenizer(row["text"], truncation=True, max_length=512), remove_columns=rows.column_names)
+    rows = rows.map(
+        lambda row: tokenizer(row["text"], truncation=True, max_length=512),
+        remove_columns=rows.column_names,
+    )
     model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(given.model), LoraConfig(r=8, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+        AutoModelForCausalLM.from_pretrained(given.model),
+        LoraConfig(r=8, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
     trainer = Trainer(
         model=model,
-        args=TrainingArguments(given.out, max_steps=given.steps, learning_rate=1e-3, logging_steps=1, report_to=given.report_to, save_strategy="no"),
+        args=TrainingArguments(
+            given.out,
+            max_steps=given.steps,
+            learning_rate=1e-3,
+            logging_steps=1,
+            report_to=given.report_to,
+            save_strategy="no",
+        ),
         train_dataset=rows,
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
     )

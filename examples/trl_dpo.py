@@ -1,8 +1,10 @@
 """TRL's DPOTrainer, held by an importance file of `forgetless record`.
 
-    python examples/trl_dpo.py MODEL pairs.jsonl model.importance.safetensors [--strength 10] [--out dpo] [--steps 100]
+    python examples/trl_dpo.py MODEL pairs.jsonl model.importance.safetensors [--strength 10] [--out
+    dpo] [--steps 100]
 
-`pairs.jsonl` has rows with prompt, chosen and rejected. DPO's own KL holds the answers to its prompts; the pull holds what general text needs.
+`pairs.jsonl` has rows with prompt, chosen and rejected. DPO's own KL holds the answers to its
+prompts; the pull holds what general text needs.
 """
 
 import argparse
@@ -16,7 +18,9 @@ import forgetless  # 1
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name in ("model", "data", "importance"):
         parser.add_argument(name)
     parser.add_argument("--strength", type=float, help="default: what suits the file's estimator")
@@ -24,12 +28,21 @@ def main():
     parser.add_argument("--steps", type=int, default=100)
     given = parser.parse_args()
 
-    settings = dict(max_steps=given.steps, learning_rate=1e-4, max_length=512, logging_steps=1, report_to="none", save_strategy="no")
+    settings = dict(
+        max_steps=given.steps,
+        learning_rate=1e-4,
+        max_length=512,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+    )
     trainer = DPOTrainer(
         model=given.model,
         args=DPOConfig(output_dir=given.out, bf16=torch.cuda.is_available(), **settings),
         train_dataset=load_dataset("json", data_files=given.data, split="train"),
-        peft_config=LoraConfig(r=8, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+        peft_config=LoraConfig(
+            r=8, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"
+        ),
     )
     forgetless.hold(trainer, given.importance, strength=given.strength)  # 2
     trainer.train()

@@ -1,6 +1,8 @@
-"""A finished comparison -> one figure: forgetting at 80 % of plain fine-tuning's learning for every method, a panel per domain, least first.
+"""A finished comparison -> one figure: forgetting at 80 % of plain fine-tuning's learning for every
+method, a panel per domain, least first.
 
-Reads compare.json and nothing else. Dots are means over seeds, lines their standard errors; methods that did not reach that learning are named below.
+Reads compare.json and nothing else. Dots are means over seeds, lines their standard errors; methods
+that did not reach that learning are named below.
 
     python experiments/bars.py experiments/lab/compare.json docs/compare.svg
 """
@@ -14,24 +16,36 @@ from typing import Any
 
 from drawing import INK, PALE, pyplot, save
 
-SHARE = 0.8  # nearly every method reaches it in every seed; 95 % of what plain learns at its best rate only some do
+# nearly every method reaches it in every seed; 95 % of what plain learns at its best rate only some
+# do
+SHARE = 0.8
 FLOOR = 1e-3  # of the axis
 OURS, PLAIN, OTHERS = "#0072b2", "#8c8c8c", "#b06a2c"
 
 
 def rows(comparison: dict[str, Any], domain: str) -> tuple[list[dict[str, Any]], list[str]]:
-    """(methods that reached the learning, least forgetting first; those that did not) on the text of the recorded kind."""
+    """(methods that reached the learning, least forgetting first; those that did not) on the text
+    of the recorded kind.
+    """
     recorded = next(text["name"] for text in comparison["texts"] if text["kind"] == "recorded")
-    found = [row for row in comparison["equal_learning"][domain][recorded] if row["share"] == SHARE and row["seeds"]]
+    found = [
+        row
+        for row in comparison["equal_learning"][domain][recorded]
+        if row["share"] == SHARE and row["seeds"]
+    ]
     reached = [row for row in found if row["forgetting"] is not None]
-    return sorted(reached, key=lambda row: row["forgetting"]), [row["method"] for row in found if row["forgetting"] is None]
+    return sorted(reached, key=lambda row: row["forgetting"]), [
+        row["method"] for row in found if row["forgetting"] is None
+    ]
 
 
 def draw(comparison: dict[str, Any], path: Path) -> None:
     """The figure, as SVG that follows the reader's colour scheme, or PNG."""
     domains = [domain["name"] for domain in comparison["domains"]]
     longest = max(len(rows(comparison, domain)[0]) for domain in domains)
-    figure, axes = pyplot("bars").subplots(1, len(domains), figsize=(5.6 * len(domains), 1.5 + 0.24 * longest), squeeze=False)
+    figure, axes = pyplot("bars").subplots(
+        1, len(domains), figsize=(5.6 * len(domains), 1.5 + 0.24 * longest), squeeze=False
+    )
     families = {method["name"]: method["family"] for method in comparison["methods"]}
     for axis, domain in zip(axes[0], domains, strict=True):
         panel(axis, domain, *rows(comparison, domain), families, longest)
@@ -39,7 +53,14 @@ def draw(comparison: dict[str, Any], path: Path) -> None:
     save(figure, path)
 
 
-def panel(axis: Any, domain: str, reached: list[dict[str, Any]], missed: list[str], families: dict[str, str], longest: int) -> None:
+def panel(
+    axis: Any,
+    domain: str,
+    reached: list[dict[str, Any]],
+    missed: list[str],
+    families: dict[str, str],
+    longest: int,
+) -> None:
     """One domain."""
     for place, row in enumerate(reached):
         ours = families.get(row["method"]) == "hold"
@@ -47,27 +68,56 @@ def panel(axis: Any, domain: str, reached: list[dict[str, Any]], missed: list[st
         least = max(row["forgetting"], FLOOR)
         axis.plot([FLOOR, least], [place, place], color=PALE, linewidth=0.8, zorder=1)
         if error := row["standard_error"]:
-            axis.plot([max(least - error, FLOOR), least + error], [place, place], color=colour, linewidth=2.2, zorder=2, solid_capstyle="round")
+            axis.plot(
+                [max(least - error, FLOOR), least + error],
+                [place, place],
+                color=colour,
+                linewidth=2.2,
+                zorder=2,
+                solid_capstyle="round",
+            )
         axis.plot(least, place, "o", color=colour, markersize=6 if ours else 5, zorder=3)
-        axis.annotate(f"{row['forgetting']:.4f}", (least + (error or 0), place), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8.5)
+        axis.annotate(
+            f"{row['forgetting']:.4f}",
+            (least + (error or 0), place),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8.5,
+        )
     axis.set_yticks(range(len(reached)), [row["method"] for row in reached])
     for text, row in zip(axis.get_yticklabels(), reached, strict=True):
         ours = families.get(row["method"]) == "hold"
         text.set_color(OURS if ours else INK)
         text.set_fontweight("bold" if ours else "normal")
-    axis.set(xscale="log", xlim=(FLOOR, 1.6), ylim=(longest - 0.4, -0.6), title=domain, xlabel="forgetting, nats per token (less is better)")
+    axis.set(
+        xscale="log",
+        xlim=(FLOOR, 1.6),
+        ylim=(longest - 0.4, -0.6),
+        title=domain,
+        xlabel="forgetting, nats per token (less is better)",
+    )
     axis.set_xticks((0.001, 0.01, 0.1, 1), ("0.001", "0.01", "0.1", "1"))
     axis.minorticks_off()
     axis.tick_params(axis="y", length=0)
     for side in ("top", "right", "left"):
         axis.spines[side].set_visible(False)
     if missed:
-        axis.annotate("not reached: " + ", ".join(missed), (0, 0), xytext=(0, -38), xycoords="axes fraction", textcoords="offset points", fontsize=8.5,
-                      va="top")  # fmt: skip
+        axis.annotate(
+            "not reached: " + ", ".join(missed),
+            (0, 0),
+            xytext=(0, -38),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            fontsize=8.5,
+            va="top",
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("comparison", type=Path)
     parser.add_argument("figure", type=Path)
     given = parser.parse_args()

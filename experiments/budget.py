@@ -1,22 +1,31 @@
-"""Promised against checked: budgets of 0.5, 1, 2 and 5 % on the lab models, ours against scaling, fixed strengths and small learning rates.
+"""Promised against checked: budgets of 0.5, 1, 2 and 5 % on the lab models, ours against scaling,
+fixed strengths and small learning rates.
 
-    python experiments/budget.py ../shared out/budget --domain sciq          # finished results are not made again, those of budget.json neither
-    python experiments/kept.py out/budget/results                            # what is there so far, as markdown and as a figure
+    python experiments/budget.py ../shared out/budget --domain sciq          # finished results are
+        not made again, those of budget.json neither
+    python experiments/kept.py out/budget/results                            # what is there so far,
+        as markdown and as a figure
 
-Protocol: 60 steps of 8 sequences of at most 128 tokens, LoRA of rank 8 on all linear layers, rate 4e-3, seeds 1, 2, 3. sciq and medmcqa as in frontier.py, on
-lab-english-5m; piqa (goal -> solution) on tinystories-char-1m, whose tokens are characters. Importance is the default recipe's, on 300 documents. Every
-method is finished by the same code on the same documents (`finish.keep_budget`), to the most learning that the control part allows, then checked. `ours` is
-`tune --budget`, trained anew for each budget; the others are trained once a seed and finished for each budget:
+Protocol: 60 steps of 8 sequences of at most 128 tokens, LoRA of rank 8 on all linear layers, rate
+4e-3, seeds 1, 2, 3. sciq and medmcqa as in frontier.py, on lab-english-5m; piqa (goal -> solution)
+on tinystories-char-1m, whose tokens are characters. Importance is the default recipe's, on 300
+documents. Every method is finished by the same code on the same documents (`finish.keep_budget`),
+to the most learning that the control part allows, then checked. `ours` is `tune --budget`, trained
+anew for each budget; the others are trained once a seed and finished for each budget:
 
     plain                  scaled
     shrunk                 plain's update made smaller along importance instead
     strength-3, -10, -30   the default recipe at fixed strengths, scaled or shrunk as ours is
-    rate-0.001, -0.0003    plain with a small learning rate, stopped at the last step that keeps the budget
+    rate-0.001, -0.0003    plain with a small learning rate, stopped at the last step that keeps the
+                           budget
 
-All are run with the first seed; with the others only plain, and the strength and the rate that learned most within the budgets.
-General text is the first 1,200 characters of 277 held-out documents of six sources (piqa: the first 500 of 347 stories), half of them for the check, so that a
-run costs about two minutes on one core. By `check_reach` that text can show all four budgets (of the first 600 characters: 1 % barely, 0.5 % not). One that it
-cannot show is refused before training, and the refusal is the result. Learning is measured on the rows that the finish chooses by, for all methods alike.
+All are run with the first seed; with the others only plain, and the strength and the rate that
+learned most within the budgets. General text is the first 1,200 characters of 277 held-out
+documents of six sources (piqa: the first 500 of 347 stories), half of them for the check, so that a
+run costs about two minutes on one core. By `check_reach` that text can show all four budgets (of
+the first 600 characters: 1 % barely, 0.5 % not). One that it cannot show is refused before
+training, and the refusal is the result. Learning is measured on the rows that the finish chooses
+by, for all methods alike.
 """
 
 from __future__ import annotations
@@ -46,8 +55,18 @@ from forgetless.options.verbs import resolve
 
 BUDGETS = ("5%", "2%", "1%", "0.5%")
 SEEDS = (1, 2, 3)
-STEPS = dict(max_steps=60, batch_size=8, accumulation=1, length=128, learning_rate=4e-3, dtype="float32", log_steps=10, save_steps=1000, overwrite=True,
-             threads=1)  # fmt: skip
+STEPS = dict(
+    max_steps=60,
+    batch_size=8,
+    accumulation=1,
+    length=128,
+    learning_rate=4e-3,
+    dtype="float32",
+    log_steps=10,
+    save_steps=1000,
+    overwrite=True,
+    threads=1,
+)
 CHARACTERS = {"general": 1200, "tinystories": 500}
 ROWS = {"sciq": 250, "medmcqa": 100, "piqa": 100}  # of the test file: about 12,000 tokens
 MODELS = {"sciq": "lab-english-5m", "medmcqa": "lab-english-5m", "piqa": "tinystories-char-1m"}
@@ -60,19 +79,47 @@ METHODS: dict[str, dict[str, Any]] = {  # what differs from plain; None: the imp
     "rate-0.001": dict(learning_rate=1e-3),
     "rate-0.0003": dict(learning_rate=3e-4),
 }
-FINISHES = {"strength": ("shrink", "scale"), "rate": ("stop",)}  # the ways in which a training run may be finished, by its kind; of plain's come two results
-KEPT = ("verdict", "reason", "budget_nats", "way", "share", "mu", "each", "promised", "control", "check", "checks", "learning", "documents_to_decide", "others",
-        "trajectory", "probe")  # fmt: skip
+FINISHES = {
+    "strength": ("shrink", "scale"),
+    "rate": ("stop",),
+}  # the ways in which a training run may be finished, by its kind; of plain's come two results
+KEPT = (
+    "verdict",
+    "reason",
+    "budget_nats",
+    "way",
+    "share",
+    "mu",
+    "each",
+    "promised",
+    "control",
+    "check",
+    "checks",
+    "learning",
+    "documents_to_decide",
+    "others",
+    "trajectory",
+    "probe",
+)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("shared", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--domain", choices=tuple(ROWS), default="sciq")
     parser.add_argument("--steps", type=int, default=STEPS["max_steps"], help="for a smoke test")
     parser.add_argument("--seeds", type=int, nargs="*", default=SEEDS)
-    parser.add_argument("--only", choices=("ours", "finished"), help="only runs that are trained for a budget, or only those that are finished for all of them")
+    parser.add_argument(
+        "--only",
+        choices=("ours", "finished"),
+        help=(
+            "only runs that are trained for a budget, or only those that are finished for all "
+            "of them"
+        ),
+    )
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     lab = Lab(given.shared, given.out, given.domain, given.steps)
@@ -81,7 +128,9 @@ def main() -> None:
         for budget in BUDGETS if given.only != "finished" else ():
             lab.ours(budget, seed)
         if given.only != "ours":
-            for method in METHODS if seed == SEEDS[0] else ("plain", lab.best("strength"), lab.best("rate")):
+            for method in (
+                METHODS if seed == SEEDS[0] else ("plain", lab.best("strength"), lab.best("rate"))
+            ):
                 lab.finished(method, seed)
 
 
@@ -89,15 +138,33 @@ class Lab:
     """The runs of one domain."""
 
     def __init__(self, shared: Path, out: Path, domain: str, steps: int):
-        self.model, self.out, self.domain, self.steps = str(shared / "models" / MODELS[domain]), out, domain, steps
+        self.model, self.out, self.domain, self.steps = (
+            str(shared / "models" / MODELS[domain]),
+            out,
+            domain,
+            steps,
+        )
         prepared = prepare(shared / "data", out / "data")
         stories = MODELS[domain].startswith("tinystories")
         general = shared / "data" / ("tinystories" if stories else "general") / "test.jsonl"
-        self.recorded = str(shared / "data/tinystories/train.jsonl") if stories else prepared["general_record"]
-        texts = [{**row, "text": row["text"][: CHARACTERS[general.parent.name]]} for row in read_lines(general)]
+        self.recorded = (
+            str(shared / "data/tinystories/train.jsonl") if stories else prepared["general_record"]
+        )
+        texts = [
+            {**row, "text": row["text"][: CHARACTERS[general.parent.name]]}
+            for row in read_lines(general)
+        ]
         self.general = few(out / "data" / f"{general.parent.name}.jsonl", texts)
-        train = f"piqa={shared / 'data/piqa/train.jsonl'}" if domain == "piqa" else prepared[f"{domain}_train"]
-        held = f"piqa={shared / 'data/piqa/test.jsonl'}" if domain == "piqa" else prepared[f"{domain}_test"]
+        train = (
+            f"piqa={shared / 'data/piqa/train.jsonl'}"
+            if domain == "piqa"
+            else prepared[f"{domain}_train"]
+        )
+        held = (
+            f"piqa={shared / 'data/piqa/test.jsonl'}"
+            if domain == "piqa"
+            else prepared[f"{domain}_test"]
+        )
         task, path = held.split("=") if "=" in held else ("", held)
         kept = few(out / "data" / f"{domain}_held.jsonl", read_lines(Path(path))[: ROWS[domain]])
         self.data, self.held = train, f"{task}={kept}" if task else kept
@@ -108,16 +175,28 @@ class Lab:
 
         path = self.out / f"{Path(self.model).name}.safetensors"
         if not path.exists():
-            record(resolve(RecordOptions, {**RECORDING, "model": self.model, "general": self.recorded, "out": str(path)}, RECORD_PRESETS))
+            record(
+                resolve(
+                    RecordOptions,
+                    {**RECORDING, "model": self.model, "general": self.recorded, "out": str(path)},
+                    RECORD_PRESETS,
+                )
+            )
         return str(path)
 
     def best(self, kind: str) -> str:
-        """The method of a kind that learned most within the budgets, on average, with the first seed."""
+        """The method of a kind that learned most within the budgets, on average, with the first
+        seed.
+        """
         learned = {}
         for method in METHODS:
             if method.startswith(kind):
                 runs = [read_json(self.place(method, budget, SEEDS[0])) for budget in BUDGETS]
-                learned[method] = sum(run["learning"]["nats"] for run in runs if run["verdict"] == "met" and run["learning"])
+                learned[method] = sum(
+                    run["learning"]["nats"]
+                    for run in runs
+                    if run["verdict"] == "met" and run["learning"]
+                )
         return max(learned, key=lambda method: learned[method])
 
     def place(self, method: str, budget: str, seed: int) -> Path:
@@ -127,16 +206,30 @@ class Lab:
         """Take over the results of this domain that earlier campaigns left (kept.py wrote them)."""
         for result in read_json(known) if known.exists() else ():
             place = self.place(result["method"], result["budget"], result["seed"])
-            if (result["domain"], result["steps"]) == (self.domain, self.steps) and not place.exists():
+            if (result["domain"], result["steps"]) == (
+                self.domain,
+                self.steps,
+            ) and not place.exists():
                 write_json(place, result)
 
     def train(self, seed: int, **differs: Any) -> dict[str, Any]:
         from forgetless.tune.tune import tune
 
-        given = {**STEPS, "max_steps": self.steps, "model": self.model, "data": self.data, "seed": seed, **differs}
+        given = {
+            **STEPS,
+            "max_steps": self.steps,
+            "model": self.model,
+            "data": self.data,
+            "seed": seed,
+            **differs,
+        }
         if "importance" in given:
             given["importance"] = self.importance()
-        return tune(resolve(TuneOptions, {**given, "out": str(self.out / "last" / self.domain)}, TUNE_PRESETS))
+        return tune(
+            resolve(
+                TuneOptions, {**given, "out": str(self.out / "last" / self.domain)}, TUNE_PRESETS
+            )
+        )
 
     def ours(self, budget: str, seed: int) -> None:
         """`tune --budget`, from the start to the verdict."""
@@ -144,21 +237,41 @@ class Lab:
             return
         started = time.perf_counter()
         try:
-            run = self.train(seed, importance=None, budget=budget, general=self.general, eval_data=self.held)
+            run = self.train(
+                seed, importance=None, budget=budget, general=self.general, eval_data=self.held
+            )
         except ValueError as error:
             if "too short to show" not in str(error):
                 raise
-            self.write("ours", budget, seed, {"verdict": "refused", "reason": str(error)}, time.perf_counter() - started, None)
+            self.write(
+                "ours",
+                budget,
+                seed,
+                {"verdict": "refused", "reason": str(error)},
+                time.perf_counter() - started,
+                None,
+            )
             return
-        self.write("ours", budget, seed, run["budget"], time.perf_counter() - started, run["train_seconds"])
+        self.write(
+            "ours", budget, seed, run["budget"], time.perf_counter() - started, run["train_seconds"]
+        )
 
     def finished(self, method: str, seed: int) -> None:
         """One training run without a budget, finished for each of them."""
         from forgetless.budget.finish import keep_budget, ways_of
         from forgetless.importance.importance import Importance
 
-        names = {"plain": ("scale",), "shrunk": ("shrink",)} if method == "plain" else {method: FINISHES[method.partition("-")[0]]}
-        wanted = [(name, budget) for name in names for budget in BUDGETS if not self.place(name, budget, seed).exists()]
+        names = (
+            {"plain": ("scale",), "shrunk": ("shrink",)}
+            if method == "plain"
+            else {method: FINISHES[method.partition("-")[0]]}
+        )
+        wanted = [
+            (name, budget)
+            for name in names
+            for budget in BUDGETS
+            if not self.place(name, budget, seed).exists()
+        ]
         if not wanted:
             return
         with every_step() as steps:
@@ -166,13 +279,22 @@ class Lab:
         started = time.perf_counter()
         model, ledger, learning, update = self.reload()
         now: list[Any] = [("scale", 1.0)]
-        remembered = lambda part: Remembered(**{f.name: getattr(part, f.name) for f in dataclasses.fields(part)}, now=now)
-        ledger = dataclasses.replace(ledger, control=remembered(ledger.control), check=remembered(ledger.check))
+        remembered = lambda part: Remembered(
+            **{f.name: getattr(part, f.name) for f in dataclasses.fields(part)}, now=now
+        )
+        ledger = dataclasses.replace(
+            ledger, control=remembered(ledger.control), check=remembered(ledger.check)
+        )
         learning = dataclasses.replace(learning, part=remembered(learning.part))
         ways = ways_of(update, Importance.load(self.importance())) | {"stop": stopped(model, steps)}
         ways = {way: self.noted(now, way, apply) for way, apply in ways.items()}
         for name, budget in wanted:
-            report = keep_budget(dataclasses.replace(ledger, budget=parse(budget)), model, {way: ways[way] for way in names[name]}, learning)
+            report = keep_budget(
+                dataclasses.replace(ledger, budget=parse(budget)),
+                model,
+                {way: ways[way] for way in names[name]},
+                learning,
+            )
             self.write(name, budget, seed, report, time.perf_counter() - started, train_seconds)
 
     @staticmethod
@@ -199,13 +321,33 @@ class Lab:
         options = ModelOptions(model=self.model, dtype="float32")
         model, tokenizer = load_model(options), load_tokenizer(options)
         ledger = open_ledger(model, tokenizer, load_documents(self.general), parse("1%"), pieces=1)
-        learning = domain(model, encode_rows(load_training_data(self.held, split="test"), tokenizer), self.held)
-        model = PeftModel.from_pretrained(model, str(self.out / "last" / self.domain / "final"), is_trainable=True).eval()
+        learning = domain(
+            model, encode_rows(load_training_data(self.held, split="test"), tokenizer), self.held
+        )
+        model = PeftModel.from_pretrained(
+            model, str(self.out / "last" / self.domain / "final"), is_trainable=True
+        ).eval()
         return model, ledger, learning, Update(model)
 
-    def write(self, method: str, budget: str, seed: int, report: dict[str, Any], seconds: float, train_seconds: float | None) -> None:
-        result = {"domain": self.domain, "method": method, "budget": budget, "seed": seed, "steps": self.steps, "seconds": seconds,
-                  "train_seconds": train_seconds, **{key: report[key] for key in KEPT if key in report}}  # fmt: skip
+    def write(
+        self,
+        method: str,
+        budget: str,
+        seed: int,
+        report: dict[str, Any],
+        seconds: float,
+        train_seconds: float | None,
+    ) -> None:
+        result = {
+            "domain": self.domain,
+            "method": method,
+            "budget": budget,
+            "seed": seed,
+            "steps": self.steps,
+            "seconds": seconds,
+            "train_seconds": train_seconds,
+            **{key: report[key] for key in KEPT if key in report},
+        }
         write_json(self.place(method, budget, seed), {**result, "environment": environment("cpu")})
 
 
@@ -213,7 +355,9 @@ class Lab:
 def every_step() -> Iterator[list[list[torch.Tensor]]]:
     """What is trained, after each optimizer step that is taken meanwhile."""
     taken: list[list[torch.Tensor]] = []
-    note = lambda optimizer, *_: taken.append([p.detach().clone() for group in optimizer.param_groups for p in group["params"]])
+    note = lambda optimizer, *_: taken.append(
+        [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
+    )
     handle = register_optimizer_step_post_hook(note)
     try:
         yield taken
@@ -221,10 +365,17 @@ def every_step() -> Iterator[list[list[torch.Tensor]]]:
         handle.remove()
 
 
-def stopped(model: torch.nn.Module, steps: Sequence[Sequence[torch.Tensor]]) -> Callable[[float], None]:
-    """A function: share -> the model as it was after that share of the steps, 0 for the base. `model` carries the last one."""
+def stopped(
+    model: torch.nn.Module, steps: Sequence[Sequence[torch.Tensor]]
+) -> Callable[[float], None]:
+    """A function: share -> the model as it was after that share of the steps, 0 for the base.
+
+    `model` carries the last one.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
-    assert all(torch.equal(p, last) for p, last in zip(trained, steps[-1], strict=True)), "the model that was loaded is not the one that was trained"
+    assert all(torch.equal(p, last) for p, last in zip(trained, steps[-1], strict=True)), (
+        "the model that was loaded is not the one that was trained"
+    )
 
     @torch.no_grad()
     def apply(share: float) -> None:

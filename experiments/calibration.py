@@ -1,13 +1,19 @@
-"""Does a calibration made while recording predict what fine-tuning on other data costs? Every estimator, with and without the first-order term.
+"""Does a calibration made while recording predict what fine-tuning on other data costs?
 
-    python experiments/calibration.py ../shared out/calibration --updates lab-english-5m tinystories-char-1m
-    python experiments/calibration.py ../shared out/calibration --runs sciq medmcqa piqa
-    python experiments/calibration.py ../shared out/calibration --page          # calibration.json and .md, from what is there
+Every estimator, with and without the first-order term.
 
-Calibrated on: the nine updates of `forgetless record --calibrate` (calibrating.py), held by Kronecker importance of rank 64; every estimator is calibrated on the
-same nine. Tested on: 60 steps (as budget.py) on sciq, medmcqa and piqa, plain, at a small rate, at five strengths, with KL; three seeds; rises are those of all
-held-out documents. For each budget the update is scaled to where its bound meets the budget, and what it really costs there is read off its measured curve
-(interpolated between five sizes). Nothing of the tested domains was seen by a calibration.
+    python experiments/calibration.py ../shared out/calibration --updates lab-english-5m
+    tinystories-char-1m python experiments/calibration.py ../shared out/calibration --runs sciq
+    medmcqa piqa
+    python experiments/calibration.py ../shared out/calibration --page          # calibration.json
+        and .md, from what is there
+
+Calibrated on: the nine updates of `forgetless record --calibrate` (calibrating.py), held by
+Kronecker importance of rank 64; every estimator is calibrated on the same nine. Tested on: 60 steps
+(as budget.py) on sciq, medmcqa and piqa, plain, at a small rate, at five strengths, with KL; three
+seeds; rises are those of all held-out documents. For each budget the update is scaled to where its
+bound meets the budget, and what it really costs there is read off its measured curve (interpolated
+between five sizes). Nothing of the tested domains was seen by a calibration.
 """
 
 from __future__ import annotations
@@ -39,20 +45,42 @@ from forgetless.record.calibrate import gradient, parabola
 
 HERE = Path(__file__).parent
 SCALES = (0.125, 0.25, 0.5, 0.75, 1.0)
-METHODS: dict[str, dict[str, Any]] = {"plain": {}, "rate-0.001": dict(learning_rate=1e-3), "kl": dict(method="kl"),
-                                      **{f"strength-{x}": dict(importance=None, strength=float(x)) for x in (1, 3, 10, 30, 100)}}  # fmt: skip
-GROUPS = {"held at 3 to 30": ("strength-3", "strength-10", "strength-30"), "plain, held at 1": ("plain", "strength-1"),
-          "small rate, held at 100, KL": ("rate-0.001", "strength-100", "kl")}  # fmt: skip
+METHODS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rate-0.001": dict(learning_rate=1e-3),
+    "kl": dict(method="kl"),
+    **{f"strength-{x}": dict(importance=None, strength=float(x)) for x in (1, 3, 10, 30, 100)},
+}
+GROUPS = {
+    "held at 3 to 30": ("strength-3", "strength-10", "strength-30"),
+    "plain, held at 1": ("plain", "strength-1"),
+    "small rate, held at 100, KL": ("rate-0.001", "strength-100", "kl"),
+}
 DOMAINS = {"lab-english-5m": ("sciq", "medmcqa"), "tinystories-char-1m": ("piqa",)}
-FIRST: dict[str, Callable[[float], float]] = {"a rise by g counted, as tune does": lambda first: max(first, 0.0), "a fall too": lambda first: first}
-RECORDED: dict[str, dict[str, Any]] = {"fisher": dict(estimator="fisher"), "kronecker": dict(cov_rank=0), "uniform": dict(estimator="uniform"),
-                                       "path": dict(estimator="path", max_steps=120, accumulation=1)}  # fmt: skip
-CONVERTED = {"kronecker:64": ("kronecker", "kronecker:64"), "kronecker:16": ("kronecker", "kronecker:16"), "fisher, u8": ("fisher", "u8"),
-             "fisher, u4": ("fisher", "u4"), "fisher, factored": ("fisher", "factored"), "path, factored": ("path", "factored")}  # fmt: skip
+FIRST: dict[str, Callable[[float], float]] = {
+    "a rise by g counted, as tune does": lambda first: max(first, 0.0),
+    "a fall too": lambda first: first,
+}
+RECORDED: dict[str, dict[str, Any]] = {
+    "fisher": dict(estimator="fisher"),
+    "kronecker": dict(cov_rank=0),
+    "uniform": dict(estimator="uniform"),
+    "path": dict(estimator="path", max_steps=120, accumulation=1),
+}
+CONVERTED = {
+    "kronecker:64": ("kronecker", "kronecker:64"),
+    "kronecker:16": ("kronecker", "kronecker:16"),
+    "fisher, u8": ("fisher", "u8"),
+    "fisher, u4": ("fisher", "u4"),
+    "fisher, factored": ("fisher", "factored"),
+    "path, factored": ("path", "factored"),
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("shared", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--updates", nargs="*", choices=tuple(DOMAINS), default=())
@@ -85,19 +113,41 @@ def short_trainings(shared: Path, out: Path, name: str) -> None:
     from forgetless.record.record import record
 
     lab = lab_of(shared, out, name)
-    options = resolve(RecordOptions, {**RECORDING, "model": lab.model, "general": lab.recorded, "out": str(out / "importance" / f"{name}.safetensors"),
-                                      "calibrate": True}, RECORD_PRESETS)  # fmt: skip
+    options = resolve(
+        RecordOptions,
+        {
+            **RECORDING,
+            "model": lab.model,
+            "general": lab.recorded,
+            "out": str(out / "importance" / f"{name}.safetensors"),
+            "calibrate": True,
+        },
+        RECORD_PRESETS,
+    )
     base, tokenizer = load_model(options), load_tokenizer(options)
     recorded, kept = apart(load_documents(lab.recorded), tokenizer)
     text = out / "importance" / f"{name}.jsonl"
-    write_text(text, "".join(json.dumps({"text": d.text, "source": d.source}) + "\n" for d in recorded[: options.documents]))
+    write_text(
+        text,
+        "".join(
+            json.dumps({"text": d.text, "source": d.source}) + "\n"
+            for d in recorded[: options.documents]
+        ),
+    )
     importance = record(replace(options, general=str(text), calibrate=False))
     trained, part = divided(base, tokenizer, kept)
-    for number, (update, found) in enumerate(measured_updates(options, base, tokenizer, importance, trained, part)):
+    for number, (update, found) in enumerate(
+        measured_updates(options, base, tokenizer, importance, trained, part)
+    ):
         place = out / "updates" / f"{name}-{number}"
         place.mkdir(parents=True, exist_ok=True)
         save_file(
-            {f"{w.name}.{key}": t.detach().contiguous() for w in update.weights for key, t in (("A", w.A), ("B", w.scale * w.B))}, place / "update.safetensors"
+            {
+                f"{w.name}.{key}": t.detach().contiguous()
+                for w in update.weights
+                for key, t in (("A", w.A), ("B", w.scale * w.B))
+            },
+            place / "update.safetensors",
         )
         write_json(place / "result.json", found)
 
@@ -107,7 +157,10 @@ def fine_tuning(shared: Path, out: Path, domain: str, method: str, seed: int) ->
     from forgetless.options.tune import TuneOptions
     from forgetless.tune.tune import tune
 
-    place, lab = out / "runs" / f"{domain}-{method}-{seed}", Lab(shared, out.parent / "budget", domain, STEPS["max_steps"])
+    place, lab = (
+        out / "runs" / f"{domain}-{method}-{seed}",
+        Lab(shared, out.parent / "budget", domain, STEPS["max_steps"]),
+    )
     if (place / "result.json").exists():
         return
     differs = dict(METHODS[method])
@@ -116,21 +169,54 @@ def fine_tuning(shared: Path, out: Path, domain: str, method: str, seed: int) ->
     if method == "kl":
         differs |= {"replay": lab.recorded, "replay_documents": 300}
     lab.out = out
-    tune(resolve(TuneOptions, {**STEPS, "model": lab.model, "data": lab.data, "seed": seed, **differs, "out": str(out / "last" / domain)}, TUNE_PRESETS))
+    tune(
+        resolve(
+            TuneOptions,
+            {
+                **STEPS,
+                "model": lab.model,
+                "data": lab.data,
+                "seed": seed,
+                **differs,
+                "out": str(out / "last" / domain),
+            },
+            TUNE_PRESETS,
+        )
+    )
     model, ledger, learning, update = lab.reload()
     parts, points = (ledger.control, ledger.check), []
     for scale in SCALES:
         update.scale(scale)
-        rise = paired_rise(*(np.concatenate(arrays) for arrays in ([p.nats for p in parts], [p.losses(model) for p in parts], [p.tokens for p in parts])),
-                           [source for p in parts for source in p.sources])  # fmt: skip
-        points.append({"scale": scale, "nats": rise.nats, "standard_error": rise.standard_error, "learning": learning.of(model).nats})
+        rise = paired_rise(
+            *(
+                np.concatenate(arrays)
+                for arrays in (
+                    [p.nats for p in parts],
+                    [p.losses(model) for p in parts],
+                    [p.tokens for p in parts],
+                )
+            ),
+            [source for p in parts for source in p.sources],
+        )
+        points.append(
+            {
+                "scale": scale,
+                "nats": rise.nats,
+                "standard_error": rise.standard_error,
+                "learning": learning.of(model).nats,
+            }
+        )
     place.mkdir(parents=True, exist_ok=True)
     shutil.copytree(out / "last" / domain / "final", place / "adapter", dirs_exist_ok=True)
-    write_json(place / "result.json", {"domain": domain, "method": method, "seed": seed, "points": points})
+    write_json(
+        place / "result.json", {"domain": domain, "method": method, "seed": seed, "points": points}
+    )
 
 
 def importances(shared: Path, out: Path, name: str) -> dict[str, Any]:
-    """Every estimator and tier of a model, recorded on the text that all are, when they are first needed."""
+    """Every estimator and tier of a model, recorded on the text that all are, when they are first
+    needed.
+    """
     from forgetless.importance.importance import Importance
     from forgetless.record.record import record
 
@@ -138,8 +224,27 @@ def importances(shared: Path, out: Path, name: str) -> dict[str, Any]:
     for label, differs in RECORDED.items():
         path = out / "importance" / f"{name}-{label}.safetensors"
         if not path.exists():
-            text = {} if label == "uniform" else dict(batch_size=16, length=128, general=str(out / "importance" / f"{name}.jsonl"))
-            record(resolve(RecordOptions, {**text, "dtype": "float32", "threads": 1, "model": lab.model, "out": str(path), **differs}, RECORD_PRESETS))
+            text = (
+                {}
+                if label == "uniform"
+                else dict(
+                    batch_size=16, length=128, general=str(out / "importance" / f"{name}.jsonl")
+                )
+            )
+            record(
+                resolve(
+                    RecordOptions,
+                    {
+                        **text,
+                        "dtype": "float32",
+                        "threads": 1,
+                        "model": lab.model,
+                        "out": str(path),
+                        **differs,
+                    },
+                    RECORD_PRESETS,
+                )
+            )
         found[label] = Importance.load(path)
     return found | {label: found[of].to_tier(tier) for label, (of, tier) in CONVERTED.items()}
 
@@ -154,22 +259,50 @@ def slope(shared: Path, out: Path, name: str) -> dict[str, tuple[torch.Tensor, t
     if not place.exists():
         options = ModelOptions(model=lab.model, dtype="float32")
         model, tokenizer = load_model(options), load_tokenizer(options)
-        rows = encode(load_documents(str(out / "importance" / f"{name}.jsonl")), tokenizer, length=128)
-        found = gradient(model, "all-linear", list(batches(rows, batch_size=8, pad_id=tokenizer.pad_token_id)), rank=32)
-        save_file({f"{weight}.{side}": t.contiguous() for weight, pair in found.items() for side, t in zip("LR", pair, strict=True)}, place)
+        rows = encode(
+            load_documents(str(out / "importance" / f"{name}.jsonl")), tokenizer, length=128
+        )
+        found = gradient(
+            model,
+            "all-linear",
+            list(batches(rows, batch_size=8, pad_id=tokenizer.pad_token_id)),
+            rank=32,
+        )
+        save_file(
+            {
+                f"{weight}.{side}": t.contiguous()
+                for weight, pair in found.items()
+                for side, t in zip("LR", pair, strict=True)
+            },
+            place,
+        )
     tensors = load_file(place)
-    return {key[:-2]: (tensors[key].float(), tensors[key[:-2] + ".R"].float()) for key in tensors if key.endswith(".L")}
+    return {
+        key[:-2]: (tensors[key].float(), tensors[key[:-2] + ".R"].float())
+        for key in tensors
+        if key.endswith(".L")
+    }
 
 
 def featured(folder: Path, known: dict[str, Any], gradients: dict[str, Any]) -> dict[str, Any]:
     """A result with the update's energy by every estimator, and its first-order term."""
     if (folder / "update.safetensors").exists():
         tensors = load_file(folder / "update.safetensors")
-        U = {key[:-2]: tensors[key[:-2] + ".B"] @ tensors[key] for key in tensors if key.endswith(".A")}
+        U = {
+            key[:-2]: tensors[key[:-2] + ".B"] @ tensors[key]
+            for key in tensors
+            if key.endswith(".A")
+        }
     else:
         U = updates(folder / "adapter") or {}
-    energies = {label: sum(float(importance[weight].energy(u)) for weight, u in U.items()) for label, importance in known.items()}
-    first = sum(float(((gradients[weight][0].T @ u) * gradients[weight][1]).sum()) for weight, u in U.items())
+    energies = {
+        label: sum(float(importance[weight].energy(u)) for weight, u in U.items())
+        for label, importance in known.items()
+    }
+    first = sum(
+        float(((gradients[weight][0].T @ u) * gradients[weight][1]).sum())
+        for weight, u in U.items()
+    )
     return {**read_json(folder / "result.json"), "energies": energies, "first": first}
 
 
@@ -187,10 +320,14 @@ def largest(bound: Any, limit: float) -> float:
 
 
 def costs(result: dict[str, Any], share: float) -> float:
-    """The rise at a share, from the measured points: rise / share is interpolated linearly, and goes on linearly below the first."""
+    """The rise at a share, from the measured points: rise / share is interpolated linearly, and
+    goes on linearly below the first.
+    """
     scales, slopes = SCALES, [p["nats"] / p["scale"] for p in result["points"]]
     if share < scales[0]:
-        return share * (slopes[0] + (slopes[1] - slopes[0]) / (scales[1] - scales[0]) * (share - scales[0]))
+        return share * (
+            slopes[0] + (slopes[1] - slopes[0]) / (scales[1] - scales[0]) * (share - scales[0])
+        )
     return share * float(np.interp(share, scales, slopes))
 
 
@@ -200,8 +337,15 @@ def most_learning(result: dict[str, Any], share: float) -> float:
     return max(float(np.interp(share * part / 20, scales, learned)) for part in range(21))
 
 
-def tested(known: Calibration, runs: Sequence[dict[str, Any]], label: str, counted: Callable[[float], float]) -> str:
-    """Cells of the table: how often the budget was kept, at what share of it, the largest, and learning beside the exact scale's."""
+def tested(
+    known: Calibration,
+    runs: Sequence[dict[str, Any]],
+    label: str,
+    counted: Callable[[float], float],
+) -> str:
+    """Cells of the table: how often the budget was kept, at what share of it, the largest, and
+    learning beside the exact scale's.
+    """
     shares, kept = [], []
     for run in runs:
         first, energy = counted(run["first"]), run["energies"][label]
@@ -209,50 +353,106 @@ def tested(known: Calibration, runs: Sequence[dict[str, Any]], label: str, count
             limit = parse(budget).nats
             share = largest(lambda s, f=first, e=energy: s * f + known.bound(0.0, s * s * e), limit)
             shares.append(costs(run, share) / limit)
-            kept.append(most_learning(run, share) / most_learning(run, largest(lambda s, run=run: costs(run, s), limit)))
+            kept.append(
+                most_learning(run, share)
+                / most_learning(run, largest(lambda s, run=run: costs(run, s), limit))
+            )
     within = sum(share <= 1 for share in shares)
-    return f"{within} of {len(shares)} | {statistics.median(shares):.2f} | {max(shares):.2f} | {statistics.median(kept):.2f}"
+    return (
+        f"{within} of {len(shares)} | {statistics.median(shares):.2f} | {max(shares):.2f} | "
+        f"{statistics.median(kept):.2f}"
+    )
 
 
 def collected(shared: Path, out: Path, name: str) -> dict[str, list[dict[str, Any]]]:
     """The updates that calibrate and the runs that test, with their energies by every estimator."""
     known, gradients = importances(shared, out, name), slope(shared, out, name)
     made = [path.parent for path in sorted((out / "updates").glob(f"{name}-*/result.json"))]
-    runs = [path.parent for domain in DOMAINS[name] for path in sorted((out / "runs").glob(f"{domain}-*/result.json"))]
-    return {"updates": [featured(folder, known, gradients) for folder in made], "runs": [featured(folder, known, gradients) for folder in runs]}
+    runs = [
+        path.parent
+        for domain in DOMAINS[name]
+        for path in sorted((out / "runs").glob(f"{domain}-*/result.json"))
+    ]
+    return {
+        "updates": [featured(folder, known, gradients) for folder in made],
+        "runs": [featured(folder, known, gradients) for folder in runs],
+    }
 
 
 def page(found: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
-    lines = ["# Calibrations made while recording, tested on other domains", "", "<!-- made by experiments/calibration.py -->", "",
-             "Kept: how often an update that was scaled to a bound of .5, 1, 2 or 5 % cost no more than that. Cost: its measured rise as a share of the "
-             "budget. Learning: beside that of the largest scale that really keeps the budget. g: the first-order term of rank 32, not counted where it is not "
-             "named."]  # fmt: skip
+    lines = [
+        "# Calibrations made while recording, tested on other domains",
+        "",
+        "<!-- made by experiments/calibration.py -->",
+        "",
+        "Kept: how often an update that was scaled to a bound of .5, 1, 2 or 5 % cost no more "
+        "than that. Cost: its measured rise as a share of the "
+        "budget. Learning: beside that of the largest scale that really keeps the budget. g: the "
+        "first-order term of rank 32, not counted where it is not "
+        "named.",
+    ]
     for name, domains in DOMAINS.items():
         made, runs = found[name]["updates"], found[name]["runs"]
-        lines += ["", f"## {name}: {len(made)} updates calibrate, {len(runs)} runs on {' and '.join(domains)} test", ""]
-        lines += ["| estimator | nats per unit of energy | typical factor | bound's factor | tested on | kept | cost, median | largest | learning, median |",
-                  "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+        lines += [
+            "",
+            f"## {name}: {len(made)} updates calibrate, {len(runs)} runs on "
+            f"{' and '.join(domains)} test",
+            "",
+        ]
+        lines += [
+            "| estimator | nats per unit of energy | typical factor | bound's factor | tested on "
+            "| kept | cost, median | largest | learning, median |",
+            "|---|---|---|---|---|---|---|---|---|",
+        ]
         for label in made[0]["energies"]:
             calibration = calibration_of(made, label)
-            about = f"| {label} | {calibration.cost:.3g} | {calibration.error:.2f} | {calibration.factor:.2f} |"
+            about = (
+                f"| {label} | {calibration.cost:.3g} | {calibration.error:.2f} | "
+                f"{calibration.factor:.2f} |"
+            )
             for group, methods in GROUPS.items():
                 chosen = [run for run in runs if run["method"] in methods]
-                lines.append(f"{about} {group} | {tested(calibration, chosen, label, lambda first: 0.0)} |")
+                lines.append(
+                    f"{about} {group} | {tested(calibration, chosen, label, lambda first: 0.0)} |"
+                )
                 for how, counted in FIRST.items() if label == "kronecker:64" else ():
-                    lines.append(f"| {label}, {how} | | | | {group} | {tested(calibration, chosen, label, counted)} |")
+                    lines.append(
+                        f"| {label}, {how} | | | | {group} | "
+                        f"{tested(calibration, chosen, label, counted)} |"
+                    )
                 about = "| | | | |"
-        lines += ["", "First-order term against the f of f s + q s^2 fitted to the measured rise, and q / E by `kronecker:64`; means over seeds:", "",
-                  "| domain | method | f measured | g of rank 32 | q / E |", "|---|---|---|---|---|"]  # fmt: skip
+        lines += [
+            "",
+            "First-order term against the f of f s + q s^2 fitted to the measured rise, and q / "
+            "E by `kronecker:64`; means over seeds:",
+            "",
+            "| domain | method | f measured | g of rank 32 | q / E |",
+            "|---|---|---|---|---|",
+        ]
         for domain in domains:
             for method in METHODS:
                 some = [run for run in runs if (run["domain"], run["method"]) == (domain, method)]
-                fits = [parabola([{"share": p["scale"], **p} for p in run["points"]]) for run in some]
+                fits = [
+                    parabola([{"share": p["scale"], **p} for p in run["points"]]) for run in some
+                ]
                 g = statistics.mean(run["first"] for run in some) if some else 0.0
                 if some and all(second > 0 for _, second, _ in fits):
-                    ratio = statistics.geometric_mean([second / run["energies"]["kronecker:64"] for (_, second, _), run in zip(fits, some, strict=True)])
-                    lines.append(f"| {domain} | {method} | {statistics.mean(first for first, _, _ in fits):+.4f} | {g:+.4f} | {ratio:.2f} |")
+                    ratio = statistics.geometric_mean(
+                        [
+                            second / run["energies"]["kronecker:64"]
+                            for (_, second, _), run in zip(fits, some, strict=True)
+                        ]
+                    )
+                    lines.append(
+                        f"| {domain} | {method} | "
+                        f"{statistics.mean(first for first, _, _ in fits):+.4f} | {g:+.4f} | "
+                        f"{ratio:.2f} |"
+                    )
                 elif some:
-                    lines.append(f"| {domain} | {method} | fewer than three sizes below .08 nats | {g:+.4f} | |")
+                    lines.append(
+                        f"| {domain} | {method} | fewer than three sizes below .08 nats | "
+                        f"{g:+.4f} | |"
+                    )
     return "\n".join(lines) + "\n"
 
 

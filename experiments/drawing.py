@@ -1,4 +1,6 @@
-"""How the experiments draw: matplotlib without a screen, in ink that follows the reader's colour scheme."""
+"""How the experiments draw: matplotlib without a screen, in ink that follows the reader's colour
+scheme.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,19 @@ def pyplot(salt: str) -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": salt, "font.family": "sans-serif", "font.size": 10, "axes.edgecolor": INK,
-                                "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK})  # fmt: skip
+    matplotlib.rcParams.update(
+        {
+            "svg.fonttype": "none",
+            "svg.hashsalt": salt,
+            "font.family": "sans-serif",
+            "font.size": 10,
+            "axes.edgecolor": INK,
+            "text.color": INK,
+            "axes.labelcolor": INK,
+            "xtick.color": INK,
+            "ytick.color": INK,
+        }
+    )
     from matplotlib import pyplot as found
 
     return found
@@ -28,5 +41,9 @@ def save(figure: Any, path: Path) -> None:
     found.close(figure)
     if path.suffix == ".svg":
         style = "<style>:root{--ink:#24292f;--pale:#d8dee4}@media(prefers-color-scheme:dark){:root{--ink:#e6edf3;--pale:#30363d}}</style>"
-        svg = path.read_text(encoding="utf-8").replace(INK, f"var(--ink,{INK})").replace(PALE, f"var(--pale,{PALE})")
+        svg = (
+            path.read_text(encoding="utf-8")
+            .replace(INK, f"var(--ink,{INK})")
+            .replace(PALE, f"var(--pale,{PALE})")
+        )
         path.write_text(svg.replace("<defs>", f"{style}<defs>", 1), encoding="utf-8")

@@ -1,12 +1,18 @@
-"""A budget kept on a prediction, without general text, and what it really cost: `tune --budget` with a calibrated importance file, measured afterwards.
+"""A budget kept on a prediction, without general text, and what it really cost:
 
-    python experiments/predicted.py ../shared out/predicted --domain sciq         # finished runs are not made again
-    python experiments/predicted.py ../shared out/predicted --page                # experiments/predicted.json -> predicted.md
+`tune --budget` with a calibrated importance file, measured afterwards.
 
-Models, domains, steps and budgets as in budget.py, three seeds. The importance file is the default recipe's on the same text (300 documents), with
---calibrate: a third of that text is kept apart for it. The domains, their rows and the documents of the measurement were not seen by the calibration. After the
-run all 277 held-out general documents (piqa: 347 stories) are measured, of which the run has seen none. `ours` are the runs of budget.json, whose
-strength and scale were found by measuring on half of these documents.
+    python experiments/predicted.py ../shared out/predicted --domain sciq         # finished runs
+        are not made again
+    python experiments/predicted.py ../shared out/predicted --page                #
+        experiments/predicted.json -> predicted.md
+
+Models, domains, steps and budgets as in budget.py, three seeds. The importance file is the default
+recipe's on the same text (300 documents), with --calibrate: a third of that text is kept apart for
+it. The domains, their rows and the documents of the measurement were not seen by the calibration.
+After the run all 277 held-out general documents (piqa: 347 stories) are measured, of which the run
+has seen none. `ours` are the runs of budget.json, whose strength and scale were found by measuring
+on half of these documents.
 """
 
 from __future__ import annotations
@@ -29,7 +35,16 @@ from forgetless.options.verbs import resolve
 from forgetless.report.numbers import perplexity_percent
 
 HERE = Path(__file__).parent
-KEPT = ("budget_nats", "share", "promised", "predicted", "calibration", "learning", "trajectory", "curve")
+KEPT = (
+    "budget_nats",
+    "share",
+    "promised",
+    "predicted",
+    "calibration",
+    "learning",
+    "trajectory",
+    "curve",
+)
 
 
 class Predicted(Lab):
@@ -40,7 +55,14 @@ class Predicted(Lab):
 
         path = self.out / f"{Path(self.model).name}.safetensors"
         if not path.exists() or path.with_name(path.name + ".state").exists():
-            given = {**RECORDING, "model": self.model, "general": self.recorded, "out": str(path), "calibrate": True, "resume": True}
+            given = {
+                **RECORDING,
+                "model": self.model,
+                "general": self.recorded,
+                "out": str(path),
+                "calibrate": True,
+                "resume": True,
+            }
             record(resolve(RecordOptions, given, RECORD_PRESETS))
         return str(path)
 
@@ -52,23 +74,47 @@ class Predicted(Lab):
         model, ledger, _, _ = self.reload()
         both = (ledger.control, ledger.check)
         joined = lambda arrays: np.concatenate(list(arrays))
-        measured = paired_rise(joined(p.nats for p in both), joined(p.losses(model) for p in both), joined(p.tokens for p in both),
-                               [source for p in both for source in p.sources])  # fmt: skip
+        measured = paired_rise(
+            joined(p.nats for p in both),
+            joined(p.losses(model) for p in both),
+            joined(p.tokens for p in both),
+            [source for p in both for source in p.sources],
+        )
         report = {key: run["budget"][key] for key in KEPT}
-        write_json(place, {"domain": self.domain, "budget": budget, "seed": seed, "measured": measured.numbers(), **report, "environment": environment("cpu")})
+        write_json(
+            place,
+            {
+                "domain": self.domain,
+                "budget": budget,
+                "seed": seed,
+                "measured": measured.numbers(),
+                **report,
+                "environment": environment("cpu"),
+            },
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("shared", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--domain", choices=("sciq", "medmcqa", "piqa"), default="sciq")
     parser.add_argument("--seeds", type=int, nargs="*", default=SEEDS)
-    parser.add_argument("--page", action="store_true", help="only write the page, of the results there are")
+    parser.add_argument(
+        "--page", action="store_true", help="only write the page, of the results there are"
+    )
     given = parser.parse_args()
     if given.page:
         results = [read_json(path) for path in sorted((given.out / "results").glob("*.json"))]
-        write_json(HERE / "predicted.json", [{key: value for key, value in result.items() if key not in ("environment", "curve")} for result in results])
+        write_json(
+            HERE / "predicted.json",
+            [
+                {key: value for key, value in result.items() if key not in ("environment", "curve")}
+                for result in results
+            ],
+        )
         (HERE / "predicted.md").write_text(page(results), encoding="utf-8")
         return
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -80,16 +126,26 @@ def main() -> None:
 
 def page(results: list[dict[str, Any]]) -> str:
     """What was promised, what was measured, and what was learned beside the runs that measured."""
-    ours = {(r["domain"], r["budget"], r["seed"]): r for r in json.loads((HERE / "budget.json").read_text(encoding="utf-8")) if r["method"] == "ours"}
+    ours = {
+        (r["domain"], r["budget"], r["seed"]): r
+        for r in json.loads((HERE / "budget.json").read_text(encoding="utf-8"))
+        if r["method"] == "ours"
+    }
     lines = ["# Budgets kept on a prediction", "", "<!-- made by experiments/predicted.py -->", ""]
     within = sum(r["measured"]["nats"] <= r["budget_nats"] for r in results)
     shown = sum(r["measured"]["high"] <= r["budget_nats"] for r in results)
     beyond = sum(r["measured"]["low"] > r["budget_nats"] for r in results)
-    lines += [f"{len(results)} runs without general text, three seeds. The rise measured afterwards was within the budget in {within}, with all of its 95 % "
-              f"interval in {shown}; all of the interval was beyond the budget in {beyond}. Predicted, bound and measured are shares of the budget, medians "
-              "over seeds (learning: means).", "",
-              "| domain | budget | predicted | bound | measured (smallest to largest) | learning, predicted | learning, measuring | ratio |",
-              "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines += [
+        f"{len(results)} runs without general text, three seeds. The rise measured afterwards "
+        f"was within the budget in {within}, with all of its 95 % "
+        f"interval in {shown}; all of the interval was beyond the budget in {beyond}. Predicted, "
+        "bound and measured are shares of the budget, medians "
+        "over seeds (learning: means).",
+        "",
+        "| domain | budget | predicted | bound | measured (smallest to largest) | learning, "
+        "predicted | learning, measuring | ratio |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for domain in ("sciq", "medmcqa", "piqa"):
         for budget in reversed(BUDGETS):
             runs = [r for r in results if (r["domain"], r["budget"]) == (domain, budget)]
@@ -98,15 +154,46 @@ def page(results: list[dict[str, Any]]) -> str:
             share = lambda value, r: value / r["budget_nats"]
             measured = sorted(share(r["measured"]["nats"], r) for r in runs)
             learned = statistics.mean(r["learning"]["nats"] if r["learning"] else 0.0 for r in runs)
-            other = statistics.mean(ours[domain, budget, r["seed"]]["learning"]["nats"] for r in runs)
-            told = [statistics.median(share(value, r) for value, r in pairs) for pairs in
-                    ([(r["predicted"]["nats"], r) for r in runs], [(r["promised"], r) for r in runs])]  # fmt: skip
+            other = statistics.mean(
+                ours[domain, budget, r["seed"]]["learning"]["nats"] for r in runs
+            )
+            told = [
+                statistics.median(share(value, r) for value, r in pairs)
+                for pairs in (
+                    [(r["predicted"]["nats"], r) for r in runs],
+                    [(r["promised"], r) for r in runs],
+                )
+            ]
             spread = f"{statistics.median(measured):.2f} ({measured[0]:.2f} to {measured[-1]:.2f})"
-            lines.append(f"| {domain} | {budget} | {told[0]:.2f} | {told[1]:.2f} | {spread} | {learned:.3f} | {other:.3f} | {learned / other:.2f} |")
-    lines += ["", "Calibrations: " + "; ".join(sorted({f"{r['domain']}: a unit of energy costs {r['calibration']['cost']:.3g} nats, off by a factor of "
-              f"{r['calibration']['error']:.2g} typically, {r['calibration']['factor']:.2g} at most 19 times in 20" for r in results})) + "."]  # fmt: skip
-    worst = max((r["measured"]["nats"] / r["budget_nats"], r["domain"], r["budget"], r["seed"]) for r in results)
-    lines += ["", f"The largest measured rise is {worst[0]:.2f} of its budget ({worst[1]}, {worst[2]}, seed {worst[3]}: {percent_of(results, worst)})."]
+            lines.append(
+                f"| {domain} | {budget} | {told[0]:.2f} | {told[1]:.2f} | {spread} | "
+                f"{learned:.3f} | {other:.3f} | {learned / other:.2f} |"
+            )
+    lines += [
+        "",
+        "Calibrations: "
+        + "; ".join(
+            sorted(
+                {
+                    f"{r['domain']}: a unit of energy costs {r['calibration']['cost']:.3g} nats, "
+                    "off by a factor of "
+                    f"{r['calibration']['error']:.2g} typically, "
+                    f"{r['calibration']['factor']:.2g} at most 19 times in 20"
+                    for r in results
+                }
+            )
+        )
+        + ".",
+    ]
+    worst = max(
+        (r["measured"]["nats"] / r["budget_nats"], r["domain"], r["budget"], r["seed"])
+        for r in results
+    )
+    lines += [
+        "",
+        f"The largest measured rise is {worst[0]:.2f} of its budget ({worst[1]}, {worst[2]}, "
+        f"seed {worst[3]}: {percent_of(results, worst)}).",
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -1,14 +1,18 @@
-"""Fuzz what reads files from strangers: small valid files, mutated with knowledge of their format, each read in a process with limits.
+"""Fuzz what reads files from strangers: small valid files, mutated with knowledge of their format,
+each read in a process with limits.
 
     python fuzz/loaders.py --what importance --cases 100000 --seed 0
     python fuzz/loaders.py --what config data report adapter --cases 10000
 
-A case passes when the file is read and used, or refused with a ValueError whose message is one printable line, and when nothing is shown raw. Everything
-else is a finding, kept in --findings: another exception, a crash, more than SECONDS of the processor, more than MEMORY beyond what the process had, a pickle
-that is opened, a process started, a connection, a file written outside of the case's own folder (seen by an audit hook, so inside libraries too).
+A case passes when the file is read and used, or refused with a ValueError whose message is one
+printable line, and when nothing is shown raw. Everything else is a finding, kept in --findings:
+another exception, a crash, more than SECONDS of the processor, more than MEMORY beyond what the
+process had, a pickle that is opened, a process started, a connection, a file written outside of the
+case's own folder (seen by an audit hook, so inside libraries too).
 
-Case k of a seed is the same every time, except where it grows from a mutant: TRACED of the cases run under a trace of the lines of forgetless that they reach,
-and those that reach new ones join the files that are mutated. One line per campaign goes to fuzz/campaigns.csv.
+Case k of a seed is the same every time, except where it grows from a mutant: TRACED of the cases
+run under a trace of the lines of forgetless that they reach, and those that reach new ones join the
+files that are mutated. One line per campaign goes to fuzz/campaigns.csv.
 """
 
 from __future__ import annotations
@@ -36,9 +40,14 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "src")]
-os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    OMP_NUM_THREADS="1",
+    TOKENIZERS_PARALLELISM="false",
+    HF_DATASETS_DISABLE_PROGRESS_BARS="1",
+)
 
-from targets import TARGETS, Target, quietly  # noqa: E402
+from targets import TARGETS, Target, quietly
 
 SECONDS, MEMORY = 10, 1 << 30
 TRACED, GROWN = 0.1, 0.3  # share of the cases that are traced; share that start from a mutant
@@ -71,7 +80,11 @@ class Guard:
         if event in FORBIDDEN:
             raise Finding(f"{event} {arguments!r}"[:300])
         if event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+"):
-            place = os.path.realpath(os.fsdecode(arguments[0])) if not isinstance(arguments[0], int) else self.folder
+            place = (
+                os.path.realpath(os.fsdecode(arguments[0]))
+                if not isinstance(arguments[0], int)
+                else self.folder
+            )
             if not place.startswith(self.folder) and not place.startswith(("/dev/", "/proc/")):
                 raise Finding(f"wrote {arguments[0]!r}"[:300])
 
@@ -92,12 +105,30 @@ def judged(use: Callable[[Path], list[str]], path: Path) -> tuple[str, str]:
         message = str(error)
         if message and len(message) < 4000 and not UNSAFE.search(message):
             where = traceback.extract_tb(error.__traceback__)[-1]
-            inner = "/forgetless/" in where.filename or (isinstance(error, ValueError) and type(error).__module__.startswith("forgetless"))
-            return ("refused", message) if inner else ("finding", f"ValueError from {where.filename}:{where.lineno}: {message[:200]}")
-        return "finding", f"message that is not one printable line: {type(error).__name__}: {message[:300]!r}"
+            inner = "/forgetless/" in where.filename or (
+                isinstance(error, ValueError) and type(error).__module__.startswith("forgetless")
+            )
+            return (
+                ("refused", message)
+                if inner
+                else (
+                    "finding",
+                    f"ValueError from {where.filename}:{where.lineno}: {message[:200]}",
+                )
+            )
+        return (
+            "finding",
+            f"message that is not one printable line: {type(error).__name__}: {message[:300]!r}",
+        )
     except BaseException as error:
-        where = [frame for frame in traceback.extract_tb(error.__traceback__) if "/forgetless/" in frame.filename]
-        place = f"{Path(where[-1].filename).name}:{where[-1].name}:{where[-1].lineno}" if where else "?"
+        where = [
+            frame
+            for frame in traceback.extract_tb(error.__traceback__)
+            if "/forgetless/" in frame.filename
+        ]
+        place = (
+            f"{Path(where[-1].filename).name}:{where[-1].name}:{where[-1].lineno}" if where else "?"
+        )
         return "finding", f"{type(error).__name__} at {place}: {str(error)[:200]!r}"
     finally:
         GUARD.folder = None
@@ -114,14 +145,20 @@ def traced(run: Callable[[], Any], met: set[tuple[str, int]]) -> tuple[Any, bool
             met.add((frame.f_code.co_filename, frame.f_lineno))
         return lines
 
-    sys.settrace(lambda frame, event, argument: lines if "/src/forgetless/" in frame.f_code.co_filename else None)
+    sys.settrace(
+        lambda frame, event, argument: (
+            lines if "/src/forgetless/" in frame.f_code.co_filename else None
+        )
+    )
     try:
         return run(), len(met) > before
     finally:
         sys.settrace(None)
 
 
-def worker(target: Target, what: str, seed: int, cases: range, folder: Path, kept: Path, pipe: int) -> None:
+def worker(
+    target: Target, what: str, seed: int, cases: range, folder: Path, kept: Path, pipe: int
+) -> None:
     """Run the cases of one process: a line of JSON at the start and at the end of each."""
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
@@ -136,7 +173,11 @@ def worker(target: Target, what: str, seed: int, cases: range, folder: Path, kep
         for case in cases:
             rng = random.Random(f"{what} {seed} {case}")
             grown = bool(corpus) and rng.random() < GROWN
-            usual = [item for item in sorted(target.seeds.items()) if item[0] not in target.rare or rng.random() < 0.02]
+            usual = [
+                item
+                for item in sorted(target.seeds.items())
+                if item[0] not in target.rare or rng.random() < 0.02
+            ]
             name, data = rng.choice(corpus if grown else usual)
             data = target.change(name, data, rng)
             path = folder / name
@@ -171,12 +212,25 @@ def keep(kept: Path, what: str, seed: int, case: int, path: Path, why: str) -> N
     if path.is_file() and (not place.exists() or len(list(place.iterdir())) < 6):
         place.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, place / f"{seed}-{case}-{path.name}")
-        (place / f"{seed}-{case}.txt").write_text(why + "\n", encoding="utf-8", errors="backslashreplace")
+        (place / f"{seed}-{case}.txt").write_text(
+            why + "\n", encoding="utf-8", errors="backslashreplace"
+        )
 
 
-def batch(make: Callable[[Path], Target], what: str, seed: int, cases: range, kept: Path, tell: Callable[[str, str, int], None]) -> int:
-    """Run cases in one forked process and tell of each; returns the first case that was not run: the next one after a crash or a hang."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as place:
+def batch(
+    make: Callable[[Path], Target],
+    what: str,
+    seed: int,
+    cases: range,
+    kept: Path,
+    tell: Callable[[str, str, int], None],
+) -> int:
+    """Run cases in one forked process and tell of each; returns the first case that was not run:
+    the next one after a crash or a hang.
+    """
+    with tempfile.TemporaryDirectory(
+        dir="/dev/shm" if os.path.isdir("/dev/shm") else None
+    ) as place:
         folder = Path(os.path.realpath(place))
         target = make(folder)
         reading, writing = os.pipe()
@@ -207,7 +261,9 @@ def batch(make: Callable[[Path], Target], what: str, seed: int, cases: range, ke
         clock.cancel()
         ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if ended == 99:
-            raise RuntimeError(f"the fuzzer failed at case {case} of seed {seed}; its traceback is above")
+            raise RuntimeError(
+                f"the fuzzer failed at case {case} of seed {seed}; its traceback is above"
+            )
         if running:
             why = f"the process crashed or hung (exit {ended})"
             keep(kept, what, seed, case, folder / name, why)
@@ -215,7 +271,9 @@ def batch(make: Callable[[Path], Target], what: str, seed: int, cases: range, ke
         return case + 1
 
 
-def campaign(what: str, cases: int, seed: int, kept: Path, *, first: int = 0, show: bool = True) -> dict[str, Any]:
+def campaign(
+    what: str, cases: int, seed: int, kept: Path, *, first: int = 0, show: bool = True
+) -> dict[str, Any]:
     """Run `cases` cases; counts of what happened, findings by kind, lines reached, seconds."""
     counts, found, refusals = {"loaded": 0, "refused": 0, "finding": 0}, {}, set()  # type: ignore[var-annotated]
     lines, started, done, shown = 0, time.perf_counter(), first, 0
@@ -232,11 +290,27 @@ def campaign(what: str, cases: int, seed: int, kept: Path, *, first: int = 0, sh
             refusals.add(kind(why.split(": ", 1)[-1]))
 
     while done < first + cases:
-        done = batch(TARGETS[what], what, seed, range(done, min(done + PER_WORKER, first + cases)), kept, tell)
+        done = batch(
+            TARGETS[what],
+            what,
+            seed,
+            range(done, min(done + PER_WORKER, first + cases)),
+            kept,
+            tell,
+        )
         if show and (done - first) // 10_000 > shown:
             shown = (done - first) // 10_000
-            print(f"{what}: {done - first:,} cases, {counts}, {time.perf_counter() - started:.0f} s", flush=True)
-    return {**counts, "kinds": found, "refusals": len(refusals), "lines": lines, "seconds": time.perf_counter() - started}
+            print(
+                f"{what}: {done - first:,} cases, {counts}, {time.perf_counter() - started:.0f} s",
+                flush=True,
+            )
+    return {
+        **counts,
+        "kinds": found,
+        "refusals": len(refusals),
+        "lines": lines,
+        "seconds": time.perf_counter() - started,
+    }
 
 
 def main() -> int:
@@ -248,19 +322,38 @@ def main() -> int:
     parser.add_argument("--findings", type=Path, default=HERE / "findings")
     parser.add_argument("--record", action="store_true", help="append a line to campaigns.csv")
     options = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True
+    ).stdout.strip()
     sys.addaudithook(GUARD)
     failed = False
     for what in options.what:
-        result = campaign(what, options.cases, options.seed, options.findings.resolve(), first=options.first)
+        result = campaign(
+            what, options.cases, options.seed, options.findings.resolve(), first=options.first
+        )
         failed = failed or result["finding"] > 0
-        print(f"{what}, seed {options.seed}: {result['loaded']} read, {result['refused']} refused for {result['refusals']} reasons, {result['finding']} "
-              f"findings of {len(result['kinds'])} kinds; {result['lines']} lines of forgetless reached, {result['seconds']:.0f} s", flush=True)  # fmt: skip
+        print(
+            f"{what}, seed {options.seed}: {result['loaded']} read, {result['refused']} refused "
+            f"for {result['refusals']} reasons, {result['finding']} "
+            f"findings of {len(result['kinds'])} kinds; {result['lines']} lines of forgetless "
+            f"reached, {result['seconds']:.0f} s",
+            flush=True,
+        )
         for why, count in sorted(result["kinds"].items(), key=lambda item: -item[1]):
             print(f"  {count:>6}  {why}")
         if options.record:
-            row = [datetime.date.today(), what, options.seed, options.cases, result["loaded"], result["refused"], result["finding"], len(result["kinds"]),
-                   round(result["seconds"]), commit]  # fmt: skip
+            row = [
+                datetime.date.today(),
+                what,
+                options.seed,
+                options.cases,
+                result["loaded"],
+                result["refused"],
+                result["finding"],
+                len(result["kinds"]),
+                round(result["seconds"]),
+                commit,
+            ]
             with open(HERE / "campaigns.csv", "a", encoding="utf-8") as file:
                 print(*row, sep=",", file=file)
     return 1 if failed else 0

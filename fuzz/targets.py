@@ -1,4 +1,6 @@
-"""What is fuzzed: for each kind of file a few small valid ones, how they are changed, and how forgetless reads and uses them."""
+"""What is fuzzed: for each kind of file a few small valid ones, how they are changed, and how
+forgetless reads and uses them.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ Mutation = Callable[[bytes, random.Random], bytes]
 
 @dataclass(frozen=True)
 class Target:
-    """`seeds`: name -> bytes of a valid file; `change`: a mutation; `use`: reads a file of that name and yields the lines it would show."""
+    """`seeds`: name -> bytes of a valid file; `change`: a mutation; `use`: reads a file of that
+    name and yields the lines it would show.
+    """
 
     seeds: dict[str, bytes]
     change: Callable[[str, bytes, random.Random], bytes]
@@ -31,7 +35,9 @@ class Target:
 
 
 def importance(folder: Path) -> Target:
-    """Importance files in every tier, then norms, the table of `inspect`, and for some of them another tier."""
+    """Importance files in every tier, then norms, the table of `inspect`, and for some of them
+    another tier.
+    """
     import torch
 
     from forgetless.importance.calibration import Calibration
@@ -45,22 +51,65 @@ def importance(folder: Path) -> Target:
     G, A = (G + G.T) / 2, (A + A.T) / 2
     whole, thin = Covariance(A), Covariance(A).cut(2)
     dense = {name: DenseEntry(torch.rand(4, 6)) for name in names}
-    info = {"estimator": "path", "unit": "nats", "model": {"name": "tiny", "fingerprint": "ab" * 32}, "norms": dict.fromkeys(names, 1.0),
-            "data": {"source": "general.jsonl", "documents": 3, "tokens": 99, "sha256": "cd" * 32}, "settings": {"rank": 2, "xi": 1e-9, "seed": 0},
-            "timings": {"train_seconds": 1.0}}  # fmt: skip
+    info = {
+        "estimator": "path",
+        "unit": "nats",
+        "model": {"name": "tiny", "fingerprint": "ab" * 32},
+        "norms": dict.fromkeys(names, 1.0),
+        "data": {"source": "general.jsonl", "documents": 3, "tokens": 99, "sha256": "cd" * 32},
+        "settings": {"rank": 2, "xi": 1e-9, "seed": 0},
+        "timings": {"train_seconds": 1.0},
+    }
     anchors = {name: (torch.rand(2, 6), torch.rand(4, 2)) for name in names}
-    updates = [{"energy": 0.01 * n, "first": -0.001, "second": 0.03 * n, "second_error": 1e-4, "points": [{"share": 0.5, "nats": 0.01}]} for n in range(1, 7)]
-    calibration = Calibration(updates, {n: (torch.rand(4, 2).bfloat16(), torch.rand(2, 6).bfloat16()) for n in names}, {"documents": 20})
+    updates = [
+        {
+            "energy": 0.01 * n,
+            "first": -0.001,
+            "second": 0.03 * n,
+            "second_error": 1e-4,
+            "points": [{"share": 0.5, "nats": 0.01}],
+        }
+        for n in range(1, 7)
+    ]
+    calibration = Calibration(
+        updates,
+        {n: (torch.rand(4, 2).bfloat16(), torch.rand(2, 6).bfloat16()) for n in names},
+        {"documents": 20},
+    )
     made = {
         "f32": Importance(dense, anchors, info),
-        "bf16": Importance({n: DenseEntry(e.values.bfloat16()) for n, e in dense.items()}, {}, info),
+        "bf16": Importance(
+            {n: DenseEntry(e.values.bfloat16()) for n, e in dense.items()}, {}, info
+        ),
         "u8": Importance(dense, {}, info).to_tier("u8"),
         "u4": Importance(dense, {}, {**info, "estimator": "fisher"}).to_tier("u4"),
-        "factored": Importance({n: FactoredEntry(torch.rand(4, 2), torch.rand(6, 2)) for n in names}, {}, info),
-        "kronecker": Importance({n: KroneckerEntry(Covariance(G.clone()), whole) for n in names}, {}, {**info, "estimator": "kronecker"}),
-        "thin": Importance({n: KroneckerEntry(Covariance(G).cut(2), thin) for n in names}, {}, {**info, "estimator": "kronecker"}),
-        "calibrated": Importance({n: KroneckerEntry(Covariance(G).cut(2), thin) for n in names}, {}, {**info, "estimator": "kronecker"}, calibration),
-        "mixed": Importance({names[0]: FactoredEntry(torch.rand(4, 1), torch.rand(6, 1)), names[1]: dense[names[1]]}, {}, info),
+        "factored": Importance(
+            {n: FactoredEntry(torch.rand(4, 2), torch.rand(6, 2)) for n in names}, {}, info
+        ),
+        "kronecker": Importance(
+            {n: KroneckerEntry(Covariance(G.clone()), whole) for n in names},
+            {},
+            {**info, "estimator": "kronecker"},
+        ),
+        "thin": Importance(
+            {n: KroneckerEntry(Covariance(G).cut(2), thin) for n in names},
+            {},
+            {**info, "estimator": "kronecker"},
+        ),
+        "calibrated": Importance(
+            {n: KroneckerEntry(Covariance(G).cut(2), thin) for n in names},
+            {},
+            {**info, "estimator": "kronecker"},
+            calibration,
+        ),
+        "mixed": Importance(
+            {
+                names[0]: FactoredEntry(torch.rand(4, 1), torch.rand(6, 1)),
+                names[1]: dense[names[1]],
+            },
+            {},
+            info,
+        ),
     }
     assert isinstance(made["u4"][names[0]], CodedEntry) and isinstance(thin, LowRankCovariance)
     seeds = {}
@@ -76,10 +125,19 @@ def importance(folder: Path) -> Target:
         if found.calibration is not None:
             found.calibration.bound(0.0, 0.01)
         if path.stat().st_size % 16 == 0 and path.name != "wide.safetensors":
-            found.to_tier(("f32", "bf16", "u8", "u4", "factored", "factored:2", "kronecker", "kronecker:1")[path.stat().st_size // 16 % 8])
+            found.to_tier(
+                ("f32", "bf16", "u8", "u4", "factored", "factored:2", "kronecker", "kronecker:1")[
+                    path.stat().st_size // 16 % 8
+                ]
+            )
         return found.describe().split("\n")
 
-    return Target(seeds, lambda name, data, rng: mutate.safetensors(data, rng), use, rare=("wide.safetensors",))
+    return Target(
+        seeds,
+        lambda name, data, rng: mutate.safetensors(data, rng),
+        use,
+        rare=("wide.safetensors",),
+    )
 
 
 def _wide(folder: Path) -> bytes:
@@ -87,7 +145,11 @@ def _wide(folder: Path) -> bytes:
     import torch
     from safetensors.torch import save_file
 
-    save_file({"w.row": torch.rand(20_000, 1), "w.col": torch.rand(20_000, 1)}, str(folder / "seed"), metadata={"forgetless": '{"format": 1}'})
+    save_file(
+        {"w.row": torch.rand(20_000, 1), "w.col": torch.rand(20_000, 1)},
+        str(folder / "seed"),
+        metadata={"forgetless": '{"format": 1}'},
+    )
     data = (folder / "seed").read_bytes()
     (folder / "seed").unlink()
     return data
@@ -148,24 +210,55 @@ def config(folder: Path) -> Target:
     from forgetless.options.verbs import resolve
 
     (folder / "base.yaml").write_text(EXPERIMENT, encoding="utf-8")
-    record = "general: wiki.jsonl\nout: i.safetensors\nestimator: path\nrank: 8\nepochs: 2\nxi: 1e-9\n"
-    seeds = {"experiment.yaml": EXPERIMENT, "tune.yaml": OPTIONS, "record.yaml": record, "based.yaml": "base: base.yaml\nmethods:\n  kl: null\n"}
+    record = (
+        "general: wiki.jsonl\nout: i.safetensors\nestimator: path\nrank: 8\nepochs: 2\nxi: 1e-9\n"
+    )
+    seeds = {
+        "experiment.yaml": EXPERIMENT,
+        "tune.yaml": OPTIONS,
+        "record.yaml": record,
+        "based.yaml": "base: base.yaml\nmethods:\n  kl: null\n",
+    }
 
     def use(path: Path) -> list[str]:
         if path.name in ("tune.yaml", "record.yaml"):
-            kind, presets = (TuneOptions, TUNE_PRESETS) if path.name == "tune.yaml" else (RecordOptions, RECORD_PRESETS)
+            kind, presets = (
+                (TuneOptions, TUNE_PRESETS)
+                if path.name == "tune.yaml"
+                else (RecordOptions, RECORD_PRESETS)
+            )
             found = as_dict(resolve(kind, {"model": "m", **read_yaml(path)}, presets))  # type: ignore[type-var]
             json.dumps(found)
             return []
         experiment = read(path)
         for trial in validation_trials(experiment):
-            options = tune_options(experiment, trial.settings, data="x", replay="x", importance="x", out=str(Path("runs") / trial.domain), seed=trial.seed)
+            options = tune_options(
+                experiment,
+                trial.settings,
+                data="x",
+                replay="x",
+                importance="x",
+                out=str(Path("runs") / trial.domain),
+                seed=trial.seed,
+            )
             identity(options, more=[])
-        names = [*experiment.methods, *experiment.domains, *experiment.general, *experiment.importance, *experiment.sequences]
-        assert all((folder / name).resolve().parent == folder.resolve() for name in names), f"a name leaves its folder: {names}"
+        names = [
+            *experiment.methods,
+            *experiment.domains,
+            *experiment.general,
+            *experiment.importance,
+            *experiment.sequences,
+        ]
+        assert all((folder / name).resolve().parent == folder.resolve() for name in names), (
+            f"a name leaves its folder: {names}"
+        )
         return _plan(experiment, "both").split("\n")
 
-    return Target({name: text.encode() for name, text in seeds.items()}, lambda name, data, rng: mutate.yaml_text(data.decode("utf-8", "replace"), rng), use)
+    return Target(
+        {name: text.encode() for name, text in seeds.items()},
+        lambda name, data, rng: mutate.yaml_text(data.decode("utf-8", "replace"), rng),
+        use,
+    )
 
 
 def data(folder: Path) -> Target:
@@ -177,22 +270,42 @@ def data(folder: Path) -> Target:
     from forgetless.data.tasks import load_training_data
 
     texts = [{"text": f"the cat sat on the mat {i}", "source": "a"} for i in range(3)]
-    chat = [{"messages": [{"role": "user", "content": "one?"}, {"role": "assistant", "content": "two"}]}] * 2
+    chat = [
+        {"messages": [{"role": "user", "content": "one?"}, {"role": "assistant", "content": "two"}]}
+    ] * 2
     pairs = [{"prompt": "one", "completion": " two"}] * 2
-    sciq = [{"question": "q", "correct_answer": "a", "distractor1": "b", "distractor2": "c", "distractor3": "d", "support": "s"}]
+    sciq = [
+        {
+            "question": "q",
+            "correct_answer": "a",
+            "distractor1": "b",
+            "distractor2": "c",
+            "distractor3": "d",
+            "support": "s",
+        }
+    ]
     piqa = [{"goal": "g", "sol1": "a", "sol2": "b", "label": 1}]
     lines = lambda rows: "\n".join(map(json.dumps, rows)).encode()
     parquet.write_table(pyarrow.Table.from_pylist(texts), folder / "seed")
-    seeds = {"text.jsonl": lines(texts), "chat.jsonl": lines(chat), "pairs.jsonl": lines(pairs), "sciq.jsonl": lines(sciq), "piqa.jsonl": lines(piqa),
-             "list.json": json.dumps(texts).encode(), "rows.csv": b'text,source\n"a cat, sat",a\nthe dog,b\n',
-             "plain.txt": b"one two\n\nthree four\r\n\r\nfive",
-             "text.parquet": (folder / "seed").read_bytes()}  # fmt: skip
+    seeds = {
+        "text.jsonl": lines(texts),
+        "chat.jsonl": lines(chat),
+        "pairs.jsonl": lines(pairs),
+        "sciq.jsonl": lines(sciq),
+        "piqa.jsonl": lines(piqa),
+        "list.json": json.dumps(texts).encode(),
+        "rows.csv": b'text,source\n"a cat, sat",a\nthe dog,b\n',
+        "plain.txt": b"one two\n\nthree four\r\n\r\nfive",
+        "text.parquet": (folder / "seed").read_bytes(),
+    }
     (folder / "seed").unlink()
 
     def change(name: str, data: bytes, rng: random.Random) -> bytes:
         if name.endswith(".jsonl") and rng.random() < 0.8:
             rows = [json.loads(line) for line in seeds[name].splitlines()]
-            return b"\n".join(as_line for row in tree_rows(rows, rng) if (as_line := mutate.as_json(row, rng)))
+            return b"\n".join(
+                as_line for row in tree_rows(rows, rng) if (as_line := mutate.as_json(row, rng))
+            )
         if name.endswith(".json") and rng.random() < 0.8:
             return mutate.as_json(mutate.tree(json.loads(seeds[name]), rng), rng)
         return mutate.raw(data, rng)
@@ -204,9 +317,18 @@ def data(folder: Path) -> Target:
     def use(path: Path) -> list[str]:
         errors: list[ValueError] = []
         for read in (load_documents, load_training_data):
-            spec = f"{path.stem}={path}" if path.stem in ("sciq", "piqa") and read is load_training_data else str(path)
+            spec = (
+                f"{path.stem}={path}"
+                if path.stem in ("sciq", "piqa") and read is load_training_data
+                else str(path)
+            )
             try:
-                fingerprint_rows([dict(row) if isinstance(row, dict) else repr(row) for row in read(spec, limit=50)])
+                fingerprint_rows(
+                    [
+                        dict(row) if isinstance(row, dict) else repr(row)
+                        for row in read(spec, limit=50)
+                    ]
+                )
             except ValueError as error:
                 errors.append(error)
         if len(errors) == 2:
@@ -227,17 +349,51 @@ def report(folder: Path) -> Target:
     from comparisons import comparison
 
     loss = {"nats": 2.0, "perplexity": 7.4, "standard_error": 0.1, "documents": 3, "tokens": 50}
-    run = {"configuration": {"model": "tiny",
-                             "data": "d.jsonl", "general": "g.jsonl", "learning_rate": 1e-3, "strength": 1.0, "rank": 8, "seed": 0, "budget": "1%"},
-           "environment": {"python": "3.11", "versions": {"torch": "2"}, "device": "cpu", "commit": None}, "data": {"rows": 3, "rows_trained": 3},
-           "method": ["hold"], "before": {"general": loss, "domain": loss, "tasks": {"sciq": {"answer_loss": loss, "acc": 0.5, "acc_stderr": 0.1}}},
-           "after": {"general": loss, "domain": loss, "tasks": {"sciq": {"answer_loss": loss, "acc": 0.6, "acc_stderr": 0.1}}},
-           "forgetting": {"nats": 0.1, "standard_error": 0.01}, "learning": {"nats": 0.2, "standard_error": 0.01}, "energy": 0.1, "verdict": "kept",
-           "train_seconds": 1.0, "log": [{"step": 1, "loss": 2.0, "energy": 0.1}], "moved": [{"weight": "w", "movement": 0.1, "importance": 1.0}]}  # fmt: skip
+    run = {
+        "configuration": {
+            "model": "tiny",
+            "data": "d.jsonl",
+            "general": "g.jsonl",
+            "learning_rate": 1e-3,
+            "strength": 1.0,
+            "rank": 8,
+            "seed": 0,
+            "budget": "1%",
+        },
+        "environment": {
+            "python": "3.11",
+            "versions": {"torch": "2"},
+            "device": "cpu",
+            "commit": None,
+        },
+        "data": {"rows": 3, "rows_trained": 3},
+        "method": ["hold"],
+        "before": {
+            "general": loss,
+            "domain": loss,
+            "tasks": {"sciq": {"answer_loss": loss, "acc": 0.5, "acc_stderr": 0.1}},
+        },
+        "after": {
+            "general": loss,
+            "domain": loss,
+            "tasks": {"sciq": {"answer_loss": loss, "acc": 0.6, "acc_stderr": 0.1}},
+        },
+        "forgetting": {"nats": 0.1, "standard_error": 0.01},
+        "learning": {"nats": 0.2, "standard_error": 0.01},
+        "energy": 0.1,
+        "verdict": "kept",
+        "train_seconds": 1.0,
+        "log": [{"step": 1, "loss": 2.0, "energy": 0.1}],
+        "moved": [{"weight": "w", "movement": 0.1, "importance": 1.0}],
+    }
     small = comparison(domains=("sciq",), texts=("wiki", "news"))
     few = ("plain", "hold", "l2")
     small["methods"] = [method for method in small["methods"] if method["name"] in few]
-    small["runs"] = [{**run, "log": run["log"][:2], "moved": (run["moved"] or [])[:2]} for run in small["runs"] if run["method"] in few and run["seed"] < 3]
+    small["runs"] = [
+        {**run, "log": run["log"][:2], "moved": (run["moved"] or [])[:2]}
+        for run in small["runs"]
+        if run["method"] in few and run["seed"] < 3
+    ]
     small["importance"][0]["weights"] = small["importance"][0]["weights"][:3]
     small["sequences"] = [
         {
@@ -254,12 +410,18 @@ def report(folder: Path) -> Target:
     ]
     for point in small["runs"][0]["points"]:
         point["accuracy"] = {"before": 0.2, "after": 0.5, "standard_error": None}
-        point["accuracy_general"] = {"questions": {"before": 0.9, "after": 0.8, "standard_error": 0.1}}
+        point["accuracy_general"] = {
+            "questions": {"before": 0.9, "after": 0.8, "standard_error": 0.1}
+        }
     trees = {"compare.json": small, "run.json": run}
     seeds = {name: json.dumps(one).encode() for name, one in trees.items()}
 
     def change(name: str, data: bytes, rng: random.Random) -> bytes:
-        return mutate.raw(data, rng) if rng.random() < 0.1 else mutate.as_json(mutate.tree(trees[name], rng), rng)
+        return (
+            mutate.raw(data, rng)
+            if rng.random() < 0.1
+            else mutate.as_json(mutate.tree(trees[name], rng), rng)
+        )
 
     def use(path: Path) -> list[str]:
         for other in path.parent.glob("*.json"):
@@ -285,14 +447,23 @@ def adapter(folder: Path) -> Target:
 
     base = tiny()
     kinds = {
-        "lora": LoraConfig(r=2, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 1}, task_type="CAUSAL_LM"),
-        "rslora": LoraConfig(r=2, target_modules=r".*\.(q|k)_proj", use_rslora=True, task_type="CAUSAL_LM"),
+        "lora": LoraConfig(
+            r=2,
+            target_modules=["q_proj", "v_proj"],
+            rank_pattern={"v_proj": 1},
+            task_type="CAUSAL_LM",
+        ),
+        "rslora": LoraConfig(
+            r=2, target_modules=r".*\.(q|k)_proj", use_rslora=True, task_type="CAUSAL_LM"
+        ),
         "oft": OFTConfig(oft_block_size=4, target_modules=["q_proj"], task_type="CAUSAL_LM"),
     }
     seeds = {}
     for name, config in kinds.items():
         get_peft_model(copy.deepcopy(base), config).save_pretrained(folder / "seed")
-        seeds[f"{name}.json"], seeds[f"{name}.safetensors"] = ((folder / "seed" / file).read_bytes() for file in (CONFIG, WEIGHTS))
+        seeds[f"{name}.json"], seeds[f"{name}.safetensors"] = (
+            (folder / "seed" / file).read_bytes() for file in (CONFIG, WEIGHTS)
+        )
     shutil.rmtree(folder / "seed")
 
     def change(name: str, data: bytes, rng: random.Random) -> bytes:
@@ -302,7 +473,18 @@ def adapter(folder: Path) -> Target:
             return mutate.raw(data, rng)
         config = json.loads(seeds[name])
         for _ in range(rng.choice((0, 1, 2))):
-            config[rng.choice(list(config))] = rng.choice(("(a+)+$", r".*.*.*.*.*.*x", "(", "pissa", "eva", ["q_proj"], {"q_proj": 10**9}, *mutate.VALUES))
+            config[rng.choice(list(config))] = rng.choice(
+                (
+                    "(a+)+$",
+                    r".*.*.*.*.*.*x",
+                    "(",
+                    "pissa",
+                    "eva",
+                    ["q_proj"],
+                    {"q_proj": 10**9},
+                    *mutate.VALUES,
+                )
+            )
         return mutate.as_json(mutate.tree(config, rng), rng)
 
     def use(path: Path) -> list[str]:
@@ -310,7 +492,9 @@ def adapter(folder: Path) -> Target:
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir()
         for ending, file in ((".json", CONFIG), (".safetensors", WEIGHTS)):
-            (place / file).write_bytes(path.read_bytes() if path.suffix == ending else seeds[path.stem + ending])
+            (place / file).write_bytes(
+                path.read_bytes() if path.suffix == ending else seeds[path.stem + ending]
+            )
         errors: list[ValueError] = []
         try:
             adapter_config(str(place))
@@ -332,8 +516,17 @@ def tiny() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-                                        num_key_value_heads=1, max_position_embeddings=16))  # fmt: skip
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=16,
+        )
+    )
 
 
 def quietly(use: Callable[[Path], list[str]], path: Path) -> list[str]:
@@ -344,4 +537,10 @@ def quietly(use: Callable[[Path], list[str]], path: Path) -> list[str]:
     return [*lines, *shown.getvalue().split("\n")]
 
 
-TARGETS: dict[str, Callable[[Path], Target]] = {"importance": importance, "config": config, "data": data, "adapter": adapter, "report": report}
+TARGETS: dict[str, Callable[[Path], Target]] = {
+    "importance": importance,
+    "config": config,
+    "data": data,
+    "adapter": adapter,
+    "report": report,
+}

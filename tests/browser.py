@@ -1,4 +1,6 @@
-"""Headless Chromium, driven over its debugging pipe with the standard library: open a page, run scripts in it, see what it asked for and complained of."""
+"""Headless Chromium, driven over its debugging pipe with the standard library: open a page, run
+scripts in it, see what it asked for and complained of.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,16 @@ WAIT = 60.0
 
 def find() -> str | None:
     """The browser's path: $FORGETLESS_CHROMIUM, or the first known name; None where there is none."""
-    return os.environ.get("FORGETLESS_CHROMIUM") or next((path for name in NAMES if (path := shutil.which(name))), None)
+    return os.environ.get("FORGETLESS_CHROMIUM") or next(
+        (path for name in NAMES if (path := shutil.which(name))), None
+    )
 
 
 class Browser:
-    """One page of one browser. Messages are JSON ended by a zero byte, to its descriptor 3 and from its descriptor 4."""
+    """One page of one browser.
+
+    Messages are JSON ended by a zero byte, to its descriptor 3 and from its descriptor 4.
+    """
 
     def __init__(self, folder: Path):
         theirs, self._out = os.pipe()
@@ -34,16 +41,35 @@ class Browser:
             os.dup2(theirs, 3)
             os.dup2(answers, 4)
 
-        command = [str(find()), "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-extensions",
-                   "--disable-background-networking", "--remote-debugging-pipe", f"--user-data-dir={folder}", "about:blank"]  # fmt: skip
-        self._process = subprocess.Popen(command, preexec_fn=descriptors, close_fds=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        command = [
+            str(find()),
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--no-first-run",
+            "--disable-extensions",
+            "--disable-background-networking",
+            "--remote-debugging-pipe",
+            f"--user-data-dir={folder}",
+            "about:blank",
+        ]
+        self._process = subprocess.Popen(
+            command,
+            preexec_fn=descriptors,
+            close_fds=False,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         for end in (theirs, answers):
             os.close(end)
         self._buffer, self._count, self._session = b"", 0, None
         self.requests: list[str] = []
         self.problems: list[str] = []
         page = next(t for t in self.send("Target.getTargets")["targetInfos"] if t["type"] == "page")
-        self._session = self.send("Target.attachToTarget", targetId=page["targetId"], flatten=True)["sessionId"]
+        self._session = self.send("Target.attachToTarget", targetId=page["targetId"], flatten=True)[
+            "sessionId"
+        ]
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.send(f"{domain}.enable")
 
@@ -54,9 +80,17 @@ class Browser:
         os.close(self._out)
 
     def send(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """One command; returns its result. Raises RuntimeError for an error and TimeoutError after a minute."""
+        """One command; returns its result.
+
+        Raises RuntimeError for an error and TimeoutError after a minute.
+        """
         self._count += 1
-        message = {"id": self._count, "method": method, "params": parameters, **({"sessionId": self._session} if self._session else {})}
+        message = {
+            "id": self._count,
+            "method": method,
+            "params": parameters,
+            **({"sessionId": self._session} if self._session else {}),
+        }
         os.write(self._out, json.dumps(message).encode() + b"\0")
         while True:
             answer = self._message()
@@ -84,21 +118,41 @@ class Browser:
             self.requests.append(about["request"]["url"])
         elif event == "Runtime.exceptionThrown":
             self.problems.append(json.dumps(about["exceptionDetails"])[:3000])
-        elif event == "Log.entryAdded" or (event == "Runtime.consoleAPICalled" and about["type"] in ("error", "warning", "assert")):
+        elif event == "Log.entryAdded" or (
+            event == "Runtime.consoleAPICalled" and about["type"] in ("error", "warning", "assert")
+        ):
             self.problems.append(json.dumps(about)[:3000])
 
     def run(self, script: str) -> Any:
-        """The value of an expression in the page, promises awaited. Raises RuntimeError where it throws."""
-        found = self.send("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True, userGesture=True)
+        """The value of an expression in the page, promises awaited.
+
+        Raises RuntimeError where it throws.
+        """
+        found = self.send(
+            "Runtime.evaluate",
+            expression=script,
+            awaitPromise=True,
+            returnByValue=True,
+            userGesture=True,
+        )
         if "exceptionDetails" in found:
             raise RuntimeError(json.dumps(found["exceptionDetails"])[:3000])
         return found["result"].get("value")
 
     def size(self, width: int, height: int, *, phone: bool = False) -> None:
-        self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=phone)
+        self.send(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=phone,
+        )
 
     def system_theme(self, theme: str) -> None:
-        self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": theme}])
+        self.send(
+            "Emulation.setEmulatedMedia",
+            features=[{"name": "prefers-color-scheme", "value": theme}],
+        )
 
     def open(self, path: Path) -> None:
         """Open a file and wait until the page says that it has drawn everything."""
@@ -113,7 +167,13 @@ class Browser:
 
     def picture(self, path: Path) -> None:
         """A picture of the whole page."""
-        path.write_bytes(base64.b64decode(self.send("Page.captureScreenshot", format="png", captureBeyondViewport=True)["data"]))
+        path.write_bytes(
+            base64.b64decode(
+                self.send("Page.captureScreenshot", format="png", captureBeyondViewport=True)[
+                    "data"
+                ]
+            )
+        )
 
 
 def _high(end: int) -> int:

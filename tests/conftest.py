@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any host library reads it: tests use no network
+os.environ.setdefault(
+    "HF_HUB_OFFLINE", "1"
+)  # before any host library reads it: tests use no network
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported; tests/test_fused.py needs it
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # read when Triton is first imported; tests/test_fused.py needs it
 from transformers import (
     AutoModelForCausalLM,
     GemmaConfig,
@@ -22,24 +26,56 @@ from transformers import (
     Qwen2Config,
 )
 
-SMALL = dict(vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-             max_position_embeddings=32, pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
+SMALL = dict(
+    vocab_size=48,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    max_position_embeddings=32,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 CONFIGS = {
     "llama": LlamaConfig(**SMALL),
     "mistral": MistralConfig(**SMALL),
     "qwen": Qwen2Config(**SMALL),
     "gemma": GemmaConfig(**SMALL, head_dim=8),
     "phi3": Phi3Config(**SMALL),
-    "gpt2": GPT2Config(vocab_size=48, n_positions=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2),
-    "gptj": GPTJConfig(vocab_size=48, n_positions=32, n_embd=16, n_layer=2, n_head=2, rotary_dim=4, bos_token_id=1, eos_token_id=2),
+    "gpt2": GPT2Config(
+        vocab_size=48,
+        n_positions=32,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
+    "gptj": GPTJConfig(
+        vocab_size=48,
+        n_positions=32,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        rotary_dim=4,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
 }
 # A chat template without {% generation %} markers.
-PLAIN = "{% for m in messages %}{{ m['role'] + ' : ' + m['content'] + ' . ' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant : ' }}{% endif %}"
+PLAIN = (
+    "{% for m in messages %}{{ m['role'] + ' : ' + m['content'] + ' . ' }}{% endfor %}{% if "
+    "add_generation_prompt %}{{ 'assistant : ' }}{% endif %}"
+)
 
 
 @pytest.fixture
 def tiny():
-    """A function: architecture name -> a tiny random model in f32 (or the dtype given), the same at every call."""
+    """A function: architecture name -> a tiny random model in f32 (or the dtype given), the same at
+    every call.
+    """
 
     def build(kind: str = "llama", dtype: torch.dtype = torch.float32):
         torch.manual_seed(0)
@@ -60,15 +96,26 @@ def tokenizer():
 
 
 def words_tokenizer():
-    """A word-level tokenizer of 48 tokens over a few English words, with <pad>, <s> and </s> as 0, 1 and 2."""
+    """A word-level tokenizer of 48 tokens over a few English words, with <pad>, <s> and </s> as 0,
+    1 and 2.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = [*"the cat sat on mat and dog then too user assistant : . Question Answer ? yes no one two three a b c d".split()]  # noqa: SIM905
+    words = [
+        *["the", "cat", "sat", "on", "mat", "and", "dog", "then", "too", "user", "assistant", ":", ".", "Question", "Answer", "?", "yes", "no", "one", "two", "three", "a", "b", "c", "d"]
+    ]
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", *words])}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>", model_max_length=32)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=32,
+    )
 
 
 def interrupt_after(monkeypatch, step):
@@ -101,8 +148,28 @@ def text_file(tmp_path):
     import json
     import random
 
-    words = ["the", "cat", "sat", "on", "mat", "and", "dog", "then", "too", "yes", "no", "one", "two", "three"]
+    words = [
+        "the",
+        "cat",
+        "sat",
+        "on",
+        "mat",
+        "and",
+        "dog",
+        "then",
+        "too",
+        "yes",
+        "no",
+        "one",
+        "two",
+        "three",
+    ]
     rng = random.Random(0)
     path = tmp_path / "general.jsonl"
-    path.write_text("\n".join(json.dumps({"text": " ".join(rng.choices(words, k=rng.randint(5, 20)))}) for _ in range(24)))
+    path.write_text(
+        "\n".join(
+            json.dumps({"text": " ".join(rng.choices(words, k=rng.randint(5, 20)))})
+            for _ in range(24)
+        )
+    )
     return path

@@ -1,4 +1,6 @@
-"""Wrong input through the command line: exit code 1 or 2, a message that says what to do, no traceback, and nothing is lost."""
+"""Wrong input through the command line: exit code 1 or 2, a message that says what to do, no
+traceback, and nothing is lost.
+"""
 
 import json
 import shutil
@@ -16,13 +18,30 @@ from forgetless.record.observing_recorder import ObservingRecorder
 @pytest.fixture
 def importance_file(model_folder, text_file, tmp_path):
     path = tmp_path / "i.safetensors"
-    assert main(["record", str(model_folder), "--general", str(text_file), "--out", str(path), "--estimator", "fisher", "--quiet"]) == 0
+    assert (
+        main(
+            [
+                "record",
+                str(model_folder),
+                "--general",
+                str(text_file),
+                "--out",
+                str(path),
+                "--estimator",
+                "fisher",
+                "--quiet",
+            ]
+        )
+        == 0
+    )
     return path
 
 
 @pytest.fixture
 def fails(capsys):
-    """A function: words, exit code, parts of the message -> the message; the traceback comes with --debug only."""
+    """A function: words, exit code, parts of the message -> the message; the traceback comes with
+    --debug only.
+    """
 
     def check(words, code, *parts):
         capsys.readouterr()
@@ -33,7 +52,9 @@ def fails(capsys):
         error = capsys.readouterr().err
         assert status == code, error
         assert all(part in error for part in parts), error
-        assert "Traceback" not in error and "Error;" not in error, error  # foreseen: neither a traceback nor the name of an exception
+        assert "Traceback" not in error and "Error;" not in error, (
+            error
+        )  # foreseen: neither a traceback nor the name of an exception
         return error
 
     return check
@@ -51,19 +72,52 @@ def rewritten(path, target, change=lambda tensors: tensors, **metadata):
 
 
 def test_importance_files(fails, importance_file, model_folder, text_file, tmp_path):
-    tune = ["tune", model_folder, "--data", text_file, "--out", tmp_path / "run", "--device", "cpu", "--importance"]
+    tune = [
+        "tune",
+        model_folder,
+        "--data",
+        text_file,
+        "--out",
+        tmp_path / "run",
+        "--device",
+        "cpu",
+        "--importance",
+    ]
     whole, bad = importance_file.read_bytes(), tmp_path / "bad.safetensors"
-    fails([*tune, tmp_path / "none.safetensors"], 1, "none.safetensors' does not exist", "forgetless record MODEL")
+    fails(
+        [*tune, tmp_path / "none.safetensors"],
+        1,
+        "none.safetensors' does not exist",
+        "forgetless record MODEL",
+    )
     bad.write_bytes(whole[: len(whole) // 2])
     fails([*tune, bad], 1, "bad.safetensors is not a whole safetensors file")
     fails([*tune, model_folder / "model.safetensors"], 1, "a safetensors file of something else")
     fails([*tune, text_file], 1, "not a whole safetensors file")
     first = next(name for name in load_file(importance_file) if name.endswith("q_proj.weight"))
     poison = lambda tensors: {**tensors, first: torch.full_like(tensors[first], float("nan"))}
-    fails([*tune, rewritten(importance_file, bad, poison)], 1, f"'{first}' has non-finite importance")
-    shape = lambda tensors: {name: t for name, t in tensors.items() if not name.startswith(first)} | {first: torch.ones(3, 3)}
-    fails([*tune, rewritten(importance_file, bad, shape)], 1, f"'{first}' is (3, 3) in the file and (16, 16) in the model", "record again")
-    fails([*tune, rewritten(importance_file, bad, model={"name": "other/base", "fingerprint": "0" * 64})], 1, "another base model", "other/base")
+    fails(
+        [*tune, rewritten(importance_file, bad, poison)], 1, f"'{first}' has non-finite importance"
+    )
+    shape = lambda tensors: (
+        {name: t for name, t in tensors.items() if not name.startswith(first)}
+        | {first: torch.ones(3, 3)}
+    )
+    fails(
+        [*tune, rewritten(importance_file, bad, shape)],
+        1,
+        f"'{first}' is (3, 3) in the file and (16, 16) in the model",
+        "record again",
+    )
+    fails(
+        [
+            *tune,
+            rewritten(importance_file, bad, model={"name": "other/base", "fingerprint": "0" * 64}),
+        ],
+        1,
+        "another base model",
+        "other/base",
+    )
     fails(["inspect", bad.with_name("none")], 1, "does not exist")
     fails(["inspect", text_file], 1, "not a whole safetensors file")
     assert importance_file.read_bytes() == whole and not (tmp_path / "run" / "final").exists()
@@ -82,24 +136,58 @@ def test_data(fails, model_folder, text_file, tmp_path):
         fails([*verb, path], 1, "has the columns body, id; expected")
         fails([*verb, tmp_path / "none.csv"], 1, "none.csv' is not a file")
         fails([*verb, model_folder], 1, "is not a file; expected .txt, .jsonl")
-        fails([*verb, "nobody/no-such-data"], 1, "neither a local file nor a dataset that can be loaded", "connection")
+        fails(
+            [*verb, "nobody/no-such-data"],
+            1,
+            "neither a local file nor a dataset that can be loaded",
+            "connection",
+        )
         path.write_bytes(b'{"text": "\xff\xfe"}\n')
         fails([*verb, path], 1, "not UTF-8 text (byte 10)")
         path.write_text('{"messages": [{"role": "user", "content": "the cat"}]}\n')
         fails([*verb, path], 1, "the tokenizer has no chat template")
     path.write_text(json.dumps({"prompt": "the cat sat on the mat", "completion": " yes"}) + "\n")
-    fails([*tune, path, "--length", "5"], 1, "within --length 5 no row keeps a token to score", "--length 8 would keep 100%")
+    fails(
+        [*tune, path, "--length", "5"],
+        1,
+        "within --length 5 no row keeps a token to score",
+        "--length 8 would keep 100%",
+    )
 
 
 def test_names(fails, importance_file, model_folder, text_file, tmp_path):
-    tune = ["tune", model_folder, "--data", text_file, "--out", tmp_path / "run", "--device", "cpu", "--importance", importance_file]
-    fails([*tune, "--targets", "q_prj"], 2, "no linear layer of the model is called 'q_prj'; did you mean 'q_proj'?")
+    tune = [
+        "tune",
+        model_folder,
+        "--data",
+        text_file,
+        "--out",
+        tmp_path / "run",
+        "--device",
+        "cpu",
+        "--importance",
+        importance_file,
+    ]
+    fails(
+        [*tune, "--targets", "q_prj"],
+        2,
+        "no linear layer of the model is called 'q_prj'; did you mean 'q_proj'?",
+    )
     fails([*tune, "--targets", "(["], 2, "not a regular expression")
     fails([*tune, "--layers", "unifrm"], 2, "unknown layers 'unifrm'; did you mean 'uniform'?")
     (tmp_path / "c.yaml").write_text("layers:\n  q_prj: 2\n")
-    fails([*tune, "--config", tmp_path / "c.yaml"], 2, "no target weight of kind 'q_prj'; did you mean 'q_proj'?")
+    fails(
+        [*tune, "--config", tmp_path / "c.yaml"],
+        2,
+        "no target weight of kind 'q_prj'; did you mean 'q_proj'?",
+    )
     (tmp_path / "c.yaml").write_text("stength: 2\n")
-    fails([*tune, "--config", tmp_path / "c.yaml"], 2, "unknown option 'stength'", "did you mean 'strength'?")
+    fails(
+        [*tune, "--config", tmp_path / "c.yaml"],
+        2,
+        "unknown option 'stength'",
+        "did you mean 'strength'?",
+    )
     fails([*tune, "--config", tmp_path / "no.yaml"], 2, "no.yaml' does not exist")
     fails([*tune, "--tasks", "sciqq"], 2, "unknown task 'sciqq'; did you mean 'sciq'?")
     fails([*tune, "--data", "scqi=x.jsonl"], 2, "unknown task 'scqi'; did you mean 'sciq'?")
@@ -112,7 +200,11 @@ def test_names(fails, importance_file, model_folder, text_file, tmp_path):
     fails([*tune, "--strength", "-1"], 2, "--strength must")
     fails([*tune, "--dropout", "1.5"], 2, "--dropout must")
     fails(["tunee", model_folder], 2, "unknown verb 'tunee'; did you mean 'tune'?")
-    fails(["eval", model_folder, "--general", text_file, "--adapter", "a", "--tuned", "b"], 2, "not both")
+    fails(
+        ["eval", model_folder, "--general", text_file, "--adapter", "a", "--tuned", "b"],
+        2,
+        "not both",
+    )
     fails(["merge", tmp_path, "--out", tmp_path / "m"], 1, "is not an adapter folder")
 
 
@@ -120,7 +212,12 @@ def test_models(fails, model_folder, text_file, tmp_path):
     given = ["--general", text_file, "--out", tmp_path / "i.safetensors"]
     fails(["record", "./no-model", *given], 1, "model './no-model' does not exist")
     fails(["record", tmp_path, *given], 1, "is not a model folder: expected config.json")
-    fails(["record", "nobody/no-such-model", *given], 1, "cannot load 'nobody/no-such-model' (offline mode is on", "local folder")
+    fails(
+        ["record", "nobody/no-such-model", *given],
+        1,
+        "cannot load 'nobody/no-such-model' (offline mode is on",
+        "local folder",
+    )
     weights = model_folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     fails(["record", model_folder, *given], 1, "cannot load", "model")
@@ -131,24 +228,81 @@ def test_models(fails, model_folder, text_file, tmp_path):
 def test_places(fails, importance_file, model_folder, text_file, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     below = tmp_path / "file" / "below"
-    fails(["record", model_folder, "--general", text_file, "--out", below / "i.safetensors"], 1, "cannot write into", "--out")
-    fails(["record", model_folder, "--general", text_file, "--out", tmp_path], 1, "is a folder, expected the name of a file")
-    fails(["tune", model_folder, "--data", text_file, "--out", below], 1, "cannot write into", "--out")
-    fails(["eval", model_folder, "--general", text_file, "--out", below], 1, "cannot write into", "--out")
+    fails(
+        ["record", model_folder, "--general", text_file, "--out", below / "i.safetensors"],
+        1,
+        "cannot write into",
+        "--out",
+    )
+    fails(
+        ["record", model_folder, "--general", text_file, "--out", tmp_path],
+        1,
+        "is a folder, expected the name of a file",
+    )
+    fails(
+        ["tune", model_folder, "--data", text_file, "--out", below], 1, "cannot write into", "--out"
+    )
+    fails(
+        ["eval", model_folder, "--general", text_file, "--out", below],
+        1,
+        "cannot write into",
+        "--out",
+    )
     trained = []
     monkeypatch.setattr(recording, "train", lambda *a: trained.append(a))
     monkeypatch.setattr(ObservingRecorder, "observe", lambda *a, **k: trained.append(a))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    for extra in (["--estimator", "path"], ["--estimator", "path", "--tier", "bf16"], [], ["--estimator", "fisher"], ["--cov-rank", "0"]):
-        fails(["record", model_folder, "--general", text_file, "--out", tmp_path / "j.safetensors", *extra], 1, "MiB free", "make room")
-    fails(["tune", model_folder, "--data", text_file, "--out", tmp_path / "run", "--device", "cpu"], 1, "MiB free", "make room")
+    for extra in (
+        ["--estimator", "path"],
+        ["--estimator", "path", "--tier", "bf16"],
+        [],
+        ["--estimator", "fisher"],
+        ["--cov-rank", "0"],
+    ):
+        fails(
+            [
+                "record",
+                model_folder,
+                "--general",
+                text_file,
+                "--out",
+                tmp_path / "j.safetensors",
+                *extra,
+            ],
+            1,
+            "MiB free",
+            "make room",
+        )
+    fails(
+        ["tune", model_folder, "--data", text_file, "--out", tmp_path / "run", "--device", "cpu"],
+        1,
+        "MiB free",
+        "make room",
+    )
     assert not trained and not (tmp_path / "run" / "final").exists()
 
 
 @pytest.mark.parametrize("verb", ["record", "tune"])
-def test_a_non_finite_loss_names_the_step_and_keeps_what_was_saved(fails, model_folder, text_file, tmp_path, verb):
+def test_a_non_finite_loss_names_the_step_and_keeps_what_was_saved(
+    fails, model_folder, text_file, tmp_path, verb
+):
     out = tmp_path / "out"
-    given = ["--out", out, "--learning-rate", "1e30", "--batch-size", "2", "--accumulation", "1", "--save-steps", "1", "--rank", "2", "--device", "cpu"]
+    given = [
+        "--out",
+        out,
+        "--learning-rate",
+        "1e30",
+        "--batch-size",
+        "2",
+        "--accumulation",
+        "1",
+        "--save-steps",
+        "1",
+        "--rank",
+        "2",
+        "--device",
+        "cpu",
+    ]
     words = (
         ["record", model_folder, "--general", text_file, "--estimator", "path", *given]
         if verb == "record"
@@ -160,7 +314,9 @@ def test_a_non_finite_loss_names_the_step_and_keeps_what_was_saved(fails, model_
         (tmp_path / "out.state").write_bytes(b"half")
         fails([*words, "--resume"], 1, "is not a whole saved state", "--resume")
     else:
-        kept = load_file(next((out / "checkpoints").glob("checkpoint-*")) / "adapter_model.safetensors")
+        kept = load_file(
+            next((out / "checkpoints").glob("checkpoint-*")) / "adapter_model.safetensors"
+        )
         assert all(bool(torch.isfinite(tensor).all()) for tensor in kept.values())
 
 

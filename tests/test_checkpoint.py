@@ -1,4 +1,6 @@
-"""Full fine-tuning reads the base from the checkpoint's files: the same numbers as from a copy, without the copy."""
+"""Full fine-tuning reads the base from the checkpoint's files: the same numbers as from a copy,
+without the copy.
+"""
 
 import dataclasses
 import logging
@@ -24,7 +26,9 @@ from forgetless.penalty.pull import Penalty
 ENTRIES = {
     "f32": lambda out, into: DenseEntry(torch.rand(out, into)),
     "factored": lambda out, into: FactoredEntry(torch.rand(out, 1), torch.rand(into, 1)),
-    "kronecker": lambda out, into: KroneckerEntry(Covariance(torch.eye(out) + 0.5), Covariance(torch.eye(into) + 0.5)),
+    "kronecker": lambda out, into: KroneckerEntry(
+        Covariance(torch.eye(out) + 0.5), Covariance(torch.eye(into) + 0.5)
+    ),
 }
 
 
@@ -47,12 +51,16 @@ def load(folder, dtype="auto"):
 
 def importance_of(model, form):
     torch.manual_seed(1)
-    return Importance({name: ENTRIES[form](*shape) for name, shape in weights_module.base_shapes(model).items()})
+    return Importance(
+        {name: ENTRIES[form](*shape) for name, shape in weights_module.base_shapes(model).items()}
+    )
 
 
 def kept(penalty):
     """The twin: the same penalty with copies."""
-    penalty.weights = [dataclasses.replace(w, base=KeptWeight(w.W.detach().clone())) for w in penalty.weights]
+    penalty.weights = [
+        dataclasses.replace(w, base=KeptWeight(w.W.detach().clone())) for w in penalty.weights
+    ]
     return penalty
 
 
@@ -67,7 +75,9 @@ def test_every_weight_is_found_and_stays_the_base_while_the_optimizer_moves(save
     model(input_ids=torch.arange(3, 9)[None], labels=torch.arange(3, 9)[None]).loss.backward()
     optimizer.step()
     for w in weights:
-        assert torch.equal(w.base_rows(slice(None)), w.oriented(before[w.name])) and bool(w.update().any())
+        assert torch.equal(w.base_rows(slice(None)), w.oriented(before[w.name])) and bool(
+            w.update().any()
+        )
         assert torch.equal(w.moved(slice(2, 5)), w.update()[2:5])
 
 
@@ -77,7 +87,10 @@ def test_pulls_and_energies_are_those_of_copies(saved, kind, form, monkeypatch):
     monkeypatch.setattr(weights_module, "BASE_ROWS", 50)  # several reads per weight
     model = load(saved(kind))
     importance = importance_of(model, form)
-    streamed, copied = Penalty(model, importance, strength=0.5, names="all-linear"), kept(Penalty(model, importance, strength=0.5, names="all-linear"))
+    streamed, copied = (
+        Penalty(model, importance, strength=0.5, names="all-linear"),
+        kept(Penalty(model, importance, strength=0.5, names="all-linear")),
+    )
     assert all(isinstance(w.base, StoredWeight) for w in streamed.weights)
     pulls = []
     for penalty in (streamed, copied):
@@ -85,7 +98,10 @@ def test_pulls_and_energies_are_those_of_copies(saved, kind, form, monkeypatch):
         optimizer = torch.optim.SGD([w.W for w in penalty.weights], lr=0.01)
         with torch.no_grad():
             for w in penalty.weights:
-                w.W.copy_(copied.weights[[c.name for c in copied.weights].index(w.name)].base.tensor + 0.1 * torch.randn_like(w.W))
+                w.W.copy_(
+                    copied.weights[[c.name for c in copied.weights].index(w.name)].base.tensor
+                    + 0.1 * torch.randn_like(w.W)
+                )
         for _ in range(3):
             optimizer.zero_grad()
             penalty.pull()
@@ -107,8 +123,13 @@ def test_weights_that_moved_since_loading_are_copied_and_said(saved, caplog):
         model.model.layers[0].self_attn.q_proj.weight[0, 0] += 1
     with caplog.at_level(logging.INFO, "forgetless"):
         weights = target_weights(model, names="q_proj")
-    assert [type(w.base) for w in weights] == [KeptWeight, StoredWeight] and not weights[0].update().any()
-    assert "base of 1 of 2 weights is kept as a copy" in caplog.text and "layers.0.self_attn.q_proj" in caplog.text
+    assert [type(w.base) for w in weights] == [KeptWeight, StoredWeight] and not weights[
+        0
+    ].update().any()
+    assert (
+        "base of 1 of 2 weights is kept as a copy" in caplog.text
+        and "layers.0.self_attn.q_proj" in caplog.text
+    )
 
 
 def test_models_without_a_checkpoint_are_copied(tiny, saved, tmp_path):
@@ -129,7 +150,9 @@ def test_a_cached_hub_model_is_found_among_its_snapshots(saved, tmp_path, monkey
     shutil.copytree(saved("qwen"), snapshots / ("b" * 40))  # another revision
     (snapshots.parent / "refs").mkdir()
     (snapshots.parent / "refs" / "main").write_text("a" * 40)
-    model = AutoModelForCausalLM.from_pretrained("someone/tiny", cache_dir=cache, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        "someone/tiny", cache_dir=cache, local_files_only=True
+    )
     weights = target_weights(model, names="all-linear")
     assert {w.base.path.parent.name for w in weights} == {"a" * 40}
 
@@ -148,7 +171,10 @@ def test_writing_over_the_file_is_an_error_and_replacing_it_is_not(saved):
         weights[0].update()
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's count of memory that is not backed by a file")
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/status"),
+    reason="needs Linux's count of memory that is not backed by a file",
+)
 def test_no_second_model_in_memory(tmp_path):
     """A model of 109 MiB: pulling from the file takes a fraction of what the copies take."""
     script = textwrap.dedent("""
@@ -176,9 +202,20 @@ def test_no_second_model_in_memory(tmp_path):
     """)
 
     def run(how):
-        # Freed memory must go back at once to be counted: a padded heap (the Makefile's MALLOC_TOP_PAD_) would keep it, as much as happens to be fragmented.
-        environment = {**os.environ, "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "65536"}
-        done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "model"), how], capture_output=True, text=True, env=environment)
+        # Freed memory must go back at once to be counted: a padded heap (the Makefile's MALLOC_TOP_PAD_)
+        # would keep it, as much as happens to be fragmented.
+        environment = {
+            **os.environ,
+            "MALLOC_TRIM_THRESHOLD_": "65536",
+            "MALLOC_MMAP_THRESHOLD_": "65536",
+            "MALLOC_TOP_PAD_": "65536",
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path / "model"), how],
+            capture_output=True,
+            text=True,
+            env=environment,
+        )
         assert done.returncode == 0, done.stderr
         return float(done.stdout or 0)
 

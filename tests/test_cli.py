@@ -1,4 +1,6 @@
-"""The command line: help without torch, exit codes, nearest names, precedence of flags, YAML and presets."""
+"""The command line: help without torch, exit codes, nearest names, precedence of flags, YAML and
+presets.
+"""
 
 import dataclasses
 import subprocess
@@ -43,8 +45,14 @@ assert not {{"torch", "transformers", "numpy"}} & set(sys.modules)
         (["tuen"], "did you mean 'tune'"),
         (["tune", "m", "--dat", "x"], "did you mean '--data'"),
         (["tune", "m", "--data", "x"], "missing --out"),
-        (["record", "m", "--general", "x", "--out", "y", "--gradient", "exactly"], "did you mean 'exact'"),
-        (["record", "m", "--general", "x", "--out", "y", "--rank", "eight"], "--rank expects int, found 'eight'"),
+        (
+            ["record", "m", "--general", "x", "--out", "y", "--gradient", "exactly"],
+            "did you mean 'exact'",
+        ),
+        (
+            ["record", "m", "--general", "x", "--out", "y", "--rank", "eight"],
+            "--rank expects int, found 'eight'",
+        ),
         (["eval", "m"], "nothing to measure"),
         (["tune", "m", "--data", "x", "--out", "y", "--anchor", "recorded"], "needs --importance"),
     ],
@@ -59,9 +67,16 @@ def test_wrong_options_exit_with_2_and_say_what_to_do(words, expected, capsys):
 
 
 def test_bad_input_exits_with_1_without_a_traceback(tmp_path, capsys):
-    assert main(["tune", "./no-model", "--data", "nothing.jsonl", "--out", str(tmp_path / "run")]) == 1
+    assert (
+        main(["tune", "./no-model", "--data", "nothing.jsonl", "--out", str(tmp_path / "run")]) == 1
+    )
     assert "'nothing.jsonl' is not a file" in capsys.readouterr().err
-    assert main(["record", "./no-model", "--general", "x.txt", "--out", str(tmp_path / "i.safetensors")]) == 1
+    assert (
+        main(
+            ["record", "./no-model", "--general", "x.txt", "--out", str(tmp_path / "i.safetensors")]
+        )
+        == 1
+    )
     error = capsys.readouterr().err
     assert "model './no-model' does not exist" in error and "Traceback" not in error
     assert main(["inspect", str(tmp_path / "none.safetensors")]) == 1
@@ -72,21 +87,51 @@ def test_precedence_is_flag_then_yaml_then_preset_then_default(tmp_path):
     config = tmp_path / "c.yaml"
     config.write_text("preset: paper\nlearning-rate: 1e-4\nrank: 4\n")
     options = resolve(TuneOptions, {**read_yaml(config), "rank": "2"}, TUNE_PRESETS)
-    assert (options.rank, options.learning_rate, options.strength, options.weight_decay) == (2, 1e-4, 1e-3, 0.0)
+    assert (options.rank, options.learning_rate, options.strength, options.weight_decay) == (
+        2,
+        1e-4,
+        1e-3,
+        0.0,
+    )
 
 
 def test_the_paper_preset_holds_the_authors_settings():
-    record, tune = resolve(RecordOptions, {"preset": "paper"}, RECORD_PRESETS), resolve(TuneOptions, {"preset": "paper"}, TUNE_PRESETS)
-    assert (record.targets, record.rank, record.alpha, record.dropout, record.xi, record.gradient) == ("q_proj,v_proj", 8, 32.0, 0.1, 1e-9, "effective")
-    assert (record.epochs, record.batch_size, record.accumulation, record.documents, record.length) == (5, 20, 4, 2000, 800)
-    assert (tune.strength, tune.tau, tune.layers, tune.anchor, tune.learning_rate) == (1e-3, 1e-8, "softmax", "recorded", 8e-4)
+    record, tune = (
+        resolve(RecordOptions, {"preset": "paper"}, RECORD_PRESETS),
+        resolve(TuneOptions, {"preset": "paper"}, TUNE_PRESETS),
+    )
+    assert (
+        record.targets,
+        record.rank,
+        record.alpha,
+        record.dropout,
+        record.xi,
+        record.gradient,
+    ) == ("q_proj,v_proj", 8, 32.0, 0.1, 1e-9, "effective")
+    assert (
+        record.epochs,
+        record.batch_size,
+        record.accumulation,
+        record.documents,
+        record.length,
+    ) == (5, 20, 4, 2000, 800)
+    assert (tune.strength, tune.tau, tune.layers, tune.anchor, tune.learning_rate) == (
+        1e-3,
+        1e-8,
+        "softmax",
+        "recorded",
+        8e-4,
+    )
 
 
 def test_a_reader_that_goes_away_ends_the_output_quietly(tmp_path):
     from forgetless.importance.entries import DenseEntry
     from forgetless.importance.importance import Importance
 
-    rows = {f"model.layers.{i}.self_attn.q_proj.weight": DenseEntry(torch.ones(2, 2)) for i in range(1200)}
+    rows = {
+        f"model.layers.{i}.self_attn.q_proj.weight": DenseEntry(torch.ones(2, 2))
+        for i in range(1200)
+    }
     Importance(rows).save(tmp_path / "i.safetensors")
     command = [sys.executable, "-m", "forgetless.cli", "inspect", str(tmp_path / "i.safetensors")]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -106,7 +151,18 @@ def test_broken_yaml_is_an_option_error(tmp_path, text):
 
 
 def test_limits_are_those_of_real_options():
-    names = {f.name for kind in (RecordOptions, TuneOptions, EvalOptions, ShrinkOptions, CompareOptions, PlanOptions) for f in dataclasses.fields(kind)}
+    names = {
+        f.name
+        for kind in (
+            RecordOptions,
+            TuneOptions,
+            EvalOptions,
+            ShrinkOptions,
+            CompareOptions,
+            PlanOptions,
+        )
+        for f in dataclasses.fields(kind)
+    }
     assert {*AT_LEAST, *ABOVE_ZERO} <= names
     for presets, kind in ((RECORD_PRESETS, RecordOptions), (TUNE_PRESETS, TuneOptions)):
         for preset in presets:
@@ -116,14 +172,55 @@ def test_limits_are_those_of_real_options():
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_progress_bars_are_for_terminals(model_folder, text_file, tmp_path, capsys, monkeypatch, terminal):
+def test_progress_bars_are_for_terminals(
+    model_folder, text_file, tmp_path, capsys, monkeypatch, terminal
+):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
-    common = ["--max-steps", "2", "--batch-size", "2", "--accumulation", "1", "--rank", "2", "--device", "cpu"]
+    common = [
+        "--max-steps",
+        "2",
+        "--batch-size",
+        "2",
+        "--accumulation",
+        "1",
+        "--rank",
+        "2",
+        "--device",
+        "cpu",
+    ]
     importance = str(tmp_path / "i.safetensors")
-    assert main(["record", str(model_folder), "--general", str(text_file), "--out", importance, "--estimator", "path", *common]) == 0
+    assert (
+        main(
+            [
+                "record",
+                str(model_folder),
+                "--general",
+                str(text_file),
+                "--out",
+                importance,
+                "--estimator",
+                "path",
+                *common,
+            ]
+        )
+        == 0
+    )
     recording = capsys.readouterr().err
-    assert ("recording: 100%" in recording and "loss" in recording and "tokens/s" in recording) is terminal
-    words = ["tune", str(model_folder), "--data", str(text_file), "--importance", importance, "--out", str(tmp_path / "run"), "--log-steps", "1"]
+    assert (
+        "recording: 100%" in recording and "loss" in recording and "tokens/s" in recording
+    ) is terminal
+    words = [
+        "tune",
+        str(model_folder),
+        "--data",
+        str(text_file),
+        "--importance",
+        importance,
+        "--out",
+        str(tmp_path / "run"),
+        "--log-steps",
+        "1",
+    ]
     assert main([*words, *common]) == 0
     tuning = capsys.readouterr().err
     assert ("2/2" in tuning and "energy=" in tuning and "pull=" in tuning) is terminal
@@ -132,6 +229,12 @@ def test_progress_bars_are_for_terminals(model_folder, text_file, tmp_path, caps
 def test_verbs_that_do_not_share_work_are_refused_under_a_launcher(monkeypatch, tmp_path, capsys):
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "localhost")):
         monkeypatch.setenv(name, value)
-    assert main(["report", str(tmp_path)]) == 2 and "report works in one process, found 2" in capsys.readouterr().err
+    assert (
+        main(["report", str(tmp_path)]) == 2
+        and "report works in one process, found 2" in capsys.readouterr().err
+    )
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert main(["report", str(tmp_path)]) == 1 and "works in one process" not in capsys.readouterr().err
+    assert (
+        main(["report", str(tmp_path)]) == 1
+        and "works in one process" not in capsys.readouterr().err
+    )

@@ -1,4 +1,6 @@
-"""Codes of importance: what is decoded is close, ordered and the same as number by number; what cannot be coded is refused."""
+"""Codes of importance: what is decoded is close, ordered and the same as number by number; what
+cannot be coded is refused.
+"""
 
 import itertools
 
@@ -13,7 +15,9 @@ TIERS = ("u8", "u4")
 def spread(out, into, seed=0, decades=2.0):
     """Positive values over many orders of magnitude, a tenth of them zero."""
     g = torch.Generator().manual_seed(seed)
-    return (torch.randn(out, into, generator=g) * decades).exp() * (torch.rand(out, into, generator=g) > 0.1)
+    return (torch.randn(out, into, generator=g) * decades).exp() * (
+        torch.rand(out, into, generator=g) > 0.1
+    )
 
 
 def again(values, tier):
@@ -25,7 +29,9 @@ def unpacked(codes, into, tier):
 
 
 @pytest.mark.parametrize("tier", TIERS)
-@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (2, 127), (4, 128), (3, 129), (5, 300), (2, 511)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (3, 5), (2, 127), (4, 128), (3, 129), (5, 300), (2, 511)]
+)
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
 def test_tensors_and_numbers_give_the_same_codes_scales_and_values(tier, shape, size):
     values = spread(*shape, seed=shape[1]) * size
@@ -43,13 +49,19 @@ def test_every_code_decodes_as_its_table_entry(tier):
     every = torch.arange(2 ** codec.BITS[tier], dtype=torch.uint8)
     codes = every[None] if tier == "u8" else (every[0::2] | every[1::2] << 4)[None]
     scale = torch.full((1, codec.blocks(len(every))), 0.15625, dtype=torch.bfloat16)
-    assert codec.decode(codes, scale, (1, len(every)), tier)[0].tolist() == [codec._f32(t * 0.15625) for t in codec.TABLES[tier]]
+    assert codec.decode(codes, scale, (1, len(every)), tier)[0].tolist() == [
+        codec._f32(t * 0.15625) for t in codec.TABLES[tier]
+    ]
 
 
 @pytest.mark.parametrize("tier", TIERS)
 def test_ties_go_to_the_smaller_code_in_both(tier):
     table = codec.TABLES[tier]
-    row = [table[-1], *((low + high) / 2 for low, high in itertools.pairwise(table[40:160]))] if tier == "u8" else [1.0, 0.75, 0.375, 2.0**-15]
+    row = (
+        [table[-1], *((low + high) / 2 for low, high in itertools.pairwise(table[40:160]))]
+        if tier == "u8"
+        else [1.0, 0.75, 0.375, 2.0**-15]
+    )
     codes, _ = codec.encode(torch.tensor([row], dtype=torch.float64), tier)
     assert unpacked(codes, len(row), tier)[0].tolist() == codec.encode_reference(row, tier)[0]
     if tier == "u4":
@@ -91,9 +103,14 @@ def test_energy_is_kept_and_elements_are_rounded_as_promised(tier, energy, step)
     decoded = again(values, tier)
     U = torch.randn(128, 640, generator=torch.Generator().manual_seed(1))
     for update in (U, U / (1 + values), U * values.sqrt()):
-        assert float((decoded * update**2).sum()) == pytest.approx(float((values * update**2).sum()), rel=energy)
+        assert float((decoded * update**2).sum()) == pytest.approx(
+            float((values * update**2).sum()), rel=energy
+        )
     blocks, again_blocks = values.view(128, 5, 128), decoded.view(128, 5, 128)
-    top, shift = blocks.amax(-1, keepdim=True), again_blocks.amax(-1, keepdim=True) / blocks.amax(-1, keepdim=True)  # the scale moves a whole block
+    top, shift = (
+        blocks.amax(-1, keepdim=True),
+        again_blocks.amax(-1, keepdim=True) / blocks.amax(-1, keepdim=True),
+    )  # the scale moves a whole block
     rounding = (again_blocks / shift / blocks - 1)[blocks > 0.1 * top].abs()
     assert float(rounding.max()) < step + 1e-5
 
@@ -118,7 +135,9 @@ def test_rows_decode_alone_and_layout_does_not_matter(tier):
     whole = codec.decode(codes, scale, values.shape, tier)
     assert torch.equal(whole, again(values, tier))
     assert torch.equal(codec.decode(codes, scale, values.shape, tier, slice(2, 7)), whole[2:7])
-    assert codec.norm(codes, scale, values.shape, tier) == pytest.approx(float(whole.double().norm()), rel=1e-12)
+    assert codec.norm(codes, scale, values.shape, tier) == pytest.approx(
+        float(whole.double().norm()), rel=1e-12
+    )
 
 
 def test_large_weights_are_coded_in_pieces(monkeypatch):

@@ -39,24 +39,64 @@ WORDS = "the cat sat on mat and dog then too yes no one two three".split()  # no
 
 @pytest.fixture
 def experiment(model_folder, tmp_path):
-    """Writes an experiment of two methods with two settings each; `change` is laid over it. Returns its path."""
+    """Writes an experiment of two methods with two settings each; `change` is laid over it.
+
+    Returns its path.
+    """
     rng = random.Random(0)
-    texts = lambda n: "\n".join(json.dumps({"text": " ".join(rng.choices(WORDS, k=rng.randint(12, 24)))}) for _ in range(n))
-    rows = lambda n: "\n".join(json.dumps({"prompt": f"Question {i} {rng.choice('abcd')} ?", "completion": " a b " + rng.choice("abcd")}) for i in range(n))
-    for name, content in (("wide", texts(40)), ("other", texts(20)), ("domain", rows(40)), ("held", rows(8))):
+    texts = lambda n: "\n".join(
+        json.dumps({"text": " ".join(rng.choices(WORDS, k=rng.randint(12, 24)))}) for _ in range(n)
+    )
+    rows = lambda n: "\n".join(
+        json.dumps(
+            {
+                "prompt": f"Question {i} {rng.choice('abcd')} ?",
+                "completion": " a b " + rng.choice("abcd"),
+            }
+        )
+        for i in range(n)
+    )
+    for name, content in (
+        ("wide", texts(40)),
+        ("other", texts(20)),
+        ("domain", rows(40)),
+        ("held", rows(8)),
+    ):
         (tmp_path / f"{name}.jsonl").write_text(content)
 
     def write(**change):
         given = {
-            "model": str(model_folder), "device": "cpu",
-            "general": {"wide": str(tmp_path / "wide.jsonl"), "other": {"text": str(tmp_path / "other.jsonl")}},
-            "domains": {"domain": {"data": str(tmp_path / "domain.jsonl"), "test": str(tmp_path / "held.jsonl")}},
-            "training": {"max_steps": 3, "batch_size": 4, "accumulation": 1, "rank": 2, "log_steps": 1},
+            "model": str(model_folder),
+            "device": "cpu",
+            "general": {
+                "wide": str(tmp_path / "wide.jsonl"),
+                "other": {"text": str(tmp_path / "other.jsonl")},
+            },
+            "domains": {
+                "domain": {
+                    "data": str(tmp_path / "domain.jsonl"),
+                    "test": str(tmp_path / "held.jsonl"),
+                }
+            },
+            "training": {
+                "max_steps": 3,
+                "batch_size": 4,
+                "accumulation": 1,
+                "rank": 2,
+                "log_steps": 1,
+            },
             "importance": {"default": {"batch_size": 8}},
-            "methods": {"plain": {"grid": {"learning_rate": [1e-3, 1e-2]}},
-                        "hold": {"importance": "default", "learning_rate": 1e-2, "grid": {"strength": [1, 10]}}},
-            "seeds": {"validation": [0], "test": [1, 2]}, "scales": [0.5],
-        }  # fmt: skip
+            "methods": {
+                "plain": {"grid": {"learning_rate": [1e-3, 1e-2]}},
+                "hold": {
+                    "importance": "default",
+                    "learning_rate": 1e-2,
+                    "grid": {"strength": [1, 10]},
+                },
+            },
+            "seeds": {"validation": [0], "test": [1, 2]},
+            "scales": [0.5],
+        }
         path = tmp_path / "experiment.yaml"
         path.write_text(json.dumps({**given, **change}))  # JSON is YAML
         return path
@@ -68,33 +108,67 @@ def run(path, out, *more):
     return main([str(word) for word in ("compare", path, "--out", out, "--quiet", *more)])
 
 
-def test_a_comparison_says_who_forgets_least_and_is_not_run_twice(experiment, tmp_path, capsys, monkeypatch):
+def test_a_comparison_says_who_forgets_least_and_is_not_run_twice(
+    experiment, tmp_path, capsys, monkeypatch
+):
     path, out = experiment(), tmp_path / "out"
     assert run(path, out) == 0
     assert "domain: " in capsys.readouterr().out
     summary = json.loads((out / "compare.json").read_text())
-    assert summary["progress"] == {**summary["progress"], "done": 8, "of": 8, "failed": 0}  # 4 settings, then 2 chosen x 2 seeds
+    assert summary["progress"] == {
+        **summary["progress"],
+        "done": 8,
+        "of": 8,
+        "failed": 0,
+    }  # 4 settings, then 2 chosen x 2 seeds
     tested = [r for r in summary["runs"] if r["part"] == "test"]
-    assert {(r["method"], r["seed"]) for r in tested} == {("plain", 1), ("plain", 2), ("hold", 1), ("hold", 2)} and all(r["chosen"] for r in tested)
+    assert {(r["method"], r["seed"]) for r in tested} == {
+        ("plain", 1),
+        ("plain", 2),
+        ("hold", 1),
+        ("hold", 2),
+    } and all(r["chosen"] for r in tested)
     for r in summary["runs"]:
         assert sorted(point["scale"] for point in r["points"]) == [0.5, 1.0]
-        assert set(r["points"][0]["forgetting"]) == ({"wide", "other"} if r["part"] == "test" else {"wide"})  # settings are chosen on the recorded kind
-        assert r["trainable_parameters"] > 0 and r["peak_memory_bytes"] > 0 and [entry["step"] for entry in r["log"]] == [1, 2, 3]
-    assert summary["noise"]["domain"]["forgetting"]["wide"] > 0 and {row["share"] for row in summary["equal_learning"]["domain"]["wide"]} == {0.5, 0.8, 0.95}
+        assert set(r["points"][0]["forgetting"]) == (
+            {"wide", "other"} if r["part"] == "test" else {"wide"}
+        )  # settings are chosen on the recorded kind
+        assert (
+            r["trainable_parameters"] > 0
+            and r["peak_memory_bytes"] > 0
+            and [entry["step"] for entry in r["log"]] == [1, 2, 3]
+        )
+    assert summary["noise"]["domain"]["forgetting"]["wide"] > 0 and {
+        row["share"] for row in summary["equal_learning"]["domain"]["wide"]
+    } == {0.5, 0.8, 0.95}
     assert [text["kind"] for text in summary["texts"]] == ["recorded", "other"]
-    assert {weight["coefficient"] for weight in summary["importance"][0]["weights"]} == {1.0}  # layers: uniform, as the runs were held
+    assert {weight["coefficient"] for weight in summary["importance"][0]["weights"]} == {
+        1.0
+    }  # layers: uniform, as the runs were held
     assert {"base", "plain", "hold"} == set(summary["samples"][0]["outputs"])
     monkeypatch.setattr(campaign, "run", lambda job: pytest.fail("ran again"))
     assert run(path, out) == 0
     again = json.loads((out / "compare.json").read_text())
-    assert [r["id"] for r in again["runs"]] == [r["id"] for r in summary["runs"]] and again["frontier"] == summary["frontier"]
+    assert [r["id"] for r in again["runs"]] == [r["id"] for r in summary["runs"]] and again[
+        "frontier"
+    ] == summary["frontier"]
 
 
-@pytest.mark.parametrize("seeds, texts", [({"validation": [0], "test": [1]}, {"wide"}), ({"validation": [0], "test": []}, {"wide", "other"})])
+@pytest.mark.parametrize(
+    "seeds, texts",
+    [
+        ({"validation": [0], "test": [1]}, {"wide"}),
+        ({"validation": [0], "test": []}, {"wide", "other"}),
+    ],
+)
 def test_other_texts_wait_for_the_test_where_there_is_one(experiment, tmp_path, seeds, texts):
     assert run(experiment(seeds=seeds), tmp_path / "out", "--part", "validation") == 0
     summary = json.loads((tmp_path / "out" / "compare.json").read_text())
-    assert set(summary["equal_learning"]["domain"]) == set(summary["noise"]["domain"]["forgetting"]) == texts
+    assert (
+        set(summary["equal_learning"]["domain"])
+        == set(summary["noise"]["domain"]["forgetting"])
+        == texts
+    )
 
 
 def test_another_setting_runs_only_what_is_new(experiment, tmp_path, monkeypatch):
@@ -122,49 +196,110 @@ def test_interrupted_and_gone_on_with_is_the_same(experiment, tmp_path, monkeypa
     assert len(list((tmp_path / "parted" / "runs").glob("*/run.json"))) == 2
     assert run(path, tmp_path / "parted", "--part", "validation") == 0
     assert len(calls) == 5  # the third one twice
-    whole, parted = (json.loads((tmp_path / name / "compare.json").read_text()) for name in ("whole", "parted"))
-    assert whole["frontier"] == parted["frontier"] and whole["equal_learning"] == parted["equal_learning"]
+    whole, parted = (
+        json.loads((tmp_path / name / "compare.json").read_text()) for name in ("whole", "parted")
+    )
+    assert (
+        whole["frontier"] == parted["frontier"]
+        and whole["equal_learning"] == parted["equal_learning"]
+    )
 
 
 @pytest.fixture
 def succession(experiment, tmp_path):
     """An experiment of three domains in a sequence, by three methods with one seed."""
     rng = random.Random(3)
-    for name, reply in (("second", "one two"), ("third", "dog mat")):  # answers of their own: what one domain teaches does not help the other
-        rows = [{"prompt": f"{name} {i} {rng.choice('abcd')} ?", "completion": f" {reply} {rng.choice('abcd')}"} for i in range(40)]
+    for name, reply in (
+        ("second", "one two"),
+        ("third", "dog mat"),
+    ):  # answers of their own: what one domain teaches does not help the other
+        rows = [
+            {
+                "prompt": f"{name} {i} {rng.choice('abcd')} ?",
+                "completion": f" {reply} {rng.choice('abcd')}",
+            }
+            for i in range(40)
+        ]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     domains = json.loads(experiment().read_text())["domains"]
     change = {
-        "training": {"max_steps": 12, "batch_size": 4, "accumulation": 1, "rank": 2, "log_steps": 1},
-        "domains": {**domains, **{name: str(tmp_path / f"{name}.jsonl") for name in ("second", "third")}}, "seeds": {"validation": [0], "test": [1]},
-        "methods": {"plain": {"learning_rate": 1e-2}, "hold": {"importance": "default", "learning_rate": 1e-2, "strength": 1}},
-        "sequences": {"way": {"domains": ["domain", "second", "third"],
-                              "methods": {"plain": None, "hold": None, "apart": {"like": "plain", "method": "o-lora", "orthogonality": 2}}}},
-    }  # fmt: skip
+        "training": {
+            "max_steps": 12,
+            "batch_size": 4,
+            "accumulation": 1,
+            "rank": 2,
+            "log_steps": 1,
+        },
+        "domains": {
+            **domains,
+            **{name: str(tmp_path / f"{name}.jsonl") for name in ("second", "third")},
+        },
+        "seeds": {"validation": [0], "test": [1]},
+        "methods": {
+            "plain": {"learning_rate": 1e-2},
+            "hold": {"importance": "default", "learning_rate": 1e-2, "strength": 1},
+        },
+        "sequences": {
+            "way": {
+                "domains": ["domain", "second", "third"],
+                "methods": {
+                    "plain": None,
+                    "hold": None,
+                    "apart": {"like": "plain", "method": "o-lora", "orthogonality": 2},
+                },
+            }
+        },
+    }
     return lambda **more: experiment(**{**change, **more})
 
 
-def test_a_sequence_goes_on_from_the_merged_result_of_each_domain(succession, tmp_path, monkeypatch):
+def test_a_sequence_goes_on_from_the_merged_result_of_each_domain(
+    succession, tmp_path, monkeypatch
+):
     path, out = succession(), tmp_path / "out"
     assert run(path, out) == 0
     summary = json.loads((out / "compare.json").read_text())
     found = {sequence["method"]: sequence for sequence in summary["sequences"]}
-    assert list(found) == ["plain", "hold", "apart"] and all(s["error"] is None and s["seed"] == 1 for s in found.values())
+    assert list(found) == ["plain", "hold", "apart"] and all(
+        s["error"] is None and s["seed"] == 1 for s in found.values()
+    )
     before = [domain["before"]["nats"] for domain in summary["domains"]]
     for s in found.values():
-        assert s["matrix"][0] == before and len(s["matrix"]) == 4 and {text: len(rises) for text, rises in s["general"].items()} == {"wide": 3, "other": 3}
-        assert all(s["matrix"][j + 1][j] < s["matrix"][j][j] for j in range(3))  # each step learns its domain, from where the last one ended
-    assert found["apart"]["matrix"][1] == found["plain"]["matrix"][1]  # nothing to keep apart from yet
+        assert (
+            s["matrix"][0] == before
+            and len(s["matrix"]) == 4
+            and {text: len(rises) for text, rises in s["general"].items()}
+            == {"wide": 3, "other": 3}
+        )
+        assert all(
+            s["matrix"][j + 1][j] < s["matrix"][j][j] for j in range(3)
+        )  # each step learns its domain, from where the last one ended
+    assert (
+        found["apart"]["matrix"][1] == found["plain"]["matrix"][1]
+    )  # nothing to keep apart from yet
     assert found["apart"]["matrix"][2] != found["plain"]["matrix"][2]
-    single = next(r for r in summary["runs"] if (r["method"], r["domain"], r["part"]) == ("plain", "domain", "test"))
+    single = next(
+        r
+        for r in summary["runs"]
+        if (r["method"], r["domain"], r["part"]) == ("plain", "domain", "test")
+    )
     learned = next(point["learning"]["nats"] for point in single["points"] if point["scale"] == 1.0)
-    assert found["plain"]["matrix"][1][0] == pytest.approx(before[0] - learned, abs=1e-5)  # the first step is the run of that domain alone, merged
-    assert any("way, one after another (domain, second, third)" in line for line in summary["verdict"])
+    assert found["plain"]["matrix"][1][0] == pytest.approx(
+        before[0] - learned, abs=1e-5
+    )  # the first step is the run of that domain alone, merged
+    assert any(
+        "way, one after another (domain, second, third)" in line for line in summary["verdict"]
+    )
     assert len(list(out.glob("sequences/way/*/*/model"))) == 3  # of the last step alone
     kept = (out / "sequences/way/forgetless-1/keep-3.jsonl").read_text()
     assert all(word in kept for word in ("Question", "second", "cat")) and "third" not in kept
-    held_by = Importance.load(out / "sequences/way/forgetless-1/3-third/importance.safetensors").info
-    assert [Path(step["data"]["source"]).parent.name for step in held_by["consolidated"]] == ["domain", "second"]
+    held_by = Importance.load(
+        out / "sequences/way/forgetless-1/3-third/importance.safetensors"
+    ).info
+    assert [Path(step["data"]["source"]).parent.name for step in held_by["consolidated"]] == [
+        "domain",
+        "second",
+    ]
     assert held_by["data"]["source"].endswith("wide/record.jsonl")
     monkeypatch.setattr(sequence, "_take", lambda *arguments: pytest.fail("ran again"))
     assert run(path, out) == 0
@@ -172,7 +307,15 @@ def test_a_sequence_goes_on_from_the_merged_result_of_each_domain(succession, tm
 
 
 def test_a_sequence_answers_the_questions_of_its_domains_after_each_step(succession, tmp_path):
-    questions = [{"goal": f"second {i} {'abcd'[i % 4]} ?", "sol1": "one two a", "sol2": "dog mat b", "label": 0} for i in range(12)]
+    questions = [
+        {
+            "goal": f"second {i} {'abcd'[i % 4]} ?",
+            "sol1": "one two a",
+            "sol2": "dog mat b",
+            "label": 0,
+        }
+        for i in range(12)
+    ]
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
     spec = f"piqa={tmp_path / 'questions.jsonl'}"
     domains = json.loads(succession().read_text())["domains"]
@@ -183,19 +326,31 @@ def test_a_sequence_answers_the_questions_of_its_domains_after_each_step(success
     summary = json.loads((out / "compare.json").read_text())
     found = summary["sequences"][0]
     scores = [row[1] for row in found["accuracy"]]
-    assert [row[::2] for row in found["accuracy"]] == [[None, None]] * 4 and scores[0] == summary["domains"][1]["before"]["accuracy"]
-    assert scores[2] == 1.0 and found["accuracy_transfer"] == {"average": scores[3], "backward_transfer": scores[3] - 1.0,
-                                                               "forward_transfer": scores[1] - scores[0]}  # fmt: skip
+    assert [row[::2] for row in found["accuracy"]] == [[None, None]] * 4 and scores[0] == summary[
+        "domains"
+    ][1]["before"]["accuracy"]
+    assert scores[2] == 1.0 and found["accuracy_transfer"] == {
+        "average": scores[3],
+        "backward_transfer": scores[3] - 1.0,
+        "forward_transfer": scores[1] - scores[0],
+    }
     last = out / "sequences/way/plain-1/3-third/model"
     task, rows = load_task(spec, split=None)
     options = resolve(ModelOptions, {"model": str(last)})
-    assert answers(load_model(options), load_tokenizer(options), task, rows)["acc"] == pytest.approx(scores[3])
+    assert answers(load_model(options), load_tokenizer(options), task, rows)[
+        "acc"
+    ] == pytest.approx(scores[3])
 
 
 def test_a_sequence_is_held_by_the_domains_before_by_a_rule(succession, tmp_path):
-    """`consolidate: none` holds general text alone, the first step apart: there is nothing before it."""
+    """`consolidate: none` holds general text alone, the first step apart: there is nothing before
+    it.
+    """
     like = {"like": "hold", "strength": 30}
-    way = {"domains": ["domain", "second"], "methods": {"sum": like, "none": {**like, "consolidate": "none"}}}
+    way = {
+        "domains": ["domain", "second"],
+        "methods": {"sum": like, "none": {**like, "consolidate": "none"}},
+    }
     out = tmp_path / "out"
     assert run(succession(sequences={"way": way}), out) == 0
     added, alone = json.loads((out / "compare.json").read_text())["sequences"]
@@ -205,7 +360,9 @@ def test_a_sequence_is_held_by_the_domains_before_by_a_rule(succession, tmp_path
     assert not (out / "sequences/way/none-1/2-second/importance.safetensors").exists()
 
 
-def test_an_interrupted_sequence_goes_on_and_a_changed_step_finds_the_model_before_it(succession, tmp_path, monkeypatch):
+def test_an_interrupted_sequence_goes_on_and_a_changed_step_finds_the_model_before_it(
+    succession, tmp_path, monkeypatch
+):
     spec = {"way": {"domains": ["domain", "second", "third"], "methods": ["plain"]}}
     path, out, original, calls = succession(sequences=spec), tmp_path / "out", sequence._take, []
 
@@ -222,7 +379,9 @@ def test_an_interrupted_sequence_goes_on_and_a_changed_step_finds_the_model_befo
     last = out / "sequences/way/plain-1/3-third/step.json"
     last.write_text(json.dumps({**json.loads(last.read_text()), "id": "of other data"}))
     assert run(path, out) == 0 and len(calls) == 5  # that step alone, from models merged again
-    assert json.loads((out / "sequences.json").read_text())[0]["matrix"] == [pytest.approx(row, abs=1e-5) for row in whole[0]["matrix"]]
+    assert json.loads((out / "sequences.json").read_text())[0]["matrix"] == [
+        pytest.approx(row, abs=1e-5) for row in whole[0]["matrix"]
+    ]
 
 
 def test_the_verdict_names_no_ratio_where_plain_forgets_nothing(experiment, tmp_path, monkeypatch):
@@ -233,14 +392,19 @@ def test_the_verdict_names_no_ratio_where_plain_forgets_nothing(experiment, tmp_
         result = original(job)
         for point in result["points"]:
             point["learning"]["nats"] = point["scale"]
-            point["forgetting"]["wide"]["nats"] = -0.01 * point["scale"] * (2 if job["trial"].method == "hold" else 1)
+            point["forgetting"]["wide"]["nats"] = (
+                -0.01 * point["scale"] * (2 if job["trial"].method == "hold" else 1)
+            )
         return result
 
     monkeypatch.setattr(trial, "_trained", trained)
     assert run(experiment(), tmp_path / "out") == 0
     summary = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert all(gap["ratio"] is None for gap in summary["differences"] if gap["text"] == "wide")
-    assert "plain scaled back forgets -0.0095" in summary["verdict"][0] and "x," not in summary["verdict"][0]
+    assert (
+        "plain scaled back forgets -0.0095" in summary["verdict"][0]
+        and "x," not in summary["verdict"][0]
+    )
 
 
 def test_a_sequence_that_fails_is_told(succession, tmp_path, monkeypatch):
@@ -255,15 +419,26 @@ def test_a_sequence_that_fails_is_told(succession, tmp_path, monkeypatch):
     assert run(succession(), tmp_path / "out") == 0
     summary = json.loads((tmp_path / "out" / "compare.json").read_text())
     apart = next(s for s in summary["sequences"] if s["method"] == "apart")
-    assert apart["error"] == "RuntimeError: broken" and len(apart["matrix"]) == 2 and apart["average"] is None
+    assert (
+        apart["error"] == "RuntimeError: broken"
+        and len(apart["matrix"]) == 2
+        and apart["average"] is None
+    )
     assert "way: apart did not get to the end in every seed." in summary["verdict"]
 
 
 def test_runs_made_before_an_option_came_are_still_found():
-    """The address of a run must not change when tune gets a new option: a campaign of days would start again."""
+    """The address of a run must not change when tune gets a new option: a campaign of days would
+    start again.
+    """
     given = {"model": "m", "data": "d", "out": "o", "importance": "i", "strength": 3, "seed": 2}
-    assert identity(resolve(TuneOptions, given, TUNE_PRESETS), more=["x", [1]]) == "334dde370bdc59aa"
-    assert identity(resolve(TuneOptions, {**given, "earlier": "e"}, TUNE_PRESETS), more=["x", [1]]) != "334dde370bdc59aa"
+    assert (
+        identity(resolve(TuneOptions, given, TUNE_PRESETS), more=["x", [1]]) == "334dde370bdc59aa"
+    )
+    assert (
+        identity(resolve(TuneOptions, {**given, "earlier": "e"}, TUNE_PRESETS), more=["x", [1]])
+        != "334dde370bdc59aa"
+    )
 
 
 @pytest.mark.parametrize("method", ["oft", "osf", "full"])
@@ -271,8 +446,20 @@ def test_updates_that_are_not_loras_are_scaled_too(experiment, tmp_path, method)
     """By the difference of the weights: half of it lies between the base and all of it."""
     options = {"method": method, "learning_rate": 1e-3}
     out = tmp_path / "out"
-    assert run(experiment(methods={"plain": {}, "other": options}, seeds={"validation": [0], "test": []}, scales=[0.5, 0.01]), out) == 0
-    found = next(r for r in json.loads((out / "compare.json").read_text())["runs"] if r["method"] == "other")
+    assert (
+        run(
+            experiment(
+                methods={"plain": {}, "other": options},
+                seeds={"validation": [0], "test": []},
+                scales=[0.5, 0.01],
+            ),
+            out,
+        )
+        == 0
+    )
+    found = next(
+        r for r in json.loads((out / "compare.json").read_text())["runs"] if r["method"] == "other"
+    )
     learned = {point["scale"]: point["learning"]["nats"] for point in found["points"]}
     assert set(learned) == {1.0, 0.5, 0.01} and abs(learned[0.01]) < 0.1 * abs(learned[1.0])
     assert learned[0.5] == pytest.approx(learned[1.0] / 2, rel=0.5)
@@ -292,40 +479,67 @@ def test_what_is_answered_is_of_the_chosen_settings(experiment, tmp_path, monkey
         loaded.clear()
         assert run(experiment(), tmp_path / "out", "--part", part) == 0
         runs = json.loads((tmp_path / "out" / "compare.json").read_text())["runs"]
-        wanted = {r["id"] for r in runs if r["chosen"] and r["part"] == ("test" if part == "both" else "validation")}
+        wanted = {
+            r["id"]
+            for r in runs
+            if r["chosen"] and r["part"] == ("test" if part == "both" else "validation")
+        }
         assert len(loaded) == 2 and set(loaded) <= wanted
 
 
-def test_updates_on_a_quantised_base_that_are_not_loras_are_measured_whole(model_folder, tmp_path, monkeypatch):
+def test_updates_on_a_quantised_base_that_are_not_loras_are_measured_whole(
+    model_folder, tmp_path, monkeypatch
+):
     """By the adapter itself: the weights are codes, of which there are no differences."""
     given = {"model": str(model_folder), "data": "d", "out": "o"}
     quantised = resolve(TuneOptions, {**given, "quantize": "4bit", "method": "oft"}, TUNE_PRESETS)
     live = torch.nn.Linear(2, 2)
     monkeypatch.setattr(trial, "load_tuned", lambda *arguments, **more: live)
     assert list(trial._scaled(quantised, tmp_path, [0.5])) == [(1.0, live)]
-    lora = add_adapter(load_model(resolve(TuneOptions, given, TUNE_PRESETS)), names="all-linear", rank=2, alpha=4.0)
+    lora = add_adapter(
+        load_model(resolve(TuneOptions, given, TUNE_PRESETS)), names="all-linear", rank=2, alpha=4.0
+    )
     monkeypatch.setattr(trial, "load_tuned", lambda *arguments, **more: lora)
-    assert [scale for scale, _ in trial._scaled(quantised, tmp_path, [0.5, 0.25])] == [1.0, 0.5, 0.25]
+    assert [scale for scale, _ in trial._scaled(quantised, tmp_path, [0.5, 0.25])] == [
+        1.0,
+        0.5,
+        0.25,
+    ]
 
 
 def test_methods_may_share_a_run_and_be_renamed(experiment, tmp_path, monkeypatch):
     """What a run is decides its address, not what it is called."""
     out, rates = tmp_path / "out", {"learning_rate": [1e-3, 1e-2]}
-    named = lambda **methods: experiment(methods={"plain": {"grid": rates}, **methods}, seeds={"validation": [0], "test": [1]})
+    named = lambda **methods: experiment(
+        methods={"plain": {"grid": rates}, **methods}, seeds={"validation": [0], "test": [1]}
+    )
     assert run(named(twin={"grid": {"learning_rate": [1e-2, 2e-2]}}), out) == 0
     summary = json.loads((out / "compare.json").read_text())
     ran = lambda label: [r for r in summary["runs"] if r["method"] == label]
-    assert len(ran("plain")) == len(ran("twin")) == 3 and {r["id"] for r in ran("plain")} & {r["id"] for r in ran("twin")}
+    assert len(ran("plain")) == len(ran("twin")) == 3 and {r["id"] for r in ran("plain")} & {
+        r["id"] for r in ran("twin")
+    }
     monkeypatch.setattr(trial, "_trained", lambda job: pytest.fail("ran again"))
     assert run(named(brother={"grid": {"learning_rate": [1e-2, 2e-2]}}), out) == 0
     renamed = json.loads((out / "compare.json").read_text())
     assert {r["method"] for r in renamed["runs"]} == {"plain", "brother"}
-    numbers = lambda found, label: [{**row, "method": None} for row in found["equal_learning"]["domain"]["wide"] if row["method"] == label]
+    numbers = lambda found, label: [
+        {**row, "method": None}
+        for row in found["equal_learning"]["domain"]["wide"]
+        if row["method"] == label
+    ]
     assert numbers(renamed, "brother") == numbers(summary, "twin")
-    assert renamed["progress"]["done"] == renamed["progress"]["of"] == len({r["id"] for r in renamed["runs"]}) < len(renamed["runs"])
+    assert (
+        renamed["progress"]["done"]
+        == renamed["progress"]["of"]
+        == len({r["id"] for r in renamed["runs"]})
+        < len(renamed["runs"])
+    )
 
 
-def test_until_every_method_is_tested_the_verdict_is_of_the_validation_part(experiment, tmp_path, monkeypatch):
+def test_until_every_method_is_tested_the_verdict_is_of_the_validation_part(
+    experiment, tmp_path, monkeypatch
+):
     path, out, original = experiment(), tmp_path / "out", trial._trained
 
     def interrupted(job):
@@ -337,7 +551,9 @@ def test_until_every_method_is_tested_the_verdict_is_of_the_validation_part(expe
     assert run(path, out) == 130
     summary = json.loads((out / "compare.json").read_text())
     assert [r["method"] for r in summary["runs"] if r["part"] == "test"] == ["plain", "plain"]
-    assert {row["part"] for row in summary["equal_learning"]["domain"]["wide"]} == {"validation"} and "not yet tested" in summary["verdict"][0]
+    assert {row["part"] for row in summary["equal_learning"]["domain"]["wide"]} == {
+        "validation"
+    } and "not yet tested" in summary["verdict"][0]
     assert summary["progress"] == {**summary["progress"], "done": 6, "of": 8}
 
 
@@ -349,26 +565,44 @@ def test_a_sequence_adds_up_one_kind_of_importance(succession, tmp_path):
     original = sequence.SequenceSpec.settings
 
     def other(self, label, domain, chosen):
-        return original(self, label, domain, chosen) | ({"importance": "fisher"} if domain == "second" else {})
+        return original(self, label, domain, chosen) | (
+            {"importance": "fisher"} if domain == "second" else {}
+        )
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sequence.SequenceSpec, "settings", other)
         assert run(path, out) == 0
-    assert "a sequence adds one kind up" in json.loads((out / "compare.json").read_text())["sequences"][0]["error"]
+    assert (
+        "a sequence adds one kind up"
+        in json.loads((out / "compare.json").read_text())["sequences"][0]["error"]
+    )
 
 
 def test_a_changed_recipe_leaves_only_its_own_file_in_the_report(experiment, tmp_path):
     out = tmp_path / "out"
     for size in (8, 4):
-        assert run(experiment(importance={"default": {"batch_size": size}}), out, "--part", "validation") == 0
+        assert (
+            run(
+                experiment(importance={"default": {"batch_size": size}}),
+                out,
+                "--part",
+                "validation",
+            )
+            == 0
+        )
     found = json.loads((out / "compare.json").read_text())["importance"]
     assert len(found) == 1 and len(list((out / "importance").glob("*.safetensors"))) == 2
 
 
-def test_answers_to_chats_come_through_the_chat_template(experiment, model_folder, tokenizer, tmp_path):
+def test_answers_to_chats_come_through_the_chat_template(
+    experiment, model_folder, tokenizer, tmp_path
+):
     tokenizer.chat_template = PLAIN
     tokenizer.save_pretrained(model_folder)
-    turns = lambda i: [{"role": "user", "content": f"Question {i} ?"}, {"role": "assistant", "content": " a b c"}]
+    turns = lambda i: [
+        {"role": "user", "content": f"Question {i} ?"},
+        {"role": "assistant", "content": " a b c"},
+    ]
     chats = tmp_path / "chats.jsonl"
     chats.write_text("\n".join(json.dumps({"messages": turns(i)}) for i in range(40)))
     seen = []
@@ -379,8 +613,16 @@ def test_answers_to_chats_come_through_the_chat_template(experiment, model_folde
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(campaign, "templated", noted)
-        assert run(experiment(domains={"domain": str(chats)}, seeds={"validation": [0], "test": []}), tmp_path / "out") == 0
-    assert seen and all(prompt and [turn["role"] for turn in messages] == ["user"] for messages, prompt in seen)
+        assert (
+            run(
+                experiment(domains={"domain": str(chats)}, seeds={"validation": [0], "test": []}),
+                tmp_path / "out",
+            )
+            == 0
+        )
+    assert seen and all(
+        prompt and [turn["role"] for turn in messages] == ["user"] for messages, prompt in seen
+    )
 
 
 def test_out_of_memory_is_a_result_and_a_failure_is_tried_again(experiment, tmp_path, monkeypatch):
@@ -395,22 +637,39 @@ def test_out_of_memory_is_a_result_and_a_failure_is_tried_again(experiment, tmp_
     monkeypatch.setattr(trial, "_trained", trained)
     assert run(path, out, "--part", "validation") == 0
     summary = json.loads((out / "compare.json").read_text())
-    assert [r["status"] for r in summary["runs"]] == ["done", "done", "out of memory", "out of memory"] and "2 runs failed" in summary["verdict"][-1]
+    assert [r["status"] for r in summary["runs"]] == [
+        "done",
+        "done",
+        "out of memory",
+        "out of memory",
+    ] and "2 runs failed" in summary["verdict"][-1]
     failing["plain"] = RuntimeError("broken")
     assert run(path, tmp_path / "other", "--part", "validation") == 1  # nothing succeeded
     failing["plain"] = None
-    assert run(path, tmp_path / "other", "--part", "validation") == 0  # what failed was tried again, what had no room was not
-    assert sorted(r["status"] for r in json.loads((tmp_path / "other" / "compare.json").read_text())["runs"]) == ["done", "done"] + ["out of memory"] * 2
+    assert (
+        run(path, tmp_path / "other", "--part", "validation") == 0
+    )  # what failed was tried again, what had no room was not
+    assert (
+        sorted(
+            r["status"]
+            for r in json.loads((tmp_path / "other" / "compare.json").read_text())["runs"]
+        )
+        == ["done", "done"] + ["out of memory"] * 2
+    )
 
 
 def test_two_processes_give_what_one_gives_also_where_one_is_killed(experiment, tmp_path):
-    """As the system does to a process that takes too much memory: its run is noted as failed, the others go on, and the same command makes up for it."""
+    """As the system does to a process that takes too much memory: its run is noted as failed, the
+    others go on, and the same command makes up for it.
+    """
     path, killed = experiment(), []
 
     def kill_one():
         while not list((tmp_path / "two").glob("runs/*/log.txt")):
             time.sleep(0.01)
-        killed.append(next(process for process in multiprocessing.active_children() if process.is_alive()))
+        killed.append(
+            next(process for process in multiprocessing.active_children() if process.is_alive())
+        )
         killed[0].kill()
 
     assert run(path, tmp_path / "one", "--part", "validation") == 0
@@ -418,46 +677,112 @@ def test_two_processes_give_what_one_gives_also_where_one_is_killed(experiment, 
     killer.start()
     assert run(path, tmp_path / "two", "--part", "validation", "--jobs", "2") == 0
     killer.join()
-    failed = [r for r in json.loads((tmp_path / "two" / "compare.json").read_text())["runs"] if r["status"] != "done"]
+    failed = [
+        r
+        for r in json.loads((tmp_path / "two" / "compare.json").read_text())["runs"]
+        if r["status"] != "done"
+    ]
     assert [r["status"] for r in failed] == ["failed"] and failed[0]["error"].startswith("killed: ")
     assert run(path, tmp_path / "two", "--part", "validation") == 0
-    one, two = (json.loads((tmp_path / name / "compare.json").read_text()) for name in ("one", "two"))
-    assert [r["points"] for r in one["runs"]] == [r["points"] for r in two["runs"]] and two["progress"]["failed"] == 0
+    one, two = (
+        json.loads((tmp_path / name / "compare.json").read_text()) for name in ("one", "two")
+    )
+    assert [r["points"] for r in one["runs"]] == [r["points"] for r in two["runs"]] and two[
+        "progress"
+    ]["failed"] == 0
 
 
 def test_one_campaign_at_a_time(experiment, tmp_path, capsys):
     with only_writer(tmp_path / "out"):
         assert run(experiment(), tmp_path / "out") == 1
-    assert f"process {os.getpid()} on {socket.gethostname()} (since " in (said := capsys.readouterr().err) and "give another --out" in said
+    assert (
+        f"process {os.getpid()} on {socket.gethostname()} (since "
+        in (said := capsys.readouterr().err)
+        and "give another --out" in said
+    )
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"method": {}}, "unknown key 'method'; did you mean 'methods'?"),
-    ({"general": {"wide": "wide.jsonl"}}, "at least two texts"),
-    ({"methods": {"hold": {"importance": "default", "strength": 1}}}, "none is plain fine-tuning"),
-    ({"methods": {"plain": {"grid": {"rank": [1, 2]}}, "kl": {"method": "kl", "replay": "recorded"}}}, "unequal numbers of trials (plain 2, kl 1)"),
-    ({"methods": {"plain": {}, "x": {"importance": "defualt"}}}, "unknown importance 'defualt'; did you mean 'default'?"),
-    ({"methods": {"plain": {"learnign_rate": 1}}}, "methods: plain: "),
-    ({"methods": {"plain": {"seed": 1}}}, "'seed' is set by the experiment itself"),
-    ({"seeds": {"validation": [1], "test": [1]}}, "fresh seeds"),
-    ({"seeds": {"test": [1]}}, "validation part, which needs at least one seed"),
-    ({"scales": [0.5, 2]}, "scales lie between 0 and 1"),
-    ({"shares": []}, "expected some between 0 and 1"),
-    ({"training": {"seed": 5}}, "training: 'seed' is set by the experiment itself"),
-    ({"training": {"importance": "default"}}, "training: 'importance' is set by the methods"),
-    ({"methods": {"plain": {}, "x": {"method": "klx"}}}, "methods: x: unknown method 'klx'; did you mean 'kl'?"),
-    ({"methods": {"plain": {}, "x": {"method": "kl"}}}, "methods: x: --method kl needs --replay"),
-    ({"methods": {"plain": {"grid": {"rank": [1]}}, "x": {"grid": {"importance": ["nope"]}}}}, "methods: x: unknown importance 'nope'"),
-    ({"domains": {"domain": {"test": "x"}}}, "domains: domain expects data"),
-    ({"sequences": {"way": {"domains": ["domain"], "methods": ["plain"]}}}, "two or more different domains, found domain"),
-    ({"sequences": {"way": {"domains": ["domain", "domian"], "methods": ["plain"]}}}, "unknown domain 'domian'; did you mean 'domain'?"),
-    ({"sequences": {"way": {"domains": ["domain", "domain2"], "methods": {"plain": {"consolidate": "mean"}}}},
-      "domains": {"domain": "a.jsonl", "domain2": "b.jsonl"}}, "way: plain: --consolidate expects sum, none, or decay:0.9"),
-    ({"sequences": {"way": ["domain", "other"]}}, "way expects domains (a list) and methods"),
-    ({"sequences": {"way": {"domains": ["domain", "domain2"], "methods": ["o-lora"]}}, "domains": {"domain": "a.jsonl", "domain2": "b.jsonl"}},
-     "unknown method 'o-lora'"),
-])  # fmt: skip
-def test_wrong_experiments_are_refused_before_anything_is_loaded(experiment, tmp_path, capsys, change, message):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": {}}, "unknown key 'method'; did you mean 'methods'?"),
+        ({"general": {"wide": "wide.jsonl"}}, "at least two texts"),
+        (
+            {"methods": {"hold": {"importance": "default", "strength": 1}}},
+            "none is plain fine-tuning",
+        ),
+        (
+            {
+                "methods": {
+                    "plain": {"grid": {"rank": [1, 2]}},
+                    "kl": {"method": "kl", "replay": "recorded"},
+                }
+            },
+            "unequal numbers of trials (plain 2, kl 1)",
+        ),
+        (
+            {"methods": {"plain": {}, "x": {"importance": "defualt"}}},
+            "unknown importance 'defualt'; did you mean 'default'?",
+        ),
+        ({"methods": {"plain": {"learnign_rate": 1}}}, "methods: plain: "),
+        ({"methods": {"plain": {"seed": 1}}}, "'seed' is set by the experiment itself"),
+        ({"seeds": {"validation": [1], "test": [1]}}, "fresh seeds"),
+        ({"seeds": {"test": [1]}}, "validation part, which needs at least one seed"),
+        ({"scales": [0.5, 2]}, "scales lie between 0 and 1"),
+        ({"shares": []}, "expected some between 0 and 1"),
+        ({"training": {"seed": 5}}, "training: 'seed' is set by the experiment itself"),
+        ({"training": {"importance": "default"}}, "training: 'importance' is set by the methods"),
+        (
+            {"methods": {"plain": {}, "x": {"method": "klx"}}},
+            "methods: x: unknown method 'klx'; did you mean 'kl'?",
+        ),
+        (
+            {"methods": {"plain": {}, "x": {"method": "kl"}}},
+            "methods: x: --method kl needs --replay",
+        ),
+        (
+            {
+                "methods": {
+                    "plain": {"grid": {"rank": [1]}},
+                    "x": {"grid": {"importance": ["nope"]}},
+                }
+            },
+            "methods: x: unknown importance 'nope'",
+        ),
+        ({"domains": {"domain": {"test": "x"}}}, "domains: domain expects data"),
+        (
+            {"sequences": {"way": {"domains": ["domain"], "methods": ["plain"]}}},
+            "two or more different domains, found domain",
+        ),
+        (
+            {"sequences": {"way": {"domains": ["domain", "domian"], "methods": ["plain"]}}},
+            "unknown domain 'domian'; did you mean 'domain'?",
+        ),
+        (
+            {
+                "sequences": {
+                    "way": {
+                        "domains": ["domain", "domain2"],
+                        "methods": {"plain": {"consolidate": "mean"}},
+                    }
+                },
+                "domains": {"domain": "a.jsonl", "domain2": "b.jsonl"},
+            },
+            "way: plain: --consolidate expects sum, none, or decay:0.9",
+        ),
+        ({"sequences": {"way": ["domain", "other"]}}, "way expects domains (a list) and methods"),
+        (
+            {
+                "sequences": {"way": {"domains": ["domain", "domain2"], "methods": ["o-lora"]}},
+                "domains": {"domain": "a.jsonl", "domain2": "b.jsonl"},
+            },
+            "unknown method 'o-lora'",
+        ),
+    ],
+)
+def test_wrong_experiments_are_refused_before_anything_is_loaded(
+    experiment, tmp_path, capsys, change, message
+):
     assert run(experiment(**change), tmp_path / "out") == 2
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
@@ -465,29 +790,54 @@ def test_wrong_experiments_are_refused_before_anything_is_loaded(experiment, tmp
 def test_an_experiment_may_differ_from_another_one(experiment, tmp_path):
     path = experiment()
     other = tmp_path / "other.yaml"
-    other.write_text("base: experiment.yaml\nmethods: {forgetless: null}\ntraining: {max_steps: 5}\nseeds: {validation: [0, 7]}\n")
+    other.write_text(
+        "base: experiment.yaml\nmethods: {forgetless: null}\ntraining: {max_steps: 5}\nseeds: "
+        "{validation: [0, 7]}\n"
+    )
     found = read(other)
-    assert list(found.methods) == ["plain"] and found.training["max_steps"] == 5 and found.training["rank"] == 2
-    assert [trial.seed for trial in validation_trials(found)] == [0, 7, 0, 7] and found.seeds["test"] == read(path).seeds["test"]
-    other.write_text("base: experiment.yaml\ntitle: null\nsequences: {way: {domains: [domain, two], methods: {plain: , forgetless: }}}\n"
-                     "domains: {two: second.jsonl}\n")  # fmt: skip
-    assert list(read(other).sequences["way"].methods) == ["plain", "hold"]  # null removes what is there, and means no options where nothing is
+    assert (
+        list(found.methods) == ["plain"]
+        and found.training["max_steps"] == 5
+        and found.training["rank"] == 2
+    )
+    assert [trial.seed for trial in validation_trials(found)] == [0, 7, 0, 7] and found.seeds[
+        "test"
+    ] == read(path).seeds["test"]
+    other.write_text(
+        "base: experiment.yaml\ntitle: null\nsequences: {way: {domains: [domain, two], methods: "
+        "{plain: , forgetless: }}}\n"
+        "domains: {two: second.jsonl}\n"
+    )
+    assert list(read(other).sequences["way"].methods) == [
+        "plain",
+        "hold",
+    ]  # null removes what is there, and means no options where nothing is
     other.write_text("base: experiment.yaml\nmethods: {hodlfast: null}\ntraining: {warmup: null}\n")
-    assert list(read(other).methods) == ["plain", "hold"] and "warmup" not in read(other).training  # nothing to remove
+    assert (
+        list(read(other).methods) == ["plain", "hold"] and "warmup" not in read(other).training
+    )  # nothing to remove
     other.write_text("base: other.yaml\n")
     with pytest.raises(OptionError, match="leads back to itself"):
         read(other)
 
 
-@pytest.mark.parametrize("file", ["examples/compare/methods.yaml", "experiments/lab.yaml", "experiments/lab-sequence.yaml"])
+@pytest.mark.parametrize(
+    "file",
+    ["examples/compare/methods.yaml", "experiments/lab.yaml", "experiments/lab-sequence.yaml"],
+)
 def test_the_experiments_that_are_shipped_are_whole(file):
     found = read(Path(__file__).parents[1] / file)
-    assert len(found.methods) >= 5 and len(validation_trials(found)) == 3 * len(found.methods) * len(found.domains)
+    assert len(found.methods) >= 5 and len(validation_trials(found)) == 3 * len(
+        found.methods
+    ) * len(found.domains)
 
 
 def test_dry_run_says_what_would_be_run(experiment, tmp_path, capsys):
     assert run(experiment(), tmp_path / "out", "--dry-run") == 0
-    assert "4 validation runs and 4 test runs" in capsys.readouterr().out and not (tmp_path / "out").exists()
+    assert (
+        "4 validation runs and 4 test runs" in capsys.readouterr().out
+        and not (tmp_path / "out").exists()
+    )
 
 
 def test_near_duplicates_fall_into_one_part_whatever_the_order():
@@ -496,33 +846,81 @@ def test_near_duplicates_fall_into_one_part_whatever_the_order():
     near = [text.replace("cat", "cow", 1) + " at the end" for text in texts[:20]]
     both = [*texts, *near, texts[5].upper()]
     found = groups(both)
-    assert all(found[i] == found[60 + i] for i in range(20)) and found[80] == found[5] and len(set(found)) == 60
+    assert (
+        all(found[i] == found[60 + i] for i in range(20))
+        and found[80] == found[5]
+        and len(set(found)) == 60
+    )
     parts = carve(both, (0.7, 0.3))
     assert sorted(parts[0] + parts[1]) == list(range(81)) and 10 < len(parts[1]) < 40
     assert all((i in parts[0]) == (60 + i in parts[0]) for i in range(20))
     order = list(range(81))
     rng.shuffle(order)
-    assert [[both[order[i]] for i in part] for part in carve([both[i] for i in order], (0.7, 0.3))] == [[both[i] for i in part] for part in parts]
+    assert [
+        [both[order[i]] for i in part] for part in carve([both[i] for i in order], (0.7, 0.3))
+    ] == [[both[i] for i in part] for part in parts]
 
 
 def test_reading_results_needs_no_torch():
-    code = "import sys, forgetless.compare, forgetless.frontier, forgetless.experiment_file; sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, forgetless.compare, forgetless.frontier, forgetless.experiment_file; "
+        "sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_questions_are_answered_after_the_runs_and_train_nothing_again(experiment, tmp_path, monkeypatch, capsys):
+def test_questions_are_answered_after_the_runs_and_train_nothing_again(
+    experiment, tmp_path, monkeypatch, capsys
+):
     path, out = experiment(), tmp_path / "out"
     assert run(path, out) == 0
-    questions = "\n".join(json.dumps({"goal": f"Question {i}", "sol1": " a b", "sol2": " c d", "label": i % 2}) for i in range(12))
+    questions = "\n".join(
+        json.dumps({"goal": f"Question {i}", "sol1": " a b", "sol2": " c d", "label": i % 2})
+        for i in range(12)
+    )
     (tmp_path / "questions.jsonl").write_text(questions)
     spec = f"piqa={tmp_path / 'questions.jsonl'}"
     monkeypatch.setattr(trial, "_trained", lambda job: pytest.fail("trained again"))
-    domain = {"data": str(tmp_path / "domain.jsonl"), "test": str(tmp_path / "held.jsonl"), "task": spec}
-    assert run(experiment(domains={"domain": domain}, tasks={"other": spec}, limit={"validation": 100, "test": 300}), out, "--jobs", "2") == 0
+    domain = {
+        "data": str(tmp_path / "domain.jsonl"),
+        "test": str(tmp_path / "held.jsonl"),
+        "task": spec,
+    }
+    assert (
+        run(
+            experiment(
+                domains={"domain": domain},
+                tasks={"other": spec},
+                limit={"validation": 100, "test": 300},
+            ),
+            out,
+            "--jobs",
+            "2",
+        )
+        == 0
+    )
     summary = json.loads((out / "compare.json").read_text())
-    whole = [r["points"][i] for r in summary["runs"] if r["part"] == "test" for i in range(2) if r["points"][i]["scale"] == 1.0]
-    assert len(whole) == 4 and summary["domains"][0]["before"]["accuracy"] == 0.5  # the same two answers everywhere: one of them is always preferred
+    whole = [
+        r["points"][i]
+        for r in summary["runs"]
+        if r["part"] == "test"
+        for i in range(2)
+        if r["points"][i]["scale"] == 1.0
+    ]
+    assert (
+        len(whole) == 4 and summary["domains"][0]["before"]["accuracy"] == 0.5
+    )  # the same two answers everywhere: one of them is always preferred
     for point in whole:
-        assert point["accuracy"]["questions"] == 12 and point["accuracy"]["after"] == 0.5 and point["accuracy_general"]["other"]["after"] == 0.5
-    assert run(experiment(tasks={"domain": spec}), out) == 2 and "put its questions there" in capsys.readouterr().err
-    assert run(experiment(tasks={"other": "pika=x.jsonl"}), out) == 2 and "did you mean 'piqa'?" in capsys.readouterr().err
+        assert (
+            point["accuracy"]["questions"] == 12
+            and point["accuracy"]["after"] == 0.5
+            and point["accuracy_general"]["other"]["after"] == 0.5
+        )
+    assert (
+        run(experiment(tasks={"domain": spec}), out) == 2
+        and "put its questions there" in capsys.readouterr().err
+    )
+    assert (
+        run(experiment(tasks={"other": "pika=x.jsonl"}), out) == 2
+        and "did you mean 'piqa'?" in capsys.readouterr().err
+    )

@@ -1,4 +1,6 @@
-"""The embedded default: a world that reads as English, a model that knows it, and `forgetless demo` end to end."""
+"""The embedded default: a world that reads as English, a model that knows it, and `forgetless demo`
+end to end.
+"""
 
 import json
 import re
@@ -21,7 +23,9 @@ def test_the_world_is_the_same_at_every_build_and_its_facts_are_unambiguous():
     facts = world.general + world.domain
     assert len({(fact.relation.name, fact.subject) for fact in facts}) == len(facts)
     herbs, known = {fact.subject for fact in world.domain}, {fact.subject for fact in world.general}
-    assert herbs < known and not {fact.relation.name for fact in world.general} & {fact.relation.name for fact in world.domain}
+    assert herbs < known and not {fact.relation.name for fact in world.general} & {
+        fact.relation.name for fact in world.domain
+    }
     for text in documents(facts, 3, 50):
         assert not re.search(r"[{}]|\s\s|\.\.", text) and text.endswith(".")
 
@@ -30,7 +34,9 @@ def test_held_out_text_says_each_fact_as_training_text_never_does():
     world = build()
     trained = " ".join(documents(world.domain, 201, 600)).lower()
     held = documents(world.domain, 202, 60, held_out=True)
-    sentences = {part.strip().lower() for text in held for part in re.split(r"(?<=\.) (?=[A-Z])", text)}
+    sentences = {
+        part.strip().lower() for text in held for part in re.split(r"(?<=\.) (?=[A-Z])", text)
+    }
     assert len(sentences) > 60 and not [sentence for sentence in sentences if sentence in trained]
 
 
@@ -62,32 +68,93 @@ def test_the_demo_writes_table_picture_and_everything_to_repeat_it(tmp_path, mon
     assert "forgetless record MODEL --general" in printed and "importance file:" in printed
     result = json.loads((out / "demo.json").read_text())
     base, plain = result["seeds"][0]["base"], result["seeds"][0]["plain"]
-    assert base["general_accuracy"] >= 0.9 and plain["domain_loss"] < base["domain_loss"] and plain["seconds"] > 0
+    assert (
+        base["general_accuracy"] >= 0.9
+        and plain["domain_loss"] < base["domain_loss"]
+        and plain["seconds"] > 0
+    )
     assert (out / "demo.md").read_text().strip() in printed
     assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
-    assert str(out / "report.html") in printed and "questions about its world" in (out / "report.html").read_text()
+    assert (
+        str(out / "report.html") in printed
+        and "questions about its world" in (out / "report.html").read_text()
+    )
     compared = json.loads((out / "compare.json").read_text())
-    scales = {(run["method"], point["scale"]) for run in compared["runs"] if run["chosen"] for point in run["points"]}
-    assert scales == {(name, scale) for name in ("plain", "hold") for scale in (0.25, 0.5, 0.75, 1.0)}
-    whole = next(run for run in compared["runs"] if run["method"] == "plain" and run["chosen"])["points"][0]
-    assert whole["learning"]["nats"] == pytest.approx(base["domain_loss"] - plain["domain_loss"], abs=1e-4)
-    assert whole["forgetting"]["world"]["nats"] == pytest.approx(plain["general_loss"] - base["general_loss"], abs=1e-4)
-    assert all(row["movement"] > 0 and row["importance"] > 0 for run in compared["runs"] if run["method"] == "hold" for row in run["moved"])
-    assert {weight["kind"] for weight in compared["importance"][0]["weights"]} >= {"q_proj", "down_proj"} and len(compared["samples"]) == 2
+    scales = {
+        (run["method"], point["scale"])
+        for run in compared["runs"]
+        if run["chosen"]
+        for point in run["points"]
+    }
+    assert scales == {
+        (name, scale) for name in ("plain", "hold") for scale in (0.25, 0.5, 0.75, 1.0)
+    }
+    whole = next(run for run in compared["runs"] if run["method"] == "plain" and run["chosen"])[
+        "points"
+    ][0]
+    assert whole["learning"]["nats"] == pytest.approx(
+        base["domain_loss"] - plain["domain_loss"], abs=1e-4
+    )
+    assert whole["forgetting"]["world"]["nats"] == pytest.approx(
+        plain["general_loss"] - base["general_loss"], abs=1e-4
+    )
+    assert all(
+        row["movement"] > 0 and row["importance"] > 0
+        for run in compared["runs"]
+        if run["method"] == "hold"
+        for row in run["moved"]
+    )
+    assert {weight["kind"] for weight in compared["importance"][0]["weights"]} >= {
+        "q_proj",
+        "down_proj",
+    } and len(compared["samples"]) == 2
     assert main(["inspect", str(out / "importance.safetensors")]) == 0
-    assert main(["eval", str(demo.MODEL), "--adapter", str(out / "forgetless-0/final"), "--general", str(out / "general-test.jsonl"), "--limit", "5"]) == 0
+    assert (
+        main(
+            [
+                "eval",
+                str(demo.MODEL),
+                "--adapter",
+                str(out / "forgetless-0/final"),
+                "--general",
+                str(out / "general-test.jsonl"),
+                "--limit",
+                "5",
+            ]
+        )
+        == 0
+    )
 
 
 def test_the_demo_trains_no_rate_twice(tmp_path, monkeypatch):
     """The smaller rate is one of those that were tried, where it is among them."""
     score = demo.Score(0.5, 4.0, 0.8, 2.0)
-    exam = SimpleNamespace(paths={"domain": tmp_path}, base=score, adapted=lambda folder: None, losses=lambda model: {}, at_scales=lambda folder: {},
-                           score=lambda model, losses, seconds, setting: replace(score, setting=setting, domain_loss=1 / float(setting.split()[-1])),
-                           scaled=lambda folder, reached: score)  # fmt: skip
+    exam = SimpleNamespace(
+        paths={"domain": tmp_path},
+        base=score,
+        adapted=lambda folder: None,
+        losses=lambda model: {},
+        at_scales=lambda folder: {},
+        score=lambda model, losses, seconds, setting: replace(
+            score, setting=setting, domain_loss=1 / float(setting.split()[-1])
+        ),
+        scaled=lambda folder, reached: score,
+    )
     tried = []
-    monkeypatch.setattr(demo, "tune", lambda options: tried.append((options.importance, options.learning_rate)) or {"train_seconds": 1.0})
+    monkeypatch.setattr(
+        demo,
+        "tune",
+        lambda options: (
+            tried.append((options.importance, options.learning_rate)) or {"train_seconds": 1.0}
+        ),
+    )
     scores, trained = demo.one_seed(exam, tmp_path, tmp_path / "i.safetensors", 0)
-    assert tried == [(None, 2e-3), (None, 4e-3), (None, 8e-3), (str(tmp_path / "i.safetensors"), 8e-3)]
+    assert tried == [
+        (None, 2e-3),
+        (None, 4e-3),
+        (None, 8e-3),
+        (str(tmp_path / "i.safetensors"), 8e-3),
+    ]
     assert scores["plain, smaller rate"].setting == "rate 0.002"
     assert [one.score.setting for one in trained["plain"]] == [
         "rate 0.008",
@@ -103,8 +170,13 @@ def test_the_demo_trains_no_rate_twice(tmp_path, monkeypatch):
 def test_forgetting_at_equal_learning_is_read_off_the_frontier():
     points = [(1.0, 0.4), (0.5, 0.1), (0.8, 0.5), (0.4, 0.2)]  # the last two are bettered
     assert summary.frontier(points) == [(0.0, 0.0), (0.5, 0.1), (1.0, 0.4)]
-    assert summary.at_learning(points, 0.25) == pytest.approx(0.05) and summary.at_learning(points, 0.75) == pytest.approx(0.25)
-    assert summary.at_learning(points, 1.0) == pytest.approx(0.4) and summary.at_learning(points, 1.01) is None
+    assert summary.at_learning(points, 0.25) == pytest.approx(0.05) and summary.at_learning(
+        points, 0.75
+    ) == pytest.approx(0.25)
+    assert (
+        summary.at_learning(points, 1.0) == pytest.approx(0.4)
+        and summary.at_learning(points, 1.01) is None
+    )
 
 
 def test_the_demo_keeps_out_of_folders_that_are_not_its_own(tmp_path, capsys):

@@ -1,4 +1,6 @@
-"""Several gloo processes on the CPU give the result of one: recording, holding under DDP and FSDP2; and what is refused. A group of them runs many cases."""
+"""Several gloo processes on the CPU give the result of one: recording, holding under DDP and FSDP2;
+and what is refused. A group of them runs many cases.
+"""
 
 import json
 import os
@@ -41,11 +43,18 @@ EXAMPLES = Path(__file__).parents[1] / "examples" / "accelerate"
 TIERS = ("f32", "bf16", "u8", "u4", "factored:2", "kronecker")
 
 
-# What a process runs: functions of this module, called by every process; what the first returns comes back.
+# What a process runs: functions of this module, called by every process; what the first returns comes
+# back.
 
 
 def _main(rank, size, port, function, arguments, out):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        RANK=str(rank),
+        WORLD_SIZE=str(size),
+        LOCAL_RANK=str(rank),
+    )
     torch.set_num_threads(1)
     distributed.start("cpu")
     torch.save(globals()[function](*arguments), f"{out}.{rank}")
@@ -54,13 +63,21 @@ def _main(rank, size, port, function, arguments, out):
 
 
 def processes(size, function, *arguments, out):
-    """What `function` returned in each of `size` processes. They are forked from a server that has imported everything once."""
+    """What `function` returned in each of `size` processes.
+
+    They are forked from a server that has imported everything once.
+    """
     context = torch.multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["trl", "peft", "transformers", __name__])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    started = [context.Process(target=_main, args=(rank, size, port, function.__name__, arguments, str(out))) for rank in range(size)]
+    started = [
+        context.Process(
+            target=_main, args=(rank, size, port, function.__name__, arguments, str(out))
+        )
+        for rank in range(size)
+    ]
     for process in started:
         process.start()
     for process in started:
@@ -90,29 +107,45 @@ def adapted():
 def text():
     """Pieces of several lengths; the last batch is smaller, and their number is odd."""
     g = torch.Generator().manual_seed(3)
-    rows = [torch.randint(3, 48, (int(n),), generator=g).tolist() for n in torch.randint(4, 12, (13,), generator=g)]
+    rows = [
+        torch.randint(3, 48, (int(n),), generator=g).tolist()
+        for n in torch.randint(4, 12, (13,), generator=g)
+    ]
     return list(batches([(row, [True] * len(row)) for row in rows], batch_size=3, pad_id=0))
 
 
 def importance(tier):
-    """Importance of every linear weight of the tiny model, with norms, in a tier; kronecker shares input covariances as recorded."""
+    """Importance of every linear weight of the tiny model, with norms, in a tier; kronecker shares
+    input covariances as recorded.
+    """
     model = tiny()
     recorder = Kronecker(model) if tier == "kronecker" else Fisher(model)
     alone = distributed.running
     try:
-        distributed.running = lambda: False  # every process records all of it by itself: what is compared is the pull
+        distributed.running = lambda: (
+            False
+        )  # every process records all of it by itself: what is compared is the pull
         for batch in text():
             recorder.observe(**batch)
         found = recorder.finish()
     finally:
         distributed.running = alone
-    return found if tier == "kronecker" else Importance(converted(dict(found.entries), tier), {}, {**found.info, "norms": {}})
+    return (
+        found
+        if tier == "kronecker"
+        else Importance(converted(dict(found.entries), tier), {}, {**found.info, "norms": {}})
+    )
 
 
 def observed():
     """The tensors of each observing estimator's importance, and what it counted."""
     found = {}
-    recorders = [Fisher(tiny(), labels="sampled"), Kronecker(tiny()), Activation(tiny()), Kronecker(tiny(), rank=2)]
+    recorders = [
+        Fisher(tiny(), labels="sampled"),
+        Kronecker(tiny()),
+        Activation(tiny()),
+        Kronecker(tiny(), rank=2),
+    ]
     for i, recorder in enumerate(recorders):
         if i == 3:
             recorder.look(text()[0]["input_ids"])
@@ -126,23 +159,32 @@ def observed():
             if group < recorder.passes - 1:
                 recorder.end_pass()
         made = recorder.finish()
-        found[f"{recorder.estimator}{i}"] = ({name: entry.dense() for name, entry in made.entries.items()}, made.info["settings"])
+        found[f"{recorder.estimator}{i}"] = (
+            {name: entry.dense() for name, entry in made.entries.items()},
+            made.info["settings"],
+        )
     return found
 
 
 def trained(estimator, gradient, full=False):
-    """A path recorder's importance after three steps on batches that are shared by row, under DDP where there are several processes.
+    """A path recorder's importance after three steps on batches that are shared by row, under DDP
+    where there are several processes.
 
-    In f64: AdamW's division by small gradients and Omega's by small movements enlarge f32's rounding to 2e-4 of the largest element.
+    In f64: AdamW's division by small gradients and Omega's by small movements enlarge f32's
+    rounding to 2e-4 of the largest element.
     """
     model = (tiny() if full else adapted()).double()
-    recorder = {"path": PathIntegral, "path-factored": PathFactored}[estimator](model, gradient=gradient, **({"names": "q_proj,v_proj"} if full else {}))
+    recorder = {"path": PathIntegral, "path-factored": PathFactored}[estimator](
+        model, gradient=gradient, **({"names": "q_proj,v_proj"} if full else {})
+    )
     wrapped = DistributedDataParallel(model) if distributed.running() else model
     optimizer = torch.optim.AdamW([p for w in recorder.weights for p in w.parameters], lr=1e-2)
     g = torch.Generator().manual_seed(4)
     with recorder.attach(optimizer):
         for _ in range(3):
-            ids = torch.randint(3, 48, (4, 8), generator=g)[distributed.rank() :: distributed.size()]
+            ids = torch.randint(3, 48, (4, 8), generator=g)[
+                distributed.rank() :: distributed.size()
+            ]
             wrapped(input_ids=ids, labels=ids).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -150,11 +192,20 @@ def trained(estimator, gradient, full=False):
         recorder.end_epoch()
     made = recorder.finish()
     kept = sum(part.numel() for parts in recorder._credit.values() for part in parts)
-    return {name: entry.dense() for name, entry in made.entries.items()}, made.info["settings"], kept
+    return (
+        {name: entry.dense() for name, entry in made.entries.items()},
+        made.info["settings"],
+        kept,
+    )
 
 
 def recorded():
-    cases = [("path", "exact"), ("path", "effective"), ("path-factored", "exact"), ("path", "exact", True)]
+    cases = [
+        ("path", "exact"),
+        ("path", "effective"),
+        ("path-factored", "exact"),
+        ("path", "exact", True),
+    ]
     return {"observed": observed(), "trained": [trained(*case) for case in cases]}
 
 
@@ -163,22 +214,39 @@ def held(tier, full, shard):
     model = tiny() if full else adapted()
     if full:
         names = "q_proj,v_proj,down_proj"
-        penalty = Penalty(model, importance(tier), strength=0.5, names=names, shard=shard, layers=forgetless.layers.ScaleFree())
+        penalty = Penalty(
+            model,
+            importance(tier),
+            strength=0.5,
+            names=names,
+            shard=shard,
+            layers=forgetless.layers.ScaleFree(),
+        )
         with torch.no_grad():
             for weight in penalty.weights:
                 weight.W.mul_(1.1)
     else:
-        penalty = Penalty(model, importance(tier), strength=0.5, shard=shard, layers=forgetless.layers.ScaleFree())
+        penalty = Penalty(
+            model, importance(tier), strength=0.5, shard=shard, layers=forgetless.layers.ScaleFree()
+        )
     parameters = [p for weight in penalty.weights for p in weight.parameters]
     for p in parameters:
         p.grad = torch.ones_like(p)
     penalty.pull()
     logs = penalty.logs()
-    return [p.grad for p in parameters], penalty.energy(), logs["pull_norm"], logs["pull_ratio"], sharing.memory(penalty.importance.entries)
+    return (
+        [p.grad for p in parameters],
+        penalty.energy(),
+        logs["pull_norm"],
+        logs["pull_ratio"],
+        sharing.memory(penalty.importance.entries),
+    )
 
 
 def all_held():
-    """Every tier, LoRA and full, with the importance shared out; then only the first process asks for the energy, and all of them again together."""
+    """Every tier, LoRA and full, with the importance shared out; then only the first process asks
+    for the energy, and all of them again together.
+    """
     found = {(tier, full): held(tier, full, True) for tier in TIERS for full in (False, True)}
     penalty = Penalty(adapted(), importance("u8"), strength=0.5, shard=True)
     penalty.settle()
@@ -187,22 +255,30 @@ def all_held():
             penalty.energy()
     together = penalty.energy(together=True)
     penalty.pull()
-    alone = penalty.energy() if distributed.first() else None  # no other process takes part: this must return
+    alone = (
+        penalty.energy() if distributed.first() else None
+    )  # no other process takes part: this must return
     return found, together, alone
 
 
 def fully_sharded(model, offload=False):
-    """`model` under FSDP2, each decoder layer by itself; with parameters, gradients and optimizer state in CPU memory between uses, as FSDP2 offloads them."""
+    """`model` under FSDP2, each decoder layer by itself; with parameters, gradients and optimizer
+    state in CPU memory between uses, as FSDP2 offloads them.
+    """
     from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
     policy = {"offload_policy": CPUOffloadPolicy(pin_memory=False)} if offload else {}
-    for layer in next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList)):
+    for layer in next(
+        module for module in model.modules() if isinstance(module, torch.nn.ModuleList)
+    ):
         fully_shard(layer, **policy)
     return fully_shard(model, **policy)
 
 
 def stepped(tier, full, when=None, optimizer=torch.optim.SGD):
-    """Parameters after three steps with the pull, energy, and pull and gradient norms; under FSDP2 made before or after sharding, or offloaded."""
+    """Parameters after three steps with the pull, energy, and pull and gradient norms; under FSDP2
+    made before or after sharding, or offloaded.
+    """
     model = tiny() if full else adapted()
     if full:
         model.requires_grad_(False)
@@ -221,12 +297,25 @@ def stepped(tier, full, when=None, optimizer=torch.optim.SGD):
     g = torch.Generator().manual_seed(4)
     with penalty.attach(made):
         for _ in range(3):
-            ids = torch.randint(3, 48, (4, 8), generator=g)[distributed.rank() :: distributed.size()]
+            ids = torch.randint(3, 48, (4, 8), generator=g)[
+                distributed.rank() :: distributed.size()
+            ]
             model(input_ids=ids, labels=ids).loss.backward()
             made.step()
             made.zero_grad()
-    kept = sharing.memory({weight.name: penalty.importance[weight.name] for weight in penalty.weights if weight.name in penalty.importance})
-    return {name: distributed.whole(p).detach() for name, p in parameters.items()}, penalty.energy(together=True), penalty.logs(), kept
+    kept = sharing.memory(
+        {
+            weight.name: penalty.importance[weight.name]
+            for weight in penalty.weights
+            if weight.name in penalty.importance
+        }
+    )
+    return (
+        {name: distributed.whole(p).detach() for name, p in parameters.items()},
+        penalty.energy(together=True),
+        penalty.logs(),
+        kept,
+    )
 
 
 def under_fsdp2():
@@ -252,21 +341,54 @@ def tuned(folder, data, cases, name):
     found = []
     for i, (tier, full) in enumerate(cases):
         out = folder.parent / f"{name}{i}"
-        given = {"model": str(folder), "data": str(data), "out": str(out), "importance": str(folder.parent / f"{tier}.safetensors"), "strength": 0.1,
-                 "targets": "q_proj,down_proj", "full": full, "rank": 2, "batch_size": 4, "accumulation": 1, "epochs": 1, "learning_rate": 1e-2, "log_steps": 1,
-                 "device": "cpu"}  # fmt: skip
+        given = {
+            "model": str(folder),
+            "data": str(data),
+            "out": str(out),
+            "importance": str(folder.parent / f"{tier}.safetensors"),
+            "strength": 0.1,
+            "targets": "q_proj,down_proj",
+            "full": full,
+            "rank": 2,
+            "batch_size": 4,
+            "accumulation": 1,
+            "epochs": 1,
+            "learning_rate": 1e-2,
+            "log_steps": 1,
+            "device": "cpu",
+        }
         run = tune(resolve(TuneOptions, given, TUNE_PRESETS))
-        weights = load_file(out / "final" / ("model.safetensors" if full else "adapter_model.safetensors"))
-        found.append((weights, run["energy"], [entry["loss"] for entry in run["log"] if "loss" in entry], names(out)))
+        weights = load_file(
+            out / "final" / ("model.safetensors" if full else "adapter_model.safetensors")
+        )
+        found.append(
+            (
+                weights,
+                run["energy"],
+                [entry["loss"] for entry in run["log"] if "loss" in entry],
+                names(out),
+            )
+        )
     return found
 
 
-FSDP2 = [*((tier, False, "after") for tier in TIERS), ("u8", False, "before"), *((tier, True, "after") for tier in TIERS if tier != "kronecker"),
-         ("u4", True, "before"), ("u8", False, "offloaded"), ("f32", True, "offloaded")]  # fmt: skip
+FSDP2 = [
+    *((tier, False, "after") for tier in TIERS),
+    ("u8", False, "before"),
+    *((tier, True, "after") for tier in TIERS if tier != "kronecker"),
+    ("u4", True, "before"),
+    ("u8", False, "offloaded"),
+    ("f32", True, "offloaded"),
+]
 
 
 def same(a, b, tolerance=1e-5):
-    return all(torch.allclose(a[name], b[name], rtol=tolerance, atol=tolerance * float(a[name].abs().max())) for name in a)
+    return all(
+        torch.allclose(
+            a[name], b[name], rtol=tolerance, atol=tolerance * float(a[name].abs().max())
+        )
+        for name in a
+    )
 
 
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -276,11 +398,21 @@ def test_recording_in_many_processes_is_recording_in_one(tmp_path, size):
         for name, (entries, settings) in one["observed"].items():
             assert same(entries, many["observed"][name][0]), name
             theirs = many["observed"][name][1]
-            assert (theirs["tokens"], theirs["sequences"]) == (settings["tokens"], settings["sequences"]) and theirs["nats"] == pytest.approx(settings["nats"])
-        for (entries, settings, kept), (others, theirs, share) in zip(one["trained"], many["trained"], strict=True):
+            assert (theirs["tokens"], theirs["sequences"]) == (
+                settings["tokens"],
+                settings["sequences"],
+            ) and theirs["nats"] == pytest.approx(settings["nats"])
+        for (entries, settings, kept), (others, theirs, share) in zip(
+            one["trained"], many["trained"], strict=True
+        ):
             assert same(entries, others, 1e-10)
-            assert theirs["decrease_nats"] == pytest.approx(settings["decrease_nats"], rel=1e-9) and theirs["steps"] == 3
-            assert size > 2 or 0.35 * kept < share < 0.65 * kept  # credits are shared out by weight, of which there are few
+            assert (
+                theirs["decrease_nats"] == pytest.approx(settings["decrease_nats"], rel=1e-9)
+                and theirs["steps"] == 3
+            )
+            assert (
+                size > 2 or 0.35 * kept < share < 0.65 * kept
+            )  # credits are shared out by weight, of which there are few
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -293,7 +425,9 @@ def test_pulls_of_shared_importance_are_those_of_one_process(tmp_path, size):
         for found, together, _ in results:
             theirs = found[case]
             assert all(torch.equal(a, b) for a, b in zip(gradients, theirs[0], strict=True)), case
-            assert theirs[1:4] == pytest.approx((e, norm, ratio), rel=1e-6) and together == pytest.approx(energy, rel=1e-6)
+            assert theirs[1:4] == pytest.approx(
+                (e, norm, ratio), rel=1e-6
+            ) and together == pytest.approx(energy, rel=1e-6)
     for case, (*_, whole) in one.items():
         if case[1]:
             continue  # the file holds more weights than three kinds
@@ -310,34 +444,63 @@ def test_fsdp2_steps_are_those_of_one_process(tmp_path, size):
         for found in results:
             others, e, theirs, _ = found[tier, full, when]
             assert same(parameters, others), (tier, full, when)
-            assert e == pytest.approx(energy, rel=1e-4) and theirs == pytest.approx(logs, rel=1e-4), (tier, full, when)
+            assert e == pytest.approx(energy, rel=1e-4) and theirs == pytest.approx(
+                logs, rel=1e-4
+            ), (tier, full, when)
         shares = [found[tier, full, when][3] for found in results]
-        assert max(shares) < (0.7 if tier != "factored:2" or not full else 0.8) * whole, (tier, full, when)  # factored: rows are cut, columns are not
+        assert max(shares) < (0.7 if tier != "factored:2" or not full else 0.8) * whole, (
+            tier,
+            full,
+            when,
+        )  # factored: rows are cut, columns are not
 
 
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_tune_in_many_processes_is_tune_in_one(tmp_path, model_folder, size):
-    """15 rows, a batch of 4: the last step of the epoch is not full, and no row may count twice. One process writes."""
+    """15 rows, a batch of 4: the last step of the epoch is not full, and no row may count twice.
+
+    One process writes.
+    """
     data = tmp_path / "domain.jsonl"
-    data.write_text("\n".join(json.dumps({"prompt": f"Question {'abcd'[i % 4]} ?", "completion": " yes no" * (1 + i % 3)}) for i in range(15)))
+    data.write_text(
+        "\n".join(
+            json.dumps(
+                {"prompt": f"Question {'abcd'[i % 4]} ?", "completion": " yes no" * (1 + i % 3)}
+            )
+            for i in range(15)
+        )
+    )
     cases = [("u8", False), ("f32", True)]
     for tier, _ in cases:
         importance(tier).save(tmp_path / f"{tier}.safetensors")
     one = tuned(model_folder, data, cases, "one")
     results = processes(size, tuned, model_folder, data, cases, "two", out=tmp_path / "out")
     for found in results:
-        for (weights, energy, losses, files), (others, e, theirs, written) in zip(one, found, strict=True):
-            assert same(weights, others, 1e-4) and e == pytest.approx(energy, rel=1e-4) and theirs == pytest.approx(losses, rel=1e-4)
+        for (weights, energy, losses, files), (others, e, theirs, written) in zip(
+            one, found, strict=True
+        ):
+            assert (
+                same(weights, others, 1e-4)
+                and e == pytest.approx(energy, rel=1e-4)
+                and theirs == pytest.approx(losses, rel=1e-4)
+            )
             assert written == files
 
 
 @pytest.mark.parametrize(
-    "kind, fsdp2, named", [("DEEPSPEED", False, "DDP or FSDP2"), ("FSDP", False, "fsdp_version: 2"), ("MEGATRON_LM", False, "DDP or FSDP2")]
+    "kind, fsdp2, named",
+    [
+        ("DEEPSPEED", False, "DDP or FSDP2"),
+        ("FSDP", False, "fsdp_version: 2"),
+        ("MEGATRON_LM", False, "DDP or FSDP2"),
+    ],
 )
 def test_engines_that_keep_their_own_gradients_are_refused_before_training(kind, fsdp2, named):
     model, found = adapted(), importance("f32")
     trainer = SimpleNamespace(
-        model=model, args=SimpleNamespace(deepspeed=None), accelerator=SimpleNamespace(distributed_type=DistributedType[kind], is_fsdp2=fsdp2)
+        model=model,
+        args=SimpleNamespace(deepspeed=None),
+        accelerator=SimpleNamespace(distributed_type=DistributedType[kind], is_fsdp2=fsdp2),
     )
     with pytest.raises(ValueError, match=named):
         forgetless.hold(trainer, found, strength=1.0)
@@ -353,7 +516,11 @@ def test_engines_that_keep_their_own_gradients_are_refused_before_training(kind,
 @pytest.mark.parametrize("variable", ["ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"])
 def test_the_verbs_refuse_engines_that_spread_the_model(monkeypatch, tmp_path, variable):
     monkeypatch.setenv(variable, "true")
-    options = resolve(TuneOptions, {"model": "m", "data": "d", "out": str(tmp_path / "run"), "method": "plain"}, TUNE_PRESETS)
+    options = resolve(
+        TuneOptions,
+        {"model": "m", "data": "d", "out": str(tmp_path / "run"), "method": "plain"},
+        TUNE_PRESETS,
+    )
     with pytest.raises(OptionError, match=r"ddp\.yaml"):
         tune(options)
     assert not (tmp_path / "run").exists()
@@ -361,33 +528,70 @@ def test_the_verbs_refuse_engines_that_spread_the_model(monkeypatch, tmp_path, v
 
 def test_steps_are_shared_out_evenly_or_refused(monkeypatch):
     monkeypatch.setattr(distributed, "size", lambda: 4)
-    assert distributed.split_batch(3, 8) == (3, 2) and distributed.split_batch(4, 6) == (2, 3) and distributed.split_batch(8, 1) == (2, 1)
+    assert (
+        distributed.split_batch(3, 8) == (3, 2)
+        and distributed.split_batch(4, 6) == (2, 3)
+        and distributed.split_batch(8, 1) == (2, 1)
+    )
     with pytest.raises(OptionError, match="multiple of the number of processes"):
         distributed.split_batch(3, 2)
 
 
 def test_memory_is_shared_out_evenly_and_what_is_shared_stays_together(monkeypatch):
     monkeypatch.setattr(distributed, "size", lambda: 3)
-    sizes = {"q": ("x", 5), "k": ("x", 5), "v": ("x", 5), "o": ("o", 6), "up": ("up", 9), "down": ("down", 12)}
+    sizes = {
+        "q": ("x", 5),
+        "k": ("x", 5),
+        "v": ("x", 5),
+        "o": ("o", 6),
+        "up": ("up", 9),
+        "down": ("down", 12),
+    }
     owner = distributed.owners(sizes)
     assert owner["q"] == owner["k"] == owner["v"]
-    load = [sum(size for name, (_, size) in sizes.items() if owner[name] == rank) for rank in range(3)]
+    load = [
+        sum(size for name, (_, size) in sizes.items() if owner[name] == rank) for rank in range(3)
+    ]
     assert sum(load) == 42 and max(load) == 15
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.name)
 def test_accelerate_configurations_parse(path):
     config = load_config_from_file(str(path))
-    assert config.num_processes >= 2 and set(yaml.safe_load(path.read_text())) <= set(config.to_dict()) | {"fsdp_config"}
+    assert config.num_processes >= 2 and set(yaml.safe_load(path.read_text())) <= set(
+        config.to_dict()
+    ) | {"fsdp_config"}
     if path.name == "fsdp2.yaml":
-        assert config.distributed_type == DistributedType.FSDP and config.fsdp_config["fsdp_version"] == 2
+        assert (
+            config.distributed_type == DistributedType.FSDP
+            and config.fsdp_config["fsdp_version"] == 2
+        )
 
 
 def resumed(folder, text_file, estimator):
     """A recording that stopped after its third step, or batch, and goes on."""
-    given = {"model": str(folder), "general": str(text_file), "out": str(folder.parent / f"{estimator}.safetensors"), "estimator": estimator, "rank": 2,
-             "epochs": 2, "batch_size": 3, "accumulation": 2, "learning_rate": 1e-2, "save_steps": 1, "device": "cpu"}  # fmt: skip
-    given = given if estimator == "path" else {k: v for k, v in given.items() if k not in ("rank", "epochs", "accumulation", "learning_rate")}
+    given = {
+        "model": str(folder),
+        "general": str(text_file),
+        "out": str(folder.parent / f"{estimator}.safetensors"),
+        "estimator": estimator,
+        "rank": 2,
+        "epochs": 2,
+        "batch_size": 3,
+        "accumulation": 2,
+        "learning_rate": 1e-2,
+        "save_steps": 1,
+        "device": "cpu",
+    }
+    given = (
+        given
+        if estimator == "path"
+        else {
+            k: v
+            for k, v in given.items()
+            if k not in ("rank", "epochs", "accumulation", "learning_rate")
+        }
+    )
     whole = recording.record(resolve(RecordOptions, given, RECORD_PRESETS))
     write, calls = recording_state.write, []
 
@@ -401,11 +605,19 @@ def resumed(folder, text_file, estimator):
     with pytest.raises(KeyboardInterrupt):
         recording.record(resolve(RecordOptions, given, RECORD_PRESETS))
     recording_state.write = write
-    distributed.barrier()  # a launch ends with all of its processes: none is still writing when the next one clears up
+    # a launch ends with all of its processes: none is still writing when the next one clears up
+    distributed.barrier()
     again = recording.record(resolve(RecordOptions, {**given, "resume": True}, RECORD_PRESETS))
-    return all(torch.equal(whole[name].dense(), again[name].dense()) for name in whole), sorted(path.name for path in folder.parent.glob("*.state*"))
+    return all(torch.equal(whole[name].dense(), again[name].dense()) for name in whole), sorted(
+        path.name for path in folder.parent.glob("*.state*")
+    )
 
 
 @pytest.mark.parametrize("estimator", ["path", "fisher"])
-def test_recording_in_2_processes_resumes_to_the_same_bits(tmp_path, model_folder, text_file, estimator):
-    assert processes(2, resumed, model_folder, text_file, estimator, out=tmp_path / "out") == [(True, [])] * 2
+def test_recording_in_2_processes_resumes_to_the_same_bits(
+    tmp_path, model_folder, text_file, estimator
+):
+    assert (
+        processes(2, resumed, model_folder, text_file, estimator, out=tmp_path / "out")
+        == [(True, [])] * 2
+    )

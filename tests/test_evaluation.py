@@ -22,7 +22,13 @@ def test_windows_score_every_token_once_with_enough_context(tiny, window, stride
     model = tiny().eval()
     g = torch.Generator().manual_seed(0)
     documents = [torch.randint(3, 48, (n,), generator=g).tolist() for n in (2, 5, 17, 30)]
-    loss = text_loss(model, [(ids, [True] * len(ids)) for ids in documents], window=window, stride=stride, batch_tokens=40)
+    loss = text_loss(
+        model,
+        [(ids, [True] * len(ids)) for ids in documents],
+        window=window,
+        stride=stride,
+        batch_tokens=40,
+    )
     assert loss.tokens_by_document.tolist() == [1, 4, 16, 29]
     for ids, nats in zip(documents, loss.nats_by_document, strict=True):
         assert nats == pytest.approx(brute_force(model, ids, window, stride), rel=1e-5)
@@ -51,7 +57,11 @@ def test_the_model_is_left_as_it_was(tiny):
 
 def test_numbers_and_pairing():
     loss = TextLoss(np.array([4.0, 6.0]), np.array([2, 3]), utf8_bytes=10)
-    assert loss.nats == 2.0 and loss.perplexity == math.exp(2) and loss.bits_per_byte == pytest.approx(10 / math.log(2) / 10)
+    assert (
+        loss.nats == 2.0
+        and loss.perplexity == math.exp(2)
+        and loss.bits_per_byte == pytest.approx(10 / math.log(2) / 10)
+    )
     assert loss.standard_error == pytest.approx(0.0)
     noisy = np.array([5.0, 1.0, 9.0])
     counts = np.array([2, 2, 2])
@@ -63,11 +73,29 @@ def test_numbers_and_pairing():
 
 WORDS = ["the", "cat", "sat", "on", "mat", "and", "dog", "then", "too"]
 MADE = {
-    "piqa": lambda i, w: {"goal": f"{w(i)} {w(3 * i)}", "sol1": f"{w(i + 1)} sat", "sol2": f"{w(i + 4)} mat too", "label": i % 2},
-    "sciq": lambda i, w: {"question": f"{w(i)} {w(2 * i)} {w(5 * i)} ?", "correct_answer": w(i + 1), "distractor1": w(i + 2), "distractor2": f"{w(i + 3)} on",
-                          "distractor3": w(i + 5), "support": f" {w(i + 4)} sat ."},
-    "medmcqa": lambda i, w: {"question": f"{w(i)} {w(2 * i)} ?", "opa": w(i + 1), "opb": w(i + 2), "opc": w(i + 3), "opd": w(i + 5), "cop": i % 4},
-}  # fmt: skip
+    "piqa": lambda i, w: {
+        "goal": f"{w(i)} {w(3 * i)}",
+        "sol1": f"{w(i + 1)} sat",
+        "sol2": f"{w(i + 4)} mat too",
+        "label": i % 2,
+    },
+    "sciq": lambda i, w: {
+        "question": f"{w(i)} {w(2 * i)} {w(5 * i)} ?",
+        "correct_answer": w(i + 1),
+        "distractor1": w(i + 2),
+        "distractor2": f"{w(i + 3)} on",
+        "distractor3": w(i + 5),
+        "support": f" {w(i + 4)} sat .",
+    },
+    "medmcqa": lambda i, w: {
+        "question": f"{w(i)} {w(2 * i)} ?",
+        "opa": w(i + 1),
+        "opb": w(i + 2),
+        "opc": w(i + 3),
+        "opd": w(i + 5),
+        "cop": i % 4,
+    },
+}
 
 
 @pytest.mark.parametrize("name", sorted(MADE))
@@ -80,7 +108,9 @@ def test_own_ranking_and_prompts_agree_with_lm_eval_on_local_rows(tiny, tokenize
     task, loaded = load_task(f"{name}={path}")
     ours = answers(model, tokenizer, task, loaded)
     theirs = lm_eval_accuracy(model, tokenizer, name, file=str(path))
-    assert ours["acc"] == pytest.approx(theirs["acc"]) and ours["acc_norm"] == pytest.approx(theirs["acc_norm"])
+    assert ours["acc"] == pytest.approx(theirs["acc"]) and ours["acc_norm"] == pytest.approx(
+        theirs["acc_norm"]
+    )
     assert ours["questions"] == 12 and ours["answer_loss"]["nats"] > 0
 
 
@@ -94,14 +124,27 @@ def test_unknown_tasks_and_broken_task_files_are_named_before_a_model_is_loaded(
         evaluate(resolve(EvalOptions, {"model": "./no-model", "tasks": f"piqa={path}"}))
 
 
-def test_eval_writes_its_run_and_prints_before_after_change_and_error(model_folder, text_file, tmp_path, capsys):
-    """The adapter at scale 0 is the base: no change. Perplexity is exp of nats; the authors' figure is labelled."""
+def test_eval_writes_its_run_and_prints_before_after_change_and_error(
+    model_folder, text_file, tmp_path, capsys
+):
+    """The adapter at scale 0 is the base: no change.
+
+    Perplexity is exp of nats; the authors' figure is labelled.
+    """
     from forgetless.model.adapters import add_adapter
     from forgetless.model.loading import load_model
     from forgetless.model.targets import target_weights
 
-    options = {"model": str(model_folder), "general": str(text_file), "data": str(text_file), "device": "cpu", "out": str(tmp_path / "seen")}
-    adapted = add_adapter(load_model(resolve(EvalOptions, options)), names="all-linear", rank=2, alpha=4)
+    options = {
+        "model": str(model_folder),
+        "general": str(text_file),
+        "data": str(text_file),
+        "device": "cpu",
+        "out": str(tmp_path / "seen"),
+    }
+    adapted = add_adapter(
+        load_model(resolve(EvalOptions, options)), names="all-linear", rank=2, alpha=4
+    )
     for weight in target_weights(adapted):
         torch.nn.init.normal_(weight.B)
     adapted.save_pretrained(tmp_path / "adapter")
@@ -113,7 +156,15 @@ def test_eval_writes_its_run_and_prints_before_after_change_and_error(model_fold
     written = read_json(tmp_path / "seen" / "run.json")
     before, after = written["before"]["general"], written["after"]["general"]
     assert written["forgetting"]["nats"] == pytest.approx(after["nats"] - before["nats"]) != 0
-    assert written["learning"]["nats"] == pytest.approx(written["before"]["domain"]["nats"] - written["after"]["domain"]["nats"])
-    assert after["perplexity"] == pytest.approx(math.exp(after["nats"])) and after["bits_per_byte"] > 0
+    assert written["learning"]["nats"] == pytest.approx(
+        written["before"]["domain"]["nats"] - written["after"]["domain"]["nats"]
+    )
+    assert (
+        after["perplexity"] == pytest.approx(math.exp(after["nats"])) and after["bits_per_byte"] > 0
+    )
     assert "2^nats (as the paper's code)" in printed and f"{2 ** before['nats']:.4f}" in printed
-    assert f"{before['nats']:.4f}" in printed and f"{run['forgetting']['nats']:+.4f}" in printed and f"{run['forgetting']['standard_error']:.4f}" in printed
+    assert (
+        f"{before['nats']:.4f}" in printed
+        and f"{run['forgetting']['nats']:+.4f}" in printed
+        and f"{run['forgetting']['standard_error']:.4f}" in printed
+    )

@@ -1,4 +1,6 @@
-"""Promises: every YAML file resolves and runs end to end on small models, the scripts run, and so do the blocks of README and examples/README."""
+"""Promises: every YAML file resolves and runs end to end on small models, the scripts run, and so
+do the blocks of README and examples/README.
+"""
 
 import json
 import os
@@ -21,22 +23,53 @@ from forgetless.options.verbs import resolve
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 SHARED = ROOT.parent / "shared"
-YAMLS = sorted(path for path in EXAMPLES.rglob("*.yaml") if path.parent.name not in ("compare", "accelerate"))  # test_compare.py, test_distributed.py
+YAMLS = sorted(
+    path for path in EXAMPLES.rglob("*.yaml") if path.parent.name not in ("compare", "accelerate")
+)  # test_compare.py, test_distributed.py
 MODELS = sorted(path for path in (EXAMPLES / "paper").iterdir() if path.is_dir())
 TASKS = ("sciq", "piqa", "medmcqa")
 ROWS = {
-    "sciq": {"question": "the cat ?", "correct_answer": "yes", "distractor1": "no", "distractor2": "one", "distractor3": "two", "support": "the cat sat ."},
+    "sciq": {
+        "question": "the cat ?",
+        "correct_answer": "yes",
+        "distractor1": "no",
+        "distractor2": "one",
+        "distractor3": "two",
+        "support": "the cat sat .",
+    },
     "piqa": {"goal": "the dog ?", "sol1": "yes", "sol2": "no", "label": 1},
-    "medmcqa": {"question": "the mat ?", "opa": "one", "opb": "two", "opc": "three", "opd": "no", "cop": 2},
+    "medmcqa": {
+        "question": "the mat ?",
+        "opa": "one",
+        "opb": "two",
+        "opc": "three",
+        "opd": "no",
+        "cop": 2,
+    },
 }
-SHORT = ["--quantize", "none", "--batch-size", "2", "--accumulation", "1", "--max-steps", "2", "--device", "cpu", "--quiet"]
+SHORT = [
+    "--quantize",
+    "none",
+    "--batch-size",
+    "2",
+    "--accumulation",
+    "1",
+    "--max-steps",
+    "2",
+    "--device",
+    "cpu",
+    "--quiet",
+]
 named = lambda path: str(path.relative_to(EXAMPLES))
 
 
 def test_there_is_a_file_for_each_model_and_domain_of_the_paper():
     assert [path.name for path in MODELS] == ["gpt-j-6b", "llama-3.2-3b"]
     for folder in MODELS:
-        assert {path.name for path in folder.iterdir()} == {"record.yaml", *(f"tune-{task}.yaml" for task in TASKS)}
+        assert {path.name for path in folder.iterdir()} == {
+            "record.yaml",
+            *(f"tune-{task}.yaml" for task in TASKS),
+        }
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=named)
@@ -45,23 +78,77 @@ def test_every_yaml_resolves_and_holds_only_what_differs(path):
     kind, presets = OPTIONS[verb]
     given = read_yaml(path)
     options = as_dict(resolve(kind, given, presets))
-    assert options["preset"] == ("paper" if path.is_relative_to(EXAMPLES / "paper") else "default") and all(options[name] for name in NEEDED[verb])
+    assert options["preset"] == (
+        "paper" if path.is_relative_to(EXAMPLES / "paper") else "default"
+    ) and all(options[name] for name in NEEDED[verb])
     for name in given:
-        assert as_dict(resolve(kind, {k: v for k, v in given.items() if k != name}, presets))[name] != options[name], f"{name} repeats a default"
+        assert (
+            as_dict(resolve(kind, {k: v for k, v in given.items() if k != name}, presets))[name]
+            != options[name]
+        ), f"{name} repeats a default"
 
 
 def run_paper(folder, model, general, tasks, out, *more):
     """record, then tune on each domain, with only model, data and size replaced."""
     importance = str(out / "paper.safetensors")
     small = [*SHORT, *more]
-    assert main(["record", str(model), "--config", str(folder / "record.yaml"), "--general", str(general), "--out", importance, *small]) == 0
+    assert (
+        main(
+            [
+                "record",
+                str(model),
+                "--config",
+                str(folder / "record.yaml"),
+                "--general",
+                str(general),
+                "--out",
+                importance,
+                *small,
+            ]
+        )
+        == 0
+    )
     for task, file in tasks.items():
         local = f"{task}={file}"
-        words = ["tune", str(model), "--config", str(folder / f"tune-{task}.yaml"), "--importance", importance, "--data", local, "--tasks", local]
-        assert main([*words, "--general", str(general), "--out", str(out / task), "--limit", "2", "--log-steps", "1", *small]) == 0
+        words = [
+            "tune",
+            str(model),
+            "--config",
+            str(folder / f"tune-{task}.yaml"),
+            "--importance",
+            importance,
+            "--data",
+            local,
+            "--tasks",
+            local,
+        ]
+        assert (
+            main(
+                [
+                    *words,
+                    "--general",
+                    str(general),
+                    "--out",
+                    str(out / task),
+                    "--limit",
+                    "2",
+                    "--log-steps",
+                    "1",
+                    *small,
+                ]
+            )
+            == 0
+        )
         run = read_json(out / task / "run.json")
-        assert (run["configuration"]["anchor"], run["configuration"]["strength"]) == ("recorded", 1e-3)
-        assert run["energy"] is not None and run["forgetting"]["nats"] is not None and 0 <= run["after"]["tasks"][task]["acc"] <= 1
+        assert (run["configuration"]["anchor"], run["configuration"]["strength"]) == (
+            "recorded",
+            1e-3,
+        )
+        assert (
+            run["energy"] is not None
+            and run["forgetting"]["nats"] is not None
+            and 0 <= run["after"]["tasks"][task]["acc"] <= 1
+        )
         assert load_file(out / task / "final" / "adapter_model.safetensors")
 
 
@@ -78,15 +165,39 @@ def test_the_papers_experiments_run_on_tiny_models(folder, tiny, tokenizer, text
 
 def wide(path):
     """Enough general text for a budget: 200 documents of random words."""
-    rng, words = random.Random(0), "the cat sat on mat and dog then too yes no one two three".split()  # noqa: SIM905
-    path.write_text("\n".join(json.dumps({"text": " ".join(rng.choices(words, k=12))}) for _ in range(200)))
+    rng, words = (
+        random.Random(0),
+        ["the", "cat", "sat", "on", "mat", "and", "dog", "then", "too", "yes", "no", "one", "two", "three"],
+    )
+    path.write_text(
+        "\n".join(json.dumps({"text": " ".join(rng.choices(words, k=12))}) for _ in range(200))
+    )
     return path
 
 
 def test_the_budgets_example_runs_on_a_tiny_model(model_folder, tmp_path):
-    general, rows, importance = wide(tmp_path / "wide.jsonl"), tmp_path / "sciq.jsonl", tmp_path / "i.safetensors"
+    general, rows, importance = (
+        wide(tmp_path / "wide.jsonl"),
+        tmp_path / "sciq.jsonl",
+        tmp_path / "i.safetensors",
+    )
     rows.write_text("\n".join([json.dumps(ROWS["sciq"])] * 16))
-    assert main(["record", str(model_folder), "--general", str(general), "--out", str(importance), "--documents", "20", "--quiet"]) == 0
+    assert (
+        main(
+            [
+                "record",
+                str(model_folder),
+                "--general",
+                str(general),
+                "--out",
+                str(importance),
+                "--documents",
+                "20",
+                "--quiet",
+            ]
+        )
+        == 0
+    )
     small = [
         "--data",
         f"sciq={rows}",
@@ -99,9 +210,22 @@ def test_the_budgets_example_runs_on_a_tiny_model(model_folder, tmp_path):
         "--out",
         str(tmp_path / "kept"),
     ]
-    code = main(["tune", str(model_folder), "--config", str(EXAMPLES / "budget/tune-budget.yaml"), *small, "--budget", "5%", *SHORT])
+    code = main(
+        [
+            "tune",
+            str(model_folder),
+            "--config",
+            str(EXAMPLES / "budget/tune-budget.yaml"),
+            *small,
+            "--budget",
+            "5%",
+            *SHORT,
+        ]
+    )
     verdict = read_json(tmp_path / "kept" / "run.json")["verdict"]
-    assert (code == 0) == (verdict == "met") and load_file(tmp_path / "kept" / "final" / "adapter_model.safetensors")
+    assert (code == 0) == (verdict == "met") and load_file(
+        tmp_path / "kept" / "final" / "adapter_model.safetensors"
+    )
 
 
 @pytest.mark.lab
@@ -110,9 +234,17 @@ def test_the_budgets_example_runs_on_a_tiny_model(model_folder, tmp_path):
 def test_the_papers_experiments_run_on_the_lab_model(folder, tmp_path):
     def few(file, count):
         """The first rows of a data file, their long texts cut: the point is that they run."""
-        rows = [json.loads(line) for line in (SHARED / "data" / file).read_text(encoding="utf-8").split("\n")[:count]]
+        rows = [
+            json.loads(line)
+            for line in (SHARED / "data" / file).read_text(encoding="utf-8").split("\n")[:count]
+        ]
         out = tmp_path / file.replace("/", "-")
-        out.write_text("\n".join(json.dumps({k: v[:600] if isinstance(v, str) else v for k, v in row.items()}) for row in rows))
+        out.write_text(
+            "\n".join(
+                json.dumps({k: v[:600] if isinstance(v, str) else v for k, v in row.items()})
+                for row in rows
+            )
+        )
         return out
 
     files = {task: few(f"{task}/train.jsonl", 4) for task in TASKS}
@@ -121,15 +253,28 @@ def test_the_papers_experiments_run_on_the_lab_model(folder, tmp_path):
 
 
 def run_script(name, *words):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, EXAMPLES / name, *map(str, words)], capture_output=True, text=True, env=environment, timeout=300)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT / "src"),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / name, *map(str, words)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 
 
 def test_plain_pytorch_script(model_folder, text_file, tmp_path):
     lines = tmp_path / "lines.txt"
-    lines.write_text("\n".join(json.loads(line)["text"] for line in text_file.read_text().splitlines()))
+    lines.write_text(
+        "\n".join(json.loads(line)["text"] for line in text_file.read_text().splitlines())
+    )
     out = run_script("plain_pytorch.py", model_folder, lines, lines, "--out", tmp_path / "adapter")
     before, after = map(float, re.search(r"domain: ([\d.]+) -> ([\d.]+) nats", out).groups())
     assert after < before and load_file(tmp_path / "adapter" / "adapter_model.safetensors")
@@ -137,17 +282,36 @@ def test_plain_pytorch_script(model_folder, text_file, tmp_path):
 
 def test_trl_script(model_folder, text_file, tmp_path):
     importance = tmp_path / "i.safetensors"
-    assert main(["record", str(model_folder), "--general", str(text_file), "--out", str(importance), "--quiet"]) == 0
-    out = run_script("trl_sft.py", model_folder, text_file, importance, "--out", tmp_path / "sft", "--steps", "2")
+    assert (
+        main(
+            [
+                "record",
+                str(model_folder),
+                "--general",
+                str(text_file),
+                "--out",
+                str(importance),
+                "--quiet",
+            ]
+        )
+        == 0
+    )
+    out = run_script(
+        "trl_sft.py", model_folder, text_file, importance, "--out", tmp_path / "sft", "--steps", "2"
+    )
     assert "'pull_norm'" in out and load_file(tmp_path / "sft" / "adapter_model.safetensors")
 
 
 def blocks(path, language):
-    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return re.findall(
+        rf"^```{language}\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
 
 
 def test_the_readmes_python_blocks_run(tiny, tokenizer, batch, tmp_path, monkeypatch):
-    """In order, with the reader's model, optimizer and trainer at hand, and a few steps in the place of `...`."""
+    """In order, with the reader's model, optimizer and trainer at hand, and a few steps in the
+    place of `...`.
+    """
     from datasets import Dataset
     from transformers import Trainer, TrainingArguments
 
@@ -170,7 +334,9 @@ def test_the_readmes_python_blocks_run(tiny, tokenizer, batch, tmp_path, monkeyp
     recorder.observe(batch)
     recorder.finish().save("model.importance.safetensors")
     rows = Dataset.from_list([{"input_ids": ids, "labels": ids} for ids in batch.tolist()])
-    args = TrainingArguments(output_dir="out", max_steps=2, use_cpu=True, report_to="none", save_strategy="no")
+    args = TrainingArguments(
+        output_dir="out", max_steps=2, use_cpu=True, report_to="none", save_strategy="no"
+    )
     reader = {
         "peft_model": model,
         "model": model,
@@ -182,14 +348,27 @@ def test_the_readmes_python_blocks_run(tiny, tokenizer, batch, tmp_path, monkeyp
     found = blocks(ROOT / "README.md", "python")
     assert len(found) >= 2
     for block in found:
-        exec(compile(re.sub(r"^(\s*)\.\.\.", r"\1train()", block, flags=re.MULTILINE), "README.md", "exec"), reader)
+        exec(
+            compile(
+                re.sub(r"^(\s*)\.\.\.", r"\1train()", block, flags=re.MULTILINE),
+                "README.md",
+                "exec",
+            ),
+            reader,
+        )
     assert reader["penalty"].pull_norm is not None
 
 
-@pytest.mark.parametrize("path", [ROOT / "README.md", EXAMPLES / "README.md"], ids=["README", "examples"])
+@pytest.mark.parametrize(
+    "path", [ROOT / "README.md", EXAMPLES / "README.md"], ids=["README", "examples"]
+)
 def test_every_shell_line_of_the_readmes_is_valid(path):
-    lines = [line for block in blocks(path, "sh") for line in block.replace("\\\n", " ").splitlines()]
-    commands = [shlex.split(line, comments=True) for line in lines if line.startswith("forgetless ")]
+    lines = [
+        line for block in blocks(path, "sh") for line in block.replace("\\\n", " ").splitlines()
+    ]
+    commands = [
+        shlex.split(line, comments=True) for line in lines if line.startswith("forgetless ")
+    ]
     assert len(commands) >= 3
     for _, verb, *words in commands:
         assert verb in VERBS

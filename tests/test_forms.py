@@ -1,4 +1,6 @@
-"""Factored and Kronecker pulls against the specification through autograd: single pulls, many steps, anchors, adapters, dtypes, full fine-tuning."""
+"""Factored and Kronecker pulls against the specification through autograd: single pulls, many
+steps, anchors, adapters, dtypes, full fine-tuning.
+"""
 
 import copy
 
@@ -21,7 +23,10 @@ SHAPES = [(1, 1, 1), (7, 3, 2), (5, 11, 8), (64, 33, 4)]
 
 def covariance(n, g, rank=None):
     """(n, n) with eigenvalues over two orders of magnitude, in f64."""
-    X = torch.randn(n, 2 * n, generator=g, dtype=torch.float64) * torch.logspace(0, -2, n, dtype=torch.float64)[:, None]
+    X = (
+        torch.randn(n, 2 * n, generator=g, dtype=torch.float64)
+        * torch.logspace(0, -2, n, dtype=torch.float64)[:, None]
+    )
     whole = Covariance(X @ X.T / (2 * n))
     return whole if rank is None else whole.cut(rank)
 
@@ -31,7 +36,9 @@ def make_entry(form, out, into, seed=0):
     kind, _, rank = form.partition(":")
     if kind == "factored":
         k = int(rank or 1)
-        return FactoredEntry(*(torch.rand(n, k, generator=g, dtype=torch.float64) ** 4 for n in (out, into)))
+        return FactoredEntry(
+            *(torch.rand(n, k, generator=g, dtype=torch.float64) ** 4 for n in (out, into))
+        )
     return KroneckerEntry(*(covariance(n, g, int(rank) if rank else None) for n in (out, into)))
 
 
@@ -61,7 +68,9 @@ def test_pull_is_the_gradient_of_the_reference_energy(form, shape, start):
     D = D if anchor is None else D - anchor[1] @ anchor[0]
     energy = reference_energy(entry, D)
     gA, gB = torch.autograd.grad(k * energy, (A, B))
-    pull_A, pull_B, found = algebra(entry).pull(A.detach(), B.detach(), s, entry, *thin(A.detach(), B.detach(), s, initial, anchor), k)
+    pull_A, pull_B, found = algebra(entry).pull(
+        A.detach(), B.detach(), s, entry, *thin(A.detach(), B.detach(), s, initial, anchor), k
+    )
     for mine, theirs in ((pull_A, gA), (pull_B, gB), (found, energy.detach())):
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-9 * float(theirs.abs().max()))
     torch.testing.assert_close(entry.energy(D.detach()), energy.detach(), rtol=1e-9, atol=0)
@@ -72,7 +81,9 @@ def test_pull_is_the_gradient_of_the_reference_energy(form, shape, start):
 def test_full_pull_is_the_gradient_of_the_reference_energy(form, shape):
     out, into, _ = shape
     entry = make_entry(form, out, into)
-    D = torch.randn(out, into, dtype=torch.float64, generator=torch.Generator().manual_seed(out)).requires_grad_()
+    D = torch.randn(
+        out, into, dtype=torch.float64, generator=torch.Generator().manual_seed(out)
+    ).requires_grad_()
     energy = reference_energy(entry, D)
     (expected,) = torch.autograd.grad(0.3 * energy, D)
     found, e = algebra(entry).full_pull(D.detach(), entry, 0.3)
@@ -82,9 +93,18 @@ def test_full_pull_is_the_gradient_of_the_reference_energy(form, shape):
 
 def of_form(form, weights, dtype, anchors=False):
     """Importance in f32 (f64 for f64) and anchors for the weights of a model."""
-    entries = {w.name: make_entry(form, *w.shape, seed=i).to(torch.device("cpu"), dtype, {}) for i, w in enumerate(weights)}
+    entries = {
+        w.name: make_entry(form, *w.shape, seed=i).to(torch.device("cpu"), dtype, {})
+        for i, w in enumerate(weights)
+    }
     g = torch.Generator().manual_seed(9)
-    kept = {w.name: (torch.randn(2, w.shape[1], generator=g) * 0.1, torch.randn(w.shape[0], 2, generator=g) * 0.1) for w in weights}
+    kept = {
+        w.name: (
+            torch.randn(2, w.shape[1], generator=g) * 0.1,
+            torch.randn(w.shape[0], 2, generator=g) * 0.1,
+        )
+        for w in weights
+    }
     return Importance(entries, kept if anchors else {}, {})
 
 
@@ -110,8 +130,14 @@ def test_pull_steps_like_a_loss_term_over_many_steps(tiny, form, anchor, dtype, 
             loss = 0
             for w in target_weights(theirs):
                 A0, B0 = importance.anchors[w.name]
-                D = w.scale * (w.B @ w.A) - (B0.to(dtype) @ A0.to(dtype) if anchor == "recorded" else 0)
-                loss = loss + 0.3 * reference_energy(importance[w.name], D) + 0.005 * (w.A.square().sum() + w.B.square().sum())
+                D = w.scale * (w.B @ w.A) - (
+                    B0.to(dtype) @ A0.to(dtype) if anchor == "recorded" else 0
+                )
+                loss = (
+                    loss
+                    + 0.3 * reference_energy(importance[w.name], D)
+                    + 0.005 * (w.A.square().sum() + w.B.square().sum())
+                )
             loss.backward()
             b.step()
     for x, y in zip(penalty.weights, target_weights(theirs), strict=True):
@@ -126,7 +152,10 @@ def test_bf16_factors_are_pulled_in_f32(tiny, form):
         torch.nn.init.normal_(weight.B, std=0.1)
     importance = of_form(form, target_weights(model), torch.float32)
     penalty = Penalty(model, importance, strength=1.0)
-    exact = sum(float(reference_energy(importance[w.name], w.scale * (w.B.double() @ w.A.double()))) for w in penalty.weights)
+    exact = sum(
+        float(reference_energy(importance[w.name], w.scale * (w.B.double() @ w.A.double())))
+        for w in penalty.weights
+    )
     assert penalty.energy() == pytest.approx(exact, rel=1e-5)
     penalty.pull()
     assert all(w.A.grad.dtype == torch.bfloat16 and bool(w.B.grad.any()) for w in penalty.weights)
@@ -163,4 +192,6 @@ def test_pull_on_full_weights(tiny, form, kind):
             A0, B0 = importance.anchors[w.name]
             D = (w.update() - (B0 @ A0 if anchor == "recorded" else 0)).requires_grad_()
             (expected,) = torch.autograd.grad(0.5 * reference_energy(importance[w.name], D), D)
-            torch.testing.assert_close(w.oriented(w.W.grad), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+            torch.testing.assert_close(
+                w.oriented(w.W.grad), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max())
+            )

@@ -1,4 +1,8 @@
-"""The Triton kernel against the dense pull. On a CPU it runs in Triton's interpreter (see conftest.py), which checks what it computes, not how fast."""
+"""The Triton kernel against the dense pull.
+
+On a CPU it runs in Triton's interpreter (see conftest.py), which checks what it computes, not how
+fast.
+"""
 
 import os
 import subprocess
@@ -17,8 +21,14 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def case(out, into, rank, tier, dtype=torch.float32, anchor_rank=3):
     g = torch.Generator().manual_seed(out + into)
     make = lambda *shape: (torch.randn(*shape, generator=g) * 0.3).to(dtype).to(DEVICE)
-    omega = ((torch.randn(out, into, generator=g) * 2).exp() * (torch.rand(out, into, generator=g) > 0.1)).to(DEVICE)
-    A, B, anchor = make(rank, into), make(out, rank), (make(anchor_rank, into), make(out, anchor_rank))
+    omega = (
+        (torch.randn(out, into, generator=g) * 2).exp() * (torch.rand(out, into, generator=g) > 0.1)
+    ).to(DEVICE)
+    A, B, anchor = (
+        make(rank, into),
+        make(out, rank),
+        (make(anchor_rank, into), make(out, anchor_rank)),
+    )
     if tier in codec.BITS:
         codes, scale = codec.encode(omega, tier)
         return A, B, anchor, codes, scale, codec.decode(codes, scale, omega.shape, tier)
@@ -36,7 +46,9 @@ def assert_like_dense(A, B, anchor, stored, scale, whole, tier):
 
 
 @pytest.mark.parametrize("tier", ["f32", "bf16", "u8", "u4"])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 7, 2), (65, 131, 5), (64, 256, 16), (33, 129, 17), (33, 70, 40)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (5, 7, 2), (65, 131, 5), (64, 256, 16), (33, 129, 17), (33, 70, 40)]
+)
 @pytest.mark.parametrize("anchored", [False, True])
 def test_kernel_is_the_dense_pull_on_what_the_importance_decodes_to(tier, shape, anchored):
     A, B, anchor, stored, scale, whole = case(*shape, tier)
@@ -55,7 +67,9 @@ def test_several_tiles_per_program_and_anchors_of_a_higher_rank(monkeypatch):
 
 def test_transposed_views_are_read_right():
     A, B, anchor, stored, scale, whole = case(20, 30, 4, "f32")
-    assert_like_dense(A.T.contiguous().T, B.T.contiguous().T, anchor, stored.T.contiguous().T, scale, whole, "f32")
+    assert_like_dense(
+        A.T.contiguous().T, B.T.contiguous().T, anchor, stored.T.contiguous().T, scale, whole, "f32"
+    )
 
 
 def test_same_bits_at_every_call():
@@ -68,7 +82,10 @@ def test_steps_with_the_kernel_follow_steps_with_the_dense_pull():
     A, B, _, stored, scale, whole = case(40, 130, 4, "u8")
     A2, B2 = A.clone(), B.clone()
     for _ in range(20):
-        for a, b, (gA, gB, _) in ((A, B, fused.pull(A, B, 2.0, stored, scale, "u8", None, 1e-4)), (A2, B2, dense.pull(A2, B2, 2.0, whole, None, 1e-4))):
+        for a, b, (gA, gB, _) in (
+            (A, B, fused.pull(A, B, 2.0, stored, scale, "u8", None, 1e-4)),
+            (A2, B2, dense.pull(A2, B2, 2.0, whole, None, 1e-4)),
+        ):
             a.sub_(gA)
             b.sub_(gB)
     torch.testing.assert_close(A, A2, rtol=1e-4, atol=1e-6)
@@ -117,6 +134,13 @@ for arch, tier, stored in ((90, "u8", "*u8"), (90, "u4", "*u8"), (80, "f32", "*f
 
 def test_kernel_compiles_for_gpus_without_atomics_or_tf32(tmp_path):
     """The interpreter accepts more than the compiler does; no GPU is needed to compile."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "TRITON_DEFAULT_FP_FUSION": "1"}
-    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "0",
+        "TRITON_CACHE_DIR": str(tmp_path),
+        "TRITON_DEFAULT_FP_FUSION": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,6 @@
-"""Holding inside other tools: every example script runs, and a host that is not installed is skipped with its reason (docs/integrations.md)."""
+"""Holding inside other tools: every example script runs, and a host that is not installed is
+skipped with its reason (docs/integrations.md).
+"""
 
 import copy
 import importlib.util
@@ -30,12 +32,27 @@ NUMBERS = {"energy", "pull_norm", "pull_ratio"}
 
 
 def needs(name):
-    return pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=f"{name} is not installed (docs/integrations.md says which version was run)")
+    return pytest.mark.skipif(
+        importlib.util.find_spec(name) is None,
+        reason=f"{name} is not installed (docs/integrations.md says which version was run)",
+    )
 
 
 def run(name, *words, **environment):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
-    done = subprocess.run([sys.executable, ROOT / "examples" / name, *map(str, words)], capture_output=True, text=True, env=environment, timeout=300)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT / "src"),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        **environment,
+    }
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / name, *map(str, words)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout + done.stderr
 
@@ -43,7 +60,22 @@ def run(name, *words, **environment):
 @pytest.fixture
 def recorded(model_folder, text_file, tmp_path):
     file = tmp_path / "i.safetensors"
-    assert main(["record", str(model_folder), "--general", str(text_file), "--out", str(file), "--cov-rank", "4", "--quiet"]) == 0
+    assert (
+        main(
+            [
+                "record",
+                str(model_folder),
+                "--general",
+                str(text_file),
+                "--out",
+                str(file),
+                "--cov-rank",
+                "4",
+                "--quiet",
+            ]
+        )
+        == 0
+    )
     return file
 
 
@@ -57,26 +89,59 @@ def adapted(tiny):
 
 
 def ones(model):
-    return Importance({w.name: DenseEntry(torch.ones(w.shape)) for w in target_weights(model)}, info={"estimator": "fisher"})
+    return Importance(
+        {w.name: DenseEntry(torch.ones(w.shape)) for w in target_weights(model)},
+        info={"estimator": "fisher"},
+    )
 
 
 def trainer_of(model, batch, folder, **given):
     rows = Dataset.from_list([{"input_ids": ids, "labels": ids} for ids in batch.tolist()])
-    settings = dict(output_dir=str(folder), per_device_train_batch_size=4, max_steps=3, logging_steps=1, learning_rate=1e-2, lr_scheduler_type="constant",
-                    use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True)  # fmt: skip
+    settings = dict(
+        output_dir=str(folder),
+        per_device_train_batch_size=4,
+        max_steps=3,
+        logging_steps=1,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
     callbacks = given.pop("callbacks", None)
-    return Trainer(model=model, args=TrainingArguments(**{**settings, **given}), train_dataset=rows, callbacks=callbacks)
+    return Trainer(
+        model=model,
+        args=TrainingArguments(**{**settings, **given}),
+        train_dataset=rows,
+        callbacks=callbacks,
+    )
 
 
 def test_the_transformers_script_and_tensorboard(model_folder, text_file, recorded, tmp_path):
-    out = run("transformers_trainer.py", model_folder, text_file, recorded, "--out", tmp_path / "out", "--steps", 2, "--report-to", "tensorboard")
+    out = run(
+        "transformers_trainer.py",
+        model_folder,
+        text_file,
+        recorded,
+        "--out",
+        tmp_path / "out",
+        "--steps",
+        2,
+        "--report-to",
+        "tensorboard",
+    )
     assert "'pull_norm'" in out and load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert list((tmp_path / "out").rglob("events.*"))
 
 
 def test_the_dpo_script(model_folder, recorded, tmp_path):
     pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text("\n".join([json.dumps({"prompt": "the cat", "chosen": " sat on", "rejected": " and dog"})] * 8))
+    pairs.write_text(
+        "\n".join(
+            [json.dumps({"prompt": "the cat", "chosen": " sat on", "rejected": " and dog"})] * 8
+        )
+    )
     out = run("trl_dpo.py", model_folder, pairs, recorded, "--out", tmp_path / "out", "--steps", 2)
     assert "'pull_norm'" in out and load_file(tmp_path / "out" / "adapter_model.safetensors")
 
@@ -84,7 +149,18 @@ def test_the_dpo_script(model_folder, recorded, tmp_path):
 def test_the_grpo_script(model_folder, recorded, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("\n".join([json.dumps({"prompt": "the cat"})] * 8))
-    out = run("trl_grpo.py", model_folder, prompts, recorded, "--out", tmp_path / "out", "--steps", 2, "--completion", 4)
+    out = run(
+        "trl_grpo.py",
+        model_folder,
+        prompts,
+        recorded,
+        "--out",
+        tmp_path / "out",
+        "--steps",
+        2,
+        "--completion",
+        4,
+    )
     assert "'pull_norm'" in out and load_file(tmp_path / "out" / "adapter_model.safetensors")
 
 
@@ -92,16 +168,41 @@ def test_the_grpo_script(model_folder, recorded, tmp_path):
 def test_wandb_offline(model_folder, text_file, recorded, tmp_path):
     """Its numbers reach the file that `wandb sync` uploads."""
     environment = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}
-    run("transformers_trainer.py", model_folder, text_file, recorded, "--out", tmp_path / "out", "--steps", 2, "--report-to", "wandb", **environment)
+    run(
+        "transformers_trainer.py",
+        model_folder,
+        text_file,
+        recorded,
+        "--out",
+        tmp_path / "out",
+        "--steps",
+        2,
+        "--report-to",
+        "wandb",
+        **environment,
+    )
     written = next(tmp_path.rglob("*.wandb")).read_bytes()
     assert all(f"train/{name}".encode() in written for name in NUMBERS)
 
 
 @needs("trackio")
 def test_trackio(model_folder, text_file, recorded, tmp_path):
-    run("transformers_trainer.py", model_folder, text_file, recorded, "--out", tmp_path / "out", "--steps", 2, "--report-to", "trackio",
-        TRACKIO_DIR=str(tmp_path / "trackio"))  # fmt: skip
-    written = b"".join(file.read_bytes() for file in (tmp_path / "trackio").rglob("*") if file.is_file())
+    run(
+        "transformers_trainer.py",
+        model_folder,
+        text_file,
+        recorded,
+        "--out",
+        tmp_path / "out",
+        "--steps",
+        2,
+        "--report-to",
+        "trackio",
+        TRACKIO_DIR=str(tmp_path / "trackio"),
+    )
+    written = b"".join(
+        file.read_bytes() for file in (tmp_path / "trackio").rglob("*") if file.is_file()
+    )
     assert all(f"train/{name}".encode() in written for name in NUMBERS)
 
 
@@ -121,7 +222,9 @@ def test_a_callback_made_before_the_trainer_does_what_hold_does(adapted, batch, 
 
 
 def test_a_callback_says_at_the_start_what_does_not_fit(adapted, batch, tmp_path):
-    wrong = Importance({name: DenseEntry(torch.ones(3, 3)) for name in ones(adapted)}, info={"estimator": "fisher"})
+    wrong = Importance(
+        {name: DenseEntry(torch.ones(3, 3)) for name in ones(adapted)}, info={"estimator": "fisher"}
+    )
     with pytest.raises(ValueError, match="does not fit the model"):
         trainer_of(adapted, batch, tmp_path, callbacks=[HoldCallback(wrong)]).train()
     with pytest.raises(OptionError, match="no default strength"):
@@ -148,15 +251,28 @@ def test_lightning_does_what_a_plain_loop_does(adapted, batch, tmp_path, accumul
             return self.model(input_ids=ids, labels=ids).loss
 
         def configure_optimizers(self):
-            return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+            return torch.optim.AdamW(
+                [p for p in self.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0
+            )
 
     twin, rows = copy.deepcopy(adapted), list(batch) * 3
     module = Module(adapted)
     callback = PenaltyCallback(Penalty(adapted, ones(adapted), strength=0.5))
-    trainer = L.Trainer(accelerator="cpu", max_steps=3, callbacks=[callback], logger=False, enable_checkpointing=False, enable_progress_bar=False,
-                        gradient_clip_val=0.1, accumulate_grad_batches=accumulation, precision="64-true")  # fmt: skip
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=3,
+        callbacks=[callback],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        gradient_clip_val=0.1,
+        accumulate_grad_batches=accumulation,
+        precision="64-true",
+    )
     trainer.fit(module, torch.utils.data.DataLoader(rows, batch_size=4 // accumulation))
-    optimizer = torch.optim.AdamW([p for p in twin.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        [p for p in twin.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0
+    )
     twin.train()
     with Penalty(twin, ones(twin), strength=0.5).attach(optimizer):
         for _ in range(3):
@@ -166,21 +282,34 @@ def test_lightning_does_what_a_plain_loop_does(adapted, batch, tmp_path, accumul
             optimizer.zero_grad()
     for a, b in zip(target_weights(adapted), target_weights(twin), strict=True):
         torch.testing.assert_close(a.B, b.B, rtol=1e-6, atol=1e-9)
-    assert set(trainer.callback_metrics) >= NUMBERS and not trainer.optimizers[0]._optimizer_step_pre_hooks
+    assert (
+        set(trainer.callback_metrics) >= NUMBERS
+        and not trainer.optimizers[0]._optimizer_step_pre_hooks
+    )
 
 
 @pytest.mark.skipif(LIGHTNING is None, reason="lightning is not installed")
 def test_the_lightning_script(model_folder, text_file, recorded, tmp_path):
     lines = tmp_path / "lines.txt"
-    lines.write_text("\n".join(json.loads(line)["text"] for line in text_file.read_text().splitlines()))
-    out = run("lightning_fit.py", model_folder, lines, recorded, "--out", tmp_path / "out", "--steps", 3)
-    assert float(re.search(r"energy: (\S+) nats", out).group(1)) > 0 and load_file(tmp_path / "out" / "adapter_model.safetensors")
-    assert set(next(tmp_path.rglob("metrics.csv")).read_text().splitlines()[0].split(",")) >= NUMBERS
+    lines.write_text(
+        "\n".join(json.loads(line)["text"] for line in text_file.read_text().splitlines())
+    )
+    out = run(
+        "lightning_fit.py", model_folder, lines, recorded, "--out", tmp_path / "out", "--steps", 3
+    )
+    assert float(re.search(r"energy: (\S+) nats", out).group(1)) > 0 and load_file(
+        tmp_path / "out" / "adapter_model.safetensors"
+    )
+    assert (
+        set(next(tmp_path.rglob("metrics.csv")).read_text().splitlines()[0].split(",")) >= NUMBERS
+    )
 
 
 @needs("axolotl")
 def test_the_axolotl_plugin(adapted, batch, tmp_path):
-    """Loaded by Axolotl's own loader from the example's name, with the example's settings; its numbers are in the log."""
+    """Loaded by Axolotl's own loader from the example's name, with the example's settings; its
+    numbers are in the log.
+    """
     from axolotl.integrations.base import BasePlugin, load_plugin
     from axolotl.utils.dict import DictDefault
 
@@ -192,7 +321,13 @@ def test_the_axolotl_plugin(adapted, batch, tmp_path):
     assert {key for key in settings if key.startswith("forgetless_")} <= set(known)
     ones(adapted).save(tmp_path / "i.safetensors")
     trainer = trainer_of(adapted, batch, tmp_path)
-    assert plugin.add_callbacks_post_trainer(DictDefault({**settings, "forgetless_importance": str(tmp_path / "i.safetensors")}), trainer) == []
+    assert (
+        plugin.add_callbacks_post_trainer(
+            DictDefault({**settings, "forgetless_importance": str(tmp_path / "i.safetensors")}),
+            trainer,
+        )
+        == []
+    )
     trainer.train()
     assert all(entry.keys() >= NUMBERS for entry in trainer.state.log_history if "loss" in entry)
     with pytest.raises(OptionError, match="needs forgetless_importance"):

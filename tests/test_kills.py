@@ -1,4 +1,7 @@
-"""A short campaign of fuzz/kill.py: what is killed and gone on with ends as what nobody killed. The long one's counts are in fuzz/kills.csv."""
+"""A short campaign of fuzz/kill.py: what is killed and gone on with ends as what nobody killed.
+
+The long one's counts are in fuzz/kills.csv.
+"""
 
 import json
 import subprocess
@@ -10,9 +13,28 @@ import pytest
 SCRIPT = Path(__file__).parents[1] / "fuzz" / "kill.py"
 
 
-@pytest.mark.parametrize("scenarios", ["record-path,tune", pytest.param("record-kronecker,tune-full,compare,sequence", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "scenarios",
+    [
+        "record-path,tune",
+        pytest.param("record-kronecker,tune-full,compare,sequence", marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_run_goes_on_to_the_same_result(tmp_path, scenarios):
-    words = [sys.executable, str(SCRIPT), "--seed", "7", "--kills", "2", "--scenarios", scenarios, "--folder", str(tmp_path), "--csv", ""]
+    words = [
+        sys.executable,
+        str(SCRIPT),
+        "--seed",
+        "7",
+        "--kills",
+        "2",
+        "--scenarios",
+        scenarios,
+        "--folder",
+        str(tmp_path),
+        "--csv",
+        "",
+    ]
     done = subprocess.run(words, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0 and "no findings" in done.stdout, done.stdout + done.stderr
 
@@ -35,7 +57,20 @@ for name, value in (("killed", 1.0), ("whole", 1.0 + 2**-23)):
 (root / "killed" / ".run.json.12.tmp").write_text('{{"a": ')
 print(json.dumps([list(kill.wrong_after_a_kill(root / "killed", root / "whole")), list(kill.differences(root / "killed", root / "whole"))]))
 """
-    wrong, different = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()[-1])
-    assert [line.split(" is not ")[0] for line in wrong] == ["final/adapter_model.safetensors", "part.json", "final"]
-    assert [line.split()[0] for line in different] == [".run.json.12.tmp", "part.json", "final/adapter_model.safetensors", "run.json"]
+    wrong, different = json.loads(
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.splitlines()[-1]
+    )
+    assert [line.split(" is not ")[0] for line in wrong] == [
+        "final/adapter_model.safetensors",
+        "part.json",
+        "final",
+    ]
+    assert [line.split()[0] for line in different] == [
+        ".run.json.12.tmp",
+        "part.json",
+        "final/adapter_model.safetensors",
+        "run.json",
+    ]
     assert ".energy is 1.0 after kills" in different[-1]

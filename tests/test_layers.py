@@ -19,7 +19,17 @@ WEIGHTS = [W(f"{layer}.{kind}", layer, kind) for layer in range(3) for kind in (
 NORMS = {w.name: 10.0 ** (i - 2) for i, w in enumerate(WEIGHTS)}
 
 
-@pytest.mark.parametrize("how", [Uniform(), ScaleFree(1.0), ScaleFree(5.0), OverDepth((1.0, 0.0)), OverDepth((2.0,)), PerKind({"q": 3})])
+@pytest.mark.parametrize(
+    "how",
+    [
+        Uniform(),
+        ScaleFree(1.0),
+        ScaleFree(5.0),
+        OverDepth((1.0, 0.0)),
+        OverDepth((2.0,)),
+        PerKind({"q": 3}),
+    ],
+)
 @pytest.mark.parametrize("per", ["weight", "block"])
 def test_all_but_the_preset_average_to_one(how, per):
     from forgetless.penalty.layers import PerBlock
@@ -31,7 +41,9 @@ def test_all_but_the_preset_average_to_one(how, per):
 
 
 def test_the_papers_softmax():
-    c = Softmax(tau=1.0).coefficients({w.name: float(i == 0) for i, w in enumerate(WEIGHTS)}, WEIGHTS)
+    c = Softmax(tau=1.0).coefficients(
+        {w.name: float(i == 0) for i, w in enumerate(WEIGHTS)}, WEIGHTS
+    )
     assert sum(c.values()) == pytest.approx(1.0)
     assert c["0.q"] / c["0.v"] == pytest.approx(2.718281828)
     flat = Softmax(tau=1e-8).coefficients(NORMS, WEIGHTS)

@@ -1,4 +1,6 @@
-"""One process at a time per run: the second is told who the first is, a killed one never blocks, torchrun's processes are one run."""
+"""One process at a time per run: the second is told who the first is, a killed one never blocks,
+torchrun's processes are one run.
+"""
 
 import errno
 import os
@@ -28,11 +30,20 @@ HOLD = textwrap.dedent("""
 
 @pytest.fixture
 def other():
-    """A function: starts another process that holds the lock of a path, and returns it once it does."""
+    """A function: starts another process that holds the lock of a path, and returns it once it
+    does.
+    """
     started = []
 
     def start(path: Path, *, folder: bool = True, flock: bool = True):
-        words = [sys.executable, "-c", HOLD, str(path), "folder" if folder else "file", "flock" if flock else "no flock"]
+        words = [
+            sys.executable,
+            "-c",
+            HOLD,
+            str(path),
+            "folder" if folder else "file",
+            "flock" if flock else "no flock",
+        ]
         process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
         started.append(process)
         assert process.stdout.readline() == "held\n"
@@ -53,11 +64,19 @@ def flock(request, monkeypatch):
 
 
 @pytest.mark.parametrize("folder", [True, False])
-def test_the_second_is_told_who_the_first_is_and_a_killed_one_does_not_block(tmp_path, other, flock, folder):
+def test_the_second_is_told_who_the_first_is_and_a_killed_one_does_not_block(
+    tmp_path, other, flock, folder
+):
     path = tmp_path / "run"
     first = other(path, folder=folder, flock=flock)
     with (
-        pytest.raises(ValueError, match=rf"process {first.pid} on {socket.gethostname()} \(since .*\) is writing to '.*run'; wait for it"),
+        pytest.raises(
+            ValueError,
+            match=(
+                rf"process {first.pid} on {socket.gethostname()} \(since .*\) is writing to "
+                r"'.*run'; wait for it"
+            ),
+        ),
         only_writer(path, folder=folder),
     ):
         pass
@@ -78,14 +97,22 @@ def test_the_file_is_the_lock_where_the_system_has_none(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", unsupported)
     with only_writer(tmp_path):
         assert (tmp_path / ".lock").exists()
-        with pytest.raises(ValueError, match=r"if it is gone, remove '.*\.lock'"), only_writer(tmp_path):
+        with (
+            pytest.raises(ValueError, match=r"if it is gone, remove '.*\.lock'"),
+            only_writer(tmp_path),
+        ):
             pass
         assert (tmp_path / ".lock").exists()
-    # One of another host cannot be known to be gone; one of this host, whose number is another process's by now, can.
-    (tmp_path / ".lock").write_text('{"pid": 1, "host": "elsewhere", "since": "2026-11-24 12:00:00", "began": 0}')
+    # One of another host cannot be known to be gone; one of this host, whose number is another process's
+    # by now, can.
+    (tmp_path / ".lock").write_text(
+        '{"pid": 1, "host": "elsewhere", "since": "2026-11-24 12:00:00", "began": 0}'
+    )
     with pytest.raises(ValueError, match="process 1 on elsewhere"), only_writer(tmp_path):
         pass
-    (tmp_path / ".lock").write_text(f'{{"pid": {os.getpid()}, "host": "{socket.gethostname()}", "since": "", "began": 1}}')
+    (tmp_path / ".lock").write_text(
+        f'{{"pid": {os.getpid()}, "host": "{socket.gethostname()}", "since": "", "began": 1}}'
+    )
     with only_writer(tmp_path):
         pass
 
@@ -152,7 +179,11 @@ def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
         (path / "file").touch()
     with only_writer(tmp_path):
         assert not any(path.exists() for path in ours) and all(path.exists() for path in kept)
-    beside = [tmp_path / ".i.safetensors.5.tmp", tmp_path / ".i.safetensors.state.6.tmp", tmp_path / ".j.safetensors.5.tmp"]
+    beside = [
+        tmp_path / ".i.safetensors.5.tmp",
+        tmp_path / ".i.safetensors.state.6.tmp",
+        tmp_path / ".j.safetensors.5.tmp",
+    ]
     for path in beside:
         path.touch()
     with only_writer(tmp_path / "i.safetensors", folder=False):

@@ -1,4 +1,6 @@
-"""Long runs: nothing piles up from step to step, and nothing stays open behind a run: tensors, memory, hooks, threads, file handles."""
+"""Long runs: nothing piles up from step to step, and nothing stays open behind a run: tensors,
+memory, hooks, threads, file handles.
+"""
 
 import gc
 import json
@@ -33,18 +35,38 @@ class Watch(TrainerCallback):
             gc.collect()
             with open("/proc/self/statm") as file:
                 resident = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-            self.found[state.global_step] = (sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()), resident)
+            self.found[state.global_step] = (
+                sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()),
+                resident,
+            )
 
 
 def dense(model):
     g = torch.Generator().manual_seed(0)
-    return Importance({name: DenseEntry(torch.rand(*shape, generator=g)) for name, shape in base_shapes(model).items()}, {}, {"estimator": "path"})
+    return Importance(
+        {
+            name: DenseEntry(torch.rand(*shape, generator=g))
+            for name, shape in base_shapes(model).items()
+        },
+        {},
+        {"estimator": "path"},
+    )
 
 
 def trainer_of(model, batch, folder, steps, *callbacks, **given):
     rows = [{"input_ids": row, "labels": row} for row in batch]
-    arguments = TrainingArguments(output_dir=str(folder), max_steps=steps, per_device_train_batch_size=2, use_cpu=True, report_to="none", save_strategy="no",
-                                  logging_steps=max(steps // 20, 1), disable_tqdm=True, learning_rate=1e-3, **given)  # fmt: skip
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=2,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=max(steps // 20, 1),
+        disable_tqdm=True,
+        learning_rate=1e-3,
+        **given,
+    )
     return Trainer(model=model, args=arguments, train_dataset=rows, callbacks=list(callbacks))
 
 
@@ -62,28 +84,61 @@ def test_memory_does_not_grow_with_the_steps(tiny, batch, tmp_path, capsys, what
     trainer.train()
     tensors, resident = zip(*(watch.found[step] for step in sorted(watch.found)), strict=True)
     assert len(set(tensors)) == 1
-    if steps >= 20_000:  # from the middle on: a Trainer by itself grows by 4 MB within its first 5,000; a float per weight and step would take 1.4 MB
+    if (
+        steps >= 20_000
+        # from the middle on: a Trainer by itself grows by 4 MB within its first 5,000; a float per
+        # weight and step would take 1.4 MB
+    ):
         assert resident[-1] - resident[1] < 1.2e6
-    assert (len([entry for entry in trainer.state.log_history if "energy" in entry]) > 0) if what == "penalty" else recorder.steps == steps
+    assert (
+        (len([entry for entry in trainer.state.log_history if "energy" in entry]) > 0)
+        if what == "penalty"
+        else recorder.steps == steps
+    )
 
 
 @pytest.mark.parametrize("end", ["close", "exception", "training"])
 def test_nothing_is_left_on_model_and_optimizer(tiny, batch, tmp_path, capsys, end):
     """The same optimizer, as many hooks, and the same steps as without ever having been held."""
     model = add_adapter(tiny(), names="q_proj,v_proj", rank=2, alpha=2)
-    hooks = lambda: [len(d) for m in model.modules() for d in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)]
-    of_optimizer = lambda o: (len(o._optimizer_step_pre_hooks), len(o._optimizer_step_post_hooks), len(o.state_dict()["param_groups"]))
+    hooks = lambda: [
+        len(d)
+        for m in model.modules()
+        for d in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
+    ]
+    of_optimizer = lambda o: (
+        len(o._optimizer_step_pre_hooks),
+        len(o._optimizer_step_post_hooks),
+        len(o.state_dict()["param_groups"]),
+    )
     before = hooks()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     clean, step = of_optimizer(optimizer), optimizer.step
     penalty, recorder = Penalty(model, dense(model), strength=0.1), PathIntegral(model)
     if end == "training":
-        trainer = trainer_of(model, batch, tmp_path, 3, PenaltyCallback(penalty), RecorderCallback(recorder), max_grad_norm=0.0)
+        trainer = trainer_of(
+            model,
+            batch,
+            tmp_path,
+            3,
+            PenaltyCallback(penalty),
+            RecorderCallback(recorder),
+            max_grad_norm=0.0,
+        )
         trainer.train()
         optimizer = trainer.optimizer.optimizer
-        plain = trainer_of(add_adapter(tiny(), names="q_proj,v_proj", rank=2, alpha=2), batch, tmp_path, 3, max_grad_norm=0.0)
+        plain = trainer_of(
+            add_adapter(tiny(), names="q_proj,v_proj", rank=2, alpha=2),
+            batch,
+            tmp_path,
+            3,
+            max_grad_norm=0.0,
+        )
         plain.train()
-        assert of_optimizer(optimizer) == of_optimizer(plain.optimizer.optimizer) and recorder.steps == 3
+        assert (
+            of_optimizer(optimizer) == of_optimizer(plain.optimizer.optimizer)
+            and recorder.steps == 3
+        )
     elif end == "close":
         with recorder.attach(optimizer), penalty.attach(optimizer):
             model(input_ids=batch, labels=batch).loss.backward()
@@ -94,8 +149,15 @@ def test_nothing_is_left_on_model_and_optimizer(tiny, batch, tmp_path, capsys, e
             model(input_ids=batch, labels=batch).loss.backward()
             raise KeyError
         assert of_optimizer(optimizer) == clean
-    assert hooks() == before and optimizer.step.__func__ is step.__func__ if end != "training" else hooks() == before
-    assert not any(getattr(p, "_backward_hooks", None) or getattr(p, "_post_accumulate_grad_hooks", None) for p in model.parameters())
+    assert (
+        hooks() == before and optimizer.step.__func__ is step.__func__
+        if end != "training"
+        else hooks() == before
+    )
+    assert not any(
+        getattr(p, "_backward_hooks", None) or getattr(p, "_post_accumulate_grad_hooks", None)
+        for p in model.parameters()
+    )
 
 
 def still_open():
@@ -114,22 +176,71 @@ def still_open():
 def test_threads_and_files_are_closed_behind_every_verb(model_folder, text_file, tmp_path, capsys):
     """The second time, when the libraries have opened what they keep."""
     rng = random.Random(7)
-    rows = [{"prompt": f"Question {i} {rng.choice('abcd')} ?", "completion": " yes no " + rng.choice("abcd")} for i in range(40)]
+    rows = [
+        {
+            "prompt": f"Question {i} {rng.choice('abcd')} ?",
+            "completion": " yes no " + rng.choice("abcd"),
+        }
+        for i in range(40)
+    ]
     (tmp_path / "domain.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    texts = [{"text": " ".join(rng.choices("the cat sat on mat and dog then too".split(), k=15))} for _ in range(40)]  # noqa: SIM905
+    texts = [
+        {"text": " ".join(rng.choices(["the", "cat", "sat", "on", "mat", "and", "dog", "then", "too"], k=15))}
+        for _ in range(40)
+    ]
     (tmp_path / "wide.jsonl").write_text("\n".join(map(json.dumps, texts)))
-    model, general, domain = str(model_folder), str(tmp_path / "wide.jsonl"), str(tmp_path / "domain.jsonl")
-    experiment = {"model": model, "device": "cpu", "general": {"wide": general, "other": general}, "domains": {"domain": domain},
-                  "training": {"max_steps": 2, "batch_size": 4, "accumulation": 1, "rank": 2},
-                  "methods": {"plain": {}}, "seeds": {"validation": [0], "test": []}}  # fmt: skip
+    model, general, domain = (
+        str(model_folder),
+        str(tmp_path / "wide.jsonl"),
+        str(tmp_path / "domain.jsonl"),
+    )
+    experiment = {
+        "model": model,
+        "device": "cpu",
+        "general": {"wide": general, "other": general},
+        "domains": {"domain": domain},
+        "training": {"max_steps": 2, "batch_size": 4, "accumulation": 1, "rank": 2},
+        "methods": {"plain": {}},
+        "seeds": {"validation": [0], "test": []},
+    }
     (tmp_path / "e.yaml").write_text(json.dumps(experiment))
     seen = []
     for turn in range(2):
         importance, run = str(tmp_path / f"{turn}.safetensors"), str(tmp_path / f"run{turn}")
-        for words in (["record", model, "--general", general, "--out", importance, "--estimator", "path", "--rank", "2", "--epochs", "1"],
-                      ["record", model, "--general", general, "--out", importance],
-                      ["tune", model, "--data", domain, "--importance", importance, "--general", general, "--max-steps", "2", "--device", "cpu", "--out", run],
-                      ["compare", str(tmp_path / "e.yaml"), "--out", str(tmp_path / f"compared{turn}")]):  # fmt: skip
+        for words in (
+            [
+                "record",
+                model,
+                "--general",
+                general,
+                "--out",
+                importance,
+                "--estimator",
+                "path",
+                "--rank",
+                "2",
+                "--epochs",
+                "1",
+            ],
+            ["record", model, "--general", general, "--out", importance],
+            [
+                "tune",
+                model,
+                "--data",
+                domain,
+                "--importance",
+                importance,
+                "--general",
+                general,
+                "--max-steps",
+                "2",
+                "--device",
+                "cpu",
+                "--out",
+                run,
+            ],
+            ["compare", str(tmp_path / "e.yaml"), "--out", str(tmp_path / f"compared{turn}")],
+        ):
             assert main([*words, "--quiet"]) == 0
             seen.append(still_open())
     assert seen[4:] == [seen[3]] * 4

@@ -1,4 +1,6 @@
-"""Estimators that watch: against brute force and closed forms in f64, whatever the batch size, and without a trace on the model."""
+"""Estimators that watch: against brute force and closed forms in f64, whatever the batch size, and
+without a trace on the model.
+"""
 
 import copy
 from types import SimpleNamespace
@@ -20,7 +22,9 @@ from forgetless.record.kronecker import Kronecker
 
 @pytest.fixture
 def text():
-    """Five pieces of different lengths; the last two are chats of which only the end (or the middle) is scored."""
+    """Five pieces of different lengths; the last two are chats of which only the end (or the
+    middle) is scored.
+    """
     g = torch.Generator().manual_seed(2)
     pieces = [(torch.randint(3, 48, (n,), generator=g).tolist(), [True] * n) for n in (12, 7, 2)]
     pieces += [(torch.randint(3, 48, (9,), generator=g).tolist(), [i >= 6 for i in range(9)])]
@@ -39,8 +43,14 @@ def one_by_one(model, pieces):
     for ids, scored in pieces:
         row = torch.tensor([ids])
         labels = torch.tensor([[t if s else -100 for t, s in zip(ids, scored, strict=True)]])
-        loss = nn.functional.cross_entropy(model(input_ids=row).logits[0, :-1], labels[0, 1:], ignore_index=-100, reduction="sum")
-        yield loss, int((labels[0, 1:] != -100).sum()), max(i for i, s in enumerate(scored) if s)  # loss, scored tokens, tokens that count
+        loss = nn.functional.cross_entropy(
+            model(input_ids=row).logits[0, :-1], labels[0, 1:], ignore_index=-100, reduction="sum"
+        )
+        yield (
+            loss,
+            int((labels[0, 1:] != -100).sum()),
+            max(i for i, s in enumerate(scored) if s),
+        )  # loss, scored tokens, tokens that count
 
 
 def close(found, expected):
@@ -70,12 +80,20 @@ def test_kronecker_is_the_mean_outer_product_of_every_token(tiny, text, kind, si
     importance = observe(Kronecker(model), text, size)
     seen = {}
     for w in target_weights(model):
-        w.module.register_forward_hook(lambda _, args, output, name=w.name: seen.update({name: (args[0], output)}))
+        w.module.register_forward_hook(
+            lambda _, args, output, name=w.name: seen.update({name: (args[0], output)})
+        )
     A, G = dict.fromkeys(importance, 0), dict.fromkeys(importance, 0)
     tokens = positions = 0
     for loss, scored, counted in one_by_one(model.eval(), text):
         tokens, positions = tokens + scored, positions + counted
-        d = dict(zip(seen, torch.autograd.grad(loss, [output for _, output in seen.values()]), strict=True))
+        d = dict(
+            zip(
+                seen,
+                torch.autograd.grad(loss, [output for _, output in seen.values()]),
+                strict=True,
+            )
+        )
         for name, (x, _) in seen.items():
             for t in range(counted):
                 A[name] = A[name] + torch.outer(x[0, t], x[0, t]).detach()
@@ -88,7 +106,10 @@ def test_kronecker_is_the_mean_outer_product_of_every_token(tiny, text, kind, si
 
 def test_activation_is_the_mean_squared_input(tiny, text):
     model = tiny(dtype=torch.float64)
-    importance, covariances = observe(Activation(model), text, 2), observe(Kronecker(model), text, 2)
+    importance, covariances = (
+        observe(Activation(model), text, 2),
+        observe(Kronecker(model), text, 2),
+    )
     for name, entry in importance.entries.items():
         close(entry.dense(), covariances[name].in_cov.diagonal().expand(entry.shape))
         assert entry.tier == "factored"
@@ -96,7 +117,11 @@ def test_activation_is_the_mean_squared_input(tiny, text):
 
 def test_weights_that_read_the_same_input_share_its_covariance(tiny, text):
     importance = observe(Kronecker(tiny()), text, 5)
-    block = {name.split(".")[-2]: entry for name, entry in importance.entries.items() if ".layers.0." in name}
+    block = {
+        name.split(".")[-2]: entry
+        for name, entry in importance.entries.items()
+        if ".layers.0." in name
+    }
     assert block["q_proj"].in_cov is block["k_proj"].in_cov is block["v_proj"].in_cov
     assert block["gate_proj"].in_cov is block["up_proj"].in_cov is not block["q_proj"].in_cov
     assert len({id(entry.in_cov) for entry in importance.entries.values()}) == 8
@@ -107,11 +132,16 @@ def test_weights_that_read_the_same_input_share_its_covariance(tiny, text):
 @pytest.mark.parametrize("estimator", [Fisher, Kronecker])
 def test_sampled_labels_do_not_depend_on_the_batch_size_and_follow_the_seed(tiny, text, estimator):
     model = tiny(dtype=torch.float64)
-    first, second, other = (observe(estimator(model, labels="sampled", seed=seed), text, size) for seed, size in ((3, 1), (3, 4), (4, 4)))
+    first, second, other = (
+        observe(estimator(model, labels="sampled", seed=seed), text, size)
+        for seed, size in ((3, 1), (3, 4), (4, 4))
+    )
     for name in first:
         close(second[name].dense(), first[name].dense())
         assert not torch.allclose(other[name].dense(), first[name].dense())
-    assert first.info["settings"]["nats"] == pytest.approx(second.info["settings"]["nats"])  # of the text, not of the samples
+    assert first.info["settings"]["nats"] == pytest.approx(
+        second.info["settings"]["nats"]
+    )  # of the text, not of the samples
 
 
 @pytest.mark.parametrize("estimator", [Fisher, Kronecker, Activation])
@@ -128,10 +158,16 @@ def test_observing_an_adapted_model_sees_the_bare_base_and_leaves_no_trace(tiny,
     for name in bare:
         torch.testing.assert_close(importance[name].dense(), bare[name].dense())
     for name, p in model.named_parameters():
-        assert torch.equal(p, before[name][0]) and p.requires_grad == before[name][1] and p.grad is None
+        assert (
+            torch.equal(p, before[name][0])
+            and p.requires_grad == before[name][1]
+            and p.grad is None
+        )
     assert not frozen.requires_grad and all(module.training for module in model.modules())
     assert not any(m._forward_hooks for m in model.modules())
-    loss = lambda: model.eval()(input_ids=torch.tensor([text[0][0]]), labels=torch.tensor([text[0][0]])).loss
+    loss = lambda: (
+        model.eval()(input_ids=torch.tensor([text[0][0]]), labels=torch.tensor([text[0][0]])).loss
+    )
     with model.disable_adapter():
         off = loss()
     assert not torch.allclose(loss(), off)  # the adapter is on again
@@ -143,7 +179,11 @@ def test_exceptions_leave_no_trace_and_add_nothing(tiny, text):
     model.get_input_embeddings().weight.data[5] = float("nan")
     with pytest.raises(ValueError, match="loss on the general text is nan"):
         recorder.observe(torch.tensor([[4, 5, 6]]))
-    assert recorder.tokens == 0 and not any(m._forward_hooks for m in model.modules()) and all(p.requires_grad for p in model.parameters())
+    assert (
+        recorder.tokens == 0
+        and not any(m._forward_hooks for m in model.modules())
+        and all(p.requires_grad for p in model.parameters())
+    )
     with pytest.raises(ValueError, match="nothing was observed"):
         recorder.finish()
 
@@ -190,7 +230,12 @@ def observe_in_groups(recorder, pieces, groups):
     return recorder.finish()
 
 
-SEPARATE = [(Fisher, {"labels": "sampled"}), (Kronecker, {"labels": "sampled"}), (Kronecker, {"rank": 3}), (Activation, {})]
+SEPARATE = [
+    (Fisher, {"labels": "sampled"}),
+    (Kronecker, {"labels": "sampled"}),
+    (Kronecker, {"rank": 3}),
+    (Activation, {}),
+]
 
 
 @pytest.mark.parametrize("groups", [2, 5])
@@ -201,9 +246,15 @@ def test_groups_give_the_result_of_one_pass_bit_for_bit(tiny, text, estimator, k
     found = observe_in_groups(estimator(model, **kwargs), text, groups)
     assert list(found) == list(expected) and found.info == expected.info
     for name, entry in expected.entries.items():
-        assert all(torch.equal(found[name].tensors()[key], part) for key, part in entry.tensors().items())
+        assert all(
+            torch.equal(found[name].tensors()[key], part) for key, part in entry.tensors().items()
+        )
     if estimator is Kronecker:  # shared input covariances are stored once
-        assert len({id(e.in_cov) for e in found.entries.values()}) == len({id(e.in_cov) for e in expected.entries.values()}) == 8
+        assert (
+            len({id(e.in_cov) for e in found.entries.values()})
+            == len({id(e.in_cov) for e in expected.entries.values()})
+            == 8
+        )
 
 
 def test_a_group_holds_only_its_own_sums(tiny, text):
@@ -214,7 +265,14 @@ def test_a_group_holds_only_its_own_sums(tiny, text):
     assert whole / 4 <= largest < whole / 2
     for _ in range(4):
         recorder.observe(**collate(text, 0))
-        assert sum(t.numel() * t.element_size() for sums in recorder._sums().values() for t in sums.values()) <= largest
+        assert (
+            sum(
+                t.numel() * t.element_size()
+                for sums in recorder._sums().values()
+                for t in sums.values()
+            )
+            <= largest
+        )
         recorder.end_pass()
     assert not any(recorder._sums().values())
 
@@ -248,25 +306,38 @@ def test_what_cannot_be_observed_is_refused(tiny):
     with pytest.raises(ValueError, match="merged"):
         Fisher(model)
     with pytest.raises(ValueError, match="moved the base weight"):
-        Fisher(get_peft_model(tiny(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa")))
+        Fisher(
+            get_peft_model(
+                tiny(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa")
+            )
+        )
 
 
 def test_adapters_inside_a_transformers_model_are_switched_off_too(tiny, text):
     """transformers' own add_adapter wraps nothing around the model."""
     bare, model = observe(Fisher(tiny()), text, 5), tiny()
-    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    model.add_adapter(
+        LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    )
     found = observe(Fisher(model), text, 5)
     assert list(found) == list(bare)
     for name in bare:
         torch.testing.assert_close(found[name].dense(), bare[name].dense())
-    assert not any(module.disable_adapters for module in model.modules() if hasattr(module, "lora_A"))
+    assert not any(
+        module.disable_adapters for module in model.modules() if hasattr(module, "lora_A")
+    )
 
 
 def test_bf16_models_accumulate_in_f32(tiny, text):
-    exact, rough = observe(Fisher(tiny()), text, 2), observe(Fisher(tiny(dtype=torch.bfloat16)), text, 2)
+    exact, rough = (
+        observe(Fisher(tiny()), text, 2),
+        observe(Fisher(tiny(dtype=torch.bfloat16)), text, 2),
+    )
     for name in exact:
         assert rough[name].values.dtype == torch.float32
-        assert float(rough[name].values.sum()) == pytest.approx(float(exact[name].values.sum()), rel=0.15)  # bf16 has 3 digits; gradients pass two blocks
+        assert float(rough[name].values.sum()) == pytest.approx(
+            float(exact[name].values.sum()), rel=0.15
+        )  # bf16 has 3 digits; gradients pass two blocks
     assert observe(Kronecker(tiny(dtype=torch.bfloat16)), text, 2).tier == "kronecker"
 
 
@@ -275,18 +346,26 @@ def log_probabilities(model, pieces):
     rows = []
     with torch.no_grad():
         for ids, scored in pieces:
-            rows.append(model(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1)[torch.tensor(scored[1:])])
+            rows.append(
+                model(input_ids=torch.tensor([ids]))
+                .logits[0, :-1]
+                .log_softmax(-1)[torch.tensor(scored[1:])]
+            )
     return torch.cat(rows)
 
 
 def prediction_and_rise(model, importance, pieces, updates, size=1e-4):
-    """(half the energy, measured KL from the base in nats per token) for random updates with independent elements."""
+    """(half the energy, measured KL from the base in nats per token) for random updates with
+    independent elements.
+    """
     weights = [w for w in target_weights(model) if w.name in importance]
     before, g = log_probabilities(model, pieces), torch.Generator().manual_seed(5)
     pairs = []
     for _ in range(updates):
         moves = [size * torch.randn(w.shape, generator=g, dtype=torch.float64) for w in weights]
-        energy = sum(float(importance[w.name].energy(U)) for w, U in zip(weights, moves, strict=True))
+        energy = sum(
+            float(importance[w.name].energy(U)) for w, U in zip(weights, moves, strict=True)
+        )
         with torch.no_grad():
             for w, U in zip(weights, moves, strict=True):
                 w.W.add_(w.oriented(U))
@@ -305,18 +384,28 @@ def sampled(recorder, pieces, times):
 
 @pytest.mark.parametrize("estimator", [Fisher, Kronecker])
 def test_half_the_energy_is_the_second_order_rise_of_random_updates(tiny, text, estimator):
-    """Independent elements take all off-diagonal terms out on average, so the diagonal Fisher is exact up to the noise of labels and updates; Kronecker also
-    needs |x| and |d| independent, which normalised inputs nearly grant."""
+    """Independent elements take all off-diagonal terms out on average, so the diagonal Fisher is
+    exact up to the noise of labels and updates; Kronecker also needs |x| and |d| independent, which
+    normalised inputs nearly grant.
+    """
     model = tiny(dtype=torch.float64).eval()
-    pairs = prediction_and_rise(model, sampled(estimator(model, labels="sampled"), text, 100), text, updates=240)
+    pairs = prediction_and_rise(
+        model, sampled(estimator(model, labels="sampled"), text, 100), text, updates=240
+    )
     ratio = float(pairs[:, 1].mean() / pairs[:, 0].mean())
-    error = float((pairs[:, 1] - ratio * pairs[:, 0]).std() / pairs[:, 0].mean() / len(pairs) ** 0.5)
+    error = float(
+        (pairs[:, 1] - ratio * pairs[:, 0]).std() / pairs[:, 0].mean() / len(pairs) ** 0.5
+    )
     assert error < 0.02  # over updates; labels add 0.015 (100 draws per token, eight seeds)
     assert ratio == pytest.approx(1.0, abs=4 * (error**2 + 0.015**2) ** 0.5)
 
 
 def test_kronecker_is_exact_for_any_update_where_all_tokens_are_alike(tiny):
-    """One input x: E[d d^T (x) x x^T] factors, so half of tr(G U A U^T) is the rise for every single update, not on average. Labels: 3,000 draws."""
+    """One input x:
+
+    E[d d^T (x) x x^T] factors, so half of tr(G U A U^T) is the rise for every single update, not on
+    average. Labels: 3,000 draws.
+    """
     model = tiny(dtype=torch.float64).eval()
     piece = [([5, 9], [True, True])]
     recorder = Kronecker(model, "v_proj", labels="sampled")
@@ -328,7 +417,9 @@ def test_kronecker_is_exact_for_any_update_where_all_tokens_are_alike(tiny):
 
 
 class Linear(nn.Module):
-    """A language model that predicts the next token from the last one alone: logits = W x with one-hot x."""
+    """A language model that predicts the next token from the last one alone: logits = W x with
+    one-hot x.
+    """
 
     def __init__(self, vocabulary):
         super().__init__()
@@ -343,7 +434,9 @@ class Linear(nn.Module):
 
 
 def test_fisher_of_a_linear_model_is_the_closed_form():
-    """Sequences of one prediction, x = j: the empirical Fisher of W_vj is the mean of [x = j] (p_v - [y = v])^2, the true one of [x = j] p_v (1 - p_v)."""
+    """Sequences of one prediction, x = j: the empirical Fisher of W_vj is the mean of [x = j] (p_v
+    - [y = v])^2, the true one of [x = j] p_v (1 - p_v).
+    """
     torch.manual_seed(0)
     model = Linear(5)
     pairs = torch.tensor([[0, 3], [0, 4], [2, 2], [4, 1]])
@@ -357,4 +450,6 @@ def test_fisher_of_a_linear_model_is_the_closed_form():
     close(recorder.finish()["W.weight"].values, empirical)
     recorder = Fisher(model, labels="sampled")
     recorder.observe(pairs.repeat(5000, 1))
-    torch.testing.assert_close(recorder.finish()["W.weight"].values, true, rtol=0.06, atol=0)  # 5,000 draws per input: a standard error of up to 2 percent
+    torch.testing.assert_close(
+        recorder.finish()["W.weight"].values, true, rtol=0.06, atol=0
+    )  # 5,000 draws per input: a standard error of up to 2 percent

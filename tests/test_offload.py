@@ -1,4 +1,6 @@
-"""Importance and credits that stay in CPU memory: the order in which they visit the device, and the same numbers. Copies to a GPU need one to be tested."""
+"""Importance and credits that stay in CPU memory: the order in which they visit the device, and the
+same numbers. Copies to a GPU need one to be tested.
+"""
 
 import pytest
 import torch
@@ -47,7 +49,9 @@ def importance_of(model, form):
     forms = {
         "bf16": lambda w: DenseEntry(torch.rand(w.shape).bfloat16()),
         "factored": lambda w: FactoredEntry(torch.rand(w.shape[0], 2), torch.rand(w.shape[1], 2)),
-        "kronecker": lambda w: KroneckerEntry(square(w.shape[0]), shared.setdefault((w.layer, w.shape[1]), square(w.shape[1]))),
+        "kronecker": lambda w: KroneckerEntry(
+            square(w.shape[0]), shared.setdefault((w.layer, w.shape[1]), square(w.shape[1]))
+        ),
     }
     if form in ("u8", "u4"):
         return Importance({w.name: DenseEntry(torch.rand(w.shape)) for w in weights}).to_tier(form)
@@ -63,7 +67,13 @@ def test_offloaded_importance_pulls_the_same_bit_for_bit(tiny, form):
         for weight in penalty.weights:
             weight.A.grad = weight.B.grad = None
         penalty.pull()
-        results.append(([p.grad.clone() for w in penalty.weights for p in w.parameters], penalty.energy(), penalty.logs()))
+        results.append(
+            (
+                [p.grad.clone() for w in penalty.weights for p in w.parameters],
+                penalty.energy(),
+                penalty.logs(),
+            )
+        )
         assert bool(penalty._entries) != offload  # nothing is kept on the device
     assert results[0][1:] == results[1][1:] and results[0][1] > 0
     assert all(torch.equal(a, b) for a, b in zip(results[0][0], results[1][0], strict=True))
@@ -106,5 +116,9 @@ def test_offloaded_importance_on_a_gpu(tiny, form):
             weight.A.grad = weight.B.grad = None
         penalty.pull()
         pulls.append([p.grad.clone() for w in penalty.weights for p in w.parameters])
-    assert all(entry_tensor.is_pinned() for entry in penalty.importance.entries.values() for entry_tensor in entry.tensors().values())
+    assert all(
+        entry_tensor.is_pinned()
+        for entry in penalty.importance.entries.values()
+        for entry_tensor in entry.tensors().values()
+    )
     assert all(torch.equal(a, b) for a, b in zip(*pulls, strict=True))

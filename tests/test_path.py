@@ -1,4 +1,6 @@
-"""The path-integral recorder: against design.md's formulas, against the measured loss, and in every awkward situation of real training."""
+"""The path-integral recorder: against design.md's formulas, against the measured loss, and in every
+awkward situation of real training.
+"""
 
 import copy
 
@@ -37,7 +39,9 @@ def train(model, optimizer, ids, steps=5, accumulation=1):
 
 @pytest.mark.parametrize("gradient", ["effective", "exact"])
 def test_recorder_agrees_with_the_formulas_to_1e_6_in_f64(adapted, batch, gradient):
-    """Replays every step by hand: w <- max(0, w - g d), Omega = sum over epochs of w / (U^2 + xi), two epochs."""
+    """Replays every step by hand: w <- max(0, w - g d), Omega = sum over epochs of w / (U^2 + xi),
+    two epochs.
+    """
     twin = copy.deepcopy(adapted)
     optimizer = torch.optim.AdamW(parameters(adapted), lr=1e-2)
     recorder = PathIntegral(adapted, gradient=gradient, xi=1e-9)
@@ -52,13 +56,25 @@ def test_recorder_agrees_with_the_formulas_to_1e_6_in_f64(adapted, batch, gradie
             for _ in range(3):
                 deltas = exact_gradients(twin, batch)
                 loss_of(twin, batch).backward()
-                before = {x.name: (x.A.detach().clone(), x.B.detach().clone(), x.A.grad.clone(), x.B.grad.clone()) for x in weights}
+                before = {
+                    x.name: (
+                        x.A.detach().clone(),
+                        x.B.detach().clone(),
+                        x.A.grad.clone(),
+                        x.B.grad.clone(),
+                    )
+                    for x in weights
+                }
                 mine.step()
                 mine.zero_grad()
                 for x in weights:
                     A, B, gA, gB = before[x.name]
                     s = x.scale
-                    g = s * (B @ gA + gB @ A - 1e-2 * gB @ gA) if gradient == "effective" else deltas[x.name]
+                    g = (
+                        s * (B @ gA + gB @ A - 1e-2 * gB @ gA)
+                        if gradient == "effective"
+                        else deltas[x.name]
+                    )
                     d = s * (x.B.detach() @ x.A.detach()) - s * (B @ A)
                     w[x.name] = torch.clamp(w[x.name] - g * d, min=0)
             for x in weights:
@@ -66,7 +82,9 @@ def test_recorder_agrees_with_the_formulas_to_1e_6_in_f64(adapted, batch, gradie
                 w[x.name].zero_()
     importance = recorder.finish()
     for name, expected in omega.items():
-        torch.testing.assert_close(importance[name].values, expected, rtol=1e-6, atol=1e-9 * float(expected.max()))
+        torch.testing.assert_close(
+            importance[name].values, expected, rtol=1e-6, atol=1e-9 * float(expected.max())
+        )
 
 
 def exact_gradients(model, ids):
@@ -88,7 +106,10 @@ def test_pure_functions_match_their_definitions():
     torch.testing.assert_close(left @ right, -step / eta)
     left, right = low_rank_movement(A, B, A1, B1, s)
     torch.testing.assert_close(left @ right, s * (B1 @ A1 - B @ A))
-    assert normalise(torch.tensor([-1.0, 2.0]), torch.tensor([1.0, 1.0]), 1.0).tolist() == [0.0, 1.0]
+    assert normalise(torch.tensor([-1.0, 2.0]), torch.tensor([1.0, 1.0]), 1.0).tolist() == [
+        0.0,
+        1.0,
+    ]
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -112,7 +133,9 @@ def test_accumulation_checkpointing_and_clipping_do_not_change_the_exact_gradien
         if checkpointing:
             model.train()
             model.enable_input_require_grads()
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
         recorder = PathIntegral(model)
         optimizer = torch.optim.SGD(parameters(model), lr=1e-2)
         with recorder.attach(optimizer):
@@ -120,7 +143,9 @@ def test_accumulation_checkpointing_and_clipping_do_not_change_the_exact_gradien
         omegas.append(recorder.finish())
     for other in omegas[1:]:
         for name in other:
-            torch.testing.assert_close(other[name].values, omegas[0][name].values, rtol=1e-6, atol=1e-12)
+            torch.testing.assert_close(
+                other[name].values, omegas[0][name].values, rtol=1e-6, atol=1e-12
+            )
 
 
 def test_closures_frozen_factors_and_parameters_without_gradient(adapted, batch):
@@ -147,7 +172,9 @@ def test_closures_frozen_factors_and_parameters_without_gradient(adapted, batch)
         lbfgs.step(closure)
 
 
-def test_a_step_skipped_by_the_scaler_is_not_recorded_and_scaled_gradients_count_in_nats(adapted, batch):
+def test_a_step_skipped_by_the_scaler_is_not_recorded_and_scaled_gradients_count_in_nats(
+    adapted, batch
+):
     plain, scaled = copy.deepcopy(adapted), copy.deepcopy(adapted)
     recorders = []
     for model, factor in ((plain, 1.0), (scaled, 64.0)):
@@ -155,7 +182,9 @@ def test_a_step_skipped_by_the_scaler_is_not_recorded_and_scaled_gradients_count
         optimizer = torch.optim.SGD(parameters(model), lr=1e-2)
         scaler = FakeScaler(factor)
         with recorder.attach(optimizer, scaler=scaler):
-            (loss_of(model, batch) * float("inf")).backward()  # the scaler would skip this step: optimizer.step is never called
+            (
+                loss_of(model, batch) * float("inf")
+            ).backward()  # the scaler would skip this step: optimizer.step is never called
             optimizer.zero_grad()
             for _ in range(2):
                 (loss_of(model, batch) * factor).backward()
@@ -214,9 +243,19 @@ def test_recorder_sees_the_gradient_before_the_pull(adapted, batch):
     with penalty.attach(optimizer), recorder.attach(optimizer) as _:
         loss_of(adapted, batch).backward()
         weight = recorder.weights[0]
-        left, right = effective_gradient(weight.A.detach(), weight.B.detach(), weight.A.grad.clone(), weight.B.grad.clone(), weight.scale, 1e-3)
+        left, right = effective_gradient(
+            weight.A.detach(),
+            weight.B.detach(),
+            weight.A.grad.clone(),
+            weight.B.grad.clone(),
+            weight.scale,
+            1e-3,
+        )
         original = recorder.record_step
-        recorder.record_step = lambda before, gradients: (seen.update(gradients), original(before, gradients))
+        recorder.record_step = lambda before, gradients: (
+            seen.update(gradients),
+            original(before, gradients),
+        )
         optimizer.step()
     torch.testing.assert_close(seen[weight.name], left @ right)
     assert penalty.pull_norm > 0
@@ -270,13 +309,20 @@ def test_state_dict_goes_on_exactly(adapted, batch):
     assert all(torch.equal(a[name].values, b[name].values) for name in a)
 
 
-@pytest.mark.parametrize(("gradient", "full"), [("exact", False), ("effective", False), ("exact", True)])
+@pytest.mark.parametrize(
+    ("gradient", "full"), [("exact", False), ("effective", False), ("exact", True)]
+)
 def test_path_factored_keeps_the_sums_of_the_credits(tiny, batch, gradient, full):
-    """Against credits formed element by element: sums of rows and columns, clamped as sums, divided by sums of U^2, two epochs, accumulated batches."""
+    """Against credits formed element by element: sums of rows and columns, clamped as sums, divided
+    by sums of U^2, two epochs, accumulated batches.
+    """
     model = tiny(dtype=torch.float64)
     model = model if full else add_adapter(model, names="q_proj,up_proj", rank=3, alpha=6)
     twin = copy.deepcopy(model)
-    recorder, dense = PathFactored(model, gradient=gradient, xi=1e-6), PathIntegral(twin, gradient=gradient, clamp="end")
+    recorder, dense = (
+        PathFactored(model, gradient=gradient, xi=1e-6),
+        PathIntegral(twin, gradient=gradient, clamp="end"),
+    )
     shares = {w.name: [] for w in dense.weights}
     original = dense._shares
 
@@ -286,26 +332,36 @@ def test_path_factored_keeps_the_sums_of_the_credits(tiny, batch, gradient, full
 
     dense._shares = kept
     expected = {w.name: torch.zeros(w.shape, dtype=torch.float64) for w in dense.weights}
-    optimizers = [torch.optim.AdamW([p for w in r.weights for p in w.parameters], lr=1e-2) for r in (recorder, dense)]
+    optimizers = [
+        torch.optim.AdamW([p for w in r.weights for p in w.parameters], lr=1e-2)
+        for r in (recorder, dense)
+    ]
     with recorder.attach(optimizers[0]), dense.attach(optimizers[1]):
         for _epoch in range(2):
             train(model, optimizers[0], batch, steps=3, accumulation=2)
             train(twin, optimizers[1], batch, steps=3, accumulation=2)
             recorder.end_epoch()
             for w in dense.weights:
-                row, col = torch.zeros(w.shape[0], dtype=torch.float64), torch.zeros(w.shape[1], dtype=torch.float64)
+                row, col = (
+                    torch.zeros(w.shape[0], dtype=torch.float64),
+                    torch.zeros(w.shape[1], dtype=torch.float64),
+                )
                 for share in shares[w.name]:
                     row, col = (row + share.sum(1)).clamp(min=0), (col + share.sum(0)).clamp(min=0)
                 shares[w.name].clear()
                 denominator = w.update() ** 2 + 1e-6
-                inverse = denominator.sum() / torch.outer(denominator.sum(1), denominator.sum(0))  # 1 over the rank-1 form by sums
+                inverse = denominator.sum() / torch.outer(
+                    denominator.sum(1), denominator.sum(0)
+                )  # 1 over the rank-1 form by sums
                 expected[w.name] += torch.outer(row, col) / (row.sum() * col.sum()).sqrt() * inverse
     assert recorder.decrease == pytest.approx(dense.decrease, rel=1e-9)
     importance = recorder.finish()
     assert importance.tier == "factored" and importance.info["estimator"] == "path-factored"
     for name, omega in expected.items():
         rank_one = torch.outer(omega.sum(1), omega.sum(0)) / omega.sum()
-        torch.testing.assert_close(importance[name].dense(), rank_one, rtol=1e-6, atol=1e-9 * float(rank_one.max()))
+        torch.testing.assert_close(
+            importance[name].dense(), rank_one, rtol=1e-6, atol=1e-9 * float(rank_one.max())
+        )
 
 
 def test_path_factored_makes_no_tensor_of_the_weights_size(adapted, batch):
@@ -317,7 +373,11 @@ def test_path_factored_makes_no_tensor_of_the_weights_size(adapted, batch):
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             out = function(*args, **(kwargs or {}))
-            made.update(tuple(t.shape) for t in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(t, torch.Tensor))
+            made.update(
+                tuple(t.shape)
+                for t in (out if isinstance(out, (tuple, list)) else [out])
+                if isinstance(t, torch.Tensor)
+            )
             return out
 
     recorder = PathFactored(adapted)
@@ -350,7 +410,9 @@ def test_path_factored_goes_on_from_its_state(adapted, batch):
 
 
 def test_clamping_at_the_end_keeps_what_steps_take_back(adapted, batch):
-    """The same run: clamped in every step the credit is the larger, and only the other one sums to the loss decrease."""
+    """The same run: clamped in every step the credit is the larger, and only the other one sums to
+    the loss decrease.
+    """
     twin = copy.deepcopy(adapted)
     omegas, recorders = [], []
     for model, clamp in ((adapted, "step"), (twin, "end")):
@@ -363,15 +425,22 @@ def test_clamping_at_the_end_keeps_what_steps_take_back(adapted, batch):
     for name in omegas[0]:
         assert (omegas[0][name] >= omegas[1][name] - 1e-15).all()
     assert any((omegas[1][name] < 0).any() for name in omegas[1])
-    assert sum(float(w.sum()) for w in omegas[1].values()) == pytest.approx(recorders[1].decrease, rel=1e-9)
+    assert sum(float(w.sum()) for w in omegas[1].values()) == pytest.approx(
+        recorders[1].decrease, rel=1e-9
+    )
     assert all((entry.values >= 0).all() for entry in recorders[1].finish().entries.values())
 
 
 def test_different_learning_rates_per_factor_are_recorded_with_the_exact_gradient(tiny, batch):
-    """As with LoRA+: the movement is the real one, so the credits still add up to the loss decrease."""
+    """As with LoRA+: the movement is the real one, so the credits still add up to the loss
+    decrease.
+    """
     model = add_adapter(tiny(dtype=torch.float64), names="all-linear", rank=3, alpha=6)
     recorder = PathIntegral(model)
-    groups = [{"params": [w.A for w in recorder.weights], "lr": 1e-3}, {"params": [w.B for w in recorder.weights], "lr": 1.6e-2}]
+    groups = [
+        {"params": [w.A for w in recorder.weights], "lr": 1e-3},
+        {"params": [w.B for w in recorder.weights], "lr": 1.6e-2},
+    ]
     optimizer = torch.optim.SGD(groups)
     before = float(loss_of(model, batch))
     with recorder.attach(optimizer):
@@ -381,7 +450,9 @@ def test_different_learning_rates_per_factor_are_recorded_with_the_exact_gradien
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_real_grad_scaler_skips_and_scales(tiny, batch, fused):
-    """torch's GradScaler on the CPU: an infinite gradient is skipped, and the others count in nats as without a scaler."""
+    """torch's GradScaler on the CPU: an infinite gradient is skipped, and the others count in nats
+    as without a scaler.
+    """
     decreases = []
     for enabled in (False, True):
         model = add_adapter(tiny(), names="all-linear", rank=3, alpha=6)
@@ -406,13 +477,17 @@ def test_a_real_grad_scaler_skips_and_scales(tiny, batch, fused):
 
 
 def test_movements_of_bf16_factors_lose_nothing_to_cancellation():
-    """A step of one bf16 unit on large factors: the low-rank form has it to f32 accuracy, the difference of two f32 products does not."""
+    """A step of one bf16 unit on large factors: the low-rank form has it to f32 accuracy, the
+    difference of two f32 products does not.
+    """
     torch.manual_seed(0)
     A, B = torch.randn(64, 64).bfloat16(), (100 * torch.randn(64, 64)).bfloat16()
     after = torch.where(torch.rand(B.shape) < 0.01, B * (1 + 2**-7), B)
     exact = (after.double() - B.double()) @ A.double()
     left, right = low_rank_movement(A.float(), B.float(), A.float(), after.float(), 1.0)
     ours = left @ right
-    torch.testing.assert_close(ours.double(), exact, rtol=1e-6, atol=1e-6 * float(exact.abs().max()))
+    torch.testing.assert_close(
+        ours.double(), exact, rtol=1e-6, atol=1e-6 * float(exact.abs().max())
+    )
     naive = (after.float() @ A.float() - B.float() @ A.float()).double()
     assert float((naive - exact).abs().max()) > 10 * float((ours - exact).abs().max())

@@ -1,4 +1,6 @@
-"""The pull and the energy: closed form against the specification through autograd, and what users rely on around it."""
+"""The pull and the energy: closed form against the specification through autograd, and what users
+rely on around it.
+"""
 
 import copy
 
@@ -19,7 +21,13 @@ def make_importance(model, seed=0, anchors=True):
     g = torch.Generator().manual_seed(seed)
     weights = target_weights(model)
     entries = {w.name: DenseEntry(torch.rand(w.shape, generator=g) ** 4) for w in weights}
-    kept = {w.name: (torch.randn(3, w.shape[1], generator=g) * 0.1, torch.randn(w.shape[0], 3, generator=g) * 0.1) for w in weights}
+    kept = {
+        w.name: (
+            torch.randn(3, w.shape[1], generator=g) * 0.1,
+            torch.randn(w.shape[0], 3, generator=g) * 0.1,
+        )
+        for w in weights
+    }
     return Importance(entries, kept if anchors else {}, {})
 
 
@@ -36,12 +44,17 @@ def test_dense_pull_is_the_gradient_of_the_reference_energy_in_f64(shape):
     out, into, r = shape
     torch.manual_seed(out)
     A, B = torch.randn(r, into, dtype=torch.float64), torch.randn(out, r, dtype=torch.float64)
-    omega, anchor = torch.rand(out, into, dtype=torch.float64) ** 6, torch.randn(out, into, dtype=torch.float64)
+    omega, anchor = (
+        torch.rand(out, into, dtype=torch.float64) ** 6,
+        torch.randn(out, into, dtype=torch.float64),
+    )
     gA, gB, energy = dense.pull(A, B, 0.7, omega, anchor, 1.3)
     rA, rB = reference.pull(A, B, 0.7, omega, anchor, 1.3)
     torch.testing.assert_close(gA, rA, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(gB, rB, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(energy, reference.energy(A, B, 0.7, omega, anchor), rtol=1e-10, atol=0)
+    torch.testing.assert_close(
+        energy, reference.energy(A, B, 0.7, omega, anchor), rtol=1e-10, atol=0
+    )
 
 
 @pytest.mark.parametrize("anchor", ["base", "recorded"])
@@ -65,7 +78,11 @@ def test_pull_steps_like_the_loss_term_of_the_paper_over_many_steps(adapted, anc
                 star = B0 @ A0 if anchor == "recorded" else torch.zeros(w.shape)
                 c = penalty.coefficients[w.name]
                 loss = (
-                    loss + 0.3 * c * reference.energy(w.A, w.B, w.scale, importance[w.name].dense(), star) + 0.005 * (w.A.square().sum() + w.B.square().sum())
+                    loss
+                    + 0.3
+                    * c
+                    * reference.energy(w.A, w.B, w.scale, importance[w.name].dense(), star)
+                    + 0.005 * (w.A.square().sum() + w.B.square().sum())
                 )
             loss.backward()
             b.step()
@@ -78,8 +95,15 @@ def test_pull_steps_like_the_loss_term_of_the_paper_over_many_steps(adapted, anc
 @pytest.mark.parametrize("anchor", ["base", "recorded"])
 def test_every_tier_pulls_as_its_decoded_values_do(adapted, tier, anchor):
     stored = make_importance(adapted).to_tier(tier)
-    decoded = Importance({name: DenseEntry(stored[name].dense()) for name in stored}, stored.anchors, {"norms": stored.norms()})
-    penalty, plain = (Penalty(adapted, importance, strength=0.3, layers=Softmax(tau=0.5), anchor=anchor) for importance in (stored, decoded))
+    decoded = Importance(
+        {name: DenseEntry(stored[name].dense()) for name in stored},
+        stored.anchors,
+        {"norms": stored.norms()},
+    )
+    penalty, plain = (
+        Penalty(adapted, importance, strength=0.3, layers=Softmax(tau=0.5), anchor=anchor)
+        for importance in (stored, decoded)
+    )
     pulls = []
     for each in (penalty, plain):
         each.pull()
@@ -94,14 +118,18 @@ def test_every_tier_pulls_as_its_decoded_values_do(adapted, tier, anchor):
 def test_full_fine_tuning_pulls_from_codes(kind, tiny):
     model = tiny(kind)
     weights = target_weights(model, names="all-linear")
-    importance = Importance({w.name: DenseEntry(torch.rand(w.shape) ** 4) for w in weights}).to_tier("u8")
+    importance = Importance(
+        {w.name: DenseEntry(torch.rand(w.shape) ** 4) for w in weights}
+    ).to_tier("u8")
     penalty = Penalty(model, importance, strength=0.5, names="all-linear")
     with torch.no_grad():
         for w in penalty.weights:
             w.W.add_(0.1)
     penalty.pull()
     for w in penalty.weights:
-        torch.testing.assert_close(w.oriented(w.W.grad), 2 * 0.5 * importance[w.name].dense() * 0.1, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            w.oriented(w.W.grad), 2 * 0.5 * importance[w.name].dense() * 0.1, rtol=1e-4, atol=1e-6
+        )
 
 
 def test_energy_and_value(adapted):
@@ -123,7 +151,12 @@ def test_pull_on_full_weights_is_elementwise(tiny):
                 w.W.add_(0.1)
         penalty.pull()
         for w in penalty.weights:
-            torch.testing.assert_close(w.oriented(w.W.grad), 2 * 0.5 * importance[w.name].dense() * 0.1, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(
+                w.oriented(w.W.grad),
+                2 * 0.5 * importance[w.name].dense() * 0.1,
+                rtol=1e-4,
+                atol=1e-6,
+            )
 
 
 def test_strength_zero_leaves_gradients_and_memory_alone(adapted):
@@ -134,7 +167,10 @@ def test_strength_zero_leaves_gradients_and_memory_alone(adapted):
 
 def test_uniform_coefficients_equal_none_and_per_kind_averages_to_one(adapted):
     importance = make_importance(adapted)
-    plain, uniform = Penalty(adapted, importance, strength=1.0), Penalty(adapted, importance, strength=1.0, layers=Uniform())
+    plain, uniform = (
+        Penalty(adapted, importance, strength=1.0),
+        Penalty(adapted, importance, strength=1.0, layers=Uniform()),
+    )
     assert plain.coefficients == uniform.coefficients == {w.name: 1.0 for w in plain.weights}
     kinds = Penalty(adapted, importance, strength=1.0, layers=PerKind({"q_proj": 5.0})).coefficients
     assert sum(kinds.values()) == pytest.approx(len(kinds))
@@ -142,14 +178,18 @@ def test_uniform_coefficients_equal_none_and_per_kind_averages_to_one(adapted):
 
 def test_pull_follows_the_fused_scale_and_sits_out_skipped_steps(adapted):
     penalty = Penalty(adapted, make_importance(adapted), strength=1.0)
-    optimizer = torch.optim.SGD([p for w in penalty.weights for p in w.parameters], lr=0.0, fused=True)
+    optimizer = torch.optim.SGD(
+        [p for w in penalty.weights for p in w.parameters], lr=0.0, fused=True
+    )
     with penalty.attach(optimizer):
         optimizer.step()
         plain = penalty.weights[0].A.grad.clone()
         optimizer.zero_grad()
         optimizer.grad_scale, optimizer.found_inf = torch.tensor(8.0), torch.tensor(0.0)
         optimizer.step()
-        torch.testing.assert_close(penalty.weights[0].A.grad, plain)  # the step has unscaled it in place
+        torch.testing.assert_close(
+            penalty.weights[0].A.grad, plain
+        )  # the step has unscaled it in place
         optimizer.zero_grad()
         optimizer.found_inf = torch.tensor(1.0)
         optimizer.step()
@@ -169,13 +209,25 @@ def test_closing_removes_the_hook(adapted):
 def test_misfits_are_refused_with_names(adapted, tiny):
     importance = make_importance(adapted, anchors=False)
     name = next(iter(importance))
-    wrong = Importance({**importance.entries, name: DenseEntry(torch.ones(3, 3))}, {}, {"model": {"name": "other/model"}})
+    wrong = Importance(
+        {**importance.entries, name: DenseEntry(torch.ones(3, 3))},
+        {},
+        {"model": {"name": "other/model"}},
+    )
     with pytest.raises(ValueError, match=r"\(3, 3\) in the file and \(16, 16\).*other/model"):
         Penalty(adapted, wrong, strength=1.0)
     with pytest.raises(ValueError, match="does not cover 1 of 14"):
-        Penalty(adapted, Importance({k: v for k, v in importance.entries.items() if k != name}), strength=1.0)
+        Penalty(
+            adapted,
+            Importance({k: v for k, v in importance.entries.items() if k != name}),
+            strength=1.0,
+        )
     with pytest.raises(ValueError, match="another base model"):
-        Penalty(adapted, Importance(importance.entries, {}, {"model": {"fingerprint": "0" * 64}}), strength=1.0)
+        Penalty(
+            adapted,
+            Importance(importance.entries, {}, {"model": {"fingerprint": "0" * 64}}),
+            strength=1.0,
+        )
     with pytest.raises(ValueError, match="no recorded adapter"):
         Penalty(adapted, importance, strength=1.0, anchor="recorded")
     with pytest.raises(OptionError, match=r"'fused' cannot be used: .*use 'tiled'"):
@@ -189,11 +241,20 @@ def test_different_learning_rates_and_a_frozen_factor(adapted):
     penalty = Penalty(adapted, make_importance(adapted), strength=1.0)
     frozen, weights = penalty.weights[0], penalty.weights[1:]
     frozen.A.requires_grad_(False)
-    optimizer = torch.optim.SGD([{"params": [frozen.B, *(w.A for w in weights)], "lr": 1e-3}, {"params": [w.B for w in weights], "lr": 1e-2}])
+    optimizer = torch.optim.SGD(
+        [
+            {"params": [frozen.B, *(w.A for w in weights)], "lr": 1e-3},
+            {"params": [w.B for w in weights], "lr": 1e-2},
+        ]
+    )
     before = {w.name: (w.A.detach().clone(), w.B.detach().clone()) for w in penalty.weights}
     with penalty.attach(optimizer):
         optimizer.step()
-    assert torch.equal(frozen.A, before[frozen.name][0]) and frozen.A.grad is None and not torch.equal(frozen.B, before[frozen.name][1])
+    assert (
+        torch.equal(frozen.A, before[frozen.name][0])
+        and frozen.A.grad is None
+        and not torch.equal(frozen.B, before[frozen.name][1])
+    )
     for w in weights:
         torch.testing.assert_close(w.A, before[w.name][0] - 1e-3 * w.A.grad)
         torch.testing.assert_close(w.B, before[w.name][1] - 1e-2 * w.B.grad)
@@ -235,4 +296,7 @@ def test_a_non_finite_pull_stops_before_anything_moves(adapted):
     before = [p.detach().clone() for w in penalty.weights for p in w.parameters]
     with pytest.raises(ValueError, match="lower the strength"), penalty.attach(optimizer):
         optimizer.step()
-    assert all(torch.equal(a, b) for a, b in zip(before, (p for w in penalty.weights for p in w.parameters), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(before, (p for w in penalty.weights for p in w.parameters), strict=True)
+    )

@@ -1,4 +1,6 @@
-"""The plan: sizes of files that are then really recorded, sharing of inputs as a recorder finds it, operations as torch counts them."""
+"""The plan: sizes of files that are then really recorded, sharing of inputs as a recorder finds it,
+operations as torch counts them.
+"""
 
 import json
 import math
@@ -36,8 +38,18 @@ def small(tokenizer, tmp_path):
     """A Llama large enough that its files are numbers rather than names."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(vocab_size=48, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                         max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=48,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "small")
     tokenizer.save_pretrained(tmp_path / "small")
     return tmp_path / "small"
@@ -48,7 +60,23 @@ def test_files_are_as_large_as_planned(estimator, small, text_file, tmp_path, ca
     given = ["--cov-rank", "24"] if estimator == "kronecker" else []
     sizes = planned(capsys, small, "--estimator", estimator, *given)["files"]
     file = tmp_path / "i.safetensors"
-    assert main(["record", str(small), "--general", str(text_file), "--estimator", estimator, "--out", str(file), "--quiet", *given]) == 0
+    assert (
+        main(
+            [
+                "record",
+                str(small),
+                "--general",
+                str(text_file),
+                "--estimator",
+                estimator,
+                "--out",
+                str(file),
+                "--quiet",
+                *given,
+            ]
+        )
+        == 0
+    )
     found = {next(iter(sizes)): file}
     for tier in list(sizes)[1:]:
         if tier in ("kronecker", "kronecker:64"):
@@ -56,10 +84,27 @@ def test_files_are_as_large_as_planned(estimator, small, text_file, tmp_path, ca
         found[tier] = tmp_path / f"{tier.replace(':', '-')}.safetensors"
         convert(file, tier, found[tier])
     for tier, path in found.items():
-        assert sizes[tier] == pytest.approx(path.stat().st_size, rel=0.01, abs=600 if sizes[tier] < 60_000 else 0), tier
+        assert sizes[tier] == pytest.approx(
+            path.stat().st_size, rel=0.01, abs=600 if sizes[tier] < 60_000 else 0
+        ), tier
     if estimator == "kronecker":
         whole = tmp_path / "whole.safetensors"
-        assert main(["record", str(small), "--general", str(text_file), "--cov-rank", "0", "--out", str(whole), "--quiet"]) == 0
+        assert (
+            main(
+                [
+                    "record",
+                    str(small),
+                    "--general",
+                    str(text_file),
+                    "--cov-rank",
+                    "0",
+                    "--out",
+                    str(whole),
+                    "--quiet",
+                ]
+            )
+            == 0
+        )
         assert sizes["kronecker"] == pytest.approx(whole.stat().st_size, rel=0.01)
 
 
@@ -106,8 +151,12 @@ def test_a_steps_operations_are_those_that_torch_counts(full, small):
     with FlopCounterMode(display=False) as counted:
         model(input_ids=ids, labels=ids).loss.backward()
     sketch = sketched(options)
-    attention = 2 * 2.0 * 63 * sketch.width * sketch.blocks * ids.numel()  # eager attention also does the half above the diagonal
-    assert operations(options, sketch, "kronecker:16")["step"] + attention == pytest.approx(counted.get_total_flops(), rel=0.06)
+    attention = (
+        2 * 2.0 * 63 * sketch.width * sketch.blocks * ids.numel()
+    )  # eager attention also does the half above the diagonal
+    assert operations(options, sketch, "kronecker:16")["step"] + attention == pytest.approx(
+        counted.get_total_flops(), rel=0.06
+    )
 
 
 @pytest.mark.parametrize("tier", ["f32", "factored", "kronecker", "kronecker:8"])
@@ -125,7 +174,9 @@ def test_a_pulls_operations_are_those_that_torch_counts(tier):
             dense.pull(A, B, 1.0, entry.values, None, 1.0)
         else:
             low_rank_pull(A, B, 1.0, entry, B, A, 1.0)
-    assert pull_operations(weight, tier, rank=r, full=False) == pytest.approx(counted.get_total_flops(), rel=0.1)
+    assert pull_operations(weight, tier, rank=r, full=False) == pytest.approx(
+        counted.get_total_flops(), rel=0.1
+    )
 
 
 def test_memory_falls_with_processes_and_rank(small, capsys):
@@ -133,11 +184,22 @@ def test_memory_falls_with_processes_and_rank(small, capsys):
     held = [found["memory"]["tuning"]["importance"] for found in (one, four)]
     assert held[0] / 4 <= held[1] < 0.45 * held[0]
     assert four["memory"]["tuning"]["model"] == one["memory"]["tuning"]["model"]
-    assert planned(capsys, small, "--processes", 4, "--engine", "fsdp")["memory"]["tuning"]["model"] == one["memory"]["tuning"]["model"] / 4
-    assert planned(capsys, small, "--rank", 16)["trained_parameters"] == 2 * one["trained_parameters"]
+    assert (
+        planned(capsys, small, "--processes", 4, "--engine", "fsdp")["memory"]["tuning"]["model"]
+        == one["memory"]["tuning"]["model"] / 4
+    )
+    assert (
+        planned(capsys, small, "--rank", 16)["trained_parameters"] == 2 * one["trained_parameters"]
+    )
     lean = planned(capsys, small, "--gradient-checkpointing")
-    assert lean["memory"]["tuning"]["activations"] < one["memory"]["tuning"]["activations"] and lean["operations"]["step"] > one["operations"]["step"]
-    assert planned(capsys, small, "--quantize", "4bit")["memory"]["tuning"]["model"] < 0.5 * one["memory"]["tuning"]["model"]
+    assert (
+        lean["memory"]["tuning"]["activations"] < one["memory"]["tuning"]["activations"]
+        and lean["operations"]["step"] > one["operations"]["step"]
+    )
+    assert (
+        planned(capsys, small, "--quantize", "4bit")["memory"]["tuning"]["model"]
+        < 0.5 * one["memory"]["tuning"]["model"]
+    )
 
 
 def test_shares_keep_shared_inputs_together_and_lose_nothing():
@@ -145,16 +207,28 @@ def test_shares_keep_shared_inputs_together_and_lose_nothing():
     parts = shares(weights, "kronecker:8", 3)
     assert sorted(w.name for part in parts for w in part) == sorted(w.name for w in weights)
     assert all(len({w.leader for w in part}) * 3 == len(part) for part in parts)
-    assert sum(bytes_of_tensors(part, "kronecker:8") for part in parts) == bytes_of_tensors(weights, "kronecker:8")
+    assert sum(bytes_of_tensors(part, "kronecker:8") for part in parts) == bytes_of_tensors(
+        weights, "kronecker:8"
+    )
 
 
 def test_numbers_of_every_tier():
     weight = Planned("w", (6, 130), "w")
-    count = lambda tier: {suffix: math.prod(shape) for suffix, (shape, _) in tensors_of(weight, tier).items()}
-    assert count("u4") == {".codes": 6 * 65, ".scale": 12} and count("u8") == {".codes": 780, ".scale": 12}
+    count = lambda tier: {
+        suffix: math.prod(shape) for suffix, (shape, _) in tensors_of(weight, tier).items()
+    }
+    assert count("u4") == {".codes": 6 * 65, ".scale": 12} and count("u8") == {
+        ".codes": 780,
+        ".scale": 12,
+    }
     assert count("kronecker:8") == {
-        ".out_cov.vectors": 36, ".out_cov.values": 6, ".out_cov.floor": 1, ".in_cov.vectors": 1040, ".in_cov.values": 8, ".in_cov.floor": 1,
-    }  # fmt: skip
+        ".out_cov.vectors": 36,
+        ".out_cov.values": 6,
+        ".out_cov.floor": 1,
+        ".in_cov.vectors": 1040,
+        ".in_cov.values": 8,
+        ".in_cov.floor": 1,
+    }
     assert bytes_of_file([weight], "f32", estimator="fisher") > 4 * 780
 
 

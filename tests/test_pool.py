@@ -1,4 +1,6 @@
-"""Jobs over processes: one that is killed loses its own job and no other; workers end with their parent."""
+"""Jobs over processes: one that is killed loses its own job and no other; workers end with their
+parent.
+"""
 
 import os
 import signal
@@ -26,12 +28,24 @@ def test_every_job_is_done_once_and_a_killed_one_is_told(tmp_path, processes):
     killed = []
     assert sorted(running(work, jobs, processes, killed=killed.append)) == jobs
     assert sorted(job[1] for job in killed) == [number for _, number, deadly in jobs if deadly]
-    assert {int(path.name) for path in tmp_path.iterdir()} == {0, 1, 2, 3, 4} - {job[1] for job in killed}
+    assert {int(path.name) for path in tmp_path.iterdir()} == {0, 1, 2, 3, 4} - {
+        job[1] for job in killed
+    }
 
 
 def test_an_error_of_a_job_is_raised_and_ends_the_others(tmp_path):
     with pytest.raises(FileNotFoundError):
-        list(running(work, [(tmp_path / "nowhere", 0, False), *[(tmp_path, number, False) for number in range(1, 4)]], 1, killed=lambda job: None))
+        list(
+            running(
+                work,
+                [
+                    (tmp_path / "nowhere", 0, False),
+                    *[(tmp_path, number, False) for number in range(1, 4)],
+                ],
+                1,
+                killed=lambda job: None,
+            )
+        )
 
 
 def test_workers_end_with_a_parent_that_was_killed(tmp_path):
@@ -86,4 +100,6 @@ def test_a_process_has_its_gpu_before_cuda_is_used(tmp_path, monkeypatch, spread
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     places = [tmp_path / "0", tmp_path / "1"]
     assert len(list(running(seen, places, 2, killed=print, spread=spread))) == 2
-    assert {place.read_text().split()[0] for place in places} <= expected and all(place.read_text().endswith("False") for place in places)
+    assert {place.read_text().split()[0] for place in places} <= expected and all(
+        place.read_text().endswith("False") for place in places
+    )

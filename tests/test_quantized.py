@@ -1,4 +1,6 @@
-"""4- and 8-bit bases as bitsandbytes and PEFT wrap them: only the factors are read, so names, shapes and importance are those of the bare model."""
+"""4- and 8-bit bases as bitsandbytes and PEFT wrap them: only the factors are read, so names,
+shapes and importance are those of the bare model.
+"""
 
 import pytest
 import torch
@@ -30,23 +32,33 @@ def folder(tokenizer, tmp_path):
     """A tiny Llama wide enough for blocks of 64, on disk."""
     torch.manual_seed(0)
     path = tmp_path / "model"
-    AutoModelForCausalLM.from_config(LlamaConfig(**{**SMALL, "hidden_size": 64, "intermediate_size": 128})).save_pretrained(path)
+    AutoModelForCausalLM.from_config(
+        LlamaConfig(**{**SMALL, "hidden_size": 64, "intermediate_size": 128})
+    ).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return str(path)
 
 
 def loaded(folder, bits="none"):
-    return load_model(resolve(TuneOptions, {"model": folder, "quantize": bits, "device": "cpu"}, TUNE_PRESETS))
+    return load_model(
+        resolve(TuneOptions, {"model": folder, "quantize": bits, "device": "cpu"}, TUNE_PRESETS)
+    )
 
 
 @BITS
 def test_names_shapes_and_fingerprint_are_those_of_the_bare_model(folder, bits):
     bare, quantised = loaded(folder), loaded(folder, bits)
     assert "Linear4bit" in str(quantised) or "Linear8bitLt" in str(quantised)
-    assert [path for path, _ in linear_layers(quantised)] == [path for path, _ in linear_layers(bare)]
-    assert base_shapes(quantised) == base_shapes(bare) and fingerprint(quantised) == fingerprint(bare)
+    assert [path for path, _ in linear_layers(quantised)] == [
+        path for path, _ in linear_layers(bare)
+    ]
+    assert base_shapes(quantised) == base_shapes(bare) and fingerprint(quantised) == fingerprint(
+        bare
+    )
     adapted = add_adapter(quantised, names="all-linear", rank=2, alpha=4)
-    assert {w.name: w.shape for w in target_weights(adapted)} == {name: shape for name, shape in base_shapes(bare).items() if name != "lm_head.weight"}
+    assert {w.name: w.shape for w in target_weights(adapted)} == {
+        name: shape for name, shape in base_shapes(bare).items() if name != "lm_head.weight"
+    }
     assert base_shapes(adapted) == base_shapes(bare) and fingerprint(adapted) == fingerprint(bare)
 
 
@@ -64,29 +76,74 @@ def test_the_exact_gradient_is_that_of_the_dequantised_weight(folder, bits, batc
         optimizer.step()
     for weight in recorder.weights:
         G, (A, B) = seen[weight.name], (weight.A.detach(), weight.B.detach())
-        torch.testing.assert_close(weight.scale * G @ A.T, weight.B.grad, rtol=0.02, atol=0.02 * float(weight.B.grad.abs().max()))
+        torch.testing.assert_close(
+            weight.scale * G @ A.T,
+            weight.B.grad,
+            rtol=0.02,
+            atol=0.02 * float(weight.B.grad.abs().max()),
+        )
         assert A.shape[1] == G.shape[1] and B.shape[0] == G.shape[0]
 
 
 @BITS
 def test_record_tune_eval_and_merge(folder, bits, text_file, tmp_path):
-    common = {"model": folder, "quantize": bits, "device": "cpu", "rank": 2, "batch_size": 4, "accumulation": 1, "max_steps": 3}
-    record(resolve(RecordOptions, {**common, "general": str(text_file), "out": str(tmp_path / "i.safetensors"), "estimator": "path"}, RECORD_PRESETS))
+    common = {
+        "model": folder,
+        "quantize": bits,
+        "device": "cpu",
+        "rank": 2,
+        "batch_size": 4,
+        "accumulation": 1,
+        "max_steps": 3,
+    }
+    record(
+        resolve(
+            RecordOptions,
+            {
+                **common,
+                "general": str(text_file),
+                "out": str(tmp_path / "i.safetensors"),
+                "estimator": "path",
+            },
+            RECORD_PRESETS,
+        )
+    )
     importance = Importance.load(tmp_path / "i.safetensors")
-    assert importance.info["settings"]["quantize"] == bits and importance.info["settings"]["decrease_nats"] != 0
-    given = {**common, "data": str(text_file), "importance": str(tmp_path / "i.safetensors"), "log_steps": 1}
+    assert (
+        importance.info["settings"]["quantize"] == bits
+        and importance.info["settings"]["decrease_nats"] != 0
+    )
+    given = {
+        **common,
+        "data": str(text_file),
+        "importance": str(tmp_path / "i.safetensors"),
+        "log_steps": 1,
+    }
     run = tune(resolve(TuneOptions, {**given, "out": str(tmp_path / "run")}, TUNE_PRESETS))
     assert run["energy"] > 0
     final = str(tmp_path / "run" / "final")
-    seen = evaluate(resolve(EvalOptions, {"model": folder, "adapter": final, "general": str(text_file), "device": "cpu"}))  # the same adapter, on the bare base
+    seen = evaluate(
+        resolve(
+            EvalOptions,
+            {"model": folder, "adapter": final, "general": str(text_file), "device": "cpu"},
+        )
+    )  # the same adapter, on the bare base
     assert seen["forgetting"]["nats"] != 0
     merge(final, str(tmp_path / "merged"))
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").dtype == torch.float32
 
 
 def test_full_fine_tuning_of_a_quantised_base_is_refused(folder, text_file, tmp_path):
-    given = {"model": folder, "quantize": "4bit", "full": True, "data": str(text_file), "out": str(tmp_path / "run")}
+    given = {
+        "model": folder,
+        "quantize": "4bit",
+        "full": True,
+        "data": str(text_file),
+        "out": str(tmp_path / "run"),
+    }
     with pytest.raises(OptionError, match="leave out --quantize"):
         tune(resolve(TuneOptions, given, TUNE_PRESETS))
-    with pytest.raises(ValueError, match="neither a LoRA layer nor a linear layer that requires a gradient"):
+    with pytest.raises(
+        ValueError, match="neither a LoRA layer nor a linear layer that requires a gradient"
+    ):
         target_weights(loaded(folder, "4bit"))

@@ -1,6 +1,8 @@
-"""What people train with: pull and recorder under checkpointing, torch.compile, fp16 with a scaler, 8-bit optimizers and CPU offload; docs/scaling.md has all.
+"""What people train with: pull and recorder under checkpointing, torch.compile, fp16 with a scaler,
+8-bit optimizers and CPU offload; docs/scaling.md has all.
 
-bf16 factors are in test_penalty, test_path and test_forms, 4- and 8-bit bases in test_quantized, the recorder's scaler and checkpointing in test_path.
+bf16 factors are in test_penalty, test_path and test_forms, 4- and 8-bit bases in test_quantized,
+the recorder's scaler and checkpointing in test_path.
 """
 
 import pytest
@@ -70,7 +72,9 @@ def test_the_pull_of_a_compiled_model(adapted, importance, batch):
 
 
 @pytest.mark.filterwarnings("ignore")  # dynamo says what it recompiles
-def test_a_compiled_model_is_recorded_where_the_recorder_comes_first_and_refused_where_not(adapted, batch):
+def test_a_compiled_model_is_recorded_where_the_recorder_comes_first_and_refused_where_not(
+    adapted, batch
+):
     def recorded(compiled, called):
         torch._dynamo.reset()
         model = adapted()
@@ -87,14 +91,18 @@ def test_a_compiled_model_is_recorded_where_the_recorder_comes_first_and_refused
         return recorder.finish()
 
     plain, compiled = recorded(False, False), recorded(True, False)
-    assert all(torch.allclose(plain[name].dense(), compiled[name].dense(), rtol=1e-4) for name in plain)
+    assert all(
+        torch.allclose(plain[name].dense(), compiled[name].dense(), rtol=1e-4) for name in plain
+    )
     with pytest.raises(ValueError, match="attach it before the first forward pass"):
         recorded(True, True)
 
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_the_pull_under_fp16_with_a_scaler(adapted, importance, batch, fused):
-    """The scale must not multiply or divide the pull, and a step that the scaler skips moves nothing."""
+    """The scale must not multiply or divide the pull, and a step that the scaler skips moves
+    nothing.
+    """
     model = adapted()
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     optimizer = torch.optim.SGD(trained(model), lr=0.05, fused=fused)
@@ -116,20 +124,26 @@ def test_the_pull_under_fp16_with_a_scaler(adapted, importance, batch, fused):
     assert torch.equal(factors(model), before) and scaler.get_scale() == 512.0
     expected = plainly(adapted, importance, batch)
     found = held(model, importance, batch, optimizer, loss, step)
-    assert float((found - expected).norm()) < 0.01 * float((expected - before).norm())  # fp16 has 11 bits
+    assert float((found - expected).norm()) < 0.01 * float(
+        (expected - before).norm()
+    )  # fp16 has 11 bits
     free = adapted()
     without = torch.optim.SGD(trained(free), lr=0.05)
     for _ in range(3):
         free(input_ids=batch, labels=batch).loss.backward()
         without.step()
         without.zero_grad()
-    assert float((factors(free) - expected).norm()) > 0.1 * float((expected - before).norm())  # the pull was there
+    assert float((factors(free) - expected).norm()) > 0.1 * float(
+        (expected - before).norm()
+    )  # the pull was there
 
 
 def test_8_bit_optimizers_step_on_the_gradient_with_the_pull(adapted, importance, batch):
     bnb = pytest.importorskip("bitsandbytes")
     model, by_hand = adapted(), adapted()
-    make = lambda model: bnb.optim.AdamW8bit(trained(model), lr=1e-2, weight_decay=0.0, min_8bit_size=1)
+    make = lambda model: bnb.optim.AdamW8bit(
+        trained(model), lr=1e-2, weight_decay=0.0, min_8bit_size=1
+    )
     optimizer = make(model)
     found = held(model, importance, batch, optimizer)
     assert next(iter(optimizer.state.values()))["state1"].dtype == torch.uint8
@@ -145,7 +159,10 @@ def test_8_bit_optimizers_step_on_the_gradient_with_the_pull(adapted, importance
 def test_8_bit_optimizers_are_recorded(adapted, batch):
     bnb = pytest.importorskip("bitsandbytes")
     model = adapted()
-    recorder, optimizer = PathIntegral(model), bnb.optim.AdamW8bit(trained(model), lr=1e-3, min_8bit_size=1)
+    recorder, optimizer = (
+        PathIntegral(model),
+        bnb.optim.AdamW8bit(trained(model), lr=1e-3, min_8bit_size=1),
+    )
     with recorder.attach(optimizer):
         before = float(model(input_ids=batch, labels=batch).loss)
         for _ in range(5):
@@ -153,10 +170,14 @@ def test_8_bit_optimizers_are_recorded(adapted, batch):
             optimizer.step()
             optimizer.zero_grad()
         after = float(model(input_ids=batch, labels=batch).loss)
-    assert recorder.steps == 5 and recorder.decrease == pytest.approx(before - after, rel=0.3)  # a sum over steps against the loss itself
+    assert recorder.steps == 5 and recorder.decrease == pytest.approx(
+        before - after, rel=0.3
+    )  # a sum over steps against the loss itself
 
 
-def test_an_optimizer_on_copies_in_cpu_memory_is_refused_and_held_by_pulling_before_the_gradients_are_copied(adapted, importance, batch):
+def test_an_optimizer_on_copies_in_cpu_memory_is_refused_and_held_by_pulling_before_the_gradients_are_copied(
+    adapted, importance, batch
+):
     model = adapted()
     copies = [p.detach().clone() for p in trained(model)]
     optimizer, penalty = torch.optim.SGD(copies, lr=0.05), Penalty(model, importance, strength=5.0)
@@ -187,5 +208,7 @@ class CPUOffloadOptimizer:
 def test_optimizers_that_take_gradients_inside_the_backward_pass_are_refused(adapted, importance):
     model = adapted()
     for attach in (Penalty(model, importance, strength=1.0).attach, PathIntegral(model).attach):
-        with pytest.raises(ValueError, match="expected a torch optimizer, found CPUOffloadOptimizer"):
+        with pytest.raises(
+            ValueError, match="expected a torch optimizer, found CPUOffloadOptimizer"
+        ):
             attach(CPUOffloadOptimizer(trained(model)))

@@ -1,4 +1,6 @@
-"""forgetless shrink end to end on a tiny model: what is written, that the input is never touched, verdicts and exit codes, refusals with their reason."""
+"""forgetless shrink end to end on a tiny model: what is written, that the input is never touched,
+verdicts and exit codes, refusals with their reason.
+"""
 
 import hashlib
 import json
@@ -21,7 +23,10 @@ WORDS = "the cat sat on mat and dog then too yes no one two three".split()  # no
 
 def documents(count, seed=0):
     rng = random.Random(seed)
-    return "\n".join(json.dumps({"text": " ".join(rng.choices(WORDS, k=rng.randint(8, 20)))}) for _ in range(count))
+    return "\n".join(
+        json.dumps({"text": " ".join(rng.choices(WORDS, k=rng.randint(8, 20)))})
+        for _ in range(count)
+    )
 
 
 @pytest.fixture
@@ -33,9 +38,18 @@ def adapter(tiny, tokenizer, model_folder, tmp_path):
     base = tiny()
     base.config._name_or_path = base.name_or_path = str(model_folder)
     model = get_peft_model(
-        base, LoraConfig(r=3, lora_alpha=6, use_rslora=True, target_modules=["q_proj", "down_proj"], rank_pattern={"layers.0.self_attn.q_proj": 2})
+        base,
+        LoraConfig(
+            r=3,
+            lora_alpha=6,
+            use_rslora=True,
+            target_modules=["q_proj", "down_proj"],
+            rank_pattern={"layers.0.self_attn.q_proj": 2},
+        ),
     )
-    ids = torch.tensor([tokenizer(f"Question {letter} ? a b a {letter}")["input_ids"] for letter in "abcd"])
+    ids = torch.tensor(
+        [tokenizer(f"Question {letter} ? a b a {letter}")["input_ids"] for letter in "abcd"]
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-2)
     for _ in range(15):
         model(input_ids=ids, labels=ids).loss.backward()
@@ -49,7 +63,20 @@ def adapter(tiny, tokenizer, model_folder, tmp_path):
 def importance(model_folder, tmp_path):
     (tmp_path / "record.jsonl").write_text(documents(24, seed=1))
     path = tmp_path / "model.importance.safetensors"
-    words = ["record", model_folder, "--general", tmp_path / "record.jsonl", "--out", path, "--cov-rank", "4", "--length", "32", "--device", "cpu"]
+    words = [
+        "record",
+        model_folder,
+        "--general",
+        tmp_path / "record.jsonl",
+        "--out",
+        path,
+        "--cov-rank",
+        "4",
+        "--length",
+        "32",
+        "--device",
+        "cpu",
+    ]
     assert run(words) == 0
     return path
 
@@ -58,9 +85,23 @@ def importance(model_folder, tmp_path):
 def words(adapter, importance, tmp_path):
     """The command line of a shrinking run."""
     (tmp_path / "wide.jsonl").write_text(documents(200))
-    (tmp_path / "domain.jsonl").write_text("\n".join(json.dumps({"text": f"Question {letter} ? a b a {letter}"}) for letter in "abcd"))
-    return ["shrink", adapter, "--importance", importance, "--general", tmp_path / "wide.jsonl", "--data", tmp_path / "domain.jsonl", "--device", "cpu",
-            "--out", tmp_path / "out"]  # fmt: skip
+    (tmp_path / "domain.jsonl").write_text(
+        "\n".join(json.dumps({"text": f"Question {letter} ? a b a {letter}"}) for letter in "abcd")
+    )
+    return [
+        "shrink",
+        adapter,
+        "--importance",
+        importance,
+        "--general",
+        tmp_path / "wide.jsonl",
+        "--data",
+        tmp_path / "domain.jsonl",
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "out",
+    ]
 
 
 def run(words, *more):
@@ -81,24 +122,38 @@ def tensors(folder):
     return load_file(folder / "adapter_model.safetensors")
 
 
-def test_a_budget_is_met_beside_plain_scaling_and_plain_peft_loads_the_result(words, adapter, model_folder, tmp_path, capsys):
+def test_a_budget_is_met_beside_plain_scaling_and_plain_peft_loads_the_result(
+    words, adapter, model_folder, tmp_path, capsys
+):
     before = digest(adapter)
     assert run(words, "--budget", "1%") == 0
     assert digest(adapter) == before
     saved = json.loads((tmp_path / "out" / "run.json").read_text())
     report = saved["budget"]
-    assert saved["verdict"] == report["verdict"] == "met" and report["way"] == "shrink" and 0 < report["share"] < 1
+    assert (
+        saved["verdict"] == report["verdict"] == "met"
+        and report["way"] == "shrink"
+        and 0 < report["share"] < 1
+    )
     assert report["mu"] == pytest.approx(mu_of(report["share"]))
     assert {point["way"] for point in report["curve"]} == set(report["each"]) == {"shrink", "scale"}
     assert saved["learning"]["nats"] > 0 and saved["forgetting"]["nats"] < report["budget_nats"]
     printed = capsys.readouterr().out
     assert "budget 1%" in printed and ": met" in printed
-    assert "shrunk along importance at mu" in printed and "each way within this budget" in printed and "; scale: scaled by" in printed
+    assert (
+        "shrunk along importance at mu" in printed
+        and "each way within this budget" in printed
+        and "; scale: scaled by" in printed
+    )
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), str(tmp_path / "out" / "final"))
-    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), str(adapter))
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(model_folder), str(tmp_path / "out" / "final")
+    )
+    theirs = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(model_folder), str(adapter)
+    )
     for ours, whole in zip(target_weights(model), target_weights(theirs), strict=True):
         assert ours.A.shape == whole.A.shape and ours.scale == whole.scale
         assert 0 < ours.update().norm() < whole.update().norm()
@@ -107,19 +162,33 @@ def test_a_budget_is_met_beside_plain_scaling_and_plain_peft_loads_the_result(wo
 def test_scaling_needs_no_importance(words, adapter, tmp_path):
     assert run(without(words, "--importance"), "--budget", "1%", "--method", "scale") == 0
     report = json.loads((tmp_path / "out" / "run.json").read_text())["budget"]
-    assert report["way"] == "scale" and {point["way"] for point in report["curve"]} == {"scale"} and report["mu"] is None
+    assert (
+        report["way"] == "scale"
+        and {point["way"] for point in report["curve"]} == {"scale"}
+        and report["mu"] is None
+    )
     whole, made = tensors(adapter), tensors(tmp_path / "out" / "final")
     for name in whole:
-        torch.testing.assert_close(made[name], whole[name] * report["share"] if "lora_B" in name else whole[name])
+        torch.testing.assert_close(
+            made[name], whole[name] * report["share"] if "lora_B" in name else whole[name]
+        )
 
 
 def test_a_fixed_mu_is_taken_without_a_verdict(words, adapter, tmp_path):
     assert run(words, "--mu", "1", "--method", "scale") == 0
     saved = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert "budget" not in saved and "verdict" not in saved and saved["forgetting"]["nats"] is not None
+    assert (
+        "budget" not in saved and "verdict" not in saved and saved["forgetting"]["nats"] is not None
+    )
     whole, made = tensors(adapter), tensors(tmp_path / "out" / "final")
-    assert all(torch.equal(made[name], whole[name] / 2 if "lora_B" in name else whole[name]) for name in whole)
-    assert run(without(words, "--general", "--data", "--out"), "--mu", "1", "--out", tmp_path / "more") == 0
+    assert all(
+        torch.equal(made[name], whole[name] / 2 if "lora_B" in name else whole[name])
+        for name in whole
+    )
+    assert (
+        run(without(words, "--general", "--data", "--out"), "--mu", "1", "--out", tmp_path / "more")
+        == 0
+    )
     more = tensors(tmp_path / "more" / "final")
     assert all(not torch.equal(more[name], whole[name]) for name in whole)
 
@@ -136,14 +205,23 @@ def test_the_shrinker_lowers_energy_and_brings_the_update_back(tiny, importance)
     for weight in target_weights(model):
         torch.nn.init.normal_(weight.B)
     held, update = Importance.load(importance), Update(model)
-    energy = lambda: sum(float(held[weight.name].energy(weight.update())) for weight in update.weights)
-    whole, kept, apply, energies = energy(), [weight.update() for weight in update.weights], shrinker(update, held), []
+    energy = lambda: sum(
+        float(held[weight.name].energy(weight.update())) for weight in update.weights
+    )
+    whole, kept, apply, energies = (
+        energy(),
+        [weight.update() for weight in update.weights],
+        shrinker(update, held),
+        [],
+    )
     for share in (0.9, 0.5, 0.2, 0.0):
         apply(share)
         energies.append(energy())
     assert whole > energies[0] > energies[1] > energies[2] > energies[3] == 0
     apply(1.0)
-    assert all(torch.equal(weight.update(), U) for weight, U in zip(update.weights, kept, strict=True))
+    assert all(
+        torch.equal(weight.update(), U) for weight, U in zip(update.weights, kept, strict=True)
+    )
 
 
 @pytest.mark.parametrize(
@@ -182,7 +260,9 @@ def test_the_input_is_never_written_to(words, adapter, capsys, out):
         ({"base_model_name_or_path": "./nowhere"}, "model './nowhere' does not exist"),
     ],
 )
-def test_adapters_that_are_more_than_two_factors_are_refused_with_the_reason(words, adapter, capsys, change, expected):
+def test_adapters_that_are_more_than_two_factors_are_refused_with_the_reason(
+    words, adapter, capsys, change, expected
+):
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, **change}))
     assert run(words, "--mu", "1") == 1
@@ -191,14 +271,18 @@ def test_adapters_that_are_more_than_two_factors_are_refused_with_the_reason(wor
 
 def test_importance_of_other_weights_is_refused(words, importance, capsys):
     held = Importance.load(importance)
-    Importance({name: entry for name, entry in held.entries.items() if "q_proj" in name}, {}, {k: v for k, v in held.info.items() if k != "norms"}).save(
-        importance
-    )
+    Importance(
+        {name: entry for name, entry in held.entries.items() if "q_proj" in name},
+        {},
+        {k: v for k, v in held.info.items() if k != "norms"},
+    ).save(importance)
     assert run(words, "--mu", "1") == 1
     assert "does not cover 2 of 4 target weights" in capsys.readouterr().err
 
 
-def test_a_folder_that_is_no_adapter_and_one_that_is_full_are_refused(words, model_folder, tmp_path, capsys):
+def test_a_folder_that_is_no_adapter_and_one_that_is_full_are_refused(
+    words, model_folder, tmp_path, capsys
+):
     assert run(["shrink", model_folder, *words[2:]], "--mu", "1") == 1
     assert "is not an adapter folder" in capsys.readouterr().err
     (tmp_path / "out").mkdir()
@@ -207,8 +291,21 @@ def test_a_folder_that_is_no_adapter_and_one_that_is_full_are_refused(words, mod
     assert "is not empty" in capsys.readouterr().err
 
 
-def test_tune_with_a_budget_keeps_the_way_that_learns_more(model_folder, importance, words, tmp_path, capsys):
-    more = ["tune", model_folder, "--data", tmp_path / "domain.jsonl", "--general", tmp_path / "wide.jsonl", "--importance", importance, "--budget", "1%"]
+def test_tune_with_a_budget_keeps_the_way_that_learns_more(
+    model_folder, importance, words, tmp_path, capsys
+):
+    more = [
+        "tune",
+        model_folder,
+        "--data",
+        tmp_path / "domain.jsonl",
+        "--general",
+        tmp_path / "wide.jsonl",
+        "--importance",
+        importance,
+        "--budget",
+        "1%",
+    ]
     size = [
         "--rank",
         "2",

@@ -28,11 +28,18 @@ def test_round_trip_in_both_tiers(importance, tmp_path):
         path = tmp_path / f"{tier}.safetensors"
         importance.to_tier(tier).save(path)
         loaded = Importance.load(path)
-        assert list(loaded) == list(importance) and loaded.tier == tier and loaded.info["estimator"] == "path"
+        assert (
+            list(loaded) == list(importance)
+            and loaded.tier == tier
+            and loaded.info["estimator"] == "path"
+        )
         for name in importance:
             assert torch.equal(loaded[name].values, importance[name].values.to(dtype))
         assert torch.equal(loaded.anchors["a.weight"][0], importance.anchors["a.weight"][0])
-    assert "a.weight" in loaded.describe() and [p.name for p in sorted(tmp_path.iterdir())] == ["bf16.safetensors", "f32.safetensors"]
+    assert "a.weight" in loaded.describe() and [p.name for p in sorted(tmp_path.iterdir())] == [
+        "bf16.safetensors",
+        "f32.safetensors",
+    ]
 
 
 @pytest.mark.parametrize("tier", ["u8", "u4"])
@@ -40,14 +47,24 @@ def test_codes_are_read_back_as_they_were(importance, tier, tmp_path):
     path, coded = tmp_path / "i.safetensors", importance.to_tier(tier)
     coded.save(path)
     loaded = Importance.load(path)
-    assert loaded.tier == tier and loaded.info["tier"] == tier and list(loaded) == list(coded) and "coded" not in loaded.info
+    assert (
+        loaded.tier == tier
+        and loaded.info["tier"] == tier
+        and list(loaded) == list(coded)
+        and "coded" not in loaded.info
+    )
     for name in coded:
         assert loaded[name].shape == importance[name].shape
-        assert torch.equal(loaded[name].codes, coded[name].codes) and torch.equal(loaded[name].dense(), coded[name].dense())
+        assert torch.equal(loaded[name].codes, coded[name].codes) and torch.equal(
+            loaded[name].dense(), coded[name].dense()
+        )
         assert torch.equal(loaded[name].rows(slice(1, 3)), coded[name].dense()[1:3])
         assert loaded[name].norm() == pytest.approx(importance[name].norm(), rel=0.2)
     assert torch.equal(loaded.anchors["a.weight"][0], importance.anchors["a.weight"][0])
-    assert loaded.to_tier("f32")["a.weight"].values.dtype == torch.float32 and tier in loaded.describe()
+    assert (
+        loaded.to_tier("f32")["a.weight"].values.dtype == torch.float32
+        and tier in loaded.describe()
+    )
     with pytest.raises(ValueError, match="unknown tier 'u5'; did you mean 'u8'"):
         importance.to_tier("u5")
 
@@ -55,11 +72,17 @@ def test_codes_are_read_back_as_they_were(importance, tier, tmp_path):
 def test_files_without_their_scale_are_refused(importance, tmp_path):
     coded = importance.to_tier("u8")["a.weight"]
     path = tmp_path / "i.safetensors"
-    save_file({"a.weight.codes": coded.codes}, str(path), metadata={"forgetless": '{"format": 1, "coded": {"a.weight": ["u8", 3, 5]}}'})
+    save_file(
+        {"a.weight.codes": coded.codes},
+        str(path),
+        metadata={"forgetless": '{"format": 1, "coded": {"a.weight": ["u8", 3, 5]}}'},
+    )
     with pytest.raises(ValueError, match=r"'a.weight' lacks its codes or its scale"):
         Importance.load(path)
     save_file(
-        {"a.weight.codes": coded.codes, "a.weight.scale": coded.scale}, str(path), metadata={"forgetless": '{"format": 1, "coded": {"a.weight": ["u8", 3, 6]}}'}
+        {"a.weight.codes": coded.codes, "a.weight.scale": coded.scale},
+        str(path),
+        metadata={"forgetless": '{"format": 1, "coded": {"a.weight": ["u8", 3, 6]}}'},
     )
     with pytest.raises(ValueError, match=r"'a.weight'.codes is \(3, 5\)"):
         Importance.load(path)
@@ -79,10 +102,16 @@ def test_bad_files_are_refused(importance, tmp_path):
     save_file({"x": torch.ones(2, 2)}, str(path), metadata={"forgetless": '{"format": 99}'})
     with pytest.raises(ValueError, match="format 99"):
         Importance.load(path)
-    save_file({"x": torch.tensor([[1.0, float("nan")]])}, str(path), metadata={"forgetless": '{"format": 1}'})
+    save_file(
+        {"x": torch.tensor([[1.0, float("nan")]])},
+        str(path),
+        metadata={"forgetless": '{"format": 1}'},
+    )
     with pytest.raises(ValueError, match="'x' has non-finite"):
         Importance.load(path)
-    save_file({"x": torch.tensor([[1.0, -1.0]])}, str(path), metadata={"forgetless": '{"format": 1}'})
+    save_file(
+        {"x": torch.tensor([[1.0, -1.0]])}, str(path), metadata={"forgetless": '{"format": 1}'}
+    )
     with pytest.raises(ValueError, match="negative"):
         Importance.load(path)
 
@@ -115,20 +144,40 @@ def test_unwritable_places_are_refused_before_work(tmp_path):
 
 
 def low_rank_of(n, k):
-    return LowRankCovariance(torch.linalg.qr(torch.randn(n, k))[0], torch.rand(k), torch.tensor(0.1))
+    return LowRankCovariance(
+        torch.linalg.qr(torch.randn(n, k))[0], torch.rand(k), torch.tensor(0.1)
+    )
 
 
 @pytest.fixture
 def forms():
-    """One importance of every form, with a shared input covariance and a weight name that looks like a suffix."""
+    """One importance of every form, with a shared input covariance and a weight name that looks
+    like a suffix.
+    """
     whole, thin = Covariance(torch.eye(5) + 0.1), low_rank_of(5, 2)
     return {
         "factored": Importance(
-            {"a.weight": FactoredEntry(torch.rand(3, 1), torch.rand(5, 1)), "b.row.weight": FactoredEntry(torch.rand(4, 1), torch.rand(2, 1))}
+            {
+                "a.weight": FactoredEntry(torch.rand(3, 1), torch.rand(5, 1)),
+                "b.row.weight": FactoredEntry(torch.rand(4, 1), torch.rand(2, 1)),
+            }
         ),
-        "factored:3": Importance({"a.weight": FactoredEntry(torch.rand(3, 3), torch.rand(5, 3))}, {"a.weight": (torch.rand(2, 5), torch.rand(3, 2))}),
-        "kronecker": Importance({"z.weight": KroneckerEntry(Covariance(torch.eye(3)), whole), "a.weight": KroneckerEntry(Covariance(torch.eye(4)), whole)}),
-        "kronecker:2": Importance({"z.weight": KroneckerEntry(low_rank_of(3, 2), thin), "a.weight": KroneckerEntry(low_rank_of(4, 2), thin)}),
+        "factored:3": Importance(
+            {"a.weight": FactoredEntry(torch.rand(3, 3), torch.rand(5, 3))},
+            {"a.weight": (torch.rand(2, 5), torch.rand(3, 2))},
+        ),
+        "kronecker": Importance(
+            {
+                "z.weight": KroneckerEntry(Covariance(torch.eye(3)), whole),
+                "a.weight": KroneckerEntry(Covariance(torch.eye(4)), whole),
+            }
+        ),
+        "kronecker:2": Importance(
+            {
+                "z.weight": KroneckerEntry(low_rank_of(3, 2), thin),
+                "a.weight": KroneckerEntry(low_rank_of(4, 2), thin),
+            }
+        ),
     }
 
 
@@ -137,10 +186,16 @@ def test_every_form_is_read_back_exactly(forms, tmp_path):
         path = tmp_path / "i.safetensors"
         importance.save(path)
         loaded = Importance.load(path)
-        assert loaded.tier == tier and set(loaded) == set(importance) and set(loaded.anchors) == set(importance.anchors)
+        assert (
+            loaded.tier == tier
+            and set(loaded) == set(importance)
+            and set(loaded.anchors) == set(importance.anchors)
+        )
         for name in importance:
             old, new = importance[name].tensors(), loaded[name].tensors()
-            assert old.keys() == new.keys() and all(torch.equal(old[suffix], new[suffix]) for suffix in old)
+            assert old.keys() == new.keys() and all(
+                torch.equal(old[suffix], new[suffix]) for suffix in old
+            )
             assert loaded[name].shape == importance[name].shape
         assert tier in loaded.describe() and all(name in loaded.describe() for name in importance)
         loaded.save(tmp_path / "again.safetensors")
@@ -148,9 +203,18 @@ def test_every_form_is_read_back_exactly(forms, tmp_path):
 
 
 def test_a_shared_input_covariance_is_stored_once(forms, tmp_path):
-    for tier, expected in (("kronecker", {"z.weight.out_cov", "a.weight.out_cov", "a.weight.in_cov"}),
-                           ("kronecker:2", {f"{w}.out_cov.{part}" for w in ("z.weight", "a.weight") for part in ("vectors", "values", "floor")}
-                            | {f"a.weight.in_cov.{part}" for part in ("vectors", "values", "floor")})):  # fmt: skip
+    for tier, expected in (
+        ("kronecker", {"z.weight.out_cov", "a.weight.out_cov", "a.weight.in_cov"}),
+        (
+            "kronecker:2",
+            {
+                f"{w}.out_cov.{part}"
+                for w in ("z.weight", "a.weight")
+                for part in ("vectors", "values", "floor")
+            }
+            | {f"a.weight.in_cov.{part}" for part in ("vectors", "values", "floor")},
+        ),
+    ):
         path = tmp_path / "i.safetensors"
         forms[tier].save(path)
         assert set(load_file(path)) == expected
@@ -161,7 +225,11 @@ def test_a_shared_input_covariance_is_stored_once(forms, tmp_path):
 def damaged(tmp_path, tensors, shared=None):
     path = tmp_path / "damaged.safetensors"
     info = {"format": 1, **({"shared_in_cov": shared} if shared is not None else {})}
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(path), metadata={"forgetless": json.dumps(info)})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        str(path),
+        metadata={"forgetless": json.dumps(info)},
+    )
     return path
 
 
@@ -170,21 +238,49 @@ def damaged(tmp_path, tensors, shared=None):
     [
         ({"w.row": torch.ones(3, 1)}, None, "'w' is made of .row"),
         ({"w.row": torch.ones(3, 1), "w.col": torch.ones(2, 2)}, None, "1 .* 2"),
-        ({"w.row": -torch.ones(3, 1), "w.col": torch.ones(2, 1)}, None, r"'w'\.row has negative importance"),
-        ({"w.row": torch.ones(3, 1), "w.col": torch.tensor([[float("inf")]])}, None, r"'w'\.col has non-finite"),
+        (
+            {"w.row": -torch.ones(3, 1), "w.col": torch.ones(2, 1)},
+            None,
+            r"'w'\.row has negative importance",
+        ),
+        (
+            {"w.row": torch.ones(3, 1), "w.col": torch.tensor([[float("inf")]])},
+            None,
+            r"'w'\.col has non-finite",
+        ),
         ({"w.row": torch.ones(3), "w.col": torch.ones(2, 1)}, None, "expected 2 dimensions"),
         ({"w.out_cov": torch.eye(3)}, None, "no whole importance"),
         ({"w.out_cov": torch.ones(3, 2), "w.in_cov": torch.eye(2)}, None, "square"),
         ({"w.out_cov": -torch.eye(3), "w.in_cov": torch.eye(2)}, None, "negative variances"),
-        ({"w.out_cov": torch.tensor([[1.0, 0.5], [0.0, 1.0]]), "w.in_cov": torch.eye(2)}, None, "not symmetric"),
+        (
+            {"w.out_cov": torch.tensor([[1.0, 0.5], [0.0, 1.0]]), "w.in_cov": torch.eye(2)},
+            None,
+            "not symmetric",
+        ),
         ({"w.out_cov": torch.eye(3)}, {"w": "v"}, "shares the input covariance of 'v'"),
-        ({"w.out_cov.vectors": torch.ones(3, 2), "w.out_cov.values": torch.ones(1), "w.out_cov.floor": torch.tensor(1.0), "w.in_cov": torch.eye(2)},
-         None, "2 directions"),
-        ({"w.out_cov.vectors": torch.ones(3, 1), "w.out_cov.values": torch.ones(1), "w.out_cov.floor": torch.tensor(-1.0), "w.in_cov": torch.eye(2)},
-         None, "negative importance"),
+        (
+            {
+                "w.out_cov.vectors": torch.ones(3, 2),
+                "w.out_cov.values": torch.ones(1),
+                "w.out_cov.floor": torch.tensor(1.0),
+                "w.in_cov": torch.eye(2),
+            },
+            None,
+            "2 directions",
+        ),
+        (
+            {
+                "w.out_cov.vectors": torch.ones(3, 1),
+                "w.out_cov.values": torch.ones(1),
+                "w.out_cov.floor": torch.tensor(-1.0),
+                "w.in_cov": torch.eye(2),
+            },
+            None,
+            "negative importance",
+        ),
         ({"w": torch.ones(2, 2), "w.anchor_A": torch.ones(1, 2)}, None, "half a recorded adapter"),
     ],
-)  # fmt: skip
+)
 def test_damaged_forms_are_refused(tmp_path, tensors, shared, message):
     with pytest.raises(ValueError, match=message):
         Importance.load(damaged(tmp_path, tensors, shared))

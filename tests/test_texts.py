@@ -41,9 +41,13 @@ def test_broken_empty_and_foreign_files_name_file_and_line(tmp_path):
     with pytest.raises(ValueError, match="is empty"):
         load_rows(str(path))
     path.write_text('{"body": "x", "id": 1}\n')
-    with pytest.raises(ValueError, match="has the columns body, id; expected text or content or messages"):
+    with pytest.raises(
+        ValueError, match="has the columns body, id; expected text or content or messages"
+    ):
         load_documents(str(path))
-    with pytest.raises(ValueError, match="columns body, id; expected text, or prompt and completion"):
+    with pytest.raises(
+        ValueError, match="columns body, id; expected text, or prompt and completion"
+    ):
         load_training_data(str(path))
     assert load_documents(str(path), column="body")[0].text == "x"
     path.write_text('{"text": "x"}\n{"text": ""}\n')
@@ -60,21 +64,39 @@ def test_a_dataset_that_is_not_there_offline(monkeypatch):
 def test_pieces_and_padding(tokenizer):
     from forgetless.data.documents import Document
 
-    encoded = encode([Document("the cat sat on the mat and then the dog sat too", None, "x"), Document("the cat", None, "x")], tokenizer, length=4)
+    encoded = encode(
+        [
+            Document("the cat sat on the mat and then the dog sat too", None, "x"),
+            Document("the cat", None, "x"),
+        ],
+        tokenizer,
+        length=4,
+    )
     assert all(2 <= len(ids) <= 4 for ids, _ in encoded)
     for batch in batches(encoded, batch_size=3, pad_id=0, shuffle_seed=1):
         padding = batch["attention_mask"] == 0
-        assert (batch["labels"][padding] == -100).all() and (batch["labels"][~padding] == batch["input_ids"][~padding]).all()
+        assert (batch["labels"][padding] == -100).all() and (
+            batch["labels"][~padding] == batch["input_ids"][~padding]
+        ).all()
 
 
 def test_chats_score_assistant_turns_only(tokenizer):
     from forgetless.data.documents import Document
 
-    chat = Document(None, [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat on the mat"}], "x")
+    chat = Document(
+        None,
+        [
+            {"role": "user", "content": "the cat"},
+            {"role": "assistant", "content": "sat on the mat"},
+        ],
+        "x",
+    )
     with pytest.raises(ValueError, match="no chat template"):
         encode([chat], tokenizer)
     tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['role'] + ' : ' + m['content'] + ' . ' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant : ' }}{% endif %}"
+        "{% for m in messages %}{{ m['role'] + ' : ' + m['content'] + ' . "
+        "' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant : ' "
+        "}}{% endif %}"
     )
     ids, scored = encode([chat], tokenizer)[0]
     said = tokenizer.decode([i for i, s in zip(ids, scored, strict=True) if s])
@@ -82,7 +104,14 @@ def test_chats_score_assistant_turns_only(tokenizer):
 
 
 ROWS = {
-    "sciq": {"question": "Q?", "correct_answer": "yes", "distractor1": "a", "distractor2": "b", "distractor3": "c", "support": "S."},
+    "sciq": {
+        "question": "Q?",
+        "correct_answer": "yes",
+        "distractor1": "a",
+        "distractor2": "b",
+        "distractor3": "c",
+        "support": "S.",
+    },
     "piqa": {"goal": "open a jar", "sol1": "twist", "sol2": "cry", "label": 0},
     "medmcqa": {"question": "Q?", "opa": "w", "opb": "x", "opc": "y", "opd": "z", "cop": 2},
 }
@@ -96,7 +125,9 @@ def test_tasks_from_local_files(name, tmp_path):
     answer = task.choices(rows[0])[task.gold(rows[0])]
     assert answer == {"sciq": "yes", "piqa": "twist", "medmcqa": "C"}[name]
     data = load_training_data(f"{name}={path}")
-    assert data[0] == {"prompt": task.prompt(rows[0]), "completion": " " + answer} and data[0]["prompt"].endswith("Answer:")
+    assert data[0] == {"prompt": task.prompt(rows[0]), "completion": " " + answer} and data[0][
+        "prompt"
+    ].endswith("Answer:")
     path.write_text(json.dumps({"question": "Q?"}) + "\n")
     with pytest.raises(ValueError, match=r"row 1: task .* missing"):
         load_task(f"{name}={path}")
@@ -120,10 +151,19 @@ def test_line_separators_inside_strings_and_byte_order_marks(tmp_path):
     ("row", "expected"),
     [
         ({"text": "  "}, "row 1: text must not be empty"),
-        ({"prompt": "x", "completion": ""}, "row 1: prompt and completion must not be empty, 'completion' is"),
-        ({"prompt": [{"role": "user", "content": "x"}], "completion": "y"}, "'prompt' holds list, expected text"),
+        (
+            {"prompt": "x", "completion": ""},
+            "row 1: prompt and completion must not be empty, 'completion' is",
+        ),
+        (
+            {"prompt": [{"role": "user", "content": "x"}], "completion": "y"},
+            "'prompt' holds list, expected text",
+        ),
         ({"messages": []}, "row 1: messages must not be empty"),
-        ({"messages": [{"from": "human", "value": "x"}]}, "expected chat turns {'role': ..., 'content': ...}"),
+        (
+            {"messages": [{"from": "human", "value": "x"}]},
+            "expected chat turns {'role': ..., 'content': ...}",
+        ),
     ],
 )
 def test_empty_or_malformed_rows_are_named(tmp_path, row, expected):
@@ -143,10 +183,14 @@ CHAT = [
     {"role": "assistant", "content": "too"},
 ]
 MARKED = (
-    "{% for m in messages %}{{ m['role'] + ' : ' }}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + ' .' }}{% endgeneration %}"
+    "{% for m in messages %}{{ m['role'] + ' : ' }}{% if m['role'] == 'assistant' %}{% "
+    "generation %}{{ m['content'] + ' .' }}{% endgeneration %}"
     "{% else %}{{ m['content'] + ' .' }}{% endif %}{{ ' ' }}{% endfor %}"
 )
-REWRITING = "{% for m in messages %}{{ m['role'] + ' : ' + (m['content'] if loop.last else 'no') + ' . ' }}{% endfor %}"
+REWRITING = (
+    "{% for m in messages %}{{ m['role'] + ' : ' + (m['content'] if loop.last else 'no') "
+    "+ ' . ' }}{% endfor %}"
+)
 
 
 @pytest.mark.parametrize("template", [PLAIN, MARKED])
@@ -154,7 +198,10 @@ def test_chats_are_scored_alike_with_and_without_generation_markers(tokenizer, t
     tokenizer.chat_template = template
     ids, scored = encode_chat(CHAT, tokenizer)
     assert tokenizer.decode([i for i, s in zip(ids, scored, strict=True) if s]) == "sat on . too ."
-    assert tokenizer.decode(ids) == "user : the cat . assistant : sat on . user : and . assistant : too ."
+    assert (
+        tokenizer.decode(ids)
+        == "user : the cat . assistant : sat on . user : and . assistant : too ."
+    )
     assert all(encode_chat(CHAT, tokenizer, assistant_only=False)[1])
 
 
@@ -170,32 +217,63 @@ def test_rows_are_tokenised_as_trl_does(tiny, tokenizer, tmp_path):
     from trl import SFTConfig, SFTTrainer
 
     tokenizer.chat_template = MARKED
-    config = dict(output_dir=str(tmp_path), max_length=9, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", shuffle_dataset=False)
+    config = dict(
+        output_dir=str(tmp_path),
+        max_length=9,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to="none",
+        shuffle_dataset=False,
+    )
     kinds = {
         "text": [{"text": "the cat sat on the mat and then"}, {"text": "the dog"}],
-        "prompt": [{"prompt": "Question ?", "completion": " the cat sat on the mat"}, {"prompt": "a", "completion": " b"}],
+        "prompt": [
+            {"prompt": "Question ?", "completion": " the cat sat on the mat"},
+            {"prompt": "a", "completion": " b"},
+        ],
         "messages": [{"messages": CHAT[:2]}, {"messages": CHAT}],
     }
     for kind, rows in kinds.items():
         data = Dataset.from_list(rows)
-        theirs = SFTTrainer(model=tiny(), args=SFTConfig(**config, assistant_only_loss=kind == "messages"), train_dataset=data, processing_class=tokenizer)
+        theirs = SFTTrainer(
+            model=tiny(),
+            args=SFTConfig(**config, assistant_only_loss=kind == "messages"),
+            train_dataset=data,
+            processing_class=tokenizer,
+        )
         ours = encode_rows(data, tokenizer, end=tokenizer.eos_token)
         for (ids, scored), row in zip(ours, theirs.train_dataset, strict=True):
             assert ids[:9] == list(row["input_ids"])
-            assert [i if s else -100 for i, s in zip(ids, scored, strict=True)][:9] == list(row["labels"])
+            assert [i if s else -100 for i, s in zip(ids, scored, strict=True)][:9] == list(
+                row["labels"]
+            )
 
 
 def test_what_length_cuts_off_is_reported_and_refused_where_nothing_is_left():
-    row = lambda prompt, completion: ([5] * (prompt + completion), [False] * prompt + [True] * completion)
+    row = lambda prompt, completion: (
+        [5] * (prompt + completion),
+        [False] * prompt + [True] * completion,
+    )
     rows = [row(3, 2)] * 17 + [row(10, 2)] + [row(6, 4)] * 2
     assert truncation_report(rows, 12, 32) is None
     assert truncation_report(rows, 8, 32) == (
-        "3 of 20 rows are longer than --length 8: 1 lose all that is scored and are left out, 2 lose the end of it; "
+        "3 of 20 rows are longer than --length 8: 1 lose all that is scored and are left out, 2 "
+        "lose the end of it; "
         "--length 10 would keep 95% of the rows whole (the model takes at most 32 tokens)"
     )
     assert "--length 9 would keep 85% of the rows whole" in truncation_report(rows, 8, 9)
-    assert truncation_report([row(3, 2), row(3, 0)], 12, 32) == "1 of 2 rows have nothing to score and are left out"
-    with pytest.raises(ValueError, match=r"within --length 3 no row keeps a token to score, since prompts fill it; --length 10 would keep 95%"):
+    assert (
+        truncation_report([row(3, 2), row(3, 0)], 12, 32)
+        == "1 of 2 rows have nothing to score and are left out"
+    )
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"within --length 3 no row keeps a token to score, since prompts fill it; --length "
+            r"10 would keep 95%"
+        ),
+    ):
         truncation_report(rows, 3, 32)
     with pytest.raises(ValueError, match="no row has a token to score"):
         truncation_report([row(3, 0)], 12, 32)
@@ -204,7 +282,10 @@ def test_what_length_cuts_off_is_reported_and_refused_where_nothing_is_left():
 def test_a_task_row_without_a_published_answer_is_refused(tmp_path):
     path = tmp_path / "t.jsonl"
     path.write_text(json.dumps({**ROWS["medmcqa"], "cop": -1}) + "\n")
-    with pytest.raises(ValueError, match=r"row 1: cop is -1, which names no choice; use a split with answers \(validation\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"row 1: cop is -1, which names no choice; use a split with answers \(validation\)",
+    ):
         load_task(f"medmcqa={path}")
 
 
@@ -218,4 +299,6 @@ def test_prompts_datasets_and_splits_are_those_of_lm_eval(name):
     from forgetless.evaluate.accuracy import _task_manager
 
     settings = _task_manager().task_index[name].cfg
-    assert TASKS[name].hub == settings["dataset_path"] and TASKS[name].held_out == (settings["test_split"] or settings["validation_split"])
+    assert TASKS[name].hub == settings["dataset_path"] and TASKS[name].held_out == (
+        settings["test_split"] or settings["validation_split"]
+    )

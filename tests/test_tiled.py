@@ -1,4 +1,6 @@
-"""The pull from rows and from codes: the same as the dense pull on the decoded values, with nothing of (out, in) formed."""
+"""The pull from rows and from codes: the same as the dense pull on the decoded values, with nothing
+of (out, in) formed.
+"""
 
 import pytest
 import torch
@@ -13,7 +15,12 @@ SHAPES = [(1, 1, 1), (7, 3, 2), (33, 131, 5), (70, 257, 8)]
 def factors(out, into, r, dtype=torch.float64):
     g = torch.Generator().manual_seed(out)
     make = lambda *shape: torch.randn(*shape, generator=g, dtype=dtype)
-    return make(r, into), make(out, r), torch.rand(out, into, generator=g, dtype=dtype) ** 6, (make(3, into), make(out, 3))
+    return (
+        make(r, into),
+        make(out, r),
+        torch.rand(out, into, generator=g, dtype=dtype) ** 6,
+        (make(3, into), make(out, 3)),
+    )
 
 
 def coded_rows(omega, tier):
@@ -21,7 +28,9 @@ def coded_rows(omega, tier):
     if tier == "f64":
         return (lambda rows: omega[rows]), omega
     codes, scale = codec.encode(omega, tier)
-    return (lambda rows: codec.decode(codes, scale, omega.shape, tier, rows)), codec.decode(codes, scale, omega.shape, tier).double()
+    return (lambda rows: codec.decode(codes, scale, omega.shape, tier, rows)), codec.decode(
+        codes, scale, omega.shape, tier
+    ).double()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -55,7 +64,10 @@ def test_steps_from_codes_follow_steps_from_decoded_values():
     rows, whole = coded_rows(omega, "u8")
     A2, B2, whole = A.clone(), B.clone(), whole.float()
     for _ in range(50):
-        for a, b, (gA, gB, _) in ((A, B, tiled.pull(A, B, 2.0, rows, 2.0 * B, A, 1e-3)), (A2, B2, dense.pull(A2, B2, 2.0, whole, None, 1e-3))):
+        for a, b, (gA, gB, _) in (
+            (A, B, tiled.pull(A, B, 2.0, rows, 2.0 * B, A, 1e-3)),
+            (A2, B2, dense.pull(A2, B2, 2.0, whole, None, 1e-3)),
+        ):
             a.sub_(gA, alpha=0.1)
             b.sub_(gB, alpha=0.1)
     torch.testing.assert_close(A, A2, rtol=1e-4, atol=1e-5)
@@ -63,7 +75,9 @@ def test_steps_from_codes_follow_steps_from_decoded_values():
 
 
 def test_no_whole_matrix_is_formed(monkeypatch):
-    """Peak of what is allocated while pulling from codes is a few tiles, far below one (out, in) f32 tensor."""
+    """Peak of what is allocated while pulling from codes is a few tiles, far below one (out, in)
+    f32 tensor.
+    """
     out, into = 512, 512
     monkeypatch.setitem(tiled.TILE, "cpu", 4096)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
@@ -80,7 +94,9 @@ def test_no_whole_matrix_is_formed(monkeypatch):
             return result
 
     with Watch():
-        tiled.pull(A, B, 1.0, lambda rows: codec.decode(codes, scale, (out, into), "u8", rows), B, A, 1.0)
+        tiled.pull(
+            A, B, 1.0, lambda rows: codec.decode(codes, scale, (out, into), "u8", rows), B, A, 1.0
+        )
     assert 0 < largest <= 4 * tiled.TILE["cpu"] < out * into
 
 

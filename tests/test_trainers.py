@@ -1,4 +1,6 @@
-"""hold() and the callbacks under the transformers Trainer and TRL's trainers: their numbers arrive, and training is what a hand loop would make of it."""
+"""hold() and the callbacks under the transformers Trainer and TRL's trainers: their numbers arrive,
+and training is what a hand loop would make of it.
+"""
 
 import copy
 
@@ -23,7 +25,9 @@ def ones(weights, scale=1.0):
 
 @pytest.fixture
 def adapted(tiny):
-    """A tiny Llama with LoRA away from zero, so that there is something to pull from the first step on."""
+    """A tiny Llama with LoRA away from zero, so that there is something to pull from the first step
+    on.
+    """
     return away_from_zero(tiny())
 
 
@@ -41,13 +45,30 @@ def away_from_zero(model):
 
 
 def arguments(folder, kind=TrainingArguments, **given):
-    settings = dict(output_dir=str(folder), per_device_train_batch_size=2, max_steps=4, logging_steps=1, learning_rate=1e-2, lr_scheduler_type="constant",
-                    use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True, seed=0)  # fmt: skip
+    settings = dict(
+        output_dir=str(folder),
+        per_device_train_batch_size=2,
+        max_steps=4,
+        logging_steps=1,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        seed=0,
+    )
     return kind(**{**settings, **given})
 
 
 def rows(batch):
-    return Dataset.from_list([{"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids} for ids in batch.tolist() * 2])
+    return Dataset.from_list(
+        [
+            {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids}
+            for ids in batch.tolist() * 2
+        ]
+    )
 
 
 def plain_trainer(model, batch, tokenizer, folder, **given):
@@ -58,30 +79,57 @@ def sft_trainer(model, batch, tokenizer, folder, **given):
     from trl import SFTConfig, SFTTrainer
 
     config = arguments(folder, SFTConfig, gradient_checkpointing=False, **given)
-    return SFTTrainer(model=model, args=config, train_dataset=Dataset.from_list([{"text": "the cat sat on the mat"}] * 8), processing_class=tokenizer)
+    return SFTTrainer(
+        model=model,
+        args=config,
+        train_dataset=Dataset.from_list([{"text": "the cat sat on the mat"}] * 8),
+        processing_class=tokenizer,
+    )
 
 
 def dpo_trainer(model, batch, tokenizer, folder, **given):
     from trl import DPOConfig, DPOTrainer
 
     config = arguments(folder, DPOConfig, gradient_checkpointing=False, **given)
-    pairs = Dataset.from_list([{"prompt": "the cat", "chosen": " sat on", "rejected": " and dog"}] * 8)
+    pairs = Dataset.from_list(
+        [{"prompt": "the cat", "chosen": " sat on", "rejected": " and dog"}] * 8
+    )
     return DPOTrainer(model=model, args=config, train_dataset=pairs, processing_class=tokenizer)
 
 
 def grpo_trainer(model, batch, tokenizer, folder, **given):
     from trl import GRPOConfig, GRPOTrainer
 
-    config = arguments(folder, GRPOConfig, gradient_checkpointing=False, num_generations=2, max_completion_length=4, **given)
+    config = arguments(
+        folder,
+        GRPOConfig,
+        gradient_checkpointing=False,
+        num_generations=2,
+        max_completion_length=4,
+        **given,
+    )
     reward = lambda completions, **_: [float(len(text)) for text in completions]
-    return GRPOTrainer(model=model, reward_funcs=reward, args=config, train_dataset=Dataset.from_list([{"prompt": "the cat"}] * 8), processing_class=tokenizer)
+    return GRPOTrainer(
+        model=model,
+        reward_funcs=reward,
+        args=config,
+        train_dataset=Dataset.from_list([{"prompt": "the cat"}] * 8),
+        processing_class=tokenizer,
+    )
 
 
-TRAINERS = {"transformers": plain_trainer, "sft": sft_trainer, "dpo": dpo_trainer, "grpo": grpo_trainer}
+TRAINERS = {
+    "transformers": plain_trainer,
+    "sft": sft_trainer,
+    "dpo": dpo_trainer,
+    "grpo": grpo_trainer,
+}
 
 
 @pytest.mark.parametrize("kind", TRAINERS)
-def test_numbers_arrive_in_log_console_and_tensorboard(adapted, batch, tokenizer, tmp_path, kind, capsys):
+def test_numbers_arrive_in_log_console_and_tensorboard(
+    adapted, batch, tokenizer, tmp_path, kind, capsys
+):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     trainer = TRAINERS[kind](adapted, batch, tokenizer, tmp_path, report_to="tensorboard")
@@ -103,7 +151,12 @@ def test_numbers_arrive_in_log_console_and_tensorboard(adapted, batch, tokenizer
 def test_a_callback_added_by_hand_pulls_and_logs(adapted, batch, tmp_path):
     penalty = Penalty(adapted, ones(target_weights(adapted)), strength=0.5)
     before = penalty.energy()
-    trainer = Trainer(model=adapted, args=arguments(tmp_path), train_dataset=rows(batch), callbacks=[PenaltyCallback(penalty)])
+    trainer = Trainer(
+        model=adapted,
+        args=arguments(tmp_path),
+        train_dataset=rows(batch),
+        callbacks=[PenaltyCallback(penalty)],
+    )
     trainer.train()
     assert penalty.energy() < before
     assert all(entry.keys() >= NUMBERS for entry in trainer.state.log_history if "loss" in entry)
@@ -112,11 +165,19 @@ def test_a_callback_added_by_hand_pulls_and_logs(adapted, batch, tmp_path):
 def test_the_trainer_does_what_a_hand_loop_does(precise, batch, tmp_path):
     """Clipped task gradient, then the pull, then the step; accumulation does not multiply the pull."""
     twin = copy.deepcopy(precise)
-    data = [{"input_ids": ids, "labels": ids} for ids in batch.tolist()]  # one batch, so that the order does not matter
-    trainer = Trainer(model=precise, args=arguments(tmp_path, gradient_accumulation_steps=2, max_grad_norm=0.1), train_dataset=Dataset.from_list(data))
+    data = [
+        {"input_ids": ids, "labels": ids} for ids in batch.tolist()
+    ]  # one batch, so that the order does not matter
+    trainer = Trainer(
+        model=precise,
+        args=arguments(tmp_path, gradient_accumulation_steps=2, max_grad_norm=0.1),
+        train_dataset=Dataset.from_list(data),
+    )
     hold(trainer, ones(target_weights(precise)), strength=0.5)
     trainer.train()
-    optimizer = torch.optim.AdamW([p for p in twin.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        [p for p in twin.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0
+    )
     with Penalty(twin, ones(target_weights(twin)), strength=0.5).attach(optimizer):
         for _ in range(4):
             twin(input_ids=batch, labels=batch).loss.backward()
@@ -142,7 +203,9 @@ def test_a_non_finite_gradient_stops_training_with_its_step(adapted, batch, tmp_
     trainer = Trainer(model=adapted, args=arguments(tmp_path), train_dataset=rows(batch))
     hold(trainer, ones(target_weights(adapted)), strength=1.0)
     compute = trainer.compute_loss
-    trainer.compute_loss = lambda *a, **k: compute(*a, **k) * (float("nan") if trainer.state.global_step == 2 else 1.0)
+    trainer.compute_loss = lambda *a, **k: (
+        compute(*a, **k) * (float("nan") if trainer.state.global_step == 2 else 1.0)
+    )
     with pytest.raises(ValueError, match="at step 3"):
         trainer.train()
     assert all(bool(torch.isfinite(p).all()) for p in adapted.parameters())
@@ -153,13 +216,22 @@ def test_recorder_callback_equals_a_hand_loop(precise, batch, tmp_path, gradient
     twin = copy.deepcopy(precise)
     clip = 0.1 if gradient == "exact" else 0.0
     data = Dataset.from_list([{"input_ids": ids, "labels": ids} for ids in batch.tolist()])
-    given = dict(max_steps=-1, num_train_epochs=3, gradient_accumulation_steps=2, max_grad_norm=clip)
+    given = dict(
+        max_steps=-1, num_train_epochs=3, gradient_accumulation_steps=2, max_grad_norm=clip
+    )
     recorder = PathIntegral(precise, gradient=gradient)
-    Trainer(model=precise, args=arguments(tmp_path, **given), train_dataset=data, callbacks=[RecorderCallback(recorder)]).train()
+    Trainer(
+        model=precise,
+        args=arguments(tmp_path, **given),
+        train_dataset=data,
+        callbacks=[RecorderCallback(recorder)],
+    ).train()
     theirs = recorder.finish()
 
     by_hand = PathIntegral(twin, gradient=gradient)
-    optimizer = torch.optim.AdamW([p for p in twin.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        [p for p in twin.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0
+    )
     twin.train()
     with by_hand.attach(optimizer):
         for _ in range(3):
@@ -173,12 +245,27 @@ def test_recorder_callback_equals_a_hand_loop(precise, batch, tmp_path, gradient
     assert theirs.info["settings"]["epochs"] == 3 and theirs.info["settings"]["steps"] == 3
     assert recorder.decrease == pytest.approx(by_hand.decrease, rel=1e-5)
     for name in ours:
-        torch.testing.assert_close(theirs[name].values, ours[name].values, rtol=1e-4, atol=1e-9 * float(ours[name].values.max()))
+        torch.testing.assert_close(
+            theirs[name].values,
+            ours[name].values,
+            rtol=1e-4,
+            atol=1e-9 * float(ours[name].values.max()),
+        )
 
 
-def test_recorder_callback_refuses_clipping_where_it_would_be_recorded(adapted, tiny, batch, tmp_path):
-    for recorder, model in ((PathIntegral(adapted, gradient="effective"), adapted), (PathIntegral(full := tiny()), full)):
-        trainer = Trainer(model=model, args=arguments(tmp_path), train_dataset=rows(batch), callbacks=[RecorderCallback(recorder)])
+def test_recorder_callback_refuses_clipping_where_it_would_be_recorded(
+    adapted, tiny, batch, tmp_path
+):
+    for recorder, model in (
+        (PathIntegral(adapted, gradient="effective"), adapted),
+        (PathIntegral(full := tiny()), full),
+    ):
+        trainer = Trainer(
+            model=model,
+            args=arguments(tmp_path),
+            train_dataset=rows(batch),
+            callbacks=[RecorderCallback(recorder)],
+        )
         with pytest.raises(OptionError, match=r"max_grad_norm is 1\.0"):
             trainer.train()
     args = arguments(tmp_path, max_grad_norm=0.0)

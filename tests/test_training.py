@@ -1,4 +1,6 @@
-"""record and tune end to end on a tiny model: files, resuming, equivalences, and what reaches the trainer's log."""
+"""record and tune end to end on a tiny model: files, resuming, equivalences, and what reaches the
+trainer's log.
+"""
 
 import json
 import os
@@ -30,8 +32,19 @@ def recorded(model_folder, text_file, tmp_path):
     """A function: options -> importance recorded on the tiny model."""
 
     def run(**given):
-        options = {"model": str(model_folder), "general": str(text_file), "out": str(tmp_path / "i.safetensors"), "estimator": "path",
-                   "rank": 2, "epochs": 2, "batch_size": 3, "accumulation": 2, "learning_rate": 1e-2, "save_steps": 1, **given}  # fmt: skip
+        options = {
+            "model": str(model_folder),
+            "general": str(text_file),
+            "out": str(tmp_path / "i.safetensors"),
+            "estimator": "path",
+            "rank": 2,
+            "epochs": 2,
+            "batch_size": 3,
+            "accumulation": 2,
+            "learning_rate": 1e-2,
+            "save_steps": 1,
+            **given,
+        }
         return record(resolve(RecordOptions, options, RECORD_PRESETS))
 
     return run
@@ -42,11 +55,32 @@ def tuned(model_folder, tmp_path):
     """A function: options -> the run of tuning the tiny model on new text."""
     rng = random.Random(7)
     path = tmp_path / "domain.jsonl"
-    path.write_text("\n".join(json.dumps({"prompt": f"Question {rng.choice('abcd')} ?", "completion": " yes no " + rng.choice("abcd")}) for _ in range(32)))
+    path.write_text(
+        "\n".join(
+            json.dumps(
+                {
+                    "prompt": f"Question {rng.choice('abcd')} ?",
+                    "completion": " yes no " + rng.choice("abcd"),
+                }
+            )
+            for _ in range(32)
+        )
+    )
 
     def run(**given):
-        options = {"model": str(model_folder), "data": str(path), "out": str(tmp_path / "run"), "rank": 2, "batch_size": 4, "accumulation": 1, "max_steps": 6,
-                   "learning_rate": 1e-2, "log_steps": 1, "device": "cpu", **given}  # fmt: skip
+        options = {
+            "model": str(model_folder),
+            "data": str(path),
+            "out": str(tmp_path / "run"),
+            "rank": 2,
+            "batch_size": 4,
+            "accumulation": 1,
+            "max_steps": 6,
+            "learning_rate": 1e-2,
+            "log_steps": 1,
+            "device": "cpu",
+            **given,
+        }
         return tune(resolve(TuneOptions, options, TUNE_PRESETS))
 
     return run
@@ -65,8 +99,15 @@ def test_record_writes_a_file_with_provenance_and_cleans_up(recorded, tmp_path):
     loaded = Importance.load(tmp_path / "i.safetensors")
     info = loaded.info
     assert len(loaded) == 14 and len(loaded.anchors) == 14
-    assert info["settings"]["steps"] == 8 and info["settings"]["epochs"] == 2 and info["data"]["documents"] == 24
-    assert len(info["data"]["sha256"]) == len(info["model"]["fingerprint"]) == 64 and info["timings"]["train_seconds"] > 0
+    assert (
+        info["settings"]["steps"] == 8
+        and info["settings"]["epochs"] == 2
+        and info["data"]["documents"] == 24
+    )
+    assert (
+        len(info["data"]["sha256"]) == len(info["model"]["fingerprint"]) == 64
+        and info["timings"]["train_seconds"] > 0
+    )
     assert all(value > 0 for value in info["norms"].values())
     assert not (tmp_path / "i.safetensors.state").exists()
 
@@ -97,10 +138,20 @@ def test_interrupted_recording_resumes_to_the_same_file(recorded, tmp_path, monk
 
 
 @pytest.mark.parametrize("stop", [1, 8, 11])
-def test_recording_in_groups_resumes_to_the_file_of_one_pass(model_folder, text_file, tmp_path, monkeypatch, stop):
+def test_recording_in_groups_resumes_to_the_file_of_one_pass(
+    model_folder, text_file, tmp_path, monkeypatch, stop
+):
     def run(name, **given):
-        options = {"model": str(model_folder), "general": str(text_file), "out": str(tmp_path / name), "cov_rank": 4, "batch_size": 3, "save_steps": 1,
-                   "labels": "sampled", **given}  # fmt: skip
+        options = {
+            "model": str(model_folder),
+            "general": str(text_file),
+            "out": str(tmp_path / name),
+            "cov_rank": 4,
+            "batch_size": 3,
+            "save_steps": 1,
+            "labels": "sampled",
+            **given,
+        }
         return record(resolve(RecordOptions, options, RECORD_PRESETS))
 
     observe, calls = Kronecker.observe, 0
@@ -122,9 +173,20 @@ def test_recording_in_groups_resumes_to_the_file_of_one_pass(model_folder, text_
     assert same(whole, parted)
 
 
-def test_groups_follow_from_free_memory_and_are_announced(model_folder, text_file, tmp_path, monkeypatch, caplog):
-    options = {"model": str(model_folder), "general": str(text_file), "out": str(tmp_path / "k"), "cov_rank": 4}
-    needed = 4 * 2 * (16**2 * 6 + 8**2 * 2 + 24**2 * 3)  # two blocks: q, o, down and the inputs of qkv, o, gate and up; k, v; gate, up and the input of down
+def test_groups_follow_from_free_memory_and_are_announced(
+    model_folder, text_file, tmp_path, monkeypatch, caplog
+):
+    options = {
+        "model": str(model_folder),
+        "general": str(text_file),
+        "out": str(tmp_path / "k"),
+        "cov_rank": 4,
+    }
+    needed = (
+        4 * 2 * (16**2 * 6 + 8**2 * 2 + 24**2 * 3)
+        # two blocks: q, o, down and the inputs of qkv, o, gate and up; k, v; gate, up and the input of
+        # down
+    )
     with caplog.at_level("INFO", "forgetless"):
         monkeypatch.setattr(recording, "free_memory", lambda: 2 * needed)
         record(resolve(RecordOptions, options, RECORD_PRESETS))
@@ -156,13 +218,31 @@ def test_strength_zero_is_plain_fine_tuning_bit_for_bit(recorded, tuned, tmp_pat
     assert not same(factors(tmp_path / "plain"), factors(tmp_path / "held"))
 
 
-def test_the_default_recipe_needs_neither_estimator_nor_strength(model_folder, text_file, tuned, tmp_path):
+def test_the_default_recipe_needs_neither_estimator_nor_strength(
+    model_folder, text_file, tuned, tmp_path
+):
     path = str(tmp_path / "d.safetensors")
-    record(resolve(RecordOptions, {"model": str(model_folder), "general": str(text_file), "out": path}, RECORD_PRESETS))
+    record(
+        resolve(
+            RecordOptions,
+            {"model": str(model_folder), "general": str(text_file), "out": path},
+            RECORD_PRESETS,
+        )
+    )
     run = tuned(importance=path)
-    assert Importance.load(path).tier == "kronecker:24" and run["configuration"]["strength"] == STRENGTHS["kronecker"] and run["energy"] > 0
+    assert (
+        Importance.load(path).tier == "kronecker:24"
+        and run["configuration"]["strength"] == STRENGTHS["kronecker"]
+        and run["energy"] > 0
+    )
     uniform = str(tmp_path / "u.safetensors")
-    record(resolve(RecordOptions, {"model": str(model_folder), "estimator": "uniform", "out": uniform}, RECORD_PRESETS))
+    record(
+        resolve(
+            RecordOptions,
+            {"model": str(model_folder), "estimator": "uniform", "out": uniform},
+            RECORD_PRESETS,
+        )
+    )
     with pytest.raises(OptionError, match="no default strength"):
         tuned(importance=uniform, out=str(tmp_path / "other"))
 
@@ -172,7 +252,12 @@ def test_the_penalty_holds(recorded, tuned, tmp_path):
     importance = recorded()
     energies = []
     for strength in (1e-6, 1e-2, 1.0):
-        tuned(out=str(tmp_path / f"s{strength}"), importance=str(tmp_path / "i.safetensors"), strength=strength, max_steps=20)
+        tuned(
+            out=str(tmp_path / f"s{strength}"),
+            importance=str(tmp_path / "i.safetensors"),
+            strength=strength,
+            max_steps=20,
+        )
         held = factors(tmp_path / f"s{strength}")
         energy = 0.0
         for name in importance:
@@ -180,7 +265,9 @@ def test_the_penalty_holds(recorded, tuned, tmp_path):
             B = held[f"base_model.model.{name.removesuffix('.weight')}.lora_B.weight"]
             energy += float(importance[name].energy(32 / 2 * B @ A))
         energies.append(energy)
-    assert energies[0] > 10 * max(energies[1:])  # the floor of the strong ones is the size of an Adam step
+    assert energies[0] > 10 * max(
+        energies[1:]
+    )  # the floor of the strong ones is the size of an Adam step
 
 
 def test_accumulation_gives_the_same_update(recorded, tuned, tmp_path):
@@ -196,7 +283,11 @@ def test_accumulation_gives_the_same_update(recorded, tuned, tmp_path):
 
 def test_resuming_equals_an_uninterrupted_run(recorded, tuned, tmp_path, monkeypatch):
     recorded()
-    common = {"importance": str(tmp_path / "i.safetensors"), "save_steps": 2, "dropout": 0.1}  # no strength: what suits the importance, also when going on
+    common = {
+        "importance": str(tmp_path / "i.safetensors"),
+        "save_steps": 2,
+        "dropout": 0.1,
+    }  # no strength: what suits the importance, also when going on
     tuned(out=str(tmp_path / "whole"), **common)
     interrupt_after(monkeypatch, 4)
     with pytest.raises(KeyboardInterrupt):
@@ -217,7 +308,9 @@ def test_resuming_after_the_last_step_takes_no_further_step(tuned, tmp_path):
     shutil.rmtree(tmp_path / "run" / "final")
     again = tuned(save_steps=2, resume=True)
     assert same(before, factors(tmp_path / "run"))
-    assert [e["loss"] for e in again["log"] if "loss" in e] == [e["loss"] for e in first["log"] if "loss" in e]
+    assert [e["loss"] for e in again["log"] if "loss" in e] == [
+        e["loss"] for e in first["log"] if "loss" in e
+    ]
 
 
 def test_energy_and_pull_reach_log_console_and_tensorboard(recorded, tuned, tmp_path, capsys):
@@ -226,7 +319,9 @@ def test_energy_and_pull_reach_log_console_and_tensorboard(recorded, tuned, tmp_
     recorded()
     run = tuned(importance=str(tmp_path / "i.safetensors"), strength=0.1, report_to="tensorboard")
     logged = [entry for entry in run["log"] if "loss" in entry]
-    assert len(logged) == 6 and all({"energy", "pull_norm", "pull_ratio"} <= entry.keys() for entry in logged)
+    assert len(logged) == 6 and all(
+        {"energy", "pull_norm", "pull_ratio"} <= entry.keys() for entry in logged
+    )
     assert logged[-1]["energy"] > 0 and run["energy"] == logged[-1]["energy"]
     printed = capsys.readouterr()
     assert "'energy'" in printed.out + printed.err
@@ -238,7 +333,14 @@ def test_energy_and_pull_reach_log_console_and_tensorboard(recorded, tuned, tmp_
 
 def test_the_paper_preset_goes_on_from_the_recorded_adapter(recorded, tuned, tmp_path):
     recorded(preset="paper", rank=2)
-    run = tuned(preset="paper", importance=str(tmp_path / "i.safetensors"), rank=2, epochs=1.0, dropout=0.0, max_steps=2)
+    run = tuned(
+        preset="paper",
+        importance=str(tmp_path / "i.safetensors"),
+        rank=2,
+        epochs=1.0,
+        dropout=0.0,
+        max_steps=2,
+    )
     assert run["configuration"]["anchor"] == "recorded" and run["configuration"]["tau"] == 1e-8
     assert run["log"][0]["energy"] == pytest.approx(0.0, abs=1e-4)
     with pytest.raises(OptionError, match="rank 2, found --rank 4"):
@@ -249,7 +351,9 @@ def test_full_fine_tuning_and_merging_load_without_forgetless(recorded, tuned, t
     from transformers import AutoModelForCausalLM
 
     recorded()
-    run = tuned(full=True, importance=str(tmp_path / "i.safetensors"), strength=1.0, general=str(text_file))
+    run = tuned(
+        full=True, importance=str(tmp_path / "i.safetensors"), strength=1.0, general=str(text_file)
+    )
     assert run["forgetting"]["nats"] is not None and run["before"]["general"]["documents"] == 24
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
     tuned(out=str(tmp_path / "lora"))
@@ -261,7 +365,9 @@ def test_a_non_finite_loss_stops_before_the_step_and_keeps_the_checkpoint(tuned,
     with pytest.raises(ValueError, match="non-finite loss or gradient at step 2"):
         tuned(learning_rate=1e30, save_steps=1, max_grad_norm=0.0)
     assert list((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))
-    assert not (tmp_path / "run" / "final").exists() and not (tmp_path / "run" / "run.json").exists()
+    assert (
+        not (tmp_path / "run" / "final").exists() and not (tmp_path / "run" / "run.json").exists()
+    )
 
 
 def test_a_finished_run_is_not_overwritten_unasked(tuned):

@@ -1,4 +1,6 @@
-"""Target weights: canonical names, shapes as (out, in), effective updates, and refusals, over the architectures users bring."""
+"""Target weights: canonical names, shapes as (out, in), effective updates, and refusals, over the
+architectures users bring.
+"""
 
 import pytest
 import torch
@@ -22,7 +24,9 @@ def test_update_is_what_merging_adds_to_the_base_weight(tiny, kind, rslora):
     for weight in weights:
         torch.nn.init.normal_(weight.B, std=0.1)
     updates = {weight.name: weight.update() for weight in weights}
-    assert {name: tuple(u.shape) for name, u in updates.items()} == {w.name: w.shape for w in weights}
+    assert {name: tuple(u.shape) for name, u in updates.items()} == {
+        w.name: w.shape for w in weights
+    }
     merged = dict(model.merge_and_unload().named_parameters())
     for name, update in updates.items():
         moved = merged[name] - base[name]
@@ -33,8 +37,15 @@ def test_update_is_what_merging_adds_to_the_base_weight(tiny, kind, rslora):
 
 def test_names_layers_and_kinds_are_those_of_the_base_model(tiny):
     weights = target_weights(add_adapter(tiny(), names="q_proj,v_proj", rank=2, alpha=4))
-    assert [w.name for w in weights] == [f"model.layers.{i}.self_attn.{k}.weight" for i in (0, 1) for k in ("q_proj", "v_proj")]
-    assert [(w.layer, w.kind) for w in weights] == [(0, "q_proj"), (0, "v_proj"), (1, "q_proj"), (1, "v_proj")]
+    assert [w.name for w in weights] == [
+        f"model.layers.{i}.self_attn.{k}.weight" for i in (0, 1) for k in ("q_proj", "v_proj")
+    ]
+    assert [(w.layer, w.kind) for w in weights] == [
+        (0, "q_proj"),
+        (0, "v_proj"),
+        (1, "q_proj"),
+        (1, "v_proj"),
+    ]
     assert [w.shape for w in weights] == [(16, 16), (8, 16)] * 2
 
 
@@ -62,7 +73,9 @@ def test_shapes_and_fingerprint_do_not_depend_on_adapter_or_dtype(tiny, kind):
 
 
 def test_adapters_that_move_the_base_are_refused_or_subtracted(tiny):
-    model = get_peft_model(tiny(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa"))
+    model = get_peft_model(
+        tiny(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa")
+    )
     with pytest.raises(ValueError, match="starts away from the base model"):
         target_weights(model)
     weights = target_weights(model, subtract_initial=True)
@@ -80,7 +93,9 @@ def test_several_active_adapters_dora_embeddings_and_merged_are_refused(tiny):
     with pytest.raises(ValueError, match="2 active adapters"):
         target_weights(model)
     with pytest.raises(ValueError, match="DoRA"):
-        target_weights(get_peft_model(tiny(), LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)))
+        target_weights(
+            get_peft_model(tiny(), LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
+        )
     with pytest.raises(ValueError, match="expected a linear layer"):
         target_weights(get_peft_model(tiny(), LoraConfig(r=2, target_modules=["embed_tokens"])))
     merged = add_adapter(tiny(), names="q_proj", rank=2, alpha=2)
@@ -92,21 +107,33 @@ def test_several_active_adapters_dora_embeddings_and_merged_are_refused(tiny):
 def test_targets_by_name_all_linear_and_regular_expression(tiny):
     model = tiny()
     assert len(matching(model, "all-linear")) == 14
-    assert [path for path, _ in matching(model, r"model\.layers\.1\..*[qk]_proj")] == ["model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.k_proj"]
+    assert [path for path, _ in matching(model, r"model\.layers\.1\..*[qk]_proj")] == [
+        "model.layers.1.self_attn.q_proj",
+        "model.layers.1.self_attn.k_proj",
+    ]
     with pytest.raises(OptionError, match="did you mean 'q_proj'"):
         matching(model, "q_prj")
     with pytest.raises(OptionError, match="matches no linear layer"):
         matching(model, "nothing.*")
     adapted = add_adapter(tiny(), names=r"model\.layers\.1\..*[qk]_proj", rank=2, alpha=2)
-    assert [w.name for w in target_weights(adapted)] == ["model.layers.1.self_attn.q_proj.weight", "model.layers.1.self_attn.k_proj.weight"]
+    assert [w.name for w in target_weights(adapted)] == [
+        "model.layers.1.self_attn.q_proj.weight",
+        "model.layers.1.self_attn.k_proj.weight",
+    ]
 
 
 @pytest.fixture(params=["mixtral", "qwen3_moe"])
 def mixture(request):
     torch.manual_seed(0)
     if request.param == "mixtral":
-        return AutoModelForCausalLM.from_config(MixtralConfig(**SMALL, num_local_experts=2, num_experts_per_tok=1))
-    return AutoModelForCausalLM.from_config(Qwen3MoeConfig(**SMALL, head_dim=8, moe_intermediate_size=8, num_experts=2, num_experts_per_tok=1))
+        return AutoModelForCausalLM.from_config(
+            MixtralConfig(**SMALL, num_local_experts=2, num_experts_per_tok=1)
+        )
+    return AutoModelForCausalLM.from_config(
+        Qwen3MoeConfig(
+            **SMALL, head_dim=8, moe_intermediate_size=8, num_experts=2, num_experts_per_tok=1
+        )
+    )
 
 
 def test_fused_experts_are_refused_with_a_reason_and_never_skipped_silently(mixture, caplog):
@@ -122,7 +149,10 @@ def test_fused_experts_are_refused_with_a_reason_and_never_skipped_silently(mixt
 
 
 def test_lora_on_fused_experts_is_refused(mixture):
-    adapted = get_peft_model(mixture, LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"]))
+    adapted = get_peft_model(
+        mixture,
+        LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"]),
+    )
     with pytest.raises(ValueError, match="fused expert tensors"):
         target_weights(adapted)
 
@@ -135,7 +165,10 @@ def test_a_bare_model_is_held_where_it_is_trained(tiny):
     assert [w.name for w in target_weights(model)] == ["model.layers.1.mlp.up_proj.weight"]
 
 
-@pytest.mark.parametrize(("how", "moves"), [("olora", True), ("pissa_niter_2", True), ("gaussian", False), ("orthogonal", False)])
+@pytest.mark.parametrize(
+    ("how", "moves"),
+    [("olora", True), ("pissa_niter_2", True), ("gaussian", False), ("orthogonal", False)],
+)
 def test_initialisations_are_refused_exactly_where_they_move_the_base(tiny, how, moves):
     bare = tiny()
     base = bare.model.layers[0].self_attn.q_proj.weight.detach().clone()

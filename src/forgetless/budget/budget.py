@@ -1,17 +1,24 @@
-"""A forgetting budget: how much the loss on general text may rise, whether it did, and how hard to hold so that it does not. Pure numbers, no model.
+"""A forgetting budget: how much the loss on general text may rise, whether it did, and how hard to
+hold so that it does not. Pure numbers, no model.
 
     budget     "1%" of perplexity is log(1.01) nats per token; "0.01nats" is taken as it is
     rise       (sum of after - before) / (sum of tokens), paired by document
-    interval   leave-one-cluster-out jackknife: variance (G - 1) / G * sum of (rise without g - rise)^2, times Student's t with G_eff - 1 degrees of freedom,
-               G_eff = 1 / sum of (share of tokens)^2. Clusters are sources, or documents where all come from one source
-    verdict    on the check part: met (upper end within the budget), exceeded (lower end above), not shown (the budget lies inside)
-    control    log strength = log start + integral + e (1.5 e below 0),  integral += 0.3 e,  e = log(rise / budget), limited: dual ascent in log space
+    interval   leave-one-cluster-out jackknife: variance (G - 1) / G * sum of (rise without g -
+               rise)^2, times Student's t with G_eff - 1 degrees of freedom, G_eff = 1 / sum of
+               (share of tokens)^2. Clusters are sources, or documents where all come from one
+               source
+    verdict    on the check part: met (upper end within the budget), exceeded (lower end above), not
+               shown (the budget lies inside)
+    control    log strength = log start + integral + e (1.5 e below 0),  integral += 0.3 e,  e =
+               log(rise / budget), limited: dual ascent in log space
 
-Few sources of unequal size are why the jackknife and G_eff are used: with six of them in the shares of the lab's text, 95 % intervals covered 0.96
-(G - 1 degrees of freedom: 0.93; residuals instead of the jackknife: 0.92; documents as if independent: 0.61), in 3,000 draws with equal spread between
+Few sources of unequal size are why the jackknife and G_eff are used: with six of them in the shares
+of the lab's text, 95 % intervals covered 0.96 (G - 1 degrees of freedom: 0.93; residuals instead of
+the jackknife: 0.92; documents as if independent: 0.61), in 3,000 draws with equal spread between
 and within sources.
 
-    budget = parse("1%")                                              # Budget(nats=0.00995, text='1%')
+    budget = parse("1%")                                              # Budget(nats=0.00995,
+        text='1%')
     interval = paired_rise(before, after, tokens, sources)            # arrays (documents,)
     verdict(interval, budget.nats)                                    # 'met'
 """
@@ -27,43 +34,57 @@ from dataclasses import dataclass
 from forgetless.errors import OptionError
 from forgetless.evaluate.rise import Interval, t_quantile
 
-PLANNED = 0.98  # quantile of the difference between the parts that lets the check be met 19 times in 20: the noise is itself an estimate (tests/test_budget.py)
+# quantile of the difference between the parts that lets the check be met 19 times in 20: the noise
+# is itself an estimate (tests/test_budget.py)
+PLANNED = 0.98
 
 
 @dataclass(frozen=True)
 class Budget:
-    """The largest rise of the general loss that is allowed, in nats per token, and how it was written."""
+    """The largest rise of the general loss that is allowed, in nats per token, and how it was
+    written.
+    """
 
     nats: float
     text: str
 
 
-
-
 def parse(text: str) -> Budget:
-    """'1%' of perplexity, or '0.01nats' per token. Raises OptionError for anything else and for budgets of nothing."""
+    """'1%' of perplexity, or '0.01nats' per token.
+
+    Raises OptionError for anything else and for budgets of nothing.
+    """
     match = re.fullmatch(r"\s*([0-9.eE+-]+)\s*(%|nats?)\s*", str(text))
     try:
         value = float(match.group(1)) if match else math.nan
     except ValueError:
         value = math.nan
     if match is None or not math.isfinite(value):
-        raise OptionError(f"--budget expects a rise of perplexity like 1% or of the loss like 0.01nats, found '{text}'")
+        raise OptionError(
+            "--budget expects a rise of perplexity like 1% or of the loss like 0.01nats, found "
+            f"'{text}'"
+        )
     if value <= 0:
-        raise OptionError(f"--budget must be above 0, found '{text}': only the base model itself loses nothing")
-    return Budget(math.log1p(value / 100) if match.group(2) == "%" else value, "".join(str(text).split()))
-
-
+        raise OptionError(
+            f"--budget must be above 0, found '{text}': only the base model itself loses nothing"
+        )
+    return Budget(
+        math.log1p(value / 100) if match.group(2) == "%" else value, "".join(str(text).split())
+    )
 
 
 def split(texts: Sequence[str], sources: Sequence[str]) -> tuple[list[int], list[int]]:
-    """Indices of the control part and of the check part: by the hash of the text, half of each source, the same whatever the order of the documents.
+    """Indices of the control part and of the check part: by the hash of the text, half of each
+    source, the same whatever the order of the documents.
 
-    Copies of one text stay together. The odd text of a source goes to the part that has fewer so far.
+    Copies of one text stay together. The odd text of a source goes to the part that has fewer so
+    far.
     """
     by_source: dict[str, dict[str, list[int]]] = {}
     for index, (text, source) in enumerate(zip(texts, sources, strict=True)):
-        by_source.setdefault(source, {}).setdefault(hashlib.sha256(text.encode()).hexdigest(), []).append(index)
+        by_source.setdefault(source, {}).setdefault(
+            hashlib.sha256(text.encode()).hexdigest(), []
+        ).append(index)
     parts: tuple[list[int], list[int]] = ([], [])
     for source in sorted(by_source):
         first = 0 if len(parts[0]) <= len(parts[1]) else 1
@@ -72,55 +93,71 @@ def split(texts: Sequence[str], sources: Sequence[str]) -> tuple[list[int], list
     return sorted(parts[0]), sorted(parts[1])
 
 
-
-
 def verdict(interval: Interval, budget: float) -> str:
     """met, exceeded or not shown."""
-    return "met" if interval.high <= budget else "exceeded" if interval.low > budget else "not shown"
-
-
+    return (
+        "met" if interval.high <= budget else "exceeded" if interval.low > budget else "not shown"
+    )
 
 
 def documents_to_decide(interval: Interval, budget: float) -> int | None:
-    """About how many more documents (of as many more sources) would move the budget out of the interval; None where the rise is the budget itself."""
+    """About how many more documents (of as many more sources) would move the budget out of the
+    interval; None where the rise is the budget itself.
+    """
     distance = abs(budget - interval.nats)
     if distance == 0:
         return None
-    return max(0, math.ceil(interval.documents * (((interval.high - interval.nats) / distance) ** 2 - 1)))
-
-
+    return max(
+        0, math.ceil(interval.documents * (((interval.high - interval.nats) / distance) ** 2 - 1))
+    )
 
 
 def planned_bound(interval: Interval, check_documents: int, *, error: float) -> float:
-    """The value that the check part's upper end stays below 19 times in 20, predicted from the control part's interval.
+    """The value that the check part's upper end stays below 19 times in 20, predicted from the
+    control part's interval.
 
-    The check has its own noise: an update chosen so that the control part's upper end just meets the budget would fail the check half of the time. So this
-    is the rise, plus the check's half width, plus a high quantile of how much the two parts' upper ends differ: by documents only, since both parts hold the
-    same sources; through the rise and through the width itself.
+    The check has its own noise: an update chosen so that the control part's upper end just meets
+    the budget would fail the check half of the time. So this is the rise, plus the check's half
+    width, plus a high quantile of how much the two parts' upper ends differ: by documents only,
+    since both parts hold the same sources; through the rise and through the width itself.
     """
     ratio = math.sqrt(interval.documents / check_documents)
     t = t_quantile(1 - error / 2, interval.degrees)
     by_source = interval.by == "source"
     through_width = t**2 / (interval.clusters if by_source else 2 * interval.degrees)
     noise = interval.within * math.hypot(1, ratio) * math.sqrt(1 + through_width)
-    return interval.nats + t * interval.standard_error * (1 if by_source else ratio) + t_quantile(PLANNED, interval.degrees) * noise
-
-
+    return (
+        interval.nats
+        + t * interval.standard_error * (1 if by_source else ratio)
+        + t_quantile(PLANNED, interval.degrees) * noise
+    )
 
 
 def check_reach(spread: Interval, check_documents: int, budget: Budget, *, error: float) -> None:
     """Raise ValueError where the check could not show the budget even if the true rise were zero.
 
-    `spread` is the interval of an update that costs about the budget in a random direction, which sets how far apart documents move; fine-tuning
-    moves them at least as far apart (docs/budget.md), so text that fails here is too short for certain.
+    `spread` is the interval of an update that costs about the budget in a random direction, which
+    sets how far apart documents move; fine-tuning moves them at least as far apart
+    (docs/budget.md), so text that fails here is too short for certain.
     """
-    width = t_quantile(1 - error / 2, spread.degrees) * spread.standard_error * math.sqrt(spread.documents / check_documents)
+    width = (
+        t_quantile(1 - error / 2, spread.degrees)
+        * spread.standard_error
+        * math.sqrt(spread.documents / check_documents)
+    )
     if width <= budget.nats:
         return
     needed = math.ceil(2 * check_documents * (width / budget.nats) ** 2)
-    few = f"; its {spread.clusters} sources count for {spread.effective:.1f}, so more sources help most" if spread.by == "source" else ""
-    raise ValueError(f"the general text is too short to show a budget of {budget.text} ({budget.nats:.4g} nats): half of it is kept for the check, and there "
-                     f"the rise is known to +- {width:.2g} nats at best. Give about {needed} documents (found {2 * check_documents}){few}, "
-                     "or a larger budget")  # fmt: skip
-
-
+    few = (
+        f"; its {spread.clusters} sources count for {spread.effective:.1f}, so more sources help "
+        "most"
+        if spread.by == "source"
+        else ""
+    )
+    raise ValueError(
+        f"the general text is too short to show a budget of {budget.text} ({budget.nats:.4g} "
+        "nats): half of it is kept for the check, and there "
+        f"the rise is known to +- {width:.2g} nats at best. Give about {needed} documents (found "
+        f"{2 * check_documents}){few}, "
+        "or a larger budget"
+    )

@@ -9,20 +9,28 @@ from typing import Any
 
 @dataclass
 class Controller:
-    """The strength that keeps the general loss at the budget, from few noisy probes of its rise and the penalty's exact energy.
+    """The strength that keeps the general loss at the budget, from few noisy probes of its rise and
+    the penalty's exact energy.
 
-    A probe of some hundred tokens may err by more than the budget, but the rise is close to proportional to the energy, which costs next to nothing: so
-    all probes so far say what a unit of energy costs (sum of rises / sum of energies, the last weighing most), and the strength follows rise = that *
-    energy, at probes and between them. What a unit costs is known before the first probe (`unit`): about 1 for importance in nats (it is a Fisher), for other
-    importance what the random update cost that the reach was measured with (keeper.py). One imagined probe at the budget with that cost steadies the first
-    real ones, and no estimate goes below half of it, which noise alone says.
+    A probe of some hundred tokens may err by more than the budget, but the rise is close to
+    proportional to the energy, which costs next to nothing: so all probes so far say what a unit of
+    energy costs (sum of rises / sum of energies, the last weighing most), and the strength follows
+    rise = that * energy, at probes and between them. What a unit costs is known before the first
+    probe (`unit`): about 1 for importance in nats (it is a Fisher), for other importance what the
+    random update cost that the reach was measured with (keeper.py). One imagined probe at the
+    budget with that cost steadies the first real ones, and no estimate goes below half of it, which
+    noise alone says.
 
-    e = log(rise / target), within [-4, 1.5], and above -1 at the first look, -2 at the second: one lucky probe must not let go of everything. Near the budget
-    the proportional part is gentle: an overshoot early in training, at a high learning rate, is not what is left of it in the end, and holding as hard as it
-    asks for undoes the learning (LOG.md, 2026-11-26). While the budget is unused it takes the strength to start * exp(-5.6): nothing is held back. The
-    integral moves within [-7, 12], by at most 0.2 down and 0.45 up at a time (anti-windup). Until the first look the strength is `start`, since the first
-    steps are the wildest. `start` None: no strength is known for this importance; it is set to `price` nats of domain loss per nat of general loss, by `unit`,
-    or where that is not known either, by the energy that came with the first clear rise, until which nothing is held.
+    e = log(rise / target), within [-4, 1.5], and above -1 at the first look, -2 at the second: one
+    lucky probe must not let go of everything. Near the budget the proportional part is gentle: an
+    overshoot early in training, at a high learning rate, is not what is left of it in the end, and
+    holding as hard as it asks for undoes the learning (LOG.md, 2026-11-26). While the budget is
+    unused it takes the strength to start * exp(-5.6): nothing is held back. The integral moves
+    within [-7, 12], by at most 0.2 down and 0.45 up at a time (anti-windup). Until the first look
+    the strength is `start`, since the first steps are the wildest. `start` None: no strength is
+    known for this importance; it is set to `price` nats of domain loss per nat of general loss, by
+    `unit`, or where that is not known either, by the energy that came with the first clear rise,
+    until which nothing is held.
     """
 
     target: float
@@ -36,7 +44,9 @@ class Controller:
     trajectory: list[dict[str, float | None]] = field(default_factory=list)
 
     GAIN, UNUSED_GAIN, INTEGRAL_GAIN, KEPT = 0.5, 1.5, 0.3, 0.85
-    LEAST = 0.5  # of `unit`, for a Fisher the second-order theory; of finished updates the true rise was below 0.6 of the energy once in twenty
+    # of `unit`, for a Fisher the second-order theory; of finished updates the true rise was below
+    # 0.6 of the energy once in twenty
+    LEAST = 0.5
     UNUSED = -0.4  # log(rise / target) below which the budget counts as unused: two thirds of it
 
     def __post_init__(self) -> None:
@@ -45,17 +55,33 @@ class Controller:
             self.start = self.start or 2 * self.price * self.unit
 
     def update(self, step: int, energy: float, probe: float | None = None) -> float:
-        """The strength to go on with at `energy` (sum of c * energy), where a probe may have found a rise."""
+        """The strength to go on with at `energy` (sum of c * energy), where a probe may have found
+        a rise.
+        """
         if probe is not None:
-            self.rises, self.energies = self.KEPT * self.rises + probe, self.KEPT * self.energies + energy
+            self.rises, self.energies = (
+                self.KEPT * self.rises + probe,
+                self.KEPT * self.energies + energy,
+            )
         self.trajectory.append({"step": step, "probe": probe, "rise": None, "strength": None})
         if self.energies > 0:
             least = self.LEAST * self.unit if self.unit is not None else -math.inf
             self.rise = max(self.rises / self.energies, least) * energy
-            if self.start is None and probe is not None and energy > 0 and min(probe, self.rise) > 0.1 * self.target:
+            if (
+                self.start is None
+                and probe is not None
+                and energy > 0
+                and min(probe, self.rise) > 0.1 * self.target
+            ):
                 self.start = 2 * self.price * self.rise / energy
             if self.start is not None:
-                self.integral = min(12.0, max(-7.0, self.integral + self.INTEGRAL_GAIN * min(1.5, max(-0.7, self._error()))))
+                self.integral = min(
+                    12.0,
+                    max(
+                        -7.0,
+                        self.integral + self.INTEGRAL_GAIN * min(1.5, max(-0.7, self._error())),
+                    ),
+                )
         self.trajectory[-1] |= {"rise": self.rise, "strength": self.strength()}
         return self.strength()
 
@@ -64,7 +90,11 @@ class Controller:
         if self.start is None:
             return 0.0
         error = 0.0 if self.rise is None else self._error()
-        return self.start * math.exp(self.integral + self.GAIN * max(error, self.UNUSED) + self.UNUSED_GAIN * min(0.0, error - self.UNUSED))
+        return self.start * math.exp(
+            self.integral
+            + self.GAIN * max(error, self.UNUSED)
+            + self.UNUSED_GAIN * min(0.0, error - self.UNUSED)
+        )
 
     def _error(self) -> float:
         ratio = (self.rise or 0.0) / self.target
@@ -72,7 +102,10 @@ class Controller:
 
     def state(self) -> dict[str, Any]:
         """Plain data that a checkpoint holds."""
-        return {**{name: getattr(self, name) for name in self.CHANGING}, "trajectory": list(self.trajectory)}
+        return {
+            **{name: getattr(self, name) for name in self.CHANGING},
+            "trajectory": list(self.trajectory),
+        }
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from `state`."""
@@ -81,5 +114,3 @@ class Controller:
         self.trajectory = list(state["trajectory"])
 
     CHANGING = ("start", "integral", "rise", "rises", "energies")
-
-

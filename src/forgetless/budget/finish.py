@@ -1,13 +1,19 @@
-"""The finish: from an update as trained to the largest one that keeps the budget, and the check that says so.
+"""The finish: from an update as trained to the largest one that keeps the budget, and the check
+that says so.
 
-    scan     the rise on the control part and the learning at many shares of the update (1: as trained, 0: the base), along each way; neither need be monotone
-    choose   the most learning among shares whose planned bound keeps the budget: the value below which the check's upper end will be 19 times in 20
-    check    the check part, measured at the chosen share only. Not met: one fallback to a smaller share, chosen on the control part, and a second check;
-             each has half of the error probability
-    sources  in a sequence of domains the bound and the check are those of the worst source: the general text or an earlier domain
+    scan     the rise on the control part and the learning at many shares of the update (1: as
+             trained, 0: the base), along each way; neither need be monotone
+    choose   the most learning among shares whose planned bound keeps the budget: the value below
+             which the check's upper end will be 19 times in 20
+    check    the check part, measured at the chosen share only. Not met: one fallback to a smaller
+             share, chosen on the control part, and a second check; each has half of the error
+             probability
+    sources  in a sequence of domains the bound and the check are those of the worst source: the
+             general text or an earlier domain
 
-`apply(share)` makes the model that share of the update: by scaling (`Update.scale`), or by shrinking along importance (shrink.py). Costs 2 to 12 evaluations
-of the control part and of the domain data along each way, and one or two of the check part.
+`apply(share)` makes the model that share of the update: by scaling (`Update.scale`), or by
+shrinking along importance (shrink.py). Costs 2 to 12 evaluations of the control part and of the
+domain data along each way, and one or two of the check part.
 
     report = keep_budget(ledger, model, ways_of(update, importance), learning)
     print("\\n".join(sentences(report)))
@@ -39,7 +45,9 @@ logger = logging.getLogger("forgetless")
 SHARES = (1.0, 0.85, 0.7, 0.55, 0.4, 0.3, 0.2, 0.1, 0.05)
 REFINED = 3  # shares tried between the best one that keeps the budget and the next larger one
 EACH = ERROR / 2  # error probability of one check: the first, and the fallback's
-Ways = Mapping[str, Callable[[float], None]]  # name -> a function: share -> the model with that share of its update, none of it at 0
+Ways = Mapping[
+    str, Callable[[float], None]
+]  # name -> a function: share -> the model with that share of its update, none of it at 0
 WORSE = ("met", "not shown", "exceeded")
 OTHERS = (0.5, 1.0, 2.0, 5.0)  # per cent: what other budgets would buy
 
@@ -52,15 +60,11 @@ class Planner(Protocol):
     def planned(self, model: nn.Module, *, error: float) -> tuple[Interval, float, str]: ...
 
 
-
-
 class Forecaster(Planner, Protocol):
     """A planner by a calibration."""
 
     @property
     def calibration(self) -> Calibration: ...
-
-
 
 
 @dataclass(frozen=True)
@@ -73,14 +77,24 @@ class Learning:
     def of(self, model: nn.Module) -> Interval:
         """The fall of the loss, in nats per token: the interval of a rise with the sign turned."""
         fall = self.part.rise(model, error=ERROR)
-        return Interval(-fall.nats, fall.standard_error, -fall.high, -fall.low, fall.error, fall.by, fall.clusters, fall.effective, fall.documents)
-
-
+        return Interval(
+            -fall.nats,
+            fall.standard_error,
+            -fall.high,
+            -fall.low,
+            fall.error,
+            fall.by,
+            fall.clusters,
+            fall.effective,
+            fall.documents,
+        )
 
 
 @dataclass(frozen=True)
 class Point:
-    """One share of the update: its rise on the control part, what the check's upper end is expected to stay below, and its learning."""
+    """One share of the update: its rise on the control part, what the check's upper end is expected
+    to stay below, and its learning.
+    """
 
     way: str
     share: float
@@ -91,9 +105,18 @@ class Point:
 
     def numbers(self) -> dict[str, Any]:
         """For run.json."""
-        return {"way": self.way, "share": self.share, "mu": self.mu, "rise": self.rise.numbers(), "bound": self.bound, "worst": self.worst,
-                "learning": None if self.learning is None else self.learning.nats,
-                "learning_standard_error": None if self.learning is None else self.learning.standard_error}  # fmt: skip
+        return {
+            "way": self.way,
+            "share": self.share,
+            "mu": self.mu,
+            "rise": self.rise.numbers(),
+            "bound": self.bound,
+            "worst": self.worst,
+            "learning": None if self.learning is None else self.learning.nats,
+            "learning_standard_error": None
+            if self.learning is None
+            else self.learning.standard_error,
+        }
 
     @property
     def mu(self) -> float | None:
@@ -106,14 +129,31 @@ class Point:
         return self.share if self.learning is None else self.learning.nats
 
 
-
-
 class Scan:
-    """Points along one way, more of them where the budget is crossed. Shares that can buy nothing are left out, until `below` asks for them."""
+    """Points along one way, more of them where the budget is crossed.
 
-    def __init__(self, ledger: Planner, model: nn.Module, way: str, apply: Callable[[float], None], learning: Learning | None, whole: Point | None = None):
-        self.ledger, self.model, self.way, self.apply, self.learning = ledger, model, way, apply, learning
-        self.points = [] if whole is None else [replace(whole, way=way)]  # largest share first; the whole update is the same along every way
+    Shares that can buy nothing are left out, until `below` asks for them.
+    """
+
+    def __init__(
+        self,
+        ledger: Planner,
+        model: nn.Module,
+        way: str,
+        apply: Callable[[float], None],
+        learning: Learning | None,
+        whole: Point | None = None,
+    ):
+        self.ledger, self.model, self.way, self.apply, self.learning = (
+            ledger,
+            model,
+            way,
+            apply,
+            learning,
+        )
+        self.points = (
+            [] if whole is None else [replace(whole, way=way)]
+        )  # largest share first; the whole update is the same along every way
         for share in SHARES[len(self.points) :]:
             self._measure(share)
             if self._enough():
@@ -135,27 +175,41 @@ class Scan:
         self.apply(share)
         rise, bound, worst = self.ledger.planned(self.model, error=EACH)
         learned = None if self.learning is None else self.learning.of(self.model)
-        self.points = sorted([*self.points, Point(self.way, share, rise, bound, learned, worst)], key=lambda point: -point.share)
+        self.points = sorted(
+            [*self.points, Point(self.way, share, rise, bound, learned, worst)],
+            key=lambda point: -point.share,
+        )
 
     def _enough(self) -> bool:
-        """Whether the smallest share learns less than a larger one, and both keep the smallest budget that is reported on."""
+        """Whether the smallest share learns less than a larger one, and both keep the smallest
+        budget that is reported on.
+        """
         least = min(self.ledger.budget.nats, *(math.log1p(other / 100) for other in OTHERS))
         *larger, last = self.points
-        return last.bound <= least and any(point.bound <= least and point.gain > last.gain for point in larger)
+        return last.bound <= least and any(
+            point.bound <= least and point.gain > last.gain for point in larger
+        )
 
 
-NOTHING = Point("scale", 0.0, Interval(0.0, 0.0, 0.0, 0.0, EACH, "document", 0, 0.0, 0), 0.0, None)  # the base model
+NOTHING = Point(
+    "scale", 0.0, Interval(0.0, 0.0, 0.0, 0.0, EACH, "document", 0, 0.0, 0), 0.0, None
+)  # the base model
 
 
 def ways_of(update: Update, importance: Importance | None) -> Ways:
     """The ways to make a LoRA update smaller: along importance where there is any, and by scaling."""
-    return {"shrink": shrinker(update, importance), "scale": update.scale} if importance is not None else {"scale": update.scale}
-
-
+    return (
+        {"shrink": shrinker(update, importance), "scale": update.scale}
+        if importance is not None
+        else {"scale": update.scale}
+    )
 
 
 def shrinker(update: Update, importance: Importance) -> Callable[[float], None]:
-    """A function: share -> the model with the kept update shrunk that far along importance. Covariances are decomposed once."""
+    """A function: share -> the model with the kept update shrunk that far along importance.
+
+    Covariances are decomposed once.
+    """
     made: dict[int, tuple[AnyCovariance, Basis]] = {}
     forms: dict[str, Form] = {}
 
@@ -167,30 +221,38 @@ def shrinker(update: Update, importance: Importance) -> Callable[[float], None]:
             if weight.name not in forms:
                 forms[weight.name] = prepared(importance[weight.name], L.device, made)
         unit = typical([(forms[weight.name], L, R) for weight, L, R in update.kept()])
-        update.factors(lambda weight, L, R: refactored(forms[weight.name], L, R, mu_of(share) / unit))
+        update.factors(
+            lambda weight, L, R: refactored(forms[weight.name], L, R, mu_of(share) / unit)
+        )
 
     return apply
 
 
-
-
 def mu_of(share: float) -> float:
-    """The mu of shrink.py at a share above 0: squared, because on the lab model the mildest that is of use is near 0.02 and that of a small budget near 100."""
+    """The mu of shrink.py at a share above 0: squared, because on the lab model the mildest that is
+    of use is near 0.02 and that of a small budget near 100.
+    """
     return ((1 - share) / share) ** 2
 
 
-
-
 def choose(points: Sequence[Point], limit: float, nothing: Point = NOTHING) -> Point:
-    """The point with the largest gain among those whose bound is within `limit`; `nothing`, the model before training, where none gains anything."""
+    """The point with the largest gain among those whose bound is within `limit`; `nothing`, the
+    model before training, where none gains anything.
+    """
     fitting = [point for point in points if point.bound <= limit and point.gain > 0]
     return max(fitting, key=lambda point: point.gain, default=nothing)
 
 
-
-
-def keep_budget(ledger: Ledger, model: nn.Module, ways: Ways, learning: Learning | None, *, among: Sequence[str] | None = None) -> dict[str, Any]:
-    """Scan every way, choose among those named by `among` (default: all), check, fall back at most once along the chosen way.
+def keep_budget(
+    ledger: Ledger,
+    model: nn.Module,
+    ways: Ways,
+    learning: Learning | None,
+    *,
+    among: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """Scan every way, choose among those named by `among` (default: all), check, fall back at most
+    once along the chosen way.
 
     Leaves the model at the share that was checked last; returns what run.json holds under `budget`.
     """
@@ -206,37 +268,70 @@ def keep_budget(ledger: Ledger, model: nn.Module, ways: Ways, learning: Learning
     for attempt in range(2):
         ways[chosen.way](chosen.share)
         rises = ledger.checked(model, error=EACH)
-        on = max(rises, key=lambda name: (WORSE.index(verdict(rises[name], limit)), rises[name].high))
+        on = max(
+            rises, key=lambda name: (WORSE.index(verdict(rises[name], limit)), rises[name].high)
+        )
         rise = rises[on]
-        each = {name: {"verdict": verdict(found, limit), **found.numbers()} for name, found in rises.items()} if ledger.guards else None
-        checks.append({"way": chosen.way, "share": chosen.share, "verdict": verdict(rise, limit), "on": on, "each": each, **rise.numbers()})
+        each = (
+            {
+                name: {"verdict": verdict(found, limit), **found.numbers()}
+                for name, found in rises.items()
+            }
+            if ledger.guards
+            else None
+        )
+        checks.append(
+            {
+                "way": chosen.way,
+                "share": chosen.share,
+                "verdict": verdict(rise, limit),
+                "on": on,
+                "each": each,
+                **rise.numbers(),
+            }
+        )
         if checks[-1]["verdict"] == "met" or attempt:
             break
-        logger.warning("the check part does not show the budget at share %.3f (%s): one fallback to a smaller share", chosen.share, checks[-1]["verdict"])
-        chosen = choose(scans[chosen.way].below(chosen.share), 0.9 * limit * limit / rise.high, nothing)  # as much smaller as the check missed by, and a tenth
+        logger.warning(
+            "the check part does not show the budget at share %.3f (%s): one fallback to a "
+            "smaller share",
+            chosen.share,
+            checks[-1]["verdict"],
+        )
+        chosen = choose(
+            scans[chosen.way].below(chosen.share), 0.9 * limit * limit / rise.high, nothing
+        )  # as much smaller as the check missed by, and a tenth
     return {
         "verdict": checks[-1]["verdict"],
         "control": chosen.rise.numbers(),
         "check": checks[-1],
         "checks": checks,
         "how": rise.how(),
-        "documents_to_decide": documents_to_decide(rise, limit) if checks[-1]["verdict"] == "not shown" else None,
+        "documents_to_decide": documents_to_decide(rise, limit)
+        if checks[-1]["verdict"] == "not shown"
+        else None,
         "learning_per_nat": _per_nat(chosen, rises[GENERAL].nats),
         **_chosen(ledger.budget, chosen, scans, points, learning),
     }
 
 
-
-
-def keep_predicted(forecast: Forecaster, model: nn.Module, ways: Ways, learning: Learning | None) -> dict[str, Any]:
-    """As `keep_budget` with a `prediction.Forecast` in place of the ledger: nothing is measured but the learning, so nothing can be checked."""
+def keep_predicted(
+    forecast: Forecaster, model: nn.Module, ways: Ways, learning: Learning | None
+) -> dict[str, Any]:
+    """As `keep_budget` with a `prediction.Forecast` in place of the ledger: nothing is measured but
+    the learning, so nothing can be checked.
+    """
     scans = _scanned(forecast, model, ways, learning)
     points = [point for scan in scans.values() for point in scan.points]
     chosen = choose(points, forecast.budget.nats, replace(NOTHING, way=list(ways)[-1]))
     ways[chosen.way](chosen.share)
     return {
         "verdict": "predicted",
-        "predicted": {"nats": chosen.rise.nats, "percent": perplexity_percent(chosen.rise.nats), "bound": chosen.bound},
+        "predicted": {
+            "nats": chosen.rise.nats,
+            "percent": perplexity_percent(chosen.rise.nats),
+            "bound": chosen.bound,
+        },
         "calibration": forecast.calibration.numbers(),
         "check": None,
         "checks": [],
@@ -246,19 +341,30 @@ def keep_predicted(forecast: Forecaster, model: nn.Module, ways: Ways, learning:
     }
 
 
-
-
-def _scanned(ledger: Planner, model: nn.Module, ways: Ways, learning: Learning | None) -> dict[str, Scan]:
+def _scanned(
+    ledger: Planner, model: nn.Module, ways: Ways, learning: Learning | None
+) -> dict[str, Scan]:
     """Every way, each from the same whole update."""
     scans: dict[str, Scan] = {}
     for way, apply in ways.items():
-        scans[way] = Scan(ledger, model, way, apply, learning, next((scan.points[0] for scan in scans.values()), None))
+        scans[way] = Scan(
+            ledger,
+            model,
+            way,
+            apply,
+            learning,
+            next((scan.points[0] for scan in scans.values()), None),
+        )
     return scans
 
 
-
-
-def _chosen(budget: Budget, chosen: Point, scans: Mapping[str, Scan], points: Sequence[Point], learning: Learning | None) -> dict[str, Any]:
+def _chosen(
+    budget: Budget,
+    chosen: Point,
+    scans: Mapping[str, Scan],
+    points: Sequence[Point],
+    learning: Learning | None,
+) -> dict[str, Any]:
     """The part of the report that is the same whether the rise was measured or predicted."""
     gained = chosen.learning
     return {
@@ -268,7 +374,9 @@ def _chosen(budget: Budget, chosen: Point, scans: Mapping[str, Scan], points: Se
         "share": chosen.share,
         "mu": chosen.mu,
         "promised": chosen.bound,
-        "learning": None if gained is None else {"nats": gained.nats, "standard_error": gained.standard_error},
+        "learning": None
+        if gained is None
+        else {"nats": gained.nats, "standard_error": gained.standard_error},
         "learning_on": None if learning is None else learning.name,
         "curve": [point.numbers() for scan in scans.values() for point in scan.points],
         "each": {way: _bought(scan.points, budget.nats) for way, scan in scans.items()},
@@ -276,13 +384,9 @@ def _chosen(budget: Budget, chosen: Point, scans: Mapping[str, Scan], points: Se
     }
 
 
-
-
 def _per_nat(point: Point, rise: float) -> float | None:
     """Learning for each nat of forgetting; None where nothing was learned or lost."""
     return point.learning.nats / rise if point.learning is not None and rise > 0 else None
-
-
 
 
 def _bought(points: Sequence[Point], limit: float) -> dict[str, Any]:
@@ -292,7 +396,9 @@ def _bought(points: Sequence[Point], limit: float) -> dict[str, Any]:
         "way": point.way,
         "share": point.share,
         "mu": point.mu,
-        "learning": 0.0 if point is NOTHING else None if point.learning is None else point.learning.nats,
+        "learning": 0.0
+        if point is NOTHING
+        else None
+        if point.learning is None
+        else point.learning.nats,
     }
-
-

@@ -1,8 +1,11 @@
-"""The budget of one training run, from the first look at the general text to the verdict: what `tune --budget` and `hold(trainer, budget=...)` add to it.
+"""The budget of one training run, from the first look at the general text to the verdict: what
+`tune --budget` and `hold(trainer, budget=...)` add to it.
 
-before training   general text split and measured on the base, overlap with the training data warned of, budgets that it cannot show refused
+before training   general text split and measured on the base, overlap with the training data warned
+                  of, budgets that it cannot show refused
 during            the probe sets the strength
-after             the finish scales the update to the most learning that keeps the budget, and checks it
+after             the finish scales the update to the most learning that keeps the budget, and
+                  checks it
 """
 
 from __future__ import annotations
@@ -31,42 +34,105 @@ logger = logging.getLogger("forgetless")
 
 
 class Keeper:
-    """Keeps the budget of one run. Made while the model carries no update, then `bind` before training and `finish` after it."""
+    """Keeps the budget of one run.
 
-    def __init__(self, ledger: Ledger, learning: Learning | None, shared: Overlap, tokens_per_step: float):
+    Made while the model carries no update, then `bind` before training and `finish` after it.
+    """
+
+    def __init__(
+        self, ledger: Ledger, learning: Learning | None, shared: Overlap, tokens_per_step: float
+    ):
         self.ledger, self.learning, self.budget = ledger, learning, ledger.budget
         if said := shared.describe():
             logger.warning("%s", said)
-        self.overlap = {"exact": len(shared.exact), "near": len(shared.near), "documents": shared.documents}
+        self.overlap = {
+            "exact": len(shared.exact),
+            "near": len(shared.near),
+            "documents": shared.documents,
+        }
         piece = min(PIECE, float(ledger.pieces.tokens.mean()) + 1)
-        rows = [float(np.mean([len(ids) for ids, _ in guard.control.encoded])) for guard in ledger.guards]
-        self.every, self.count = plan(tokens_per_step, piece + (sum(rows) / len(rows) if rows else 0.0))  # of both as many, together
+        rows = [
+            float(np.mean([len(ids) for ids, _ in guard.control.encoded]))
+            for guard in ledger.guards
+        ]
+        self.every, self.count = plan(
+            tokens_per_step, piece + (sum(rows) / len(rows) if rows else 0.0)
+        )  # of both as many, together
 
-    def bind(self, trainer: Any, importance: Importance, *, start: float | None, layers: Any, anchor: str, names: str | None,
-             offload: bool = False) -> PenaltyCallback:  # fmt: skip
-        """Refuse what the text cannot show, then add penalty and probe to the trainer. `start`: the strength to begin at; None: what suits the importance."""
+    def bind(
+        self,
+        trainer: Any,
+        importance: Importance,
+        *,
+        start: float | None,
+        layers: Any,
+        anchor: str,
+        names: str | None,
+        offload: bool = False,
+    ) -> PenaltyCallback:
+        """Refuse what the text cannot show, then add penalty and probe to the trainer.
+
+        `start`: the strength to begin at; None: what suits the importance.
+        """
         self.update = Update(trainer.model, names=names)
-        only_scales = importance.info.get("estimator") == "uniform" or any(isinstance(weight, FullWeight) for weight in self.update.weights)
+        only_scales = importance.info.get("estimator") == "uniform" or any(
+            isinstance(weight, FullWeight) for weight in self.update.weights
+        )
         self.shrinkable = None if only_scales else importance
         spread: tuple[Interval, float] | None = None
-        if not self.ledger.moved:  # a random update's rise is measured from the model that training starts from
+        if (
+            not self.ledger.moved
+        ):  # a random update's rise is measured from the model that training starts from
             spread = self.ledger.spread(trainer.model, self.update, error=EACH)
             check_reach(spread[0], len(self.ledger.check), self.budget, error=EACH)
-        callback = hold_trainer(trainer, importance, strength=0.0, layers=layers, anchor=anchor, names=names, offload=offload)
-        unit = 1.0 if importance.info.get("estimator") in IN_NATS else self._unit(callback.penalty, spread)
-        start = start or (STRENGTHS[str(importance.info["estimator"])] if importance.info.get("estimator") in IN_NATS else None)
+        callback = hold_trainer(
+            trainer,
+            importance,
+            strength=0.0,
+            layers=layers,
+            anchor=anchor,
+            names=names,
+            offload=offload,
+        )
+        unit = (
+            1.0
+            if importance.info.get("estimator") in IN_NATS
+            else self._unit(callback.penalty, spread)
+        )
+        start = start or (
+            STRENGTHS[str(importance.info["estimator"])]
+            if importance.info.get("estimator") in IN_NATS
+            else None
+        )
         guards = [Rolling(guard.control, trainer.model) for guard in self.ledger.guards]
         offset = self.ledger.offset(trainer.model) if self.ledger.moved else 0.0
-        self.probe = Probe(Controller(self.budget.nats, start, unit), callback.penalty, self.ledger.pieces, every=self.every, count=self.count, guards=guards,
-                           offset=offset)  # fmt: skip
+        self.probe = Probe(
+            Controller(self.budget.nats, start, unit),
+            callback.penalty,
+            self.ledger.pieces,
+            every=self.every,
+            count=self.count,
+            guards=guards,
+            offset=offset,
+        )
         trainer.callback_handler.callbacks.insert(0, self.probe)
         callback.finishing = functools.partial(self.finish, trainer)
-        logger.info("budget %s (%.4g nats): %d control and %d check documents; %d pieces probed every %d steps", self.budget.text, self.budget.nats,
-                    len(self.ledger.control), len(self.ledger.check), self.probe.count, self.every)  # fmt: skip
+        logger.info(
+            "budget %s (%.4g nats): %d control and %d check documents; %d pieces probed every %d "
+            "steps",
+            self.budget.text,
+            self.budget.nats,
+            len(self.ledger.control),
+            len(self.ledger.check),
+            self.probe.count,
+            self.every,
+        )
         return callback
 
     def _unit(self, penalty: Penalty, spread: tuple[Interval, float] | None) -> float | None:
-        """Nats of general loss that a unit of energy costs, by the random update of which both were measured; None where there is none."""
+        """Nats of general loss that a unit of energy costs, by the random update of which both were
+        measured; None where there is none.
+        """
         if spread is None or spread[0].nats <= 0:
             return None
         try:
@@ -79,7 +145,7 @@ class Keeper:
     def finish(self, trainer: Any) -> dict[str, Any]:
         """Make the model's update fit the budget and check it; what run.json holds under `budget`."""
         self.update.keep()
-        report = keep_budget(self.ledger, trainer.model, ways_of(self.update, self.shrinkable), self.learning)
+        report = keep_budget(
+            self.ledger, trainer.model, ways_of(self.update, self.shrinkable), self.learning
+        )
         return {**report, **self.probe.history(trainer.state), "overlap": self.overlap}
-
-

@@ -1,12 +1,16 @@
-"""The probe: measures the general loss on a few pieces of control text between steps of a trainer, and sets the strength that `budget.Controller` asks for.
+"""The probe: measures the general loss on a few pieces of control text between steps of a trainer,
+and sets the strength that `budget.Controller` asks for.
 
-Between probes the controller is told the energy alone. A forward pass over a token costs a third to a half of a training step's work on one, so probing 8 %
-as many tokens as are trained takes 3 to 4 % of the time. The plan is made in tokens, not in seconds, so that a run is the same on any machine; what it took
-is measured and reported. Pieces rotate, so that over a run all of the control text is used; base losses of the pieces are known. In a sequence of domains the
-worst of general text and earlier domains counts. Without pieces nothing is measured, and `cost` alone says what the update would. Everything that the
-next step depends on is in the trainer's checkpoint.
+Between probes the controller is told the energy alone. A forward pass over a token costs a third to
+a half of a training step's work on one, so probing 8 % as many tokens as are trained takes 3 to 4 %
+of the time. The plan is made in tokens, not in seconds, so that a run is the same on any machine;
+what it took is measured and reported. Pieces rotate, so that over a run all of the control text is
+used; base losses of the pieces are known. In a sequence of domains the worst of general text and
+earlier domains counts. Without pieces nothing is measured, and `cost` alone says what the update
+would. Everything that the next step depends on is in the trainer's checkpoint.
 
-    trainer.callback_handler.callbacks.insert(0, Probe(controller, penalty, ledger.pieces, every=5, count=4))
+    trainer.callback_handler.callbacks.insert(0, Probe(controller, penalty, ledger.pieces, every=5,
+    count=4))
 """
 
 from __future__ import annotations
@@ -30,28 +34,36 @@ from forgetless.penalty.pull import Penalty
 logger = logging.getLogger("forgetless")
 SHARE = 0.08  # of the trained tokens
 EVERY = 5  # steps between looks at the energy, and at least between probes
-FEWEST, MOST = 2, 64  # pieces of a probe: many small probes rather than few large ones, since the controller pools them
+FEWEST, MOST = (
+    2,
+    64,
+    # pieces of a probe: many small probes rather than few large ones, since the controller pools them
+)
 
 
 def plan(tokens_per_step: float, piece: float) -> tuple[int, int]:
-    """(steps between probes, pieces per probe) within SHARE for steps of so many tokens and pieces of so many."""
+    """(steps between probes, pieces per probe) within SHARE for steps of so many tokens and pieces
+    of so many.
+    """
     allowed = SHARE * max(tokens_per_step, 1.0) / max(piece, 1.0)  # pieces per step
     every = max(EVERY, int(-(-FEWEST // allowed)))
     return every, max(1, min(MOST, int(allowed * every)))
 
 
-
-
 class Rolling:
-    """The rise on rows of an earlier domain, a few of them measured anew each time and the others as they were last. Few tokens are scored in a row, so that
-    the rise of a few rows alone would be noise many times the budget."""
+    """The rise on rows of an earlier domain, a few of them measured anew each time and the others
+    as they were last. Few tokens are scored in a row, so that the rise of a few rows alone would be
+    noise many times the budget.
+    """
 
     ROWS = 64
 
     def __init__(self, part: Part, model: nn.Module):
         self.part = part.some(range(min(self.ROWS, len(part))))
         self.nats = self.part.losses(model)
-        self.offset = float((self.nats - self.part.nats).sum() / self.part.tokens.sum())  # where training starts
+        self.offset = float(
+            (self.nats - self.part.nats).sum() / self.part.tokens.sum()
+        )  # where training starts
         self.cursor = 0
 
     def look(self, model: nn.Module, count: int) -> float:
@@ -62,26 +74,46 @@ class Rolling:
         return float((self.nats - self.part.nats).sum() / self.part.tokens.sum())
 
 
-
-
 class Probe(TrainerCallback, ExportableState):
-    """Sets `penalty.strength` from what the general loss does, and logs budget/rise and budget/strength."""
+    """Sets `penalty.strength` from what the general loss does, and logs budget/rise and
+    budget/strength.
+    """
 
-    def __init__(self, controller: Controller, penalty: Penalty, pieces: Part | None = None, *, every: int = EVERY, count: int = 0,
-                 guards: Sequence[Rolling] = (), offset: float = 0.0, cost: Callable[[], float] | None = None):  # fmt: skip
-        self.controller, self.penalty, self.pieces, self.every, self.count = controller, penalty, pieces, every, min(count, len(pieces or ()))
+    def __init__(
+        self,
+        controller: Controller,
+        penalty: Penalty,
+        pieces: Part | None = None,
+        *,
+        every: int = EVERY,
+        count: int = 0,
+        guards: Sequence[Rolling] = (),
+        offset: float = 0.0,
+        cost: Callable[[], float] | None = None,
+    ):
+        self.controller, self.penalty, self.pieces, self.every, self.count = (
+            controller,
+            penalty,
+            pieces,
+            every,
+            min(count, len(pieces or ())),
+        )
         self.guards, self.offset = guards, offset
         self.cost = cost or functools.partial(penalty.energy, together=True)
         self.cursor = 0
         self.seconds, self._started, self.total_seconds = 0.0, 0.0, 0.0
         penalty.strength = controller.strength()
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._started = time.perf_counter()
         if state.global_step:
             self.restore(state)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         now = state.global_step % self.every == 0
         if not now and state.global_step % EVERY:
             return
@@ -96,51 +128,93 @@ class Probe(TrainerCallback, ExportableState):
         self.cursor = (self.cursor + self.count) % len(pieces)
         rise = float((part.losses(model) - part.nats).sum() / part.tokens.sum())
         each = max(1, self.count // max(1, len(self.guards)))
-        worst = max([self._used(rise, self.offset), *(self._used(guard.look(model, each), guard.offset) for guard in self.guards)])
-        return float(distributed.collect(worst)[0])  # one number for all processes, whatever their hardware rounds to
+        worst = max(
+            [
+                self._used(rise, self.offset),
+                *(self._used(guard.look(model, each), guard.offset) for guard in self.guards),
+            ]
+        )
+        return float(
+            distributed.collect(worst)[0]
+        )  # one number for all processes, whatever their hardware rounds to
 
     def _used(self, rise: float, offset: float) -> float:
-        """The rise as it would be if all of the budget were still free: where earlier domains have used some, the same share of what they left."""
+        """The rise as it would be if all of the budget were still free: where earlier domains have
+        used some, the same share of what they left.
+        """
         return (rise - offset) / max(1 - offset / self.controller.target, 0.1)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.total_seconds = time.perf_counter() - self._started
         if self.total_seconds > 60 and self.seconds > 0.05 * self.total_seconds:
-            logger.warning("probing the general loss took %.1f %% of the training time, more than planned", 100 * self.seconds / self.total_seconds)
+            logger.warning(
+                "probing the general loss took %.1f %% of the training time, more than planned",
+                100 * self.seconds / self.total_seconds,
+            )
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if logs is None or "loss" not in logs:
             return
-        mine = {"budget/strength": self.penalty.strength, **({} if self.controller.rise is None else {"budget/rise": self.controller.rise})}
+        mine = {
+            "budget/strength": self.penalty.strength,
+            **({} if self.controller.rise is None else {"budget/rise": self.controller.rise}),
+        }
         logs.update(mine)
         if state.log_history:
             state.log_history[-1].update(mine)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds."""
-        return {"args": {}, "attributes": {"cursor": self.cursor, "controller": self.controller.state(),
-                                           "guards": [{"cursor": guard.cursor, "nats": guard.nats.tolist()} for guard in self.guards]}}  # fmt: skip
+        return {
+            "args": {},
+            "attributes": {
+                "cursor": self.cursor,
+                "controller": self.controller.state(),
+                "guards": [
+                    {"cursor": guard.cursor, "nats": guard.nats.tolist()} for guard in self.guards
+                ],
+            },
+        }
 
     def stored(self, state: TrainerState) -> Any:
         """What a checkpoint held of this callback; None where nothing."""
         return (state.stateful_callbacks or {}).get(type(self).__name__)
 
     def history(self, state: TrainerState) -> dict[str, Any]:
-        """What the controller did while training, for the report; of a finished training that was only loaded, by its checkpoint."""
+        """What the controller did while training, for the report; of a finished training that was
+        only loaded, by its checkpoint.
+        """
         if not self.controller.trajectory and self.stored(state):
             self.restore(state)
-        measured = {"every": self.every, "pieces": self.count} if self.pieces else {"every": None, "pieces": 0}
-        return {"trajectory": self.controller.trajectory, "probe": {**measured, "seconds": self.seconds, "train_seconds": self.total_seconds}}
+        measured = (
+            {"every": self.every, "pieces": self.count}
+            if self.pieces
+            else {"every": None, "pieces": 0}
+        )
+        return {
+            "trajectory": self.controller.trajectory,
+            "probe": {**measured, "seconds": self.seconds, "train_seconds": self.total_seconds},
+        }
 
     def restore(self, state: TrainerState) -> None:
         """Go on from a checkpoint's state. Raises ValueError where it was made without a budget."""
         stored = self.stored(state)
         if not isinstance(stored, dict) or "attributes" not in stored:
-            raise ValueError("the checkpoint holds no state of a budget, so it was made without --budget; start again with --overwrite")
+            raise ValueError(
+                "the checkpoint holds no state of a budget, so it was made without --budget; "
+                "start again with --overwrite"
+            )
         self.cursor = int(stored["attributes"]["cursor"])
         self.controller.load(stored["attributes"]["controller"])
         for guard, kept in zip(self.guards, stored["attributes"].get("guards", []), strict=True):
             guard.cursor, guard.nats = int(kept["cursor"]), np.array(kept["nats"])
         self.penalty.strength = self.controller.strength()
-
-

@@ -1,15 +1,19 @@
-"""shrink(): a finished adapter, whoever trained it with PEFT, made to keep a forgetting budget; along importance or by plain scaling.
+"""shrink(): a finished adapter, whoever trained it with PEFT, made to keep a forgetting budget;
+along importance or by plain scaling.
 
-The story: refuse what cannot be shrunk, measure the bare base on the general text, shrink by more and less, take the most learning that keeps the budget on the
-control part, check it once on the other part, write. Plain scaling is measured beside it at the same budget. The input is never written to.
+The story: refuse what cannot be shrunk, measure the bare base on the general text, shrink by more
+and less, take the most learning that keeps the budget on the control part, check it once on the
+other part, write. Plain scaling is measured beside it at the same budget. The input is never
+written to.
 
     DIR/final/      the adapter, same rank and configuration; loads with plain PEFT
     DIR/run.json    configuration, before, after, budget with verdict, the curve of each way
 
-Along a way, the share 1 is the adapter as it came and 0 the base. Scaling: share * U. Shrinking: mu = ((1 - share) / share)^2 in units of the typical
-importance (shrink.py).
+Along a way, the share 1 is the adapter as it came and 0 the base. Scaling: share * U. Shrinking: mu
+= ((1 - share) / share)^2 in units of the typical importance (shrink.py).
 
-    forgetless shrink their-adapter --importance model.importance.safetensors --budget 1% --general held-out.jsonl --data domain.jsonl --out shrunk
+    forgetless shrink their-adapter --importance model.importance.safetensors --budget 1% --general
+    held-out.jsonl --data domain.jsonl --out shrunk
 """
 
 from __future__ import annotations
@@ -51,13 +55,23 @@ from forgetless.report.cards import write_card
 from forgetless.report.numbers import perplexity_percent
 
 logger = logging.getLogger("forgetless")
-# What in an adapter's configuration moves the model by more than scale * B @ A, and so stays when that is shrunk.
-BEYOND = {"use_dora": "DoRA", "modules_to_save": "whole modules trained beside it", "trainable_token_indices": "trained token embeddings",
-          "lora_bias": "trained biases", "layer_replication": "replicated layers", "target_parameters": "adapted parameters of fused layers"}  # fmt: skip
+# What in an adapter's configuration moves the model by more than scale * B @ A, and so stays when
+# that is shrunk.
+BEYOND = {
+    "use_dora": "DoRA",
+    "modules_to_save": "whole modules trained beside it",
+    "trainable_token_indices": "trained token embeddings",
+    "lora_bias": "trained biases",
+    "layer_replication": "replicated layers",
+    "target_parameters": "adapted parameters of fused layers",
+}
 
 
 def shrink(options: ShrinkOptions) -> dict[str, Any]:
-    """Shrink as `options` say; writes `options.out` and returns what is in its run.json. Raises ValueError or OptionError before anything is written."""
+    """Shrink as `options` say; writes `options.out` and returns what is in its run.json.
+
+    Raises ValueError or OptionError before anything is written.
+    """
     config = _check(options)
     options = replace(options, model=options.model or config.get("base_model_name_or_path") or "")
     if not options.model:
@@ -73,21 +87,43 @@ def shrink(options: ShrinkOptions) -> dict[str, Any]:
     update = Update(model)
     if importance is not None:
         check_fit(model, importance, [weight.name for weight in update.weights], "base")
-    check_free_space(out, sum(p.numel() * p.element_size() for weight in update.weights for p in weight.parameters))
+    check_free_space(
+        out,
+        sum(p.numel() * p.element_size() for weight in update.weights for p in weight.parameters),
+    )
     ways = ways_of(update, importance)
-    logger.info("%s %s (%d weights of %s)", options.method, options.adapter, len(update.weights), options.model)
-    wanted: dict[str, Any] = dict(general=options.general, data=options.data, text_column=options.text_column, general_split=options.general_split,
-                                  data_split=options.data_split, limit=options.limit)  # fmt: skip
+    logger.info(
+        "%s %s (%d weights of %s)",
+        options.method,
+        options.adapter,
+        len(update.weights),
+        options.model,
+    )
+    wanted: dict[str, Any] = dict(
+        general=options.general,
+        data=options.data,
+        text_column=options.text_column,
+        general_split=options.general_split,
+        data_split=options.data_split,
+        limit=options.limit,
+    )
     with bare(model) as base:
         before = measure(base, tokenizer, **wanted)
         learning = _learning(options, base, tokenizer) if options.budget else None
         ledger = _opened(options, base, tokenizer) if options.budget and options.general else None
     kept: dict[str, Any] = {}
     if ledger is not None:
-        check_reach(ledger.spread(model, update, error=EACH)[0], len(ledger.check), ledger.budget, error=EACH)
+        check_reach(
+            ledger.spread(model, update, error=EACH)[0],
+            len(ledger.check),
+            ledger.budget,
+            error=EACH,
+        )
         report = keep_budget(ledger, model, ways, learning, among=(options.method,))
     elif calibration is not None and importance is not None:
-        forecast = Forecast(parse(options.budget or ""), calibration, Penalty(model, importance, strength=0.0))
+        forecast = Forecast(
+            parse(options.budget or ""), calibration, Penalty(model, importance, strength=0.0)
+        )
         report = keep_predicted(forecast, model, {"scale": update.scale}, learning)
     if options.budget:
         kept = {"budget": report, "verdict": report["verdict"]}
@@ -116,13 +152,11 @@ def shrink(options: ShrinkOptions) -> dict[str, Any]:
     return run
 
 
-
-
 def share_of(mu: float, method: str) -> float:
-    """The share at which a method stands for mu: shrinking by 1 / (1 + mu Omega), scaling by 1 / (1 + mu)."""
+    """The share at which a method stands for mu: shrinking by 1 / (1 + mu Omega), scaling by 1 / (1
+    + mu).
+    """
     return 1 / (1 + math.sqrt(mu)) if method == "shrink" else 1 / (1 + mu)
-
-
 
 
 def curves(report: dict[str, Any]) -> list[str]:
@@ -131,69 +165,95 @@ def curves(report: dict[str, Any]) -> list[str]:
     lines = [f"{'way':<8}{'share':>8}{'mu':>10}{rise:>20}{'learning (nats)':>18}"]
     for point in report["curve"]:
         mu, learning = point["mu"], point["learning"]
-        lines.append(f"{point['way']:<8}{point['share']:>8.3f}{'-' if mu is None else f'{mu:.3g}':>10}{perplexity_percent(point['rise']['nats']):>+18.2f} %"
-                     f"{'-' if learning is None else f'{learning:.4f}':>18}")  # fmt: skip
+        lines.append(
+            f"{point['way']:<8}{point['share']:>8.3f}{'-' if mu is None else f'{mu:.3g}':>10}{perplexity_percent(point['rise']['nats']):>+18.2f} "
+            "%"
+            f"{'-' if learning is None else f'{learning:.4f}':>18}"
+        )
     return lines
-
-
 
 
 def _check(options: ShrinkOptions) -> dict[str, Any]:
     """Everything that can be refused without loading a model; the adapter's configuration."""
     if options.method == "shrink" and not options.importance:
-        raise OptionError("--method shrink shrinks along importance: give --importance FILE of `forgetless record`, or --method scale")
+        raise OptionError(
+            "--method shrink shrinks along importance: give --importance FILE of `forgetless "
+            "record`, or --method scale"
+        )
     if (options.budget is None) == (options.mu is None):
         raise OptionError("give --budget (1%, 0.01nats), which chooses mu, or --mu X; one of them")
     if options.budget:
         parse(options.budget)
         if options.general == "self":
-            raise OptionError("--budget is kept on held-out general text, found --general self; give --general TEXT")
+            raise OptionError(
+                "--budget is kept on held-out general text, found --general self; give --general "
+                "TEXT"
+            )
         if not options.general and options.method != "scale":
-            raise OptionError("without --general a budget is kept on a prediction, which holds for scaled updates alone: give --general TEXT, or --method "
-                              "scale with --importance FILE of forgetless record --calibrate")  # fmt: skip
+            raise OptionError(
+                "without --general a budget is kept on a prediction, which holds for scaled "
+                "updates alone: give --general TEXT, or --method "
+                "scale with --importance FILE of forgetless record --calibrate"
+            )
     config = adapter_config(options.adapter)
     adapter, out = Path(options.adapter).resolve(), Path(options.out).resolve()
     if out == adapter or out in adapter.parents or adapter in out.parents:
-        raise OptionError(f"--out '{options.out}' would write where the adapter lies; the input is never changed: give another folder")
+        raise OptionError(
+            f"--out '{options.out}' would write where the adapter lies; the input is never "
+            "changed: give another folder"
+        )
     check_output_folder(options.out)
     if any(Path(options.out).iterdir()):
         raise ValueError(f"'{options.out}' is not empty; give a new folder")
     return config
 
 
-
-
 def adapter_config(folder: str) -> dict[str, Any]:
-    """The configuration of a PEFT adapter that shrink can work on. Raises ValueError with the reason otherwise."""
+    """The configuration of a PEFT adapter that shrink can work on.
+
+    Raises ValueError with the reason otherwise.
+    """
     config = checked(folder)
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise ValueError(f"'{folder}' is a {kind} adapter; shrinking needs an update that is a product of two factors: LoRA or rsLoRA")
-    beyond = [what for key, what in BEYOND.items() if config.get(key)] + (["trained biases"] if config.get("bias", "none") != "none" else [])
+        raise ValueError(
+            f"'{folder}' is a {kind} adapter; shrinking needs an update that is a product of two "
+            "factors: LoRA or rsLoRA"
+        )
+    beyond = [what for key, what in BEYOND.items() if config.get(key)] + (
+        ["trained biases"] if config.get("bias", "none") != "none" else []
+    )
     initial = config.get("init_lora_weights", True)
     if isinstance(initial, str) and initial.lower().startswith(MOVES_THE_BASE):
-        raise ValueError(f"'{folder}' starts away from the base model (init_lora_weights: {initial}), while importance belongs to the bare base; convert it to "
-                         "plain LoRA first (PEFT: save_pretrained with path_initial_model_for_weight_conversion)")  # fmt: skip
+        raise ValueError(
+            f"'{folder}' starts away from the base model (init_lora_weights: {initial}), while "
+            "importance belongs to the bare base; convert it to "
+            "plain LoRA first (PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
+        )
     if beyond:
-        raise ValueError(f"'{folder}' has {', '.join(beyond)}, which would stay as it is when scale * B @ A is shrunk; only plain LoRA and rsLoRA are taken")
+        raise ValueError(
+            f"'{folder}' has {', '.join(beyond)}, which would stay as it is when scale * B @ A "
+            "is shrunk; only plain LoRA and rsLoRA are taken"
+        )
     return config
-
-
 
 
 def _opened(options: ShrinkOptions, base: nn.Module, tokenizer: Any) -> Ledger:
     """What the base loses on the two parts of the general text."""
-    documents = load_documents(options.general or "", column=options.text_column, split=options.general_split, limit=options.limit)
+    documents = load_documents(
+        options.general or "",
+        column=options.text_column,
+        split=options.general_split,
+        limit=options.limit,
+    )
     return open_ledger(base, tokenizer, documents, parse(options.budget or ""))
-
-
 
 
 def _learning(options: ShrinkOptions, base: nn.Module, tokenizer: Any) -> Learning | None:
     """What the base loses on the domain data, where it is given."""
     if not options.data:
         return None
-    rows = encode_rows(load_training_data(options.data, split=options.data_split, limit=options.limit), tokenizer)
+    rows = encode_rows(
+        load_training_data(options.data, split=options.data_split, limit=options.limit), tokenizer
+    )
     return domain(base, rows, options.data)
-
-

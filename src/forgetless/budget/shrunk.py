@@ -1,17 +1,23 @@
-"""Shrink a finished update along what matters: less where general ability lives, the rest as it was. Pure functions on thin factors; no model.
+"""Shrink a finished update along what matters: less where general ability lives, the rest as it
+was. Pure functions on thin factors; no model.
 
     closed form   V = argmin ||V - U||^2 + mu E(V),  E the energy of the importance entry
                   elements and factored:  V_ij = U_ij / (1 + mu Omega_ij)
                   kronecker:              the same with g_i a_j in the eigenbases of G and A
-    re-factored   the same argmin over rank-r updates V = L R: alternating least squares from the truncated SVD of the closed form. Truncation alone is the
-                  nearest rank-r update in ||.||, not in this metric, and can bring removed energy back. Each half step is solved exactly, so the objective
-                  never rises; it starts no worse than U itself, so the energy never does either
+    re-factored   the same argmin over rank-r updates V = L R: alternating least squares from the
+                  truncated SVD of the closed form. Truncation alone is the nearest rank-r update in
+                  ||.||, not in this metric, and can bring removed energy back. Each half step is
+                  solved exactly, so the objective never rises; it starts no worse than U itself, so
+                  the energy never does either
 
-mu is in units of the `typical` importance, sum of E(U) over sum of ||U||^2 (the mean that this update meets): a direction of typical importance is halved at
-mu = 1, whatever the unit of the file, and uniform importance only scales, by 1 / (1 + mu). Nothing published is followed.
+mu is in units of the `typical` importance, sum of E(U) over sum of ||U||^2 (the mean that this
+update meets): a direction of typical importance is halved at mu = 1, whatever the unit of the file,
+and uniform importance only scales, by 1 / (1 + mu). Nothing published is followed.
 
-Cost per weight and sweep, in f64 (rank r, covariance rank k):  kronecker:k  O((out + in)(k + r) r), no (out, in) tensor;  whole covariances
-O(out^2 r + in^2 r) after one eigendecomposition each, O(n^3);  factored  O((out + in) k r^2);  by element  O(out in r^2). Memory O((out + in) r^2); by element
+Cost per weight and sweep, in f64 (rank r, covariance rank k):  kronecker:k  O((out + in)(k + r) r),
+    no (out, in) tensor;  whole covariances
+O(out^2 r + in^2 r) after one eigendecomposition each, O(n^3);  factored  O((out + in) k r^2);  by
+    element  O(out in r^2). Memory O((out + in) r^2); by element
 and factored, the start holds one (out, in) tensor.
 
     form = prepared(importance[name], device, {})
@@ -77,7 +83,9 @@ class Elements:
         return (L[:, i] * L[:, j] * weight * self.times(R.T[:, i] * R.T[:, j])).sum()
 
     def fit(self, L: Tensor, R: Tensor, Q: Tensor, mu: float) -> Tensor:
-        """The X that minimises ||X Q - L R||^2 + mu E(X Q) for orthonormal rows Q (r, in): one r x r system per row of X, (out, r)."""
+        """The X that minimises ||X Q - L R||^2 + mu E(X Q) for orthonormal rows Q (r, in): one r x
+        r system per row of X, (out, r).
+        """
         i, j = _pairs(Q.shape[0], Q.device)
         sums = self.times(Q.T[:, i] * Q.T[:, j])  # (out, pairs)
         grams = sums.new_empty(len(sums), Q.shape[0], Q.shape[0])
@@ -93,11 +101,11 @@ class Elements:
         return none, U / (1 + mu * (omega.T if self.transposed else omega)), none
 
 
-
-
 @dataclass(frozen=True, eq=False)
 class Basis:
-    """V diag(values - floor) V^T + floor I with exactly orthonormal V (n, k): the eigenvectors of a covariance that stand out."""
+    """V diag(values - floor) V^T + floor I with exactly orthonormal V (n, k): the eigenvectors of a
+    covariance that stand out.
+    """
 
     vectors: Tensor
     values: Tensor
@@ -113,8 +121,6 @@ class Basis:
         rest = 1 / (1 + weights * self.floor)
         inner = self.vectors.T @ X
         return rest * X + self.vectors @ (inner * (1 / (1 + self.values[:, None] * weights) - rest))
-
-
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,13 +142,16 @@ class Covariances:
     def fit(self, L: Tensor, R: Tensor, Q: Tensor, mu: float) -> Tensor:
         """The X that minimises ||X Q - L R||^2 + mu E(X Q) for orthonormal rows Q (r, in).
 
-        X + mu G X (Q A Q^T) = L R Q^T; in the eigenbasis of Q A Q^T, (r, r), every column is a system in G alone.
+        X + mu G X (Q A Q^T) = L R Q^T; in the eigenbasis of Q A Q^T, (r, r), every column is a
+        system in G alone.
         """
         weights, turn = torch.linalg.eigh(self.into.gram(Q.T))
         return self.out.solve(L @ (R @ Q.T) @ turn, mu * weights.clamp(min=0)) @ turn.T
 
     def closed(self, L: Tensor, R: Tensor, mu: float) -> tuple[Tensor, Tensor, Tensor]:
-        """The closed form as P core Q with orthonormal columns of P and rows of Q: covariance directions first, then what of U lies outside of them."""
+        """The closed form as P core Q with orthonormal columns of P and rows of Q: covariance
+        directions first, then what of U lies outside of them.
+        """
         out, into = self.out, self.into
         inside, within = out.vectors.T @ L, R @ into.vectors  # (k, r), (r, k')
         P, outside = torch.linalg.qr(L - out.vectors @ inside)
@@ -150,14 +159,21 @@ class Covariances:
         left, right = torch.cat([inside, outside]), torch.cat([within, without.T], 1)
         g = torch.cat([out.values, out.values.new_full((len(outside),), out.floor)])
         a = torch.cat([into.values, into.values.new_full((len(without),), into.floor)])
-        return torch.cat([out.vectors, P], 1), (left @ right) / (1 + mu * torch.outer(g, a)), torch.cat([into.vectors, Q], 1).T
+        return (
+            torch.cat([out.vectors, P], 1),
+            (left @ right) / (1 + mu * torch.outer(g, a)),
+            torch.cat([into.vectors, Q], 1).T,
+        )
 
 
 Form = Elements | Covariances
 
 
-def prepared(entry: Entry, device: torch.device, made: dict[int, tuple[AnyCovariance, Basis]]) -> Form:
-    """The form of one weight's importance, on `device`; eigenbases are kept in `made`, by identity, so that a shared covariance is decomposed once.
+def prepared(
+    entry: Entry, device: torch.device, made: dict[int, tuple[AnyCovariance, Basis]]
+) -> Form:
+    """The form of one weight's importance, on `device`; eigenbases are kept in `made`, by identity,
+    so that a shared covariance is decomposed once.
 
     The covariance is kept beside its basis: once it were gone, another could have its identity.
     """
@@ -170,10 +186,11 @@ def prepared(entry: Entry, device: torch.device, made: dict[int, tuple[AnyCovari
     return Elements(entry.to(device, torch.float64, {}))
 
 
-
-
 def basis(cov: AnyCovariance) -> Basis:
-    """The eigenbasis of a covariance in its own dtype. Stored directions are made orthonormal again: those in bf16 are so to three digits only."""
+    """The eigenbasis of a covariance in its own dtype.
+
+    Stored directions are made orthonormal again: those in bf16 are so to three digits only.
+    """
     if isinstance(cov, LowRankCovariance):
         Q, S = torch.linalg.qr(cov.vectors)
         values, turn = torch.linalg.eigh((S * cov.values) @ S.T)
@@ -182,14 +199,10 @@ def basis(cov: AnyCovariance) -> Basis:
     return Basis(vectors, values.clamp(min=0), 0.0)
 
 
-
-
 def distance(L: Tensor, R: Tensor, L2: Tensor, R2: Tensor) -> Tensor:
     """||L R - L2 R2||^2 from small matrices; f64, since the terms nearly cancel."""
     left, right = torch.cat([L, -L2], 1), torch.cat([R, R2])
     return ((left.T @ left) * (right @ right.T)).sum()
-
-
 
 
 def objective(form: Form, L: Tensor, R: Tensor, L2: Tensor, R2: Tensor, mu: float) -> float:
@@ -197,20 +210,22 @@ def objective(form: Form, L: Tensor, R: Tensor, L2: Tensor, R2: Tensor, mu: floa
     return float(distance(L, R, L2, R2) + mu * form.energy(L2, R2))
 
 
-
-
 def truncated(form: Form, L: Tensor, R: Tensor, mu: float) -> tuple[Tensor, Tensor]:
-    """The closed form cut to the rank of L R by its SVD: where the fit starts, and what it must beat."""
+    """The closed form cut to the rank of L R by its SVD: where the fit starts, and what it must
+    beat.
+    """
     P, core, Q = form.closed(L, R, mu)
     left, values, right = _leading(core, R @ Q.T if Q.numel() else R)
     left = left * values
     return (P @ left if P.numel() else left), (right @ Q if Q.numel() else right)
 
 
-
-
-def refactored(form: Form, L: Tensor, R: Tensor, mu: float, *, sweeps: int = SWEEPS) -> tuple[Tensor, Tensor]:
-    """L' (out, r), R' (r, in) with the least ||L' R' - L R||^2 + mu E(L' R') that alternating least squares finds from the truncated SVD; f64."""
+def refactored(
+    form: Form, L: Tensor, R: Tensor, mu: float, *, sweeps: int = SWEEPS
+) -> tuple[Tensor, Tensor]:
+    """L' (out, r), R' (r, in) with the least ||L' R' - L R||^2 + mu E(L' R') that alternating least
+    squares finds from the truncated SVD; f64.
+    """
     L, R = L.double(), R.double()
     if mu == 0 or not bool(L.any()) or not bool(R.any()):
         return L, R
@@ -232,10 +247,10 @@ def refactored(form: Form, L: Tensor, R: Tensor, mu: float, *, sweeps: int = SWE
     return balanced(*found, rank=R.shape[0])
 
 
-
-
 def balanced(L: Tensor, R: Tensor, *, rank: int) -> tuple[Tensor, Tensor]:
-    """The same product with factors of equal size, so that neither loses digits where it is stored; with zeros up to `rank`, which may exceed the weight."""
+    """The same product with factors of equal size, so that neither loses digits where it is stored;
+    with zeros up to `rank`, which may exceed the weight.
+    """
     P, S = torch.linalg.qr(L)
     left, values, right = torch.linalg.svd(S @ R, full_matrices=False)
     root, missing = values.sqrt(), rank - len(values)
@@ -243,18 +258,23 @@ def balanced(L: Tensor, R: Tensor, *, rank: int) -> tuple[Tensor, Tensor]:
     return pad(P @ left * root, (0, missing)), pad(root[:, None] * right, (0, 0, 0, missing))
 
 
-
-
 def typical(parts: Sequence[tuple[Form, Tensor, Tensor]]) -> float:
-    """The mean importance that an update meets: sum of E(L R) over sum of ||L R||^2. Raises ValueError where there is none."""
+    """The mean importance that an update meets: sum of E(L R) over sum of ||L R||^2.
+
+    Raises ValueError where there is none.
+    """
     energy = sum(float(form.energy(L.double(), R.double())) for form, L, R in parts)
-    size = sum(float(((L.double().T @ L.double()) * (R.double() @ R.double().T)).sum()) for _, L, R in parts)
+    size = sum(
+        float(((L.double().T @ L.double()) * (R.double() @ R.double().T)).sum())
+        for _, L, R in parts
+    )
     if not (size > 0 and energy > 0 and math.isfinite(energy / size)):
         what = "the update is zero" if not size > 0 else f"its energy is {energy:g}"
-        raise ValueError(f"nothing to shrink: {what}; expected a trained adapter, and importance above zero on its weights")
+        raise ValueError(
+            f"nothing to shrink: {what}; expected a trained adapter, and importance above zero "
+            "on its weights"
+        )
     return energy / size
-
-
 
 
 def _pairs(rank: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -263,11 +283,11 @@ def _pairs(rank: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return i, j
 
 
-
-
 def _leading(matrix: Tensor, near: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(left (m, r), values, right (r, n)) of the r leading singular values, r the rows of `near`: a whole SVD where a side is small, else by eight
-    subspace iterations from `near` and eight fixed random rows."""
+    """(left (m, r), values, right (r, n)) of the r leading singular values, r the rows of `near`: a
+    whole SVD where a side is small, else by eight subspace iterations from `near` and eight fixed
+    random rows.
+    """
     rank = near.shape[0]
     if min(matrix.shape) <= max(EXACT_BELOW, 2 * rank + 16):
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
@@ -280,18 +300,22 @@ def _leading(matrix: Tensor, near: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return left[:, :rank], values[:rank], (right @ Q.T)[:rank]
 
 
-
-
 def reference(entry: Entry, U: Tensor, mu: float, within: Tensor | None = None) -> Any:
-    """Slow and readable twin of `closed` and `fit`, by one (out in, out in) system in f64: the V (out, in) with the least ||V - U||^2 + mu E(V), of all,
-    or among V = X @ within for rows `within` (r, in)."""
+    """Slow and readable twin of `closed` and `fit`, by one (out in, out in) system in f64: the V
+    (out, in) with the least ||V - U||^2 + mu E(V), of all, or among V = X @ within for rows
+    `within` (r, in).
+    """
     m, n = entry.shape
-    form = torch.kron(entry.out_cov.full(), entry.in_cov.full()) if isinstance(entry, KroneckerEntry) else torch.diag(entry.dense().flatten())
+    form = (
+        torch.kron(entry.out_cov.full(), entry.in_cov.full())
+        if isinstance(entry, KroneckerEntry)
+        else torch.diag(entry.dense().flatten())
+    )
     system = torch.eye(m * n, dtype=torch.float64) + mu * form.double()
     if within is None:
         return torch.linalg.solve(system, U.double().flatten()).view(m, n)
-    lift = torch.kron(torch.eye(m, dtype=torch.float64), within.double().T.contiguous())  # (out in, out r): X.flatten() -> (X @ within).flatten()
+    lift = torch.kron(
+        torch.eye(m, dtype=torch.float64), within.double().T.contiguous()
+    )  # (out in, out r): X.flatten() -> (X @ within).flatten()
     X = torch.linalg.solve(lift.T @ system @ lift, lift.T @ U.double().flatten())
     return (lift @ X).view(m, n)
-
-

@@ -1,14 +1,18 @@
-"""Accuracy on multiple-choice questions in a comparison: the base model and every finished test run, on the domain's questions and on those of other tasks.
+"""Accuracy on multiple-choice questions in a comparison: the base model and every finished test
+run, on the domain's questions and on those of other tasks.
 
-    domains: {sciq: {data: sciq=train.jsonl, test: sciq=test.jsonl, task: sciq=test.jsonl}}     # what was learned
-    tasks: {piqa: piqa=test.jsonl}                                                              # what may have been lost
+    domains: {sciq: {data: sciq=train.jsonl, test: sciq=test.jsonl, task: sciq=test.jsonl}}     #
+        what was learned
+    tasks: {piqa: piqa=test.jsonl}                                                              #
+        what may have been lost
 
     DIR/accuracy.json             of the base
     DIR/runs/ID/accuracy.json     of the whole update of a run
 
-Answers are ranked by likelihood (`evaluation.answers`). Measured from the finished adapters once the runs are done, so a task that is added to an experiment
-trains nothing again. Costs a forward pass over questions times choices, per run and task;
-how many says `limit: questions` (default: as `test`).
+Answers are ranked by likelihood (`evaluation.answers`). Measured from the finished adapters once
+the runs are done, so a task that is added to an experiment trains nothing again. Costs a forward
+pass over questions times choices, per run and task; how many says `limit: questions` (default: as
+`test`).
 """
 
 from __future__ import annotations
@@ -35,19 +39,31 @@ KEPT = ("acc", "acc_stderr", "acc_norm", "questions")
 
 
 def check_questions(experiment: Experiment) -> None:
-    """Raise OptionError for tasks that are not ours, ValueError for questions that cannot be read; before anything is trained."""
-    for where, spec in {**{f"domains: {name}": place["task"] for name, place in experiment.domains.items() if "task" in place},
-                        **{f"tasks: {name}": spec for name, spec in experiment.tasks.items()}}.items():  # fmt: skip
+    """Raise OptionError for tasks that are not ours, ValueError for questions that cannot be read;
+    before anything is trained.
+    """
+    for where, spec in {
+        **{
+            f"domains: {name}": place["task"]
+            for name, place in experiment.domains.items()
+            if "task" in place
+        },
+        **{f"tasks: {name}": spec for name, spec in experiment.tasks.items()},
+    }.items():
         try:
             load_task(spec, split=None)
         except ValueError as error:
             raise type(error)(f"{where}: {error}") from None
 
 
+def score_all(
+    experiment: Experiment, jobs: Sequence[Mapping[str, Any]], out: Path, processes: int = 1
+) -> None:
+    """Measure what is not measured yet.
 
-
-def score_all(experiment: Experiment, jobs: Sequence[Mapping[str, Any]], out: Path, processes: int = 1) -> None:
-    """Measure what is not measured yet. `jobs`: the runs of the campaign; those on the test part that are done are scored, `processes` at a time."""
+    `jobs`: the runs of the campaign; those on the test part that are done are scored, `processes`
+    at a time.
+    """
     own = domain_tasks(experiment)
     if not own and not experiment.tasks:
         return
@@ -55,17 +71,30 @@ def score_all(experiment: Experiment, jobs: Sequence[Mapping[str, Any]], out: Pa
     waiting = []
     for job in {job["id"]: job for job in jobs}.values():  # methods may share a run
         trial, path = job["trial"], job["folder"] / "accuracy.json"
-        wanted = {**({trial.domain: own[trial.domain]} if trial.domain in own else {}), **experiment.tasks}
-        if trial.part != "test" or not wanted or read_json(job["folder"] / "run.json")["status"] != "done" or _known(path, experiment, wanted) is not None:
+        wanted = {
+            **({trial.domain: own[trial.domain]} if trial.domain in own else {}),
+            **experiment.tasks,
+        }
+        if (
+            trial.part != "test"
+            or not wanted
+            or read_json(job["folder"] / "run.json")["status"] != "done"
+            or _known(path, experiment, wanted) is not None
+        ):
             continue
         if not (job["folder"] / "adapter").is_dir():
-            logger.warning("%s on %s, seed %d: its adapter is gone, so its accuracy cannot be measured", trial.method, trial.domain, trial.seed)
+            logger.warning(
+                "%s on %s, seed %d: its adapter is gone, so its accuracy cannot be measured",
+                trial.method,
+                trial.domain,
+                trial.seed,
+            )
             continue
         waiting.append({**job, "wanted": wanted})
-    for done, _ in enumerate(running(_score_run, waiting, processes, killed=_was_killed, spread=spread(experiment)), 1):
+    for done, _ in enumerate(
+        running(_score_run, waiting, processes, killed=_was_killed, spread=spread(experiment)), 1
+    ):
         logger.info("accuracy of %d of %d runs", done, len(waiting))
-
-
 
 
 def spread(experiment: Experiment) -> bool:
@@ -73,13 +102,11 @@ def spread(experiment: Experiment) -> bool:
     return ":" not in str(experiment.model.get("device") or "")
 
 
-
-
 def domain_tasks(experiment: Experiment) -> dict[str, str]:
     """The multiple-choice questions of the domains that have any: domain -> task."""
-    return {domain: place["task"] for domain, place in experiment.domains.items() if "task" in place}
-
-
+    return {
+        domain: place["task"] for domain, place in experiment.domains.items() if "task" in place
+    }
 
 
 def score_base(experiment: Experiment, out: Path) -> dict[str, float]:
@@ -95,15 +122,15 @@ def score_base(experiment: Experiment, out: Path) -> dict[str, float]:
     return {name: task["acc"] for name, task in found["tasks"].items()}
 
 
-
-
-def score_domains(experiment: Experiment, model: nn.Module, tokenizer: Any, domains: Sequence[str]) -> dict[str, float]:
+def score_domains(
+    experiment: Experiment, model: nn.Module, tokenizer: Any, domains: Sequence[str]
+) -> dict[str, float]:
     """The accuracy of one state of a model on those of `domains` that have questions."""
     own = domain_tasks(experiment)
-    found = _score(model, tokenizer, experiment, {domain: own[domain] for domain in domains if domain in own})
+    found = _score(
+        model, tokenizer, experiment, {domain: own[domain] for domain in domains if domain in own}
+    )
     return {name: task["acc"] for name, task in found["tasks"].items()}
-
-
 
 
 def question_limit(experiment: Experiment) -> int | None:
@@ -111,42 +138,57 @@ def question_limit(experiment: Experiment) -> int | None:
     return experiment.limit.get("questions", experiment.limit.get("test"))
 
 
-
-
 def _score_run(job: Mapping[str, Any]) -> None:
     options, trial = job["options"], job["trial"]
     try:
         model = load_tuned(options, job["folder"] / "adapter", full=options.full)
-        write_json(job["folder"] / "accuracy.json", _score(model, load_tokenizer(options), job["experiment"], job["wanted"]))
+        write_json(
+            job["folder"] / "accuracy.json",
+            _score(model, load_tokenizer(options), job["experiment"], job["wanted"]),
+        )
     except Exception as error:  # one run without an accuracy must not cost the comparison
-        logger.warning("%s on %s, seed %d: its accuracy was not measured (%s: %s); the same command tries again", trial.method, trial.domain, trial.seed,
-                       type(error).__name__, error)  # fmt: skip
-
-
+        logger.warning(
+            "%s on %s, seed %d: its accuracy was not measured (%s: %s); the same command tries "
+            "again",
+            trial.method,
+            trial.domain,
+            trial.seed,
+            type(error).__name__,
+            error,
+        )
 
 
 def _was_killed(job: Mapping[str, Any]) -> None:
-    logger.warning("%s on %s: its process was killed, so its accuracy was not measured; the same command tries again", job["trial"].method, job["trial"].domain)
-
-
+    logger.warning(
+        "%s on %s: its process was killed, so its accuracy was not measured; the same command "
+        "tries again",
+        job["trial"].method,
+        job["trial"].domain,
+    )
 
 
 def _known(path: Path, experiment: Experiment, wanted: Mapping[str, str]) -> dict[str, Any] | None:
     """What was measured, if it is all that is wanted."""
     found = dict(read_json(path)) if path.exists() else None
-    if found is None or found["limit"] != question_limit(experiment) or found.get("model", experiment.model["model"]) != experiment.model["model"]:
+    if (
+        found is None
+        or found["limit"] != question_limit(experiment)
+        or found.get("model", experiment.model["model"]) != experiment.model["model"]
+    ):
         return None
-    return found if all(found["tasks"].get(name, {}).get("task") == spec for name, spec in wanted.items()) else None
+    return (
+        found
+        if all(found["tasks"].get(name, {}).get("task") == spec for name, spec in wanted.items())
+        else None
+    )
 
 
-
-
-def _score(model: nn.Module, tokenizer: Any, experiment: Experiment, wanted: Mapping[str, str]) -> dict[str, Any]:
+def _score(
+    model: nn.Module, tokenizer: Any, experiment: Experiment, wanted: Mapping[str, str]
+) -> dict[str, Any]:
     limit, found = question_limit(experiment), {}
     for name, spec in wanted.items():
         task, rows = load_task(spec, split=None)
         measured = answers(model, tokenizer, task, rows[:limit])
         found[name] = {"task": spec, **{key: measured[key] for key in KEPT}}
     return {"model": experiment.model["model"], "limit": limit, "tasks": found}
-
-

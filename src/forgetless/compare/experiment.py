@@ -1,4 +1,6 @@
-"""An experiment: methods, settings, domains and seeds, from which every run follows. experiment_file.py reads it. Nothing heavy is imported."""
+"""An experiment: methods, settings, domains and seeds, from which every run follows.
+experiment_file.py reads it. Nothing heavy is imported.
+"""
 
 from __future__ import annotations
 
@@ -31,34 +33,43 @@ class MethodSpec:
     def settings(self) -> list[dict[str, Any]]:
         """Every combination of the grid with the fixed options."""
         names = list(self.grid)
-        return [{**self.options, **dict(zip(names, values, strict=True))} for values in itertools.product(*self.grid.values())]
+        return [
+            {**self.options, **dict(zip(names, values, strict=True))}
+            for values in itertools.product(*self.grid.values())
+        ]
 
     @property
     def needs(self) -> str:
         """What it takes besides the domain data."""
         text = self.options.get("replay") and self.options["replay"] not in ("self", "domain")
-        needs = [*(["general text while tuning"] if text else []), *(["importance file"] if self.options.get("importance") else [])]
+        needs = [
+            *(["general text while tuning"] if text else []),
+            *(["importance file"] if self.options.get("importance") else []),
+        ]
         return ", ".join(needs) or "nothing"
-
-
 
 
 @dataclass(frozen=True)
 class SequenceSpec:
-    """Domains that are learned one after another, and the methods that do: label -> options laid over those chosen for the method that it is `like`."""
+    """Domains that are learned one after another, and the methods that do: label -> options laid
+    over those chosen for the method that it is `like`.
+    """
 
     domains: tuple[str, ...]
     methods: Mapping[str, Mapping[str, Any]]
 
-    def settings(self, label: str, domain: str, chosen: Mapping[tuple[str, str], dict[str, Any]]) -> dict[str, Any]:
-        """The options of a step. Raises ValueError where no setting could be chosen, since no run of that method succeeded."""
+    def settings(
+        self, label: str, domain: str, chosen: Mapping[tuple[str, str], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """The options of a step.
+
+        Raises ValueError where no setting could be chosen, since no run of that method succeeded.
+        """
         over = dict(self.methods[label])
         like = over.pop("like", label)
         if (like, domain) not in chosen:
             raise ValueError(f"{like} has no finished run on {domain} to choose settings from")
         return {**chosen[like, domain], **over}
-
-
 
 
 @dataclass(frozen=True)
@@ -72,19 +83,27 @@ class Experiment:
     methods: dict[str, MethodSpec]
     training: dict[str, Any] = field(default_factory=dict)
     importance: dict[str, dict[str, Any]] = field(default_factory=dict)
-    seeds: dict[str, list[int]] = field(default_factory=lambda: {"validation": [0], "test": [1, 2, 3]})
+    seeds: dict[str, list[int]] = field(
+        default_factory=lambda: {"validation": [0], "test": [1, 2, 3]}
+    )
     scales: tuple[float, ...] = (0.25, 0.5, 0.75)
     shares: tuple[float, ...] = (0.5, 0.8, 0.95)
     limit: dict[str, int] = field(default_factory=lambda: {"validation": 100, "test": 300})
     trials: str = "equal"
     characters: int | None = None  # of each general document that are evaluated
     sequences: dict[str, SequenceSpec] = field(default_factory=dict)
-    tasks: dict[str, str] = field(default_factory=dict)  # name -> multiple-choice questions that no domain teaches
+    tasks: dict[str, str] = field(
+        default_factory=dict
+    )  # name -> multiple-choice questions that no domain teaches
 
     @property
     def reference(self) -> str:
         """The method whose learning is the measure: plain fine-tuning."""
-        return next(label for label, method in self.methods.items() if method.options.get("method") == "plain")
+        return next(
+            label
+            for label, method in self.methods.items()
+            if method.options.get("method") == "plain"
+        )
 
     @property
     def recorded(self) -> str:
@@ -92,10 +111,15 @@ class Experiment:
         return next(iter(self.general))
 
     def texts(self, part: str) -> list[str]:
-        """The general texts that a run on this part is measured on. Settings are chosen on the recorded kind alone; the others wait for the test, if any."""
-        return [self.recorded] if part == "validation" and self.seeds.get("test") else list(self.general)
+        """The general texts that a run on this part is measured on.
 
-
+        Settings are chosen on the recorded kind alone; the others wait for the test, if any.
+        """
+        return (
+            [self.recorded]
+            if part == "validation" and self.seeds.get("test")
+            else list(self.general)
+        )
 
 
 @dataclass(frozen=True)
@@ -109,27 +133,54 @@ class Trial:
     seed: int
 
 
-
-
 def from_resolved(given: Mapping[str, Any]) -> Experiment:
     """The experiment that `dataclasses.asdict` made plain."""
     methods = {label: MethodSpec(**spec) for label, spec in given["methods"].items()}
-    sequences = {name: SequenceSpec(tuple(spec["domains"]), spec["methods"]) for name, spec in (given.get("sequences") or {}).items()}
-    return Experiment(**{**given, "methods": methods, "sequences": sequences, "scales": tuple(given["scales"]), "shares": tuple(given["shares"])})
+    sequences = {
+        name: SequenceSpec(tuple(spec["domains"]), spec["methods"])
+        for name, spec in (given.get("sequences") or {}).items()
+    }
+    return Experiment(
+        **{
+            **given,
+            "methods": methods,
+            "sequences": sequences,
+            "scales": tuple(given["scales"]),
+            "shares": tuple(given["shares"]),
+        }
+    )
 
 
-
-
-def record_options(experiment: Experiment, recipe: Mapping[str, Any], *, general: str, out: str) -> RecordOptions:
+def record_options(
+    experiment: Experiment, recipe: Mapping[str, Any], *, general: str, out: str
+) -> RecordOptions:
     """The options of one recording."""
-    return resolve(RecordOptions, {**experiment.model, "general": general, **recipe, "out": out}, RECORD_PRESETS)
+    return resolve(
+        RecordOptions,
+        {**experiment.model, "general": general, **recipe, "out": out},
+        RECORD_PRESETS,
+    )
 
 
-
-
-def tune_options(experiment: Experiment, settings: Mapping[str, Any], *, data: str, replay: str, importance: str | None, out: str, seed: int) -> TuneOptions:
+def tune_options(
+    experiment: Experiment,
+    settings: Mapping[str, Any],
+    *,
+    data: str,
+    replay: str,
+    importance: str | None,
+    out: str,
+    seed: int,
+) -> TuneOptions:
     """The options of one run; `replay` and `importance` are what the settings' words stand for."""
-    given = {**experiment.model, **experiment.training, **settings, "data": data, "out": out, "seed": seed}
+    given = {
+        **experiment.model,
+        **experiment.training,
+        **settings,
+        "data": data,
+        "out": out,
+        "seed": seed,
+    }
     if given.get("replay") == RECORDED:
         given["replay"] = replay
     if given.get("importance"):
@@ -137,29 +188,57 @@ def tune_options(experiment: Experiment, settings: Mapping[str, Any], *, data: s
     return resolve(TuneOptions, given, TUNE_PRESETS)
 
 
-
-
 def validation_trials(experiment: Experiment) -> list[Trial]:
-    """Every setting on every domain with the validation seeds; plain first, since the others are measured by it."""
-    order = sorted(experiment.methods.values(), key=lambda method: method.label != experiment.reference)
-    return [Trial(method.label, domain, settings, "validation", seed) for domain in experiment.domains for method in order for settings in method.settings()
-            for seed in experiment.seeds.get("validation", [])]  # fmt: skip
+    """Every setting on every domain with the validation seeds; plain first, since the others are
+    measured by it.
+    """
+    order = sorted(
+        experiment.methods.values(), key=lambda method: method.label != experiment.reference
+    )
+    return [
+        Trial(method.label, domain, settings, "validation", seed)
+        for domain in experiment.domains
+        for method in order
+        for settings in method.settings()
+        for seed in experiment.seeds.get("validation", [])
+    ]
 
 
-
-
-def final_trials(experiment: Experiment, chosen: Mapping[tuple[str, str], dict[str, Any]]) -> list[Trial]:
+def final_trials(
+    experiment: Experiment, chosen: Mapping[tuple[str, str], dict[str, Any]]
+) -> list[Trial]:
     """The chosen setting of each (method, domain) with the test seeds."""
-    return [Trial(method, domain, settings, "test", seed) for (method, domain), settings in chosen.items() for seed in experiment.seeds.get("test", [])]
-
-
+    return [
+        Trial(method, domain, settings, "test", seed)
+        for (method, domain), settings in chosen.items()
+        for seed in experiment.seeds.get("test", [])
+    ]
 
 
 def identity(options: TuneOptions, *, more: Iterable[Any]) -> str:
-    """16 hex digits of everything that decides a run: its options without places and machine, and `more` (hashes of data, recipe, evaluation)."""
-    unimportant = ("data", "replay", "importance", "out", "threads", "device", "save_steps", "log_steps", "report_to", "overwrite", "resume",
-                   "push_to_hub", "private")  # fmt: skip
-    decided = {key: value for key, value in as_dict(options).items() if key not in unimportant and not (key in LATER and (value is None or value is False))}
-    return hashlib.sha256(json.dumps([decided, *more], sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
+    """16 hex digits of everything that decides a run: its options without places and machine, and
+    `more` (hashes of data, recipe, evaluation).
+    """
+    unimportant = (
+        "data",
+        "replay",
+        "importance",
+        "out",
+        "threads",
+        "device",
+        "save_steps",
+        "log_steps",
+        "report_to",
+        "overwrite",
+        "resume",
+        "push_to_hub",
+        "private",
+    )
+    decided = {
+        key: value
+        for key, value in as_dict(options).items()
+        if key not in unimportant and not (key in LATER and (value is None or value is False))
+    }
+    return hashlib.sha256(
+        json.dumps([decided, *more], sort_keys=True, default=str).encode()
+    ).hexdigest()[:16]

@@ -1,10 +1,16 @@
-"""Learning against forgetting: the numbers that a comparison comes down to. Pure functions of (learning, forgetting) points; numpy only.
+"""Learning against forgetting: the numbers that a comparison comes down to.
 
-A run is a curve: its points at update scales 0 (the base: learning and forgetting 0), ..., 1, joined by straight lines.
+Pure functions of (learning, forgetting) points; numpy only.
 
-    at_learning       forgetting of a run at a given learning: where its curve first reaches it; None where it never does
-    at_shares         the same at shares of plain fine-tuning's learning, over seeds: mean, standard error, how many seeds reached it
-    area              mean forgetting of a method over 0 .. 95 % of plain's learning, the best of its runs at each: smaller is better
+A run is a curve: its points at update scales 0 (the base: learning and forgetting 0), ..., 1,
+joined by straight lines.
+
+    at_learning       forgetting of a run at a given learning: where its curve first reaches it;
+                      None where it never does
+    at_shares         the same at shares of plain fine-tuning's learning, over seeds: mean, standard
+                      error, how many seeds reached it
+    area              mean forgetting of a method over 0 .. 95 % of plain's learning, the best of
+                      its runs at each: smaller is better
     on_frontier       which points no other point beats in both
 """
 
@@ -20,17 +26,19 @@ import numpy as np
 
 from forgetless.evaluate.rise import t_quantile
 
-Curve = Sequence[tuple[float, float]]  # (learning, forgetting) by rising scale, without the base's (0, 0)
+Curve = Sequence[
+    tuple[float, float]
+]  # (learning, forgetting) by rising scale, without the base's (0, 0)
 
 
 def at_learning(curve: Curve, wanted: float) -> float | None:
-    """Forgetting where the curve first reaches `wanted` learning, on a straight line between two scales; None where it does not reach it."""
+    """Forgetting where the curve first reaches `wanted` learning, on a straight line between two
+    scales; None where it does not reach it.
+    """
     for (x0, y0), (x1, y1) in itertools.pairwise([(0.0, 0.0), *curve]):
         if x0 < wanted <= x1:
             return y0 + (y1 - y0) * (wanted - x0) / (x1 - x0)
     return None
-
-
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
@@ -39,56 +47,73 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
     return statistics.fmean(values), error
 
 
-
-
 def at_share(curves: Sequence[Curve], wanted: float) -> dict[str, Any]:
-    """Forgetting at `wanted` learning over the seeds of one setting; a number only where every seed reached it."""
+    """Forgetting at `wanted` learning over the seeds of one setting; a number only where every seed
+    reached it.
+    """
     found = [at_learning(curve, wanted) for curve in curves]
     reached = [value for value in found if value is not None]
     whole = bool(found) and len(reached) == len(found)
     mean, error = mean_and_error(reached) if whole else (None, None)
-    status = "reached" if whole else "not reached" if not reached else f"reached by {len(reached)} of {len(found)}"
-    return {"learning_nats": wanted, "forgetting": mean, "standard_error": error, "seeds": len(found), "reached": len(reached), "status": status}
-
-
+    status = (
+        "reached"
+        if whole
+        else "not reached"
+        if not reached
+        else f"reached by {len(reached)} of {len(found)}"
+    )
+    return {
+        "learning_nats": wanted,
+        "forgetting": mean,
+        "standard_error": error,
+        "seeds": len(found),
+        "reached": len(reached),
+        "status": status,
+    }
 
 
 def rank(curves: Sequence[Curve], wanted: float) -> float:
-    """For choosing among settings: forgetting at the wanted learning, or behind all that reach it by how much is lacking."""
+    """For choosing among settings: forgetting at the wanted learning, or behind all that reach it
+    by how much is lacking.
+    """
     found = at_share(curves, wanted)
     if found["forgetting"] is not None:
         return float(found["forgetting"])
     return 1e3 - statistics.fmean(max(x for x, _ in curve) for curve in curves)
 
 
-
-
-def area(curves: Sequence[Curve], reference: float, *, share: float = 0.95, points: int = 200) -> float | None:
-    """Mean over learning from 0 to share * reference of the least forgetting of any of the curves; None where they don't reach it all."""
+def area(
+    curves: Sequence[Curve], reference: float, *, share: float = 0.95, points: int = 200
+) -> float | None:
+    """Mean over learning from 0 to share * reference of the least forgetting of any of the curves;
+    None where they don't reach it all.
+    """
     best = []
     for wanted in np.linspace(0, share * reference, points + 1)[1:]:
-        reached = [value for curve in curves if (value := at_learning(curve, float(wanted))) is not None]
+        reached = [
+            value for curve in curves if (value := at_learning(curve, float(wanted))) is not None
+        ]
         if not reached:
             return None
         best.append(min(reached))
     return float(np.mean(best))
 
 
-
-
 def on_frontier(points: Sequence[tuple[float, float]]) -> list[bool]:
-    """Whether no other point learns at least as much and forgets at most as much, one of them strictly."""
+    """Whether no other point learns at least as much and forgets at most as much, one of them
+    strictly.
+    """
     beaten = lambda a, b: b[0] >= a[0] and b[1] <= a[1] and b != a
     return [not any(beaten(point, other) for other in points) for point in points]
 
 
-
-
 def difference(a: dict[str, Any], b: dict[str, Any], noise: float | None) -> dict[str, Any] | None:
-    """Forgetting of `a` minus that of `b` (two results of `at_share`); None unless both were reached.
+    """Forgetting of `a` minus that of `b` (two results of `at_share`); None unless both were
+    reached.
 
-    Beyond the noise: outside of Welch's 95 % interval over seeds (three seeds each: 2.8 to 4.3 standard errors); with one seed each, more than twice the
-    spread of plain over seeds where that is known. No correction for the number of comparisons.
+    Beyond the noise: outside of Welch's 95 % interval over seeds (three seeds each: 2.8 to 4.3
+    standard errors); with one seed each, more than twice the spread of plain over seeds where that
+    is known. No correction for the number of comparisons.
     """
     if a["forgetting"] is None or b["forgetting"] is None:
         return None
@@ -97,9 +122,12 @@ def difference(a: dict[str, Any], b: dict[str, Any], noise: float | None) -> dic
     error = math.sqrt(sum(e * e for e in errors)) if None not in errors else None
     bound = _half_width(a, b) if error is not None else None if noise is None else 2 * noise
     ratio = a["forgetting"] / b["forgetting"] if b["forgetting"] > 0 else None
-    return {"difference": gap, "standard_error": error, "ratio": ratio, "beyond_noise": None if bound is None else abs(gap) > bound}
-
-
+    return {
+        "difference": gap,
+        "standard_error": error,
+        "ratio": ratio,
+        "beyond_noise": None if bound is None else abs(gap) > bound,
+    }
 
 
 def _half_width(a: dict[str, Any], b: dict[str, Any]) -> float:
@@ -108,6 +136,6 @@ def _half_width(a: dict[str, Any], b: dict[str, Any]) -> float:
     square = sum(part for part, _ in parts)
     if square == 0:
         return 0.0
-    return t_quantile(0.975, square**2 / sum(part**2 / degrees for part, degrees in parts)) * math.sqrt(square)
-
-
+    return t_quantile(
+        0.975, square**2 / sum(part**2 / degrees for part, degrees in parts)
+    ) * math.sqrt(square)

@@ -1,10 +1,12 @@
-"""One run of a comparison: train by `tune`, then evaluate the finished update at every scale on every text.
+"""One run of a comparison: train by `tune`, then evaluate the finished update at every scale on
+every text.
 
     DIR/runs/ID/run.json    how it ended, with a point for each scale; written last
     DIR/runs/ID/adapter/    its finished adapter
     DIR/runs/ID/log.txt     what it printed
 
-Out of memory is a result; another failure is noted, and tried again the next time. Costs a training, and an evaluation for each scale.
+Out of memory is a result; another failure is noted, and tried again the next time. Costs a
+training, and an evaluation for each scale.
 """
 
 from __future__ import annotations
@@ -43,35 +45,47 @@ def run(job: dict[str, Any]) -> None:
     trial: Trial = job["trial"]
     result, started = _about(job), time.perf_counter()
     try:
-        with open(folder / "log.txt", "w", encoding="utf-8") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        with (
+            open(folder / "log.txt", "w", encoding="utf-8") as log,
+            contextlib.redirect_stdout(log),
+            contextlib.redirect_stderr(log),
+        ):
             result |= {"status": "done", "error": None, **_trained(job)}
     except Exception as error:
-        memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "out of memory" in str(error).lower()
-        result |= _ended("out of memory" if memory else "failed", f"{type(error).__name__}: {error}")
-        logger.warning("%s on %s, %s: %s", trial.method, trial.domain, result["status"], result["error"])
+        memory = (
+            isinstance(error, MemoryError | torch.OutOfMemoryError)
+            or "out of memory" in str(error).lower()
+        )
+        result |= _ended(
+            "out of memory" if memory else "failed", f"{type(error).__name__}: {error}"
+        )
+        logger.warning(
+            "%s on %s, %s: %s", trial.method, trial.domain, result["status"], result["error"]
+        )
     finally:
         shutil.rmtree(folder / "work", ignore_errors=True)
     write_json(folder / "run.json", {**result, "wall_seconds": time.perf_counter() - started})
 
 
-
-
 def was_killed(job: dict[str, Any]) -> None:
-    """Note the end of a run whose process was killed from outside, as the system does where memory runs out."""
+    """Note the end of a run whose process was killed from outside, as the system does where memory
+    runs out.
+    """
     folder: Path = job["folder"]
     folder.mkdir(parents=True, exist_ok=True)
-    error = "killed: its process was ended from outside, as the system does where memory runs out; give fewer --jobs, or smaller batches"
+    error = (
+        "killed: its process was ended from outside, as the system does where memory runs "
+        "out; give fewer --jobs, or smaller batches"
+    )
     logger.warning("%s on %s, %s", job["trial"].method, job["trial"].domain, error)
     shutil.rmtree(folder / "work", ignore_errors=True)
-    write_json(folder / "run.json", {**_about(job), **_ended("failed", error), "wall_seconds": None})
-
-
+    write_json(
+        folder / "run.json", {**_about(job), **_ended("failed", error), "wall_seconds": None}
+    )
 
 
 def _about(job: dict[str, Any]) -> dict[str, Any]:
     return {"id": job["id"], **dataclasses.asdict(job["trial"])}
-
-
 
 
 def _ended(status: str, error: str) -> dict[str, Any]:
@@ -79,13 +93,16 @@ def _ended(status: str, error: str) -> dict[str, Any]:
     return {"status": status, "error": error, "points": [], "log": [], "moved": None}
 
 
-
-
 def _trained(job: dict[str, Any]) -> dict[str, Any]:
     """Train, then evaluate the finished update at every scale."""
     from forgetless.tune.tune import tune
 
-    experiment, trial, folder, options = job["experiment"], job["trial"], job["folder"], job["options"]
+    experiment, trial, folder, options = (
+        job["experiment"],
+        job["trial"],
+        job["folder"],
+        job["options"],
+    )
     _forget_peak()
     finished = tune(options)
     discard(folder / "adapter")
@@ -93,33 +110,72 @@ def _trained(job: dict[str, Any]) -> dict[str, Any]:
     base = read_json(job["base"])[trial.part]
     tokenizer, points = load_tokenizer(options), []
     for scale, model in _scaled(options, folder / "adapter", experiment.scales):
-        after = evaluate(experiment, model, tokenizer, job["files"], trial.part, [trial.domain], experiment.texts(trial.part))
+        after = evaluate(
+            experiment,
+            model,
+            tokenizer,
+            job["files"],
+            trial.part,
+            [trial.domain],
+            experiment.texts(trial.part),
+        )
         gained = rise(base["domains"][trial.domain], after["domains"][trial.domain])
-        lost = {name: rise(base["general"][name], numbers) for name, numbers in after["general"].items()}
+        lost = {
+            name: rise(base["general"][name], numbers) for name, numbers in after["general"].items()
+        }
         if gained["nats"] is None or any(change["nats"] is None for change in lost.values()):
-            raise ValueError(f"the loss of the update at scale {scale:g} is not a number: training diverged; give a smaller learning rate")
-        points.append({"scale": scale, "learning": {**gained, "nats": -float(gained["nats"])}, "accuracy": None, "accuracy_general": None,
-                       "forgetting": lost})  # fmt: skip
-    extra = {"self": "text sampled from the model", "domain": "the domain text again"}.get(str(trial.settings.get("replay")), trial.settings.get("replay"))
-    return {"points": points, "energy": finished["energy"], "seconds": finished["prepare_seconds"] + finished["train_seconds"],
-            "peak_memory_bytes": _peak(), "extra_data": extra,
-            "file_bytes": job["file_bytes"], "trainable_parameters": finished["trainable_parameters"], "moved": finished.get("moved"),
-            "log": [{key: entry.get(key) for key in LOGGED} for entry in finished["log"] if "loss" in entry],
-            "environment": finished["environment"]}  # fmt: skip
+            raise ValueError(
+                f"the loss of the update at scale {scale:g} is not a number: training diverged; "
+                "give a smaller learning rate"
+            )
+        points.append(
+            {
+                "scale": scale,
+                "learning": {**gained, "nats": -float(gained["nats"])},
+                "accuracy": None,
+                "accuracy_general": None,
+                "forgetting": lost,
+            }
+        )
+    extra = {"self": "text sampled from the model", "domain": "the domain text again"}.get(
+        str(trial.settings.get("replay")), trial.settings.get("replay")
+    )
+    return {
+        "points": points,
+        "energy": finished["energy"],
+        "seconds": finished["prepare_seconds"] + finished["train_seconds"],
+        "peak_memory_bytes": _peak(),
+        "extra_data": extra,
+        "file_bytes": job["file_bytes"],
+        "trainable_parameters": finished["trainable_parameters"],
+        "moved": finished.get("moved"),
+        "log": [
+            {key: entry.get(key) for key in LOGGED} for entry in finished["log"] if "loss" in entry
+        ],
+        "environment": finished["environment"],
+    }
 
 
-
-
-def _scaled(options: TuneOptions, adapter: Path, scales: Iterable[float]) -> Iterator[tuple[float, nn.Module]]:
-    """The base with the finished update at 1 and at each smaller scale: a LoRA update by its scaling, any other by the difference of the weights; on a
-    quantised base, whose weights are codes, such an update at 1 alone."""
+def _scaled(
+    options: TuneOptions, adapter: Path, scales: Iterable[float]
+) -> Iterator[tuple[float, nn.Module]]:
+    """The base with the finished update at 1 and at each smaller scale: a LoRA update by its
+    scaling, any other by the difference of the weights; on a quantised base, whose weights are
+    codes, such an update at 1 alone.
+    """
     tuned = load_tuned(options, adapter, full=options.full)
     if not has_lora(tuned):
         if options.quantize != "none":
             yield 1.0, tuned
             return
-        ends, base = dict((tuned if options.full else tuned.merge_and_unload()).named_parameters()), load_model(options)
-        moved = [(p, ends[name].detach().clone(), ends[name].detach() - p.detach()) for name, p in base.named_parameters()]
+        ends, base = (
+            dict((tuned if options.full else tuned.merge_and_unload()).named_parameters()),
+            load_model(options),
+        )
+        moved = [
+            (p, ends[name].detach().clone(), ends[name].detach() - p.detach())
+            for name, p in base.named_parameters()
+        ]
         for scale in (1.0, *sorted(scales, reverse=True)):
             with torch.no_grad():
                 for p, whole, U in moved:
@@ -133,16 +189,12 @@ def _scaled(options: TuneOptions, adapter: Path, scales: Iterable[float]) -> Ite
         yield scale, tuned
 
 
-
-
 def _forget_peak() -> None:
     """Start counting the peak of memory anew, where the system lets us."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-
-
 
 
 def _peak() -> int | None:
@@ -156,20 +208,32 @@ def _peak() -> int | None:
     return None
 
 
-
-
-def evaluate(experiment: Experiment, model: nn.Module, tokenizer: Any, files: dict[str, str], part: str, domains: Iterable[str],
-             texts: Iterable[str] | None = None) -> dict[str, Any]:  # fmt: skip
-    """{general: {text: numbers}, domains: {domain: numbers}} of one state of a model; `texts`: every general text."""
+def evaluate(
+    experiment: Experiment,
+    model: nn.Module,
+    tokenizer: Any,
+    files: dict[str, str],
+    part: str,
+    domains: Iterable[str],
+    texts: Iterable[str] | None = None,
+) -> dict[str, Any]:
+    """{general: {text: numbers}, domains: {domain: numbers}} of one state of a model; `texts`:
+    every general text.
+    """
     limit = experiment.limit.get(part)
     found: dict[str, Any] = {"general": {}, "domains": {}}
     for name in experiment.general if texts is None else texts:
         documents = load_documents(files[f"general/{name}/{part}"], limit=limit)
         if experiment.characters:
-            documents = [dataclasses.replace(d, text=d.text[: experiment.characters]) if d.text is not None else d for d in documents]
+            documents = [
+                dataclasses.replace(d, text=d.text[: experiment.characters])
+                if d.text is not None
+                else d
+                for d in documents
+            ]
         found["general"][name] = general_loss(model, tokenizer, documents).numbers()
     for name in domains:
-        found["domains"][name] = completion_loss(model, tokenizer, load_training_data(files[f"domain/{name}/{part}"], limit=limit)).numbers()
+        found["domains"][name] = completion_loss(
+            model, tokenizer, load_training_data(files[f"domain/{name}/{part}"], limit=limit)
+        ).numbers()
     return found
-
-

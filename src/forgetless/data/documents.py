@@ -1,6 +1,8 @@
-"""Text in: files and Hub datasets -> rows -> documents -> token ids with a mask of what is scored -> padded batches.
+"""Text in: files and Hub datasets -> rows -> documents -> token ids with a mask of what is scored
+-> padded batches.
 
-A .txt file holds documents separated by blank lines. A document is plain text (all tokens scored) or a chat (assistant tokens scored).
+A .txt file holds documents separated by blank lines. A document is plain text (all tokens scored)
+or a chat (assistant tokens scored).
 """
 
 from __future__ import annotations
@@ -18,23 +20,29 @@ from forgetless.errors import FileError
 from forgetless.files.untrusted import load_json
 
 FILES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
-MOST_VALUES = 50_000_000  # in a .parquet file, whose runs of one value can claim any number in a few bytes
+MOST_VALUES = (
+    50_000_000  # in a .parquet file, whose runs of one value can claim any number in a few bytes
+)
 TEXT_COLUMNS = ("text", "content", "messages")
 
 
 @dataclass(frozen=True)
 class Document:
-    """One piece of general text: exactly one of `text` and `messages` is set. `source` groups documents that come from one place."""
+    """One piece of general text: exactly one of `text` and `messages` is set.
+
+    `source` groups documents that come from one place.
+    """
 
     text: str | None
     messages: list[dict[str, str]] | None
     source: str
 
 
-
-
 def load_rows(spec: str, *, split: str = "train") -> list[dict[str, Any]]:
-    """Rows of a local file, or of a Hub dataset. Raises ValueError naming file and line when something is missing, broken or empty."""
+    """Rows of a local file, or of a Hub dataset.
+
+    Raises ValueError naming file and line when something is missing, broken or empty.
+    """
     path = Path(spec).expanduser()
     if path.suffix.lower() in FILES or path.exists():
         rows = _file_rows(path)
@@ -45,11 +53,11 @@ def load_rows(spec: str, *, split: str = "train") -> list[dict[str, Any]]:
     return rows
 
 
-
-
 def _file_rows(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
-        raise FileError(f"'{path}' is not a file; expected {', '.join(FILES)} or the name of a Hub dataset")
+        raise FileError(
+            f"'{path}' is not a file; expected {', '.join(FILES)} or the name of a Hub dataset"
+        )
     kind = path.suffix.lower()
     if kind == ".parquet":
         import pyarrow.parquet as parquet
@@ -57,7 +65,10 @@ def _file_rows(path: Path) -> list[dict[str, Any]]:
         try:
             about = parquet.read_metadata(path)
             if about.num_rows * about.num_columns > MOST_VALUES:
-                raise FileError(f"'{path}' claims to hold {about.num_rows} rows of {about.num_columns} columns; split it into files of {MOST_VALUES} values")
+                raise FileError(
+                    f"'{path}' claims to hold {about.num_rows} rows of {about.num_columns} "
+                    f"columns; split it into files of {MOST_VALUES} values"
+                )
             return list(parquet.read_table(path).to_pylist())
         except FileError:
             raise
@@ -66,40 +77,55 @@ def _file_rows(path: Path) -> list[dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise FileError(f"'{path}' is not UTF-8 text (byte {error.start}); convert it first") from None
+        raise FileError(
+            f"'{path}' is not UTF-8 text (byte {error.start}); convert it first"
+        ) from None
     if kind == ".jsonl":  # not splitlines: JSON strings may hold U+2028 and its like
-        return [_json_line(path, number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        return [
+            _json_line(path, number, line)
+            for number, line in enumerate(text.split("\n"), 1)
+            if line.strip()
+        ]
     if kind == ".json":
         try:
             rows = load_json(text)
         except ValueError as error:
             line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-            raise FileError(f"'{path}'{line}: not valid JSON ({getattr(error, 'msg', error)})") from None
+            raise FileError(
+                f"'{path}'{line}: not valid JSON ({getattr(error, 'msg', error)})"
+            ) from None
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise FileError(f"'{path}': expected a list of objects; one object per line goes into .jsonl")
+            raise FileError(
+                f"'{path}': expected a list of objects; one object per line goes into .jsonl"
+            )
         return rows
     if kind == ".csv":
         try:
             return list(csv.DictReader(io.StringIO(text), restkey=""))
         except csv.Error as error:
-            raise FileError(f"'{path}' is not valid CSV ({error}); long texts go into .jsonl") from None
+            raise FileError(
+                f"'{path}' is not valid CSV ({error}); long texts go into .jsonl"
+            ) from None
     if kind == ".txt":
-        return [{"text": part.strip()} for part in text.replace("\r\n", "\n").split("\n\n") if part.strip()]
+        return [
+            {"text": part.strip()}
+            for part in text.replace("\r\n", "\n").split("\n\n")
+            if part.strip()
+        ]
     raise FileError(f"'{path}' has an unknown format '{kind}'; expected {', '.join(FILES)}")
-
-
 
 
 def _json_line(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
         row = load_json(line)
     except ValueError as error:
-        raise FileError(f"'{path}', line {number}: not valid JSON ({getattr(error, 'msg', error)}); fix or remove the line") from None
+        raise FileError(
+            f"'{path}', line {number}: not valid JSON ({getattr(error, 'msg', error)}); fix or "
+            "remove the line"
+        ) from None
     if not isinstance(row, dict):
         raise FileError(f"'{path}', line {number}: expected an object, found {type(row).__name__}")
     return row
-
-
 
 
 def _hub_rows(spec: str, split: str) -> list[dict[str, Any]]:
@@ -111,24 +137,29 @@ def _hub_rows(spec: str, split: str) -> list[dict[str, Any]]:
     except Exception as error:
         first = str(error).strip().splitlines()[0]
         raise FileError(
-            f"'{spec}' is neither a local file nor a dataset that can be loaded ({first}); check the name, the split '{split}' or the connection"
+            f"'{spec}' is neither a local file nor a dataset that can be loaded ({first}); check "
+            f"the name, the split '{split}' or the connection"
         ) from error
 
 
+def load_documents(
+    spec: str, *, column: str | None = None, split: str = "train", limit: int | None = None
+) -> list[Document]:
+    """Documents in `spec`, the first `limit` of them.
 
-
-def load_documents(spec: str, *, column: str | None = None, split: str = "train", limit: int | None = None) -> list[Document]:
-    """Documents in `spec`, the first `limit` of them. Raises ValueError naming the columns found when none holds text or messages."""
+    Raises ValueError naming the columns found when none holds text or messages.
+    """
     rows = load_rows(spec, split=split)
     found = [str(name) for name in rows[0]]
     column = column or next((name for name in TEXT_COLUMNS if name in found), None)
     if column is None or column not in found:
         wanted = f"'{column}'" if column else " or ".join(TEXT_COLUMNS)
-        raise FileError(f"'{spec}' has the columns {', '.join(map(str, found))}; expected {wanted}: name yours with --text-column")
+        raise FileError(
+            f"'{spec}' has the columns {', '.join(map(str, found))}; expected {wanted}: name "
+            "yours with --text-column"
+        )
     documents = [_document(spec, number, row, column) for number, row in enumerate(rows, 1)]
     return documents[:limit] if limit else documents
-
-
 
 
 def _document(spec: str, number: int, row: dict[str, Any], column: str) -> Document:
@@ -138,18 +169,24 @@ def _document(spec: str, number: int, row: dict[str, Any], column: str) -> Docum
         return Document(None, value, source)
     if isinstance(value, str) and value.strip():
         return Document(value, None, source)
-    raise FileError(f"'{spec}', row {number}: column '{column}' holds {'nothing' if not value else type(value).__name__}, expected text or messages")
-
-
+    raise FileError(
+        f"'{spec}', row {number}: column '{column}' holds "
+        f"{'nothing' if not value else type(value).__name__}, expected text or messages"
+    )
 
 
 def check_messages(messages: Any, where: str) -> None:
     """Raise ValueError unless `messages` is a chat: a list of {"role": text, "content": text}."""
     for turn in messages if isinstance(messages, list) else [messages]:
-        if not (isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)):
-            raise FileError(f"{where}: expected chat turns {{'role': ..., 'content': ...}} with text in both, found {str(turn)[:80]}")
-
-
+        if not (
+            isinstance(turn, dict)
+            and isinstance(turn.get("role"), str)
+            and isinstance(turn.get("content"), str)
+        ):
+            raise FileError(
+                f"{where}: expected chat turns {{'role': ..., 'content': ...}} with text in "
+                f"both, found {str(turn)[:80]}"
+            )
 
 
 def fingerprint_rows(rows: Sequence[Any]) -> str:
@@ -159,5 +196,3 @@ def fingerprint_rows(rows: Sequence[Any]) -> str:
         digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode())
         digest.update(b"\n")
     return digest.hexdigest()
-
-

@@ -1,7 +1,9 @@
-"""What was learned and what was lost: loss on general text in nats per token, loss on the answers, task accuracies through lm-eval.
+"""What was learned and what was lost: loss on general text in nats per token, loss on the answers,
+task accuracies through lm-eval.
 
-"Before" is always the bare base model. Perplexity is exp(nats). Standard errors are over documents (or questions), as ratio estimates, since documents
-differ in length; a change is paired by document, which takes most of the noise out.
+"Before" is always the bare base model. Perplexity is exp(nats). Standard errors are over documents
+(or questions), as ratio estimates, since documents differ in length; a change is paired by
+document, which takes most of the noise out.
 """
 
 from __future__ import annotations
@@ -26,74 +28,155 @@ from forgetless.options.option import as_dict
 from forgetless.options.verbs import EvalOptions
 
 
-def measure(model: nn.Module, tokenizer: Any, *, general: str | None = None, data: str | None = None, tasks: str | None = None,
-            text_column: str | None = None, general_split: str = "train", data_split: str | None = None, limit: int | None = None, shots: int = 0,
-            length: int | None = None, stride: int | None = None, batch_tokens: int | None = None) -> dict[str, Any]:  # fmt: skip
-    """The numbers of one state of a model: {"general": ..., "domain": ..., "tasks": {...}}; what was not asked for is None."""
-    documents = load_documents(general, column=text_column, split=general_split, limit=limit) if general else None
+def measure(
+    model: nn.Module,
+    tokenizer: Any,
+    *,
+    general: str | None = None,
+    data: str | None = None,
+    tasks: str | None = None,
+    text_column: str | None = None,
+    general_split: str = "train",
+    data_split: str | None = None,
+    limit: int | None = None,
+    shots: int = 0,
+    length: int | None = None,
+    stride: int | None = None,
+    batch_tokens: int | None = None,
+) -> dict[str, Any]:
+    """The numbers of one state of a model: {"general": ..., "domain": ..., "tasks": {...}}; what
+    was not asked for is None.
+    """
+    documents = (
+        load_documents(general, column=text_column, split=general_split, limit=limit)
+        if general
+        else None
+    )
     held = load_training_data(data, split=data_split, limit=limit) if data else None
     found: dict[str, Any] = {
-        "general": general_loss(model, tokenizer, documents, length=length, stride=stride, batch_tokens=batch_tokens).numbers() if documents else None,
-        "domain": completion_loss(model, tokenizer, held, length=length, batch_tokens=batch_tokens).numbers() if held is not None else None,
+        "general": general_loss(
+            model, tokenizer, documents, length=length, stride=stride, batch_tokens=batch_tokens
+        ).numbers()
+        if documents
+        else None,
+        "domain": completion_loss(
+            model, tokenizer, held, length=length, batch_tokens=batch_tokens
+        ).numbers()
+        if held is not None
+        else None,
         "tasks": {},
     }
     for spec in task_specs(tasks):
         ours = find_task(spec)
         if ours is not None and shots == 0:
             task, rows = load_task(spec, split=None)
-            found["tasks"][task.name] = answers(model, tokenizer, task, rows[:limit], batch_tokens=batch_tokens)
+            found["tasks"][task.name] = answers(
+                model, tokenizer, task, rows[:limit], batch_tokens=batch_tokens
+            )
         else:
             name, _, file = spec.partition("=")
-            found["tasks"][name] = lm_eval_accuracy(model, tokenizer, name, file=file or None, shots=shots, limit=limit)
+            found["tasks"][name] = lm_eval_accuracy(
+                model, tokenizer, name, file=file or None, shots=shots, limit=limit
+            )
     return found
 
 
-
-
 def changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    """Forgetting (rise of the general loss) and learning (fall of the domain loss), in nats per token, paired by document; None where not measured."""
-    lost = rise(before["general"], after["general"]) if before["general"] and after["general"] else None
-    gained = rise(before["domain"], after["domain"]) if before["domain"] and after["domain"] else None
-    learned = None if gained is None else {"nats": -float(gained["nats"] or 0.0), "standard_error": gained["standard_error"]}
+    """Forgetting (rise of the general loss) and learning (fall of the domain loss), in nats per
+    token, paired by document; None where not measured.
+    """
+    lost = (
+        rise(before["general"], after["general"])
+        if before["general"] and after["general"]
+        else None
+    )
+    gained = (
+        rise(before["domain"], after["domain"]) if before["domain"] and after["domain"] else None
+    )
+    learned = (
+        None
+        if gained is None
+        else {"nats": -float(gained["nats"] or 0.0), "standard_error": gained["standard_error"]}
+    )
     return {"forgetting": lost, "learning": learned}
 
 
-
-
-def table(before: dict[str, Any], after: dict[str, Any] | None, *, authors_perplexity: bool = False) -> str:
+def table(
+    before: dict[str, Any], after: dict[str, Any] | None, *, authors_perplexity: bool = False
+) -> str:
     """Aligned text: what, before, after, change, standard error."""
     rows: list[tuple[str, float | None, float | None, float | None]] = []
     later = after or {"general": None, "domain": None, "tasks": {}}
-    for key, label in (("general", "general loss (nats/token)"), ("domain", "domain loss (nats/token)")):
+    for key, label in (
+        ("general", "general loss (nats/token)"),
+        ("domain", "domain loss (nats/token)"),
+    ):
         if before[key]:
             a, b = before[key], later[key]
-            rows.append((label, a["nats"], b and b["nats"], rise(a, b)["standard_error"] if b else a["standard_error"]))
+            rows.append(
+                (
+                    label,
+                    a["nats"],
+                    b and b["nats"],
+                    rise(a, b)["standard_error"] if b else a["standard_error"],
+                )
+            )
             if key == "general":
                 rows.append(("general perplexity", a["perplexity"], b and b["perplexity"], None))
                 if a["bits_per_byte"] is not None:
-                    rows.append(("general bits per byte", a["bits_per_byte"], b and b["bits_per_byte"], None))
+                    rows.append(
+                        (
+                            "general bits per byte",
+                            a["bits_per_byte"],
+                            b and b["bits_per_byte"],
+                            None,
+                        )
+                    )
                 if authors_perplexity:
-                    rows.append(("2^nats (as the paper's code)", 2 ** a["nats"], 2 ** b["nats"] if b else None, None))
+                    rows.append(
+                        (
+                            "2^nats (as the paper's code)",
+                            2 ** a["nats"],
+                            2 ** b["nats"] if b else None,
+                            None,
+                        )
+                    )
     for name, a in before["tasks"].items():
         b = later["tasks"].get(name)
         if "answer_loss" in a:
             x, y = a["answer_loss"], b and b["answer_loss"]
-            rows.append((f"{name} answer loss (nats/token)", x["nats"], y and y["nats"], rise(x, y)["standard_error"] if y else x["standard_error"]))
+            rows.append(
+                (
+                    f"{name} answer loss (nats/token)",
+                    x["nats"],
+                    y and y["nats"],
+                    rise(x, y)["standard_error"] if y else x["standard_error"],
+                )
+            )
         for metric in ("acc", "acc_norm"):
             if metric in a:
-                rows.append((f"{name} {metric}", a[metric], b and b[metric], (b or a).get(f"{metric}_stderr")))
+                rows.append(
+                    (
+                        f"{name} {metric}",
+                        a[metric],
+                        b and b[metric],
+                        (b or a).get(f"{metric}_stderr"),
+                    )
+                )
     show = lambda value: "-" if value is None else f"{value:.4f}"
     lines = [f"{'':<34}{'before':>10}{'after':>10}{'change':>10}{'std.err.':>10}"]
     for label, x, y, error in rows:
         change = None if x is None or y is None else y - x
-        lines.append(f"{label:<34}{show(x):>10}{show(y):>10}{('-' if change is None else f'{change:+.4f}'):>10}{show(error):>10}")
+        lines.append(
+            f"{label:<34}{show(x):>10}{show(y):>10}{('-' if change is None else f'{change:+.4f}'):>10}{show(error):>10}"
+        )
     return "\n".join(lines)
 
 
-
-
 def evaluate(options: EvalOptions) -> dict[str, Any]:
-    """`forgetless eval`: the bare base model, then with the adapter (its update times `scale`) or the tuned model. Prints the table, returns the run."""
+    """`forgetless eval`: the bare base model, then with the adapter (its update times `scale`) or
+    the tuned model. Prints the table, returns the run.
+    """
     if options.adapter and options.tuned:
         raise OptionError("give --adapter or --tuned, not both")
     if options.scale != 1.0 and not options.adapter:
@@ -101,15 +184,32 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
     if options.adapter:
         checked(options.adapter)
     if options.tuned and not Path(options.tuned).is_dir():
-        raise ValueError(f"'{options.tuned}' is not a folder; give --tuned the final/ folder of a run with --full")
+        raise ValueError(
+            f"'{options.tuned}' is not a folder; give --tuned the final/ folder of a run with "
+            "--full"
+        )
     check_tasks(options.tasks)
     if options.out:
         check_output_folder(options.out)
     torch.manual_seed(options.seed)
     if options.threads:
         torch.set_num_threads(options.threads)
-    wanted = {key: getattr(options, key) for key in ("general", "data", "tasks", "text_column", "general_split", "data_split", "limit", "shots",
-                                                     "length", "stride", "batch_tokens")}  # fmt: skip
+    wanted = {
+        key: getattr(options, key)
+        for key in (
+            "general",
+            "data",
+            "tasks",
+            "text_column",
+            "general_split",
+            "data_split",
+            "limit",
+            "shots",
+            "length",
+            "stride",
+            "batch_tokens",
+        )
+    }
     tokenizer, model = load_tokenizer(options), load_model(options)
     before = measure(model, tokenizer, **wanted)
     after = None
@@ -121,11 +221,14 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
         after = measure(model, tokenizer, **wanted)
     elif options.tuned:
         after = measure(load_model(options, options.tuned), tokenizer, **wanted)
-    run = {"configuration": as_dict(options), "environment": environment(str(next(model.parameters()).device)), "before": before, "after": after,
-           **(changes(before, after) if after else {"forgetting": None, "learning": None})}  # fmt: skip
+    run = {
+        "configuration": as_dict(options),
+        "environment": environment(str(next(model.parameters()).device)),
+        "before": before,
+        "after": after,
+        **(changes(before, after) if after else {"forgetting": None, "learning": None}),
+    }
     print(table(before, after, authors_perplexity=options.authors_perplexity))
     if options.out:
         write_json(Path(options.out) / "run.json", run)
     return run
-
-

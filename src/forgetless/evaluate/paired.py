@@ -31,7 +31,9 @@ class Part:
 
     def losses(self, model: nn.Module) -> np.ndarray:
         """Summed loss of each document now, in nats. Costs one evaluation."""
-        return text_loss(model, self.encoded, window=self.window, stride=self.window - 1, label="general text").nats_by_document
+        return text_loss(
+            model, self.encoded, window=self.window, stride=self.window - 1, label="general text"
+        ).nats_by_document
 
     def rise(self, model: nn.Module, *, error: float) -> Interval:
         """How much more `model` loses than the base, with its interval."""
@@ -40,9 +42,13 @@ class Part:
     def some(self, chosen: Sequence[int]) -> Part:
         """Some of the documents."""
         at = list(chosen)
-        return replace(self, encoded=[self.encoded[i] for i in at], sources=[self.sources[i] for i in at], nats=self.nats[at], tokens=self.tokens[at])
-
-
+        return replace(
+            self,
+            encoded=[self.encoded[i] for i in at],
+            sources=[self.sources[i] for i in at],
+            nats=self.nats[at],
+            tokens=self.tokens[at],
+        )
 
 
 def measured(model: nn.Module, encoded: list[Encoded], sources: list[str], window: int) -> Part:
@@ -51,30 +57,32 @@ def measured(model: nn.Module, encoded: list[Encoded], sources: list[str], windo
     return Part(encoded, sources, loss.nats_by_document, loss.tokens_by_document, window)
 
 
-
-
-def encoded_each(documents: Sequence[Document], tokenizer: Any) -> tuple[list[Encoded], list[Document]]:
+def encoded_each(
+    documents: Sequence[Document], tokenizer: Any
+) -> tuple[list[Encoded], list[Document]]:
     """The documents with something to predict, each as token ids with what is scored."""
     encoded, kept = [], []
     for document in documents:
-        ids, scored = encode_chat(document.messages, tokenizer) if document.messages is not None else _plain(document, tokenizer)
+        ids, scored = (
+            encode_chat(document.messages, tokenizer)
+            if document.messages is not None
+            else _plain(document, tokenizer)
+        )
         if any(scored[1:]):
             encoded.append((ids, scored))
             kept.append(document)
     return encoded, kept
 
 
-
-
 def content(document: Document) -> str:
     """The text of a document, or all of its turns."""
-    return document.text if document.text is not None else json.dumps(document.messages, ensure_ascii=False)
-
-
+    return (
+        document.text
+        if document.text is not None
+        else json.dumps(document.messages, ensure_ascii=False)
+    )
 
 
 def _plain(document: Document, tokenizer: Any) -> Encoded:
     ids = list(tokenizer(document.text, verbose=False)["input_ids"])
     return ids, [True] * len(ids)
-
-

@@ -1,4 +1,7 @@
-"""Files of a run: written whole or not at all, with what is needed to trace a number back. Standard library only."""
+"""Files of a run: written whole or not at all, with what is needed to trace a number back.
+
+Standard library only.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,9 @@ from forgetless.files.untrusted import load_json
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path`; renamed to it when the block succeeds, removed when it does not (Ctrl-C included)."""
+    """A temporary path beside `path`; renamed to it when the block succeeds, removed when it does
+    not (Ctrl-C included).
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -34,48 +39,54 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-
-
 @contextlib.contextmanager
 def room_for(path: str | Path) -> Iterator[None]:
-    """Raise ValueError in one sentence where a block cannot write for want of room, whoever tried: Python, safetensors or torch."""
+    """Raise ValueError in one sentence where a block cannot write for want of room, whoever tried:
+
+    Python, safetensors or torch.
+    """
     try:
         yield
     except Exception as error:
         if (reason := _no_room(error)) is None:
             raise
-        raise ValueError(f"cannot write '{path}': {reason}; what was there before is still whole; make room there, or give another --out") from error
-
-
+        raise ValueError(
+            f"cannot write '{path}': {reason}; what was there before is still whole; make room "
+            "there, or give another --out"
+        ) from error
 
 
 def _no_room(error: BaseException | None) -> str | None:
-    """Why nothing more can be written, where that is what an error or one behind it says; None for every other error."""
+    """Why nothing more can be written, where that is what an error or one behind it says; None for
+    every other error.
+    """
     while error is not None:
         number = error.errno if isinstance(error, OSError) else None
         if (told := re.search(r"\(os error (\d+)\)", str(error))) is not None:  # safetensors
             number = int(told[1])
         if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
             return os.strerror(number)
-        if "inline_container" in str(error) or "PytorchStreamWriter" in str(error):  # torch does not say why
+        if "inline_container" in str(error) or "PytorchStreamWriter" in str(
+            error
+        ):  # torch does not say why
             return "it could not be written to its end, as on a full disk"
         error = error.__cause__ or error.__context__
     return None
 
 
-
-
 def clear_temporaries(path: Path, *, folder: bool) -> None:
-    """Remove what killed processes left of unfinished files: anywhere in a folder, or beside a file those of its own name. For whoever alone writes there."""
+    """Remove what killed processes left of unfinished files: anywhere in a folder, or beside a file
+    those of its own name. For whoever alone writes there.
+    """
     found = path.rglob(".*.tmp") if folder else path.parent.glob(f".{glob.escape(path.name)}.*.tmp")
     for place in [place for place in found if re.fullmatch(r"\..+\.\d+\.tmp", place.name)]:
         discard(place)
 
 
-
-
 def discard(path: Path) -> None:
-    """Remove a file or folder; a folder under a temporary name first, so that one half removed is never taken for a whole one."""
+    """Remove a file or folder; a folder under a temporary name first, so that one half removed is
+    never taken for a whole one.
+    """
     if not path.is_dir() or path.is_symlink():
         path.unlink(missing_ok=True)
         return
@@ -84,21 +95,15 @@ def discard(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
-
-
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-
-
 def write_json(path: str | Path, data: Any) -> None:
     """Write JSON atomically; NaN and infinities become null."""
     write_text(path, json.dumps(_plain(data), indent=1) + "\n")
-
-
 
 
 def read_json(path: str | Path) -> Any:
@@ -109,8 +114,6 @@ def read_json(path: str | Path) -> Any:
         raise FileError(f"{path}: expected a JSON file, found {error}") from None
 
 
-
-
 def _plain(data: Any) -> Any:
     if isinstance(data, dict):
         return {str(key): _plain(value) for key, value in data.items()}
@@ -119,5 +122,3 @@ def _plain(data: Any) -> Any:
     if isinstance(data, float) and not math.isfinite(data):
         return None
     return str(data) if isinstance(data, Path) else data
-
-

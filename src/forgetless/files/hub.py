@@ -1,9 +1,12 @@
-"""Importance files and adapters on the Hugging Face Hub, the way transformers users know: push_to_hub, from_pretrained, save_pretrained.
+"""Importance files and adapters on the Hugging Face Hub, the way transformers users know:
+push_to_hub, from_pretrained, save_pretrained.
 
-    OWNER/NAME/importance.safetensors     the file, with the folders of this machine taken out of its provenance
+    OWNER/NAME/importance.safetensors     the file, with the folders of this machine taken out of
+                                          its provenance
     OWNER/NAME/README.md                  the model card (cards.py)
 
-Wherever forgetless takes an importance file it takes a file, a folder of `save_pretrained` or a Hub name, in this order: what exists locally is never looked up.
+Wherever forgetless takes an importance file it takes a file, a folder of `save_pretrained` or a Hub
+name, in this order: what exists locally is never looked up.
 
     importance.push_to_hub("me/llama-importance", private=True)
     importance = Importance.from_pretrained("me/llama-importance")
@@ -29,87 +32,152 @@ def hub_name(name: Any) -> str | None:
     """`name` where it can be that of a Hub repository and is nothing local; None otherwise."""
     text = str(name or "")
     local = text.lower().endswith(FILES) or Path(text).exists()
-    return text if HUB_NAME.fullmatch(text) and ".." not in text and "--" not in text and not local else None
-
-
+    return (
+        text
+        if HUB_NAME.fullmatch(text) and ".." not in text and "--" not in text and not local
+        else None
+    )
 
 
 def shareable(value: Any) -> Any:
-    """A value without the folders of this machine: '/home/me/wiki.jsonl' -> 'wiki.jsonl'; mappings and lists all through."""
+    """A value without the folders of this machine:
+
+    '/home/me/wiki.jsonl' -> 'wiki.jsonl'; mappings and lists all through.
+    """
     if isinstance(value, Mapping):
         return {key: shareable(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
         return [shareable(inner) for inner in value]
-    return FOLDERS.sub(r"\1", value.rstrip("/") if value.startswith(("/", "~")) else value) if isinstance(value, str) else value
+    return (
+        FOLDERS.sub(r"\1", value.rstrip("/") if value.startswith(("/", "~")) else value)
+        if isinstance(value, str)
+        else value
+    )
 
 
 logger = logging.getLogger("forgetless")
 FILE, CARD = "importance.safetensors", "README.md"
 
 
-def importance_path(name: str | Path, *, revision: str | None = None, token: str | bool | None = None, cache_dir: str | Path | None = None,
-                    local_files_only: bool = False) -> Path:  # fmt: skip
-    """The importance file that `name` means: a file, a folder that holds one, or a Hub repository, which is downloaded into the cache.
+def importance_path(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """The importance file that `name` means: a file, a folder that holds one, or a Hub repository,
+    which is downloaded into the cache.
 
-    A name that can only be a path (it ends as a file does, is absolute, or has more than one slash) is never looked up. Raises ValueError where nothing is.
+    A name that can only be a path (it ends as a file does, is absolute, or has more than one slash)
+    is never looked up. Raises ValueError where nothing is.
     """
     text, path = str(name), Path(name).expanduser()
     if path.is_dir():
         if not (path / FILE).is_file():
-            found = ", ".join(sorted(p.name for p in path.glob("*.safetensors"))) or "no .safetensors file"
-            raise ValueError(f"'{text}' is a folder without {FILE} (found {found}); give the file itself, or a folder of Importance.save_pretrained")
+            found = (
+                ", ".join(sorted(p.name for p in path.glob("*.safetensors")))
+                or "no .safetensors file"
+            )
+            raise ValueError(
+                f"'{text}' is a folder without {FILE} (found {found}); give the file itself, or "
+                "a folder of Importance.save_pretrained"
+            )
         return path / FILE
-    if path.exists() or text.lower().endswith(FILES) or not HUB_NAME.fullmatch(text) or "/" not in text:
+    if (
+        path.exists()
+        or text.lower().endswith(FILES)
+        or not HUB_NAME.fullmatch(text)
+        or "/" not in text
+    ):
         return path  # a file; where it is missing, reading it says what to do
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(text, FILE, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only))
+        return Path(
+            hf_hub_download(
+                text,
+                FILE,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+            )
+        )
     except (OSError, ValueError) as error:
-        offline = " (offline mode is on: HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
-        raise ValueError(f"'{text}' is no file here, and cannot be had from the Hub{offline}: {_first(error)}; expected a repository with {FILE}, made by "
-                         "Importance.push_to_hub or forgetless record --push-to-hub. For a private one: hf auth login") from error  # fmt: skip
-
-
+        offline = (
+            " (offline mode is on: HF_HUB_OFFLINE)"
+            if os.environ.get("HF_HUB_OFFLINE") == "1"
+            else ""
+        )
+        raise ValueError(
+            f"'{text}' is no file here, and cannot be had from the Hub{offline}: "
+            f"{_first(error)}; expected a repository with {FILE}, made by "
+            "Importance.push_to_hub or forgetless record --push-to-hub. For a private one: hf "
+            "auth login"
+        ) from error
 
 
 def ready(repo_id: str, *, private: bool | None = None, token: str | bool | None = None) -> str:
-    """The full name of the repository, made where it is not there: before long work, so that a wrong name or a missing login is known at once.
+    """The full name of the repository, made where it is not there: before long work, so that a
+    wrong name or a missing login is known at once.
 
     Raises OptionError for what cannot be a name, ValueError where the Hub refuses.
     """
     if not HUB_NAME.fullmatch(repo_id) or ".." in repo_id or "--" in repo_id:
-        raise OptionError(f"'{repo_id}' cannot be the name of a Hub repository; expected NAME or OWNER/NAME of letters, digits, '-', '_' and '.'")
+        raise OptionError(
+            f"'{repo_id}' cannot be the name of a Hub repository; expected NAME or OWNER/NAME of "
+            "letters, digits, '-', '_' and '.'"
+        )
     from huggingface_hub import HfApi
 
     try:
-        return str(HfApi().create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id)
+        return str(
+            HfApi().create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        )
     except (OSError, ValueError) as error:
-        raise ValueError(f"the Hub does not let us write to '{repo_id}': {_first(error)}; log in with hf auth login, or give a token that may write") from error
+        raise ValueError(
+            f"the Hub does not let us write to '{repo_id}': {_first(error)}; log in with hf auth "
+            "login, or give a token that may write"
+        ) from error
 
 
+def push_folder(
+    folder: str | Path,
+    repo: str,
+    *,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload with forgetless",
+    create_pr: bool = False,
+    advice: str | None = None,
+) -> str:
+    """Upload a folder in one commit; returns its address.
 
-
-def push_folder(folder: str | Path, repo: str, *, token: str | bool | None = None, revision: str | None = None, commit_message: str = "Upload with forgetless",
-                create_pr: bool = False, advice: str | None = None) -> str:  # fmt: skip
-    """Upload a folder in one commit; returns its address. Raises ValueError with the command that tries again, or other `advice`."""
+    Raises ValueError with the command that tries again, or other `advice`.
+    """
     from huggingface_hub import HfApi
 
     try:
         commit = HfApi().upload_folder(
-            repo_id=repo, folder_path=str(folder), token=token, revision=revision, commit_message=commit_message, create_pr=create_pr or None
+            repo_id=repo,
+            folder_path=str(folder),
+            token=token,
+            revision=revision,
+            commit_message=commit_message,
+            create_pr=create_pr or None,
         )
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"uploading to '{repo}' failed: {_first(error)}; {advice or f'what was to be uploaded is whole: hf upload {repo} {folder}'}"
+            f"uploading to '{repo}' failed: {_first(error)}; "
+            f"{advice or f'what was to be uploaded is whole: hf upload {repo} {folder}'}"
         ) from error
     logger.info("pushed to %s", address := str(getattr(commit, "commit_url", commit)))
     return address
 
 
-
-
 def _first(error: BaseException) -> str:
-    return next((line for line in str(error).strip().splitlines() if line.strip()), type(error).__name__)
-
-
+    return next(
+        (line for line in str(error).strip().splitlines() if line.strip()), type(error).__name__
+    )

@@ -1,14 +1,19 @@
-"""One process at a time per run folder or file to write: a second one is told who is there, and a killed one never blocks.
+"""One process at a time per run folder or file to write: a second one is told who is there, and a
+killed one never blocks.
 
     with only_writer("run"):                            # RUN/.lock, a folder
         ...
-    with only_writer("model.importance.safetensors"):   # .model.importance.safetensors.lock beside the file
+    with only_writer("model.importance.safetensors"):   # .model.importance.safetensors.lock beside
+                                                        the file
 
-The kernel holds the lock (`flock`) and lets go of it when the process ends, however it ends; the file names process and host for the message, and is removed
-at the end. Where the file system or the platform knows no flock, that file itself is the lock, which is said: one that a killed process of this host left is
-taken over, one of another host has to be removed by hand. Whoever has the lock removes the temporaries that killed processes left.
+The kernel holds the lock (`flock`) and lets go of it when the process ends, however it ends; the
+file names process and host for the message, and is removed at the end. Where the file system or the
+platform knows no flock, that file itself is the lock, which is said: one that a killed process of
+this host left is taken over, one of another host has to be removed by hand. Whoever has the lock
+removes the temporaries that killed processes left.
 
-The processes that torchrun starts are one run: the first (RANK 0, or LOCAL_RANK where that alone is set) takes the lock for all of them.
+The processes that torchrun starts are one run: the first (RANK 0, or LOCAL_RANK where that alone is
+set) takes the lock for all of them.
 """
 
 from __future__ import annotations
@@ -29,12 +34,22 @@ from forgetless.files.atomic import clear_temporaries, room_for
 from forgetless.files.room import check_output_file, check_output_folder
 
 logger = logging.getLogger("forgetless")
-UNSUPPORTED = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, errno.ENODEV}  # what flock says on file systems without it
+UNSUPPORTED = {
+    errno.ENOSYS,
+    errno.ENOTSUP,
+    errno.EOPNOTSUPP,
+    errno.ENOLCK,
+    errno.EINVAL,
+    errno.ENODEV,
+}  # what flock says on file systems without it
 
 
 @contextlib.contextmanager
 def only_writer(path: str | Path, *, folder: bool = True) -> Iterator[None]:
-    """Hold the lock of a folder, or of a file to write. Raises ValueError where nothing can be written there, and where another process is at it."""
+    """Hold the lock of a folder, or of a file to write.
+
+    Raises ValueError where nothing can be written there, and where another process is at it.
+    """
     path = Path(path)
     (check_output_folder if folder else check_output_file)(path)
     if not first_process():
@@ -48,19 +63,19 @@ def only_writer(path: str | Path, *, folder: bool = True) -> Iterator[None]:
             clear_temporaries(path, folder=folder)
             yield
     finally:
-        lock.unlink(missing_ok=True)  # while it is held: whoever opened it meanwhile sees that it is gone
+        lock.unlink(
+            missing_ok=True
+        )  # while it is held: whoever opened it meanwhile sees that it is gone
         if opened is not None:
             _open.discard(opened)
             os.close(opened)
 
 
-
-
 def first_process() -> bool:
-    """Whether this is the process of a launch that takes the lock and writes: always, but under torchrun."""
+    """Whether this is the process of a launch that takes the lock and writes: always, but under
+    torchrun.
+    """
     return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
-
-
 
 
 def _taken(lock: Path, path: Path) -> int | None:
@@ -75,15 +90,15 @@ def _taken(lock: Path, path: Path) -> int | None:
             _flock(opened)
         except BlockingIOError:
             os.close(opened)
-            raise ValueError(_refusal(path, _holder(lock), "wait for it, stop it, or give another --out")) from None
+            raise ValueError(
+                _refusal(path, _holder(lock), "wait for it, stop it, or give another --out")
+            ) from None
         if _same_file(opened, lock):
             os.ftruncate(opened, 0)
             os.write(opened, _mine())
             _open.add(opened)
             return opened
         os.close(opened)  # removed by the one that held it, between our opening and locking
-
-
 
 
 def _knows_flock(folder: Path) -> bool:
@@ -97,16 +112,12 @@ def _knows_flock(folder: Path) -> bool:
     return True
 
 
-
-
 def _flock(opened: int) -> None:
     try:
         import fcntl
     except ImportError:
         raise OSError(errno.ENOSYS, "no flock on this platform") from None
     fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
 
 
 def _claim(lock: Path, path: Path) -> None:
@@ -117,7 +128,14 @@ def _claim(lock: Path, path: Path) -> None:
         except FileExistsError:
             holder = _holder(lock)
             if not _is_gone(holder, lock) or not _removed(lock, holder):
-                raise ValueError(_refusal(path, holder, f"wait for it, stop it, or give another --out (if it is gone, remove '{lock}')")) from None
+                raise ValueError(
+                    _refusal(
+                        path,
+                        holder,
+                        "wait for it, stop it, or give another --out (if it is gone, remove "
+                        f"'{lock}')",
+                    )
+                ) from None
             continue
         os.write(opened, _mine())
         os.close(opened)
@@ -125,10 +143,11 @@ def _claim(lock: Path, path: Path) -> None:
     raise ValueError(_refusal(path, _holder(lock), "wait for it, or give another --out"))
 
 
-
-
 def _removed(lock: Path, holder: dict[str, Any]) -> bool:
-    """Remove the lock that `holder` left. False where another process was faster and it is now the lock of that one."""
+    """Remove the lock that `holder` left.
+
+    False where another process was faster and it is now the lock of that one.
+    """
     grabbed = lock.with_name(f"{lock.name}.{os.getpid()}.tmp")
     with contextlib.suppress(FileNotFoundError):
         os.replace(lock, grabbed)
@@ -139,8 +158,6 @@ def _removed(lock: Path, holder: dict[str, Any]) -> bool:
     return True
 
 
-
-
 def _same_file(opened: int, lock: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(opened), os.stat(lock))
@@ -148,12 +165,15 @@ def _same_file(opened: int, lock: Path) -> bool:
         return False
 
 
-
-
 def _mine() -> bytes:
-    return json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S"), "began": _began(os.getpid())}).encode()
-
-
+    return json.dumps(
+        {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "began": _began(os.getpid()),
+        }
+    ).encode()
 
 
 def _holder(lock: Path) -> dict[str, Any]:
@@ -164,24 +184,26 @@ def _holder(lock: Path) -> dict[str, Any]:
     return {}
 
 
-
-
 def _refusal(path: Path, holder: dict[str, Any], advice: str) -> str:
-    who = f"process {holder['pid']} on {holder.get('host')} (since {holder.get('since')})" if "pid" in holder else "another process"
+    who = (
+        f"process {holder['pid']} on {holder.get('host')} (since {holder.get('since')})"
+        if "pid" in holder
+        else "another process"
+    )
     return f"{who} is writing to '{path}'; {advice}"
 
 
-
-
 def _is_gone(holder: dict[str, Any], lock: Path) -> bool:
-    """Whether the writer of a lock file was a process of this host that has ended (its number may be another's by now), or was killed before it wrote."""
+    """Whether the writer of a lock file was a process of this host that has ended (its number may
+    be another's by now), or was killed before it wrote.
+    """
     if not holder:
         with contextlib.suppress(FileNotFoundError):
             return time.time() - lock.stat().st_mtime > 10
         return True
-    return holder.get("host") == socket.gethostname() and _began(holder.get("pid")) != holder.get("began")
-
-
+    return holder.get("host") == socket.gethostname() and _began(holder.get("pid")) != holder.get(
+        "began"
+    )
 
 
 def _began(pid: Any) -> float | None:
@@ -204,9 +226,5 @@ def _close_in_child() -> None:
     _open.clear()
 
 
-
-
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_close_in_child)
-
-

@@ -10,32 +10,49 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("forgetless", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "safetensors", "lm_eval")
+PACKAGES = (
+    "forgetless",
+    "torch",
+    "transformers",
+    "peft",
+    "trl",
+    "accelerate",
+    "datasets",
+    "safetensors",
+    "lm_eval",
+)
 
 
 def environment(device: str | None = None) -> dict[str, Any]:
-    """Versions, platform, device, and the commit of the source tree where it is a git checkout (null otherwise)."""
+    """Versions, platform, device, and the commit of the source tree where it is a git checkout
+    (null otherwise).
+    """
     versions = {}
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     commit, dirty = _commit()
-    return {"python": platform.python_version(), "platform": platform.platform(), "versions": versions, "device": device, "commit": commit, "dirty": dirty}
-
-
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+        "device": device,
+        "commit": commit,
+        "dirty": dirty,
+    }
 
 
 def _commit() -> tuple[str | None, bool | None]:
     here = Path(__file__).resolve().parent
     try:
-        run = lambda *words: subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        run = lambda *words: subprocess.run(
+            ["git", *words], cwd=here, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
         if run("ls-files", "provenance.py") != "provenance.py":
             return None, None
         return run("rev-parse", "HEAD"), bool(run("status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.SubprocessError):
         return None, None
-
-
 
 
 def sha256_file(path: str | Path) -> str:
@@ -45,5 +62,3 @@ def sha256_file(path: str | Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-

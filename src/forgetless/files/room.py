@@ -10,26 +10,30 @@ from pathlib import Path
 
 
 def check_output_folder(path: str | Path) -> None:
-    """Make the folder and try to write into it. Raises ValueError before any long work where that fails."""
+    """Make the folder and try to write into it.
+
+    Raises ValueError before any long work where that fails.
+    """
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path) as probe:
             probe.write(b"forgetless")
     except OSError as error:
-        raise ValueError(f"cannot write into '{path}': {error.strerror or error}; give another --out, or make room there") from None
-
-
+        raise ValueError(
+            f"cannot write into '{path}': {error.strerror or error}; give another --out, or make "
+            "room there"
+        ) from None
 
 
 def check_output_file(path: str | Path) -> None:
     """Check that a file can be written at `path`. Raises ValueError before any long work where not."""
     path = Path(path)
     if path.is_dir():
-        raise ValueError(f"'{path}' is a folder, expected the name of a file to write; give another --out")
+        raise ValueError(
+            f"'{path}' is a folder, expected the name of a file to write; give another --out"
+        )
     check_output_folder(path.parent)
-
-
 
 
 def check_free_space(path: str | Path, needed: int) -> None:
@@ -39,19 +43,20 @@ def check_free_space(path: str | Path, needed: int) -> None:
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise ValueError(f"'{path}' needs about {needed / 2**20:.0f} MiB, found {free / 2**20:.0f} MiB free; give another --out, or make room there")
-
-
+        raise ValueError(
+            f"'{path}' needs about {needed / 2**20:.0f} MiB, found {free / 2**20:.0f} MiB free; "
+            "give another --out, or make room there"
+        )
 
 
 def free_memory() -> int | None:
-    """Bytes of CPU memory that may still be taken: free, or held by caches that give way, within a container's limit; None where the system does not say."""
+    """Bytes of CPU memory that may still be taken: free, or held by caches that give way, within a
+    container's limit; None where the system does not say.
+    """
     free = [_kilobytes("/proc/meminfo", "MemAvailable:"), _left_in_container()]
     if free[0] is None and hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
         free[0] = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min((size for size in free if size is not None), default=None)
-
-
 
 
 def _kilobytes(file: str, label: str) -> int | None:
@@ -63,15 +68,20 @@ def _kilobytes(file: str, label: str) -> int | None:
     return None
 
 
-
-
 def _left_in_container() -> int | None:
     """What a control group's limit leaves, its file cache not counted; None without a limit."""
     folder = Path("/sys/fs/cgroup")
     with contextlib.suppress(OSError, ValueError):  # 'max' is no number: no limit
-        limit, used = (int((folder / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current"))
-        counts = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
-        return max(0, limit - used + int(counts.get("inactive_file", 0)) + int(counts.get("active_file", 0)))
+        limit, used = (
+            int((folder / name).read_text(encoding="ascii"))
+            for name in ("memory.max", "memory.current")
+        )
+        counts = dict(
+            line.split()
+            for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines()
+        )
+        return max(
+            0,
+            limit - used + int(counts.get("inactive_file", 0)) + int(counts.get("active_file", 0)),
+        )
     return None
-
-

@@ -1,11 +1,17 @@
-"""Files from strangers: what every reader of them shares. Standard library only (and PyYAML when a file is read).
+"""Files from strangers: what every reader of them shares.
 
-    printable(text)          one line for a terminal: control characters, line ends and signs that reorder text are written as escapes
+Standard library only (and PyYAML when a file is read).
+
+    printable(text)          one line for a terminal: control characters, line ends and signs that
+                             reorder text are written as escapes
     cleaned(data)            the same for every string of plain data; line ends and tabs stay
-    FileError                a file that cannot be used; its message is one printable line, whatever the file holds
-    load_json, load_yaml     plain data, nested at most DEPTH levels, whole numbers of at most 64 bits; YAML without tags, at most NODES values however
-                             often aliases repeat them
-    check_name               a name that may become part of a path: no separators, no '..', no control characters
+    FileError                a file that cannot be used; its message is one printable line, whatever
+                             the file holds
+    load_json, load_yaml     plain data, nested at most DEPTH levels, whole numbers of at most 64
+                             bits; YAML without tags, at most NODES values however often aliases
+                             repeat them
+    check_name               a name that may become part of a path: no separators, no '..', no
+                             control characters
 
 Costs: one pass over what was read.
 """
@@ -27,28 +33,42 @@ YAML_BYTES = 1 << 20
 def cleaned(data: Any) -> Any:
     """Plain data with every string (also keys) free of control characters but line ends and tabs."""
     if isinstance(data, str):
-        return UNSAFE_IN_TEXT.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), data)
+        return UNSAFE_IN_TEXT.sub(
+            lambda match: match[0].encode("unicode_escape").decode("ascii"), data
+        )
     if isinstance(data, Mapping):
         return {cleaned(key): cleaned(value) for key, value in data.items()}
     return [cleaned(value) for value in data] if isinstance(data, list) else data
 
 
-
-
 def check_name(name: Any, what: str) -> str:
-    """`name` where it may become part of a file's name and of a line on a terminal. Raises FileError."""
+    """`name` where it may become part of a file's name and of a line on a terminal. Raises
+    FileError.
+    """
     if not isinstance(name, str):
         raise FileError(f"{what}: expected a name, found {brief(name)}; put it in quotes")
-    if not name or len(name) > 100 or name.startswith(".") or name != name.strip() or UNSAFE.search(name) or re.search(r'[/\\:*?"<>|]', name):
-        raise FileError(f"{what}: {name!r} cannot be a name: expected 1 to 100 characters, none of them a control character or one of "
-                        "/ \\ : * ? \" < > |, without a leading '.' or spaces at the ends")  # fmt: skip
+    if (
+        not name
+        or len(name) > 100
+        or name.startswith(".")
+        or name != name.strip()
+        or UNSAFE.search(name)
+        or re.search(r'[/\\:*?"<>|]', name)
+    ):
+        raise FileError(
+            f"{what}: {name!r} cannot be a name: expected 1 to 100 characters, none of them a "
+            "control character or one of "
+            "/ \\ : * ? \" < > |, without a leading '.' or spaces at the ends"
+        )
     return name
 
 
-
-
 def load_json(text: str) -> Any:
-    """The plain data in JSON text. Raises ValueError: no JSON, nested too deep, half a surrogate pair. Numbers beyond 64 bits come as floats."""
+    """The plain data in JSON text.
+
+    Raises ValueError: no JSON, nested too deep, half a surrogate pair. Numbers beyond 64 bits come
+    as floats.
+    """
     try:
         data = json.loads(text, parse_int=_whole)
     except RecursionError:
@@ -63,31 +83,35 @@ def load_json(text: str) -> Any:
     return data
 
 
-
-
 def _whole(digits: str) -> int | float:
     return int(digits) if len(digits) < 19 else float(digits)
-
-
 
 
 def _check_depth(data: Any) -> None:
     level = [data]
     for _ in range(DEPTH + 1):
-        level = [inner for value in level if isinstance(value, (list, dict)) for inner in (value.values() if isinstance(value, dict) else value)]
+        level = [
+            inner
+            for value in level
+            if isinstance(value, (list, dict))
+            for inner in (value.values() if isinstance(value, dict) else value)
+        ]
         if not level:
             return
     raise ValueError(f"nested deeper than {DEPTH} levels")
 
 
-
-
 def load_yaml(text: str) -> Any:
-    """The plain data in YAML text. Raises ValueError with the line: no YAML, tags, too deep, too many values, control characters."""
+    """The plain data in YAML text.
+
+    Raises ValueError with the line: no YAML, tags, too deep, too many values, control characters.
+    """
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """SafeLoader with limits that hold while nodes are composed, before anything is made of them."""
+        """SafeLoader with limits that hold while nodes are composed, before anything is made of
+        them.
+        """
 
         depth, sizes = 0, {}  # type: ignore[var-annotated] # id of a finished node -> values in it, repeated ones counted again
 
@@ -108,7 +132,11 @@ def load_yaml(text: str) -> Any:
             self.depth -= 1
             assert node is not None
             children = node.value if not isinstance(node.value, str) else []
-            parts = [part for child in children for part in (child if isinstance(child, tuple) else (child,))]
+            parts = [
+                part
+                for child in children
+                for part in (child if isinstance(child, tuple) else (child,))
+            ]
             self.sizes[id(node)] = 1 + sum(self.sizes[id(part)] for part in parts)
             if self.sizes[id(node)] > NODES:
                 raise refuse(f"more than {NODES} values, with what aliases repeat")
@@ -119,7 +147,9 @@ def load_yaml(text: str) -> Any:
     def whole(loader: Any, node: Any) -> Any:
         found = loader.construct_yaml_int(node) if len(node.value) < 100 else 1 << 64
         if not abs(found) < 1 << 63:
-            raise yaml.constructor.ConstructorError(None, None, "found a whole number of more than 64 bits", node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, "found a whole number of more than 64 bits", node.start_mark
+            )
         return found
 
     Loader.add_constructor("tag:yaml.org,2002:int", whole)
@@ -136,16 +166,15 @@ def load_yaml(text: str) -> Any:
     return data
 
 
-
-
 def check_mapping(value: Any, what: str, known: Collection[str] | None = None) -> dict[str, Any]:
     """`value` as a mapping with text as keys, empty for None. Raises FileError."""
     if value is None:
         return {}
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise FileError(f"{what}: expected a mapping, found {brief(value) if not isinstance(value, Mapping) else 'keys that are no text'}")
+        raise FileError(
+            f"{what}: expected a mapping, found "
+            f"{brief(value) if not isinstance(value, Mapping) else 'keys that are no text'}"
+        )
     if known is not None and (unknown := sorted(set(value) - set(known))):
         raise FileError(f"{what}: unknown key '{unknown[0]}'; known: {', '.join(known)}")
     return dict(value)
-
-

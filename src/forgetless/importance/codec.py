@@ -1,24 +1,29 @@
-"""Block codes for importance: non-negative numbers over many orders of magnitude in 8 or 4 bits, with one scale per 128 of them along the input dimension.
+"""Block codes for importance: non-negative numbers over many orders of magnitude in 8 or 4 bits,
+with one scale per 128 of them along the input dimension.
 
     value = scale * table[code]         u8: table[c] = (c / 256)^4                  top : smallest step = 4e9 : 1
-                                        u4: table[c] = 2^(c - 15), table[0] = 0     top : smallest step = 2^14 : 1
+                                        u4: table[c] = 2^(c - 15), table[0] = 0     top : smallest
+                                            step = 2^14 : 1
     code  = the table entry nearest to value / (largest value of the block) * table[top]
     scale = sum of the block's values / sum of its table entries, in bf16
 
-Zero is exact. Within a block decoding never turns an order round. The scale keeps the sum of each block (to bf16's 2^-9), so the energy is unbiased for
-updates that don't depend on importance: stochastic rounding would be too, at 1.4 times the error, and files would no longer be the same twice. The fourth
-power beats geometric steps of equal reach (half the error of the pull); with 15 levels, steps of 2 are the finest that reach far enough for an update that
-evades important elements.
+Zero is exact. Within a block decoding never turns an order round. The scale keeps the sum of each
+block (to bf16's 2^-9), so the energy is unbiased for updates that don't depend on importance:
+stochastic rounding would be too, at 1.4 times the error, and files would no longer be the same
+twice. The fourth power beats geometric steps of equal reach (half the error of the pull); with 15
+levels, steps of 2 are the finest that reach far enough for an update that evades important
+elements.
 
 | tier | bytes per weight | finished update: energy, pull | update that evades importance: energy, pull |
 |------|------------------|-------------------------------|---------------------------------------------|
 | u8   | 1.016            | 0.01 %, 0.4 %                 | 0.07 %, 2 %                                 |
 | u4   | 0.516            | 0.15 %, 9 %                   | 1.9 %, 20 %                                 |
 
-(relative errors on recorded path and Fisher importance of a 5M Llama, the worse of the two, all weights together;
-evading: U / (1 + 100 Omega / mean)). Rounding moves one element by at most
-2 / c of itself in u8 (0.8 % at the top, 4 % at a thousandth of it) and by a third in u4, before the scale evens out the block's sum. Blocks whose largest
-value is below 1e-37 lose precision with the scale; values above 3.3e38 are cut there.
+(relative errors on recorded path and Fisher importance of a 5M Llama, the worse of the two, all
+weights together; evading: U / (1 + 100 Omega / mean)). Rounding moves one element by at most 2 / c
+of itself in u8 (0.8 % at the top, 4 % at a thousandth of it) and by a third in u4, before the scale
+evens out the block's sum. Blocks whose largest value is below 1e-37 lose precision with the scale;
+values above 3.3e38 are cut there.
 
     codes, scale = encode(omega, "u8")
     decode(codes, scale, omega.shape, "u8")           # (out, in) f32; or rows of it
@@ -50,29 +55,38 @@ CHUNK = 1 << 20  # values encoded at a time: the f64 buffers stay small
 def encode(values: Tensor, tier: str) -> tuple[Tensor, Tensor]:
     """(codes, scale) of non-negative `values` (out, in).
 
-    codes: u8 (out, in), or two to a byte (out, ceil(in / 2)) in u4, even columns in the low half. scale: bf16 (out, ceil(in / 128)).
-    Raises ValueError for an unknown tier, other shapes, negative and non-finite values.
+    codes: u8 (out, in), or two to a byte (out, ceil(in / 2)) in u4, even columns in the low half.
+    scale: bf16 (out, ceil(in / 128)). Raises ValueError for an unknown tier, other shapes, negative
+    and non-finite values.
     """
     table = torch.tensor(_table(tier), dtype=torch.float64, device=values.device)
     if values.ndim != 2:
-        raise ValueError(f"expected importance (out, in), found shape {tuple(values.shape)}; flatten other shapes to two dimensions")
+        raise ValueError(
+            f"expected importance (out, in), found shape {tuple(values.shape)}; flatten other "
+            "shapes to two dimensions"
+        )
     if values.numel() and not (bool(torch.isfinite(values).all()) and float(values.min()) >= 0):
-        raise ValueError("expected finite, non-negative importance; record again with a lower learning rate or in f32")
+        raise ValueError(
+            "expected finite, non-negative importance; record again with a lower learning rate "
+            "or in f32"
+        )
     out, into = values.shape
     codes = torch.empty((out, stored_width(into, tier)), dtype=torch.uint8, device=values.device)
     scale = torch.empty((out, blocks(into)), dtype=torch.bfloat16, device=values.device)
     rows = max(1, CHUNK // max(into, 1))
     for first in range(0, out, rows):
-        codes[first : first + rows], scale[first : first + rows] = _encode_rows(values[first : first + rows], table, tier)
+        codes[first : first + rows], scale[first : first + rows] = _encode_rows(
+            values[first : first + rows], table, tier
+        )
     return codes, scale
-
-
 
 
 def _encode_rows(values: Tensor, table: Tensor, tier: str) -> tuple[Tensor, Tensor]:
     rows, into = values.shape
     width = blocks(into) * BLOCK
-    x = torch.nn.functional.pad(values.double(), (0, width - into)).view(rows, -1, BLOCK)  # f64: sums and quotients as in the reference
+    x = torch.nn.functional.pad(values.double(), (0, width - into)).view(
+        rows, -1, BLOCK
+    )  # f64: sums and quotients as in the reference
     top = x.amax(-1, keepdim=True)
     share = torch.where(top > 0, x / top, 0.0) * table[-1]
     codes = torch.bucketize(share, (table[1:] + table[:-1]) / 2)  # ties go down
@@ -84,16 +98,27 @@ def _encode_rows(values: Tensor, table: Tensor, tier: str) -> tuple[Tensor, Tens
     return codes[:, : stored_width(into, tier)], scale
 
 
-
-
-def decode(codes: Tensor, scale: Tensor, shape: Sequence[int], tier: str, rows: slice = slice(None)) -> Tensor:
-    """The values of `rows` of an encoded (out, in) weight, f32 (rows, in): scale times table entry, rounded once to f32."""
+def decode(
+    codes: Tensor, scale: Tensor, shape: Sequence[int], tier: str, rows: slice = slice(None)
+) -> Tensor:
+    """The values of `rows` of an encoded (out, in) weight, f32 (rows, in): scale times table entry,
+    rounded once to f32.
+    """
     codes, scale, into = codes[rows], scale[rows].float(), shape[1]
     if tier == "u8":
-        x = codes.to(torch.float32).mul_(1 / 256)  # (c / 256)^4 as two squarings: the table's entries to the bit, three times as fast as looking them up
+        x = codes.to(torch.float32).mul_(
+            1 / 256
+            # (c / 256)^4 as two squarings: the table's entries to the bit, three times as fast as
+            # looking them up
+        )
         x.mul_(x).mul_(x)
     else:
-        x = _pairs(tier, codes.device).index_select(0, codes.reshape(-1).int()).view(torch.float32).view(codes.shape[0], -1)[:, :into]
+        x = (
+            _pairs(tier, codes.device)
+            .index_select(0, codes.reshape(-1).int())
+            .view(torch.float32)
+            .view(codes.shape[0], -1)[:, :into]
+        )
     whole = into - into % BLOCK
     head = x[:, :whole].unflatten(1, (-1, BLOCK)) if whole else None
     if head is not None:
@@ -101,8 +126,6 @@ def decode(codes: Tensor, scale: Tensor, shape: Sequence[int], tier: str, rows: 
     if whole < into:
         x[:, whole:].mul_(scale[:, -1:])
     return x
-
-
 
 
 @functools.lru_cache(maxsize=8)
@@ -113,15 +136,14 @@ def _pairs(tier: str, device: torch.device) -> Tensor:
     return torch.stack((table[byte & 15], table[byte >> 4]), -1).view(torch.int64).view(-1)
 
 
-
-
 def norm(codes: Tensor, scale: Tensor, shape: Sequence[int], tier: str) -> float:
     """Frobenius norm of the decoded values, accumulated in f64, a few rows at a time."""
     rows = max(1, CHUNK // max(shape[1], 1))
-    parts = [float(decode(codes, scale, shape, tier, slice(i, i + rows)).double().square().sum()) for i in range(0, shape[0], rows)]
+    parts = [
+        float(decode(codes, scale, shape, tier, slice(i, i + rows)).double().square().sum())
+        for i in range(0, shape[0], rows)
+    ]
     return math.sqrt(sum(parts))
-
-
 
 
 def blocks(into: int) -> int:
@@ -129,13 +151,9 @@ def blocks(into: int) -> int:
     return -(-into // BLOCK)
 
 
-
-
 def stored_width(into: int, tier: str) -> int:
     """Bytes of codes in a row of `into` values."""
     return -(-into * BITS[tier] // 8)
-
-
 
 
 def stored_bytes(shape: Sequence[int], tier: str) -> int:
@@ -143,10 +161,10 @@ def stored_bytes(shape: Sequence[int], tier: str) -> int:
     return shape[0] * (stored_width(shape[1], tier) + 2 * blocks(shape[1]))
 
 
-
-
 def check(where: str, codes: Tensor, scale: Tensor, shape: Sequence[int], tier: str) -> None:
-    """Raise ValueError, beginning with `where`, unless codes and scale can be those of an (out, in) weight."""
+    """Raise ValueError, beginning with `where`, unless codes and scale can be those of an (out, in)
+    weight.
+    """
     _table(tier)
     out, into = shape
     for what, tensor, expected, dtype in (
@@ -154,12 +172,16 @@ def check(where: str, codes: Tensor, scale: Tensor, shape: Sequence[int], tier: 
         ("scale", scale, (out, blocks(into)), torch.bfloat16),
     ):
         if tuple(tensor.shape) != expected or tensor.dtype != dtype:
-            raise ValueError(f"{where}.{what} is {tuple(tensor.shape)} {tensor.dtype}, expected {expected} {dtype} for ({out}, {into}) in {tier}; "
-                             "the file is damaged, convert or record again")  # fmt: skip
+            raise ValueError(
+                f"{where}.{what} is {tuple(tensor.shape)} {tensor.dtype}, expected {expected} "
+                f"{dtype} for ({out}, {into}) in {tier}; "
+                "the file is damaged, convert or record again"
+            )
     if scale.numel() and not (bool(torch.isfinite(scale).all()) and float(scale.min()) >= 0):
-        raise ValueError(f"{where}.scale has negative or non-finite values; the file is damaged, convert or record again")
-
-
+        raise ValueError(
+            f"{where}.scale has negative or non-finite values; the file is damaged, convert or "
+            "record again"
+        )
 
 
 def _table(tier: str) -> list[float]:
@@ -168,10 +190,11 @@ def _table(tier: str) -> list[float]:
     return TABLES[tier]
 
 
-
-
 def encode_reference(row: Sequence[float], tier: str) -> tuple[list[int], list[float]]:
-    """`encode` of one row, number by number, unpacked: (codes, one scale per block). The specification."""
+    """`encode` of one row, number by number, unpacked:
+
+    (codes, one scale per block). The specification.
+    """
     table, codes, scales = _table(tier), [], []
     midpoints = [(low + high) / 2 for low, high in itertools.pairwise(table)]
     for first in range(0, len(row), BLOCK):
@@ -185,14 +208,10 @@ def encode_reference(row: Sequence[float], tier: str) -> tuple[list[int], list[f
     return codes, scales
 
 
-
-
 def decode_reference(codes: Sequence[int], scales: Sequence[float], tier: str) -> list[float]:
     """`decode` of one row of unpacked codes, number by number."""
     table = _table(tier)
     return [_f32(table[code] * scales[i // BLOCK]) for i, code in enumerate(codes)]
-
-
 
 
 def _f32(x: float) -> float:
@@ -200,12 +219,8 @@ def _f32(x: float) -> float:
     return float(value)
 
 
-
-
 def _bf16(x: float) -> float:
     """Round to f32, then to the nearest bf16, ties to even."""
     bits = struct.unpack("I", struct.pack("f", x))[0]
     bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
     return float(struct.unpack("f", struct.pack("I", bits))[0])
-
-

@@ -1,19 +1,27 @@
-"""Consolidation: one importance for all that a model has learned, from the importance so far and that of the domain it learned last.
+"""Consolidation: one importance for all that a model has learned, from the importance so far and
+that of the domain it learned last.
 
-    sum          Omega(so far) + Omega(last): every domain counts fully, as general text does (EWC's sum of penalties, arXiv 1612.00796)
+    sum          Omega(so far) + Omega(last): every domain counts fully, as general text does (EWC's
+                 sum of penalties, arXiv 1612.00796)
     none         Omega(so far): only general text is held, the control
-    decay:0.9    0.9 Omega(so far) + 0.1 Omega(last): a running average (as online EWC, arXiv 1805.06370): old domains fade, and strength keeps its scale
+    decay:0.9    0.9 Omega(so far) + 0.1 Omega(last): a running average (as online EWC, arXiv
+                 1805.06370): old domains fade, and strength keeps its scale
 
-Forms stay what they are, with the relative error that this costs each weight (Frobenius norm of the quadratic form) in `info["consolidated"]`:
+Forms stay what they are, with the relative error that this costs each weight (Frobenius norm of the
+quadratic form) in `info["consolidated"]`:
 
     f32, bf16, u8, u4   the sum, coded again: the tier's own rounding
     factored            the columns of both: exact, and the rank adds up
-    kronecker           a sum of two Kronecker products is none itself. The nearest one has G and A among the weighted sums of those given (Van Loan and
-                        Pitsianis 1993), found for all weights that share an input at once, so that they go on sharing it: a 2 x 2 eigenproblem. Rank k stays k
+    kronecker           a sum of two Kronecker products is none itself. The nearest one has G and A
+                        among the weighted sums of those given (Van Loan and Pitsianis 1993), found
+                        for all weights that share an input at once, so that they go on sharing it:
+                        a 2 x 2 eigenproblem. Rank k stays k
 
-Cost: a pass over the tensors; for whole covariances one product of sums, for rank k one QR of 2 k columns.
+Cost: a pass over the tensors; for whole covariances one product of sums, for rank k one QR of 2 k
+columns.
 
-    consolidated(general, sciq, "sum").info["consolidated"][-1]["error"]    # {'median': .., 'largest': ..}
+    consolidated(general, sciq, "sum").info["consolidated"][-1]["error"]    # {'median': ..,
+        'largest': ..}
 """
 
 from __future__ import annotations
@@ -36,16 +44,23 @@ Terms = Sequence[tuple[float, AnyCovariance]]
 
 
 def consolidated(before: Importance, last: Importance, rule: str = "sum") -> Importance:
-    """The importance of both by `rule`, in the form of `before`, without anchors. Raises ValueError where they do not fit together."""
+    """The importance of both by `rule`, in the form of `before`, without anchors.
+
+    Raises ValueError where they do not fit together.
+    """
     shares = parse_rule(rule)
     missing = [name for name in before if name not in last]
     if missing:
-        raise ValueError(f"the importance of the last domain lacks {len(missing)} weights, first '{missing[0]}'; record it with the same --targets")
+        raise ValueError(
+            f"the importance of the last domain lacks {len(missing)} weights, first "
+            f"'{missing[0]}'; record it with the same --targets"
+        )
     pairs = {name: (before[name], last[name]) for name in before}
     for name, (old, new) in pairs.items():
         if type(old) is not type(new) or old.shape != new.shape:
             raise ValueError(
-                f"'{name}' is {old.tier} {old.shape} so far and {new.tier} {new.shape} in the last domain; record both in one tier on one base model"
+                f"'{name}' is {old.tier} {old.shape} so far and {new.tier} {new.shape} in the "
+                "last domain; record both in one tier on one base model"
             )
     entries, errors = {}, {}
     for group in _sharing(pairs):
@@ -56,13 +71,18 @@ def consolidated(before: Importance, last: Importance, rule: str = "sum") -> Imp
         entries.update({name: entry for name, (entry, _) in made.items()})
         errors.update({name: error for name, (_, error) in made.items()})
     entries = {name: entries[name] for name in before}
-    step = {"rule": rule, "data": last.info.get("data"), "error": {"median": statistics.median(errors.values()), "largest": max(errors.values())}}
+    step = {
+        "rule": rule,
+        "data": last.info.get("data"),
+        "error": {"median": statistics.median(errors.values()), "largest": max(errors.values())},
+    }
     info = {key: value for key, value in before.info.items() if key not in ("path", "energy_error")}
-    info |= {"norms": {name: entry.norm() for name, entry in entries.items()}, "consolidated": [*info.get("consolidated", []), step]}
+    info |= {
+        "norms": {name: entry.norm() for name, entry in entries.items()},
+        "consolidated": [*info.get("consolidated", []), step],
+    }
     made_of = Importance(entries, {}, info)
     return Importance(entries, {}, {**info, "tier": made_of.tier})
-
-
 
 
 def _sharing(pairs: dict[str, Pair]) -> list[list[str]]:
@@ -75,30 +95,41 @@ def _sharing(pairs: dict[str, Pair]) -> list[list[str]]:
     return list(groups.values())
 
 
-
-
 def _added(old: Entry, new: Entry, shares: tuple[float, float]) -> tuple[Entry, float]:
     """Element-wise and factored importance: the sum in the tier of `old`, and its relative error."""
     if isinstance(old, FactoredEntry) and isinstance(new, FactoredEntry):
-        return FactoredEntry(torch.cat([shares[0] * old.row, shares[1] * new.row], 1), torch.cat([old.col, new.col], 1)), 0.0
+        return FactoredEntry(
+            torch.cat([shares[0] * old.row, shares[1] * new.row], 1),
+            torch.cat([old.col, new.col], 1),
+        ), 0.0
     exact = shares[0] * old.dense() + shares[1] * new.dense()
     made = converted({"": DenseEntry(exact)}, old.tier)[""]
-    return made, float((made.dense() - exact).norm() / exact.norm().clamp(min=torch.finfo(exact.dtype).tiny))
-
-
+    return made, float(
+        (made.dense() - exact).norm() / exact.norm().clamp(min=torch.finfo(exact.dtype).tiny)
+    )
 
 
 def _nearest(pairs: dict[str, Pair], shares: tuple[float, float]) -> dict[str, tuple[Entry, float]]:
     """The nearest G (x) A of each weight with one A for all of them, and its relative error.
 
-    A = sum_t alpha_t A_t with alpha the leading eigenvector of H K: K the inner products of the A_t, H those of the weighted G_t, summed over weights.
-    Given A, G = sum_t share_t (A_t . A) / (A . A) G_t is the best for each weight. All of these are sums with weights above zero, so covariances again.
+    A = sum_t alpha_t A_t with alpha the leading eigenvector of H K: K the inner products of the
+    A_t, H those of the weighted G_t, summed over weights. Given A, G = sum_t share_t (A_t . A) / (A
+    . A) G_t is the best for each weight. All of these are sums with weights above zero, so
+    covariances again.
     """
-    both = {name: [entry for entry in pair if isinstance(entry, KroneckerEntry)] for name, pair in pairs.items()}
+    both = {
+        name: [entry for entry in pair if isinstance(entry, KroneckerEntry)]
+        for name, pair in pairs.items()
+    }
     inputs = [entry.in_cov for entry in next(iter(both.values()))]
     K = _gram(inputs)
-    grams = {name: torch.outer(torch.tensor(shares, dtype=torch.float64), torch.tensor(shares, dtype=torch.float64)) * _gram([e.out_cov for e in entries])
-             for name, entries in both.items()}  # fmt: skip
+    grams = {
+        name: torch.outer(
+            torch.tensor(shares, dtype=torch.float64), torch.tensor(shares, dtype=torch.float64)
+        )
+        * _gram([e.out_cov for e in entries])
+        for name, entries in both.items()
+    }
     values, vectors = torch.linalg.eig(torch.stack(list(grams.values())).sum(0) @ K)
     alpha = vectors[:, int(values.real.argmax())].real.abs()
     alpha = alpha / alpha.sum().clamp(min=torch.finfo(torch.float64).tiny)
@@ -107,21 +138,27 @@ def _nearest(pairs: dict[str, Pair], shares: tuple[float, float]) -> dict[str, t
     A = _sum(list(zip(alpha.tolist(), inputs, strict=True)))
     made: dict[str, tuple[Entry, float]] = {}
     for name, entries in both.items():
-        G = _sum([(share * weight, entry.out_cov) for share, weight, entry in zip(shares, weights, entries, strict=True)])
+        G = _sum(
+            [
+                (share * weight, entry.out_cov)
+                for share, weight, entry in zip(shares, weights, entries, strict=True)
+            ]
+        )
         exact = float((grams[name] * K).sum())
-        crossed = sum(share * _inner(e.out_cov, G) * _inner(e.in_cov, A) for share, e in zip(shares, entries, strict=True))
+        crossed = sum(
+            share * _inner(e.out_cov, G) * _inner(e.in_cov, A)
+            for share, e in zip(shares, entries, strict=True)
+        )
         off = max(0.0, exact - 2 * crossed + _inner(G, G) * _inner(A, A))
         made[name] = KroneckerEntry(G, A), math.sqrt(off / exact) if exact > 0 else 0.0
     return made
 
 
-
-
 def _gram(covariances: Sequence[AnyCovariance]) -> Tensor:
     """Inner products, in f64."""
-    return torch.tensor([[_inner(a, b) for b in covariances] for a in covariances], dtype=torch.float64)
-
-
+    return torch.tensor(
+        [[_inner(a, b) for b in covariances] for a in covariances], dtype=torch.float64
+    )
 
 
 def _inner(a: AnyCovariance, b: AnyCovariance) -> float:
@@ -130,13 +167,18 @@ def _inner(a: AnyCovariance, b: AnyCovariance) -> float:
         return float((a.full().double() * b.full().double()).sum())
     thin = (a.vectors.double().T @ b.vectors.double()).square()
     x, y, floors = a.values.double(), b.values.double(), (float(a.floor), float(b.floor))
-    return float(x @ thin @ y) + floors[1] * float(x.sum()) + floors[0] * float(y.sum()) + a.size * floors[0] * floors[1]
-
-
+    return (
+        float(x @ thin @ y)
+        + floors[1] * float(x.sum())
+        + floors[0] * float(y.sum())
+        + a.size * floors[0] * floors[1]
+    )
 
 
 def _sum(terms: Terms) -> AnyCovariance:
-    """A weighted sum; of low rank where both are, at the larger of their ranks, from the leading directions within the span of both: no (n, n) matrix."""
+    """A weighted sum; of low rank where both are, at the larger of their ranks, from the leading
+    directions within the span of both: no (n, n) matrix.
+    """
     thin = [cov for _, cov in terms if isinstance(cov, LowRankCovariance)]
     if len(thin) < len(terms):
         return Covariance(torch.stack([weight * cov.full() for weight, cov in terms]).sum(0))
@@ -144,6 +186,9 @@ def _sum(terms: Terms) -> AnyCovariance:
     values, turn = torch.linalg.eigh(Q.T @ sum(weight * cov.apply(Q) for weight, cov in terms))
     rank = max(cov.vectors.shape[1] for cov in thin)
     vectors = (Q @ turn.flip(1)).to(thin[0].vectors.dtype)
-    return low_rank(values.flip(0).to(vectors.dtype), vectors, rank, sum(weight * cov.trace() for weight, cov in terms))
-
-
+    return low_rank(
+        values.flip(0).to(vectors.dtype),
+        vectors,
+        rank,
+        sum(weight * cov.trace() for weight, cov in terms),
+    )

@@ -1,9 +1,11 @@
-"""What is in an importance file, for people: where it comes from, what its tier costs, and for each weight size, norms and a histogram.
+"""What is in an importance file, for people: where it comes from, what its tier costs, and for each
+weight size, norms and a histogram.
 
     print(describe_file("model.importance.safetensors"))
 
-The histogram of a weight shows its non-zero elements over log10 of importance, on the same axis for all weights: at most 12 decades, the smaller ones in the
-first column. Heights are relative to the weight's fullest column.
+The histogram of a weight shows its non-zero elements over log10 of importance, on the same axis for
+all weights: at most 12 decades, the smaller ones in the first column. Heights are relative to the
+weight's fullest column.
 """
 
 from __future__ import annotations
@@ -27,33 +29,42 @@ BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
 def describe(importance: Stored) -> str:
-    """Where importance comes from, the error of its tier, and a line for each weight: shape, size, norm, mean, largest value, share of zeros, histogram."""
+    """Where importance comes from, the error of its tier, and a line for each weight: shape, size,
+    norm, mean, largest value, share of zeros, histogram.
+    """
     low, high = _decades(importance)
     width = max(len(name) for name in importance.entries)
     axis = f"{low:<+8.1f}{'log10':^{COLUMNS - 16}}{high:>+8.1f}"
-    rows = [f"{'weight':<{width}}  {'shape':>14}  {'KiB':>9}  {'norm':>9}  {'mean':>9}  {'max':>9}  {'zero':>6}  {axis}"]
+    rows = [
+        f"{'weight':<{width}}  {'shape':>14}  {'KiB':>9}  {'norm':>9}  {'mean':>9}  {'max':>9}  "
+        f"{'zero':>6}  {axis}"
+    ]
     met: set[int] = set()
     for name, entry in importance.entries.items():
         shape = f"{entry.shape[0]} x {entry.shape[1]}"
         mean, top, zero, counts = _statistics(entry, low, high)
-        rows.append(f"{name:<{width}}  {shape:>14}  {_bytes({name: entry}, met) / 1024:>9.1f}  {entry.norm():>9.3g}  {mean:>9.3g}  "
-                    f"{top:>9.3g}  {zero:>6.1%}  {_blocks(counts)}".rstrip())  # fmt: skip
+        rows.append(
+            f"{name:<{width}}  {shape:>14}  {_bytes({name: entry}, met) / 1024:>9.1f}  "
+            f"{entry.norm():>9.3g}  {mean:>9.3g}  "
+            f"{top:>9.3g}  {zero:>6.1%}  {_blocks(counts)}".rstrip()
+        )
     return "\n".join([*_head(importance), "", *rows])
 
 
-
-
 def histogram(values: Tensor, low: float, high: float) -> str:
-    """The non-zero values over log10, from `low` to `high`, as COLUMNS blocks; values below `low` are in the first one. A column that is not empty shows."""
+    """The non-zero values over log10, from `low` to `high`, as COLUMNS blocks; values below `low`
+    are in the first one. A column that is not empty shows.
+    """
     return _blocks(_counts(values, low, high))
 
 
-
-
 def _counts(values: Tensor, low: float, high: float) -> Tensor:
-    return torch.histc(values[values > 0].float().log10().clamp(low, high), bins=COLUMNS, min=low, max=max(high, low + 1e-3))
-
-
+    return torch.histc(
+        values[values > 0].float().log10().clamp(low, high),
+        bins=COLUMNS,
+        min=low,
+        max=max(high, low + 1e-3),
+    )
 
 
 def _blocks(counts: Tensor) -> str:
@@ -61,10 +72,10 @@ def _blocks(counts: Tensor) -> str:
     return "".join(BLOCKS[math.ceil(8 * float(count) / top)] for count in counts)
 
 
-
-
 def _parts(entry: Entry) -> Iterator[Tensor]:
-    """The elements, some rows at a time: all of them, or evenly spaced rows of a weight with more than LOOKED. A few KB of factors stand for any number."""
+    """The elements, some rows at a time: all of them, or evenly spaced rows of a weight with more
+    than LOOKED. A few KB of factors stand for any number.
+    """
     out, into = entry.shape
     step = -(-out * into // LOOKED)
     rows = max(1, CHUNK // into) * step
@@ -72,21 +83,24 @@ def _parts(entry: Entry) -> Iterator[Tensor]:
         yield entry.rows(slice(first, first + rows, step)).float()
 
 
-
-
 def _statistics(entry: Entry, low: float, high: float) -> tuple[float, float, float, Tensor]:
     """(mean, largest, share of zeros, counts of the histogram)."""
     total, top, zeros, seen, counts = 0.0, 0.0, 0, 0, torch.zeros(COLUMNS)
     for part in _parts(entry):
-        total, top, zeros, seen = total + float(part.double().sum()), max(top, float(part.max())), zeros + int((part == 0).sum()), seen + part.numel()
+        total, top, zeros, seen = (
+            total + float(part.double().sum()),
+            max(top, float(part.max())),
+            zeros + int((part == 0).sum()),
+            seen + part.numel(),
+        )
         counts += _counts(part, low, high)
     return total / seen, top, zeros / seen, counts
 
 
-
-
 def _decades(importance: Stored) -> tuple[float, float]:
-    """log10 of the smallest (at most 12 decades down) and the largest value of all weights; (0, 0) where all are zero."""
+    """log10 of the smallest (at most 12 decades down) and the largest value of all weights; (0, 0)
+    where all are zero.
+    """
     ends: list[float] = []
     for entry in importance.entries.values():
         for part in _parts(entry):
@@ -95,32 +109,43 @@ def _decades(importance: Stored) -> tuple[float, float]:
     return (max(min(ends), max(ends) - DECADES), max(ends)) if ends else (0.0, 0.0)
 
 
-
-
 def _head(importance: Stored) -> list[str]:
     info = importance.info
     model, data = info.get("model", {}), info.get("data", {})
     lines = [
         f"estimator    {info.get('estimator', '?')}",
-        textwrap.fill(f"settings     {printable(_settings(info), longest=4000)}", 120, subsequent_indent=" " * 13, break_on_hyphens=False),
+        textwrap.fill(
+            f"settings     {printable(_settings(info), longest=4000)}",
+            120,
+            subsequent_indent=" " * 13,
+            break_on_hyphens=False,
+        ),
         f"unit         {info.get('unit', '?')}",
         f"tier         {tier_of(importance.entries)}",
         *_errors(info),
-        f"base model   {model.get('name', '?')} (fingerprint {str(model.get('fingerprint', '?'))[:12]})",
-        f"data         {data.get('source', '?')}: {data.get('documents', '?')} documents, {data.get('tokens', '?')} tokens, "
+        f"base model   {model.get('name', '?')} (fingerprint "
+        f"{str(model.get('fingerprint', '?'))[:12]})",
+        f"data         {data.get('source', '?')}: {data.get('documents', '?')} documents, "
+        f"{data.get('tokens', '?')} tokens, "
         f"sha256 {str(data.get('sha256', '?'))[:12]}",
-        f"anchor       {'recorded adapter, rank ' + str(next(iter(importance.anchors.values()))[0].shape[0]) if importance.anchors else 'none'}",
+        "anchor       "
+        f"{'recorded adapter, rank ' + str(next(iter(importance.anchors.values()))[0].shape[0]) if importance.anchors else 'none'}",
         f"calibration  {importance.calibration.describe() if importance.calibration else 'none'}",
-        f"weights      {len(importance.entries)} with {sum(e.shape[0] * e.shape[1] for e in importance.entries.values()):,} elements, "
+        f"weights      {len(importance.entries)} with "
+        f"{sum(e.shape[0] * e.shape[1] for e in importance.entries.values()):,} elements, "
         f"stored in {_bytes(importance.entries) / 2**20:.2f} MiB",
     ]
     if tier_of(importance.entries).startswith("kronecker"):
-        lines.append("             mean, max, zero and histogram are of the diagonal; size without an input covariance that is stored with another weight")
+        lines.append(
+            "             mean, max, zero and histogram are of the diagonal; size without an "
+            "input covariance that is stored with another weight"
+        )
     if large := sum(math.prod(entry.shape) > LOOKED for entry in importance.entries.values()):
-        lines.append(f"             mean, max, zero and histogram of {large} weights with more than {LOOKED:,} elements are of evenly spaced rows")
+        lines.append(
+            f"             mean, max, zero and histogram of {large} weights with more than "
+            f"{LOOKED:,} elements are of evenly spaced rows"
+        )
     return [line if line == lines[1] else printable(line) for line in lines]
-
-
 
 
 def _errors(info: Mapping[str, Any]) -> list[str]:
@@ -131,20 +156,21 @@ def _errors(info: Mapping[str, Any]) -> list[str]:
         return []
     words = []
     for kind, errors in zip(("random", "evading"), zip(*pairs, strict=True), strict=True):
-        words.append(f"{kind} update: median {_percent(statistics.median(errors))}, largest {_percent(max(errors))}")
+        words.append(
+            f"{kind} update: median {_percent(statistics.median(errors))}, largest "
+            f"{_percent(max(errors))}"
+        )
     return [f"energy error {'; '.join(words)} (per weight, against {stored.get('against', '?')})"]
-
-
 
 
 def _percent(share: float) -> str:
     return f"{100 * share:.2g} %"
 
 
-
-
 def _bytes(entries: Mapping[str, Entry], met: set[int] | None = None) -> int:
-    """Bytes of the tensors of some entries, each counted once; `met` carries what was counted before."""
+    """Bytes of the tensors of some entries, each counted once; `met` carries what was counted
+    before.
+    """
     met, total = set() if met is None else met, 0
     for entry in entries.values():
         for tensor in entry.tensors().values():
@@ -153,11 +179,14 @@ def _bytes(entries: Mapping[str, Entry], met: set[int] | None = None) -> int:
     return total
 
 
-
-
 def _settings(info: dict[str, Any]) -> str:
     """The settings that say something: not the options left at nothing, off or automatic."""
-    shown = {key: value for key, value in sorted(info.get("settings", {}).items()) if value not in (None, False, "auto", "none", "")}
-    return ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in shown.items())
-
-
+    shown = {
+        key: value
+        for key, value in sorted(info.get("settings", {}).items())
+        if value not in (None, False, "auto", "none", "")
+    }
+    return ", ".join(
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in shown.items()
+    )

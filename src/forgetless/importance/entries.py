@@ -5,9 +5,10 @@
     factored    Omega = row @ col^T, (out, k) and (in, k)                      the same, without an (out, in) tensor
     kronecker   G (out, out) and A (in, in), which also know directions        energy  tr(G U A U^T)
 
-Each has `shape` (out, in), `tier` (how it is stored), `dense()` -> (out, in), `rows(slice)` of it, `energy(U)`, `norm()` (Frobenius norm of the quadratic
-form, so that coefficients of layers compare across forms), `to(device, dtype, moved)` and `tensors()` (what a file holds, by suffix of the weight's name).
-The penalty picks its algebra by type.
+Each has `shape` (out, in), `tier` (how it is stored), `dense()` -> (out, in), `rows(slice)` of it,
+`energy(U)`, `norm()` (Frobenius norm of the quadratic form, so that coefficients of layers compare
+across forms), `to(device, dtype, moved)` and `tensors()` (what a file holds, by suffix of the
+weight's name). The penalty picks its algebra by type.
 """
 
 from __future__ import annotations
@@ -41,17 +42,15 @@ class Entry(Protocol):
     def tensors(self) -> dict[str, Tensor]: ...
 
 
-
-
 def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-
-
 @dataclass(frozen=True)
 class DenseEntry:
-    """Importance of one weight, element by element; the unit is that of the estimator (path: nats per squared weight)."""
+    """Importance of one weight, element by element; the unit is that of the estimator (path: nats
+    per squared weight).
+    """
 
     values: Tensor  # (out, in), f32 or bf16, non-negative
 
@@ -61,7 +60,9 @@ class DenseEntry:
 
     @property
     def tier(self) -> str:
-        return {torch.float32: "f32", torch.bfloat16: "bf16"}.get(self.values.dtype, str(self.values.dtype))
+        return {torch.float32: "f32", torch.bfloat16: "bf16"}.get(
+            self.values.dtype, str(self.values.dtype)
+        )
 
     def dense(self) -> Tensor:
         """(out, in), f32 (f64 stays f64)."""
@@ -88,11 +89,11 @@ class DenseEntry:
         return {"": self.values}
 
 
-
-
 @dataclass(frozen=True)
 class CodedEntry:
-    """Importance of one weight in block codes (codec.py); decoded a few rows at a time wherever it is used."""
+    """Importance of one weight in block codes (codec.py); decoded a few rows at a time wherever it
+    is used.
+    """
 
     codes: Tensor  # u8 (out, in), or two to a byte (out, ceil(in / 2)) in u4
     scale: Tensor  # bf16 (out, ceil(in / 128))
@@ -109,7 +110,11 @@ class CodedEntry:
 
     def to(self, device: torch.device, dtype: torch.dtype, moved: dict[Any, Any]) -> CodedEntry:
         """On a device, still in codes."""
-        return self if self.codes.device == device else CodedEntry(self.codes.to(device), self.scale.to(device), self.shape, self.tier)
+        return (
+            self
+            if self.codes.device == device
+            else CodedEntry(self.codes.to(device), self.scale.to(device), self.shape, self.tier)
+        )
 
     def energy(self, U: Tensor) -> Tensor:
         """sum_ij Omega_ij U_ij^2, a scalar; U is (out, in)."""
@@ -122,8 +127,6 @@ class CodedEntry:
     def tensors(self) -> dict[str, Tensor]:
         """What a file holds, by suffix; shape and tier stand in its metadata."""
         return {".codes": self.codes, ".scale": self.scale}
-
-
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,11 +170,12 @@ class FactoredEntry:
         return {".row": self.row, ".col": self.col}
 
 
-
-
 @dataclass(frozen=True, eq=False)
 class KroneckerEntry:
-    """G = E[d d^T] of output gradients and A = E[x x^T] of inputs. Weights that read the same input share one `in_cov` object."""
+    """G = E[d d^T] of output gradients and A = E[x x^T] of inputs.
+
+    Weights that read the same input share one `in_cov` object.
+    """
 
     out_cov: AnyCovariance  # G, (out, out)
     in_cov: AnyCovariance  # A, (in, in)
@@ -186,7 +190,10 @@ class KroneckerEntry:
         return f"kronecker:{max(ranks)}" if ranks else "kronecker"
 
     def dense(self) -> Tensor:
-        """diag(G) diag(A)^T, (out, in): only the diagonal of the quadratic form. What the covariances know of directions is lost in it."""
+        """diag(G) diag(A)^T, (out, in): only the diagonal of the quadratic form.
+
+        What the covariances know of directions is lost in it.
+        """
         return torch.outer(self.out_cov.diagonal(), self.in_cov.diagonal())
 
     def rows(self, rows: slice) -> Tensor:
@@ -202,7 +209,9 @@ class KroneckerEntry:
         return self.out_cov.norm() * self.in_cov.norm()
 
     def to(self, device: torch.device, dtype: torch.dtype, moved: dict[Any, Any]) -> KroneckerEntry:
-        """On a device, in a dtype; covariances already in `moved` (by identity) are taken from there, so that shared ones stay shared."""
+        """On a device, in a dtype; covariances already in `moved` (by identity) are taken from
+        there, so that shared ones stay shared.
+        """
         for cov in (self.out_cov, self.in_cov):
             if (id(cov), device) not in moved:
                 moved[id(cov), device] = cov.to(device, dtype)
@@ -211,35 +220,58 @@ class KroneckerEntry:
     def tensors(self) -> dict[str, Tensor]:
         """What a file holds, by suffix."""
         parts = {f".out_cov{suffix}": tensor for suffix, tensor in self.out_cov.tensors().items()}
-        return {**parts, **{f".in_cov{suffix}": tensor for suffix, tensor in self.in_cov.tensors().items()}}
+        return {
+            **parts,
+            **{f".in_cov{suffix}": tensor for suffix, tensor in self.in_cov.tensors().items()},
+        }
 
 
-FORMS: dict[str, Any] = {form.__name__: form for form in (DenseEntry, CodedEntry, FactoredEntry, KroneckerEntry, Covariance, LowRankCovariance)}
+FORMS: dict[str, Any] = {
+    form.__name__: form
+    for form in (
+        DenseEntry,
+        CodedEntry,
+        FactoredEntry,
+        KroneckerEntry,
+        Covariance,
+        LowRankCovariance,
+    )
+}
 
 
 def with_tensors(part: Part, change: Callable[[Tensor], Tensor], made: dict[int, Any]) -> Part:
-    """An entry (or a covariance) with `change` made to each of its tensors; `made`, by identity, keeps shared parts shared across calls."""
+    """An entry (or a covariance) with `change` made to each of its tensors; `made`, by identity,
+    keeps shared parts shared across calls.
+    """
     if isinstance(part, Tensor):
         return change(part)
     if not is_dataclass(part) or isinstance(part, type):
         return part
     if id(part) not in made:
-        made[id(part)] = replace(part, **{field.name: with_tensors(getattr(part, field.name), change, made) for field in fields(part)})
+        made[id(part)] = replace(
+            part,
+            **{
+                field.name: with_tensors(getattr(part, field.name), change, made)
+                for field in fields(part)
+            },
+        )
     new: Part = made[id(part)]
     return new
 
 
-
-
 def to_plain(part: Any, made: dict[int, Any]) -> Any:
-    """An entry as dictionaries, tensors and plain values, for a saved state. What entries share is one dictionary, which torch.save and load keep one."""
+    """An entry as dictionaries, tensors and plain values, for a saved state.
+
+    What entries share is one dictionary, which torch.save and load keep one.
+    """
     if type(part).__name__ not in FORMS:
         return part
     if id(part) not in made:
-        made[id(part)] = {"form": type(part).__name__, **{field.name: to_plain(getattr(part, field.name), made) for field in fields(part)}}
+        made[id(part)] = {
+            "form": type(part).__name__,
+            **{field.name: to_plain(getattr(part, field.name), made) for field in fields(part)},
+        }
     return made[id(part)]
-
-
 
 
 def from_plain(plain: Any, made: dict[int, Any]) -> Any:
@@ -247,7 +279,9 @@ def from_plain(plain: Any, made: dict[int, Any]) -> Any:
     if not isinstance(plain, dict):
         return plain
     if id(plain) not in made:
-        made[id(plain)] = FORMS[plain["form"]](**{key: from_plain(value, made) for key, value in plain.items() if key != "form"})
+        made[id(plain)] = FORMS[plain["form"]](
+            **{key: from_plain(value, made) for key, value in plain.items() if key != "form"}
+        )
     return made[id(plain)]
 
 
@@ -256,4 +290,8 @@ def tier_of(entries: Mapping[str, Entry]) -> str:
     tiers = {entry.tier for entry in entries.values()}
     kinds = {tier.partition(":")[0] for tier in tiers}
     # Small weights may have less than the rank asked for.
-    return max(tiers, key=lambda tier: int(tier.partition(":")[2] or 0)) if len(kinds) == 1 else "mixed"
+    return (
+        max(tiers, key=lambda tier: int(tier.partition(":")[2] or 0))
+        if len(kinds) == 1
+        else "mixed"
+    )

@@ -1,6 +1,8 @@
-"""Importance: how much each element of each base weight matters to general ability, with where it came from.
+"""Importance: how much each element of each base weight matters to general ability, with where it
+came from.
 
-Keyed by the name of the base weight, always (out, in), so one record per base model serves any adapter on those weights and full fine-tuning.
+Keyed by the name of the base weight, always (out, in), so one record per base model serves any
+adapter on those weights and full fine-tuning.
 
     importance = Importance.load("llama.importance.safetensors")
     importance["model.layers.0.self_attn.q_proj.weight"].dense()   # (out, in) f32
@@ -30,15 +32,22 @@ from forgetless.importance.tiers import converted, energy_errors, parse_tier
 from forgetless.report.cards import extended, importance_card
 
 logger = logging.getLogger("forgetless")
-BY_ELEMENT = {"f32", "bf16", "u8", "u4"}  # tiers that have the same energy, to the precision of their codes: a few per cent
+BY_ELEMENT = {
+    "f32",
+    "bf16",
+    "u8",
+    "u4",
+}  # tiers that have the same energy, to the precision of their codes: a few per cent
 
 
 @dataclass(frozen=True)
 class Importance:
-    """Base weight name -> entry, optionally the adapter at the end of recording, and where all of it came from.
+    """Base weight name -> entry, optionally the adapter at the end of recording, and where all of
+    it came from.
 
-    `anchors` maps names to (A, B) with U* = B @ A: (r, in) and (out, r), the scale folded into B. `info` is plain data as stored in the file. `calibration`
-    says what a unit of this energy costs; it goes where the energy changes.
+    `anchors` maps names to (A, B) with U* = B @ A: (r, in) and (out, r), the scale folded into B.
+    `info` is plain data as stored in the file. `calibration` says what a unit of this energy costs;
+    it goes where the energy changes.
     """
 
     entries: Mapping[str, Entry]
@@ -48,7 +57,10 @@ class Importance:
 
     def __getitem__(self, name: str) -> Entry:
         if name not in self.entries:
-            raise KeyError(f"no importance for '{name}' ({len(self.entries)} weights); {nearest(name, self.entries)}")
+            raise KeyError(
+                f"no importance for '{name}' ({len(self.entries)} weights); "
+                f"{nearest(name, self.entries)}"
+            )
         return self.entries[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -67,21 +79,48 @@ class Importance:
     def norms(self) -> dict[str, float]:
         """Frobenius norm of each weight's importance; taken from the file where it holds them."""
         stored = self.info.get("norms", {})
-        return {name: float(stored[name]) if name in stored else entry.norm() for name, entry in self.entries.items()}
+        return {
+            name: float(stored[name]) if name in stored else entry.norm()
+            for name, entry in self.entries.items()
+        }
 
     def to_tier(self, tier: str) -> Importance:
-        """The same importance in another form (see `forgetless.importance.tiers`): f32, bf16, u8, u4, factored, factored:4, kronecker:16.
+        """The same importance in another form (see `forgetless.importance.tiers`): f32, bf16, u8,
+        u4, factored, factored:4, kronecker:16.
 
-        What it does to the energy of each weight (see `forgetless.importance.fidelity`) goes into `info`, for `forgetless inspect`.
-        Raises OptionError for an unknown tier, ValueError where this importance cannot be brought there.
+        What it does to the energy of each weight (see `forgetless.importance.fidelity`) goes into
+        `info`, for `forgetless inspect`. Raises OptionError for an unknown tier, ValueError where
+        this importance cannot be brought there.
         """
         entries = converted(dict(self.entries), tier)
         errors = {name: energy_errors(self.entries[name], entry) for name, entry in entries.items()}
-        norms = {"norms": {name: entry.norm() for name, entry in entries.items()}} if "norms" in self.info else {}
-        calibration = self.calibration if tier == self.tier or {self.tier, tier} <= BY_ELEMENT else None  # other forms have another energy
+        norms = (
+            {"norms": {name: entry.norm() for name, entry in entries.items()}}
+            if "norms" in self.info
+            else {}
+        )
+        calibration = (
+            self.calibration if tier == self.tier or {self.tier, tier} <= BY_ELEMENT else None
+        )  # other forms have another energy
         if calibration is not self.calibration:
-            logger.warning("the calibration was measured with tier %s, and is left out of tier %s: record with --tier %s --calibrate", self.tier, tier, tier)
-        return Importance(entries, self.anchors, {**self.info, **norms, "energy_error": {"against": self.tier, "weights": errors}, "tier": tier}, calibration)
+            logger.warning(
+                "the calibration was measured with tier %s, and is left out of tier %s: record "
+                "with --tier %s --calibrate",
+                self.tier,
+                tier,
+                tier,
+            )
+        return Importance(
+            entries,
+            self.anchors,
+            {
+                **self.info,
+                **norms,
+                "energy_error": {"against": self.tier, "weights": errors},
+                "tier": tier,
+            },
+            calibration,
+        )
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; a temporary name first, then renamed."""
@@ -89,23 +128,62 @@ class Importance:
 
     @staticmethod
     def load(path: str | Path) -> Importance:
-        """Read an importance file. Raises ValueError when it is missing, foreign, truncated or holds non-finite values."""
+        """Read an importance file.
+
+        Raises ValueError when it is missing, foreign, truncated or holds non-finite values.
+        """
         return Importance(**vars(file.load(path)))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `importance.safetensors` and a model card into a folder, as they go to the Hub; paths of this machine are left out."""
+        """Write `importance.safetensors` and a model card into a folder, as they go to the Hub;
+        paths of this machine are left out.
+        """
         save_pretrained(self, folder)
 
-    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, revision: str | None = None,
-                    commit_message: str = "Upload importance", create_pr: bool = False) -> str:  # fmt: skip
-        """Upload file and card to a Hub repository, made where it is not there; returns the address. Raises ValueError where the Hub refuses."""
-        return push_importance(self, repo_id, private=private, token=token, revision=revision, commit_message=commit_message, create_pr=create_pr)
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload importance",
+        create_pr: bool = False,
+    ) -> str:
+        """Upload file and card to a Hub repository, made where it is not there; returns the
+        address. Raises ValueError where the Hub refuses.
+        """
+        return push_importance(
+            self,
+            repo_id,
+            private=private,
+            token=token,
+            revision=revision,
+            commit_message=commit_message,
+            create_pr=create_pr,
+        )
 
     @staticmethod
-    def from_pretrained(name: str | Path, *, revision: str | None = None, token: str | bool | None = None, cache_dir: str | Path | None = None,
-                        local_files_only: bool = False) -> Importance:  # fmt: skip
-        """Read importance from a file, a folder of `save_pretrained` or a Hub repository; what exists locally comes first. Raises ValueError as `load`."""
-        return Importance.load(importance_path(name, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only))
+    def from_pretrained(
+        name: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> Importance:
+        """Read importance from a file, a folder of `save_pretrained` or a Hub repository; what
+        exists locally comes first. Raises ValueError as `load`.
+        """
+        return Importance.load(
+            importance_path(
+                name,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+            )
+        )
 
     def describe(self) -> str:
         """A table for people: where it came from, norms and a histogram per weight."""
@@ -115,13 +193,16 @@ class Importance:
         return file.Stored(self.entries, self.anchors, self.info, self.calibration)
 
 
-
-
 def save_pretrained(importance: Importance, folder: str | Path, *, repo: str | None = None) -> Path:
-    """Write file and card into `folder`, as they go to the Hub; what else a card there says is kept. Returns the file's path."""
+    """Write file and card into `folder`, as they go to the Hub; what else a card there says is
+    kept. Returns the file's path.
+    """
     folder = Path(folder)
     if folder.is_file():
-        raise ValueError(f"'{folder}' is a file; expected a folder for {FILE} and {CARD} (Importance.save writes a single file)")
+        raise ValueError(
+            f"'{folder}' is a file; expected a folder for {FILE} and {CARD} (Importance.save "
+            "writes a single file)"
+        )
     info = shareable({key: value for key, value in importance.info.items() if key != "path"})
     shared = Importance(importance.entries, importance.anchors, info, importance.calibration)
     shared.save(folder / FILE)
@@ -129,44 +210,80 @@ def save_pretrained(importance: Importance, folder: str | Path, *, repo: str | N
     size = (folder / FILE).stat().st_size
     card = folder / CARD
     existing = card.read_text(encoding="utf-8") if card.is_file() else ""
-    about = importance_card(importance.info, tier=importance.tier, weights=len(importance), elements=elements, size=size,
-                            calibration=importance.calibration.describe() if importance.calibration else None, repo=repo)  # fmt: skip
+    about = importance_card(
+        importance.info,
+        tier=importance.tier,
+        weights=len(importance),
+        elements=elements,
+        size=size,
+        calibration=importance.calibration.describe() if importance.calibration else None,
+        repo=repo,
+    )
     write_text(card, extended(existing, *about))
     return folder / FILE
 
 
-
-
-def push_importance(importance: Importance, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, revision: str | None = None,
-                    commit_message: str = "Upload importance", create_pr: bool = False) -> str:  # fmt: skip
+def push_importance(
+    importance: Importance,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload importance",
+    create_pr: bool = False,
+) -> str:
     """Upload file and card; returns the address of the commit."""
     repo = ready(repo_id, private=private, token=token)
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(importance, folder, repo=repo)
-        return push_folder(folder, repo, token=token, revision=revision, commit_message=commit_message, create_pr=create_pr,
-                           advice=f"save_pretrained(FOLDER), then hf upload {repo} FOLDER")  # fmt: skip
+        return push_folder(
+            folder,
+            repo,
+            token=token,
+            revision=revision,
+            commit_message=commit_message,
+            create_pr=create_pr,
+            advice=f"save_pretrained(FOLDER), then hf upload {repo} FOLDER",
+        )
 
 
 def describe_file(path: str | Path) -> str:
     """`describe` of the file at `path`, with its size."""
     importance = Importance.load(path)
-    return f"file         {path} ({Path(path).stat().st_size / 2**20:.2f} MiB)\n" + importance.describe()
-
-
+    return (
+        f"file         {path} ({Path(path).stat().st_size / 2**20:.2f} MiB)\n"
+        + importance.describe()
+    )
 
 
 def convert(path: str | Path, tier: str, out: str | Path) -> Importance:
-    """The importance of one file in another tier, written to `out`. Raises OptionError or ValueError before anything is written."""
+    """The importance of one file in another tier, written to `out`.
+
+    Raises OptionError or ValueError before anything is written.
+    """
     check_output_file(out)
     importance = Importance.load(path)
-    needed, free = sum(8 * math.prod(entry.shape) for entry in importance.entries.values()), free_memory()
+    needed, free = (
+        sum(8 * math.prod(entry.shape) for entry in importance.entries.values()),
+        free_memory(),
+    )
     if parse_tier(tier)[0] != "kronecker" and free is not None and needed > free:
-        raise FileError(f"{path} stands for {needed / 8:.3g} elements, which take about {needed / 2**20:.0f} MiB in tier {tier}, found {free / 2**20:.0f} MiB "
-                        "free; convert on a larger machine")  # fmt: skip
+        raise FileError(
+            f"{path} stands for {needed / 8:.3g} elements, which take about {needed / 2**20:.0f} "
+            f"MiB in tier {tier}, found {free / 2**20:.0f} MiB "
+            "free; convert on a larger machine"
+        )
     converted = importance.to_tier(tier)
     converted.save(out)
     before, after = Path(path).stat().st_size, Path(out).stat().st_size
-    logger.info("wrote %s: %d weights, tier %s, %.2f MiB (%s: %.2f MiB)", out, len(converted), converted.tier, after / 2**20, importance.tier, before / 2**20)
+    logger.info(
+        "wrote %s: %d weights, tier %s, %.2f MiB (%s: %.2f MiB)",
+        out,
+        len(converted),
+        converted.tier,
+        after / 2**20,
+        importance.tier,
+        before / 2**20,
+    )
     return converted
-
-

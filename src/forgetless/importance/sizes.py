@@ -1,6 +1,8 @@
-"""How large an importance file is, and how much arithmetic a pull takes, from the shapes of the weights alone. Nothing is loaded or recorded.
+"""How large an importance file is, and how much arithmetic a pull takes, from the shapes of the
+weights alone. Nothing is loaded or recorded.
 
-With k the rank of a form, r that of the adapter, and n standing for out and for in (numbers; f32 unless said):
+With k the rank of a form, r that of the adapter, and n standing for out and for in (numbers; f32
+unless said):
 
     tier           in the file                                  a pull on LoRA, operations         on full fine-tuning
     f32, bf16      out in                                       6 r out in + out in                3 out in
@@ -9,8 +11,8 @@ With k the rank of a form, r that of the adapter, and n standing for out and for
     kronecker      out^2 + in^2                                 2 r (out^2 + in^2) + 6 r^2 n       2 out in (out + in)
     kronecker:k    (k + 1) n + 1                                4 k r n + 6 r^2 n                  4 k out in n / n
 
-An input covariance that several weights read is stored once. `bytes_of_file` adds the header: exact for the tensors, and for the metadata as many characters
-as `record` writes for so many weights.
+An input covariance that several weights read is stored once. `bytes_of_file` adds the header: exact
+for the tensors, and for the metadata as many characters as `record` writes for so many weights.
 """
 
 from __future__ import annotations
@@ -45,8 +47,6 @@ class Planned:
         return self.leader == self.name
 
 
-
-
 def tensors_of(weight: Planned, tier: str) -> dict[str, tuple[Shape, str]]:
     """What a file holds for one weight in this tier, by suffix: (shape, dtype)."""
     kind, rank = parse_tier(tier)
@@ -66,34 +66,52 @@ def tensors_of(weight: Planned, tier: str) -> dict[str, tuple[Shape, str]]:
             found[side] = ((n, n), "F32")
         else:
             k = min(rank, n)
-            found.update({f"{side}.vectors": ((n, k), "F32"), f"{side}.values": ((k,), "F32"), f"{side}.floor": ((), "F32")})
+            found.update(
+                {
+                    f"{side}.vectors": ((n, k), "F32"),
+                    f"{side}.values": ((k,), "F32"),
+                    f"{side}.floor": ((), "F32"),
+                }
+            )
     return found
-
-
 
 
 def bytes_of_tensors(weights: list[Planned], tier: str) -> int:
     """Bytes of the numbers of all weights in this tier: what a process keeps in memory."""
-    return sum(math.prod(shape) * BYTES[dtype] for weight in weights for shape, dtype in tensors_of(weight, tier).values())
+    return sum(
+        math.prod(shape) * BYTES[dtype]
+        for weight in weights
+        for shape, dtype in tensors_of(weight, tier).values()
+    )
 
 
-
-
-def bytes_of_file(weights: list[Planned], tier: str, *, estimator: str, anchor_rank: int | None = None) -> int:
-    """Bytes of the importance file: numbers, the header that names them and what the metadata say; `anchor_rank`: with the recorded adapter."""
+def bytes_of_file(
+    weights: list[Planned], tier: str, *, estimator: str, anchor_rank: int | None = None
+) -> int:
+    """Bytes of the importance file: numbers, the header that names them and what the metadata say;
+    `anchor_rank`: with the recorded adapter.
+    """
     header: dict[str, object] = {}
     end = 0
     for weight in sorted(weights, key=lambda weight: weight.name):
         parts = tensors_of(weight, tier)
         if anchor_rank:
-            parts = {**parts, ".anchor_A": ((anchor_rank, weight.shape[1]), "F32"), ".anchor_B": ((weight.shape[0], anchor_rank), "F32")}
+            parts = {
+                **parts,
+                ".anchor_A": ((anchor_rank, weight.shape[1]), "F32"),
+                ".anchor_B": ((weight.shape[0], anchor_rank), "F32"),
+            }
         for suffix, (shape, dtype) in parts.items():
             start, end = end, end + math.prod(shape) * BYTES[dtype]
-            header[weight.name + suffix] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
-    header["__metadata__"] = {"forgetless": json.dumps(_metadata(weights, tier, estimator), sort_keys=True)}
+            header[weight.name + suffix] = {
+                "dtype": dtype,
+                "shape": list(shape),
+                "data_offsets": [start, end],
+            }
+    header["__metadata__"] = {
+        "forgetless": json.dumps(_metadata(weights, tier, estimator), sort_keys=True)
+    }
     return 8 + -(-len(json.dumps(header, separators=(",", ":"))) // 8) * 8 + end
-
-
 
 
 def _metadata(weights: list[Planned], tier: str, estimator: str) -> dict[str, object]:
@@ -101,19 +119,43 @@ def _metadata(weights: list[Planned], tier: str, estimator: str) -> dict[str, ob
     names = [weight.name for weight in weights]
     kind = parse_tier(tier)[0]
     shared = {weight.name: weight.leader for weight in weights if not weight.leads}
-    cut = tier not in ("f32", "kronecker") and not (kind == "factored" and estimator in ("activation", "uniform", "path-factored"))
-    return {"format": 1, "estimator": estimator, "unit": "nats per squared weight and so on, in words", "tier": tier, "norms": dict.fromkeys(names, ANY),
-            **({"energy_error": {"against": "kronecker", "weights": {name: [ANY, ANY] for name in names}}} if cut else {}),
-            **({"shared_in_cov": shared} if kind == "kronecker" and shared else {}),
-            **({"coded": {weight.name: [tier, *weight.shape] for weight in weights}} if kind in codec.BITS else {}),
-            "model": {"name": "owner/name-of-a-model", "revision": None, "fingerprint": HASH}, "data": {"source": "general-text.jsonl", "sha256": HASH},
-            "settings": {"text": "x" * 500}, "timings": {"train_seconds": ANY, "tokens_per_second": ANY}, "versions": environment("cpu")}  # fmt: skip
-
-
+    cut = tier not in ("f32", "kronecker") and not (
+        kind == "factored" and estimator in ("activation", "uniform", "path-factored")
+    )
+    return {
+        "format": 1,
+        "estimator": estimator,
+        "unit": "nats per squared weight and so on, in words",
+        "tier": tier,
+        "norms": dict.fromkeys(names, ANY),
+        **(
+            {
+                "energy_error": {
+                    "against": "kronecker",
+                    "weights": {name: [ANY, ANY] for name in names},
+                }
+            }
+            if cut
+            else {}
+        ),
+        **({"shared_in_cov": shared} if kind == "kronecker" and shared else {}),
+        **(
+            {"coded": {weight.name: [tier, *weight.shape] for weight in weights}}
+            if kind in codec.BITS
+            else {}
+        ),
+        "model": {"name": "owner/name-of-a-model", "revision": None, "fingerprint": HASH},
+        "data": {"source": "general-text.jsonl", "sha256": HASH},
+        "settings": {"text": "x" * 500},
+        "timings": {"train_seconds": ANY, "tokens_per_second": ANY},
+        "versions": environment("cpu"),
+    }
 
 
 def pull_operations(weight: Planned, tier: str, *, rank: int, full: bool) -> float:
-    """Floating-point operations of one pull on one weight, anchored at the base; see the module for the formulas."""
+    """Floating-point operations of one pull on one weight, anchored at the base; see the module for
+    the formulas.
+    """
     kind, k = parse_tier(tier)
     out, into = weight.shape
     thin = 6 * rank**2 * (out + into)
@@ -121,19 +163,23 @@ def pull_operations(weight: Planned, tier: str, *, rank: int, full: bool) -> flo
         k = k or 1
         return 4.0 * k * out * into if full else k * (thin + 2.0 * rank * (out + into))
     if kind == "kronecker":
-        sides = [2.0 * n * min(2 * k, n) if k else 2.0 * n * n for n in (out, into)]  # of a product with one column
+        sides = [
+            2.0 * n * min(2 * k, n) if k else 2.0 * n * n for n in (out, into)
+        ]  # of a product with one column
         return sides[0] * into + sides[1] * out if full else rank * sum(sides) + thin
     return 3.0 * out * into if full else (6.0 * rank + 1) * out * into
 
 
-
-
 def shares(weights: list[Planned], tier: str, processes: int) -> list[list[Planned]]:
     """The weights whose importance each process keeps."""
-    owner = owners({weight.name: (weight.leader, bytes_of_tensors([weight], tier)) for weight in weights}, processes)
-    return [[weight for weight in weights if owner[weight.name] == process] for process in range(processes)]
-
-
+    owner = owners(
+        {weight.name: (weight.leader, bytes_of_tensors([weight], tier)) for weight in weights},
+        processes,
+    )
+    return [
+        [weight for weight in weights if owner[weight.name] == process]
+        for process in range(processes)
+    ]
 
 
 def usual_tiers(estimator: str, cov_rank: int) -> list[str]:
@@ -152,10 +198,6 @@ def usual_tiers(estimator: str, cov_rank: int) -> list[str]:
     return elementwise
 
 
-
-
 def total(values: Mapping[str, float]) -> float:
     """Sum of named parts."""
     return sum(values.values())
-
-

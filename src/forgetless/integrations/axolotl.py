@@ -3,10 +3,12 @@
     plugins:
       - forgetless.integrations.axolotl.ForgetlessPlugin
     forgetless_importance: model.importance.safetensors     # or its folder, or a Hub name
-    forgetless_strength: 10                                 # optional, as are forgetless_anchor: base | recorded, forgetless_offload: true
+    forgetless_strength: 10                                 # optional, as are forgetless_anchor:
+        base | recorded, forgetless_offload: true
 
-Its numbers (energy, pull norm, pull/gradient ratio) reach every reporter of the run. A forgetting budget scales the finished update before it is saved, for
-which Axolotl has no place: run `forgetless shrink` on the adapter, or train with `forgetless tune --budget`.
+Its numbers (energy, pull norm, pull/gradient ratio) reach every reporter of the run. A forgetting
+budget scales the finished update before it is saved, for which Axolotl has no place: run
+`forgetless shrink` on the adapter, or train with `forgetless tune --budget`.
 """
 
 from __future__ import annotations
@@ -29,21 +31,40 @@ class ForgetlessArgs(BaseModel):  # type: ignore[misc, unused-ignore]
     forgetless_offload: bool = False
 
 
-
-
 class ForgetlessPlugin(BasePlugin):  # type: ignore[misc, unused-ignore]
-    """See the module. Raises OptionError without `forgetless_importance`, ValueError where it does not fit the model, before training starts."""
+    """See the module.
+
+    Raises OptionError without `forgetless_importance`, ValueError where it does not fit the model,
+    before training starts.
+    """
 
     def get_input_args(self) -> str:
         """Where Axolotl finds the names of our settings."""
         return "forgetless.integrations.axolotl.ForgetlessArgs"
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
-        """Hold `trainer`. Nothing is returned to be added: our callback goes first, so that the reporters see its numbers."""
-        given = ForgetlessArgs(**{name: value for name in ForgetlessArgs.model_fields if (value := cfg.get(name)) is not None})
+        """Hold `trainer`.
+
+        Nothing is returned to be added: our callback goes first, so that the reporters see its
+        numbers.
+        """
+        given = ForgetlessArgs(
+            **{
+                name: value
+                for name in ForgetlessArgs.model_fields
+                if (value := cfg.get(name)) is not None
+            }
+        )
         if not given.forgetless_importance:
-            raise OptionError("the forgetless plugin needs forgetless_importance: a file of `forgetless record`, its folder or a Hub name")
-        hold(trainer, given.forgetless_importance, strength=given.forgetless_strength, anchor=given.forgetless_anchor, offload=given.forgetless_offload)
+            raise OptionError(
+                "the forgetless plugin needs forgetless_importance: a file of `forgetless "
+                "record`, its folder or a Hub name"
+            )
+        hold(
+            trainer,
+            given.forgetless_importance,
+            strength=given.forgetless_strength,
+            anchor=given.forgetless_anchor,
+            offload=given.forgetless_offload,
+        )
         return []
-
-

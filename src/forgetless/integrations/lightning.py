@@ -1,10 +1,12 @@
 """Lightning: a callback that attaches a penalty to the optimizer of a fit, and logs what it does.
 
-    penalty = forgetless.Penalty(module.model, "model.importance.safetensors", strength=10.0)   # module.model: a PEFT model inside the LightningModule
+    penalty = forgetless.Penalty(module.model, "model.importance.safetensors", strength=10.0)   #
+        module.model: a PEFT model inside the LightningModule
     L.Trainer(callbacks=[PenaltyCallback(penalty)]).fit(module, data)
 
-Lightning runs forward, backward and clipping in the optimizer's closure; the pull comes after it, right before the optimizer moves anything. Gradient
-accumulation needs nothing special. Several optimizers: the one that trains the target weights is found.
+Lightning runs forward, backward and clipping in the optimizer's closure; the pull comes after it,
+right before the optimizer moves anything. Gradient accumulation needs nothing special. Several
+optimizers: the one that trains the target weights is found.
 """
 
 from __future__ import annotations
@@ -19,10 +21,11 @@ except ImportError:  # the package under its older name
     from pytorch_lightning import Callback
 
 
-
-
 class PenaltyCallback(Callback):
-    """Holds while fitting: see the module. Raises ValueError when fitting begins where no optimizer trains the target weights."""
+    """Holds while fitting: see the module.
+
+    Raises ValueError when fitting begins where no optimizer trains the target weights.
+    """
 
     def __init__(self, penalty: Penalty):
         self.penalty = penalty
@@ -30,11 +33,19 @@ class PenaltyCallback(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.close()
-        target = next(p for weight in self.penalty.weights for p in weight.parameters if p.requires_grad)
-        ours = [o for o in trainer.optimizers if any(p is target for group in o.param_groups for p in group["params"])]
+        target = next(
+            p for weight in self.penalty.weights for p in weight.parameters if p.requires_grad
+        )
+        ours = [
+            o
+            for o in trainer.optimizers
+            if any(p is target for group in o.param_groups for p in group["params"])
+        ]
         self._attachment = self.penalty.attach((ours or trainer.optimizers)[0])
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if logs := self.penalty.logs():
             pl_module.log_dict(logs)
 
@@ -49,5 +60,3 @@ class PenaltyCallback(Callback):
         if self._attachment is not None:
             self._attachment.close()
         self._attachment = None
-
-

@@ -1,13 +1,20 @@
-"""Methods that train something other than plain LoRA, each by PEFT's own implementation: `oft`, `osf`, `corda`, `lora-fa`.
+"""Methods that train something other than plain LoRA, each by PEFT's own implementation:
 
-    oft       W' = W R with R orthogonal in blocks: keeps the angles between neurons (arXiv 2306.07280); block size 4 x --rank, so that the number of trained
-              parameters is about LoRA's
-    osf       the --rank smallest singular directions of W are trained, orthogonally to the larger ones, which are frozen (arXiv 2504.07097)
-    corda     LoRA that starts from the directions in which W acts least on general text (arXiv 2406.05223, knowledge-preserving mode)
-    lora-fa   LoRA with A frozen and the gradient of B corrected for it (arXiv 2308.03303): less activation memory
+`oft`, `osf`, `corda`, `lora-fa`.
 
-`rslora` and `full` are settings: `config.METHOD_SETTINGS`. corda takes those directions out of the base weight and trains them; its final adapter is saved as
-plain LoRA of twice the rank, the difference to the start, so that it loads on the untouched base as any other does.
+    oft       W' = W R with R orthogonal in blocks: keeps the angles between neurons (arXiv
+              2306.07280); block size 4 x --rank, so that the number of trained parameters is about
+              LoRA's
+    osf       the --rank smallest singular directions of W are trained, orthogonally to the larger
+              ones, which are frozen (arXiv 2504.07097)
+    corda     LoRA that starts from the directions in which W acts least on general text (arXiv
+              2406.05223, knowledge-preserving mode)
+    lora-fa   LoRA with A frozen and the gradient of B corrected for it (arXiv 2308.03303): less
+              activation memory
+
+`rslora` and `full` are settings: `config.METHOD_SETTINGS`. corda takes those directions out of the
+base weight and trains them; its final adapter is saved as plain LoRA of twice the rank, the
+difference to the start, so that it loads on the untouched base as any other does.
 """
 
 from __future__ import annotations
@@ -26,7 +33,8 @@ from forgetless.model.targets import base_shapes, matching
 from forgetless.options.tune import TuneOptions
 
 logger = logging.getLogger("forgetless")
-INITIAL = "initial"  # folder in --out: corda's adapter before training, against which the final one is saved
+# folder in --out: corda's adapter before training, against which the final one is saved
+INITIAL = "initial"
 
 
 def needs_lora(name: str) -> Any:
@@ -34,90 +42,128 @@ def needs_lora(name: str) -> Any:
 
     def check(options: TuneOptions) -> None:
         if options.full:
-            raise OptionError(f"--method {name} is about adapters, found full fine-tuning; leave out full")
+            raise OptionError(
+                f"--method {name} is about adapters, found full fine-tuning; leave out full"
+            )
 
     return check
 
 
-
-
 def needs_whole_weights(name: str) -> Any:
-    """A check that refuses full fine-tuning, a quantised base and options of LoRA that method `name` has no use for."""
+    """A check that refuses full fine-tuning, a quantised base and options of LoRA that method
+    `name` has no use for.
+    """
 
     def check(options: TuneOptions) -> None:
         needs_lora(name)(options)
         if options.quantize != "none":
-            raise OptionError(f"--method {name} factorises the base weights, which --quantize does not allow; leave one of them out")
+            raise OptionError(
+                f"--method {name} factorises the base weights, which --quantize does not allow; "
+                "leave one of them out"
+            )
         if options.dropout and name != "corda":
-            raise OptionError(f"--method {name} has no dropout, found --dropout {options.dropout}; leave it out")
+            raise OptionError(
+                f"--method {name} has no dropout, found --dropout {options.dropout}; leave it out"
+            )
 
     return check
 
 
-
-
 def oft(setup: Setup, model: nn.Module) -> nn.Module:
-    """`model` with PEFT's OFT: starts as the identity, bit for bit up to the arithmetic of a product with it."""
+    """`model` with PEFT's OFT: starts as the identity, bit for bit up to the arithmetic of a
+    product with it.
+    """
     from peft import OFTConfig, get_peft_model
 
     o = setup.options
     block, shapes = 4 * o.rank, base_shapes(model)
     for path, _ in matching(model, o.targets):
         if shapes[path + ".weight"][1] % block:
-            raise OptionError(f"--method oft: '{path}' has {shapes[path + '.weight'][1]} inputs, not divisible by the block size of 4 x --rank = {block}; "
-                              "give another --rank")  # fmt: skip
+            raise OptionError(
+                f"--method oft: '{path}' has {shapes[path + '.weight'][1]} inputs, not divisible "
+                f"by the block size of 4 x --rank = {block}; "
+                "give another --rank"
+            )
     modules, conv1d = peft_targets(model, o.targets)
-    return get_peft_model(model, OFTConfig(oft_block_size=block, target_modules=modules, fan_in_fan_out=conv1d, task_type="CAUSAL_LM"))
-
-
+    return get_peft_model(
+        model,
+        OFTConfig(
+            oft_block_size=block,
+            target_modules=modules,
+            fan_in_fan_out=conv1d,
+            task_type="CAUSAL_LM",
+        ),
+    )
 
 
 def osf(setup: Setup, model: nn.Module) -> nn.Module:
-    """`model` with PEFT's OSF: all but the --rank smallest singular directions of each target are kept as they are."""
+    """`model` with PEFT's OSF: all but the --rank smallest singular directions of each target are
+    kept as they are.
+    """
     from peft import OSFConfig, get_peft_model
 
     o = setup.options
     modules, conv1d = peft_targets(model, o.targets)
     if conv1d:
-        raise OptionError("--method osf: PEFT's OSF knows linear layers only, found transposed ones (Conv1D); use another method for this model")
+        raise OptionError(
+            "--method osf: PEFT's OSF knows linear layers only, found transposed ones (Conv1D); "
+            "use another method for this model"
+        )
     shapes = base_shapes(model)
-    kept = {rf"(^|\.){path.replace('.', chr(92) + '.')}$": min(shapes[path + ".weight"]) - o.rank for path, _ in matching(model, o.targets)}
+    kept = {
+        rf"(^|\.){path.replace('.', chr(92) + '.')}$": min(shapes[path + ".weight"]) - o.rank
+        for path, _ in matching(model, o.targets)
+    }
     if min(kept.values()) < 0:
-        raise OptionError(f"--method osf: --rank {o.rank} is more than the smallest target has; give a smaller one")
-    return get_peft_model(model, OSFConfig(target_modules=modules, rank_pattern=kept, task_type="CAUSAL_LM"))
-
-
+        raise OptionError(
+            f"--method osf: --rank {o.rank} is more than the smallest target has; give a smaller "
+            "one"
+        )
+    return get_peft_model(
+        model, OSFConfig(target_modules=modules, rank_pattern=kept, task_type="CAUSAL_LM")
+    )
 
 
 def corda(setup: Setup, model: nn.Module) -> nn.Module:
-    """`model` with LoRA by PEFT's CorDA from --replay's text; keeps the adapter before training in DIR/initial."""
+    """`model` with LoRA by PEFT's CorDA from --replay's text; keeps the adapter before training in
+    DIR/initial.
+    """
     from peft import LoraConfig, get_peft_model
     from peft.tuners.lora.config import CordaConfig
     from peft.tuners.lora.corda import preprocess_corda
 
     o, device = setup.options, next(model.parameters()).device
     modules, conv1d = peft_targets(model, o.targets)
-    config = LoraConfig(r=o.rank, lora_alpha=o.alpha, lora_dropout=o.dropout, use_rslora=o.rslora, target_modules=modules, fan_in_fan_out=conv1d,
-                        task_type="CAUSAL_LM", init_lora_weights="corda", corda_config=CordaConfig(corda_method="kpm", verbose=False))  # fmt: skip
+    config = LoraConfig(
+        r=o.rank,
+        lora_alpha=o.alpha,
+        lora_dropout=o.dropout,
+        use_rslora=o.rslora,
+        target_modules=modules,
+        fan_in_fan_out=conv1d,
+        task_type="CAUSAL_LM",
+        init_lora_weights="corda",
+        corda_config=CordaConfig(corda_method="kpm", verbose=False),
+    )
 
     def read() -> None:
         for ids, _ in setup.text:  # one sequence at a time: PEFT's hooks take no padding
             model(input_ids=torch.tensor([ids], device=device), use_cache=False)
 
-    logger.info("corda: reading %d sequences, then one decomposition per target weight", len(setup.text))
+    logger.info(
+        "corda: reading %d sequences, then one decomposition per target weight", len(setup.text)
+    )
     preprocess_corda(model, config, run_model=read)
     adapted = get_peft_model(model, config)
     adapted.save_pretrained(str(Path(o.out) / INITIAL))
     return adapted
 
 
-
-
 def save_as_lora(setup: Setup, model: Any, folder: Path) -> None:
     """Save corda's adapter as plain LoRA: the difference to DIR/initial, of twice the rank."""
-    model.save_pretrained(str(folder), path_initial_model_for_weight_conversion=str(Path(setup.options.out) / INITIAL))
-
-
+    model.save_pretrained(
+        str(folder), path_initial_model_for_weight_conversion=str(Path(setup.options.out) / INITIAL)
+    )
 
 
 def lora_fa(setup: Setup, model: Any) -> torch.optim.Optimizer:
@@ -125,6 +171,6 @@ def lora_fa(setup: Setup, model: Any) -> torch.optim.Optimizer:
     from peft.optimizers import create_lorafa_optimizer
 
     o = setup.options
-    return create_lorafa_optimizer(model, r=o.rank, lora_alpha=int(o.alpha), lr=o.learning_rate, weight_decay=o.weight_decay)
-
-
+    return create_lorafa_optimizer(
+        model, r=o.rank, lora_alpha=int(o.alpha), lr=o.learning_rate, weight_decay=o.weight_decay
+    )

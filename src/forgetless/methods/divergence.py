@@ -2,8 +2,9 @@
 
     KL(base || tuned) = sum over tokens t, sum over the vocabulary v of  p_t,v (log p_t,v - log q_t,v),   p = softmax(base), q = softmax(tuned)
 
-Its gradient in the tuned logits is q - p, so no graph is needed: `kl_gradient` goes through a few tokens at a time, in f32, and `kl_reference` is the same
-through autograd. Memory beyond the logits: four f32 tensors of (tokens at a time, vocabulary).
+Its gradient in the tuned logits is q - p, so no graph is needed: `kl_gradient` goes through a few
+tokens at a time, in f32, and `kl_reference` is the same through autograd. Memory beyond the logits:
+four f32 tensors of (tokens at a time, vocabulary).
 
     nats, gradient = kl_gradient(tuned.detach(), base)
     tuned.backward(gradient / len(tuned))
@@ -18,24 +19,28 @@ from forgetless.model.weights import wider
 
 
 def kl_reference(tuned: Tensor, base: Tensor) -> Tensor:
-    """KL(base || tuned) in nats, summed over tokens; both are logits (tokens, vocabulary). The specification: differentiable in `tuned`."""
+    """KL(base || tuned) in nats, summed over tokens; both are logits (tokens, vocabulary).
+
+    The specification: differentiable in `tuned`.
+    """
     dtype = wider(tuned.dtype)
     q, p = tuned.to(dtype).log_softmax(-1), base.to(dtype).log_softmax(-1)
     return nn.functional.kl_div(q, p, log_target=True, reduction="sum")
 
 
-
-
 @torch.no_grad()
 def kl_gradient(tuned: Tensor, base: Tensor, *, at_a_time: int = 256) -> tuple[float, Tensor]:
-    """(KL(base || tuned) in nats, summed over tokens; its gradient in `tuned`, in its dtype); both are logits (tokens, vocabulary)."""
+    """(KL(base || tuned) in nats, summed over tokens; its gradient in `tuned`, in its dtype); both
+    are logits (tokens, vocabulary).
+    """
     gradient, nats, dtype = torch.empty_like(tuned), 0.0, wider(tuned.dtype)
     for start in range(0, len(tuned), at_a_time):
         rows = slice(start, start + at_a_time)
-        q, p = tuned[rows].to(dtype).log_softmax(-1), base[rows].to(dtype).log_softmax(-1)  # (rows, vocabulary)
+        q, p = (
+            tuned[rows].to(dtype).log_softmax(-1),
+            base[rows].to(dtype).log_softmax(-1),
+        )  # (rows, vocabulary)
         share = p.exp()
         nats += float((share * (p - q)).sum())
         gradient[rows] = q.exp_().sub_(share).to(gradient.dtype)
     return nats, gradient
-
-

@@ -1,9 +1,12 @@
-"""`la-lora`: a Laplace penalty on the factors themselves (arXiv 2512.17720), where everything else here holds their product.
+"""`la-lora`: a Laplace penalty on the factors themselves (arXiv 2512.17720), where everything else
+here holds their product.
 
     penalty = strength * sum over entries of  F_A (A - A0)^2 + F_B (B - B0)^2,    F = (1 / scored tokens) sum over sequences of (gradient of its summed loss)^2
 
-F is the diagonal empirical Fisher of A and of B at the start of tuning, on --replay's text, in the unit of our `fisher`. A fresh adapter has B = 0, so the
-gradient of A and with it F_A vanish exactly: then only B is held, and A turns freely. Cost: one backward pass per general sequence, two tensors per factor.
+F is the diagonal empirical Fisher of A and of B at the start of tuning, on --replay's text, in the
+unit of our `fisher`. A fresh adapter has B = 0, so the gradient of A and with it F_A vanish
+exactly: then only B is held, and A turns freely. Cost: one backward pass per general sequence, two
+tensors per factor.
 """
 
 from __future__ import annotations
@@ -22,13 +25,18 @@ from forgetless.penalty.pull import PenaltyAttachment
 
 
 class FactorPenalty:
-    """The penalty above, with the interface of `Penalty` that attachments and callbacks use. Raises ValueError where there is no LoRA."""
+    """The penalty above, with the interface of `Penalty` that attachments and callbacks use.
+
+    Raises ValueError where there is no LoRA.
+    """
 
     def __init__(self, model: nn.Module, text: list[Encoded], *, strength: float, pad_id: int = 0):
         self.weights, self.strength = target_weights(model), strength
         factors = [p for weight in self.weights for p in weight.parameters if p.requires_grad]
         self._starts = [p.detach().clone() for p in factors]
-        self._factors = list(zip(factors, self._starts, curvature(model, factors, text, pad_id), strict=True))
+        self._factors = list(
+            zip(factors, self._starts, curvature(model, factors, text, pad_id), strict=True)
+        )
         self._logs: dict[str, float] = {}
 
     def attach(self, optimizer: object) -> PenaltyAttachment:
@@ -37,7 +45,9 @@ class FactorPenalty:
 
     @torch.no_grad()
     def pull(self, *, scale: float = 1.0) -> None:
-        """Add the gradient of the penalty to `.grad`; `scale` multiplies it where gradients still carry a GradScaler's factor."""
+        """Add the gradient of the penalty to `.grad`; `scale` multiplies it where gradients still
+        carry a GradScaler's factor.
+        """
         energy, pulled, gradient = 0.0, 0.0, 0.0
         for p, start, F in self._factors:
             moved = p.to(F.dtype) - start.to(F.dtype)
@@ -51,17 +61,22 @@ class FactorPenalty:
         ratio = math.sqrt(pulled / gradient) if gradient > 0 else 0.0
         self._logs = {"energy": energy, "pull_norm": math.sqrt(pulled), "pull_ratio": ratio}
         if not math.isfinite(pulled):
-            raise ValueError(f"the pull is {math.sqrt(pulled)} (energy {energy}); lower the strength or the learning rate")
+            raise ValueError(
+                f"the pull is {math.sqrt(pulled)} (energy {energy}); lower the strength or the "
+                "learning rate"
+            )
 
     def logs(self) -> dict[str, float]:
         """Energy, pull norm and pull/gradient ratio of the last step; empty before the first."""
         return self._logs
 
 
-
-
-def curvature(model: nn.Module, factors: list[nn.Parameter], text: list[Encoded], pad_id: int) -> list[Tensor]:
-    """The diagonal empirical Fisher of each factor on `text`, in f32 or wider, shaped like the factor; nats per token and squared unit of the factor."""
+def curvature(
+    model: nn.Module, factors: list[nn.Parameter], text: list[Encoded], pad_id: int
+) -> list[Tensor]:
+    """The diagonal empirical Fisher of each factor on `text`, in f32 or wider, shaped like the
+    factor; nats per token and squared unit of the factor.
+    """
     sums = [torch.zeros_like(p, dtype=wider(p.dtype)) for p in factors]
     with undisturbed(model):
         for piece in text:
@@ -71,13 +86,14 @@ def curvature(model: nn.Module, factors: list[nn.Parameter], text: list[Encoded]
     return [total.div_(scored_tokens(text)) for total in sums]
 
 
-
-
 def la_lora(setup: Setup, model: nn.Module) -> FactorPenalty | None:
     """The penalty that the options ask for; None where its strength is 0."""
     assert setup.options.strength is not None
     if setup.options.strength == 0:
         return None
-    return FactorPenalty(model, list(setup.text), strength=setup.options.strength, pad_id=setup.tokenizer.pad_token_id)
-
-
+    return FactorPenalty(
+        model,
+        list(setup.text),
+        strength=setup.options.strength,
+        pad_id=setup.tokenizer.pad_token_id,
+    )

@@ -1,10 +1,14 @@
-"""`o-lora`: each adapter learns in directions of its own, orthogonal to those of the adapters before it (arXiv 2310.14152).
+"""`o-lora`: each adapter learns in directions of its own, orthogonal to those of the adapters
+before it (arXiv 2310.14152).
 
-    loss = CE(domain) + weight * sum over weights and earlier adapters i of ||A_i A^T||_F^2,    A (r, in): what a weight's update reads
+    loss = CE(domain) + weight * sum over weights and earlier adapters i of ||A_i A^T||_F^2,    A
+        (r, in): what a weight's update reads
 
-Where A_i A^T = 0, the new update reads nothing of what the earlier one reads. MODEL is the base with the earlier adapters merged into it, `--earlier` names
-them: only their A is read. The paper's text squares the products as we do, its code sums absolute values; its weight is 0.5. On the first domain there is no
-earlier adapter: plain fine-tuning. The gradient in closed form is 2 weight A G with G = sum_i A_i^T A_i: once per optimizer step, two thin products per weight.
+Where A_i A^T = 0, the new update reads nothing of what the earlier one reads. MODEL is the base
+with the earlier adapters merged into it, `--earlier` names them: only their A is read. The paper's
+text squares the products as we do, its code sums absolute values; its weight is 0.5. On the first
+domain there is no earlier adapter: plain fine-tuning. The gradient in closed form is 2 weight A G
+with G = sum_i A_i^T A_i: once per optimizer step, two thin products per weight.
 
     forgetless merge first/final --out merged
     forgetless tune merged --data second.jsonl --method o-lora --earlier first/final --out second
@@ -28,22 +32,37 @@ from forgetless.options.tune import TuneOptions
 
 
 class Orthogonality:
-    """The term above on every LoRA weight of `model` that an earlier adapter adapts too. `earlier`: base weight name -> the A of each adapter, (r_i, in)."""
+    """The term above on every LoRA weight of `model` that an earlier adapter adapts too.
 
-    def __init__(self, model: nn.Module, earlier: Mapping[str, Sequence[Tensor]], *, weight: float = 0.5):
+    `earlier`: base weight name -> the A of each adapter, (r_i, in).
+    """
+
+    def __init__(
+        self, model: nn.Module, earlier: Mapping[str, Sequence[Tensor]], *, weight: float = 0.5
+    ):
         self.weight, self._last = weight, 0.0
-        self._pairs: list[tuple[nn.Parameter, Tensor]] = []  # A (r, in), rows of all earlier A (sum of r_i, in)
+        self._pairs: list[
+            tuple[nn.Parameter, Tensor]
+        ] = []  # A (r, in), rows of all earlier A (sum of r_i, in)
         for target in target_weights(model):
             if not isinstance(target, LowRankWeight) or target.name not in earlier:
                 continue
             for A in earlier[target.name]:
                 if A.shape[1] != target.shape[1]:
-                    raise ValueError(f"an earlier adapter does not fit the model: '{target.name}' has {A.shape[1]} inputs there and {target.shape[1]} here; "
-                                     "--earlier wants adapters of the same base model")  # fmt: skip
-            rows = torch.cat([A.to(target.A.device, wider(target.A.dtype)) for A in earlier[target.name]])
+                    raise ValueError(
+                        f"an earlier adapter does not fit the model: '{target.name}' has "
+                        f"{A.shape[1]} inputs there and {target.shape[1]} here; "
+                        "--earlier wants adapters of the same base model"
+                    )
+            rows = torch.cat(
+                [A.to(target.A.device, wider(target.A.dtype)) for A in earlier[target.name]]
+            )
             self._pairs.append((target.A, rows))
         if not self._pairs:
-            raise ValueError("no target weight is adapted by an earlier adapter; give --earlier adapters on the same targets, or tune without o-lora")
+            raise ValueError(
+                "no target weight is adapted by an earlier adapter; give --earlier adapters on "
+                "the same targets, or tune without o-lora"
+            )
 
     @torch.no_grad()
     def add(self, step: int, *, scale: float = 1.0) -> None:
@@ -60,15 +79,11 @@ class Orthogonality:
         return {"orthogonality": self._last}
 
 
-
-
 def check(options: TuneOptions) -> None:
     """LoRA, and adapters that are there."""
     adapters.needs_lora("o-lora")(options)
     if options.earlier:
         _folders(options.earlier)
-
-
 
 
 def o_lora(setup: Setup, model: nn.Module) -> Orthogonality | None:
@@ -84,13 +99,12 @@ def o_lora(setup: Setup, model: nn.Module) -> Orthogonality | None:
     return Orthogonality(model, earlier, weight=o.orthogonality)
 
 
-
-
 def _folders(earlier: str) -> list[Path]:
     folders = [Path(part.strip()) for part in earlier.split(",") if part.strip()]
     for folder in folders:
         if not (folder / "adapter_config.json").is_file():
-            raise OptionError(f"--earlier: '{folder}' is not an adapter folder, expected adapter_config.json in it; give the final/ folders of earlier runs")
+            raise OptionError(
+                f"--earlier: '{folder}' is not an adapter folder, expected adapter_config.json "
+                "in it; give the final/ folders of earlier runs"
+            )
     return folders
-
-

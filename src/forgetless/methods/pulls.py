@@ -1,10 +1,13 @@
-"""Methods that hold the effective update where importance says so, by a pull right before each optimizer step (`forgetless.Penalty`).
+"""Methods that hold the effective update where importance says so, by a pull right before each
+optimizer step (`forgetless.Penalty`).
 
 forgetless    importance from a file of `forgetless record`
-ewc-lora    the diagonal Fisher of the base weights on the update U = s B A (arXiv 2305.10626, 2602.17559), from a file, or of --replay's text on the spot;
-            our penalty has no factor 1/2, so its strength is half of theirs
+ewc-lora    the diagonal Fisher of the base weights on the update U = s B A (arXiv 2305.10626,
+            2602.17559), from a file, or of --replay's text on the spot; our penalty has no factor
+            1/2, so its strength is half of theirs
 l2          importance 1 everywhere: control, "do not move at all"
-shuffled    the file's importance in a random order within each weight: control, right numbers in the wrong places
+shuffled    the file's importance in a random order within each weight: control, right numbers in
+            the wrong places
 """
 
 from __future__ import annotations
@@ -25,12 +28,18 @@ from forgetless.record.fisher import Fisher
 def _penalty(setup: Setup, model: nn.Module, importance: Importance) -> Penalty:
     o = setup.options
     assert o.strength is not None
-    penalty = Penalty(model, importance, strength=o.strength, layers=setup.layers, anchor=o.anchor, names=o.targets if o.full else None,
-                      offload=o.offload_importance, shard=distributed.running())  # fmt: skip
+    penalty = Penalty(
+        model,
+        importance,
+        strength=o.strength,
+        layers=setup.layers,
+        anchor=o.anchor,
+        names=o.targets if o.full else None,
+        offload=o.offload_importance,
+        shard=distributed.running(),
+    )
     penalty.settle()  # lets go of what other processes keep
     return penalty
-
-
 
 
 def from_file(setup: Setup, model: nn.Module) -> Penalty | None:
@@ -39,54 +48,69 @@ def from_file(setup: Setup, model: nn.Module) -> Penalty | None:
     return _penalty(setup, model, setup.importance) if setup.options.strength else None
 
 
-
-
 def of_shuffled(setup: Setup, model: nn.Module) -> Penalty | None:
     """The penalty of --importance shuffled by the seed; None where its strength is 0."""
     assert setup.importance is not None
-    return _penalty(setup, model, shuffled(setup.importance, setup.options.seed)) if setup.options.strength else None
-
-
+    return (
+        _penalty(setup, model, shuffled(setup.importance, setup.options.seed))
+        if setup.options.strength
+        else None
+    )
 
 
 def l2(setup: Setup, model: nn.Module) -> Penalty | None:
     """The penalty of importance 1; None where its strength is 0."""
-    return _penalty(setup, model, uniform(model, setup.options.targets)) if setup.options.strength else None
-
-
+    return (
+        _penalty(setup, model, uniform(model, setup.options.targets))
+        if setup.options.strength
+        else None
+    )
 
 
 def ewc_lora(setup: Setup, model: nn.Module) -> Penalty | None:
-    """The penalty of the diagonal Fisher, from --importance or recorded now on --replay; None where its strength is 0."""
+    """The penalty of the diagonal Fisher, from --importance or recorded now on --replay; None where
+    its strength is 0.
+    """
     if not setup.options.strength:
         return None
     importance = setup.importance
     if importance is None:
         recorder = Fisher(model, setup.options.targets)
-        for batch in distributed.share(list(batches(setup.text, batch_size=setup.options.batch_size, pad_id=setup.tokenizer.pad_token_id))):
+        for batch in distributed.share(
+            list(
+                batches(
+                    setup.text,
+                    batch_size=setup.options.batch_size,
+                    pad_id=setup.tokenizer.pad_token_id,
+                )
+            )
+        ):
             device = next(model.parameters()).device
             recorder.observe(**{key: value.to(device) for key, value in batch.items()})
         importance = recorder.finish()
     elif importance.info.get("estimator") != "fisher":
         found = importance.info.get("estimator", "?")
-        raise OptionError(f"--method ewc-lora holds by the diagonal Fisher, found importance of estimator '{found}'; record with --estimator fisher, "
-                          "give --replay TEXT instead, or use --method hold")  # fmt: skip
+        raise OptionError(
+            "--method ewc-lora holds by the diagonal Fisher, found importance of estimator "
+            f"'{found}'; record with --estimator fisher, "
+            "give --replay TEXT instead, or use --method hold"
+        )
     return _penalty(setup, model, importance)
-
-
 
 
 def needs_fisher(options: TuneOptions) -> None:
     """ewc-lora wants one of a file and a text."""
     if (options.importance is None) == (options.replay is None):
-        raise OptionError("--method ewc-lora needs --importance FILE (of --estimator fisher) or --replay TEXT, one of them")
-
-
+        raise OptionError(
+            "--method ewc-lora needs --importance FILE (of --estimator fisher) or --replay TEXT, "
+            "one of them"
+        )
 
 
 def no_file(options: TuneOptions) -> None:
     """l2 has nothing to read from a file, and nothing to be anchored to but the base."""
     if options.anchor != "base":
-        raise OptionError(f"--method l2 holds towards the base, found --anchor {options.anchor}; use --anchor base")
-
-
+        raise OptionError(
+            f"--method l2 holds towards the base, found --anchor {options.anchor}; use --anchor "
+            "base"
+        )

@@ -1,4 +1,6 @@
-"""The general text that methods use while tuning, --replay: from a file or data set, sampled from the base model (`self`), or the training rows (`domain`)."""
+"""The general text that methods use while tuning, --replay: from a file or data set, sampled from
+the base model (`self`), or the training rows (`domain`).
+"""
 
 from __future__ import annotations
 
@@ -21,10 +23,14 @@ logger = logging.getLogger("forgetless")
 SELF_DOCUMENTS, SELF_LENGTH = 256, 256
 
 
-def replay_text(options: TuneOptions, model: nn.Module, tokenizer: Any, rows: Any) -> tuple[list[Encoded], dict[str, Any] | None]:
-    """(sequences of at most --length tokens with something scored, where they came from for run.json); ([], None) without --replay.
+def replay_text(
+    options: TuneOptions, model: nn.Module, tokenizer: Any, rows: Any
+) -> tuple[list[Encoded], dict[str, Any] | None]:
+    """(sequences of at most --length tokens with something scored, where they came from for
+    run.json); ([], None) without --replay.
 
-    `model` is the bare base, `rows` the encoded training rows. Sampled text is kept in DIR/self.jsonl, so that a resumed run sees the same.
+    `model` is the bare base, `rows` the encoded training rows. Sampled text is kept in
+    DIR/self.jsonl, so that a resumed run sees the same.
     """
     if options.replay is None:
         return [], None
@@ -35,30 +41,48 @@ def replay_text(options: TuneOptions, model: nn.Module, tokenizer: Any, rows: An
     documents = _documents(options, model, tokenizer, length)
     pieces = [piece for piece in encode(documents, tokenizer, length=length) if any(piece[1][1:])]
     if not pieces:
-        raise ValueError(f"--replay {options.replay}: no token of the text is scored; expected text, or chats with assistant turns")
-    return pieces, _source(options, pieces, fingerprint_rows([asdict(document) for document in documents]))
+        raise ValueError(
+            f"--replay {options.replay}: no token of the text is scored; expected text, or chats "
+            "with assistant turns"
+        )
+    return pieces, _source(
+        options, pieces, fingerprint_rows([asdict(document) for document in documents])
+    )
 
 
-
-
-def _documents(options: TuneOptions, model: nn.Module, tokenizer: Any, length: int) -> list[Document]:
+def _documents(
+    options: TuneOptions, model: nn.Module, tokenizer: Any, length: int
+) -> list[Document]:
     assert options.replay is not None
     if options.replay != "self":
-        return load_documents(options.replay, column=options.text_column, split=options.general_split, limit=options.replay_documents)
+        return load_documents(
+            options.replay,
+            column=options.text_column,
+            split=options.general_split,
+            limit=options.replay_documents,
+        )
     kept = Path(options.out) / "self.jsonl"
     if options.resume and kept.is_file():
         return [Document(document.text, None, "self") for document in load_documents(str(kept))]
     count = options.replay_documents or SELF_DOCUMENTS
-    logger.info("sampling %d documents of at most %d tokens from the base model for --replay self", count, min(length, SELF_LENGTH))
+    logger.info(
+        "sampling %d documents of at most %d tokens from the base model for --replay self",
+        count,
+        min(length, SELF_LENGTH),
+    )
     documents = sample_documents(model, tokenizer, count, min(length, SELF_LENGTH), options.seed)
     with atomic_path(kept) as temporary:
-        temporary.write_text("".join(json.dumps({"text": document.text}) + "\n" for document in documents), encoding="utf-8")
+        temporary.write_text(
+            "".join(json.dumps({"text": document.text}) + "\n" for document in documents),
+            encoding="utf-8",
+        )
     return documents
 
 
-
-
 def _source(options: TuneOptions, pieces: Sequence[Encoded], sha256: str) -> dict[str, Any]:
-    return {"source": options.replay, "sequences": len(pieces), "tokens": sum(len(ids) for ids, _ in pieces), "sha256": sha256}
-
-
+    return {
+        "source": options.replay,
+        "sequences": len(pieces),
+        "tokens": sum(len(ids) for ids, _ in pieces),
+        "sha256": sha256,
+    }

@@ -1,9 +1,13 @@
-"""`wise`: the finished update scaled down, the cheapest strong baseline against forgetting (weight interpolation: WiSE-FT, arXiv 2109.01903).
+"""`wise`: the finished update scaled down, the cheapest strong baseline against forgetting (weight
+interpolation: WiSE-FT, arXiv 2109.01903).
 
-    U' = S U,    S given (--scale), or the largest of 0.05, 0.10, ..., 1 whose rise of the general loss is at most --max-forgetting nats per token
+    U' = S U,    S given (--scale), or the largest of 0.05, 0.10, ..., 1 whose rise of the general
+                 loss is at most --max-forgetting nats per token
 
-The bound is checked on --general, the text on which forgetting is then reported: what is reported after a choice is a little too good; measure again on other
-text (`forgetless eval`) before you promise anything. The choice bisects, taking forgetting to grow with S: five evaluations. Costs nothing while training.
+The bound is checked on --general, the text on which forgetting is then reported: what is reported
+after a choice is a little too good; measure again on other text (`forgetless eval`) before you
+promise anything. The choice bisects, taking forgetting to grow with S: five evaluations. Costs
+nothing while training.
 """
 
 from __future__ import annotations
@@ -33,13 +37,16 @@ def check(options: TuneOptions) -> None:
     if (options.scale is None) == (options.max_forgetting is None):
         raise OptionError("--method wise needs --scale S or --max-forgetting NATS, one of them")
     if options.max_forgetting is not None and not options.general:
-        raise OptionError("--max-forgetting measures on held-out general text: give --general TEXT (other than --replay)")
-
-
+        raise OptionError(
+            "--max-forgetting measures on held-out general text: give --general TEXT (other than "
+            "--replay)"
+        )
 
 
 def wise(setup: Setup, model: nn.Module) -> dict[str, Any]:
-    """Scale the trained update in place; returns the scale and the forgetting at every scale tried, in nats per token."""
+    """Scale the trained update in place; returns the scale and the forgetting at every scale tried,
+    in nats per token.
+    """
     o = setup.options
     set_scale = scaler(setup, model)
     if o.scale is not None:
@@ -47,7 +54,9 @@ def wise(setup: Setup, model: nn.Module) -> dict[str, Any]:
         return {"scale": o.scale, "tried": {}}
     assert o.general is not None and o.max_forgetting is not None and setup.before is not None
     bound, before = o.max_forgetting, setup.before["general"]
-    documents = load_documents(o.general, column=o.text_column, split=o.general_split, limit=o.limit)
+    documents = load_documents(
+        o.general, column=o.text_column, split=o.general_split, limit=o.limit
+    )
     tried: dict[float, float] = {}
 
     def meets(step: int) -> bool:
@@ -59,14 +68,16 @@ def wise(setup: Setup, model: nn.Module) -> dict[str, Any]:
 
     scale = largest(meets) / STEPS
     set_scale(scale)
-    logger.info("wise: scale %g keeps forgetting at most %g nats per token on %s", scale, bound, o.general)
+    logger.info(
+        "wise: scale %g keeps forgetting at most %g nats per token on %s", scale, bound, o.general
+    )
     return {"scale": scale, "tried": dict(sorted(tried.items()))}
 
 
-
-
 def largest(meets: Callable[[int], bool]) -> int:
-    """The largest step of 0 to STEPS that meets, if larger steps never meet where a smaller one does not; 0 (the base) always does."""
+    """The largest step of 0 to STEPS that meets, if larger steps never meet where a smaller one
+    does not; 0 (the base) always does.
+    """
     if meets(STEPS):
         return STEPS
     low, high = 0, STEPS  # low meets, high does not
@@ -76,16 +87,22 @@ def largest(meets: Callable[[int], bool]) -> int:
     return low
 
 
-
-
 @torch.no_grad()
 def scaler(setup: Setup, model: nn.Module) -> Callable[[float], None]:
-    """A function: scale -> the model with its finished update times that. Keeps one copy of B, or of the trained weights and the base's."""
+    """A function: scale -> the model with its finished update times that.
+
+    Keeps one copy of B, or of the trained weights and the base's.
+    """
     o = setup.options
-    parts: list[tuple[nn.Parameter, torch.Tensor, torch.Tensor | None]] = []  # parameter, its finished value, the base's (None: zero)
+    parts: list[
+        tuple[nn.Parameter, torch.Tensor, torch.Tensor | None]
+    ] = []  # parameter, its finished value, the base's (None: zero)
     if o.full:
         base = dict(matching(load_model(o), o.targets))
-        parts = [(m.weight, m.weight.detach().clone(), base[path].weight.to(m.weight.device)) for path, m in matching(model, o.targets)]
+        parts = [
+            (m.weight, m.weight.detach().clone(), base[path].weight.to(m.weight.device))
+            for path, m in matching(model, o.targets)
+        ]
     else:
         weights = [weight for weight in target_weights(model) if isinstance(weight, LowRankWeight)]
         parts = [(weight.B, weight.B.detach().clone(), None) for weight in weights]
@@ -96,5 +113,3 @@ def scaler(setup: Setup, model: nn.Module) -> Callable[[float], None]:
             parameter.copy_(whole * scale if zero is None else torch.lerp(zero, whole, scale))
 
     return set_scale
-
-

@@ -21,14 +21,21 @@ from forgetless.model.targets import (
 
 @contextlib.contextmanager
 def bare(model: nn.Module) -> Iterator[nn.Module]:
-    """The transformers model with its adapters switched off, in eval mode, with every parameter frozen; all of it as before on leaving."""
+    """The transformers model with its adapters switched off, in eval mode, with every parameter
+    frozen; all of it as before on leaving.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     base = unwrapped(model)
     training = {module: module.training for module in base.modules()}
     trainable = {parameter: parameter.requires_grad for parameter in base.parameters()}
-    adapters = [module for module in base.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not module.disable_adapters]
+    adapters = [
+        module
+        for module in base.modules()
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+        and not module.disable_adapters
+    ]
     try:
         for module in adapters:
             module.enable_adapters(False)
@@ -36,13 +43,13 @@ def bare(model: nn.Module) -> Iterator[nn.Module]:
         yield base.eval()
     finally:
         for module in adapters:
-            module.enable_adapters(True)  # also unfreezes the adapter, so flags are put back after it
+            module.enable_adapters(
+                True
+            )  # also unfreezes the adapter, so flags are put back after it
         for module, was in training.items():
             module.training = was
         for parameter, was in trainable.items():
             parameter.requires_grad_(was)
-
-
 
 
 def without_adapter(model: nn.Module) -> nn.Module:
@@ -50,33 +57,49 @@ def without_adapter(model: nn.Module) -> nn.Module:
     return model.unload()  # type: ignore[operator,no-any-return]
 
 
-
-
 def peft_targets(model: nn.Module, names: str) -> tuple[list[str], bool]:
-    """(target_modules for a PEFT configuration, whether some of them store their weight transposed) for the layers of a bare model chosen by `names`."""
+    """(target_modules for a PEFT configuration, whether some of them store their weight transposed)
+    for the layers of a bare model chosen by `names`.
+    """
     paths = [path for path, _ in matching(model, names)]
     warn_of_experts(model, names)
     kinds = {path.rsplit(".", 1)[-1] for path in paths}
     by_kind = {path for path, _ in linear_layers(model) if path.rsplit(".", 1)[-1] in kinds}
-    return sorted(kinds) if by_kind == set(paths) else paths, any(is_conv1d(module) for _, module in matching(model, names))
+    return sorted(kinds) if by_kind == set(paths) else paths, any(
+        is_conv1d(module) for _, module in matching(model, names)
+    )
 
 
-
-
-def add_adapter(model: nn.Module, *, names: str, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False) -> nn.Module:
+def add_adapter(
+    model: nn.Module,
+    *,
+    names: str,
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    rslora: bool = False,
+) -> nn.Module:
     """`model` wrapped by PEFT with a fresh LoRA adapter (U = 0) on the layers chosen by `names`."""
     from peft import LoraConfig, get_peft_model
 
     modules, conv1d = peft_targets(model, names)
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, use_rslora=rslora, target_modules=modules,
-                        task_type="CAUSAL_LM", fan_in_fan_out=conv1d)  # fmt: skip
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        use_rslora=rslora,
+        target_modules=modules,
+        task_type="CAUSAL_LM",
+        fan_in_fan_out=conv1d,
+    )
     return get_peft_model(model, config)
 
 
-
-
 def adapter_inputs(folder: str | Path) -> dict[str, Tensor]:
-    """Base weight name -> A (r, in) of a LoRA adapter's folder, read from its file without a model. Raises ValueError where there is none."""
+    """Base weight name -> A (r, in) of a LoRA adapter's folder, read from its file without a model.
+
+    Raises ValueError where there is none.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -84,16 +107,20 @@ def adapter_inputs(folder: str | Path) -> dict[str, Tensor]:
     try:
         tensors = load_file(Path(folder) / "adapter_model.safetensors")
     except (OSError, SafetensorError) as error:
-        raise FileError(f"'{folder}' has no whole adapter_model.safetensors ({error}); give the folder of an adapter that PEFT saved") from None
+        raise FileError(
+            f"'{folder}' has no whole adapter_model.safetensors ({error}); give the folder of an "
+            "adapter that PEFT saved"
+        ) from None
     for key, value in tensors.items():
         path, mark, _ = key.removeprefix("base_model.model.").partition(".lora_A.")
         if mark:
             found[path + ".weight"] = value
     if not found:
-        raise ValueError(f"'{folder}' holds no LoRA adapter: expected lora_A weights in it; give an adapter trained by LoRA")
+        raise ValueError(
+            f"'{folder}' holds no LoRA adapter: expected lora_A weights in it; give an adapter "
+            "trained by LoRA"
+        )
     return found
-
-
 
 
 def has_lora(model: nn.Module) -> bool:
@@ -103,10 +130,10 @@ def has_lora(model: nn.Module) -> bool:
     return any(isinstance(module, LoraLayer) for module in unwrapped(model).modules())
 
 
-
-
 def scale_update(model: nn.Module, factor: float) -> None:
-    """Multiply the active adapter's update by `factor`, in place, by its scaling: plain LoRA layers of any kind."""
+    """Multiply the active adapter's update by `factor`, in place, by its scaling: plain LoRA layers
+    of any kind.
+    """
     from peft.tuners.lora import LoraLayer
 
     if factor == 1.0:
@@ -118,5 +145,3 @@ def scale_update(model: nn.Module, factor: float) -> None:
         for adapter in module.active_adapters:
             if adapter in module.scaling:
                 module.scaling[adapter] *= factor
-
-

@@ -1,11 +1,15 @@
-"""The base weights of a model under full fine-tuning, read from its checkpoint's safetensors files instead of being kept twice in memory.
+"""The base weights of a model under full fine-tuning, read from its checkpoint's safetensors files
+instead of being kept twice in memory.
 
-U = W - W(base) needs W(base) in every step. A model loaded from a local folder or from the hub's cache still has it on disk: `stored_weights` finds file and
-key of each weight, whatever transformers renamed while loading, and hands out a reader only where the file's values, cast to the parameter's dtype, are the
-live ones bit for bit. Files are memory-mapped and read a few rows at a time, so the system's page cache is all the memory that it takes, and it may be taken
-back. A weight that is not found stays as a copy (`KeptWeight`, the twin).
+U = W - W(base) needs W(base) in every step. A model loaded from a local folder or from the hub's
+cache still has it on disk: `stored_weights` finds file and key of each weight, whatever
+transformers renamed while loading, and hands out a reader only where the file's values, cast to the
+parameter's dtype, are the live ones bit for bit. Files are memory-mapped and read a few rows at a
+time, so the system's page cache is all the memory that it takes, and it may be taken back. A weight
+that is not found stays as a copy (`KeptWeight`, the twin).
 
-    stored_weights(model, {"model.layers.0.mlp.up_proj.weight": W})     # -> {name: StoredWeight}; names that are missing need a copy
+    stored_weights(model, {"model.layers.0.mlp.up_proj.weight": W})     # -> {name: StoredWeight};
+        names that are missing need a copy
 """
 
 from __future__ import annotations
@@ -29,8 +33,6 @@ class Base(Protocol):
     def read(self, part: tuple[slice, ...]) -> Tensor: ...
 
 
-
-
 @dataclass(frozen=True, eq=False)
 class KeptWeight:
     """A weight as it was: a copy in memory."""
@@ -42,11 +44,11 @@ class KeptWeight:
         return self.tensor[part]
 
 
-
-
 @dataclass(frozen=True, eq=False)
 class StoredWeight:
-    """A weight as it was, in a safetensors file that is memory-mapped: nothing is in memory but what `read` returns."""
+    """A weight as it was, in a safetensors file that is memory-mapped: nothing is in memory but
+    what `read` returns.
+    """
 
     path: Path
     key: str
@@ -54,17 +56,24 @@ class StoredWeight:
     stamp: tuple[int, ...]
 
     def read(self, part: tuple[slice, ...]) -> Tensor:
-        """Part of the weight, as stored. Raises ValueError where the file was written over: reading on would be a fault, or another base."""
+        """Part of the weight, as stored.
+
+        Raises ValueError where the file was written over: reading on would be a fault, or another
+        base.
+        """
         now = _stamp(self.path)
         if now != self.stamp and now[0] == self.stamp[0]:
-            raise ValueError(f"'{self.path}' was written over while the weights are held towards what was in it; save to another folder than the base model's")
+            raise ValueError(
+                f"'{self.path}' was written over while the weights are held towards what was in "
+                "it; save to another folder than the base model's"
+            )
         return self.file.get_slice(self.key)[part]
 
 
-
-
 def stored_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, StoredWeight]:
-    """Readers of those of `weights` (by name in the bare `model`) that stand in its checkpoint exactly as they are now."""
+    """Readers of those of `weights` (by name in the bare `model`) that stand in its checkpoint
+    exactly as they are now.
+    """
     found: dict[str, StoredWeight] = {}
     aliases = _aliases(model)
     for path in (path for folder in checkpoint_folders(model) for path in _files(folder)):
@@ -79,12 +88,12 @@ def stored_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str,
     return found
 
 
-
-
 def checkpoint_folders(model: nn.Module) -> list[Path]:
-    """Where `model` may have been loaded from: a local folder, or each snapshot of its name in the hub's cache, the newest first; none where unknown.
+    """Where `model` may have been loaded from: a local folder, or each snapshot of its name in the
+    hub's cache, the newest first; none where unknown.
 
-    transformers 5.23 doesn't tell which snapshot it was. Values are compared before they are trusted, so a wrong one costs a glance.
+    transformers 5.23 doesn't tell which snapshot it was. Values are compared before they are
+    trusted, so a wrong one costs a glance.
     """
     name = getattr(getattr(model, "config", None), "_name_or_path", "")
     if not name:
@@ -97,10 +106,10 @@ def checkpoint_folders(model: nn.Module) -> list[Path]:
     return sorted(snapshots.glob("*"), key=lambda folder: folder.stat().st_mtime, reverse=True)
 
 
-
-
 def _files(folder: Path) -> list[Path]:
-    """The safetensors files of a model's folder: one, or the shards of an index; as from_pretrained looks for them."""
+    """The safetensors files of a model's folder: one, or the shards of an index; as from_pretrained
+    looks for them.
+    """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return [single]
@@ -110,18 +119,16 @@ def _files(folder: Path) -> list[Path]:
     return [folder / shard for shard in shards if (folder / shard).is_file()]
 
 
-
-
 def _opened(path: Path) -> Any:
     from safetensors import safe_open
 
     return safe_open(str(path), framework="pt")
 
 
-
-
 def _stamp(path: Path) -> tuple[int, ...]:
-    """(inode, size, time of change): a file that was replaced has another inode, and the old one stays mapped. (0,) where nothing is there any more."""
+    """(inode, size, time of change): a file that was replaced has another inode, and the old one
+    stays mapped. (0,) where nothing is there any more.
+    """
     try:
         found = os.stat(path)
     except OSError:
@@ -129,10 +136,10 @@ def _stamp(path: Path) -> tuple[int, ...]:
     return (found.st_ino, found.st_size, found.st_mtime_ns)
 
 
-
-
 def _renamed(model: nn.Module, keys: list[str]) -> Iterator[tuple[str, str]]:
-    """(key in the file, name in the model), as transformers renames while loading; keys whose tensors it merges or splits are left out."""
+    """(key in the file, name in the model), as transformers renames while loading; keys whose
+    tensors it merges or splits are left out.
+    """
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     rules = list(getattr(model, "_weight_conversions", None) or [])
@@ -140,11 +147,11 @@ def _renamed(model: nn.Module, keys: list[str]) -> Iterator[tuple[str, str]]:
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     state = model.state_dict()
     for key in keys:
-        name, converted = rename_source_key(key, renamings, converters, getattr(model, "base_model_prefix", None) or None, state)
+        name, converted = rename_source_key(
+            key, renamings, converters, getattr(model, "base_model_prefix", None) or None, state
+        )
         if converted is None:
             yield key, name
-
-
 
 
 def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -155,15 +162,15 @@ def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return {name: tuple(group) for group in names.values() for name in group}
 
 
-
-
 def _same(stored: StoredWeight, live: Tensor) -> bool:
-    """Whether the file's values in the live dtype are the live ones bit for bit, compared a few rows at a time."""
+    """Whether the file's values in the live dtype are the live ones bit for bit, compared a few
+    rows at a time.
+    """
     kept = stored.file.get_slice(stored.key)
     if tuple(kept.get_shape()) != tuple(live.shape) or live.ndim != 2:
         return False
     rows = max(1, CHUNK // max(live.shape[1], 1))
     parts = ((slice(first, first + rows), slice(None)) for first in range(0, live.shape[0], rows))
-    return all(torch.equal(stored.read(part).to(live.dtype), live.detach()[part].cpu()) for part in parts)
-
-
+    return all(
+        torch.equal(stored.read(part).to(live.dtype), live.detach()[part].cpu()) for part in parts
+    )

@@ -1,6 +1,8 @@
-"""Several processes that train or record one model: who writes, who owns what, and the few things that are added up between them.
+"""Several processes that train or record one model: who writes, who owns what, and the few things
+that are added up between them.
 
-Started by torchrun or accelerate; `start` joins the group that their environment describes. Everything here does nothing, and costs nothing, in one process.
+Started by torchrun or accelerate; `start` joins the group that their environment describes.
+Everything here does nothing, and costs nothing, in one process.
 
     distributed.start("auto")                    # before the model is loaded
     mine = distributed.share(batches)            # every Nth
@@ -8,7 +10,8 @@ Started by torchrun or accelerate; `start` joins the group that their environmen
     owners = distributed.owners(sizes)           # weight -> the process that keeps its importance
     if distributed.first(): write(...)
 
-What is called "together" is called by every process, in the same order: a process that is left out makes the others wait for ever.
+What is called "together" is called by every process, in the same order: a process that is left out
+makes the others wait for ever.
 """
 
 from __future__ import annotations
@@ -27,26 +30,45 @@ from torch import Tensor
 from forgetless.errors import OptionError
 
 Item = TypeVar("Item")
-DATA_PARALLEL = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU", "MULTI_HPU", "MULTI_MUSA", "MULTI_SDAA", "MULTI_NEURON")
+DATA_PARALLEL = (
+    "NO",
+    "MULTI_CPU",
+    "MULTI_GPU",
+    "MULTI_XPU",
+    "MULTI_NPU",
+    "MULTI_MLU",
+    "MULTI_HPU",
+    "MULTI_MUSA",
+    "MULTI_SDAA",
+    "MULTI_NEURON",
+)
 
 
 def launched() -> bool:
     """Whether a launcher started more than one process, joined or not."""
-    return int(os.environ.get("WORLD_SIZE") or 1) > 1 and "RANK" in os.environ and "MASTER_ADDR" in os.environ
-
-
+    return (
+        int(os.environ.get("WORLD_SIZE") or 1) > 1
+        and "RANK" in os.environ
+        and "MASTER_ADDR" in os.environ
+    )
 
 
 def start(device: str = "auto") -> None:
-    """Join the processes that a launcher started: gloo on the CPU, nccl on GPUs, one each. Only the first one talks from here on, except about errors.
+    """Join the processes that a launcher started: gloo on the CPU, nccl on GPUs, one each.
 
-    Raises OptionError for engines that the verbs do not run on, and where `device` names one GPU for several processes.
+    Only the first one talks from here on, except about errors.
+
+    Raises OptionError for engines that the verbs do not run on, and where `device` names one GPU
+    for several processes.
     """
     check_launch()
     if not launched():
         return
     if device.startswith("cuda:"):
-        raise OptionError(f"--device {device} names one GPU, found {os.environ['WORLD_SIZE']} processes, each with its own; use --device cuda, or one process")
+        raise OptionError(
+            f"--device {device} names one GPU, found {os.environ['WORLD_SIZE']} processes, each "
+            "with its own; use --device cuda, or one process"
+        )
     on_gpu = device in ("auto", "cuda") and torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -56,13 +78,9 @@ def start(device: str = "auto") -> None:
         logging.getLogger("forgetless").setLevel(logging.ERROR)
 
 
-
-
 def running() -> bool:
     """Whether this is one of several processes that have joined."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
 
 
 def size() -> int:
@@ -70,13 +88,9 @@ def size() -> int:
     return dist.get_world_size() if running() else 1
 
 
-
-
 def rank() -> int:
     """Which one this is, from 0."""
     return dist.get_rank() if running() else 0
-
-
 
 
 def first() -> bool:
@@ -84,13 +98,9 @@ def first() -> bool:
     return rank() == 0
 
 
-
-
 def silent() -> bool:
     """Whether progress bars are left out: no terminal to show them on, or not the first process."""
     return not (sys.stderr.isatty() and first())
-
-
 
 
 def barrier() -> None:
@@ -99,28 +109,28 @@ def barrier() -> None:
         dist.barrier()
 
 
-
-
 def share(items: Sequence[Item]) -> list[Item]:
     """This process's part of `items`: every Nth, from its rank on."""
     return list(items[rank() :: size()])
 
 
-
-
 def split_batch(batch: int, accumulation: int) -> tuple[int, int]:
-    """(sequences per forward pass, forward passes per step) of each process, so that together they make batch * accumulation sequences per step.
+    """(sequences per forward pass, forward passes per step) of each process, so that together they
+    make batch * accumulation sequences per step.
 
     Raises OptionError where these cannot be divided evenly.
     """
     n = size()
-    shared = math.gcd(accumulation, n)  # forward passes are divided first, so that each stays as large as it was
+    shared = math.gcd(
+        accumulation, n
+    )  # forward passes are divided first, so that each stays as large as it was
     if batch % (n // shared):
-        raise OptionError(f"--batch-size {batch} x --accumulation {accumulation} sequences per step cannot be shared evenly by {n} processes; "
-                          "let their product be a multiple of the number of processes")  # fmt: skip
+        raise OptionError(
+            f"--batch-size {batch} x --accumulation {accumulation} sequences per step cannot be "
+            f"shared evenly by {n} processes; "
+            "let their product be a multiple of the number of processes"
+        )
     return batch // (n // shared), accumulation // shared
-
-
 
 
 def add_up(tensor: Tensor) -> Tensor:
@@ -130,15 +140,11 @@ def add_up(tensor: Tensor) -> Tensor:
     return tensor
 
 
-
-
 def add_up_numbers(numbers: Sequence[float], device: torch.device | str = "cpu") -> list[float]:
     """Sums of plain numbers over all processes, in f64, together."""
     if not running():
         return list(numbers)
     return add_up(torch.tensor(list(numbers), dtype=torch.float64, device=_place(device))).tolist()
-
-
 
 
 def collect(thing: Any) -> list[Any]:
@@ -150,103 +156,124 @@ def collect(thing: Any) -> list[Any]:
     return found
 
 
-
-
 def add_up_all(tensors: Sequence[Tensor]) -> None:
-    """The sum of each tensor over all processes, in place, together; one message for each dtype and device."""
+    """The sum of each tensor over all processes, in place, together; one message for each dtype and
+    device.
+    """
     kinds: dict[Any, list[Tensor]] = {}
     for tensor in tensors:
         kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
     for group in kinds.values() if running() else ():
         flat = add_up(torch.cat([tensor.flatten() for tensor in group]))
-        for tensor, summed in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
+        for tensor, summed in zip(
+            group, flat.split([tensor.numel() for tensor in group]), strict=True
+        ):
             tensor.copy_(summed.view(tensor.shape))
 
 
-
-
 def add_up_at(tensor: Tensor, owner: int) -> None:
-    """The sum of `tensor` over all processes, in place at its owner, together; elsewhere it is undefined afterwards."""
+    """The sum of `tensor` over all processes, in place at its owner, together; elsewhere it is
+    undefined afterwards.
+    """
     if running():
         dist.reduce(tensor, dst=owner)
-
-
 
 
 def from_owner(tensor: Tensor, owner: int) -> Tensor:
     """`tensor` as its owner has it, in place, together."""
     if running():
         place = _place(tensor.device)
-        moved = tensor if tensor.device == place and tensor.is_contiguous() else tensor.to(place).contiguous()
+        moved = (
+            tensor
+            if tensor.device == place and tensor.is_contiguous()
+            else tensor.to(place).contiguous()
+        )
         dist.broadcast(moved, src=owner)
         if moved is not tensor:
             tensor.copy_(moved)
     return tensor
 
 
-
-
 def average_gradients(parameters: Sequence[Tensor]) -> None:
-    """Mean of the gradients over all processes, together, in one message; a process without a gradient counts as zero."""
+    """Mean of the gradients over all processes, together, in one message; a process without a
+    gradient counts as zero.
+    """
     if not running():
         return
     for p in parameters:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-    flat = add_up(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])).div_(size())
+    flat = add_up(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])).div_(
+        size()
+    )
     for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         assert p.grad is not None
         p.grad.copy_(part.view_as(p.grad))
 
 
+def owners(
+    sizes: Mapping[str, tuple[Hashable, int]], processes: int | None = None
+) -> dict[str, int]:
+    """Name -> which of `processes` (default: those that there are) keeps it.
 
-
-def owners(sizes: Mapping[str, tuple[Hashable, int]], processes: int | None = None) -> dict[str, int]:
-    """Name -> which of `processes` (default: those that there are) keeps it. `sizes`: name -> (what it shares memory with, bytes); those that share stay
-    together, and each process gets about as much as the others: the largest first, each to who has least."""
+    `sizes`: name -> (what it shares memory with, bytes); those that share stay together, and each
+    process gets about as much as the others: the largest first, each to who has least.
+    """
     groups: dict[Hashable, int] = {}
     for together, amount in sizes.values():
         groups[together] = groups.get(together, 0) + amount
     load = [0] * (processes or size())
     where: dict[Hashable, int] = {}
-    for together in sorted(groups, key=lambda key: -groups[key]):  # stable: the order of the model among equals
+    for together in sorted(
+        groups, key=lambda key: -groups[key]
+    ):  # stable: the order of the model among equals
         where[together] = load.index(min(load))
         load[where[together]] += groups[together]
     return {name: where[together] for name, (together, _) in sizes.items()}
-
-
 
 
 def check_same(what: str, value: float, advice: str) -> None:
     """Raise ValueError, together, unless every process has the same number (to rounding)."""
     found = collect(value)
     if max(found) - min(found) > 1e-3 * max(abs(one) for one in found):
-        raise ValueError(f"{what} differs between the processes ({min(found):.6g} to {max(found):.6g}), expected the same in each; {advice}")
-
-
+        raise ValueError(
+            f"{what} differs between the processes ({min(found):.6g} to {max(found):.6g}), "
+            f"expected the same in each; {advice}"
+        )
 
 
 def check_engine(trainer: Any, what: str, args: Any = None) -> None:
-    """Raise ValueError for engines under which a Trainer cannot do `what`, naming what can be used instead. Without `trainer`, `args` tell what they can."""
+    """Raise ValueError for engines under which a Trainer cannot do `what`, naming what can be used
+    instead. Without `trainer`, `args` tell what they can.
+    """
     kind, accelerator = engine(trainer), getattr(trainer, "accelerator", None)
     args = getattr(trainer, "args", None) if args is None else args
     if kind == "DEEPSPEED" or getattr(args, "deepspeed", None):
-        raise ValueError(f"{what} does not run on DeepSpeed: ZeRO keeps gradients and steps its optimizer by itself, so what is added before the step would "
-                         "not reach the weights; use DDP or FSDP2 (examples/accelerate/ddp.yaml, fsdp2.yaml)")  # fmt: skip
+        raise ValueError(
+            f"{what} does not run on DeepSpeed: ZeRO keeps gradients and steps its optimizer by "
+            "itself, so what is added before the step would "
+            "not reach the weights; use DDP or FSDP2 (examples/accelerate/ddp.yaml, fsdp2.yaml)"
+        )
     if kind == "FSDP" and not getattr(accelerator, "is_fsdp2", False):
-        raise ValueError(f"{what} does not run on FSDP 1, whose flat parameters hide the weights; set fsdp_version: 2 "
-                         "(examples/accelerate/fsdp2.yaml), or use DDP")  # fmt: skip
+        raise ValueError(
+            f"{what} does not run on FSDP 1, whose flat parameters hide the weights; set "
+            "fsdp_version: 2 "
+            "(examples/accelerate/fsdp2.yaml), or use DDP"
+        )
     if kind not in (*DATA_PARALLEL, "FSDP"):
-        raise ValueError(f"{what} is not made for {kind}; use DDP or FSDP2 (examples/accelerate/ddp.yaml, fsdp2.yaml)")
-
-
+        raise ValueError(
+            f"{what} is not made for {kind}; use DDP or FSDP2 (examples/accelerate/ddp.yaml, "
+            "fsdp2.yaml)"
+        )
 
 
 def engine(trainer: Any) -> str:
     """accelerate's word for how `trainer` runs; NO without one."""
-    return str(getattr(getattr(getattr(trainer, "accelerator", None), "distributed_type", None), "value", "NO"))
-
-
+    return str(
+        getattr(
+            getattr(getattr(trainer, "accelerator", None), "distributed_type", None), "value", "NO"
+        )
+    )
 
 
 def has_whole_model(trainer: Any) -> bool:
@@ -254,17 +281,26 @@ def has_whole_model(trainer: Any) -> bool:
     return engine(trainer) in DATA_PARALLEL
 
 
-
-
 def check_launch() -> None:
-    """Raise OptionError where `accelerate launch` was told an engine that the command line does not run on."""
-    for name, variable in (("DeepSpeed", "ACCELERATE_USE_DEEPSPEED"), ("FSDP", "ACCELERATE_USE_FSDP"), ("Megatron-LM", "ACCELERATE_USE_MEGATRON_LM")):
+    """Raise OptionError where `accelerate launch` was told an engine that the command line does not
+    run on.
+    """
+    for name, variable in (
+        ("DeepSpeed", "ACCELERATE_USE_DEEPSPEED"),
+        ("FSDP", "ACCELERATE_USE_FSDP"),
+        ("Megatron-LM", "ACCELERATE_USE_MEGATRON_LM"),
+    ):
         if os.environ.get(variable, "false").lower() == "true":
-            also = ", or with FSDP2 in a script of your own: forgetless.hold(trainer, importance)" if name == "FSDP" else ""
-            raise OptionError(f"forgetless's verbs measure and save the model outside of training, which {name} does not allow; use DDP "
-                              f"(examples/accelerate/ddp.yaml){also}")  # fmt: skip
-
-
+            also = (
+                ", or with FSDP2 in a script of your own: forgetless.hold(trainer, importance)"
+                if name == "FSDP"
+                else ""
+            )
+            raise OptionError(
+                "forgetless's verbs measure and save the model outside of training, which "
+                f"{name} does not allow; use DDP "
+                f"(examples/accelerate/ddp.yaml){also}"
+            )
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -273,13 +309,9 @@ def is_sharded(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-
-
 def whole(tensor: Any) -> Any:
     """`tensor` gathered, together, where it is sharded: for small ones."""
     return tensor.detach().full_tensor() if is_sharded(tensor) else tensor
-
-
 
 
 def local(tensor: Any) -> Any:
@@ -287,13 +319,9 @@ def local(tensor: Any) -> Any:
     return tensor.detach().to_local() if is_sharded(tensor) else tensor
 
 
-
-
 def sharded_by_rows(tensor: Any) -> bool:
     """Whether processes have some rows each, as after `fully_shard`."""
     return all(placement.is_replicate() or placement.is_shard(0) for placement in tensor.placements)
-
-
 
 
 def rows_here(tensor: Any) -> tuple[int, int]:
@@ -302,18 +330,18 @@ def rows_here(tensor: Any) -> tuple[int, int]:
         return 0, tensor.shape[0]
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    shape, offset = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
     return int(offset[0]), int(shape[0])
 
 
-
-
 def rows_like(tensor: Tensor, sharded: Any) -> Tensor:
-    """Of a whole tensor the rows that are here of `sharded`; the tensor itself where that is not sharded, or has been cut already."""
+    """Of a whole tensor the rows that are here of `sharded`; the tensor itself where that is not
+    sharded, or has been cut already.
+    """
     first_row, count = rows_here(sharded)
     return tensor if len(tensor) == count else tensor[first_row : first_row + count]
-
-
 
 
 def counts(tensor: Any) -> bool:
@@ -321,9 +349,10 @@ def counts(tensor: Any) -> bool:
     if not is_sharded(tensor):
         return first()
     where = tensor.device_mesh.get_coordinate()
-    return all(at == 0 or not placement.is_replicate() for at, placement in zip(where, tensor.placements, strict=True))
-
-
+    return all(
+        at == 0 or not placement.is_replicate()
+        for at, placement in zip(where, tensor.placements, strict=True)
+    )
 
 
 def _place(device: torch.device | str) -> torch.device:
@@ -331,5 +360,3 @@ def _place(device: torch.device | str) -> torch.device:
     if dist.get_backend() == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device(device)
-
-

@@ -12,10 +12,12 @@ from forgetless.model.targets import base_shapes, unwrapped
 
 
 def fingerprint(model: nn.Module, *, samples: int = 65_536) -> str:
-    """sha256 over the shapes of the linear weights and the sign bits of evenly spaced elements of the input embedding.
+    """sha256 over the shapes of the linear weights and the sign bits of evenly spaced elements of
+    the input embedding.
 
-    Signs survive f32, bf16, f16 and loading in 4 or 8 bit (which leaves embeddings alone), so the fingerprint does not depend on how the model was loaded.
-    It tells base models apart, not a base from a fine-tune of it that left the embedding alone.
+    Signs survive f32, bf16, f16 and loading in 4 or 8 bit (which leaves embeddings alone), so the
+    fingerprint does not depend on how the model was loaded. It tells base models apart, not a base
+    from a fine-tune of it that left the embedding alone.
     """
     digest = hashlib.sha256()
     for name, shape in sorted(base_shapes(model).items()):
@@ -26,12 +28,13 @@ def fingerprint(model: nn.Module, *, samples: int = 65_536) -> str:
     return digest.hexdigest()
 
 
-
-
 def _signs(table: Tensor, step: int) -> bytes:
-    """The sign bits of every `step`th element; of a table sharded by rows, together, each process's own in order."""
-    first, here = distributed.rows_here(table)[0] * table.shape[1], distributed.local(table).flatten()
+    """The sign bits of every `step`th element; of a table sharded by rows, together, each process's
+    own in order.
+    """
+    first, here = (
+        distributed.rows_here(table)[0] * table.shape[1],
+        distributed.local(table).flatten(),
+    )
     signs: bytes = torch.signbit(here[-first % step :: step]).cpu().numpy().tobytes()
     return b"".join(distributed.collect(signs)) if distributed.is_sharded(table) else signs
-
-

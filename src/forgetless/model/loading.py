@@ -24,7 +24,8 @@ def device_of(options: ModelOptions) -> torch.device:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise OptionError(
-                f"--device {options.device} is not to be had here ({str(error).splitlines()[0]}); expected auto, cpu, cuda, cuda:1 or mps"
+                f"--device {options.device} is not to be had here "
+                f"({str(error).splitlines()[0]}); expected auto, cpu, cuda, cuda:1 or mps"
             ) from None
         return device
     if torch.cuda.is_available():
@@ -32,13 +33,16 @@ def device_of(options: ModelOptions) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-
-
 def load_model(options: ModelOptions, name: str | None = None) -> nn.Module:
-    """The causal LM `name` (default `options.model`), in eval mode. Raises ValueError when it is not there."""
+    """The causal LM `name` (default `options.model`), in eval mode.
+
+    Raises ValueError when it is not there.
+    """
     from transformers import AutoModelForCausalLM
 
-    settings: dict[str, Any] = {"dtype": "auto" if options.dtype == "auto" else getattr(torch, options.dtype)}
+    settings: dict[str, Any] = {
+        "dtype": "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
+    }
     if options.quantize != "none":
         settings["quantization_config"] = _quantization(options)
         settings["device_map"] = {"": device_of(options)}
@@ -48,34 +52,44 @@ def load_model(options: ModelOptions, name: str | None = None) -> nn.Module:
     return model.eval()
 
 
-
-
 def load_empty(options: ModelOptions) -> nn.Module:
-    """The causal LM on torch's meta device: shapes and names, no weights; only its configuration is read. Raises ValueError when it is not there."""
+    """The causal LM on torch's meta device: shapes and names, no weights; only its configuration is
+    read. Raises ValueError when it is not there.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = _load(AutoConfig, options.model, options, {})
-    dtype = getattr(config, "dtype", None) or torch.float32 if options.dtype == "auto" else getattr(torch, options.dtype)
+    dtype = (
+        getattr(config, "dtype", None) or torch.float32
+        if options.dtype == "auto"
+        else getattr(torch, options.dtype)
+    )
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=options.trust_remote_code)
-
-
+        return AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=options.trust_remote_code
+        )
 
 
 def load_tokenizer(options: ModelOptions, name: str | None = None) -> Any:
-    """The tokenizer of `options.model`; without a padding token the end-of-text token pads, and nothing is resized."""
+    """The tokenizer of `options.model`; without a padding token the end-of-text token pads, and
+    nothing is resized.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = _load(AutoTokenizer, name or options.model, options, {})
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token or tokenizer.convert_ids_to_tokens(0)
+        tokenizer.pad_token = (
+            tokenizer.eos_token or tokenizer.bos_token or tokenizer.convert_ids_to_tokens(0)
+        )
     return tokenizer
 
 
-
-
-def save_whole(model: Any, tokenizer: Any, folder: Path, save: Callable[[Any, Path], object] | None = None) -> None:
-    """Save (by `save` where given) under a temporary name beside `folder`, then rename: a partial result is never taken for a whole one."""
+def save_whole(
+    model: Any, tokenizer: Any, folder: Path, save: Callable[[Any, Path], object] | None = None
+) -> None:
+    """Save (by `save` where given) under a temporary name beside `folder`, then rename: a partial
+    result is never taken for a whole one.
+    """
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         with room_for(folder):
@@ -87,10 +101,10 @@ def save_whole(model: Any, tokenizer: Any, folder: Path, save: Callable[[Any, Pa
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-
-
 def context_length(model: nn.Module) -> int:
-    """The longest sequence in tokens that the model's configuration allows; 2048 where it does not say."""
+    """The longest sequence in tokens that the model's configuration allows; 2048 where it does not
+    say.
+    """
     config = model.config
     for key in ("max_position_embeddings", "n_positions", "n_ctx", "seq_length"):
         if isinstance(getattr(config, key, None), int):
@@ -98,37 +112,62 @@ def context_length(model: nn.Module) -> int:
     return 2048
 
 
-
-
 def _load(kind: Any, name: str, options: ModelOptions, settings: dict[str, Any]) -> Any:
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     path = Path(name).expanduser()
     if looks_local and not path.exists():
-        raise ValueError(f"model '{name}' does not exist; expected a Hub name or a folder with config.json and weights")
+        raise ValueError(
+            f"model '{name}' does not exist; expected a Hub name or a folder with config.json "
+            "and weights"
+        )
     if path.is_dir() and not (path / "config.json").is_file():
-        hint = "; it holds an adapter: give its base model here, and the adapter with --adapter" if (path / "adapter_config.json").is_file() else ""
+        hint = (
+            "; it holds an adapter: give its base model here, and the adapter with --adapter"
+            if (path / "adapter_config.json").is_file()
+            else ""
+        )
         raise ValueError(f"'{name}' is not a model folder: expected config.json in it{hint}")
     try:
-        return kind.from_pretrained(str(path) if path.is_dir() else name, revision=options.revision, trust_remote_code=options.trust_remote_code, **settings)
+        return kind.from_pretrained(
+            str(path) if path.is_dir() else name,
+            revision=options.revision,
+            trust_remote_code=options.trust_remote_code,
+            **settings,
+        )
     except OSError as error:
-        offline = " (offline mode is on: HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
+        offline = (
+            " (offline mode is on: HF_HUB_OFFLINE)"
+            if os.environ.get("HF_HUB_OFFLINE") == "1"
+            else ""
+        )
         first = str(error).strip().splitlines()[0]
-        raise ValueError(f"cannot load '{name}'{offline}: {first}; check the name, the connection or your access, or give a local folder") from error
-    except Exception as error:  # a truncated weight file or a foreign configuration: each library has its own exceptions
-        raise ValueError(f"cannot load '{name}': {str(error).strip().splitlines()[0]}; is the model whole, and one that this transformers knows?") from error
-
-
+        raise ValueError(
+            f"cannot load '{name}'{offline}: {first}; check the name, the connection or your "
+            "access, or give a local folder"
+        ) from error
+    # a truncated weight file or a foreign configuration: each library has its own exceptions
+    except Exception as error:
+        raise ValueError(
+            f"cannot load '{name}': {str(error).strip().splitlines()[0]}; is the model whole, "
+            "and one that this transformers knows?"
+        ) from error
 
 
 def _quantization(options: ModelOptions) -> Any:
     import importlib.util
 
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError(f"--quantize {options.quantize} needs bitsandbytes, which is not installed; pip install 'forgetless[bnb]'")
+        raise ValueError(
+            f"--quantize {options.quantize} needs bitsandbytes, which is not installed; pip "
+            "install 'forgetless[bnb]'"
+        )
     from transformers import BitsAndBytesConfig
 
     if options.quantize == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16, bnb_4bit_use_double_quant=True)
-
-
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_use_double_quant=True,
+    )

@@ -1,6 +1,7 @@
 """Hooks around the step of any torch optimizer: what the recorder and the penalty share.
 
-A step pre-hook fires before a closure has run, so work that needs gradients is put inside the closure where there is one.
+A step pre-hook fires before a closure has run, so work that needs gradients is put inside the
+closure where there is one.
 """
 
 from __future__ import annotations
@@ -12,20 +13,34 @@ import torch
 
 
 def unwrapped_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """The torch optimizer inside accelerate's wrapper, which offers no step hooks of its own. Raises ValueError for anything else."""
-    while not isinstance(optimizer, torch.optim.Optimizer) or isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+    """The torch optimizer inside accelerate's wrapper, which offers no step hooks of its own.
+
+    Raises ValueError for anything else.
+    """
+    while not isinstance(optimizer, torch.optim.Optimizer) or isinstance(
+        getattr(optimizer, "optimizer", None), torch.optim.Optimizer
+    ):
         if not hasattr(optimizer, "optimizer"):
-            raise ValueError(f"expected a torch optimizer, found {type(optimizer).__name__}; forgetless needs its step hooks")
+            raise ValueError(
+                f"expected a torch optimizer, found {type(optimizer).__name__}; forgetless needs "
+                "its step hooks"
+            )
         optimizer = optimizer.optimizer
     return optimizer
 
 
+def before_step(
+    optimizer: torch.optim.Optimizer,
+    action: Callable[[], None],
+    *,
+    first: bool = False,
+    closure_once: bool = False,
+) -> Any:
+    """Run `action` when the gradients of a step are there and nothing has moved; returns the handle
+    to remove.
 
-
-def before_step(optimizer: torch.optim.Optimizer, action: Callable[[], None], *, first: bool = False, closure_once: bool = False) -> Any:
-    """Run `action` when the gradients of a step are there and nothing has moved; returns the handle to remove.
-
-    `first` puts it before all other pre-hooks. `closure_once` raises ValueError when the optimizer calls its closure twice in one step, as LBFGS does.
+    `first` puts it before all other pre-hooks. `closure_once` raises ValueError when the optimizer
+    calls its closure twice in one step, as LBFGS does.
     """
 
     def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -39,12 +54,19 @@ def before_step(optimizer: torch.optim.Optimizer, action: Callable[[], None], *,
             nonlocal calls
             calls += 1
             if calls > 1 and closure_once:
-                raise ValueError("the optimizer calls its closure several times per step (as LBFGS does); its movements have no single gradient: use another")
+                raise ValueError(
+                    "the optimizer calls its closure several times per step (as LBFGS does); its "
+                    "movements have no single gradient: use another"
+                )
             result = closure()
             action()
             return result
 
-        return ((args[0], wrapped, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": wrapped})
+        return (
+            ((args[0], wrapped, *args[2:]), kwargs)
+            if len(args) > 1
+            else (args, {**kwargs, "closure": wrapped})
+        )
 
     handle = optimizer.register_step_pre_hook(hook)
     if first:
@@ -52,19 +74,17 @@ def before_step(optimizer: torch.optim.Optimizer, action: Callable[[], None], *,
     return handle
 
 
-
-
 def pending_scale(optimizer: torch.optim.Optimizer) -> float:
-    """Fused optimizers unscale inside their step: the GradScaler's factor that `.grad` still carries when the hooks run, else 1."""
+    """Fused optimizers unscale inside their step: the GradScaler's factor that `.grad` still
+    carries when the hooks run, else 1.
+    """
     scale = getattr(optimizer, "grad_scale", None)
     return 1.0 if scale is None else float(scale)
 
 
-
-
 def will_skip(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a fused optimizer is about to skip this step because the GradScaler found an infinity."""
+    """Whether a fused optimizer is about to skip this step because the GradScaler found an
+    infinity.
+    """
     found = getattr(optimizer, "found_inf", None)
     return found is not None and float(found) > 0
-
-

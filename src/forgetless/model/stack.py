@@ -1,10 +1,11 @@
-"""One adapter for several updates on top of each other: their ranks side by side, so that it is their sum exactly.
+"""One adapter for several updates on top of each other: their ranks side by side, so that it is
+their sum exactly.
 
     U = U1 + U2 = [s1 B1, s2 B2] [A1; A2]        rank r1 + r2, alpha = rank, so the scale is 1
 
-With `rank` the nearest updates of that rank instead (singular values of the product of thin factors), and the relative error of all weights together is
-returned.
-A plain PEFT adapter relative to the original base, whatever targets, ranks and scales the parts had. Costs one loaded base model.
+With `rank` the nearest updates of that rank instead (singular values of the product of thin
+factors), and the relative error of all weights together is returned. A plain PEFT adapter relative
+to the original base, whatever targets, ranks and scales the parts had. Costs one loaded base model.
 
     stack(options, ["steps/1/final", "steps/2/final"], Path("final"))
 """
@@ -31,10 +32,14 @@ from forgetless.options.model import ModelOptions
 Factors = tuple[Tensor, Tensor]  # L (out, r), R (r, in)
 
 
-def stack(options: ModelOptions, adapters: Sequence[str], out: Path, *, rank: int | None = None) -> float:
-    """Write the sum of the updates of `adapters`, folders of PEFT's, to the folder `out`: whole or not at all. One alone is copied.
+def stack(
+    options: ModelOptions, adapters: Sequence[str], out: Path, *, rank: int | None = None
+) -> float:
+    """Write the sum of the updates of `adapters`, folders of PEFT's, to the folder `out`: whole or
+    not at all. One alone is copied.
 
-    Returns the relative error that a smaller `rank` costs (Frobenius norm), 0 without."""
+    Returns the relative error that a smaller `rank` costs (Frobenius norm), 0 without.
+    """
     tokenizer = load_tokenizer(options)
     if len(adapters) == 1 and rank is None:
         save_whole(Path(adapters[0]), tokenizer, out, shutil.copytree)
@@ -43,7 +48,10 @@ def stack(options: ModelOptions, adapters: Sequence[str], out: Path, *, rank: in
     parts: dict[str, list[Factors]] = {}
     for adapter in adapters:
         base = _collect(base, adapter, parts)
-    summed = {name: (torch.cat([L for L, _ in pairs], 1), torch.cat([R for _, R in pairs])) for name, pairs in parts.items()}
+    summed = {
+        name: (torch.cat([L for L, _ in pairs], 1), torch.cat([R for _, R in pairs]))
+        for name, pairs in parts.items()
+    }
     width = max(R.shape[0] for _, R in summed.values())
     lost = total = 0.0
     if rank is not None and rank < width:
@@ -66,17 +74,20 @@ def stack(options: ModelOptions, adapters: Sequence[str], out: Path, *, rank: in
     return math.sqrt(lost / total) if total > 0 else 0.0
 
 
-
-
 def _nearest(L: Tensor, R: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
-    """L (out, rank), R (rank, in) nearest to L @ R, the squared norm of the product, and that of what is lost; in f64, no (out, in) matrix."""
+    """L (out, rank), R (rank, in) nearest to L @ R, the squared norm of the product, and that of
+    what is lost; in f64, no (out, in) matrix.
+    """
     P, left = torch.linalg.qr(L.double())
     Q, right = torch.linalg.qr(R.double().T)
     U, values, V = torch.linalg.svd(left @ right.T)
     root = values[:rank].sqrt()
-    return (P @ U[:, :rank] * root).to(L), (root[:, None] * (V[:rank] @ Q.T)).to(R), float(values.square().sum()), float(values[rank:].square().sum())
-
-
+    return (
+        (P @ U[:, :rank] * root).to(L),
+        (root[:, None] * (V[:rank] @ Q.T)).to(R),
+        float(values.square().sum()),
+        float(values[rank:].square().sum()),
+    )
 
 
 def _collect(base: Any, adapter: str, parts: dict[str, list[Factors]]) -> Any:
@@ -90,5 +101,3 @@ def _collect(base: Any, adapter: str, parts: dict[str, list[Factors]]) -> Any:
     if hasattr(base, "peft_config"):
         del base.peft_config
     return base
-
-

@@ -16,24 +16,33 @@ from forgetless.model.weights import FullWeight, LowRankWeight, TargetWeight
 
 logger = logging.getLogger("forgetless")
 FUSED_EXPERTS = (
-    "fused expert tensors of mixture models hold many weights in one (experts, ...) tensor; forgetless has no importance for them: leave them out of the targets"
+    "fused expert tensors of mixture models hold many weights in one (experts, ...) "
+    "tensor; forgetless has no importance for them: leave them out of the targets"
 )
-MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of init_lora_weights that change the base weight
+MOVES_THE_BASE = (
+    "pissa",
+    "olora",
+    "corda",
+    "loftq",
+    "lora_ga",
+)  # values of init_lora_weights that change the base weight
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a target weight will be, before there is an adapter: what layer coefficients need to know."""
+    """Where a target weight will be, before there is an adapter: what layer coefficients need to
+    know.
+    """
 
     name: str
     layer: int | None
     kind: str
 
 
-
-
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The transformers model inside DDP, torch.compile and PEFT wrappers; LoRA layers stay in place, so module names are those of the base model."""
+    """The transformers model inside DDP, torch.compile and PEFT wrappers; LoRA layers stay in
+    place, so module names are those of the base model.
+    """
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
@@ -45,110 +54,173 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-
-
-def target_weights(model: nn.Module, *, names: str | None = None, subtract_initial: bool = False) -> list[TargetWeight]:
+def target_weights(
+    model: nn.Module, *, names: str | None = None, subtract_initial: bool = False
+) -> list[TargetWeight]:
     """The target weights of `model`, in the model's order.
 
-    With LoRA layers these are the weights under the active adapter. Without, they are trained themselves, and the base is what they are now: those
-    matched by `names` (see `matching`), by default all linear ones that require a gradient. `subtract_initial` accepts adapters that start away from the
-    base (PiSSA, OLoRA, CorDA) and takes their product as it is now for the start; otherwise they are refused.
+    With LoRA layers these are the weights under the active adapter. Without, they are trained
+    themselves, and the base is what they are now: those matched by `names` (see `matching`), by
+    default all linear ones that require a gradient. `subtract_initial` accepts adapters that start
+    away from the base (PiSSA, OLoRA, CorDA) and takes their product as it is now for the start;
+    otherwise they are refused.
 
-    Raises ValueError for what cannot be held: several active adapters, DoRA and other variants, merged adapters, fused experts, embeddings.
+    Raises ValueError for what cannot be held: several active adapters, DoRA and other variants,
+    merged adapters, fused experts, embeddings.
     """
     base = unwrapped(model)
-    found = [weight for path, module in base.named_modules() if (weight := _low_rank(path, module, model, subtract_initial)) is not None]
+    found = [
+        weight
+        for path, module in base.named_modules()
+        if (weight := _low_rank(path, module, model, subtract_initial)) is not None
+    ]
     if found:
-        _check_own(base, [(weight.name.removesuffix(".weight"), weight.module.get_base_layer()) for weight in found])
+        _check_own(
+            base,
+            [
+                (weight.name.removesuffix(".weight"), weight.module.get_base_layer())
+                for weight in found
+            ],
+        )
         return list(found)
     if hasattr(model, "peft_config"):
-        raise ValueError(f"the model has no LoRA layer that forgetless can hold (found {adapter_types(model)}); use LoRA, or full fine-tuning without PEFT")
+        raise ValueError(
+            "the model has no LoRA layer that forgetless can hold (found "
+            f"{adapter_types(model)}); use LoRA, or full fine-tuning without PEFT"
+        )
     if names is not None:
         return _full(base, matching(base, names))
-    trained = [(path, module) for path, module in matching(base, "all-linear") if module.weight.requires_grad]
+    trained = [
+        (path, module)
+        for path, module in matching(base, "all-linear")
+        if module.weight.requires_grad
+    ]
     if not trained:
-        raise ValueError("the model has neither a LoRA layer nor a linear layer that requires a gradient; add an adapter, or unfreeze what you train")
+        raise ValueError(
+            "the model has neither a LoRA layer nor a linear layer that requires a gradient; add "
+            "an adapter, or unfreeze what you train"
+        )
     loose = [path for path in fused_experts(base) if base.get_parameter(path).requires_grad]
     if loose:
         raise ValueError(f"'{loose[0]}': {FUSED_EXPERTS}: freeze them, or name the targets")
     return _full(base, trained)
 
 
-
-
 def fused_experts(model: nn.Module) -> list[str]:
     """Names of the (experts, ...) tensors of a bare mixture model."""
-    return [path for path, parameter in model.named_parameters() if parameter.ndim == 3 and "experts" in path]
-
-
+    return [
+        path
+        for path, parameter in model.named_parameters()
+        if parameter.ndim == 3 and "experts" in path
+    ]
 
 
 def warn_of_experts(model: nn.Module, names: str) -> None:
-    """Say that 'all-linear' leaves fused experts out, as PEFT's does, so that nobody takes them for trained."""
+    """Say that 'all-linear' leaves fused experts out, as PEFT's does, so that nobody takes them for
+    trained.
+    """
     experts = fused_experts(model)
     if experts and names == "all-linear":
-        logger.warning("all-linear leaves out %d fused expert tensors (first '%s'): they are neither trained nor held", len(experts), experts[0])
-
-
+        logger.warning(
+            "all-linear leaves out %d fused expert tensors (first '%s'): they are neither "
+            "trained nor held",
+            len(experts),
+            experts[0],
+        )
 
 
 def adapter_types(model: nn.Module) -> str:
     return ", ".join(sorted({str(getattr(c, "peft_type", c)) for c in model.peft_config.values()}))
 
 
-
-
-def _low_rank(path: str, module: nn.Module, model: nn.Module, subtract_initial: bool) -> LowRankWeight | None:
+def _low_rank(
+    path: str, module: nn.Module, model: nn.Module, subtract_initial: bool
+) -> LowRankWeight | None:
     from peft.tuners.lora import LoraLayer
 
     if not isinstance(module, LoraLayer):
         return None
-    active = [a for a in module.active_adapters if a in module.lora_A or a in module.lora_embedding_A or a in module.lora_B]
+    active = [
+        a
+        for a in module.active_adapters
+        if a in module.lora_A or a in module.lora_embedding_A or a in module.lora_B
+    ]
     if not active:
         return None
     where = f"'{path}'"
     if type(module).__name__ == "ParamWrapper":
         raise ValueError(f"{where}: {FUSED_EXPERTS}")
     if len(active) > 1:
-        raise ValueError(f"{where} has {len(active)} active adapters ({', '.join(active)}); forgetless holds one: call model.set_adapter(name)")
+        raise ValueError(
+            f"{where} has {len(active)} active adapters ({', '.join(active)}); forgetless holds "
+            "one: call model.set_adapter(name)"
+        )
     adapter = active[0]
     if adapter not in module.lora_A or not isinstance(module.lora_A[adapter], nn.Linear):
-        raise ValueError(f"{where} is a LoRA layer on {type(module.get_base_layer()).__name__}; expected a linear layer: leave it out of target_modules")
+        raise ValueError(
+            f"{where} is a LoRA layer on {type(module.get_base_layer()).__name__}; expected a "
+            "linear layer: leave it out of target_modules"
+        )
     if module.merged:
-        raise ValueError(f"{where} has its adapter merged into the base weight; call model.unmerge_adapter() first")
+        raise ValueError(
+            f"{where} has its adapter merged into the base weight; call model.unmerge_adapter() "
+            "first"
+        )
     if module.use_dora.get(adapter) or getattr(module, "lora_variant", {}).get(adapter) is not None:
-        raise ValueError(f"{where} uses DoRA or another LoRA variant, whose update is not scale * B @ A; use plain LoRA or rsLoRA")
+        raise ValueError(
+            f"{where} uses DoRA or another LoRA variant, whose update is not scale * B @ A; use "
+            "plain LoRA or rsLoRA"
+        )
     A, B = module.lora_A[adapter].weight, module.lora_B[adapter].weight
     initial = None
     if _moves_the_base(model, adapter):
         if not subtract_initial:
-            raise ValueError(f"{where}: the adapter starts away from the base model (init_lora_weights moves the base weight); importance "
-                             "belongs to the bare base. Use the default initialisation, or pass subtract_initial=True before training")  # fmt: skip
+            raise ValueError(
+                f"{where}: the adapter starts away from the base model (init_lora_weights moves "
+                "the base weight); importance "
+                "belongs to the bare base. Use the default initialisation, or pass "
+                "subtract_initial=True before training"
+            )
         initial = (A.detach().clone(), B.detach().clone())
-    return LowRankWeight(path + ".weight", (B.shape[0], A.shape[1]), *_place(path), module, A, B, float(module.scaling[adapter]), initial, adapter)
-
-
+    return LowRankWeight(
+        path + ".weight",
+        (B.shape[0], A.shape[1]),
+        *_place(path),
+        module,
+        A,
+        B,
+        float(module.scaling[adapter]),
+        initial,
+        adapter,
+    )
 
 
 def _check_own(model: nn.Module, layers: list[tuple[str, nn.Module]]) -> None:
-    """Raise ValueError where a layer's weight is another module's too (tied, or shared by two layers): neither its gradient nor its update is the layer's."""
+    """Raise ValueError where a layer's weight is another module's too (tied, or shared by two
+    layers): neither its gradient nor its update is the layer's.
+    """
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name.replace(".base_layer.", "."))
     for path, module in layers:
-        other = next((name for name in owners.get(id(module.weight), []) if name != f"{path}.weight"), None)
+        other = next(
+            (name for name in owners.get(id(module.weight), []) if name != f"{path}.weight"), None
+        )
         if other is not None:
-            raise ValueError(f"'{path}.weight' and '{other}' are one parameter, whose gradient and update belong to both; leave it out of the targets")
-
-
+            raise ValueError(
+                f"'{path}.weight' and '{other}' are one parameter, whose gradient and update "
+                "belong to both; leave it out of the targets"
+            )
 
 
 def _moves_the_base(model: nn.Module, adapter: str) -> bool:
     configs = getattr(model, "peft_config", {})
-    how = getattr(configs.get(adapter), "init_lora_weights", True) if isinstance(configs, dict) else True
+    how = (
+        getattr(configs.get(adapter), "init_lora_weights", True)
+        if isinstance(configs, dict)
+        else True
+    )
     return isinstance(how, str) and how.lower().startswith(MOVES_THE_BASE)
-
-
 
 
 def _place(path: str) -> tuple[int | None, str]:
@@ -157,34 +229,63 @@ def _place(path: str) -> tuple[int | None, str]:
     return (int(index.group(1)) if index else None), path.rsplit(".", 1)[-1]
 
 
-
-
 def _full(model: nn.Module, layers: list[tuple[str, nn.Module]]) -> list[TargetWeight]:
-    """Weights that are trained themselves, each with its base: in the checkpoint's file where it stands there as it is now, else copied."""
+    """Weights that are trained themselves, each with its base: in the checkpoint's file where it
+    stands there as it is now, else copied.
+    """
     _check_own(model, layers)
     for path, module in layers:
         if not module.weight.is_floating_point():
-            raise ValueError(f"'{path}' is quantised ({module.weight.dtype}) and cannot be trained itself; use LoRA")
+            raise ValueError(
+                f"'{path}' is quantised ({module.weight.dtype}) and cannot be trained itself; "
+                "use LoRA"
+            )
     # Of weights that FSDP2 has sharded a process copies its own rows.
-    stored = stored_weights(model, {path + ".weight": module.weight for path, module in layers if not distributed.is_sharded(module.weight)})
+    stored = stored_weights(
+        model,
+        {
+            path + ".weight": module.weight
+            for path, module in layers
+            if not distributed.is_sharded(module.weight)
+        },
+    )
     copied = [path + ".weight" for path, _ in layers if path + ".weight" not in stored]
     if copied:
-        size = sum(module.weight.numel() * module.weight.element_size() for path, module in layers if path + ".weight" not in stored)
-        logger.info("base of %d of %d weights is kept as a copy, %.0f MiB (first '%s'): no safetensors file that the model was loaded from holds them "
-                    "as they are now", len(copied), len(layers), size / 2**20, copied[0])  # fmt: skip
+        size = sum(
+            module.weight.numel() * module.weight.element_size()
+            for path, module in layers
+            if path + ".weight" not in stored
+        )
+        logger.info(
+            "base of %d of %d weights is kept as a copy, %.0f MiB (first '%s'): no safetensors "
+            "file that the model was loaded from holds them "
+            "as they are now",
+            len(copied),
+            len(layers),
+            size / 2**20,
+            copied[0],
+        )
     else:
-        logger.info("base of %d weights is read from the checkpoint, a few rows at a time: no second copy in memory", len(layers))
+        logger.info(
+            "base of %d weights is read from the checkpoint, a few rows at a time: no second "
+            "copy in memory",
+            len(layers),
+        )
     return [_full_weight(path, module, stored.get(path + ".weight")) for path, module in layers]
-
-
 
 
 def _full_weight(path: str, module: nn.Module, stored: StoredWeight | None) -> FullWeight:
     W, transposed = module.weight, is_conv1d(module)
     shape = (W.shape[1], W.shape[0]) if transposed else (W.shape[0], W.shape[1])
-    return FullWeight(path + ".weight", shape, *_place(path), module, W, stored or KeptWeight(distributed.local(W).detach().clone()), transposed)
-
-
+    return FullWeight(
+        path + ".weight",
+        shape,
+        *_place(path),
+        module,
+        W,
+        stored or KeptWeight(distributed.local(W).detach().clone()),
+        transposed,
+    )
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -193,10 +294,9 @@ def is_conv1d(module: nn.Module) -> bool:
     return isinstance(module, Conv1D)
 
 
-
-
 def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) of every linear layer that can be a target, in the model's order; the output head is left out, as PEFT's all-linear does.
+    """(path, module) of every linear layer that can be a target, in the model's order; the output
+    head is left out, as PEFT's all-linear does.
 
     Under an adapter this is the base layer inside it, with the path that it has in the bare model.
     """
@@ -209,16 +309,22 @@ def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if hasattr(module, "get_base_layer"):
             inside.append(path + ".")
             inner = module.get_base_layer()
-        is_linear = isinstance(inner, nn.Linear) or is_conv1d(inner) or type(inner).__name__ in ("Linear4bit", "Linear8bitLt")
+        is_linear = (
+            isinstance(inner, nn.Linear)
+            or is_conv1d(inner)
+            or type(inner).__name__ in ("Linear4bit", "Linear8bitLt")
+        )
         if is_linear and module is not head and inner is not head:
             yield path, inner
 
 
-
-
 def matching(model: nn.Module, names: str) -> list[tuple[str, nn.Module]]:
-    """Linear layers of a bare model chosen by `names`: 'all-linear', comma-separated last parts of module paths ('q_proj,v_proj'), or a regular
-    expression that matches the whole path. Raises OptionError naming the nearest kind when nothing matches, ValueError for fused experts."""
+    """Linear layers of a bare model chosen by `names`:
+
+    'all-linear', comma-separated last parts of module paths ('q_proj,v_proj'), or a regular
+    expression that matches the whole path. Raises OptionError naming the nearest kind when nothing
+    matches, ValueError for fused experts.
+    """
     layers = list(linear_layers(model))
     kinds = {path.rsplit(".", 1)[-1] for path, _ in layers}
     if names == "all-linear":
@@ -228,7 +334,9 @@ def matching(model: nn.Module, names: str) -> list[tuple[str, nn.Module]]:
         for name in sorted(wanted - kinds):
             if any(name in path for path in fused_experts(model)):
                 raise ValueError(f"'{name}': {FUSED_EXPERTS}")
-            raise OptionError(f"no linear layer of the model is called '{name}'; {nearest(name, kinds)}")
+            raise OptionError(
+                f"no linear layer of the model is called '{name}'; {nearest(name, kinds)}"
+            )
         chosen = [(path, module) for path, module in layers if path.rsplit(".", 1)[-1] in wanted]
     else:
         try:
@@ -237,10 +345,11 @@ def matching(model: nn.Module, names: str) -> list[tuple[str, nn.Module]]:
             raise OptionError(f"--targets '{names}' is not a regular expression: {error}") from None
         chosen = [(path, module) for path, module in layers if pattern.fullmatch(path)]
     if not chosen:
-        raise OptionError(f"--targets '{names}' matches no linear layer of the model; kinds: {', '.join(sorted(kinds))}")
+        raise OptionError(
+            f"--targets '{names}' matches no linear layer of the model; kinds: "
+            f"{', '.join(sorted(kinds))}"
+        )
     return chosen
-
-
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,26 +361,31 @@ class BaseLayer:
     module: nn.Module
 
 
-
-
 def base_layers(model: nn.Module, names: str) -> list[BaseLayer]:
     """The base layers chosen by `names` (see `matching`), with or without adapters around them.
 
-    Raises ValueError where switching the adapters off would not give the bare base: merged adapters, or ones that moved the base weight.
+    Raises ValueError where switching the adapters off would not give the bare base: merged
+    adapters, or ones that moved the base weight.
     """
     base = unwrapped(model)
     for path, module in base.named_modules():
         if getattr(module, "merged", False):
-            raise ValueError(f"'{path}' has its adapter merged into the base weight; call model.unmerge_adapter() first")
+            raise ValueError(
+                f"'{path}' has its adapter merged into the base weight; call "
+                "model.unmerge_adapter() first"
+            )
     for adapter in getattr(_wrapper(model), "peft_config", None) or {}:
         if _moves_the_base(_wrapper(model), adapter):
-            raise ValueError(f"adapter '{adapter}' moved the base weight when it was made (init_lora_weights); importance belongs to the bare base: "
-                             "record on the model without the adapter")  # fmt: skip
+            raise ValueError(
+                f"adapter '{adapter}' moved the base weight when it was made "
+                "(init_lora_weights); importance belongs to the bare base: "
+                "record on the model without the adapter"
+            )
     shapes, layers = base_shapes(model), matching(base, names)
     _check_own(base, layers)
-    return [BaseLayer(path + ".weight", shapes[path + ".weight"], module) for path, module in layers]
-
-
+    return [
+        BaseLayer(path + ".weight", shapes[path + ".weight"], module) for path, module in layers
+    ]
 
 
 def _wrapper(model: nn.Module) -> nn.Module:
@@ -281,24 +395,26 @@ def _wrapper(model: nn.Module) -> nn.Module:
     return model
 
 
-
-
 def placed(model: nn.Module, names: str) -> list[Place]:
     """The places that `names` choose in a bare model (see `matching`)."""
     return [Place(path + ".weight", *_place(path)) for path, _ in matching(model, names)]
 
 
-
-
 def base_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Base weight name -> (out, in) for every linear layer, below any adapter; quantised layers say their shape by in_features and out_features."""
+    """Base weight name -> (out, in) for every linear layer, below any adapter; quantised layers say
+    their shape by in_features and out_features.
+    """
     shapes = {}
     for path, module in unwrapped(model).named_modules():
         inner = module.get_base_layer() if hasattr(module, "get_base_layer") else module
         if is_conv1d(inner):
             shapes[path + ".weight"] = (inner.weight.shape[1], inner.weight.shape[0])
-        elif isinstance(inner, nn.Linear) or (hasattr(inner, "in_features") and hasattr(inner, "weight")):
+        elif isinstance(inner, nn.Linear) or (
+            hasattr(inner, "in_features") and hasattr(inner, "weight")
+        ):
             shapes[path + ".weight"] = (inner.out_features, inner.in_features)
-    return {name: shape for name, shape in shapes.items() if ".lora_" not in name and ".base_layer." not in name}
-
-
+    return {
+        name: shape
+        for name, shape in shapes.items()
+        if ".lora_" not in name and ".base_layer." not in name
+    }

@@ -1,5 +1,7 @@
-"""The update that a model carries, to be made smaller, random or something else, and brought back: U -> factor * U without touching anything but the adapter
-(or, with full fine-tuning, the target weights). Costs a copy of what is trained.
+"""The update that a model carries, to be made smaller, random or something else, and brought back:
+
+U -> factor * U without touching anything but the adapter (or, with full fine-tuning, the target
+weights). Costs a copy of what is trained.
 
     update = Update(model)           # before training: the base is what the weights are now
     ...train...
@@ -19,7 +21,10 @@ from forgetless.model.weights import FullWeight, LowRankWeight, wider
 
 
 class Update:
-    """All target weights of one model. `names` chooses them for full fine-tuning, as in `target_weights`."""
+    """All target weights of one model.
+
+    `names` chooses them for full fine-tuning, as in `target_weights`.
+    """
 
     def __init__(self, model: nn.Module, *, names: str | None = None):
         self.weights = target_weights(model, names=names)
@@ -27,7 +32,10 @@ class Update:
 
     def keep(self) -> None:
         """Take the update as it is now for the one to scale and to bring back."""
-        self._kept = [tuple(parameter.detach().clone() for parameter in weight.parameters) for weight in self.weights]
+        self._kept = [
+            tuple(parameter.detach().clone() for parameter in weight.parameters)
+            for weight in self.weights
+        ]
 
     @torch.no_grad()
     def scale(self, factor: float) -> None:
@@ -44,32 +52,43 @@ class Update:
 
     @torch.no_grad()
     def randomise(self, size: float, seed: int = 0) -> None:
-        """Set every weight's update to a random one whose elements have root mean square `size`, the same direction at every call with this seed."""
+        """Set every weight's update to a random one whose elements have root mean square `size`,
+        the same direction at every call with this seed.
+        """
         g = torch.Generator().manual_seed(seed)
         for weight in self.weights:
             if isinstance(weight, LowRankWeight):
                 A = weight.A.to(wider(weight.A.dtype))
                 noise = torch.randn(weight.B.shape, generator=g).to(A)
-                product = float((noise.T @ noise * (A @ A.T)).sum()) / (weight.shape[0] * weight.shape[1])  # mean square of noise @ A
+                product = float((noise.T @ noise * (A @ A.T)).sum()) / (
+                    weight.shape[0] * weight.shape[1]
+                )  # mean square of noise @ A
                 weight.B.copy_(noise * (size / product**0.5))
             else:
                 base = weight.oriented(weight.base_rows(slice(None)))  # as W
                 weight.W.copy_(base + size * torch.randn(weight.W.shape, generator=g).to(base))
 
     def kept(self) -> Iterator[tuple[LowRankWeight, Tensor, Tensor]]:
-        """Each weight with thin factors of its kept update, (out, r) and (r, in), in f32 or wider. Raises ValueError for weights trained themselves."""
+        """Each weight with thin factors of its kept update, (out, r) and (r, in), in f32 or wider.
+
+        Raises ValueError for weights trained themselves.
+        """
         for weight, kept in zip(self.weights, self._kept, strict=True):
             if isinstance(weight, FullWeight):
-                raise ValueError(f"'{weight.name}' is trained itself; only adapters can be re-factored")
+                raise ValueError(
+                    f"'{weight.name}' is trained itself; only adapters can be re-factored"
+                )
             dtype = wider(weight.A.dtype)
             yield weight, weight.scale * kept[1].to(dtype), kept[0].to(dtype)
 
     @torch.no_grad()
-    def factors(self, change: Callable[[LowRankWeight, Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
-        """Set every LoRA weight's update to `change(weight, L, R)` -> (L', R'), thin factors of the same rank, from the kept L @ R = U in f32 or wider."""
+    def factors(
+        self, change: Callable[[LowRankWeight, Tensor, Tensor], tuple[Tensor, Tensor]]
+    ) -> None:
+        """Set every LoRA weight's update to `change(weight, L, R)` -> (L', R'), thin factors of the
+        same rank, from the kept L @ R = U in f32 or wider.
+        """
         for weight, L, R in self.kept():
             new_L, new_R = change(weight, L, R)
             weight.A.copy_(new_R)
             weight.B.copy_(new_L / weight.scale)
-
-

@@ -1,8 +1,9 @@
-"""Which weights are trained, what they are called in the base model, and their effective update U = W - W(base), always (out, in).
+"""Which weights are trained, what they are called in the base model, and their effective update U =
+W - W(base), always (out, in).
 
-With LoRA U = scale * B @ A; with full fine-tuning U is the difference to the base, read from its checkpoint (checkpoint.py) or from a copy. This is the
-only file that knows PEFT's names.
-Everything else works with two kinds of target weight: `LowRankWeight` and `FullWeight`.
+With LoRA U = scale * B @ A; with full fine-tuning U is the difference to the base, read from its
+checkpoint (checkpoint.py) or from a copy. This is the only file that knows PEFT's names. Everything
+else works with two kinds of target weight: `LowRankWeight` and `FullWeight`.
 
     for weight in target_weights(peft_model):
         weight.name            # 'model.layers.0.self_attn.q_proj.weight', whatever wraps the model
@@ -28,11 +29,12 @@ def wider(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-
-
 @dataclass(frozen=True, eq=False)
 class LowRankWeight:
-    """A base weight with one active LoRA adapter: U = scale * (B @ A - B0 @ A0); no initial product unless the adapter starts away from the base."""
+    """A base weight with one active LoRA adapter:
+
+    U = scale * (B @ A - B0 @ A0); no initial product unless the adapter starts away from the base.
+    """
 
     name: str
     shape: tuple[int, int]  # (out, in)
@@ -72,11 +74,13 @@ class LowRankWeight:
         return product.mul_(self.scale)
 
 
-
-
 @dataclass(frozen=True, eq=False)
 class FullWeight:
-    """A base weight that is trained itself: U = W - base. `base` is what W was when the target was made: in the checkpoint's file, or a copy in memory."""
+    """A base weight that is trained itself:
+
+    U = W - base. `base` is what W was when the target was made: in the checkpoint's file, or a copy
+    in memory.
+    """
 
     name: str
     shape: tuple[int, int]  # (out, in)
@@ -100,16 +104,23 @@ class FullWeight:
         return tensor.T if self.transposed else tensor
 
     def base_rows(self, rows: slice) -> Tensor:
-        """Rows of W(base), (rows, in), in f32 or wider, where W is; rounded to W's dtype as loading did."""
+        """Rows of W(base), (rows, in), in f32 or wider, where W is; rounded to W's dtype as loading
+        did.
+        """
         part = (slice(None), rows) if self.transposed else (rows, slice(None))
-        return self.oriented(self.base.read(part).to(self.W.dtype).to(self.W.device)).to(wider(self.W.dtype))
+        return self.oriented(self.base.read(part).to(self.W.dtype).to(self.W.device)).to(
+            wider(self.W.dtype)
+        )
 
     def update(self) -> Tensor:
         """U, (out, in), in f32 or wider."""
         return self.moved(slice(None))
 
     def moved(self, rows: slice) -> Tensor:
-        """Rows of U, (rows, in), in f32 or wider. However many are asked for, the base is in memory a few at a time."""
+        """Rows of U, (rows, in), in f32 or wider.
+
+        However many are asked for, the base is in memory a few at a time.
+        """
         U = self.oriented(self.W.detach())[rows].to(wider(self.W.dtype), copy=True)
         first, last, _ = rows.indices(self.shape[0])
         some = max(1, BASE_ROWS // max(self.shape[1], 1))

@@ -16,24 +16,65 @@ ESTIMATORS = ("path", "path-factored", "fisher", "kronecker", "activation", "uni
 
 @dataclass(frozen=True)
 class RecordOptions(AdapterOptions, TextOptions, ModelOptions):
-    """Options of `forgetless record`: once per base model, on general text, into one importance file."""
+    """Options of `forgetless record`: once per base model, on general text, into one importance
+    file.
+    """
 
     out: str = option("", "importance file to write (.safetensors)", metavar="FILE")
-    preset: str = option("default", "default: our recipe; paper: Song et al. 2025 (arXiv 2501.13669)", choices=PRESETS)
-    estimator: str = option(None, "how importance is estimated; all but path make one pass over the text without training", choices=ESTIMATORS)
-    labels: str = option("empirical", "labels of fisher and kronecker: the text's own tokens, or sampled from the model", choices=("empirical", "sampled"))
-    cov_rank: int = option(None, "kronecker: keep covariances as this rank + constant diagonal; 0: whole")
-    gradient: str = option(None, "gradient of the path integral: exact dL/dU, or the paper's effective gradient", choices=("exact", "effective"))
-    clamp: str = option(None, "clamp credits at zero after every step (the paper) or at the end of an epoch", choices=("step", "end"))
+    preset: str = option(
+        "default",
+        "default: our recipe; paper: Song et al. 2025 (arXiv 2501.13669)",
+        choices=PRESETS,
+    )
+    estimator: str = option(
+        None,
+        "how importance is estimated; all but path make one pass over the text without training",
+        choices=ESTIMATORS,
+    )
+    labels: str = option(
+        "empirical",
+        "labels of fisher and kronecker: the text's own tokens, or sampled from the model",
+        choices=("empirical", "sampled"),
+    )
+    cov_rank: int = option(
+        None, "kronecker: keep covariances as this rank + constant diagonal; 0: whole"
+    )
+    gradient: str = option(
+        None,
+        "gradient of the path integral: exact dL/dU, or the paper's effective gradient",
+        choices=("exact", "effective"),
+    )
+    clamp: str = option(
+        None,
+        "clamp credits at zero after every step (the paper) or at the end of an epoch",
+        choices=("step", "end"),
+    )
     xi: float = option(None, "added to the squared movement before dividing by it")
-    tier: str | None = option(None, "form of the file: f32, bf16, factored[:K], kronecker[:K]; default: as the estimator records it", metavar="TIER")
-    groups: int | None = option(None, "kronecker and fisher: see the weights in this many groups, one pass over the text each, for less memory; "
-                                "default: as few as fit")  # fmt: skip
-    offload: bool = option(False, "path: keep credits and importance in CPU memory while training on a GPU")
-    keep_anchor: bool = option(True, "store the adapter at the end of recording, for anchor: recorded")
+    tier: str | None = option(
+        None,
+        "form of the file: f32, bf16, factored[:K], kronecker[:K]; default: as the estimator "
+        "records it",
+        metavar="TIER",
+    )
+    groups: int | None = option(
+        None,
+        "kronecker and fisher: see the weights in this many groups, one pass over the text each, "
+        "for less memory; "
+        "default: as few as fit",
+    )
+    offload: bool = option(
+        False, "path: keep credits and importance in CPU memory while training on a GPU"
+    )
+    keep_anchor: bool = option(
+        True, "store the adapter at the end of recording, for anchor: recorded"
+    )
     documents: int | None = option(None, "use at most this many documents")
-    calibrate: bool = option(False, "also measure what fine-tuning costs in general loss, by nine short trainings, so that tune --budget can do without "
-                             "--general (docs/budget.md)")  # fmt: skip
+    calibrate: bool = option(
+        False,
+        "also measure what fine-tuning costs in general loss, by nine short trainings, so that "
+        "tune --budget can do without "
+        "--general (docs/budget.md)",
+    )
     length: int = option(None, "tokens per sequence; default: preset, at most the model's context")
     epochs: int = option(None, "passes over the general text")
     max_steps: int | None = option(None, "stop after this many optimizer steps")
@@ -45,20 +86,70 @@ class RecordOptions(AdapterOptions, TextOptions, ModelOptions):
     self_documents: int = option(64, "how many documents to sample with --general self")
     save_steps: int = option(100, "write a state to resume from every so many steps")
     resume: bool = option(False, "go on from the last saved state")
-    push_to_hub: str | None = option(None, "also upload the file, with a model card, to this Hub repository", metavar="NAME")
-    private: bool | None = option(None, "make the repository of --push-to-hub private, where it is new")
+    push_to_hub: str | None = option(
+        None, "also upload the file, with a model card, to this Hub repository", metavar="NAME"
+    )
+    private: bool | None = option(
+        None, "make the repository of --push-to-hub private, where it is new"
+    )
 
 
 RECORD_PRESETS: dict[str, dict[str, Any]] = {
-    # Song et al. 2025, section "Experiments"; the base in 8 bit is left to --quantize 8bit. Padding is masked, unlike in the released code.
-    "paper": dict(estimator="path", targets="q_proj,v_proj", rank=8, alpha=32.0, dropout=0.1, gradient="effective", clamp="step", xi=1e-9, documents=2000,
-                  length=800, epochs=5, batch_size=20, accumulation=4, learning_rate=8e-4, schedule="linear"),
-    "default": dict(estimator="kronecker", cov_rank=64, targets="all-linear", rank=8, alpha=32.0, dropout=0.0, gradient="exact", clamp="step", xi=1e-9,
-                    length=1024, epochs=1, batch_size=4, accumulation=4, learning_rate=5e-4, schedule="constant"),
-}  # fmt: skip
+    # Song et al. 2025, section "Experiments"; the base in 8 bit is left to --quantize 8bit. Padding is
+    # masked, unlike in the released code.
+    "paper": dict(
+        estimator="path",
+        targets="q_proj,v_proj",
+        rank=8,
+        alpha=32.0,
+        dropout=0.1,
+        gradient="effective",
+        clamp="step",
+        xi=1e-9,
+        documents=2000,
+        length=800,
+        epochs=5,
+        batch_size=20,
+        accumulation=4,
+        learning_rate=8e-4,
+        schedule="linear",
+    ),
+    "default": dict(
+        estimator="kronecker",
+        cov_rank=64,
+        targets="all-linear",
+        rank=8,
+        alpha=32.0,
+        dropout=0.0,
+        gradient="exact",
+        clamp="step",
+        xi=1e-9,
+        length=1024,
+        epochs=1,
+        batch_size=4,
+        accumulation=4,
+        learning_rate=5e-4,
+        schedule="constant",
+    ),
+}
 # Options of `record` that only estimators which train an adapter use.
-TRAINING_ONLY = ("rank", "alpha", "dropout", "rslora", "gradient", "clamp", "xi", "keep_anchor", "epochs", "max_steps", "accumulation", "learning_rate",
-                 "schedule", "gradient_checkpointing", "offload")  # fmt: skip
+TRAINING_ONLY = (
+    "rank",
+    "alpha",
+    "dropout",
+    "rslora",
+    "gradient",
+    "clamp",
+    "xi",
+    "keep_anchor",
+    "epochs",
+    "max_steps",
+    "accumulation",
+    "learning_rate",
+    "schedule",
+    "gradient_checkpointing",
+    "offload",
+)
 LABELLED = ("fisher", "kronecker")
 
 
@@ -66,7 +157,11 @@ def check_estimator(given: Mapping[str, Any], estimator: str) -> None:
     """Raise OptionError where an option was given that the estimator would ignore."""
     trains = estimator.startswith("path")
     wrong = [] if trains else [name for name in TRAINING_ONLY if given.get(name) is not None]
-    wrong += [name for name in ("labels", "groups") if estimator not in LABELLED and given.get(name) is not None]
+    wrong += [
+        name
+        for name in ("labels", "groups")
+        if estimator not in LABELLED and given.get(name) is not None
+    ]
     wrong += ["cov_rank"] if estimator != "kronecker" and given.get("cov_rank") is not None else []
     if wrong:
         flags = ", ".join("--" + name.replace("_", "-") for name in wrong)
@@ -74,6 +169,7 @@ def check_estimator(given: Mapping[str, Any], estimator: str) -> None:
         advice = "leave out" if trains else "leave out, or give --estimator path"
         raise OptionError(f"{flags}: not used by --estimator {estimator}, which {why}; {advice}")
     if not trains and given.get("preset") == "paper":
-        raise OptionError(f"--preset paper records the path integral, found --estimator {estimator}; leave out one of them")
-
-
+        raise OptionError(
+            f"--preset paper records the path integral, found --estimator {estimator}; leave out "
+            "one of them"
+        )

@@ -16,80 +16,212 @@ REPORTERS = ("none", "tensorboard", "wandb", "trackio", "mlflow", "swanlab")
 
 @dataclass(frozen=True)
 class TuneOptions(AdapterOptions, TextOptions, ModelOptions):
-    """Options of `forgetless tune`: fine-tune on domain data while holding what the importance file marks."""
+    """Options of `forgetless tune`: fine-tune on domain data while holding what the importance file
+    marks.
+    """
 
-    data: str = option("", "domain data: a file, a Hub dataset, or a task (sciq, piqa, medmcqa, sciq=train.jsonl); given several times: one domain after "
-                       "the other, each held from then on (docs/sequences.md)", metavar="DATA", repeated=True)  # fmt: skip
+    data: str = option(
+        "",
+        "domain data: a file, a Hub dataset, or a task (sciq, piqa, medmcqa, sciq=train.jsonl); "
+        "given several times: one domain after "
+        "the other, each held from then on (docs/sequences.md)",
+        metavar="DATA",
+        repeated=True,
+    )
     data_split: str = option("train", "split of a Hub dataset")
-    importance: str | None = option(None, "importance file of `forgetless record`, its folder or a Hub name; without one the run is plain fine-tuning",
-                                    metavar="FILE")  # fmt: skip
-    out: str = option("", "folder to write: adapter (or model), checkpoints, run.json", metavar="DIR")
-    after: str | None = option(None, "go on from the result of this finished run on MODEL: its domains are held too, the final adapter has both", metavar="RUN")
-    consolidate: str | None = option(None, "several domains: add the importance of each to that so far (sum), average with decay (decay:0.9), or "
-                                     "hold general text alone (none) [sum]",
-                                     metavar="RULE")  # fmt: skip
-    final_rank: int | None = option(None, "several domains: bring the final adapter to this rank; default: the exact sum of the updates, ranks added")
-    keep_all: bool = option(False, "several domains: keep the adapter of the model after each of them too")
-    preset: str = option("default", "default: our recipe; paper: Song et al. 2025 (arXiv 2501.13669)", choices=PRESETS)
-    method: str = option(None, "method, or several with commas: plain, rslora, full, small-lr, hold, kl, replay, wise, ewc-lora, la-lora, l2, shuffled, "
-                         "o-lora, general-steps, oft, osf, corda, lora-fa; see docs/methods.md; default: hold where --importance is given, else plain",
-                         metavar="NAMES")  # fmt: skip
-    replay: str | None = option(None, "general text used while tuning: as --general, but other text; 'self': sampled from the model; 'domain': --data (kl)",
-                                metavar="TEXT")  # fmt: skip
-    replay_documents: int | None = option(None, "use at most this many documents of --replay; with 'self', how many to sample [256]")
-    replay_share: float | None = option(None, "replay: general tokens per domain token, 0.01 for 1 % [0.05]")
+    importance: str | None = option(
+        None,
+        "importance file of `forgetless record`, its folder or a Hub name; without one the run "
+        "is plain fine-tuning",
+        metavar="FILE",
+    )
+    out: str = option(
+        "", "folder to write: adapter (or model), checkpoints, run.json", metavar="DIR"
+    )
+    after: str | None = option(
+        None,
+        "go on from the result of this finished run on MODEL: its domains are held too, the "
+        "final adapter has both",
+        metavar="RUN",
+    )
+    consolidate: str | None = option(
+        None,
+        "several domains: add the importance of each to that so far (sum), average with decay "
+        "(decay:0.9), or "
+        "hold general text alone (none) [sum]",
+        metavar="RULE",
+    )
+    final_rank: int | None = option(
+        None,
+        "several domains: bring the final adapter to this rank; default: the exact sum of the "
+        "updates, ranks added",
+    )
+    keep_all: bool = option(
+        False, "several domains: keep the adapter of the model after each of them too"
+    )
+    preset: str = option(
+        "default",
+        "default: our recipe; paper: Song et al. 2025 (arXiv 2501.13669)",
+        choices=PRESETS,
+    )
+    method: str = option(
+        None,
+        "method, or several with commas: plain, rslora, full, small-lr, hold, kl, replay, wise, "
+        "ewc-lora, la-lora, l2, shuffled, "
+        "o-lora, general-steps, oft, osf, corda, lora-fa; see docs/methods.md; default: hold "
+        "where --importance is given, else plain",
+        metavar="NAMES",
+    )
+    replay: str | None = option(
+        None,
+        "general text used while tuning: as --general, but other text; 'self': sampled from the "
+        "model; 'domain': --data (kl)",
+        metavar="TEXT",
+    )
+    replay_documents: int | None = option(
+        None, "use at most this many documents of --replay; with 'self', how many to sample [256]"
+    )
+    replay_share: float | None = option(
+        None, "replay: general tokens per domain token, 0.01 for 1 % [0.05]"
+    )
     kl_weight: float | None = option(None, "kl: weight of the divergence from the base [1]")
     kl_sequences: int | None = option(None, "kl: general sequences per optimizer step [2]")
     scale: float | None = option(None, "wise: scale the finished update by this number")
-    max_forgetting: float | None = option(None, "wise: the largest scale with at most this rise of the loss on --general", metavar="NATS")
-    general_steps: int | None = option(None, "general-steps: optimizer steps on --replay before tuning; default: one pass over it")
-    earlier: str | None = option(None, "o-lora: adapters merged into MODEL before, whose directions are kept free", metavar="DIRS")
-    orthogonality: float | None = option(None, "o-lora: weight of the overlap with earlier adapters [0.5]")
-    strength: float | None = option(None, "how hard important weights are held (lambda); 0 is plain fine-tuning; default: what suits the file's estimator")
-    budget: str | None = option(None, "let perplexity on --general rise by at most this much: 1%, or 0.01nats; sets the strength. Without --general the "
-                               "rise is predicted by --importance, and not checked (docs/budget.md)")  # fmt: skip
-    layers: Any = option(None, "layer coefficients: uniform, softmax, scale-free; a list over depth or a map of kinds in YAML", metavar="HOW")
-    per: str = option("weight", "coefficients for each weight, or shared by the weights of a block", choices=("weight", "block"))
+    max_forgetting: float | None = option(
+        None,
+        "wise: the largest scale with at most this rise of the loss on --general",
+        metavar="NATS",
+    )
+    general_steps: int | None = option(
+        None, "general-steps: optimizer steps on --replay before tuning; default: one pass over it"
+    )
+    earlier: str | None = option(
+        None,
+        "o-lora: adapters merged into MODEL before, whose directions are kept free",
+        metavar="DIRS",
+    )
+    orthogonality: float | None = option(
+        None, "o-lora: weight of the overlap with earlier adapters [0.5]"
+    )
+    strength: float | None = option(
+        None,
+        "how hard important weights are held (lambda); 0 is plain fine-tuning; default: what "
+        "suits the file's estimator",
+    )
+    budget: str | None = option(
+        None,
+        "let perplexity on --general rise by at most this much: 1%, or 0.01nats; sets the "
+        "strength. Without --general the "
+        "rise is predicted by --importance, and not checked (docs/budget.md)",
+    )
+    layers: Any = option(
+        None,
+        "layer coefficients: uniform, softmax, scale-free; a list over depth or a map of kinds "
+        "in YAML",
+        metavar="HOW",
+    )
+    per: str = option(
+        "weight",
+        "coefficients for each weight, or shared by the weights of a block",
+        choices=("weight", "block"),
+    )
     tau: float = option(None, "temperature of the softmax over layers")
-    anchor: str = option(None, "hold towards the base model, or towards the adapter at the end of recording", choices=("base", "recorded"))
-    offload_importance: bool = option(False, "keep importance in CPU memory and bring it to the GPU one weight at a time")
+    anchor: str = option(
+        None,
+        "hold towards the base model, or towards the adapter at the end of recording",
+        choices=("base", "recorded"),
+    )
+    offload_importance: bool = option(
+        False, "keep importance in CPU memory and bring it to the GPU one weight at a time"
+    )
     full: bool = option(False, "train the target weights themselves instead of an adapter")
     learning_rate: float = option(None, "AdamW learning rate")
-    schedule: str = option("linear", "learning-rate schedule", choices=("linear", "cosine", "constant"))
+    schedule: str = option(
+        "linear", "learning-rate schedule", choices=("linear", "cosine", "constant")
+    )
     warmup: float = option(0.0, "share of the steps that warm up the learning rate")
     weight_decay: float = option(0.0, "AdamW weight decay")
-    max_grad_norm: float = option(1.0, "clip the gradient of the task loss to this norm; 0: never. The pull is added after clipping")
+    max_grad_norm: float = option(
+        1.0,
+        "clip the gradient of the task loss to this norm; 0: never. The pull is added after "
+        "clipping",
+    )
     epochs: float = option(None, "passes over the data")
     max_steps: int = option(-1, "stop after this many optimizer steps; -1: epochs decide")
     batch_size: int = option(None, "sequences per forward pass")
     accumulation: int = option(None, "forward passes per optimizer step")
     length: int = option(None, "tokens per sequence; default: preset, at most the model's context")
     packing: bool = option(False, "pack several documents into one sequence")
-    completion_only: bool | None = option(None, "score only completions or assistant turns; default: yes where the data has them")
+    completion_only: bool | None = option(
+        None, "score only completions or assistant turns; default: yes where the data has them"
+    )
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
-    eval_data: str | None = option(None, "held-out domain data, evaluated before, during and after; with several domains one for each, in their order",
-                                   metavar="DATA", repeated=True)  # fmt: skip
-    eval_split: str | None = option(None, "split of a Hub dataset given by --eval-data; default: test, or the held-out split of a task")
-    eval_steps: int = option(0, "evaluate on --eval-data every so many steps; 0: only before and after")
-    tasks: str | None = option(None, "tasks to evaluate before and after: sciq,piqa=test.jsonl,...", metavar="NAMES")
+    eval_data: str | None = option(
+        None,
+        "held-out domain data, evaluated before, during and after; with several domains one for "
+        "each, in their order",
+        metavar="DATA",
+        repeated=True,
+    )
+    eval_split: str | None = option(
+        None,
+        "split of a Hub dataset given by --eval-data; default: test, or the held-out split of a "
+        "task",
+    )
+    eval_steps: int = option(
+        0, "evaluate on --eval-data every so many steps; 0: only before and after"
+    )
+    tasks: str | None = option(
+        None, "tasks to evaluate before and after: sciq,piqa=test.jsonl,...", metavar="NAMES"
+    )
     limit: int | None = option(None, "evaluate at most this many documents or questions")
     save_steps: int = option(200, "checkpoint every so many steps")
     log_steps: int = option(10, "log every so many steps")
     report_to: str = option("none", "where the trainer reports", choices=REPORTERS)
     push_to_hub: str | None = option(
-        None, "also upload final/, with its model card, to this Hub repository; with --budget only where it is met", metavar="NAME"
+        None,
+        "also upload final/, with its model card, to this Hub repository; with --budget only "
+        "where it is met",
+        metavar="NAME",
     )
-    private: bool | None = option(None, "make the repository of --push-to-hub private, where it is new")
+    private: bool | None = option(
+        None, "make the repository of --push-to-hub private, where it is new"
+    )
     resume: bool = option(False, "go on from the last checkpoint in --out")
     overwrite: bool = option(False, "replace a finished run in --out")
 
 
 TUNE_PRESETS: dict[str, dict[str, Any]] = {
-    "paper": dict(targets="q_proj,v_proj", rank=8, alpha=32.0, dropout=0.1, strength=1e-3, layers="softmax", tau=1e-8, anchor="recorded",
-                  learning_rate=8e-4, epochs=5.0, batch_size=20, accumulation=4, length=800),
-    "default": dict(targets="all-linear", rank=8, alpha=32.0, dropout=0.0, layers="uniform", tau=1.0, anchor="base",
-                    learning_rate=1e-3, epochs=1.0, batch_size=4, accumulation=4, length=1024),
-}  # fmt: skip
+    "paper": dict(
+        targets="q_proj,v_proj",
+        rank=8,
+        alpha=32.0,
+        dropout=0.1,
+        strength=1e-3,
+        layers="softmax",
+        tau=1e-8,
+        anchor="recorded",
+        learning_rate=8e-4,
+        epochs=5.0,
+        batch_size=20,
+        accumulation=4,
+        length=800,
+    ),
+    "default": dict(
+        targets="all-linear",
+        rank=8,
+        alpha=32.0,
+        dropout=0.0,
+        layers="uniform",
+        tau=1.0,
+        anchor="base",
+        learning_rate=1e-3,
+        epochs=1.0,
+        batch_size=4,
+        accumulation=4,
+        length=1024,
+    ),
+}
 # What a method sets where neither the command line nor a YAML file does; stronger than the preset.
 METHOD_SETTINGS: dict[str, dict[str, Any]] = {
     "rslora": dict(rslora=True),
@@ -103,11 +235,13 @@ METHOD_SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def method_settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The method by its default, and the settings of the methods that it names; wrong names are left to `forgetless.methods`."""
-    method = given.get("method") or ("hold" if given.get("importance") or given.get("after") else "plain")
+    """The method by its default, and the settings of the methods that it names; wrong names are
+    left to `forgetless.methods`.
+    """
+    method = given.get("method") or (
+        "hold" if given.get("importance") or given.get("after") else "plain"
+    )
     settings = {"method": method}
     for name in method.split(","):
         settings.update(METHOD_SETTINGS.get(name.strip(), {}))
     return settings
-
-

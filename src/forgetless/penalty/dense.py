@@ -1,8 +1,10 @@
-"""The pull in closed form, for element-wise importance: with D = U - U*, P = Omega * D and k = strength * c_l,
+"""The pull in closed form, for element-wise importance: with D = U - U*, P = Omega * D and k =
+strength * c_l,
 
     grad_B += 2 k s P A^T        grad_A += 2 k s B^T P        energy = sum P * D
 
-One layer at a time; two (out, in) buffers that are freed on return, no graph, nothing kept between steps. Twin: reference.py.
+One layer at a time; two (out, in) buffers that are freed on return, no graph, nothing kept between
+steps. Twin: reference.py.
 """
 
 from __future__ import annotations
@@ -11,8 +13,11 @@ import torch
 from torch import Tensor
 
 
-def pull(A: Tensor, B: Tensor, scale: float, omega: Tensor, anchor: Tensor | None, k: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(pull on A (r, in), pull on B (out, r), energy) for U = scale * B @ A, held towards `anchor` (out, in) or zero.
+def pull(
+    A: Tensor, B: Tensor, scale: float, omega: Tensor, anchor: Tensor | None, k: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(pull on A (r, in), pull on B (out, r), energy) for U = scale * B @ A, held towards `anchor`
+    (out, in) or zero.
 
     Everything in the dtype of A and B, which the caller has widened to at least f32.
     """
@@ -24,12 +29,8 @@ def pull(A: Tensor, B: Tensor, scale: float, omega: Tensor, anchor: Tensor | Non
     return torch.mm(B.T, P).mul_(2 * k * scale), torch.mm(P, A.T).mul_(2 * k * scale), energy
 
 
-
-
 def full_pull(D: Tensor, omega: Tensor, k: float) -> tuple[Tensor, Tensor]:
     """(pull on W, energy) for full fine-tuning with D = W - W(base) - U*, all (out, in)."""
     P = omega * D
     energy = torch.dot(P.flatten(), D.flatten())
     return P.mul_(2 * k), energy
-
-

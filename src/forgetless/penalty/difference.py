@@ -1,6 +1,7 @@
 """D = U - U* of a LoRA weight as a product of thin factors, D = L R: what every pull starts from.
 
-Differences are taken of factors, never of products, so D is exactly zero at the anchor and nothing cancels near it.
+Differences are taken of factors, never of products, so D is exactly zero at the anchor and nothing
+cancels near it.
 """
 
 from __future__ import annotations
@@ -9,10 +10,18 @@ import torch
 from torch import Tensor
 
 
-def thin(A: Tensor, B: Tensor, scale: float, initial: tuple[Tensor, Tensor] | None, anchor: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-    """Factors L (out, q), R (q, in) of D = scale (B A - B0 A0) - B* A*; initial = (A0, B0), anchor = (A*, B*).
+def thin(
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    initial: tuple[Tensor, Tensor] | None,
+    anchor: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    """Factors L (out, q), R (q, in) of D = scale (B A - B0 A0) - B* A*; initial = (A0, B0), anchor
+    = (A*, B*).
 
-    As differences of factors, never of products: (s B - B*) A + B* (A - A*), so that D is exactly zero at the anchor.
+    As differences of factors, never of products: (s B - B*) A + B* (A - A*), so that D is exactly
+    zero at the anchor.
     """
     if initial is None and anchor is None:
         return scale * B, A
@@ -26,5 +35,3 @@ def thin(A: Tensor, B: Tensor, scale: float, initial: tuple[Tensor, Tensor] | No
     if initial is not None and anchor is not None:
         L, R = torch.cat([L, -anchor[1]], 1), torch.cat([R, anchor[0]], 0)
     return L, R
-
-

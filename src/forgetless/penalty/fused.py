@@ -1,14 +1,18 @@
-"""The pull of one LoRA weight in one Triton kernel: importance and factors are read once, U - U* exists only as tiles in registers.
+"""The pull of one LoRA weight in one Triton kernel: importance and factors are read once, U - U*
+exists only as tiles in registers.
 
     D = s B A - B0 A0     P = Omega * D     pull on B = 2 k s P A^T     pull on A = 2 k s B^T P     energy = sum P * D
 
-Importance comes as codes (u8, u4) or as f32 or bf16 numbers; any shape, any rank (padded to a power of two, at least 16); sums in f32, products in full f32
-(no tf32). Deterministic: each program writes partial sums to places of its own, and these are added in a fixed order.
+Importance comes as codes (u8, u4) or as f32 or bf16 numbers; any shape, any rank (padded to a power
+of two, at least 16); sums in f32, products in full f32 (no tf32). Deterministic: each program
+writes partial sums to places of its own, and these are added in a fixed order.
 
-Cost per weight: out * in importance (1.016 bytes each in u8) read once, 6 r operations per element, and partial sums of about out * in * max(16, r) / 16 bytes
-that live in the GPU's cache. Twin: dense.py (and tiled.py, which does the same on any device).
+Cost per weight: out * in importance (1.016 bytes each in u8) read once, 6 r operations per element,
+and partial sums of about out * in * max(16, r) / 16 bytes that live in the GPU's cache. Twin:
+dense.py (and tiled.py, which does the same on any device).
 
-On a CPU the kernel runs only in Triton's interpreter (TRITON_INTERPRET=1), to check what it computes; that says nothing about its speed.
+On a CPU the kernel runs only in Triton's interpreter (TRITON_INTERPRET=1), to check what it
+computes; that says nothing about its speed.
 
     ok, why = fused.available(A.device)
     pull_A, pull_B, energy = fused.pull(A, B, scale, codes, block_scale, "u8", anchor=None, k=0.1)
@@ -42,21 +46,27 @@ def available(device: torch.device | str) -> tuple[bool, str]:
     return True, "Triton on a GPU"
 
 
-
-
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on any device."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def pull(
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    omega: Tensor,
+    block_scale: Tensor | None,
+    tier: str,
+    anchor: tuple[Tensor, Tensor] | None,
+    k: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(pull on A (r, in), pull on B (out, r), energy), f32, for U = scale * B @ A held towards B0 @
+    A0 with anchor = (A0, B0), or towards zero.
 
-
-def pull(A: Tensor, B: Tensor, scale: float, omega: Tensor, block_scale: Tensor | None, tier: str, anchor: tuple[Tensor, Tensor] | None,
-         k: float) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(pull on A (r, in), pull on B (out, r), energy), f32, for U = scale * B @ A held towards B0 @ A0 with anchor = (A0, B0), or towards zero.
-
-    `omega`: codes as in codec.py with their `block_scale`, or (out, in) f32 or bf16 without. Factors in f32, bf16 or f16.
-    Raises ValueError for what the kernel does not do: f64, ranks above 128, tensors on a CPU outside of the interpreter.
+    `omega`: codes as in codec.py with their `block_scale`, or (out, in) f32 or bf16 without.
+    Factors in f32, bf16 or f16. Raises ValueError for what the kernel does not do: f64, ranks above
+    128, tensors on a CPU outside of the interpreter.
     """
     _check(A, B, omega, block_scale, tier, anchor)
     from forgetless.penalty.kernel import pull_kernel
@@ -73,46 +83,84 @@ def pull(A: Tensor, B: Tensor, scale: float, omega: Tensor, block_scale: Tensor 
     partial_energy = A.new_empty((row_tiles, groups), dtype=torch.float32)
     omega = omega.contiguous()
     pull_kernel[(row_tiles, groups)](
-        omega, omega if block_scale is None else block_scale.contiguous(), A.contiguous(), B.contiguous(), A0.contiguous(), B0.contiguous(),
-        partial_A, partial_B, partial_energy, out, into, omega.shape[1], rank, A0.shape[0], float(scale), steps,
-        TIER=tier, CODED=tier in codec.BITS, BLOCK=codec.BLOCK, ANCHORED=anchor is not None, BM=side, BN=side, R=padded, R0=_padded(A0.shape[0]),
-        PRECISION="ieee", num_warps=WARPS,
-    )  # fmt: skip
+        omega,
+        omega if block_scale is None else block_scale.contiguous(),
+        A.contiguous(),
+        B.contiguous(),
+        A0.contiguous(),
+        B0.contiguous(),
+        partial_A,
+        partial_B,
+        partial_energy,
+        out,
+        into,
+        omega.shape[1],
+        rank,
+        A0.shape[0],
+        float(scale),
+        steps,
+        TIER=tier,
+        CODED=tier in codec.BITS,
+        BLOCK=codec.BLOCK,
+        ANCHORED=anchor is not None,
+        BM=side,
+        BN=side,
+        R=padded,
+        R0=_padded(A0.shape[0]),
+        PRECISION="ieee",
+        num_warps=WARPS,
+    )
     factor = 2 * k * scale
-    return partial_A.sum(0)[:rank].mul_(factor), partial_B.sum(0)[:, :rank].mul(factor), partial_energy.sum()
-
-
+    return (
+        partial_A.sum(0)[:rank].mul_(factor),
+        partial_B.sum(0)[:, :rank].mul(factor),
+        partial_energy.sum(),
+    )
 
 
 def _padded(rank: int) -> int:
     return max(16, 1 << (rank - 1).bit_length())
 
 
-
-
 def _side(padded: int) -> int:
-    """Rows and columns of a tile: as many as fit into registers beside factors of this rank; divides the block of the code."""
+    """Rows and columns of a tile: as many as fit into registers beside factors of this rank;
+    divides the block of the code.
+    """
     return 64 if padded <= 32 else 32
 
 
-
-
-def _check(A: Tensor, B: Tensor, omega: Tensor, block_scale: Tensor | None, tier: str, anchor: tuple[Tensor, Tensor] | None) -> None:
+def _check(
+    A: Tensor,
+    B: Tensor,
+    omega: Tensor,
+    block_scale: Tensor | None,
+    tier: str,
+    anchor: tuple[Tensor, Tensor] | None,
+) -> None:
     if tier not in TIERS or omega.dtype != TIERS[tier]:
-        raise ValueError(f"the kernel reads {', '.join(TIERS)}, found tier '{tier}' as {omega.dtype}; use the dense pull, or convert the importance")
+        raise ValueError(
+            f"the kernel reads {', '.join(TIERS)}, found tier '{tier}' as {omega.dtype}; use the "
+            "dense pull, or convert the importance"
+        )
     out, into = B.shape[0], A.shape[1]
     if tier in codec.BITS:
         assert block_scale is not None
         codec.check("importance", omega, block_scale, (out, into), tier)
     elif tuple(omega.shape) != (out, into):
-        raise ValueError(f"importance is {tuple(omega.shape)} for factors of ({out}, {into}); record again on this model")
+        raise ValueError(
+            f"importance is {tuple(omega.shape)} for factors of ({out}, {into}); record again on "
+            "this model"
+        )
     factors = (A, B) if anchor is None else (A, B, *anchor)
     if any(t.dtype not in (torch.float32, torch.bfloat16, torch.float16) for t in factors):
-        raise ValueError(f"the kernel works on f32, bf16 or f16 factors, found {', '.join(str(t.dtype) for t in factors)}; use the dense pull")
+        raise ValueError(
+            "the kernel works on f32, bf16 or f16 factors, found "
+            f"{', '.join(str(t.dtype) for t in factors)}; use the dense pull"
+        )
     ranks = [A.shape[0]] if anchor is None else [A.shape[0], anchor[0].shape[0]]
     if max(ranks) > MAX_RANK:
-        raise ValueError(f"the kernel holds ranks up to {MAX_RANK}, found {max(ranks)}; use the dense pull")
+        raise ValueError(
+            f"the kernel holds ranks up to {MAX_RANK}, found {max(ranks)}; use the dense pull"
+        )
     if A.device.type != "cuda" and not interpreted():
         raise ValueError(f"the kernel needs a GPU, found tensors on {A.device}; use the dense pull")
-
-

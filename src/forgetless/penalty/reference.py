@@ -1,6 +1,8 @@
-"""The penalty as the paper writes it (Song et al. 2025, arXiv 2501.13669), through autograd: the specification that every faster one is tested against.
+"""The penalty as the paper writes it (Song et al. 2025, arXiv 2501.13669), through autograd: the
+specification that every faster one is tested against.
 
-    energy = sum_l c_l * sum_ij Omega_l,ij (U_l,ij - U*_l,ij)^2          pull = gradient of strength * energy
+    energy = sum_l c_l * sum_ij Omega_l,ij (U_l,ij - U*_l,ij)^2          pull = gradient of strength
+        * energy
 
 No factor 1/2. Builds (out, in) tensors in a graph: for reading and testing, not for training.
 """
@@ -17,16 +19,14 @@ def energy(A: Tensor, B: Tensor, scale: float, omega: Tensor, anchor: Tensor) ->
     return (omega * D * D).sum()
 
 
-
-
-def pull(A: Tensor, B: Tensor, scale: float, omega: Tensor, anchor: Tensor, k: float) -> tuple[Tensor, Tensor]:
+def pull(
+    A: Tensor, B: Tensor, scale: float, omega: Tensor, anchor: Tensor, k: float
+) -> tuple[Tensor, Tensor]:
     """Gradients of k * energy with respect to A (r, in) and B (out, r); k = strength * c_l."""
     A, B = A.detach().requires_grad_(), B.detach().requires_grad_()
     with torch.enable_grad():
         gA, gB = torch.autograd.grad(k * energy(A, B, scale, omega, anchor), (A, B))
     return gA, gB
-
-
 
 
 def full_energy(W: Tensor, base: Tensor, omega: Tensor, anchor: Tensor) -> Tensor:
@@ -35,20 +35,16 @@ def full_energy(W: Tensor, base: Tensor, omega: Tensor, anchor: Tensor) -> Tenso
     return (omega * D * D).sum()
 
 
-
-
 def factored_energy(D: Tensor, row: Tensor, col: Tensor) -> Tensor:
-    """sum_k || diag(sqrt a_k) D diag(sqrt b_k) ||_F^2 with a_k, b_k the columns of row (out, k) and col (in, k); D (out, in) -> scalar."""
+    """sum_k || diag(sqrt a_k) D diag(sqrt b_k) ||_F^2 with a_k, b_k the columns of row (out, k) and
+    col (in, k); D (out, in) -> scalar.
+    """
     total = D.new_zeros(())
     for a, b in zip(row.T, col.T, strict=True):
         total = total + (a.sqrt()[:, None] * D * b.sqrt()[None, :]).square().sum()
     return total
 
 
-
-
 def kronecker_energy(D: Tensor, G: Tensor, A_in: Tensor) -> Tensor:
     """tr(G D A_in D^T); G (out, out), A_in (in, in), D (out, in) -> scalar."""
     return torch.trace(G @ D @ A_in @ D.T)
-
-

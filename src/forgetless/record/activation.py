@@ -1,9 +1,11 @@
-"""Mean squared inputs: columns of a weight that read large inputs matter (the norm that Wanda prunes by, arXiv 2306.11695).
+"""Mean squared inputs: columns of a weight that read large inputs matter (the norm that Wanda
+prunes by, arXiv 2306.11695).
 
     Omega_ij = mean over tokens of x_j^2        a row of ones, a column of means: factored
 
-The energy is the mean of ||U x||^2 over tokens without the correlations between inputs, in squared units of the layer's output; it knows nothing of the loss.
-Cost: one forward pass, no backward pass, one number per input column (layers that read the same input share it).
+The energy is the mean of ||U x||^2 over tokens without the correlations between inputs, in squared
+units of the layer's output; it knows nothing of the loss. Cost: one forward pass, no backward pass,
+one number per input column (layers that read the same input share it).
 
     recorder = Activation(model, "all-linear")
     for batch in batches: recorder.observe(**batch)
@@ -22,7 +24,9 @@ from forgetless.record.observing_recorder import ObservingRecorder
 
 
 class Activation(ObservingRecorder):
-    """Recorder of the mean squared input of each column; see the module, and `ObservingRecorder` for the arguments."""
+    """Recorder of the mean squared input of each column; see the module, and `ObservingRecorder`
+    for the arguments.
+    """
 
     estimator = "activation"
     unit = "squared layer output per token and squared weight"
@@ -52,5 +56,3 @@ class Activation(ObservingRecorder):
 
     def _settings(self) -> dict[str, Any]:
         return {}
-
-

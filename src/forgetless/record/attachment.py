@@ -31,11 +31,15 @@ class Recorder(Protocol):
 
     def from_factors(self, left: Tensor, right: Tensor) -> Any: ...
 
-    def record_step(self, before: dict[str, tuple[Tensor, ...]], gradients: dict[str, Any]) -> None: ...
+    def record_step(
+        self, before: dict[str, tuple[Tensor, ...]], gradients: dict[str, Any]
+    ) -> None: ...
 
 
 class Attachment:
-    """Hooks of one recorder on one optimizer; `close()` or leaving the `with` block removes all of them."""
+    """Hooks of one recorder on one optimizer; `close()` or leaving the `with` block removes all of
+    them.
+    """
 
     def __init__(self, recorder: Recorder, optimizer: Any, scaler: Any):
         self.recorder, self.scaler = recorder, scaler
@@ -46,7 +50,9 @@ class Attachment:
         self._handles: list[Any] = []
         self._rates = _check_optimizer(recorder, self.optimizer)
         # First of all pre-hooks: the recorder sees the gradient before any pull.
-        self._handles.append(before_step(self.optimizer, self._snapshot, first=True, closure_once=True))
+        self._handles.append(
+            before_step(self.optimizer, self._snapshot, first=True, closure_once=True)
+        )
         self._handles.append(self.optimizer.register_step_post_hook(self._post))
         if recorder.gradient == "exact":
             for weight in recorder.weights:
@@ -68,13 +74,20 @@ class Attachment:
         self._pending.clear()
 
     def _watch(self, weight: LowRankWeight) -> Callable[..., None]:
-        """A forward hook that adds (output gradient)^T @ input = dL/dU to the pending gradient in the backward pass."""
+        """A forward hook that adds (output gradient)^T @ input = dL/dU to the pending gradient in
+        the backward pass.
+        """
         mine = weakref.ref(self)
 
         def forward(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
             attachment = mine()
-            # Here, not in the backward pass: a module may be called several times before it. Checkpointing calls it again within one: that begins nothing.
-            if attachment is not None and torch._C._current_graph_task_id() == -1 and _fresh(weight):
+            # Here, not in the backward pass: a module may be called several times before it. Checkpointing calls
+            # it again within one: that begins nothing.
+            if (
+                attachment is not None
+                and torch._C._current_graph_task_id() == -1
+                and _fresh(weight)
+            ):
                 attachment._pending.pop(weight.name, None)
             if not (torch.is_grad_enabled() and output.requires_grad):
                 return
@@ -100,19 +113,33 @@ class Attachment:
         weights = self.recorder.weights
         self._before = {w.name: tuple(p.detach().clone() for p in w.parameters) for w in weights}
         if self.recorder.gradient == "effective":
-            self._gradients = {w.name: g for w in weights if (g := self._from_factors(w)) is not None}
+            self._gradients = {
+                w.name: g for w in weights if (g := self._from_factors(w)) is not None
+            }
         else:
             self._gradients = {w.name: g for w in weights if (g := self._exact(w)) is not None}
-            if not self._gradients and self.recorder.steps == self.recorder.skipped == 0 and not distributed.running():
+            if (
+                not self._gradients
+                and self.recorder.steps == self.recorder.skipped == 0
+                and not distributed.running()
+            ):
                 _check_unseen(weights)
         self._pending = {}
 
     def _exact(self, weight: TargetWeight) -> Any:
-        """dL/dU in nats. Backward hooks see gradients as scaled by the GradScaler; parameter gradients may have been unscaled since."""
+        """dL/dU in nats.
+
+        Backward hooks see gradients as scaled by the GradScaler; parameter gradients may have been
+        unscaled since.
+        """
         if isinstance(weight, LowRankWeight):
             g = self._pending.get(weight.name)
             return None if g is None else _divided(g, self._scale())
-        return None if weight.W.grad is None else weight.oriented(weight.W.grad) / pending_scale(self.optimizer)
+        return (
+            None
+            if weight.W.grad is None
+            else weight.oriented(weight.W.grad) / pending_scale(self.optimizer)
+        )
 
     def _from_factors(self, weight: TargetWeight) -> Any:
         assert isinstance(weight, LowRankWeight)
@@ -120,12 +147,26 @@ class Attachment:
             return None
         dtype = wider(weight.A.dtype)
         A, B = weight.A.detach().to(dtype), weight.B.detach().to(dtype)
-        gA = torch.zeros_like(A) if weight.A.grad is None else weight.A.grad.to(dtype) / pending_scale(self.optimizer)
-        gB = torch.zeros_like(B) if weight.B.grad is None else weight.B.grad.to(dtype) / pending_scale(self.optimizer)
-        return self.recorder.from_factors(*effective_gradient(A, B, gA, gB, weight.scale, float(self._rates[weight.name]["lr"])))
+        gA = (
+            torch.zeros_like(A)
+            if weight.A.grad is None
+            else weight.A.grad.to(dtype) / pending_scale(self.optimizer)
+        )
+        gB = (
+            torch.zeros_like(B)
+            if weight.B.grad is None
+            else weight.B.grad.to(dtype) / pending_scale(self.optimizer)
+        )
+        return self.recorder.from_factors(
+            *effective_gradient(A, B, gA, gB, weight.scale, float(self._rates[weight.name]["lr"]))
+        )
 
     def _scale(self) -> float:
-        return float(self.scaler.get_scale()) if self.scaler is not None and self.scaler.is_enabled() else pending_scale(self.optimizer)
+        return (
+            float(self.scaler.get_scale())
+            if self.scaler is not None and self.scaler.is_enabled()
+            else pending_scale(self.optimizer)
+        )
 
     def _post(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if will_skip(self.optimizer):
@@ -135,55 +176,81 @@ class Attachment:
         self._before, self._gradients = {}, {}
 
 
-
-
 def _fresh(weight: LowRankWeight) -> bool:
-    """Whether a new accumulation begins: gradients were cleared since the last step (a GradScaler that skips a step leaves no other sign)."""
-    return all(p.grad is None or not bool(p.grad.any()) for p in weight.parameters if p.requires_grad)
-
-
+    """Whether a new accumulation begins: gradients were cleared since the last step (a GradScaler
+    that skips a step leaves no other sign).
+    """
+    return all(
+        p.grad is None or not bool(p.grad.any()) for p in weight.parameters if p.requires_grad
+    )
 
 
 def _check_unseen(weights: list[TargetWeight]) -> None:
-    """Raise ValueError where the first step has gradients that no hook has seen: torch.compile leaves out hooks that come after its first call."""
-    if any(p.grad is not None and bool(p.grad.any()) for weight in weights for p in weight.parameters):
-        raise ValueError("the backward pass did not reach the recorder; attach it before the first forward pass (a model compiled by torch.compile keeps the "
-                         "hooks it has by then), or use gradient='effective'")  # fmt: skip
-
-
+    """Raise ValueError where the first step has gradients that no hook has seen: torch.compile
+    leaves out hooks that come after its first call.
+    """
+    if any(
+        p.grad is not None and bool(p.grad.any()) for weight in weights for p in weight.parameters
+    ):
+        raise ValueError(
+            "the backward pass did not reach the recorder; attach it before the first forward "
+            "pass (a model compiled by torch.compile keeps the "
+            "hooks it has by then), or use gradient='effective'"
+        )
 
 
 def _divided(gradient: Any, scale: float) -> Any:
     if scale == 1.0:
         return gradient
-    return gradient / scale if isinstance(gradient, Tensor) else [(left / scale, right) for left, right in gradient]
+    return (
+        gradient / scale
+        if isinstance(gradient, Tensor)
+        else [(left / scale, right) for left, right in gradient]
+    )
 
 
+def _check_optimizer(
+    recorder: Recorder, optimizer: torch.optim.Optimizer
+) -> dict[str, dict[str, Any]]:
+    """The parameter group of each weight (read anew in every step: schedulers change its lr).
 
-
-def _check_optimizer(recorder: Recorder, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
-    """The parameter group of each weight (read anew in every step: schedulers change its lr). Raises for what cannot be recorded."""
+    Raises for what cannot be recorded.
+    """
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     rates = {}
     for weight in recorder.weights:
         if any(distributed.is_sharded(p) for p in weight.parameters):
-            raise ValueError(f"'{weight.name}' is sharded by FSDP2, where no process sees all of its movement or gradient; record in one process "
-                             "or with DDP, or by an estimator that observes the bare model (fisher, kronecker)")  # fmt: skip
+            raise ValueError(
+                f"'{weight.name}' is sharded by FSDP2, where no process sees all of its movement "
+                "or gradient; record in one process "
+                "or with DDP, or by an estimator that observes the bare model (fisher, kronecker)"
+            )
         trained = [p for p in weight.parameters if p.requires_grad]
         if not trained:
-            raise ValueError(f"'{weight.name}' is frozen, so nothing would move; unfreeze the adapter (for PEFT: is_trainable=True)")
+            raise ValueError(
+                f"'{weight.name}' is frozen, so nothing would move; unfreeze the adapter (for "
+                "PEFT: is_trainable=True)"
+            )
         if any(id(p) not in groups for p in trained):
-            raise ValueError(f"'{weight.name}' is not among this optimizer's parameters; attach the recorder to the optimizer that trains it")
+            raise ValueError(
+                f"'{weight.name}' is not among this optimizer's parameters; attach the recorder "
+                "to the optimizer that trains it"
+            )
         if any(getattr(p, "_post_accumulate_grad_hooks", None) for p in trained):
             raise ValueError(
-                f"'{weight.name}' has a hook that runs inside the backward pass, as optimizers that step there have; use one that steps afterwards"
+                f"'{weight.name}' has a hook that runs inside the backward pass, as optimizers "
+                "that step there have; use one that steps afterwards"
             )
         if recorder.gradient == "effective":
             if isinstance(weight, FullWeight):
-                raise OptionError("gradient='effective' is defined for LoRA factors only; use gradient='exact' for full fine-tuning")
+                raise OptionError(
+                    "gradient='effective' is defined for LoRA factors only; use gradient='exact' "
+                    "for full fine-tuning"
+                )
             if len({float(groups[id(p)]["lr"]) for p in trained}) > 1:
-                raise OptionError(f"'{weight.name}' has different learning rates for A and B; the paper's effective gradient needs one: use gradient='exact'")
+                raise OptionError(
+                    f"'{weight.name}' has different learning rates for A and B; the paper's "
+                    "effective gradient needs one: use gradient='exact'"
+                )
         rates[weight.name] = groups[id(trained[0])]
     return rates
-
-

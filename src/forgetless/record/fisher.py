@@ -1,16 +1,20 @@
-"""Diagonal Fisher of the base model's weights, over whole sequences: which elements the general loss is sensitive to.
+"""Diagonal Fisher of the base model's weights, over whole sequences: which elements the general
+loss is sensitive to.
 
     F_ij = (1 / scored tokens)  sum over sequences  ( sum over tokens t of  d_t,i x_t,j )^2
 
-with x the layer's input and d the gradient of the sequence's summed loss with respect to the layer's output: the squared gradient of one sequence, exactly,
-without a backward pass per sequence.
+with x the layer's input and d the gradient of the sequence's summed loss with respect to the
+layer's output: the squared gradient of one sequence, exactly, without a backward pass per sequence.
 
-labels="sampled" (drawn from the model) makes it an unbiased estimate of the true Fisher's diagonal; half the energy of a small update whose elements are
-independent is then the expected KL divergence from the base, in nats per token. labels="empirical" (the text's own tokens; the default, and what EWC
-implementations mostly compute: Kirkpatrick et al. 2017, arXiv 1612.00796) is the empirical Fisher: what it predicts is less exact where the model fits the
-text badly (Kunstner et al. 2019, arXiv 1905.12558).
+labels="sampled" (drawn from the model) makes it an unbiased estimate of the true Fisher's diagonal;
+half the energy of a small update whose elements are independent is then the expected KL divergence
+from the base, in nats per token. labels="empirical" (the text's own tokens; the default, and what
+EWC implementations mostly compute: Kirkpatrick et al. 2017, arXiv 1612.00796) is the empirical
+Fisher: what it predicts is less exact where the model fits the text badly (Kunstner et al. 2019,
+arXiv 1905.12558).
 
-Cost: one f32 tensor per target weight, a second one for a layer at a time; the operations of one weight gradient per batch.
+Cost: one f32 tensor per target weight, a second one for a layer at a time; the operations of one
+weight gradient per batch.
 
     recorder = Fisher(model, "q_proj,v_proj", labels="sampled")
     for batch in batches: recorder.observe(**batch)
@@ -35,7 +39,14 @@ class Fisher(ObservingRecorder):
 
     estimator = "fisher"
 
-    def __init__(self, model: nn.Module, names: str = "all-linear", *, labels: str = "empirical", seed: int = 0):
+    def __init__(
+        self,
+        model: nn.Module,
+        names: str = "all-linear",
+        *,
+        labels: str = "empirical",
+        seed: int = 0,
+    ):
         super().__init__(model, names, labels=labels, seed=seed)
         self._squares: dict[str, Tensor] = {}
 
@@ -50,7 +61,9 @@ class Fisher(ObservingRecorder):
         """The sum of one weight; zeros where it got no gradient."""
         if layer.name not in self._squares:
             weight = layer.module.weight
-            self._squares[layer.name] = torch.zeros(layer.shape, dtype=wider(weight.dtype), device=weight.device)
+            self._squares[layer.name] = torch.zeros(
+                layer.shape, dtype=wider(weight.dtype), device=weight.device
+            )
         return self._squares[layer.name]
 
     def _size(self, layer: BaseLayer) -> int:
@@ -63,6 +76,8 @@ class Fisher(ObservingRecorder):
         return {"squares": self._squares}
 
     def _settings(self) -> dict[str, Any]:
-        return {"labels": self.labels, "fisher": "empirical" if self.labels == "empirical" else "true, one draw per token", "seed": self.seed}
-
-
+        return {
+            "labels": self.labels,
+            "fisher": "empirical" if self.labels == "empirical" else "true, one draw per token",
+            "seed": self.seed,
+        }

@@ -1,15 +1,23 @@
-"""Kronecker-factored Fisher (K-FAC: Martens and Grosse 2015, arXiv 1503.05671) of the base model's weights: which directions the general loss is sensitive to.
+"""Kronecker-factored Fisher (K-FAC:
 
-    A = mean over tokens of x x^T         inputs, one per layer input: q, k and v (gate and up) share theirs
-    G = sum over tokens of d d^T / scored tokens       gradients of the sequences' summed loss with respect to the layer's output
+Martens and Grosse 2015, arXiv 1503.05671) of the base model's weights: which directions the general
+loss is sensitive to.
+
+    A = mean over tokens of x x^T         inputs, one per layer input: q, k and v (gate and up)
+                                          share theirs
+    G = sum over tokens of d d^T / scored tokens       gradients of the sequences' summed loss with
+                                                       respect to the layer's output
     energy = tr(G U A U^T),  half of which predicts the rise of the general loss in nats per token
 
-It is the Fisher of the whole weight under two assumptions: x and d are independent, and so are the tokens of a sequence. labels="sampled" takes the d of the
-true Fisher, "empirical" (default) those of the text. Unlike a diagonal it knows that an update may move along directions that general text never uses.
+It is the Fisher of the whole weight under two assumptions: x and d are independent, and so are the
+tokens of a sequence. labels="sampled" takes the d of the true Fisher, "empirical" (default) those
+of the text. Unlike a diagonal it knows that an update may move along directions that general text
+never uses.
 
-`rank=k` keeps rank k + constant diagonal of each covariance (see covariance.py). Cost: one f32 (n, n) matrix per input and per weight's output, n^2
-operations per token: 92 GB for all linear weights of an 8B Llama, until they are cut. `divide` (observing.py) sees one group of weights per pass over the text,
-so that only a group's matrices are there at once; N passes, the same result.
+`rank=k` keeps rank k + constant diagonal of each covariance (see covariance.py). Cost: one f32 (n,
+n) matrix per input and per weight's output, n^2 operations per token: 92 GB for all linear weights
+of an 8B Llama, until they are cut. `divide` (observing.py) sees one group of weights per pass over
+the text, so that only a group's matrices are there at once; N passes, the same result.
 
     recorder = Kronecker(model, "all-linear", rank=16)
     for batch in batches: recorder.observe(**batch)
@@ -32,11 +40,22 @@ from forgetless.record.observing_recorder import ObservingRecorder
 
 
 class Kronecker(ObservingRecorder):
-    """Recorder of Kronecker factors; see the module, and `ObservingRecorder` for the arguments. `rank`: of the low-rank form; None keeps whole matrices."""
+    """Recorder of Kronecker factors; see the module, and `ObservingRecorder` for the arguments.
+
+    `rank`: of the low-rank form; None keeps whole matrices.
+    """
 
     estimator = "kronecker"
 
-    def __init__(self, model: nn.Module, names: str = "all-linear", *, labels: str = "empirical", rank: int | None = None, seed: int = 0):
+    def __init__(
+        self,
+        model: nn.Module,
+        names: str = "all-linear",
+        *,
+        labels: str = "empirical",
+        rank: int | None = None,
+        seed: int = 0,
+    ):
         if rank is not None and rank < 1:
             raise OptionError(f"the rank of the covariances must be at least 1, found {rank}")
         super().__init__(model, names, labels=labels, seed=seed)
@@ -54,25 +73,36 @@ class Kronecker(ObservingRecorder):
     def _add(sums: dict[str, Tensor], name: str, rows: Tensor) -> None:
         """sums[name] += rows^T rows; rows (tokens, n)."""
         if name not in sums:
-            sums[name] = torch.zeros(rows.shape[1], rows.shape[1], dtype=rows.dtype, device=rows.device)
+            sums[name] = torch.zeros(
+                rows.shape[1], rows.shape[1], dtype=rows.dtype, device=rows.device
+            )
         sums[name].addmm_(rows.T, rows)
 
     def _size(self, layer: BaseLayer) -> int:
-        return layer.shape[0] ** 2 + (layer.shape[1] ** 2 if self.leaders.get(layer.name, layer.name) == layer.name else 0)
+        return layer.shape[0] ** 2 + (
+            layer.shape[1] ** 2 if self.leaders.get(layer.name, layer.name) == layer.name else 0
+        )
 
     def _entries(self) -> dict[str, Entry]:
         missing = [layer.name for layer in self.observed if layer.name not in self._out]
         if missing:
-            raise ValueError(f"'{missing[0]}' got no gradient from the general text; leave it out of --targets")
+            raise ValueError(
+                f"'{missing[0]}' got no gradient from the general text; leave it out of --targets"
+            )
         entries: dict[str, Entry] = {}
-        for leader, total in self._in.items():  # one whole input covariance and one of an output at a time
+        for (
+            leader,
+            total,
+        ) in self._in.items():  # one whole input covariance and one of an output at a time
             whole_in = Covariance(total / self.positions)
             cut_in = self._cut(whole_in)
             for layer in (layer for layer in self.observed if self.leaders[layer.name] == leader):
                 whole_out = Covariance(self._out[layer.name] / self.tokens)
                 entries[layer.name] = KroneckerEntry(self._cut(whole_out), cut_in)
                 if self.rank is not None:
-                    self.errors[layer.name] = energy_errors(KroneckerEntry(whole_out, whole_in), entries[layer.name])
+                    self.errors[layer.name] = energy_errors(
+                        KroneckerEntry(whole_out, whole_in), entries[layer.name]
+                    )
         return entries
 
     def _cut(self, covariance: Covariance) -> AnyCovariance:
@@ -83,5 +113,3 @@ class Kronecker(ObservingRecorder):
 
     def _settings(self) -> dict[str, Any]:
         return {"labels": self.labels, "cov_rank": self.rank, "seed": self.seed}
-
-

@@ -1,16 +1,20 @@
-"""Path-integral importance (Synaptic Intelligence on the effective update; Song et al. 2025, arXiv 2501.13669, equations in docs/).
+"""Path-integral importance (Synaptic Intelligence on the effective update; Song et al. 2025, arXiv
+2501.13669, equations in docs/).
 
-At every optimizer step, with g a gradient of the effective update U and d the movement that the optimizer made,
+At every optimizer step, with g a gradient of the effective update U and d the movement that the
+optimizer made,
 
     w <- max(0, w - g * d)                          credit of each element
     Omega = sum over epochs of w / (U^2 + xi)       U at the end of the epoch, w starts at 0 in each
 
-`gradient="exact"` takes g = dL/dU from layer inputs and output gradients; then the sum of -g*d is the loss decrease, in nats, and Omega is in nats per
-squared weight. It is what the backward pass saw: neither clipping nor the number of accumulated batches changes it. `gradient="effective"` is the paper's
-g = s (B gA + gB A - eta gB gA), built from the factors' gradients: arbitrary units, and wrong if those gradients were clipped first.
+`gradient="exact"` takes g = dL/dU from layer inputs and output gradients; then the sum of -g*d is
+the loss decrease, in nats, and Omega is in nats per squared weight. It is what the backward pass
+saw: neither clipping nor the number of accumulated batches changes it. `gradient="effective"` is
+the paper's g = s (B gA + gB A - eta gB gA), built from the factors' gradients: arbitrary units, and
+wrong if those gradients were clipped first.
 
-Cost while recording: two f32 tensors per target weight (credit, Omega; in CPU memory with `offload=True`), one more with the exact gradient, plus one (out,
-in) product per layer and batch.
+Cost while recording: two f32 tensors per target weight (credit, Omega; in CPU memory with
+`offload=True`), one more with the exact gradient, plus one (out, in) product per layer and batch.
 `path_factored.py` keeps sums of rows and columns instead.
 
     recorder = PathIntegral(peft_model)
@@ -35,10 +39,10 @@ def normalise(w: Tensor, U: Tensor, xi: float) -> Tensor:
     return w.clamp(min=0) / (U * U + xi)
 
 
-
-
 class PathIntegral(PathRecorder):
-    """Recorder of path-integral importance on any torch optimizer; see the module, and `PathRecorder` for the arguments."""
+    """Recorder of path-integral importance on any torch optimizer; see the module, and
+    `PathRecorder` for the arguments.
+    """
 
     estimator = "path"
 
@@ -51,7 +55,9 @@ class PathIntegral(PathRecorder):
     def from_factors(self, left: Tensor, right: Tensor) -> Tensor:
         return left @ right
 
-    def _shares(self, weight: TargetWeight, gradient: Tensor, before: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def _shares(
+        self, weight: TargetWeight, gradient: Tensor, before: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
         move = movement(weight, before)
         d = move[0] @ move[1] if len(move) == 2 else move[0]
         return (-(gradient.to(d) * d),)
@@ -64,5 +70,3 @@ class PathIntegral(PathRecorder):
 
     def _entry(self, omega: tuple[Tensor, ...]) -> Entry:
         return DenseEntry(omega[0])
-
-

@@ -1,9 +1,14 @@
-"""Watching an optimizer: what path estimators share. Subclasses say what one step is worth and what remains of it.
+"""Watching an optimizer: what path estimators share.
 
-Around every optimizer step an `Attachment` hands the recorder the parameters before it and a gradient of each weight's effective update U:
+Subclasses say what one step is worth and what remains of it.
 
-    exact       dL/dU = (output gradients)^T @ (inputs), from the backward pass: neither clipped nor divided by anything; .grad for full fine-tuning
-    effective   s (B gA + gB A - eta gB gA), from the factors' gradients (Song et al. 2025, arXiv 2501.13669)
+Around every optimizer step an `Attachment` hands the recorder the parameters before it and a
+gradient of each weight's effective update U:
+
+    exact       dL/dU = (output gradients)^T @ (inputs), from the backward pass: neither clipped nor
+                divided by anything; .grad for full fine-tuning
+    effective   s (B gA + gB A - eta gB gA), from the factors' gradients (Song et al. 2025, arXiv
+                2501.13669)
 
 The hooks are removed by `close()`, or on leaving the `with` block, whatever happened in it.
 """
@@ -29,25 +34,35 @@ Sums = dict[str, tuple[Tensor, ...]]
 
 
 class PathRecorder(abc.ABC):
-    """A recorder of credits along the path of an optimizer; `PathIntegral` and `PathFactored` are its final subclasses.
+    """A recorder of credits along the path of an optimizer; `PathIntegral` and `PathFactored` are
+    its final subclasses.
 
     Args:
-        model: a PEFT model with LoRA, or a bare model for full fine-tuning.
-        gradient: "exact" (dL/dU, default) or "effective" (the paper's).
-        xi: added to U^2, in squared weight units.
+        model: a PEFT model with LoRA, or a bare model for full fine-tuning. gradient: "exact"
+        (dL/dU, default) or "effective" (the paper's). xi: added to U^2, in squared weight units.
         clamp: "step" clamps credits at zero after every step (the paper), "end" once per epoch.
-        names: target weights for full fine-tuning, as in `weights.matching`.
-        offload: keep credits and Omega in CPU memory while the model is on a GPU, at the price of one transfer of each weight's credits per step.
+        names: target weights for full fine-tuning, as in `weights.matching`. offload: keep credits
+        and Omega in CPU memory while the model is on a GPU, at the price of one transfer of each
+        weight's credits per step.
 
-    In several processes that train one model (DDP) each keeps the credits of its share of the weights; `finish` brings them together, in every process.
+    In several processes that train one model (DDP) each keeps the credits of its share of the
+    weights; `finish` brings them together, in every process.
 
     Raises ValueError for models that cannot be recorded (see `weights.target_weights`).
     """
 
     estimator: str
 
-    def __init__(self, model: nn.Module, *, gradient: str = "exact", xi: float = 1e-9, clamp: str = "step", names: str | None = None,
-                 offload: bool = False):  # fmt: skip
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        gradient: str = "exact",
+        xi: float = 1e-9,
+        clamp: str = "step",
+        names: str | None = None,
+        offload: bool = False,
+    ):
         if gradient not in ("exact", "effective"):
             raise OptionError(f"gradient expects 'exact' or 'effective', found '{gradient}'")
         if clamp not in ("step", "end"):
@@ -67,10 +82,16 @@ class PathRecorder(abc.ABC):
     def _divide(self) -> None:
         """Credits of each weight are kept by one process; what would be another's is dropped."""
         if distributed.running() and not self._owner:
-            self._owner = distributed.owners({weight.name: (weight.name, math.prod(weight.shape)) for weight in self.weights})
+            self._owner = distributed.owners(
+                {weight.name: (weight.name, math.prod(weight.shape)) for weight in self.weights}
+            )
         kept = [weight for weight in self.weights if self._keeps(weight)]
-        self._credit = {weight.name: self._credit.get(weight.name) or self._zeros(weight) for weight in kept}
-        self._omega = {weight.name: self._omega.get(weight.name) or self._zeros(weight) for weight in kept}
+        self._credit = {
+            weight.name: self._credit.get(weight.name) or self._zeros(weight) for weight in kept
+        }
+        self._omega = {
+            weight.name: self._omega.get(weight.name) or self._zeros(weight) for weight in kept
+        }
 
     def _keeps(self, weight: TargetWeight) -> bool:
         return self._owner.get(weight.name, 0) == distributed.rank()
@@ -78,7 +99,9 @@ class PathRecorder(abc.ABC):
     def _new(self, weight: TargetWeight, *shape: int) -> Tensor:
         """Zeros where credits are kept, in f32 or wider."""
         first = weight.parameters[0]
-        return torch.zeros(shape, dtype=wider(first.dtype), device="cpu" if self.offload else first.device)
+        return torch.zeros(
+            shape, dtype=wider(first.dtype), device="cpu" if self.offload else first.device
+        )
 
     @abc.abstractmethod
     def _zeros(self, weight: TargetWeight) -> tuple[Tensor, ...]:
@@ -86,14 +109,18 @@ class PathRecorder(abc.ABC):
 
     @abc.abstractmethod
     def gather(self, weight: LowRankWeight, before: Any, x: Tensor, d: Tensor) -> Any:
-        """`before` (None at first) with dL/dU of one more batch: x (tokens, in) the inputs, d (tokens, out) the output gradients, in f32 or wider."""
+        """`before` (None at first) with dL/dU of one more batch: x (tokens, in) the inputs, d
+        (tokens, out) the output gradients, in f32 or wider.
+        """
 
     @abc.abstractmethod
     def from_factors(self, left: Tensor, right: Tensor) -> Any:
         """A gradient given as a product, (out, q) @ (q, in)."""
 
     @abc.abstractmethod
-    def _shares(self, weight: TargetWeight, gradient: Any, before: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def _shares(
+        self, weight: TargetWeight, gradient: Any, before: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
         """-g * d of one step, in the form of `_zeros`."""
 
     @abc.abstractmethod
@@ -109,81 +136,149 @@ class PathRecorder(abc.ABC):
         """The entry of one weight."""
 
     def attach(self, optimizer: Any, *, scaler: Any = None) -> Attachment:
-        """Watch `optimizer` (or accelerate's wrapper of one); returns a handle, also a context manager, whose `close()` removes every trace.
+        """Watch `optimizer` (or accelerate's wrapper of one); returns a handle, also a context
+        manager, whose `close()` removes every trace.
 
-        `scaler`: the GradScaler in use, so that scaled gradients are recorded in nats. Do not clip before the step with gradient="effective".
-        Raises ValueError for optimizers whose steps cannot be seen, OptionError where the paper's gradient is not defined.
+        `scaler`: the GradScaler in use, so that scaled gradients are recorded in nats. Do not clip
+        before the step with gradient="effective". Raises ValueError for optimizers whose steps
+        cannot be seen, OptionError where the paper's gradient is not defined.
         """
         self._divide()  # the processes may have found each other since
         return Attachment(self, optimizer, scaler)
 
     def end_epoch(self) -> None:
-        """Add this epoch's credits to Omega and start new ones; nothing happens in an epoch without steps."""
+        """Add this epoch's credits to Omega and start new ones; nothing happens in an epoch without
+        steps.
+        """
         if self._steps_in_epoch == 0:
             return
         for weight in self.weights:
             if not self._keeps(weight):
                 continue
             credit = self._credit[weight.name]
-            self._omega[weight.name] = self._add(self._omega[weight.name], self._normalised(weight, tuple(part.clamp(min=0) for part in credit)))
+            self._omega[weight.name] = self._add(
+                self._omega[weight.name],
+                self._normalised(weight, tuple(part.clamp(min=0) for part in credit)),
+            )
             for part in credit:
                 part.zero_()
         self.epochs += 1
         self._steps_in_epoch = 0
 
     def finish(self) -> Importance:
-        """End the last epoch; the importance, with the adapter as it is now as its anchor; of several processes, together. Raises ValueError if no step
-        was seen."""
+        """End the last epoch; the importance, with the adapter as it is now as its anchor; of
+        several processes, together. Raises ValueError if no step was seen.
+        """
         self.end_epoch()
         if self.epochs == 0:
-            raise ValueError("no optimizer step was recorded: attach the recorder to the optimizer that trains these weights, then train")
+            raise ValueError(
+                "no optimizer step was recorded: attach the recorder to the optimizer that "
+                "trains these weights, then train"
+            )
         entries = {weight.name: self._entry(self._whole(weight)) for weight in self.weights}
-        [decrease] = distributed.add_up_numbers([self.decrease], self.weights[0].parameters[0].device)
+        [decrease] = distributed.add_up_numbers(
+            [self.decrease], self.weights[0].parameters[0].device
+        )
         info = {
             "estimator": self.estimator,
             "tier": next(iter(entries.values())).tier,
-            "unit": "nats per squared weight" if self.gradient == "exact" else "arbitrary (effective gradient)",
-            "settings": {"gradient": self.gradient, "xi": self.xi, "clamp": self.clamp, "steps": self.steps, "skipped": self.skipped,
-                         "epochs": self.epochs, "decrease_nats": decrease},
+            "unit": "nats per squared weight"
+            if self.gradient == "exact"
+            else "arbitrary (effective gradient)",
+            "settings": {
+                "gradient": self.gradient,
+                "xi": self.xi,
+                "clamp": self.clamp,
+                "steps": self.steps,
+                "skipped": self.skipped,
+                "epochs": self.epochs,
+                "decrease_nats": decrease,
+            },
             "norms": {name: entry.norm() for name, entry in entries.items()},
-        }  # fmt: skip
+        }
         return Importance(entries, _anchors(self.weights), info)
 
     def _whole(self, weight: TargetWeight) -> tuple[Tensor, ...]:
         """Omega of one weight, in several processes as its owner has it."""
         omega = self._omega[weight.name] if self._keeps(weight) else self._zeros(weight)
-        return tuple(distributed.from_owner(part, self._owner.get(weight.name, 0)) for part in omega)
+        return tuple(
+            distributed.from_owner(part, self._owner.get(weight.name, 0)) for part in omega
+        )
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on later: tensors and plain numbers; of several processes, what this one keeps."""
-        numbers = {"steps": self.steps, "skipped": self.skipped, "epochs": self.epochs, "decrease": self.decrease, "in_epoch": self._steps_in_epoch}
-        return {"estimator": self.estimator, "numbers": numbers, "credit": self._credit, "omega": self._omega}
+        """Everything needed to go on later: tensors and plain numbers; of several processes, what
+        this one keeps.
+        """
+        numbers = {
+            "steps": self.steps,
+            "skipped": self.skipped,
+            "epochs": self.epochs,
+            "decrease": self.decrease,
+            "in_epoch": self._steps_in_epoch,
+        }
+        return {
+            "estimator": self.estimator,
+            "numbers": numbers,
+            "credit": self._credit,
+            "omega": self._omega,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict()`. Raises ValueError if it belongs to other weights or another estimator."""
+        """Go on from `state_dict()`.
+
+        Raises ValueError if it belongs to other weights or another estimator.
+        """
         self._divide()
         if state["estimator"] != self.estimator or set(state["credit"]) != set(self._credit):
-            raise ValueError("the saved recorder state is for other target weights or another estimator; start again without --resume")
+            raise ValueError(
+                "the saved recorder state is for other target weights or another estimator; "
+                "start again without --resume"
+            )
         for mine, theirs in ((self._credit, state["credit"]), (self._omega, state["omega"])):
             for name, parts in theirs.items():
-                mine[name] = tuple(part.to(old.device).clone() for part, old in zip(parts, mine[name], strict=True))
+                mine[name] = tuple(
+                    part.to(old.device).clone() for part, old in zip(parts, mine[name], strict=True)
+                )
         numbers = state["numbers"]
-        self.steps, self.skipped, self.epochs = numbers["steps"], numbers["skipped"], numbers["epochs"]
+        self.steps, self.skipped, self.epochs = (
+            numbers["steps"],
+            numbers["skipped"],
+            numbers["epochs"],
+        )
         self.decrease, self._steps_in_epoch = numbers["decrease"], numbers["in_epoch"]
 
     def record_step(self, before: dict[str, tuple[Tensor, ...]], gradients: dict[str, Any]) -> None:
-        """Credit one optimizer step, given the parameters before it and a gradient of U for each weight that had one."""
+        """Credit one optimizer step, given the parameters before it and a gradient of U for each
+        weight that had one.
+        """
         # In several processes one that saw nothing of a weight takes part all the same.
-        stepped = [weight for weight in self.weights if weight.name in gradients or (self._owner and weight.name in before)]
-        pairs = [(p.detach(), old) for weight in stepped for p, old in zip(weight.parameters, before[weight.name], strict=True)]
+        stepped = [
+            weight
+            for weight in self.weights
+            if weight.name in gradients or (self._owner and weight.name in before)
+        ]
+        pairs = [
+            (p.detach(), old)
+            for weight in stepped
+            for p, old in zip(weight.parameters, before[weight.name], strict=True)
+        ]
         if all(torch.equal(now, old) for now, old in pairs):
             self.skipped += 1  # a GradScaler skipped the step, or the learning rate was zero
             return
-        if not all(bool(torch.isfinite(now).all()) for now, _ in pairs) or not all(_finite(gradient) for gradient in gradients.values()):
-            raise ValueError(f"non-finite gradient or weight at recorded step {self.steps + 1}; lower the learning rate or record in f32")
+        if not all(bool(torch.isfinite(now).all()) for now, _ in pairs) or not all(
+            _finite(gradient) for gradient in gradients.values()
+        ):
+            raise ValueError(
+                f"non-finite gradient or weight at recorded step {self.steps + 1}; lower the "
+                "learning rate or record in f32"
+            )
         if self._owner and self.steps == 0:
             moved = sum(float((now.double() - old.double()).abs().sum()) for now, old in pairs)
-            distributed.check_same("the first recorded step", moved, "recording in several processes wants them to train one model (DDP)")
+            distributed.check_same(
+                "the first recorded step",
+                moved,
+                "recording in several processes wants them to train one model (DDP)",
+            )
         for weight in stepped:
             shares = self._shared(weight, gradients.get(weight.name), before[weight.name])
             if shares is None:
@@ -196,17 +291,25 @@ class PathRecorder(abc.ABC):
         self.steps += 1
         self._steps_in_epoch += 1
 
-    def _shared(self, weight: TargetWeight, gradient: Any, before: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    def _shared(
+        self, weight: TargetWeight, gradient: Any, before: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...] | None:
         """-g * d of one step, in several processes only at the weight's owner, with g their mean.
 
-        The movement is the same everywhere, and parameter gradients are once they have been averaged. The exact gradient under LoRA is not: it is what this
-        process's backward pass saw. Its credit, which is linear in it, is averaged: row and column sums for path-factored, else (out, in).
+        The movement is the same everywhere, and parameter gradients are once they have been
+        averaged. The exact gradient under LoRA is not: it is what this process's backward pass saw.
+        Its credit, which is linear in it, is averaged: row and column sums for path-factored, else
+        (out, in).
         """
         local = self._owner and self.gradient == "exact" and isinstance(weight, LowRankWeight)
         if not self._keeps(weight) and not local:
             return None
         device = weight.parameters[0].device
-        shares = self._shares(weight, gradient, before) if gradient is not None else tuple(part.to(device) for part in self._zeros(weight))
+        shares = (
+            self._shares(weight, gradient, before)
+            if gradient is not None
+            else tuple(part.to(device) for part in self._zeros(weight))
+        )
         if local:
             shares = tuple(share.div(distributed.size()).contiguous() for share in shares)
             for share in shares:
@@ -214,17 +317,19 @@ class PathRecorder(abc.ABC):
         return shares if self._keeps(weight) else None
 
 
-
-
 def _finite(gradient: Any) -> bool:
-    parts = [gradient] if isinstance(gradient, Tensor) else [part for pair in gradient for part in pair]
+    parts = (
+        [gradient] if isinstance(gradient, Tensor) else [part for pair in gradient for part in pair]
+    )
     return all(bool(torch.isfinite(part).all()) for part in parts)
 
 
-
-
 def _anchors(weights: list[TargetWeight]) -> dict[str, tuple[Tensor, Tensor]]:
-    """(A, scale * B) of every LoRA weight as it is now; full weights and adapters that started away from the base have none."""
-    return {w.name: (w.A.detach().float().clone(), (w.B.detach().float() * w.scale)) for w in weights if isinstance(w, LowRankWeight) and w.initial is None}
-
-
+    """(A, scale * B) of every LoRA weight as it is now; full weights and adapters that started away
+    from the base have none.
+    """
+    return {
+        w.name: (w.A.detach().float().clone(), (w.B.detach().float() * w.scale))
+        for w in weights
+        if isinstance(w, LowRankWeight) and w.initial is None
+    }

@@ -1,11 +1,15 @@
 """record(): stage 1, from general text to an importance file.
 
-`path` (Song et al. 2025, arXiv 2501.13669): wrap the model with LoRA, train briefly on general text without clipping while the recorder watches. The other
-estimators make one pass over the text with the bare model. Everything that can be refused is refused before. A state is saved every `save_steps` steps
-beside the file to write (`FILE.state`); `--resume` goes on from the last one with the same result as an uninterrupted run.
+`path` (Song et al. 2025, arXiv 2501.13669): wrap the model with LoRA, train briefly on general text
+without clipping while the recorder watches. The other estimators make one pass over the text with
+the bare model. Everything that can be refused is refused before. A state is saved every
+`save_steps` steps beside the file to write (`FILE.state`); `--resume` goes on from the last one
+with the same result as an uninterrupted run.
 
-In several processes (torchrun) each takes its share of every step, or of the batches to observe; the importance is that of one process, to rounding, and the
-first one writes it. Each saves a state of its own. With `calibrate` the file is written when importance is there, and again with the calibration.
+In several processes (torchrun) each takes its share of every step, or of the batches to observe;
+the importance is that of one process, to rounding, and the first one writes it. Each saves a state
+of its own. With `calibrate` the file is written when importance is there, and again with the
+calibration.
 """
 
 from __future__ import annotations
@@ -55,24 +59,35 @@ logger = logging.getLogger("forgetless")
 
 
 def record(options: RecordOptions) -> Importance:
-    """Record importance as `options` say and write it to `options.out`; also returned. Raises ValueError or OptionError before training starts."""
+    """Record importance as `options` say and write it to `options.out`; also returned.
+
+    Raises ValueError or OptionError before training starts.
+    """
     distributed.start(options.device)
     if options.tier:
         _check_tier(options)
     if options.private is not None and not options.push_to_hub:
         raise OptionError("--private is for --push-to-hub NAME, which is not given")
     if options.calibrate and options.estimator == "uniform":
-        raise OptionError("--calibrate measures what energy costs, which with --estimator uniform is the size of the update alone; use another estimator")
+        raise OptionError(
+            "--calibrate measures what energy costs, which with --estimator uniform is the size "
+            "of the update alone; use another estimator"
+        )
     if options.calibrate and distributed.size() > 1:
-        raise OptionError(f"--calibrate trains in one process, found {distributed.size()}; record without torchrun")
-    repo = ready(options.push_to_hub, private=options.private) if options.push_to_hub and distributed.first() else None
+        raise OptionError(
+            f"--calibrate trains in one process, found {distributed.size()}; record without "
+            "torchrun"
+        )
+    repo = (
+        ready(options.push_to_hub, private=options.private)
+        if options.push_to_hub and distributed.first()
+        else None
+    )
     with only_writer(options.out, folder=False):
         importance = _recorded(options)
     if repo:
         logger.info("pushed to %s", push_importance(importance, repo))
     return importance
-
-
 
 
 def _recorded(options: RecordOptions) -> Importance:
@@ -81,68 +96,115 @@ def _recorded(options: RecordOptions) -> Importance:
     if options.threads:
         torch.set_num_threads(options.threads)
     tokenizer, model = load_tokenizer(options), load_model(options)
-    encoded, source, kept = ([], {}, []) if options.estimator == "uniform" else _text(options, model, tokenizer)
+    encoded, source, kept = (
+        ([], {}, []) if options.estimator == "uniform" else _text(options, model, tokenizer)
+    )
     if state is None or "calibrated" not in state:
         importance = record_on(options, model, tokenizer, encoded, source, state)
-        return _calibrated(options, model, tokenizer, importance, encoded, kept, []) if options.calibrate else importance
+        return (
+            _calibrated(options, model, tokenizer, importance, encoded, kept, [])
+            if options.calibrate
+            else importance
+        )
     if state["data"] != _apart_hash(kept):
-        raise ValueError(f"{options.out}.state was made from other general text; give the same --general, or start again without --resume")
+        raise ValueError(
+            f"{options.out}.state was made from other general text; give the same --general, or "
+            "start again without --resume"
+        )
     importance = Importance.load(options.out)
     if options.tier and importance.tier != options.tier:
-        raise OptionError(f"--tier {options.tier}: {options.out} has tier {importance.tier}, by which it is calibrated; give the same, or no --resume")
+        raise OptionError(
+            f"--tier {options.tier}: {options.out} has tier {importance.tier}, by which it is "
+            "calibrated; give the same, or no --resume"
+        )
     return _calibrated(options, model, tokenizer, importance, encoded, kept, state["calibrated"])
 
 
-
-
-def _calibrated(options: RecordOptions, model: nn.Module, tokenizer: Any, importance: Importance, encoded: list[Encoded], kept: list[Document],
-                done: list[dict[str, Any]]) -> Importance:  # fmt: skip
-    """`importance` with its calibration, written to `options.out` again; what is done is in the saved state after each update."""
+def _calibrated(
+    options: RecordOptions,
+    model: nn.Module,
+    tokenizer: Any,
+    importance: Importance,
+    encoded: list[Encoded],
+    kept: list[Document],
+    done: list[dict[str, Any]],
+) -> Importance:
+    """`importance` with its calibration, written to `options.out` again; what is done is in the
+    saved state after each update.
+    """
 
     def save(updates: list[dict[str, Any]]) -> None:
-        state = {"options": recording_state.comparable(options), "data": _apart_hash(kept), "done": len(updates), "calibrated": updates}
+        state = {
+            "options": recording_state.comparable(options),
+            "data": _apart_hash(kept),
+            "done": len(updates),
+            "calibrated": updates,
+        }
         recording_state.write(options, state)
 
     save(done)
     if options.estimator in ESTIMATORS:  # which left their adapter in the model
         del model
         model = load_model(options)
-    importance = dataclasses.replace(importance, calibration=calibrated(options, model, tokenizer, importance, encoded, kept, done, save))
+    importance = dataclasses.replace(
+        importance,
+        calibration=calibrated(options, model, tokenizer, importance, encoded, kept, done, save),
+    )
     importance.save(options.out)
     recording_state.place(options).unlink()
     return importance
-
-
 
 
 def _apart_hash(kept: list[Document]) -> str:
     return fingerprint_rows([dataclasses.asdict(document) for document in kept])
 
 
-
-
-def record_on(options: RecordOptions, model: nn.Module, tokenizer: Any, encoded: list[Encoded], source: dict[str, Any],
-              state: dict[str, Any] | None) -> Importance:  # fmt: skip
-    """Record on text that is encoded already, of the `source` that the file names, going on from `state` where there is one; writes `options.out`."""
+def record_on(
+    options: RecordOptions,
+    model: nn.Module,
+    tokenizer: Any,
+    encoded: list[Encoded],
+    source: dict[str, Any],
+    state: dict[str, Any] | None,
+) -> Importance:
+    """Record on text that is encoded already, of the `source` that the file names, going on from
+    `state` where there is one; writes `options.out`.
+    """
     out, device, mark = Path(options.out), str(next(model.parameters()).device), fingerprint(model)
     if options.estimator == "uniform":
         recorded, seconds = uniform(model, options.targets), 0.0
     else:
         if state is not None and state["data"] != source["sha256"]:
-            raise ValueError(f"{options.out}.state was made from other general text; give the same --general, or start again without --resume")
+            raise ValueError(
+                f"{options.out}.state was made from other general text; give the same --general, "
+                "or start again without --resume"
+            )
         if len(set(distributed.collect(source["sha256"]))) > 1:
-            raise ValueError(f"--general {options.general} gave the processes different text; give a file instead, the same for all")
+            raise ValueError(
+                f"--general {options.general} gave the processes different text; give a file "
+                "instead, the same for all"
+            )
         torch.manual_seed(options.seed)
         job = _by_training if options.estimator in ESTIMATORS else _by_observing
         recorded, seconds = job(options, model, encoded, tokenizer.pad_token_id, state, source)
-    shown = {k: v for k, v in as_dict(options).items() if k not in ("out", "resume", "model", "general", *recording_state.NOT_IN_THE_RESULT) and v is not None}
-    shown = {k: v for k, v in shown.items() if options.estimator in ESTIMATORS or k not in TRAINING_ONLY}
+    shown = {
+        k: v
+        for k, v in as_dict(options).items()
+        if k not in ("out", "resume", "model", "general", *recording_state.NOT_IN_THE_RESULT)
+        and v is not None
+    }
+    shown = {
+        k: v for k, v in shown.items() if options.estimator in ESTIMATORS or k not in TRAINING_ONLY
+    }
     info = {
         **recorded.info,
         "model": {"name": options.model, "revision": options.revision, "fingerprint": mark},
         "data": source,
         "settings": {**shown, **recorded.info["settings"]},
-        "timings": {"train_seconds": seconds, "tokens_per_second": source["tokens"] / seconds if "tokens" in source else None},
+        "timings": {
+            "train_seconds": seconds,
+            "tokens_per_second": source["tokens"] / seconds if "tokens" in source else None,
+        },
         "versions": environment(device),
     }
     importance = Importance(recorded.entries, recorded.anchors if options.keep_anchor else {}, info)
@@ -153,20 +215,40 @@ def record_on(options: RecordOptions, model: nn.Module, tokenizer: Any, encoded:
     if not options.calibrate:  # which goes on from its state
         recording_state.place(options).unlink(missing_ok=True)
     distributed.barrier()  # and none is left once any process returns
-    logger.info("wrote %s: %d weights, tier %s, %.2f MiB, %.1f s", out, len(importance), importance.tier, out.stat().st_size / 2**20, seconds)
+    logger.info(
+        "wrote %s: %d weights, tier %s, %.2f MiB, %.1f s",
+        out,
+        len(importance),
+        importance.tier,
+        out.stat().st_size / 2**20,
+        seconds,
+    )
     return importance
 
 
-
-
-def _text(options: RecordOptions, model: nn.Module, tokenizer: Any) -> tuple[list[Encoded], dict[str, Any], list[Document]]:
-    """The general text as pieces of token ids, where it came from, and the documents that are kept apart for a calibration."""
+def _text(
+    options: RecordOptions, model: nn.Module, tokenizer: Any
+) -> tuple[list[Encoded], dict[str, Any], list[Document]]:
+    """The general text as pieces of token ids, where it came from, and the documents that are kept
+    apart for a calibration.
+    """
     assert options.general is not None  # the command line has checked
     longest = context_length(model)
     documents = (
-        sample_documents(model, tokenizer, options.self_documents, min(options.length or 256, longest), options.seed)
+        sample_documents(
+            model,
+            tokenizer,
+            options.self_documents,
+            min(options.length or 256, longest),
+            options.seed,
+        )
         if options.general == "self"
-        else load_documents(options.general, column=options.text_column, split=options.general_split, limit=None if options.calibrate else options.documents)
+        else load_documents(
+            options.general,
+            column=options.text_column,
+            split=options.general_split,
+            limit=None if options.calibrate else options.documents,
+        )
     )
     documents, kept = apart(documents, tokenizer) if options.calibrate else (documents, [])
     documents = documents[: options.documents]
@@ -180,35 +262,81 @@ def _text(options: RecordOptions, model: nn.Module, tokenizer: Any) -> tuple[lis
     return encoded, source, kept
 
 
+def _by_training(
+    options: RecordOptions,
+    model: nn.Module,
+    encoded: list[Encoded],
+    pad_id: int,
+    state: dict[str, Any] | None,
+    source: dict[str, Any],
+) -> tuple[Importance, float]:
+    """The path integral: train a fresh adapter.
 
-
-def _by_training(options: RecordOptions, model: nn.Module, encoded: list[Encoded], pad_id: int, state: dict[str, Any] | None,
-                 source: dict[str, Any]) -> tuple[Importance, float]:  # fmt: skip
-    """The path integral: train a fresh adapter. Returns importance and seconds (with those before a resume)."""
+    Returns importance and seconds (with those before a resume).
+    """
     per_epoch = math.ceil(len(encoded) / (options.batch_size * options.accumulation))
-    total = per_epoch * options.epochs if options.max_steps is None else min(options.max_steps, per_epoch * options.epochs)
-    peft_model = add_adapter(model, names=options.targets, rank=options.rank, alpha=options.alpha, dropout=options.dropout, rslora=options.rslora)
+    total = (
+        per_epoch * options.epochs
+        if options.max_steps is None
+        else min(options.max_steps, per_epoch * options.epochs)
+    )
+    peft_model = add_adapter(
+        model,
+        names=options.targets,
+        rank=options.rank,
+        alpha=options.alpha,
+        dropout=options.dropout,
+        rslora=options.rslora,
+    )
     if options.gradient_checkpointing:
-        peft_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        peft_model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
         peft_model.enable_input_require_grads()
     trainable = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
     check_free_space(options.out, _disk_needed(options, peft_model, trainable, total))
-    logger.info("recording %s on %s: %d documents, %s tokens, %d steps; %s trainable parameters; path integral, %s gradient; seed %d", options.model,
-                options.general, source["documents"], f"{source['tokens']:,}", total, f"{trainable:,}", options.gradient, options.seed)  # fmt: skip
+    logger.info(
+        "recording %s on %s: %d documents, %s tokens, %d steps; %s trainable parameters; path "
+        "integral, %s gradient; seed %d",
+        options.model,
+        options.general,
+        source["documents"],
+        f"{source['tokens']:,}",
+        total,
+        f"{trainable:,}",
+        options.gradient,
+        options.seed,
+    )
     if distributed.rank():
-        torch.manual_seed(options.seed + distributed.rank())  # dropout draws masks of its own in each process
+        torch.manual_seed(
+            options.seed + distributed.rank()
+        )  # dropout draws masks of its own in each process
     started = time.perf_counter()
-    recorder = ESTIMATORS[options.estimator](peft_model, gradient=options.gradient, xi=options.xi, clamp=options.clamp, offload=options.offload)
-    spent = train(peft_model, recorder, encoded, options, total, per_epoch, pad_id, state, source["sha256"])
+    recorder = ESTIMATORS[options.estimator](
+        peft_model,
+        gradient=options.gradient,
+        xi=options.xi,
+        clamp=options.clamp,
+        offload=options.offload,
+    )
+    spent = train(
+        peft_model, recorder, encoded, options, total, per_epoch, pad_id, state, source["sha256"]
+    )
     importance = recorder.finish()
     return importance, spent + time.perf_counter() - started
 
 
-
-
-def _by_observing(options: RecordOptions, model: nn.Module, encoded: list[Encoded], pad_id: int, state: dict[str, Any] | None,
-                  source: dict[str, Any]) -> tuple[Importance, float]:  # fmt: skip
-    """Every other estimator: one pass over the text with the bare model, or one for each group of weights."""
+def _by_observing(
+    options: RecordOptions,
+    model: nn.Module,
+    encoded: list[Encoded],
+    pad_id: int,
+    state: dict[str, Any] | None,
+    source: dict[str, Any],
+) -> tuple[Importance, float]:
+    """Every other estimator: one pass over the text with the bare model, or one for each group of
+    weights.
+    """
     recorder = _observer(options, model)
     device = next(model.parameters()).device
     pieces = list(batches(encoded, batch_size=options.batch_size, pad_id=pad_id))
@@ -220,14 +348,30 @@ def _by_observing(options: RecordOptions, model: nn.Module, encoded: list[Encode
         _divide(options, recorder, pieces[0]["input_ids"].to(device))
     total = recorder.passes * len(pieces)
     disk = 4 * _numbers_kept(options, [layer.shape for layer in recorder.layers])
-    check_free_space(options.out, disk + (2 * recorder.bytes(recorder.passes) if total > options.save_steps else 0))
-    logger.info("recording %s on %s: %d documents, %s tokens, %d pass(es); %d weights; %s; seed %d", options.model, options.general, source["documents"],
-                f"{source['tokens']:,}", recorder.passes, len(recorder.layers), recorder.describe(), options.seed)  # fmt: skip
+    check_free_space(
+        options.out,
+        disk + (2 * recorder.bytes(recorder.passes) if total > options.save_steps else 0),
+    )
+    logger.info(
+        "recording %s on %s: %d documents, %s tokens, %d pass(es); %d weights; %s; seed %d",
+        options.model,
+        options.general,
+        source["documents"],
+        f"{source['tokens']:,}",
+        recorder.passes,
+        len(recorder.layers),
+        recorder.describe(),
+        options.seed,
+    )
     started, loss = time.perf_counter(), math.nan
-    with tqdm(total=total, initial=done, desc="recording", unit="batch", disable=distributed.silent()) as bar:
+    with tqdm(
+        total=total, initial=done, desc="recording", unit="batch", disable=distributed.silent()
+    ) as bar:
         while done < total:
             if done % len(pieces) % distributed.size() == distributed.rank():
-                loss = recorder.observe(**{key: value.to(device) for key, value in pieces[done % len(pieces)].items()})
+                loss = recorder.observe(
+                    **{key: value.to(device) for key, value in pieces[done % len(pieces)].items()}
+                )
             else:
                 recorder.skip(**pieces[done % len(pieces)])
             done += 1
@@ -236,16 +380,27 @@ def _by_observing(options: RecordOptions, model: nn.Module, encoded: list[Encode
             if done % len(pieces) == 0 and done < total:
                 recorder.end_pass()
             if done % options.save_steps == 0 and done < total:
-                rest = {"recorder": recorder.state_dict(), "done": done, "seconds": spent + time.perf_counter() - started}
-                recording_state.write(options, {"options": recording_state.comparable(options), "data": source["sha256"], **rest})
+                rest = {
+                    "recorder": recorder.state_dict(),
+                    "done": done,
+                    "seconds": spent + time.perf_counter() - started,
+                }
+                recording_state.write(
+                    options,
+                    {
+                        "options": recording_state.comparable(options),
+                        "data": source["sha256"],
+                        **rest,
+                    },
+                )
     importance = recorder.finish()
     return importance, spent + time.perf_counter() - started
 
 
-
-
 def _divide(options: RecordOptions, recorder: ObservingRecorder, row: torch.Tensor) -> None:
-    """Split the weights into the groups asked for, or into as few as fit into half of the free memory (activations and cutting need the rest)."""
+    """Split the weights into the groups asked for, or into as few as fit into half of the free
+    memory (activations and cutting need the rest).
+    """
     if options.groups == 1 or options.estimator not in LABELLED:
         return
     recorder.look(row)
@@ -253,36 +408,51 @@ def _divide(options: RecordOptions, recorder: ObservingRecorder, row: torch.Tens
         recorder.divide(options.groups)
         return
     on_gpu = row.device.type == "cuda"
-    # On a CPU only a cut makes room for the next group; on a GPU what a group amounts to is moved to the CPU in any case.
+    # On a CPU only a cut makes room for the next group; on a GPU what a group amounts to is moved to the
+    # CPU in any case.
     if not on_gpu and getattr(recorder, "rank", None) is None:
         return
     free = torch.cuda.mem_get_info(row.device)[0] if on_gpu else free_memory()
     if free is None or recorder.bytes() <= free // 2:
         return
-    groups = next((n for n in range(2, len(recorder.layers)) if recorder.bytes(n) <= free // 2), len(recorder.layers))
+    groups = next(
+        (n for n in range(2, len(recorder.layers)) if recorder.bytes(n) <= free // 2),
+        len(recorder.layers),
+    )
     passes = recorder.divide(groups)
-    logger.info("--groups %d: the sums of all weights take %.1f GiB, %.1f GiB of memory are free, of which half is for them; one pass over the text for each "
-                "group", passes, recorder.bytes() / 2**30, free / 2**30)  # fmt: skip
-
-
+    logger.info(
+        "--groups %d: the sums of all weights take %.1f GiB, %.1f GiB of memory are free, of "
+        "which half is for them; one pass over the text for each "
+        "group",
+        passes,
+        recorder.bytes() / 2**30,
+        free / 2**30,
+    )
 
 
 def _numbers_kept(options: RecordOptions, shapes: list[tuple[int, int]]) -> int:
-    """Numbers in the file of an observing estimator, at most: shared covariances count for each weight."""
+    """Numbers in the file of an observing estimator, at most: shared covariances count for each
+    weight.
+    """
     if options.estimator == "kronecker":
-        thin = options.cov_rank + 1 if options.cov_rank and not options.tier else max(max(shape) for shape in shapes)
+        thin = (
+            options.cov_rank + 1
+            if options.cov_rank and not options.tier
+            else max(max(shape) for shape in shapes)
+        )
         return sum(min(n, thin) * n for shape in shapes for n in shape)
-    return sum(math.prod(shape) if options.estimator == "fisher" else sum(shape) for shape in shapes)
-
-
+    return sum(
+        math.prod(shape) if options.estimator == "fisher" else sum(shape) for shape in shapes
+    )
 
 
 def _check_tier(options: RecordOptions) -> None:
     kind, _ = parse_tier(options.tier or "")
     if kind == "kronecker" and options.estimator != "kronecker":
-        raise OptionError(f"--tier {options.tier} needs --estimator kronecker, found --estimator {options.estimator}")
-
-
+        raise OptionError(
+            f"--tier {options.tier} needs --estimator kronecker, found --estimator "
+            f"{options.estimator}"
+        )
 
 
 def _observer(options: RecordOptions, model: nn.Module) -> ObservingRecorder:
@@ -290,17 +460,19 @@ def _observer(options: RecordOptions, model: nn.Module) -> ObservingRecorder:
         return Fisher(model, options.targets, labels=options.labels, seed=options.seed)
     if options.estimator == "kronecker":
         return Kronecker(
-            model, options.targets, labels=options.labels, rank=None if options.tier else options.cov_rank or None, seed=options.seed
+            model,
+            options.targets,
+            labels=options.labels,
+            rank=None if options.tier else options.cov_rank or None,
+            seed=options.seed,
         )  # a tier is cut from the whole
     return Activation(model, options.targets)
 
 
-
-
 def _disk_needed(options: RecordOptions, model: nn.Module, trainable: int, total: int) -> int:
-    """Bytes of the file with its anchor (f32), and of two states while one replaces the other: credit, Omega, adapter and AdamW's moments, all f32."""
+    """Bytes of the file with its anchor (f32), and of two states while one replaces the other:
+    credit, Omega, adapter and AdamW's moments, all f32.
+    """
     elements = sum(math.prod(weight.shape) for weight in target_weights(model))
     file = elements * (2 if options.tier == "bf16" else 4) + 4 * trainable
     return file + (2 * (8 * elements + 12 * trainable) if total > options.save_steps else 0)
-
-

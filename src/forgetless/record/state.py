@@ -1,7 +1,11 @@
-"""The saved states of a recording, beside the file to write: FILE.state, in several processes FILE.state.1 and so on too.
+"""The saved states of a recording, beside the file to write:
 
-    write(options, {"options": comparable(options), "data": sha256, ...})      # atomic, all processes at about the same moment
-    state = load(options)                                                      # None without --resume or where there is none
+FILE.state, in several processes FILE.state.1 and so on too.
+
+    write(options, {"options": comparable(options), "data": sha256, ...})      # atomic, all
+        processes at about the same moment
+    state = load(options)                                                      # None without
+        --resume or where there is none
 
 Read with weights_only, so that no code in a file can run.
 """
@@ -29,13 +33,22 @@ def place(options: RecordOptions) -> Path:
     return Path(f"{options.out}.state" + (f".{distributed.rank()}" if distributed.rank() else ""))
 
 
-
-
 def comparable(options: RecordOptions) -> dict[str, Any]:
     """The options that decide the result, as they must be again to go on."""
-    return {k: v for k, v in as_dict(options).items() if k not in ("resume", "save_steps", "device", "threads", "tier", "keep_anchor", *NOT_IN_THE_RESULT)}
-
-
+    return {
+        k: v
+        for k, v in as_dict(options).items()
+        if k
+        not in (
+            "resume",
+            "save_steps",
+            "device",
+            "threads",
+            "tier",
+            "keep_anchor",
+            *NOT_IN_THE_RESULT,
+        )
+    }
 
 
 def write(options: RecordOptions, state: dict[str, Any]) -> None:
@@ -43,8 +56,6 @@ def write(options: RecordOptions, state: dict[str, Any]) -> None:
     with atomic_path(place(options)) as temporary:
         torch.save({**state, "processes": distributed.size()}, temporary)
         distributed.barrier()  # all states are renamed at about the same moment
-
-
 
 
 def load(options: RecordOptions) -> dict[str, Any] | None:
@@ -59,20 +70,32 @@ def load(options: RecordOptions) -> dict[str, Any] | None:
         state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:
         first = str(error).strip().splitlines()[0]
-        raise ValueError(f"{path} is not a whole saved state ({first}); remove it, or start again without --resume") from error
+        raise ValueError(
+            f"{path} is not a whole saved state ({first}); remove it, or start again without "
+            "--resume"
+        ) from error
     if not isinstance(state, dict) or not isinstance(state.get("options"), dict):
-        raise ValueError(f"{path} is not a saved state of forgetless record; remove it, or start again without --resume")
+        raise ValueError(
+            f"{path} is not a saved state of forgetless record; remove it, or start again "
+            "without --resume"
+        )
     then_many = state.get("processes", 1)
     if then_many != distributed.size():
-        raise OptionError(f"{path} was made by {then_many} process(es), found {distributed.size()}; use as many, or no --resume")
+        raise OptionError(
+            f"{path} was made by {then_many} process(es), found {distributed.size()}; use as "
+            "many, or no --resume"
+        )
     if len(set(distributed.collect(state["done"]))) > 1:
-        raise ValueError(f"the processes' states beside {options.out} are of different steps, as when interrupted while writing; start again without --resume")
+        raise ValueError(
+            f"the processes' states beside {options.out} are of different steps, as when "
+            "interrupted while writing; start again without --resume"
+        )
     now, then = comparable(options), state["options"]
     different = sorted(key for key in now if now[key] != then.get(key))
     if different:
         raise OptionError(
-            f"{path} was made with other options: {', '.join(f'{k}={then.get(k)!r} (now {now[k]!r})' for k in different)}; use the same, or no --resume"
+            f"{path} was made with other options: "
+            f"{', '.join(f'{k}={then.get(k)!r} (now {now[k]!r})' for k in different)}; use the "
+            "same, or no --resume"
         )
     return state
-
-

@@ -17,10 +17,11 @@ def known(value: Any) -> float | None:
     return float(value)
 
 
-
-
 def nats(value: Any, error: Any = None, *, digits: int | None = None) -> str:
-    """'0.056 ± 0.002'; the error only where there is one. One digit more below 0.01, where methods that forget little differ."""
+    """'0.056 ± 0.002'; the error only where there is one.
+
+    One digit more below 0.01, where methods that forget little differ.
+    """
     number, spread = known(value), known(error)
     if number is None:
         return MISSING
@@ -30,16 +31,12 @@ def nats(value: Any, error: Any = None, *, digits: int | None = None) -> str:
     return shown if spread is None else f"{shown} ± {spread:.{digits}f}"
 
 
-
-
 def share(value: Any, error: Any = None) -> str:
     """'84.5 % ± 0.4 %'."""
     number, spread = known(value), known(error)
     if number is None:
         return MISSING
     return f"{100 * number:.1f} %" + ("" if spread is None else f" ± {100 * spread:.1f} %")
-
-
 
 
 def perplexity_percent(nats: float) -> float:
@@ -52,8 +49,6 @@ def percent(value: float) -> str:
     return f"{100 * value:g} %"
 
 
-
-
 def size(value: Any) -> str:
     """Bytes in the unit that suits them."""
     number = known(value)
@@ -63,8 +58,6 @@ def size(value: Any) -> str:
         if number >= step:
             return f"{number / step:.3g} {unit}"
     return f"{number:.0f} B"
-
-
 
 
 def duration(value: Any) -> str:
@@ -80,18 +73,16 @@ def duration(value: Any) -> str:
     return f"{seconds // 3600} h {seconds % 3600 // 60} min"
 
 
-
-
 def whole(value: Any) -> str:
     """'78,848'."""
     number = known(value)
     return MISSING if number is None else f"{number:,.0f}"
 
 
-
-
 def text(value: Any) -> str:
-    """Any plain value on one line: numbers short, lists with commas, mappings as 'key: value', None and '' as missing."""
+    """Any plain value on one line: numbers short, lists with commas, mappings as 'key: value', None
+    and '' as missing.
+    """
     if value is None or value == "":
         return MISSING
     if isinstance(value, bool):
@@ -105,18 +96,12 @@ def text(value: Any) -> str:
     return str(value)
 
 
-
-
 def exact(value: float) -> str:
     """The whole number behind what is shown, for sorting and CSV."""
     return str(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)
-
-
 
 
 def settings(values: Mapping[str, Any] | None) -> str:
     """'learning rate 0.004, strength 10': the settings that say something."""
     shown = {key: value for key, value in (values or {}).items() if value not in (None, "", False)}
     return ", ".join(f"{key.replace('_', ' ')} {text(value)}" for key, value in shown.items())
-
-

@@ -2,8 +2,9 @@
 
     write(load("out/lab"), "report.html")        # or: forgetless report out/lab
 
-Styles, script and Plotly's own script are written into it. Jinja escapes all text; what scripts read is JSON in which no tag can begin; a
-Content-Security-Policy forbids every request and every script but those whose hash it names. Costs 5 MB, nearly all of it Plotly.
+Styles, script and Plotly's own script are written into it. Jinja escapes all text; what scripts
+read is JSON in which no tag can begin; a Content-Security-Policy forbids every request and every
+script but those whose hash it names. Costs 5 MB, nearly all of it Plotly.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ SPOKEN = {"base": "before", "plain": "after plain", "hold": "after holding"}
 
 
 def report(options: ReportOptions) -> None:
-    """`forgetless report`: writes the page and prints its path; markdown goes to standard output where no file is named."""
+    """`forgetless report`: writes the page and prints its path; markdown goes to standard output
+    where no file is named.
+    """
     folder = Path(options.folder)
     contents = load(folder)
     if options.title:
@@ -48,8 +51,6 @@ def report(options: ReportOptions) -> None:
     print(write(contents, path, form=options.format))
 
 
-
-
 def write(contents: Contents, path: str | Path, *, form: str = "html") -> Path:
     """Write the report, whole or not at all; `form` is html or markdown."""
     shown = page(contents) if form == "html" else markdown(contents)
@@ -58,14 +59,16 @@ def write(contents: Contents, path: str | Path, *, form: str = "html") -> Path:
     return Path(path)
 
 
-
-
 def page(contents: Contents) -> str:
     """The HTML."""
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.ChainableUndefined,
                                      trim_blocks=True, lstrip_blocks=True)  # fmt: skip # chainable: a key that a folder lacks is missing, not an error
-    environment.filters |= {"nats": numbers.nats, "line": lambda value: numbers.text(value or None), "duration": numbers.duration,
-                            "exact": numbers.exact}  # fmt: skip
+    environment.filters |= {
+        "nats": numbers.nats,
+        "line": lambda value: numbers.text(value or None),
+        "duration": numbers.duration,
+        "exact": numbers.exact,
+    }
     text, drawn = recorded_text(contents), _figures(contents)
     hidden = hidden_at_first(contents, text)
     scripts = [plotly(), (HERE / "page.js").read_text(encoding="utf-8")]
@@ -90,36 +93,46 @@ def page(contents: Contents) -> str:
     )
 
 
-
-
 def plotly() -> str:
-    """Plotly's script as its package brings it, without importing the package. Raises ValueError where it is not installed."""
+    """Plotly's script as its package brings it, without importing the package.
+
+    Raises ValueError where it is not installed.
+    """
     spec = find_spec("plotly")
     if spec is None or not spec.submodule_search_locations:
-        raise ValueError("the report's figures need plotly, which is not installed; run: pip install plotly, or give --format markdown")
-    found = (Path(next(iter(spec.submodule_search_locations))) / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
+        raise ValueError(
+            "the report's figures need plotly, which is not installed; run: pip install plotly, "
+            "or give --format markdown"
+        )
+    found = (
+        Path(next(iter(spec.submodule_search_locations))) / "package_data" / "plotly.min.js"
+    ).read_text(encoding="utf-8")
     assert "</script" not in found
     return found.replace("\r", "")  # as HTML reads it, so that its hash is right
 
 
-
-
 def policy(scripts: Iterable[str]) -> str:
-    """A Content-Security-Policy under which the page can load nothing and run only these scripts; Plotly sets styles and exports pictures."""
-    hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" for script in scripts)
-    return f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
-
-
+    """A Content-Security-Policy under which the page can load nothing and run only these scripts;
+    Plotly sets styles and exports pictures.
+    """
+    hashes = " ".join(
+        f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+        for script in scripts
+    )
+    return (
+        f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: "
+        "blob:; base-uri 'none'; form-action 'none'"
+    )
 
 
 def as_json(data: Any) -> str:
-    """JSON that may stand inside a script element: no tag, comment or line separator can begin in it."""
+    """JSON that may stand inside a script element: no tag, comment or line separator can begin in
+    it.
+    """
     found = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for sign in "<>&\u2028\u2029":
         found = found.replace(sign, f"\\u{ord(sign):04x}")
     return found
-
-
 
 
 def _rounded(data: Any) -> Any:
@@ -131,22 +144,31 @@ def _rounded(data: Any) -> Any:
     return float(f"{data:.6g}") if isinstance(data, float) else data
 
 
-
-
 def _choices(contents: Contents, text: str | None) -> dict[str, list[str]]:
-    """What can be chosen, the first one at the start: domains, texts (the recorded kind first), shares, importance files."""
-    rows = [row for texts in contents["equal_learning"].values() for rows in texts.values() for row in rows]
+    """What can be chosen, the first one at the start: domains, texts (the recorded kind first),
+    shares, importance files.
+    """
+    rows = [
+        row
+        for texts in contents["equal_learning"].values()
+        for rows in texts.values()
+        for row in rows
+    ]
     shares = sorted({row["share"] for row in rows}, reverse=True)
     texts = [str(entry["name"]) for entry in contents["texts"]]
-    return {"domain": [str(domain["name"]) for domain in contents["domains"]], "text": sorted(texts, key=lambda name: name != text),
-            "share": [numbers.percent(share) for share in shares], "importance": [str(item.get("name")) for item in contents["importance"]]}  # fmt: skip
-
-
+    return {
+        "domain": [str(domain["name"]) for domain in contents["domains"]],
+        "text": sorted(texts, key=lambda name: name != text),
+        "share": [numbers.percent(share) for share in shares],
+        "importance": [str(item.get("name")) for item in contents["importance"]],
+    }
 
 
 def _figures(contents: Contents) -> dict[str, list[dict[str, Any]]]:
     """Every figure in every view of it: {"frontier": [{"domain", "text", "figure"}, ...], ...}."""
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in ("frontier", "equal", "trade", "control", "curves", "heat", "movement")}
+    found: dict[str, list[dict[str, Any]]] = {
+        name: [] for name in ("frontier", "equal", "trade", "control", "curves", "heat", "movement")
+    }
     look = looks(contents["methods"], contents["reference"])
 
     def add(name: str, figure: figures.Figure | None, **view: str) -> None:
@@ -155,9 +177,17 @@ def _figures(contents: Contents) -> dict[str, list[dict[str, Any]]]:
 
     for domain in (str(entry["name"]) for entry in contents["domains"]):
         for text in (str(entry["name"]) for entry in contents["texts"]):
-            add("frontier", figures.frontier(contents, look, domain, text), domain=domain, text=text)
+            add(
+                "frontier", figures.frontier(contents, look, domain, text), domain=domain, text=text
+            )
             for share in sorted({row["share"] for row in equal_rows(contents, domain, text)}):
-                add("equal", figures.equal_learning(contents, look, domain, text, share), domain=domain, text=text, share=numbers.percent(share))
+                add(
+                    "equal",
+                    figures.equal_learning(contents, look, domain, text, share),
+                    domain=domain,
+                    text=text,
+                    share=numbers.percent(share),
+                )
         add("curves", figures.curves(contents, look, domain), domain=domain)
         add("movement", figures.movement(contents, look, domain), domain=domain)
     for item in contents["importance"]:
@@ -168,26 +198,49 @@ def _figures(contents: Contents) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-
-
 def _tables(contents: Contents) -> dict[str, Any]:
-    pairs = [(str(domain["name"]), str(text["name"])) for domain in contents["domains"] for text in contents["texts"]]
-    views = [] if contents["kind"] == "run" else [(domain, text, tables.methods(contents, domain, text)) for domain, text in pairs]
-    return {"methods": views, "runs": tables.runs(contents), "measures": tables.measures(contents), "before": tables.before(contents),
-            "budget": promise.table(contents["budget"]) if contents["budget"] else None,
-            "sequences": tables.sequences(contents), "sequence_summary": tables.sequence_summary(contents)}  # fmt: skip
-
-
+    pairs = [
+        (str(domain["name"]), str(text["name"]))
+        for domain in contents["domains"]
+        for text in contents["texts"]
+    ]
+    views = (
+        []
+        if contents["kind"] == "run"
+        else [(domain, text, tables.methods(contents, domain, text)) for domain, text in pairs]
+    )
+    return {
+        "methods": views,
+        "runs": tables.runs(contents),
+        "measures": tables.measures(contents),
+        "before": tables.before(contents),
+        "budget": promise.table(contents["budget"]) if contents["budget"] else None,
+        "sequences": tables.sequences(contents),
+        "sequence_summary": tables.sequence_summary(contents),
+    }
 
 
 def _sample(contents: Contents, sample: Mapping[str, Any]) -> dict[str, Any]:
     """A sample with its outputs in reading order: before, after plain, after holding, the rest."""
     outputs = sample.get("outputs") or {}
-    order = [*(name for name in SPOKEN if name in outputs), *(name for name in outputs if name not in SPOKEN)]
-    shown = [{"name": name, "title": SPOKEN.get(name) or f"after {label(contents, name)}", "text": str(outputs[name] or "").strip()} for name in order]
-    return {"domain": sample.get("domain"), "prompt": sample.get("prompt"), "reference": sample.get("reference"), "outputs": shown}
-
-
+    order = [
+        *(name for name in SPOKEN if name in outputs),
+        *(name for name in outputs if name not in SPOKEN),
+    ]
+    shown = [
+        {
+            "name": name,
+            "title": SPOKEN.get(name) or f"after {label(contents, name)}",
+            "text": str(outputs[name] or "").strip(),
+        }
+        for name in order
+    ]
+    return {
+        "domain": sample.get("domain"),
+        "prompt": sample.get("prompt"),
+        "reference": sample.get("reference"),
+        "outputs": shown,
+    }
 
 
 def _experiment(found: Any) -> str:
@@ -197,8 +250,6 @@ def _experiment(found: Any) -> str:
     return str(yaml.safe_dump(_plain(found), sort_keys=False, allow_unicode=True, width=100))
 
 
-
-
 def _plain(data: Any) -> Any:
     """Plain values for YAML's safe dumper."""
     if isinstance(data, Mapping):
@@ -206,5 +257,3 @@ def _plain(data: Any) -> Any:
     if isinstance(data, (list, tuple)):
         return [_plain(value) for value in data]
     return data if data is None or isinstance(data, (bool, int, float)) else str(data)
-
-

@@ -1,4 +1,6 @@
-"""Importance of a domain that was just learned: recorded by the estimator and in the form of what there is so far, and consolidated with it."""
+"""Importance of a domain that was just learned: recorded by the estimator and in the form of what
+there is so far, and consolidated with it.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +26,25 @@ from forgetless.record.record import record_on
 logger = logging.getLogger("forgetless")
 
 
-def consolidate(so_far: str, learned: str, split: str | None, model: Callable[[], nn.Module], options: TuneOptions, out: Path, *, saved: bool = False) -> str:
-    """The file that the next step is held by: `so_far` with the importance of the rows of `learned`, by `options.consolidate`, written to `out`.
+def consolidate(
+    so_far: str,
+    learned: str,
+    split: str | None,
+    model: Callable[[], nn.Module],
+    options: TuneOptions,
+    out: Path,
+    *,
+    saved: bool = False,
+) -> str:
+    """The file that the next step is held by:
 
-    `split` of a Hub dataset (None: that of the options). `model` gives the model that has learned them; `saved`: the next step loads that model itself
-    (options.model), not the base. Uniform importance is the same whatever was learned, and is given back as it is. The domain's own importance stays beside
-    `out` as domain.safetensors, where it is found again.
+    `so_far` with the importance of the rows of `learned`, by `options.consolidate`, written to
+    `out`.
+
+    `split` of a Hub dataset (None: that of the options). `model` gives the model that has learned
+    them; `saved`: the next step loads that model itself (options.model), not the base. Uniform
+    importance is the same whatever was learned, and is given back as it is. The domain's own
+    importance stays beside `out` as domain.safetensors, where it is found again.
     """
     rule = options.consolidate or "sum"
     if rule == "none":
@@ -37,21 +52,41 @@ def consolidate(so_far: str, learned: str, split: str | None, model: Callable[[]
     old = Importance.load(so_far)
     if old.info.get("estimator") == "uniform":
         return so_far
-    last = _recorded(old, learned, split or options.data_split, model, options, out.with_name("domain.safetensors"))
+    last = _recorded(
+        old,
+        learned,
+        split or options.data_split,
+        model,
+        options,
+        out.with_name("domain.safetensors"),
+    )
     both = consolidated(old, last, rule)
     if saved:
         both.info["model"] = last.info["model"]
     error = both.info["consolidated"][-1]["error"]
-    logger.info("importance of %s consolidated with that before (%s): relative error %.3f at the median weight, %.3f at most", learned, rule, error["median"],
-                error["largest"])  # fmt: skip
+    logger.info(
+        "importance of %s consolidated with that before (%s): relative error %.3f at the median "
+        "weight, %.3f at most",
+        learned,
+        rule,
+        error["median"],
+        error["largest"],
+    )
     both.save(out)
     return str(out)
 
 
-
-
-def _recorded(like: Importance, learned: str, split: str, model: Callable[[], nn.Module], options: TuneOptions, out: Path) -> Importance:
-    """Importance of what is scored in the rows of `learned`, by the estimator and in the form of `like`."""
+def _recorded(
+    like: Importance,
+    learned: str,
+    split: str,
+    model: Callable[[], nn.Module],
+    options: TuneOptions,
+    out: Path,
+) -> Importance:
+    """Importance of what is scored in the rows of `learned`, by the estimator and in the form of
+    `like`.
+    """
     if out.exists():
         return Importance.load(out)
     recipe = recipe_of(like, options, str(out))
@@ -63,28 +98,68 @@ def _recorded(like: Importance, learned: str, split: str, model: Callable[[], nn
     tokenizer, taught = load_tokenizer(options), model()
     rows = list(load_training_data(learned, split=split))[: recipe.documents]
     length = min(recipe.length or 1024, context_length(taught))
-    encoded = [(ids[-length:], scored[-length:]) for ids, scored in encode_rows(rows, tokenizer, completion_only=options.completion_only is not False)]
+    encoded = [
+        (ids[-length:], scored[-length:])
+        for ids, scored in encode_rows(
+            rows, tokenizer, completion_only=options.completion_only is not False
+        )
+    ]
     encoded = [row for row in encoded if any(row[1][1:])]
-    source = {"source": learned, "documents": len(rows), "tokens": sum(len(ids) for ids, _ in encoded), "sha256": fingerprint_rows(rows)}
+    source = {
+        "source": learned,
+        "documents": len(rows),
+        "tokens": sum(len(ids) for ids, _ in encoded),
+        "sha256": fingerprint_rows(rows),
+    }
     return record_on(recipe, taught, tokenizer, encoded, source, state)
 
 
-
-
 def recipe_of(importance: Importance, options: TuneOptions, out: str) -> RecordOptions:
-    """The options by which importance of another text is recorded as `importance` was, on the model of `options`."""
+    """The options by which importance of another text is recorded as `importance` was, on the model
+    of `options`.
+    """
     estimator, tier = str(importance.info.get("estimator")), importance.tier
     known = {field.name for field in dataclasses.fields(RecordOptions)}
-    unused = {"out", "resume", "calibrate", "general", "general_split", "text_column", "model", "cov_rank", "tier", "keep_anchor",
-              *(() if estimator.startswith("path") else (*TRAINING_ONLY, "preset")), *(() if estimator in LABELLED else ("labels", "groups"))}  # fmt: skip
-    given = {key: value for key, value in importance.info.get("settings", {}).items() if key in known - unused}
+    unused = {
+        "out",
+        "resume",
+        "calibrate",
+        "general",
+        "general_split",
+        "text_column",
+        "model",
+        "cov_rank",
+        "tier",
+        "keep_anchor",
+        *(() if estimator.startswith("path") else (*TRAINING_ONLY, "preset")),
+        *(() if estimator in LABELLED else ("labels", "groups")),
+    }
+    given = {
+        key: value
+        for key, value in importance.info.get("settings", {}).items()
+        if key in known - unused
+    }
     kind, _, rank = tier.partition(":")
     if estimator == "kronecker" and kind == "kronecker":
         given["cov_rank"] = int(rank or 0)
     else:
         given["tier"] = tier
-    mine = {key: getattr(options, key) for key in ("model", "revision", "dtype", "device", "trust_remote_code", "threads", "seed", "resume")}
+    mine = {
+        key: getattr(options, key)
+        for key in (
+            "model",
+            "revision",
+            "dtype",
+            "device",
+            "trust_remote_code",
+            "threads",
+            "seed",
+            "resume",
+        )
+    }
     keep = {"keep_anchor": False} if estimator.startswith("path") else {}
-    return resolve(RecordOptions, {**given, **mine, **keep, "estimator": estimator, "quantize": "none", "out": out}, RECORD_PRESETS)
-
-
+    return resolve(
+        RecordOptions,
+        {**given, **mine, **keep, "estimator": estimator, "quantize": "none", "out": out},
+        RECORD_PRESETS,
+    )

@@ -21,15 +21,25 @@ from forgetless.penalty.pull import check_fit
 
 def check_options(options: TuneOptions) -> dict[str, Method]:
     """Everything that can be refused without loading a model; the methods that the options name."""
-    distributed.split_batch(options.batch_size, options.accumulation)  # refuses what cannot be shared
+    distributed.split_batch(
+        options.batch_size, options.accumulation
+    )  # refuses what cannot be shared
     if options.full and options.quantize != "none":
-        raise OptionError("--full trains the weights themselves, which a quantised base does not allow; leave out --quantize")
+        raise OptionError(
+            "--full trains the weights themselves, which a quantised base does not allow; leave "
+            "out --quantize"
+        )
     if options.anchor == "recorded" and options.importance is None:
         raise OptionError("--anchor recorded (also in --preset paper) needs --importance FILE")
     if options.anchor == "recorded" and options.full:
-        raise OptionError("--anchor recorded starts from the recorded adapter; use --anchor base with --full")
+        raise OptionError(
+            "--anchor recorded starts from the recorded adapter; use --anchor base with --full"
+        )
     if options.report_to != "none" and importlib.util.find_spec(options.report_to) is None:
-        raise OptionError(f"--report-to {options.report_to} needs a package of that name, which is not installed; pip install {options.report_to}")
+        raise OptionError(
+            f"--report-to {options.report_to} needs a package of that name, which is not "
+            f"installed; pip install {options.report_to}"
+        )
     if options.private is not None and not options.push_to_hub:
         raise OptionError("--private is for --push-to-hub NAME, which is not given")
     methods = chosen(options)
@@ -38,9 +48,9 @@ def check_options(options: TuneOptions) -> dict[str, Method]:
     return methods
 
 
-
-
-def check_model(options: TuneOptions, model: nn.Module, importance: Importance | None, how: Any) -> None:
+def check_model(
+    options: TuneOptions, model: nn.Module, importance: Importance | None, how: Any
+) -> None:
     """Everything that can be refused with the bare model at hand."""
     places = placed(model, options.targets)
     names = [place.name for place in places]
@@ -51,17 +61,16 @@ def check_model(options: TuneOptions, model: nn.Module, importance: Importance |
         rank = importance.anchors[names[0]][0].shape[0]
         if rank != options.rank:
             raise OptionError(
-                f"--anchor recorded goes on from the recorded adapter of rank {rank}, found --rank {options.rank}; use --rank {rank} or --anchor base"
+                f"--anchor recorded goes on from the recorded adapter of rank {rank}, found "
+                f"--rank {options.rank}; use --rank {rank} or --anchor base"
             )
 
 
-
-
 def disk_needed(options: TuneOptions, model: nn.Module) -> int:
-    """Bytes of the result and of up to three checkpoints (two are kept while the next is written) with AdamW's two moments per trained parameter."""
+    """Bytes of the result and of up to three checkpoints (two are kept while the next is written)
+    with AdamW's two moments per trained parameter.
+    """
     size = lambda parameters: sum(p.numel() * p.element_size() for p in parameters)
     trained = size(p for p in model.parameters() if p.requires_grad)
     saved = size(model.parameters()) if options.full else trained
     return saved * (2 if options.budget else 1) + 3 * (saved + 2 * trained)
-
-

@@ -16,12 +16,16 @@ from forgetless.report.cards import write_merged_card
 logger = logging.getLogger("forgetless")
 
 
-
 def merge(adapter: str, out: str, *, dtype: str | None = None) -> None:
-    """Merge a PEFT adapter into its base model and save the result, a plain transformers model, to `out`."""
+    """Merge a PEFT adapter into its base model and save the result, a plain transformers model, to
+    `out`.
+    """
     base = checked(adapter).get("base_model_name_or_path")
     if not base:
-        raise FileError(f"'{adapter}' does not say which model it belongs to: base_model_name_or_path in its adapter_config.json is empty")
+        raise FileError(
+            f"'{adapter}' does not say which model it belongs to: base_model_name_or_path in its "
+            "adapter_config.json is empty"
+        )
     options = resolve(ModelOptions, {"model": base, "dtype": dtype or "auto"})
     check_output_folder(out)
     if any(Path(out).iterdir()):
@@ -30,5 +34,3 @@ def merge(adapter: str, out: str, *, dtype: str | None = None) -> None:
     save_whole(model, load_tokenizer(options), Path(out))
     write_merged_card(out, adapter, options.model)
     logger.info("merged %s into %s: %s", adapter, options.model, out)
-
-

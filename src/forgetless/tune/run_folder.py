@@ -1,4 +1,5 @@
-"""The folder of a run of tune: whether it may be written, whether a run in it can be gone on with, and its checkpoints.
+"""The folder of a run of tune: whether it may be written, whether a run in it can be gone on with,
+and its checkpoints.
 
     check_folder(options, Path("run"))        # OptionError or ValueError, before anything is loaded
     last_checkpoint(Path("run"))              # 'run/checkpoints/checkpoint-40', or None
@@ -9,7 +10,6 @@ Reads and removes; the trainer writes the checkpoints.
 from __future__ import annotations
 
 import contextlib
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,20 +19,48 @@ from forgetless.model import distributed
 from forgetless.options.option import as_dict, read_yaml
 from forgetless.options.tune import TuneOptions
 
-INPUTS = "inputs.json"  # what the data of a run were when it was started: name -> sha256 of the rows
+INPUTS = (
+    "inputs.json"  # what the data of a run were when it was started: name -> sha256 of the rows
+)
 # What a resumed run may change: nothing of it decides the result.
-MAY_CHANGE = ("resume", "overwrite", "out", "device", "threads", "save_steps", "log_steps", "report_to", "general", "general_split", "text_column", "eval_data",
-              "offload_importance", "eval_split", "eval_steps", "tasks", "limit", "push_to_hub", "private", "keep_all")  # fmt: skip
+MAY_CHANGE = (
+    "resume",
+    "overwrite",
+    "out",
+    "device",
+    "threads",
+    "save_steps",
+    "log_steps",
+    "report_to",
+    "general",
+    "general_split",
+    "text_column",
+    "eval_data",
+    "offload_importance",
+    "eval_split",
+    "eval_steps",
+    "tasks",
+    "limit",
+    "push_to_hub",
+    "private",
+    "keep_all",
+)
 
 
 def check_folder(options: TuneOptions, out: Path) -> None:
-    """Refuse a folder that holds another run. What a kill left of a checkpoint is removed; with --overwrite, all checkpoints."""
+    """Refuse a folder that holds another run.
+
+    What a kill left of a checkpoint is removed; with --overwrite, all checkpoints.
+    """
     if options.resume:
         check_resumed(options, out)
     if (out / "run.json").exists() and not (options.overwrite or options.resume):
         raise ValueError(f"'{out}' holds a finished run; give another --out, or --overwrite")
     if (out / "checkpoints").exists() and not (options.resume or options.overwrite):
-        raise ValueError(f"'{out}' holds checkpoints of an unfinished run; go on with --resume, or start again with --overwrite")
+        raise ValueError(
+            f"'{out}' holds checkpoints of an unfinished run; go on with --resume, or start "
+            "again with --overwrite"
+        )
     distributed.barrier()  # before anything is written, every process has looked
     if distributed.first():
         if not options.resume:
@@ -41,42 +69,53 @@ def check_folder(options: TuneOptions, out: Path) -> None:
     distributed.barrier()
 
 
-
-
 def check_resumed(options: TuneOptions, out: Path, *, measured: Sequence[str] = ()) -> None:
-    """Raise OptionError where the options that decide the result are not those that the interrupted run was started with; `measured`: more that decide it."""
+    """Raise OptionError where the options that decide the result are not those that the interrupted
+    run was started with; `measured`: more that decide it.
+    """
     path = out / "config.yaml"
     if not path.is_file():
         return
     then, now = read_yaml(path), as_dict(options)
-    budget = {"general", "general_split", "text_column", "limit", "eval_data", "eval_split"}  # controlled on this text, chosen by what is learned of these rows
+    budget = {
+        "general",
+        "general_split",
+        "text_column",
+        "limit",
+        "eval_data",
+        "eval_split",
+    }  # controlled on this text, chosen by what is learned of these rows
     may_change = set(MAY_CHANGE) - set(measured) - (budget if options.budget else set())
     if options.strength is None:  # then it was what suits the importance file, which is compared
         may_change.add("strength")
-    different = sorted(key for key in now if key in then and now[key] != then[key] and key not in may_change)
+    different = sorted(
+        key for key in now if key in then and now[key] != then[key] and key not in may_change
+    )
     if different:
-        raise OptionError(f"{path} was made with other options: {', '.join(f'{k}={then[k]!r} (now {now[k]!r})' for k in different)}; "
-                          "use the same, or --overwrite without --resume")  # fmt: skip
-
-
+        raise OptionError(
+            f"{path} was made with other options: "
+            f"{', '.join(f'{k}={then[k]!r} (now {now[k]!r})' for k in different)}; "
+            "use the same, or --overwrite without --resume"
+        )
 
 
 def check_inputs(found: Mapping[str, str], out: Path) -> None:
-    """Raise ValueError where the hashes of the data of a resumed run are not those that it was started with (INPUTS, written beside config.yaml)."""
+    """Raise ValueError where the hashes of the data of a resumed run are not those that it was
+    started with (INPUTS, written beside config.yaml).
+    """
     then = read_json(out / INPUTS) if (out / INPUTS).is_file() else {}
     changed = sorted(name for name, digest in found.items() if then.get(name, digest) != digest)
     if changed:
-        raise ValueError(f"'{out}' was started with other data: changed are the {', the '.join(changed)}; give the same, or start again with --overwrite")
-
-
+        raise ValueError(
+            f"'{out}' was started with other data: changed are the {', the '.join(changed)}; "
+            "give the same, or start again with --overwrite"
+        )
 
 
 def last_checkpoint(out: Path) -> str | None:
     """The newest whole checkpoint."""
     whole = [folder for folder in (out / "checkpoints").glob("checkpoint-*") if _is_whole(folder)]
     return str(max(whole, key=lambda folder: int(folder.name.split("-")[-1]))) if whole else None
-
-
 
 
 def clear_checkpoints(folder: Path) -> None:
@@ -86,11 +125,10 @@ def clear_checkpoints(folder: Path) -> None:
             discard(checkpoint)
 
 
-
-
-
 def _is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written to its end: the trainer writes trainer_state.json last, and not at once."""
+    """Whether a checkpoint was written to its end: the trainer writes trainer_state.json last, and
+    not at once.
+    """
     with contextlib.suppress(ValueError):
         return isinstance(read_json(checkpoint / "trainer_state.json"), dict)
     return False

@@ -1,4 +1,7 @@
-"""The trainer of tune(): TRL's SFTTrainer with our settings, and its training begun or gone on with. Nothing in it knows of the penalty.
+"""The trainer of tune():
+
+TRL's SFTTrainer with our settings, and its training begun or gone on with. Nothing in it knows of
+the penalty.
 
     trainer = made(options, peft_model, tokenizer, encoded, held)
     train(trainer, last_checkpoint(out) if options.resume else None)
@@ -36,24 +39,49 @@ from forgetless.tune.run_folder import clear_checkpoints
 
 
 class StopOnNonFinite(TrainerCallback):
-    """Stops before a step on a non-finite gradient, and before a checkpoint of non-finite weights, so that the last checkpoint stays good."""
+    """Stops before a step on a non-finite gradient, and before a checkpoint of non-finite weights,
+    so that the last checkpoint stays good.
+    """
 
-    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         check_gradients(args, state, kwargs["model"])
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if control.should_save and not all(bool(torch.isfinite(distributed.local(p)).all()) for p in kwargs["model"].parameters() if p.requires_grad):
-            raise ValueError(f"non-finite weights after step {state.global_step}; the last good checkpoint is kept. "
-                             "Lower the learning rate, or train in float32, and resume from it")  # fmt: skip
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if control.should_save and not all(
+            bool(torch.isfinite(distributed.local(p)).all())
+            for p in kwargs["model"].parameters()
+            if p.requires_grad
+        ):
+            raise ValueError(
+                f"non-finite weights after step {state.global_step}; the last good checkpoint is "
+                "kept. "
+                "Lower the learning rate, or train in float32, and resume from it"
+            )
 
 
-SHOWN = (("loss", "loss"), ("kl", "kl"), ("energy", "energy"), ("pull", "pull_norm"))  # name in the bar, name in the log
+SHOWN = (
+    ("loss", "loss"),
+    ("kl", "kl"),
+    ("energy", "energy"),
+    ("pull", "pull_norm"),
+)  # name in the bar, name in the log
 
 
 class ProgressBar(ProgressCallback):
     """The trainer's bar with loss, energy, pull and tokens/s of the last log beside its ETA."""
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         shown = {name: f"{logs[key]:.3g}" for name, key in SHOWN if logs and key in logs}
         now, tokens = time.perf_counter(), float((logs or {}).get("num_tokens", 0))
         then, seen = getattr(self, "_last", (now, tokens))
@@ -65,10 +93,10 @@ class ProgressBar(ProgressCallback):
         super().on_log(args, state, control, logs=logs, **kwargs)
 
 
-
-
 class FullSteps(Sampler[int]):
-    """A trainer's random order of `count` rows, then `blank`, the index of a row that scores nothing, until the last optimizer step is full too."""
+    """A trainer's random order of `count` rows, then `blank`, the index of a row that scores
+    nothing, until the last optimizer step is full too.
+    """
 
     def __init__(self, count: int, per_step: int, seed: int):
         self.inner = SeedableRandomSampler(range(count), data_seed=seed)
@@ -86,13 +114,12 @@ class FullSteps(Sampler[int]):
         self.inner.set_epoch(epoch)
 
 
-
-
 def whole_steps(trainer: Any) -> None:
-    """Let several processes train on the rows that one would, in the same steps; nothing to do in one.
+    """Let several processes train on the rows that one would, in the same steps; nothing to do in
+    one.
 
-    accelerate fills an epoch's last batches with rows from its beginning, which then count twice. A row without labels fills them here; that row
-    comes after all others.
+    accelerate fills an epoch's last batches with rows from its beginning, which then count twice. A
+    row without labels fills them here; that row comes after all others.
     """
     if not distributed.running():
         return
@@ -104,17 +131,18 @@ def whole_steps(trainer: Any) -> None:
     trainer._get_train_sampler = lambda _=None: FullSteps(len(data), per_step, seed)
 
 
+def made(
+    options: TuneOptions,
+    model: nn.Module,
+    tokenizer: Any,
+    data: Any,
+    held: Any,
+    optimizer: Any = None,
+) -> Any:
+    """A trainer on encoded rows, measured on `held` where given.
 
-
-
-
-
-
-
-
-
-def made(options: TuneOptions, model: nn.Module, tokenizer: Any, data: Any, held: Any, optimizer: Any = None) -> Any:
-    """A trainer on encoded rows, measured on `held` where given. Without `optimizer` it makes its AdamW."""
+    Without `optimizer` it makes its AdamW.
+    """
     from trl import SFTConfig, SFTTrainer
 
     base = unwrapped(model)
@@ -132,7 +160,9 @@ def made(options: TuneOptions, model: nn.Module, tokenizer: Any, data: Any, held
         per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=options.batch_size,
         gradient_accumulation_steps=accumulation,
-        max_length=min(options.length, context_length(base)) if options.packing else None,  # rows come cut already
+        max_length=min(options.length, context_length(base))
+        if options.packing
+        else None,  # rows come cut already
         packing=options.packing,
         gradient_checkpointing=options.gradient_checkpointing,
         bf16=bf16,
@@ -150,9 +180,21 @@ def made(options: TuneOptions, model: nn.Module, tokenizer: Any, data: Any, held
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
     )
-    config._n_gpu = min(config.n_gpu, 1)  # else the trainer spreads a lone process's batches over all GPUs (DataParallel), and a step is larger than asked for
-    trainer = SFTTrainer(model=model, args=config, train_dataset=data, eval_dataset=held, processing_class=tokenizer, callbacks=[StopOnNonFinite()],
-                         optimizers=(optimizer, None))  # fmt: skip
+    config._n_gpu = min(
+        config.n_gpu,
+        1,
+        # else the trainer spreads a lone process's batches over all GPUs (DataParallel), and a step is
+        # larger than asked for
+    )
+    trainer = SFTTrainer(
+        model=model,
+        args=config,
+        train_dataset=data,
+        eval_dataset=held,
+        processing_class=tokenizer,
+        callbacks=[StopOnNonFinite()],
+        optimizers=(optimizer, None),
+    )
     whole_steps(trainer)
     if not config.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
@@ -160,21 +202,24 @@ def made(options: TuneOptions, model: nn.Module, tokenizer: Any, data: Any, held
     return trainer
 
 
-
-
 def train(trainer: Any, checkpoint: str | None) -> None:
-    """Train, from `checkpoint` where there is one. A finished one is only loaded: transformers 5.23 would take one more step from there."""
+    """Train, from `checkpoint` where there is one.
+
+    A finished one is only loaded: transformers 5.23 would take one more step from there.
+    """
     if checkpoint is not None:
         state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-        if state.global_step >= (trainer.args.max_steps if trainer.args.max_steps > 0 else state.max_steps):
+        if state.global_step >= (
+            trainer.args.max_steps if trainer.args.max_steps > 0 else state.max_steps
+        ):
             trainer._load_from_checkpoint(checkpoint)
             trainer.state = state
             return
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # the trainer prints its log: progress, not a result
+        with contextlib.redirect_stdout(
+            sys.stderr
+        ):  # the trainer prints its log: progress, not a result
             trainer.train(resume_from_checkpoint=checkpoint)
     except BaseException:
         clear_checkpoints(Path(trainer.args.output_dir))
         raise
-
-

@@ -1,14 +1,19 @@
-"""tune(): stage 2 of Song et al. 2025 (arXiv 2501.13669), from domain data and an importance file to a plain PEFT adapter.
+"""tune(): stage 2 of Song et al. 2025 (arXiv 2501.13669), from domain data and an importance file
+to a plain PEFT adapter.
 
-The story: load, refuse what cannot work, measure the bare base, add an adapter, train with TRL's SFTTrainer while the penalty pulls, measure again, write.
+The story: load, refuse what cannot work, measure the bare base, add an adapter, train with TRL's
+SFTTrainer while the penalty pulls, measure again, write.
 
-    DIR/final/          the adapter (or model with --full), with the tokenizer; loads without forgetless
+    DIR/final/          the adapter (or model with --full), with the tokenizer; loads without
+                        forgetless
     DIR/unscaled/       with --budget: the same as trained, before it was made to fit
     DIR/checkpoints/    the trainer's, for --resume
     DIR/config.yaml     the resolved options
-    DIR/run.json        configuration, environment, data, before, after, forgetting, learning, moved, log
+    DIR/run.json        configuration, environment, data, before, after, forgetting, learning,
+                        moved, log
 
-In several processes (torchrun, DDP) a step is the same --batch-size x --accumulation sequences as in one, each process taking its share; the first one writes.
+In several processes (torchrun, DDP) a step is the same --batch-size x --accumulation sequences as
+in one, each process taking its share; the first one writes.
 """
 
 from __future__ import annotations
@@ -67,14 +72,25 @@ logger = logging.getLogger("forgetless")
 
 
 def tune(options: TuneOptions, *, earlier: Earlier | None = None) -> dict[str, Any]:
-    """Fine-tune as `options` say; writes `options.out` and returns what is in its run.json. Raises ValueError or OptionError before training starts.
+    """Fine-tune as `options` say; writes `options.out` and returns what is in its run.json.
 
-    `earlier`: the model stands on the updates of a sequence's earlier steps (succession.py), and the adapter is relative to it."""
+    Raises ValueError or OptionError before training starts.
+
+    `earlier`: the model stands on the updates of a sequence's earlier steps (succession.py), and
+    the adapter is relative to it.
+    """
     distributed.start(options.device)
     methods = check_options(options)
     if earlier is None and (options.after or len(several(options.data)) > 1):
-        raise OptionError("several domains, or --after, are tuned by forgetless.succession.tune_in_turn; give tune one --data")
-    repo = ready(options.push_to_hub, private=options.private) if options.push_to_hub and distributed.first() else None
+        raise OptionError(
+            "several domains, or --after, are tuned by forgetless.succession.tune_in_turn; give "
+            "tune one --data"
+        )
+    repo = (
+        ready(options.push_to_hub, private=options.private)
+        if options.push_to_hub and distributed.first()
+        else None
+    )
     file = importance_path(options.importance) if options.importance else None
     importance = Importance.load(file) if file else None
     if options.budget and not options.general:
@@ -89,10 +105,13 @@ def tune(options: TuneOptions, *, earlier: Earlier | None = None) -> dict[str, A
     return run
 
 
-
-
 def _tuned(
-    options: TuneOptions, out: Path, methods: dict[str, Method], importance: Importance | None, file: Path | None, earlier: Earlier | None
+    options: TuneOptions,
+    out: Path,
+    methods: dict[str, Method],
+    importance: Importance | None,
+    file: Path | None,
+    earlier: Earlier | None,
 ) -> dict[str, Any]:
     data = load_training_data(options.data, split=options.data_split)
     how = from_option(options.layers, tau=options.tau, per=options.per)
@@ -101,70 +120,132 @@ def _tuned(
         torch.set_num_threads(options.threads)
     tokenizer, model = load_tokenizer(options), load_model(options)
     if options.budget and importance is None:
-        logger.warning("no --importance file: the budget is kept with uniform importance, which holds all weights alike")
+        logger.warning(
+            "no --importance file: the budget is kept with uniform importance, which holds all "
+            "weights alike"
+        )
         importance = uniform(model, options.targets)
     check_model(options, model, importance, how)
-    if options.quantize != "none":  # before measuring: it turns norms and embeddings to f32, which must not look like forgetting
+    if (
+        options.quantize != "none"
+        # before measuring: it turns norms and embeddings to f32, which must not look like forgetting
+    ):
         from peft import prepare_model_for_kbit_training
 
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=options.gradient_checkpointing)
+        model = prepare_model_for_kbit_training(
+            model, use_gradient_checkpointing=options.gradient_checkpointing
+        )
     digest = fingerprint_rows(list(data))
     given = {"training data": digest} | (hashes(options) if options.budget else {})
     if options.resume:
         check_inputs(given, out)
     encoded = encoded_rows(options, data, tokenizer, model)
-    held = load_training_data(options.eval_data, split=options.eval_split, limit=options.limit) if options.eval_steps and options.eval_data else None
-    wanted: dict[str, Any] = dict(general=options.general, data=options.eval_data, tasks=options.tasks, text_column=options.text_column,
-                  general_split=options.general_split, data_split=options.eval_split, limit=options.limit)  # fmt: skip
-    model, ledger = on_earlier(options, earlier, model, tokenizer, encoded) if earlier else (model, None)
+    held = (
+        load_training_data(options.eval_data, split=options.eval_split, limit=options.limit)
+        if options.eval_steps and options.eval_data
+        else None
+    )
+    wanted: dict[str, Any] = dict(
+        general=options.general,
+        data=options.eval_data,
+        tasks=options.tasks,
+        text_column=options.text_column,
+        general_split=options.general_split,
+        data_split=options.eval_split,
+        limit=options.limit,
+    )
+    model, ledger = (
+        on_earlier(options, earlier, model, tokenizer, encoded) if earlier else (model, None)
+    )
     started = time.perf_counter()
     text, source = replay_text(options, model, tokenizer, encoded)
     preparing = time.perf_counter() - started
     before = measure(model, tokenizer, **wanted)
-    keeper = of_run(options, model, tokenizer, data, encoded, importance, ledger) if options.budget else None
-    setup = Setup(options, tokenizer, text, tokens_per_step(options, encoded), importance, how, before)
+    keeper = (
+        of_run(options, model, tokenizer, data, encoded, importance, ledger)
+        if options.budget
+        else None
+    )
+    setup = Setup(
+        options, tokenizer, text, tokens_per_step(options, encoded), importance, how, before
+    )
     started = time.perf_counter()
     model = _prepared(setup, methods, model)
     check_free_space(out, disk_needed(options, model))
     # Before the trainer, which makes its folder: what they refuse must leave no trace.
-    terms = [term for method in methods.values() if method.loss and (term := method.loss(setup, model)) is not None]
-    pulls = [] if keeper else [method.pull for method in methods.values() if method.pull]  # the keeper brings its own
+    terms = [
+        term
+        for method in methods.values()
+        if method.loss and (term := method.loss(setup, model)) is not None
+    ]
+    pulls = (
+        [] if keeper else [method.pull for method in methods.values() if method.pull]
+    )  # the keeper brings its own
     penalties = [penalty for pull in pulls if (penalty := pull(setup, model)) is not None]
-    trainer = made(options, model, tokenizer, encoded, None if held is None else encoded_rows(options, held, tokenizer, model),
-                       next((method.optimizer(setup, model) for method in methods.values() if method.optimizer), None))  # fmt: skip
+    trainer = made(
+        options,
+        model,
+        tokenizer,
+        encoded,
+        None if held is None else encoded_rows(options, held, tokenizer, model),
+        next(
+            (method.optimizer(setup, model) for method in methods.values() if method.optimizer),
+            None,
+        ),
+    )
     preparing += time.perf_counter() - started
     for term in terms:
         add_term(trainer, term)
     for penalty in penalties:
         add_penalty(trainer, penalty)
-        importance = getattr(penalty, "importance", importance)  # offloaded, or this process's share: not a second one beside it
+        importance = getattr(
+            penalty, "importance", importance
+        )  # offloaded, or this process's share: not a second one beside it
     setup = replace(setup, importance=importance)
     if keeper is not None and importance is not None:
-        keeper.bind(trainer, importance, start=options.strength, layers=how, anchor=options.anchor, names=options.targets if options.full else None,
-                    offload=options.offload_importance)  # fmt: skip
+        keeper.bind(
+            trainer,
+            importance,
+            start=options.strength,
+            layers=how,
+            anchor=options.anchor,
+            names=options.targets if options.full else None,
+            offload=options.offload_importance,
+        )
     _announce(options, model, importance, len(encoded))
     if distributed.first():
         if not options.resume:
-            discard(out / "run.json")  # of the run that is overwritten: it must not stand for this one
+            discard(
+                out / "run.json"
+            )  # of the run that is overwritten: it must not stand for this one
         write_json(out / INPUTS, given)
         write_text(out / "config.yaml", yaml.safe_dump(as_dict(options), sort_keys=False))
     started = time.perf_counter()
     train(trainer, last_checkpoint(out) if options.resume else None)
     seconds = time.perf_counter() - started
-    finished = {name: method.finish(setup, model) for name, method in methods.items() if method.finish}
+    finished = {
+        name: method.finish(setup, model) for name, method in methods.items() if method.finish
+    }
     kept = None
     if keeper is not None:
         if distributed.first():
             save_whole(model, tokenizer, out / "unscaled")
         kept = keeper.finish(trainer)
-    save = next((functools.partial(method.save, setup) for method in methods.values() if method.save), None)
+    save = next(
+        (functools.partial(method.save, setup) for method in methods.values() if method.save), None
+    )
     if distributed.first():
         save_whole(model, tokenizer, out / "final", save)
     after = measure(model, tokenizer, **wanted)
     run = {
         "configuration": as_dict(options),
         "environment": environment(str(next(model.parameters()).device)),
-        "data": {"source": options.data, "rows": len(data), "rows_trained": len(encoded), "sha256": digest},
+        "data": {
+            "source": options.data,
+            "rows": len(data),
+            "rows_trained": len(encoded),
+            "sha256": digest,
+        },
         "processes": distributed.size(),
         "method": list(methods),
         "finished": finished,
@@ -178,7 +259,9 @@ def _tuned(
         "energy": last_logged(trainer.state.log_history, "energy"),
         "moved": moved(model, importance, how),
         "train_seconds": seconds,
-        "prepare_seconds": preparing,  # what the methods did before: text sampled, curvature, decompositions, steps on general text
+        # what the methods did before: text sampled, curvature, decompositions, steps on general
+        # text
+        "prepare_seconds": preparing,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "log": trainer.state.log_history,
     }
@@ -196,10 +279,10 @@ def _tuned(
     return run
 
 
-
-
 def _prepared(setup: Setup, methods: dict[str, Method], model: nn.Module) -> nn.Module:
-    """The model to train: with a method's adapter, a fresh LoRA adapter or the recorded one, or with its target weights unfrozen."""
+    """The model to train: with a method's adapter, a fresh LoRA adapter or the recorded one, or
+    with its target weights unfrozen.
+    """
     set_seed(setup.options.seed)
     own = next((method.adapter for method in methods.values() if method.adapter), _trained)
     model = own(setup, model)
@@ -207,8 +290,6 @@ def _prepared(setup: Setup, methods: dict[str, Method], model: nn.Module) -> nn.
         if method.start:
             method.start(setup, model)
     return model
-
-
 
 
 def _trained(setup: Setup, model: nn.Module) -> nn.Module:
@@ -219,7 +300,14 @@ def _trained(setup: Setup, model: nn.Module) -> nn.Module:
         for _, module in matching(model, options.targets):
             module.weight.requires_grad_(True)
         return model
-    model = add_adapter(model, names=options.targets, rank=options.rank, alpha=options.alpha, dropout=options.dropout, rslora=options.rslora)
+    model = add_adapter(
+        model,
+        names=options.targets,
+        rank=options.rank,
+        alpha=options.alpha,
+        dropout=options.dropout,
+        rslora=options.rslora,
+    )
     if options.anchor == "recorded" and importance is not None:
         for weight in target_weights(model):
             assert isinstance(weight, LowRankWeight)
@@ -229,16 +317,32 @@ def _trained(setup: Setup, model: nn.Module) -> nn.Module:
     return model
 
 
-
-
-def _announce(options: TuneOptions, model: nn.Module, importance: Importance | None, rows: int) -> None:
+def _announce(
+    options: TuneOptions, model: nn.Module, importance: Importance | None, rows: int
+) -> None:
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    held = "plain fine-tuning (no penalty)" if options.method == "plain" else f"method {options.method}"
+    held = (
+        "plain fine-tuning (no penalty)"
+        if options.method == "plain"
+        else f"method {options.method}"
+    )
     if options.budget:
         kept_on = f"on {options.general}" if options.general else "predicted"
-        held += f", budget {options.budget} {kept_on}, layers {options.layers}, anchor {options.anchor}, importance {options.importance or 'uniform'}"
+        held += (
+            f", budget {options.budget} {kept_on}, layers {options.layers}, anchor "
+            f"{options.anchor}, importance {options.importance or 'uniform'}"
+        )
     elif importance is not None and options.strength:
-        held += f", strength {options.strength:g}, layers {options.layers}, anchor {options.anchor}, {implementation(importance)} from {options.importance}"
-    logger.info("tuning %s on %s (%d rows): %s trainable parameters, %s; seed %d", options.model, options.data, rows, f"{trainable:,}", held, options.seed)
-
-
+        held += (
+            f", strength {options.strength:g}, layers {options.layers}, anchor "
+            f"{options.anchor}, {implementation(importance)} from {options.importance}"
+        )
+    logger.info(
+        "tuning %s on %s (%d rows): %s trainable parameters, %s; seed %d",
+        options.model,
+        options.data,
+        rows,
+        f"{trainable:,}",
+        held,
+        options.seed,
+    )
