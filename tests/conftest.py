@@ -120,17 +120,17 @@ def words_tokenizer():
 
 def interrupt_after(monkeypatch, step):
     """Ctrl-C before the optimizer's step number `step` + 1."""
-    from forgetless.penalty import callback
+    from forgetless.tune import trainer
 
-    original = callback.StopOnNonFinite.on_pre_optimizer_step
+    original = trainer.StopOnNonFinite.on_pre_optimizer_step
 
     def interrupted(self, args, state, control, **kwargs):
         if state.global_step == step:
-            monkeypatch.setattr(callback.StopOnNonFinite, "on_pre_optimizer_step", original)
+            monkeypatch.setattr(trainer.StopOnNonFinite, "on_pre_optimizer_step", original)
             raise KeyboardInterrupt
         original(self, args, state, control, **kwargs)
 
-    monkeypatch.setattr(callback.StopOnNonFinite, "on_pre_optimizer_step", interrupted)
+    monkeypatch.setattr(trainer.StopOnNonFinite, "on_pre_optimizer_step", interrupted)
 
 
 @pytest.fixture

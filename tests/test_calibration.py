@@ -403,7 +403,7 @@ def test_an_interrupted_calibration_goes_on_without_recording_again(
         assert run(*again, *words, "--resume") in (1, 2) and expected in capsys.readouterr().err
     monkeypatch.undo()
     monkeypatch.setattr(calibrating, "STEPS", STEPS)
-    monkeypatch.setattr("forgetless.recording.record_on", None)
+    monkeypatch.setattr("forgetless.record.record.record_on", None)
     assert run(*recording(taught, general, out), "--resume") == 0
     whole, parted = Importance.load(calibrated).calibration, Importance.load(out).calibration
     assert whole.updates == parted.updates and whole.data == parted.data
@@ -426,7 +426,7 @@ def test_what_cannot_be_calibrated_is_refused_before_recording(
 ):
     few = tmp_path / "few.jsonl"
     few.write_text("\n".join(json.dumps({"text": text}) for text in sentences_of(40)))
-    monkeypatch.setattr("forgetless.recording.record_on", None)
+    monkeypatch.setattr("forgetless.record.record.record_on", None)
     given = [str(few) if word == "few" else word for word in words]
     assert (
         run(

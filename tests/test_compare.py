@@ -21,7 +21,7 @@ from forgetless.compare import sequences as sequence
 from forgetless.compare import trial
 from forgetless.compare.experiment import identity, validation_trials
 from forgetless.compare.experiment_file import read
-from forgetless.data import documents as texts
+from forgetless.data import encoding
 from forgetless.data.duplicates import carve, groups
 from forgetless.data.tasks import load_task
 from forgetless.errors import OptionError
@@ -609,7 +609,7 @@ def test_answers_to_chats_come_through_the_chat_template(
 
     def noted(tokenizer, messages, *, prompt=False):
         seen.append((messages, prompt))
-        return texts.templated(tokenizer, messages, prompt=prompt)
+        return encoding.templated(tokenizer, messages, prompt=prompt)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(campaign, "templated", noted)

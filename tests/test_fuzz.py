@@ -355,7 +355,7 @@ def test_factors_that_stand_for_a_huge_weight_are_looked_at_in_part(stored):
 
 
 def test_converting_to_more_than_the_memory_is_refused(stored, tmp_path, monkeypatch):
-    monkeypatch.setattr("forgetless.storage.free_memory", lambda: 1000)
+    monkeypatch.setattr("forgetless.importance.importance.free_memory", lambda: 1000)
     path = stored({"w.weight.row": torch.rand(50, 1), "w.weight.col": torch.rand(50, 1)})
     assert (
         cli.main(
@@ -548,7 +548,7 @@ def test_a_small_parquet_file_that_claims_a_billion_rows_is_refused(tmp_path, mo
     import pyarrow
     import pyarrow.parquet as parquet
 
-    monkeypatch.setattr("forgetless.texts.MOST_VALUES", 99)
+    monkeypatch.setattr("forgetless.data.documents.MOST_VALUES", 99)
     parquet.write_table(pyarrow.table({"text": ["same"] * 100}), tmp_path / "t.parquet")
     refused(load_documents, str(tmp_path / "t.parquet"), match="claims to hold 100 rows")
 

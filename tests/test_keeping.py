@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from conftest import interrupt_after
 from forgetless import hold
 from forgetless.budget import keeper
+from forgetless.budget import open as opening
 from forgetless.budget.baseline import Ledger, open_ledger
 from forgetless.budget.budget import parse
 from forgetless.budget.finish import keep_budget
@@ -154,7 +155,7 @@ def test_a_budget_that_the_check_refutes_exits_with_3(words, tmp_path, capsys, m
     general = tmp_path / "two.jsonl"
     general.write_text("\n".join(documents))
     monkeypatch.setattr(
-        "forgetless.ledger.split",
+        "forgetless.budget.baseline.split",
         lambda texts, sources: (
             [i for i, t in enumerate(texts) if "Q" in t],
             [i for i, t in enumerate(texts) if "Q" not in t],
@@ -324,7 +325,7 @@ def test_what_a_trainer_does_not_score_is_no_learning():
         {"input_ids": [1, 2, 3], "completion_mask": [0, 1, 1], "assistant_masks": [1, 1, 0]},
         {"input_ids": [1, 2]},
     ]
-    scored = [keeper._token_rows([row])[0][1] for row in rows]
+    scored = [opening._token_rows([row])[0][1] for row in rows]
     assert scored == [[False, False, True, True], [False, True, False], [True, True]]
 
 
@@ -370,7 +371,7 @@ def test_the_spread_is_that_of_an_update_which_costs_the_budget_where_pieces_mis
     noise = np.random.default_rng(0).normal(1, 0.3, len(ledger.control))
     rise = lambda part: 1e3 * size[-1] ** 2 * (noise if part is ledger.control else 3.0)
     monkeypatch.setattr(
-        "forgetless.ledger.Part.losses", lambda part, model: part.nats + part.tokens * rise(part)
+        "forgetless.evaluate.paired.Part.losses", lambda part, model: part.nats + part.tokens * rise(part)
     )
     found, at = ledger.spread(model, update, error=0.05)
     assert (
@@ -395,7 +396,7 @@ def test_the_scan_finds_the_budget_where_the_loss_is_not_monotone(
     )
     rise = lambda x: 0.002 if 0.6 <= x <= 0.75 else 0.2 * x * x
     monkeypatch.setattr(
-        "forgetless.ledger.Part.losses",
+        "forgetless.evaluate.paired.Part.losses",
         lambda part, model: part.nats + part.tokens * (rise(share[0]) + noise[id(part)]),
     )
     report = keep_budget(ledger, tiny(), {"scale": lambda x: share.__setitem__(0, x)}, None)
@@ -416,7 +417,7 @@ def test_where_nothing_fits_any_way_leads_to_the_base(tiny, tokenizer, general, 
         [1.0],
     )
     monkeypatch.setattr(
-        "forgetless.ledger.Part.losses",
+        "forgetless.evaluate.paired.Part.losses",
         lambda part, model: (
             part.nats + part.tokens * (tried[-1] > 0) * np.linspace(0.5, 1.5, len(part))
         ),
@@ -442,7 +443,7 @@ def test_the_scan_ends_where_less_buys_nothing_and_the_fallback_goes_below_its_e
     noise = lambda part: np.random.default_rng(0).normal(0, 1e-5, len(part))
     rise = lambda part: 0.004 * tried[-1] ** 2 * (worse if part is ledger.check else 1.0)
     monkeypatch.setattr(
-        "forgetless.ledger.Part.losses",
+        "forgetless.evaluate.paired.Part.losses",
         lambda part, model: part.nats + part.tokens * (rise(part) + noise(part)),
     )
     report = keep_budget(ledger, tiny(), {"scale": tried.append}, None)

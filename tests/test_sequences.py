@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from forgetless.budget import keeper
+from forgetless.budget import open as opening
 from forgetless.cli import main
 from forgetless.data.tasks import load_training_data
 from forgetless.evaluate.losses import completion_loss
@@ -25,7 +25,6 @@ from forgetless.options.model import ModelOptions
 from forgetless.options.record import RECORD_PRESETS, RecordOptions
 from forgetless.options.tune import TUNE_PRESETS, TuneOptions
 from forgetless.options.verbs import resolve
-from forgetless.penalty import callback
 from forgetless.record import record as recording
 from forgetless.record import training as path_training
 from forgetless.record.record import record
@@ -34,6 +33,7 @@ from forgetless.sequence import matrix
 from forgetless.sequence import sequence as succession
 from forgetless.sequence.domains import earlier_of
 from forgetless.sequence.transfer import transfer
+from forgetless.tune import trainer as tune_trainer
 from forgetless.tune import tune as training
 from forgetless.tune.tune import tune
 
@@ -283,8 +283,8 @@ def test_every_estimator_and_tier_is_recorded_again_as_it_was(
 
 
 PHASES = {
-    "training": (callback.StopOnNonFinite, "on_pre_optimizer_step", 7),
-    "training the first": (callback.StopOnNonFinite, "on_pre_optimizer_step", 3),
+    "training": (tune_trainer.StopOnNonFinite, "on_pre_optimizer_step", 7),
+    "training the first": (tune_trainer.StopOnNonFinite, "on_pre_optimizer_step", 3),
     "recording a domain": (recording, "_by_observing", 1),
     "consolidating": (domain_importance, "consolidated", 1),
     "saving a step": (training, "save_whole", 2),
@@ -448,7 +448,7 @@ def test_a_budget_resumes_with_what_it_knows_of_earlier_domains(
         "24",
     ]
     assert run(words, "--out", tmp_path / "whole") in (0, 3)
-    original, calls = callback.StopOnNonFinite.on_pre_optimizer_step, 0
+    original, calls = tune_trainer.StopOnNonFinite.on_pre_optimizer_step, 0
 
     def interrupted(self, *arguments, **more):
         nonlocal calls
@@ -459,7 +459,7 @@ def test_a_budget_resumes_with_what_it_knows_of_earlier_domains(
             raise KeyboardInterrupt
         return original(self, *arguments, **more)
 
-    monkeypatch.setattr(callback.StopOnNonFinite, "on_pre_optimizer_step", interrupted)
+    monkeypatch.setattr(tune_trainer.StopOnNonFinite, "on_pre_optimizer_step", interrupted)
     assert run(words, "--out", tmp_path / "parted") == 130
     assert run(words, "--out", tmp_path / "parted", "--resume") in (0, 3)
     whole, parted = (result(tmp_path / name) for name in ("whole", "parted"))
@@ -742,13 +742,13 @@ def test_an_earlier_sequence_in_the_same_folder_holds_nothing(words, domains, im
 
 
 def test_rows_of_an_earlier_domain_are_enough_however_long_they_are(tiny, monkeypatch):
-    monkeypatch.setattr(keeper, "LEARNING_TOKENS", 1000)
+    monkeypatch.setattr(opening, "LEARNING_TOKENS", 1000)
     rows = [([1] * 30, [True] * 30) for _ in range(400)]
     assert (
-        len(keeper._fitting(tiny(), rows, "long", least=keeper.LEAST_ROWS)[0]) >= keeper.LEAST_ROWS
+        len(opening._fitting(tiny(), rows, "long", least=opening.LEAST_ROWS)[0]) >= opening.LEAST_ROWS
     )
     assert (
-        30 <= len(keeper._fitting(tiny(), rows, "long")[0]) <= 34
+        30 <= len(opening._fitting(tiny(), rows, "long")[0]) <= 34
     )  # of the domain that is learned, as many tokens as asked for
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from conftest import interrupt_after
 from forgetless.errors import OptionError
-from forgetless.files import atomic as runs
+from forgetless.files import room
 from forgetless.importance.importance import Importance
 from forgetless.importance.strength import STRENGTHS
 from forgetless.options.record import RECORD_PRESETS, RecordOptions
@@ -198,7 +198,7 @@ def test_groups_follow_from_free_memory_and_are_announced(
 
 
 def test_free_memory_is_within_what_the_machine_has():
-    free = runs.free_memory()
+    free = room.free_memory()
     if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
         pytest.skip("the system does not say how much memory there is")
     assert free is None or 0 < free <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

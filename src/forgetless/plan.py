@@ -11,7 +11,7 @@ linear layers and the head, T tokens of sequences of length S, h the width and L
                       factors: 6 T each, forward pass included
     recording         the forward pass, the same backward (none for activation); kronecker adds 2 T
                       (out^2 + in^2), fisher and path 2 T out in
-    pull              sizes.py, once per optimizer step
+    pull              importance/sizes.py, once per optimizer step
 
 Time is operations / rate: the rate of a product like the model's, and that of a real pull on one
 weight, both measured once on this machine, or `--flops`. Memory is what tensors take, without

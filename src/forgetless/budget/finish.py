@@ -12,7 +12,7 @@ that says so.
              general text or an earlier domain
 
 `apply(share)` makes the model that share of the update: by scaling (`Update.scale`), or by
-shrinking along importance (shrink.py). Costs 2 to 12 evaluations of the control part and of the
+shrinking along importance (shrunk.py). Costs 2 to 12 evaluations of the control part and of the
 domain data along each way, and one or two of the check part.
 
     report = keep_budget(ledger, model, ways_of(update, importance), learning)
@@ -53,7 +53,7 @@ OTHERS = (0.5, 1.0, 2.0, 5.0)  # per cent: what other budgets would buy
 
 
 class Planner(Protocol):
-    """What a scan asks: a ledger, which measures, or a forecast (prediction.py)."""
+    """What a scan asks: a ledger, which measures, or a forecast (predicted.py)."""
 
     @property
     def budget(self) -> Budget: ...
@@ -229,7 +229,7 @@ def shrinker(update: Update, importance: Importance) -> Callable[[float], None]:
 
 
 def mu_of(share: float) -> float:
-    """The mu of shrink.py at a share above 0: squared, because on the lab model the mildest that is
+    """The mu of shrunk.py at a share above 0: squared, because on the lab model the mildest that is
     of use is near 0.02 and that of a small budget near 100.
     """
     return ((1 - share) / share) ** 2

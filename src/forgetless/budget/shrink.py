@@ -10,7 +10,7 @@ written to.
     DIR/run.json    configuration, before, after, budget with verdict, the curve of each way
 
 Along a way, the share 1 is the adapter as it came and 0 the base. Scaling: share * U. Shrinking: mu
-= ((1 - share) / share)^2 in units of the typical importance (shrink.py).
+= ((1 - share) / share)^2 in units of the typical importance (shrunk.py).
 
     forgetless shrink their-adapter --importance model.importance.safetensors --budget 1% --general
     held-out.jsonl --data domain.jsonl --out shrunk

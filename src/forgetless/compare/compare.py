@@ -7,9 +7,9 @@ keeps DIR/compare.json up to date.
     DIR/runs/ID/run.json    one run; ID is a hash of all that decides it, so what is finished is
                             never run again
     DIR/runs/ID/adapter/    its finished adapter
-    DIR/sequences/          domains one after another (sequence.py)
-    DIR/accuracy.json       multiple-choice questions (scoring.py)
-    DIR/compare.json        the summary (compare.py), all that `forgetless report` reads
+    DIR/sequences/          domains one after another (sequences.py)
+    DIR/accuracy.json       multiple-choice questions (accuracy.py)
+    DIR/compare.json        the summary (summary.py), all that `forgetless report` reads
 
 A run trains by `tune`, then its finished update is evaluated at every scale on every text. Settings
 are chosen on validation parts carved from the training data; the test parts are used once, at the

@@ -7,11 +7,11 @@ general text is measured after each.
                                                           kept for the last step only
     DIR/sequences.json                                    all of them, with losses, accuracies of
                                                           domains with questions, average and
-                                                          transfer (transfer.py)
+                                                          transfer (sequence/transfer.py)
 
 A method is tuned at the settings chosen for it on each domain, with the test seeds. From the second
 step on, what must not be lost are the general text and the domains before: importance is
-consolidated with that of the domain before (domain_importance.py, as `tune` on several domains
+consolidated with that of the domain before (sequence/importance.py, as `tune` on several domains
 does) and the anchor is the merged model; `replay: recorded` is general text and the rows of the
 domains before. A step's address is a hash of all that decides it and of the step before: an
 interruption loses one step. It costs a training, a recording and a merged model.

@@ -1,6 +1,6 @@
 """What a comparison says in plain sentences, the most important first, and the line after each run.
 
-Reads what compare.py has summed up.
+Reads what summary.py has summed up.
 """
 
 from __future__ import annotations

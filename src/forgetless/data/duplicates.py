@@ -2,7 +2,7 @@
 on the text alone, not on the order of the rows.
 
     groups     texts that are equal, or share at least half of the shorter one's runs of 8 words
-               (overlap.py), directly or through others
+               (duplicates.py), directly or through others
     carve      each group to a part, by the hash of its first text in alphabetical order
 
 A question with other answers, a story told twice or a document quoted in another would otherwise be

@@ -3,7 +3,7 @@ push_to_hub, from_pretrained, save_pretrained.
 
     OWNER/NAME/importance.safetensors     the file, with the folders of this machine taken out of
                                           its provenance
-    OWNER/NAME/README.md                  the model card (cards.py)
+    OWNER/NAME/README.md                  the model card (report/cards.py)
 
 Wherever forgetless takes an importance file it takes a file, a folder of `save_pretrained` or a Hub
 name, in this order: what exists locally is never looked up.

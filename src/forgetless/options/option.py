@@ -1,4 +1,4 @@
-"""How an option is described, checked and read from YAML; what options there are is in config.py.
+"""How an option is described, checked and read from YAML; what options there are is in verbs.py.
 
     learning_rate: float = option(None, "peak learning rate; default: preset")     # a dataclass
         field that knows its help
@@ -179,7 +179,7 @@ def as_dict(options: Any) -> dict[str, Any]:
 
 def parse_rule(rule: str) -> tuple[float, float]:
     """'sum' -> (1, 1), 'decay:0.9' -> (0.9, 0.1), 'none' -> (1, 0): factors of the importance so
-    far and of that of the last domain (importance/consolidation.py). Raises OptionError.
+    far and of that of the last domain (importance/consolidate.py). Raises OptionError.
     """
     if rule in ("sum", "none"):
         return 1.0, float(rule == "sum")

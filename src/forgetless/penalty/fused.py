@@ -64,7 +64,7 @@ def pull(
     """(pull on A (r, in), pull on B (out, r), energy), f32, for U = scale * B @ A held towards B0 @
     A0 with anchor = (A0, B0), or towards zero.
 
-    `omega`: codes as in codec.py with their `block_scale`, or (out, in) f32 or bf16 without.
+    `omega`: codes as in importance/codec.py with their `block_scale`, or (out, in) f32 or bf16 without.
     Factors in f32, bf16 or f16. Raises ValueError for what the kernel does not do: f64, ranks above
     128, tensors on a CPU outside of the interpreter.
     """

@@ -2,10 +2,10 @@
 before, which is held from then on.
 
 For each domain: importance is recorded on the one before and consolidated with what there is
-(importance/consolidation.py), the model with every update so far merged into it is tuned (its
+(importance/consolidate.py), the model with every update so far merged into it is tuned (its
 anchor is that model), and the result is measured on general text and on every domain as anybody
 would load it: the base with one plain PEFT adapter, the exact sum of the steps' updates
-(stacking.py). A budget covers general text, from the model that the command started from, and every
+(model/stack.py). A budget covers general text, from the model that the command started from, and every
 earlier domain, from when it was learned; by the end of step i of n, i/n of it may be spent.
 
     DIR/final/             the adapter for all of the domains, relative to the base

@@ -76,14 +76,14 @@ def tune(options: TuneOptions, *, earlier: Earlier | None = None) -> dict[str, A
 
     Raises ValueError or OptionError before training starts.
 
-    `earlier`: the model stands on the updates of a sequence's earlier steps (succession.py), and
+    `earlier`: the model stands on the updates of a sequence's earlier steps (sequence/sequence.py), and
     the adapter is relative to it.
     """
     distributed.start(options.device)
     methods = check_options(options)
     if earlier is None and (options.after or len(several(options.data)) > 1):
         raise OptionError(
-            "several domains, or --after, are tuned by forgetless.succession.tune_in_turn; give "
+            "several domains, or --after, are tuned by forgetless.sequence.sequence.tune_in_turn; give "
             "tune one --data"
         )
     repo = (
