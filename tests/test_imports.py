@@ -1,9 +1,15 @@
 """Rooms import only from rooms above them, and only model/ knows PEFT's names."""
 
 import ast
+import re
+import sys
+import tomllib
 from pathlib import Path
 
-SOURCE = Path(__file__).parents[1] / "src" / "forgetless"
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "forgetless"
 # The rooms, in their one-way order: each imports only from itself and from rooms before it.
 ORDER = [
     "errors",
@@ -28,6 +34,14 @@ ORDER = [
 ]
 # Files that know the insides of PEFT: the one room of models, and methods that are PEFT's own.
 KNOW_PEFT = {"model/weights.py", "model/targets.py", "model/adapters.py", "methods/adapters.py"}
+# Distributions whose import name is another one.
+IMPORTED_AS = {"pyyaml": "yaml", "lm-eval": "lm_eval"}
+# Declared, but not imported: bitsandbytes is loaded by transformers, plotly's script is read as
+# data, and the rest are reporters that transformers loads.
+NOT_IMPORTED = {"bitsandbytes", "plotly", "tensorboard", "wandb", "trackio"}
+# Imported, but not declared: what loads the plugin of Axolotl is Axolotl, which brings pydantic;
+# pytorch_lightning is the older name of lightning.
+BROUGHT_BY_THE_HOST = {"axolotl", "pydantic", "pytorch_lightning"}
 
 
 def room(path: Path) -> str:
@@ -79,6 +93,42 @@ def test_only_the_model_room_knows_the_insides_of_peft():
         if str(path.relative_to(SOURCE)) not in KNOW_PEFT:
             foreign = [name for name, _ in imports(path) if name.startswith("peft.")]
             assert "lora_A" not in path.read_text() and not foreign, path
+
+
+def declared(requirements: list[str]) -> set[str]:
+    """The names under which the distributions of a list of requirements are imported."""
+    names = {re.split(r"[\[<>=; ]", line)[0] for line in requirements}
+    return {IMPORTED_AS.get(name, name) for name in names} - {"forgetless"}
+
+
+def test_every_import_is_declared_and_every_dependency_used():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    users = declared(project["dependencies"])
+    for name, requirements in extras.items():
+        if name != "dev":
+            users |= declared(requirements)
+    used = {module.split(".")[0] for path in SOURCE.rglob("*.py") for module, _ in imports(path)}
+    foreign = used - set(sys.stdlib_module_names) - {"forgetless"} - BROUGHT_BY_THE_HOST
+    # Triton comes with the torch builds for GPUs; penalty/fused.py does without it elsewhere.
+    assert foreign - {"triton"} <= users, sorted(foreign - users)
+    # filelock and rich are on their way in.
+    assert users - NOT_IMPORTED <= foreign | {"filelock", "rich"}, sorted(users - foreign)
+
+
+def test_what_is_pinned_fits_what_is_declared():
+    """Every declared distribution has a version in constraints.txt that its bounds allow."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pinned = {}
+    for line in (ROOT / "constraints.txt").read_text().split():
+        name, version = line.split("==")
+        pinned[re.sub(r"[-_.]+", "-", name).lower()] = version
+    lists = [project["dependencies"], *project["optional-dependencies"].values()]
+    for text in {line for requirements in lists for line in requirements}:
+        requirement = Requirement(text)
+        name = re.sub(r"[-_.]+", "-", requirement.name).lower()
+        if name not in {"forgetless", "lightning", "wandb", "trackio", "triton"}:
+            assert requirement.specifier.contains(pinned[name]), f"{text} and {pinned[name]}"
 
 
 def test_the_readme_tree_is_true():
