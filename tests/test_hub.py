@@ -147,7 +147,7 @@ def test_the_importance_card_says_where_it_came_from_and_how_to_use_it(hub, tmp_
     assert (
         card.data.base_model == "meta-llama/Llama-3.2-1B" and card.data.library_name == "forgetless"
     )
-    assert card.data.datasets == ["wikimedia/wikipedia"] and {"hold", "importance"} <= set(
+    assert card.data.datasets == ["wikimedia/wikipedia"] and {"forgetless", "importance"} <= set(
         card.data.tags
     )
     for said in (
@@ -382,7 +382,7 @@ def test_the_adapters_card_says_what_was_kept_and_lost(recorded, model_folder, t
     assert f"{before['nats']:.3f} ± {before['standard_error']:.3f}" in section
     for said in (
         "domain loss",
-        "`forgetless`",
+        "`hold`",
         "strength: 10",
         sha256_file(recorded),
         "none: nothing bounds",

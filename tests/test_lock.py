@@ -19,7 +19,7 @@ from forgetless.files.lock import only_writer
 
 HOLD = textwrap.dedent("""
     import sys, time
-    from forgetless import lock
+    from forgetless.files import lock
     if sys.argv[3] == "no flock":
         lock._knows_flock = lambda folder: False
     with lock.only_writer(sys.argv[1], folder=sys.argv[2] == "folder"):

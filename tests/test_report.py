@@ -71,7 +71,7 @@ def test_report_writes_one_page_beside_the_comparison_and_prints_its_path(folder
     assert capsys.readouterr().out.strip() == str(folder / "report.html")
     shown = words((folder / "report.html").read_text())
     assert (
-        "less forgetting with forgetless than with plain LoRA" in shown
+        "less forgetting with hold than with plain LoRA" in shown
         and "beyond the noise" in shown
     )
     assert "The paper's preset never learns 95 % of what plain LoRA does." in shown
@@ -205,7 +205,7 @@ def test_the_headline_is_the_least_forgetting_at_equal_learning_and_says_how_sur
         if row["share"] == 0.95
     }
     assert (
-        first.number == f"{rows['plain']['forgetting'] / rows['forgetless']['forgetting']:.1f}×"
+        first.number == f"{rows['plain']['forgetting'] / rows['hold']['forgetting']:.1f}×"
         and first.noise == "beyond the noise"
     )
     made["differences"] = [{**row, "beyond_noise": False} for row in made["differences"]]
@@ -411,12 +411,12 @@ def test_markdown_has_summary_table_and_settings(folder, capsys):
     text = capsys.readouterr().out
     assert (
         text.startswith("## Which method forgets least?\n")
-        and "× less forgetting with forgetless than with plain LoRA** (medmcqa, measured on wiki)"
+        and "× less forgetting with hold than with plain LoRA** (medmcqa, measured on wiki)"
         in text
     )
     assert (
         "| method | forgetting at 95 % | forgetting at 80 % |" in text
-        and "\n| forgetless | 0.0" in text
+        and "\n| hold | 0.0" in text
         and "| not reached |" in text
     )
     assert (
