@@ -11,15 +11,28 @@ import torch
 
 from forgetless.cli import VERBS, main
 from forgetless.errors import OptionError
-from forgetless.options.option import ABOVE_ZERO, AT_LEAST, read_yaml
+from forgetless.options.option import MEASURED, RUNNING, deciding, flag, read_yaml
 from forgetless.options.record import RECORD_PRESETS, RecordOptions
 from forgetless.options.tune import TUNE_PRESETS, TuneOptions
 from forgetless.options.verbs import (
     CompareOptions,
+    DemoOptions,
     EvalOptions,
     PlanOptions,
+    ReportOptions,
     ShrinkOptions,
     resolve,
+)
+
+KINDS = (
+    RecordOptions,
+    TuneOptions,
+    EvalOptions,
+    ShrinkOptions,
+    CompareOptions,
+    PlanOptions,
+    DemoOptions,
+    ReportOptions,
 )
 
 
@@ -150,25 +163,63 @@ def test_broken_yaml_is_an_option_error(tmp_path, text):
         resolve(TuneOptions, {"learnin_rate": 1}, TUNE_PRESETS)
 
 
-def test_limits_are_those_of_real_options():
-    names = {
-        f.name
-        for kind in (
-            RecordOptions,
-            TuneOptions,
-            EvalOptions,
-            ShrinkOptions,
-            CompareOptions,
-            PlanOptions,
-        )
-        for f in dataclasses.fields(kind)
+def bounds(spec):
+    return [spec.metadata[name] for name in ("at_least", "above", "below")]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_bound_is_kept_with_every_preset(kind):
+    presets = {RecordOptions: RECORD_PRESETS, TuneOptions: TUNE_PRESETS}.get(kind)
+    bounded = [spec for spec in dataclasses.fields(kind) if bounds(spec) != [None] * 3]
+    assert bounded or kind is ReportOptions
+    for preset in presets or [None]:
+        given = {} if preset is None else {"preset": preset}
+        for spec in bounded:
+            at_least, above, below = bounds(spec)
+            wrong = [at_least - 1] if at_least is not None else []
+            wrong += [value for value in (above, below) if value is not None]
+            for value in [*wrong, -1]:
+                with pytest.raises(OptionError, match=f"{flag(spec.name)} must be"):
+                    resolve(kind, {**given, spec.name: value}, presets)
+
+
+def test_what_an_option_decides():
+    """An interrupted run may change what only says how it runs, and what it is measured on."""
+    assert set(deciding(TuneOptions, RUNNING)) == {
+        "device",
+        "eval_steps",
+        "keep_all",
+        "log_steps",
+        "offload_importance",
+        "out",
+        "overwrite",
+        "private",
+        "push_to_hub",
+        "report_to",
+        "resume",
+        "save_steps",
+        "threads",
     }
-    assert {*AT_LEAST, *ABOVE_ZERO} <= names
-    for presets, kind in ((RECORD_PRESETS, RecordOptions), (TUNE_PRESETS, TuneOptions)):
-        for preset in presets:
-            for name in {*AT_LEAST, *ABOVE_ZERO} & {f.name for f in dataclasses.fields(kind)}:
-                with pytest.raises(OptionError, match=f"--{name.replace('_', '-')} must be"):
-                    resolve(kind, {"preset": preset, name: -1}, presets)
+    assert set(deciding(TuneOptions, MEASURED)) == {
+        "eval_data",
+        "eval_split",
+        "general",
+        "general_split",
+        "limit",
+        "tasks",
+        "text_column",
+    }
+    assert set(deciding(RecordOptions, RUNNING)) == {
+        "device",
+        "groups",
+        "offload",
+        "out",
+        "private",
+        "push_to_hub",
+        "resume",
+        "save_steps",
+        "threads",
+    }
 
 
 @pytest.mark.parametrize("terminal", [False, True])

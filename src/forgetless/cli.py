@@ -318,8 +318,6 @@ def _action(verb: str, given: dict[str, Any]) -> Callable[[], Any]:
 
         return lambda: plan(options)
     if verb == "demo":
-        if options.seeds < 1:
-            raise OptionError(f"--seeds expects a whole number above 0, found {options.seeds}")
         from forgetless.demo.run import demo
 
         return lambda: demo(options)

@@ -4,6 +4,7 @@ experiment_file.py reads it. Nothing heavy is imported.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -11,13 +12,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from forgetless.options.option import as_dict
+from forgetless.options.option import RUNNING
 from forgetless.options.record import RECORD_PRESETS, RecordOptions
 from forgetless.options.tune import TUNE_PRESETS, TuneOptions
 from forgetless.options.verbs import resolve
 
-# Options that came after the first comparisons: where not given, runs made before are still found.
-LATER = ("earlier", "orthogonality", "after", "consolidate", "final_rank", "keep_all")
+# Options that name files: what is in them decides a run, and their hashes are in `more`.
+BY_CONTENT = ("data", "replay", "importance")
+# What once stood in the address of every run, at one and the same value, though it decides nothing:
+# it stays there, so that runs made before are still found.
+ONCE: dict[str, Any] = {"eval_steps": 0, "offload_importance": False}
 RECORDED = "recorded"  # as the value of replay: the text that importance is recorded on
 
 
@@ -219,26 +223,12 @@ def identity(options: TuneOptions, *, more: Iterable[Any]) -> str:
     """16 hex digits of everything that decides a run: its options without places and machine, and
     `more` (hashes of data, recipe, evaluation).
     """
-    unimportant = (
-        "data",
-        "replay",
-        "importance",
-        "out",
-        "threads",
-        "device",
-        "save_steps",
-        "log_steps",
-        "report_to",
-        "overwrite",
-        "resume",
-        "push_to_hub",
-        "private",
-    )
-    decided = {
-        key: value
-        for key, value in as_dict(options).items()
-        if key not in unimportant and not (key in LATER and (value is None or value is False))
-    }
+    decided = dict(ONCE)
+    for spec in dataclasses.fields(options):
+        value = getattr(options, spec.name)
+        unsaid = spec.metadata["later"] and value == spec.default
+        if spec.name not in BY_CONTENT and spec.metadata["decides"] != RUNNING and not unsaid:
+            decided[spec.name] = value
     return hashlib.sha256(
         json.dumps([decided, *more], sort_keys=True, default=str).encode()
     ).hexdigest()[:16]

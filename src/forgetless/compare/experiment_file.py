@@ -39,23 +39,26 @@ from forgetless.compare.experiment import (
 )
 from forgetless.errors import FileError, OptionError, brief, nearest
 from forgetless.files.untrusted import check_mapping, check_name
-from forgetless.options.option import parse_rule, read_yaml
+from forgetless.options.option import MEASURED, deciding, parse_rule, read_yaml
+from forgetless.options.tune import TuneOptions
 
-# Options that the experiment itself sets.
+# Options of `tune` that the experiment itself sets: its model, data and seeds, what is measured,
+# and the folders of its runs.
 OURS = {
-    "data",
-    "eval_data",
-    "general",
-    "out",
     "model",
+    "data",
+    "seed",
+    "earlier",
+    "eval_steps",
+    "out",
     "resume",
     "overwrite",
-    "seed",
-    "tasks",
-    "limit",
-    "eval_steps",
-    "earlier",
+    "push_to_hub",
+    "private",
+    *deciding(TuneOptions, MEASURED),
 }
+# How general text is read: said once for --replay too, which is a method's own.
+OURS -= {"text_column", "general_split"}
 SETTINGS = {"importance", "method", "replay"}  # what makes a method
 MOST_SETTINGS = 10_000  # of one method
 FAMILIES = ("baseline", "hold", "penalty", "data", "adapter", "control")

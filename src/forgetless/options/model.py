@@ -1,11 +1,15 @@
-"""TODO options.model."""
+"""Options that several verbs share: which model, which general text, which adapter.
+
+The options of a verb are a frozen dataclass that inherits from these, so that `--device` means the
+same everywhere, and a function that only loads a model takes a ModelOptions.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TypeVar
 
-from forgetless.options.option import option
+from forgetless.options.option import MEASURED, RUNNING, option
 
 Options = TypeVar("Options")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -15,20 +19,38 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 class ModelOptions:
     """What every verb that loads a model accepts."""
 
-    model: str = option("", "model: a Hub name or a local folder", positional=True, metavar="MODEL")
-    revision: str | None = option(None, "Hub revision of the model")
-    dtype: str = option(
-        "auto", "dtype of the weights; auto takes what the checkpoint says", choices=DTYPES
+    model: str = option(
+        "", "model: a Hub name or a local folder", group="model", positional=True, metavar="MODEL"
     )
-    device: str = option("auto", "device: auto, cpu, cuda, cuda:1, mps")
+    revision: str | None = option(None, "Hub revision of the model", group="model")
+    dtype: str = option(
+        "auto",
+        "dtype of the weights; auto takes what the checkpoint says",
+        group="model",
+        choices=DTYPES,
+    )
+    device: str = option(
+        "auto", "device: auto, cpu, cuda, cuda:1, mps", group="model", decides=RUNNING
+    )
     quantize: str = option(
-        "none", "load the base in 4 or 8 bit (needs bitsandbytes)", choices=("none", "4bit", "8bit")
+        "none",
+        "load the base in 4 or 8 bit (needs bitsandbytes)",
+        group="model",
+        choices=("none", "4bit", "8bit"),
     )
     trust_remote_code: bool = option(
-        False, "run Python code that comes with the model; only for models you trust"
+        False,
+        "run Python code that comes with the model; only for models you trust",
+        group="model",
     )
-    threads: int | None = option(None, "CPU threads; default: torch decides")
-    seed: int = option(0, "seed of every random choice")
+    threads: int | None = option(
+        None,
+        "CPU threads; default: torch decides",
+        group="model",
+        at_least=1,
+        decides=RUNNING,
+    )
+    seed: int = option(0, "seed of every random choice", group="model", at_least=0)
 
 
 @dataclass(frozen=True)
@@ -39,25 +61,37 @@ class AdapterOptions:
         None,
         "weights to adapt: names (q_proj,v_proj), all-linear, or a regular expression; default: "
         "preset",
+        group="adapter",
         metavar="NAMES",
     )
-    rank: int = option(None, "LoRA rank r")
-    alpha: float = option(None, "LoRA alpha; the update is scaled by alpha / rank")
-    dropout: float = option(None, "LoRA dropout")
-    rslora: bool = option(False, "scale the update by alpha / sqrt(rank)")
+    rank: int = option(None, "LoRA rank r", group="adapter", at_least=1)
+    alpha: float = option(
+        None, "LoRA alpha; the update is scaled by alpha / rank", group="adapter", above=0
+    )
+    dropout: float = option(None, "LoRA dropout", group="adapter", at_least=0, below=1)
+    rslora: bool = option(False, "scale the update by alpha / sqrt(rank)", group="adapter")
 
 
 @dataclass(frozen=True)
 class TextOptions:
-    """General text: documents or chats that stand for what the model must not lose."""
+    """General text: documents or chats that stand for what the model must not lose.
+
+    `record` reads it to find what matters; for every other verb it is what forgetting is measured
+    on.
+    """
 
     general: str | None = option(
         None,
         "general text: .txt, .jsonl, .json, .csv, .parquet, a Hub dataset, or 'self' (sampled "
         "from the model)",
+        group="data",
+        decides=MEASURED,
         metavar="TEXT",
     )
     text_column: str | None = option(
-        None, "column that holds the text; default: text, content or messages"
+        None,
+        "column that holds the text; default: text, content or messages",
+        group="data",
+        decides=MEASURED,
     )
-    general_split: str = option("train", "split of a Hub dataset")
+    general_split: str = option("train", "split of a Hub dataset", group="data", decides=MEASURED)

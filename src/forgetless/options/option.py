@@ -1,11 +1,12 @@
-"""How an option is described, checked and read from YAML; what options there are is in verbs.py.
+"""How an option is described, checked and read from YAML.
 
-    learning_rate: float = option(None, "peak learning rate; default: preset")     # a dataclass
-        field that knows its help
-    checked(field, "1e-3")                                                         # 0.001;
-        OptionError for what does not fit
+    learning_rate: float = option(None, "AdamW learning rate", group="training", above=0)
+    checked(field, "1e-3")           # 0.001; raises OptionError for what does not fit
+    deciding(TuneOptions, RUNNING)   # ("device", "threads", ...)
 
-Nothing heavy is imported.
+The row of an option is the only place that says what the option is: its help, its bounds, where
+`--help` shows it, and whether the result of a run depends on it. model.py, record.py, tune.py and
+verbs.py hold the rows. Nothing heavy is imported.
 """
 
 from __future__ import annotations
@@ -20,23 +21,59 @@ from typing import Any
 from forgetless.errors import OptionError, brief, nearest
 from forgetless.files.untrusted import load_yaml
 
+# What an option decides. An interrupted run may go on, and the command on a card may leave out what
+# is not part of the result.
+RESULT = "result"  # the result itself
+MEASURED = "measured"  # only what the result is measured on (`record`: the text that it reads)
+RUNNING = "running"  # only where and how the work runs, what is watched, and where files go
+# The headings of --help, in their order.
+GROUPS = (
+    "model",
+    "data",
+    "importance",
+    "adapter",
+    "method",
+    "holding",
+    "budget",
+    "sequence",
+    "training",
+    "measuring",
+    "output",
+)
+
 
 def option(
     default: Any,
     help: str,
     *,
+    group: str,
     choices: tuple[str, ...] | None = None,
+    at_least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    decides: str = RESULT,
+    later: bool = False,
     positional: bool = False,
     metavar: str | None = None,
     repeated: bool = False,
 ) -> Any:
-    """A dataclass field with what the command line needs to know about it.
+    """A dataclass field with all that is to be known about an option.
 
-    `repeated`: may be given several times; the values are joined by commas.
+    `group` is one of GROUPS, `decides` one of RESULT, MEASURED and RUNNING; `at_least`, `above` and
+    `below` are bounds of a number. `later`: the option came after the first comparisons, so the
+    address of a run holds it only where it was given (compare/experiment.py). `repeated`: it may be
+    given several times; the values are joined by commas.
     """
+    assert group in GROUPS and decides in (RESULT, MEASURED, RUNNING)
     metadata = {
         "help": help,
+        "group": group,
         "choices": choices,
+        "at_least": at_least,
+        "above": above,
+        "below": below,
+        "decides": decides,
+        "later": later,
         "positional": positional,
         "metavar": metavar,
         "repeated": repeated,
@@ -46,106 +83,75 @@ def option(
     return field(default=default, metadata=metadata)
 
 
-# Options that must be at least a number, and those that must be above zero, wherever they occur.
-AT_LEAST = {
-    "rank": 1,
-    "batch_size": 1,
-    "accumulation": 1,
-    "save_steps": 1,
-    "log_steps": 1,
-    "limit": 1,
-    "documents": 1,
-    "self_documents": 1,
-    "threads": 1,
-    "final_rank": 1,
-    "length": 2,
-    "stride": 1,
-    "batch_tokens": 1,
-    "shots": 0,
-    "eval_steps": 0,
-    "strength": 0,
-    "cov_rank": 0,
-    "groups": 1,
-    "dropout": 0,
-    "warmup": 0,
-    "weight_decay": 0,
-    "max_grad_norm": 0,
-    "seed": 0,
-    "replay_documents": 1,
-    "replay_share": 0,
-    "kl_weight": 0,
-    "kl_sequences": 1,
-    "general_steps": 0,
-    "scale": 0,
-    "max_forgetting": 0,
-    "orthogonality": 0,
-    "jobs": 1,
-    "mu": 0,
-    "tokens": 2,
-    "general_tokens": 1,
-    "record_tokens": 2,
-    "processes": 1,
-}
-ABOVE_ZERO = ("learning_rate", "epochs", "alpha", "xi", "flops")
+def deciding(kind: Any, what: str) -> tuple[str, ...]:
+    """The names of the options of a dataclass that decide `what`."""
+    return tuple(f.name for f in dataclasses.fields(kind) if f.metadata["decides"] == what)
 
 
 def checked(spec: dataclasses.Field, value: Any) -> Any:
-    """`value` if it fits the field's annotation and choices, converted where YAML is known to be
-    loose (1e-3 is a string there).
+    """`value` if it fits the option's type, choices and bounds.
+
+    It is converted where YAML is known to be loose: 1e-3 is a string there.
     """
-    kind = str(spec.type)
-    if value is None or kind == "Any":
+    if value is None or str(spec.type) == "Any":
         return value
-    flag = "--" + spec.name.replace("_", "-")
-    try:
-        if kind.startswith("bool"):
-            if not isinstance(value, bool):
-                raise ValueError
-        elif kind.startswith("int"):
-            if (
-                isinstance(value, bool)
-                or int(value) != float(value)
-                or not abs(int(value)) < 1 << 63
-            ):
-                raise ValueError
-            value = int(value)
-        elif kind.startswith("float"):
-            if isinstance(value, bool) or not math.isfinite(float(value)):
-                raise ValueError
-            value = float(value)
-        else:
-            if isinstance(value, (dict, set, bytes)):
-                raise ValueError
-            value = ",".join(value) if isinstance(value, (list, tuple)) else str(value)
-    except (TypeError, ValueError, OverflowError):
-        raise OptionError(f"{flag} expects {kind.split(' ')[0]}, found {brief(value)}") from None
-    choices = spec.metadata.get("choices")
+    value = _converted(spec, value)
+    choices = spec.metadata["choices"]
     if choices and value not in choices:
         near = nearest(str(value), choices)
         raise OptionError(
-            f"{flag} expects one of {', '.join(choices)}, found '{value}'"
+            f"{flag(spec.name)} expects one of {', '.join(choices)}, found '{value}'"
             + (f"; {near}" if near.startswith("did") else "")
         )
-    if spec.name in AT_LEAST and value < AT_LEAST[spec.name]:
-        raise OptionError(f"{flag} must be at least {AT_LEAST[spec.name]}, found {value}")
-    if spec.name in ABOVE_ZERO and value <= 0:
-        raise OptionError(f"{flag} must be above 0, found {value}")
-    if spec.name == "dropout" and value >= 1:
-        raise OptionError(f"{flag} must be below 1, found {value}")
+    at_least, above, below = (spec.metadata[name] for name in ("at_least", "above", "below"))
+    if at_least is not None and value < at_least:
+        raise OptionError(f"{flag(spec.name)} must be at least {at_least}, found {value}")
+    if above is not None and value <= above:
+        raise OptionError(f"{flag(spec.name)} must be above {above}, found {value}")
+    if below is not None and value >= below:
+        raise OptionError(f"{flag(spec.name)} must be below {below}, found {value}")
     return value
 
 
+def flag(name: str) -> str:
+    """How an option is written on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def _converted(spec: dataclasses.Field, value: Any) -> Any:
+    """`value` in the type of the option. Raises OptionError where it is of another."""
+    kind = str(spec.type).split(" ")[0]
+    try:
+        if kind == "bool":
+            if not isinstance(value, bool):
+                raise ValueError
+            return value
+        if kind == "int":
+            whole = not isinstance(value, bool) and int(value) == float(value)
+            if not whole or not abs(int(value)) < 1 << 63:
+                raise ValueError
+            return int(value)
+        if kind == "float":
+            if isinstance(value, bool) or not math.isfinite(float(value)):
+                raise ValueError
+            return float(value)
+        if isinstance(value, (dict, set, bytes)):
+            raise ValueError
+        return ",".join(value) if isinstance(value, (list, tuple)) else str(value)
+    except (TypeError, ValueError, OverflowError):
+        raise OptionError(f"{flag(spec.name)} expects {kind}, found {brief(value)}") from None
+
+
 def several(spec: str | None) -> list[str]:
-    """The parts of an option that may be given several times; a file whose name has commas is one
-    part.
+    """The values of an option that may be given several times.
+
+    A file whose name has commas is one value.
     """
     if not spec:
         return []
-    return (
-        [spec]
-        if "," not in spec or Path(spec).exists()
-        else [part.strip() for part in spec.split(",") if part.strip()]
-    )
+    if "," not in spec or Path(spec).exists():
+        return [spec]
+    return [part.strip() for part in spec.split(",") if part.strip()]
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""TODO options.record."""
+"""Options of `forgetless record`, and what each estimator makes of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from forgetless.errors import OptionError
 from forgetless.options.model import AdapterOptions, ModelOptions, TextOptions
-from forgetless.options.option import option
+from forgetless.options.option import RUNNING, flag, option
 
 PRESETS = ("default", "paper")
 ESTIMATORS = ("path", "path-factored", "fisher", "kronecker", "activation", "uniform")
@@ -20,83 +20,135 @@ class RecordOptions(AdapterOptions, TextOptions, ModelOptions):
     file.
     """
 
-    out: str = option("", "importance file to write (.safetensors)", metavar="FILE")
+    out: str = option(
+        "",
+        "importance file to write (.safetensors)",
+        group="output",
+        decides=RUNNING,
+        metavar="FILE",
+    )
     preset: str = option(
         "default",
         "default: our recipe; paper: Song et al. 2025 (arXiv 2501.13669)",
+        group="importance",
         choices=PRESETS,
     )
     estimator: str = option(
         None,
         "how importance is estimated; all but path make one pass over the text without training",
+        group="importance",
         choices=ESTIMATORS,
     )
     labels: str = option(
         "empirical",
         "labels of fisher and kronecker: the text's own tokens, or sampled from the model",
+        group="importance",
         choices=("empirical", "sampled"),
     )
     cov_rank: int = option(
-        None, "kronecker: keep covariances as this rank + constant diagonal; 0: whole"
+        None,
+        "kronecker: keep covariances as this rank + constant diagonal; 0: whole",
+        group="importance",
+        at_least=0,
     )
     gradient: str = option(
         None,
         "gradient of the path integral: exact dL/dU, or the paper's effective gradient",
+        group="importance",
         choices=("exact", "effective"),
     )
     clamp: str = option(
         None,
         "clamp credits at zero after every step (the paper) or at the end of an epoch",
+        group="importance",
         choices=("step", "end"),
     )
-    xi: float = option(None, "added to the squared movement before dividing by it")
+    xi: float = option(
+        None, "added to the squared movement before dividing by it", group="importance", above=0
+    )
     tier: str | None = option(
         None,
         "form of the file: f32, bf16, factored[:K], kronecker[:K]; default: as the estimator "
         "records it",
+        group="importance",
         metavar="TIER",
     )
     groups: int | None = option(
         None,
         "kronecker and fisher: see the weights in this many groups, one pass over the text each, "
-        "for less memory; "
-        "default: as few as fit",
+        "for less memory; default: as few as fit",
+        group="training",
+        at_least=1,
+        decides=RUNNING,
     )
     offload: bool = option(
-        False, "path: keep credits and importance in CPU memory while training on a GPU"
+        False,
+        "path: keep credits and importance in CPU memory while training on a GPU",
+        group="training",
+        decides=RUNNING,
     )
     keep_anchor: bool = option(
-        True, "store the adapter at the end of recording, for anchor: recorded"
+        True,
+        "store the adapter at the end of recording, for anchor: recorded",
+        group="importance",
     )
-    documents: int | None = option(None, "use at most this many documents")
+    documents: int | None = option(
+        None, "use at most this many documents", group="data", at_least=1
+    )
     calibrate: bool = option(
         False,
         "also measure what fine-tuning costs in general loss, by nine short trainings, so that "
-        "tune --budget can do without "
-        "--general (docs/budget.md)",
+        "tune --budget can do without --general (docs/budget.md)",
+        group="budget",
     )
-    length: int = option(None, "tokens per sequence; default: preset, at most the model's context")
-    epochs: int = option(None, "passes over the general text")
-    max_steps: int | None = option(None, "stop after this many optimizer steps")
-    batch_size: int = option(None, "sequences per forward pass")
-    accumulation: int = option(None, "forward passes per optimizer step")
-    learning_rate: float = option(None, "AdamW learning rate")
-    schedule: str = option(None, "learning-rate schedule", choices=("linear", "constant"))
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
-    self_documents: int = option(64, "how many documents to sample with --general self")
-    save_steps: int = option(100, "write a state to resume from every so many steps")
-    resume: bool = option(False, "go on from the last saved state")
+    length: int = option(
+        None,
+        "tokens per sequence; default: preset, at most the model's context",
+        group="data",
+        at_least=2,
+    )
+    epochs: int = option(None, "passes over the general text", group="training", above=0)
+    max_steps: int | None = option(None, "stop after this many optimizer steps", group="training")
+    batch_size: int = option(None, "sequences per forward pass", group="training", at_least=1)
+    accumulation: int = option(
+        None, "forward passes per optimizer step", group="training", at_least=1
+    )
+    learning_rate: float = option(None, "AdamW learning rate", group="training", above=0)
+    schedule: str = option(
+        None, "learning-rate schedule", group="training", choices=("linear", "constant")
+    )
+    gradient_checkpointing: bool = option(
+        False, "recompute activations in the backward pass", group="training"
+    )
+    self_documents: int = option(
+        64, "how many documents to sample with --general self", group="data", at_least=1
+    )
+    save_steps: int = option(
+        100,
+        "write a state to resume from every so many steps",
+        group="output",
+        at_least=1,
+        decides=RUNNING,
+    )
+    resume: bool = option(False, "go on from the last saved state", group="output", decides=RUNNING)
     push_to_hub: str | None = option(
-        None, "also upload the file, with a model card, to this Hub repository", metavar="NAME"
+        None,
+        "also upload the file, with a model card, to this Hub repository",
+        group="output",
+        decides=RUNNING,
+        metavar="NAME",
     )
     private: bool | None = option(
-        None, "make the repository of --push-to-hub private, where it is new"
+        None,
+        "make the repository of --push-to-hub private, where it is new",
+        group="output",
+        decides=RUNNING,
     )
 
 
 RECORD_PRESETS: dict[str, dict[str, Any]] = {
-    # Song et al. 2025, section "Experiments"; the base in 8 bit is left to --quantize 8bit. Padding is
-    # masked, unlike in the released code.
+    # Song et al. 2025, section "Experiments". Their base in 8 bit is left to --quantize 8bit, and
+    # padding is masked, unlike in their released code.
     "paper": dict(
         estimator="path",
         targets="q_proj,v_proj",
@@ -164,7 +216,7 @@ def check_estimator(given: Mapping[str, Any], estimator: str) -> None:
     ]
     wrong += ["cov_rank"] if estimator != "kronecker" and given.get("cov_rank") is not None else []
     if wrong:
-        flags = ", ".join("--" + name.replace("_", "-") for name in wrong)
+        flags = ", ".join(map(flag, wrong))
         why = "trains an adapter" if trains else "makes one pass over the text, without training"
         advice = "leave out" if trains else "leave out, or give --estimator path"
         raise OptionError(f"{flags}: not used by --estimator {estimator}, which {why}; {advice}")

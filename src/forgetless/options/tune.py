@@ -1,4 +1,4 @@
-"""TODO options.tune."""
+"""Options of `forgetless tune`, their presets, and what a method sets among them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from forgetless.options.model import AdapterOptions, ModelOptions, TextOptions
-from forgetless.options.option import option
+from forgetless.options.option import MEASURED, RUNNING, option
 from forgetless.options.record import PRESETS
 
 LAYERS = ("uniform", "softmax", "scale-free")
@@ -23,143 +23,220 @@ class TuneOptions(AdapterOptions, TextOptions, ModelOptions):
     data: str = option(
         "",
         "domain data: a file, a Hub dataset, or a task (sciq, piqa, medmcqa, sciq=train.jsonl); "
-        "given several times: one domain after "
-        "the other, each held from then on (docs/sequences.md)",
+        "given several times: one domain after the other, each held from then on "
+        "(docs/sequences.md)",
+        group="data",
         metavar="DATA",
         repeated=True,
     )
-    data_split: str = option("train", "split of a Hub dataset")
+    data_split: str = option("train", "split of a Hub dataset", group="data")
     importance: str | None = option(
         None,
         "importance file of `forgetless record`, its folder or a Hub name; without one the run "
         "is plain fine-tuning",
+        group="holding",
         metavar="FILE",
     )
     out: str = option(
-        "", "folder to write: adapter (or model), checkpoints, run.json", metavar="DIR"
+        "",
+        "folder to write: adapter (or model), checkpoints, run.json",
+        group="output",
+        decides=RUNNING,
+        metavar="DIR",
     )
     after: str | None = option(
         None,
         "go on from the result of this finished run on MODEL: its domains are held too, the "
         "final adapter has both",
+        group="sequence",
+        later=True,
         metavar="RUN",
     )
     consolidate: str | None = option(
         None,
         "several domains: add the importance of each to that so far (sum), average with decay "
-        "(decay:0.9), or "
-        "hold general text alone (none) [sum]",
+        "(decay:0.9), or hold general text alone (none) [sum]",
+        group="sequence",
+        later=True,
         metavar="RULE",
     )
     final_rank: int | None = option(
         None,
         "several domains: bring the final adapter to this rank; default: the exact sum of the "
         "updates, ranks added",
+        group="sequence",
+        at_least=1,
+        later=True,
     )
     keep_all: bool = option(
-        False, "several domains: keep the adapter of the model after each of them too"
+        False,
+        "several domains: keep the adapter of the model after each of them too",
+        group="sequence",
+        decides=RUNNING,
+        later=True,
     )
     preset: str = option(
         "default",
         "default: our recipe; paper: Song et al. 2025 (arXiv 2501.13669)",
+        group="training",
         choices=PRESETS,
     )
     method: str = option(
         None,
         "method, or several with commas: plain, rslora, full, small-lr, hold, kl, replay, wise, "
-        "ewc-lora, la-lora, l2, shuffled, "
-        "o-lora, general-steps, oft, osf, corda, lora-fa; see docs/methods.md; default: hold "
-        "where --importance is given, else plain",
+        "ewc-lora, la-lora, l2, shuffled, o-lora, general-steps, oft, osf, corda, lora-fa; see "
+        "docs/methods.md; default: hold where --importance is given, else plain",
+        group="method",
         metavar="NAMES",
     )
     replay: str | None = option(
         None,
         "general text used while tuning: as --general, but other text; 'self': sampled from the "
         "model; 'domain': --data (kl)",
+        group="method",
         metavar="TEXT",
     )
     replay_documents: int | None = option(
-        None, "use at most this many documents of --replay; with 'self', how many to sample [256]"
+        None,
+        "use at most this many documents of --replay; with 'self', how many to sample [256]",
+        group="method",
+        at_least=1,
     )
     replay_share: float | None = option(
-        None, "replay: general tokens per domain token, 0.01 for 1 % [0.05]"
+        None,
+        "replay: general tokens per domain token, 0.01 for 1 % [0.05]",
+        group="method",
+        at_least=0,
     )
-    kl_weight: float | None = option(None, "kl: weight of the divergence from the base [1]")
-    kl_sequences: int | None = option(None, "kl: general sequences per optimizer step [2]")
-    scale: float | None = option(None, "wise: scale the finished update by this number")
+    kl_weight: float | None = option(
+        None, "kl: weight of the divergence from the base [1]", group="method", at_least=0
+    )
+    kl_sequences: int | None = option(
+        None, "kl: general sequences per optimizer step [2]", group="method", at_least=1
+    )
+    scale: float | None = option(
+        None, "wise: scale the finished update by this number", group="method", at_least=0
+    )
     max_forgetting: float | None = option(
         None,
         "wise: the largest scale with at most this rise of the loss on --general",
+        group="method",
+        at_least=0,
         metavar="NATS",
     )
     general_steps: int | None = option(
-        None, "general-steps: optimizer steps on --replay before tuning; default: one pass over it"
+        None,
+        "general-steps: optimizer steps on --replay before tuning; default: one pass over it",
+        group="method",
+        at_least=0,
     )
     earlier: str | None = option(
         None,
         "o-lora: adapters merged into MODEL before, whose directions are kept free",
+        group="method",
+        later=True,
         metavar="DIRS",
     )
     orthogonality: float | None = option(
-        None, "o-lora: weight of the overlap with earlier adapters [0.5]"
+        None,
+        "o-lora: weight of the overlap with earlier adapters [0.5]",
+        group="method",
+        at_least=0,
+        later=True,
     )
     strength: float | None = option(
         None,
         "how hard important weights are held (lambda); 0 is plain fine-tuning; default: what "
         "suits the file's estimator",
+        group="holding",
+        at_least=0,
     )
     budget: str | None = option(
         None,
         "let perplexity on --general rise by at most this much: 1%, or 0.01nats; sets the "
-        "strength. Without --general the "
-        "rise is predicted by --importance, and not checked (docs/budget.md)",
+        "strength. Without --general the rise is predicted by --importance, and not checked "
+        "(docs/budget.md)",
+        group="budget",
     )
     layers: Any = option(
         None,
         "layer coefficients: uniform, softmax, scale-free; a list over depth or a map of kinds "
         "in YAML",
+        group="holding",
         metavar="HOW",
     )
     per: str = option(
         "weight",
         "coefficients for each weight, or shared by the weights of a block",
+        group="holding",
         choices=("weight", "block"),
     )
-    tau: float = option(None, "temperature of the softmax over layers")
+    tau: float = option(None, "temperature of the softmax over layers", group="holding")
     anchor: str = option(
         None,
         "hold towards the base model, or towards the adapter at the end of recording",
+        group="holding",
         choices=("base", "recorded"),
     )
     offload_importance: bool = option(
-        False, "keep importance in CPU memory and bring it to the GPU one weight at a time"
+        False,
+        "keep importance in CPU memory and bring it to the GPU one weight at a time",
+        group="holding",
+        decides=RUNNING,
     )
-    full: bool = option(False, "train the target weights themselves instead of an adapter")
-    learning_rate: float = option(None, "AdamW learning rate")
+    full: bool = option(
+        False, "train the target weights themselves instead of an adapter", group="adapter"
+    )
+    learning_rate: float = option(None, "AdamW learning rate", group="training", above=0)
     schedule: str = option(
-        "linear", "learning-rate schedule", choices=("linear", "cosine", "constant")
+        "linear",
+        "learning-rate schedule",
+        group="training",
+        choices=("linear", "cosine", "constant"),
     )
-    warmup: float = option(0.0, "share of the steps that warm up the learning rate")
-    weight_decay: float = option(0.0, "AdamW weight decay")
+    warmup: float = option(
+        0.0,
+        "share of the steps that warm up the learning rate",
+        group="training",
+        at_least=0,
+    )
+    weight_decay: float = option(0.0, "AdamW weight decay", group="training", at_least=0)
     max_grad_norm: float = option(
         1.0,
         "clip the gradient of the task loss to this norm; 0: never. The pull is added after "
         "clipping",
+        group="training",
+        at_least=0,
     )
-    epochs: float = option(None, "passes over the data")
-    max_steps: int = option(-1, "stop after this many optimizer steps; -1: epochs decide")
-    batch_size: int = option(None, "sequences per forward pass")
-    accumulation: int = option(None, "forward passes per optimizer step")
-    length: int = option(None, "tokens per sequence; default: preset, at most the model's context")
-    packing: bool = option(False, "pack several documents into one sequence")
+    epochs: float = option(None, "passes over the data", group="training", above=0)
+    max_steps: int = option(
+        -1, "stop after this many optimizer steps; -1: epochs decide", group="training"
+    )
+    batch_size: int = option(None, "sequences per forward pass", group="training", at_least=1)
+    accumulation: int = option(
+        None, "forward passes per optimizer step", group="training", at_least=1
+    )
+    length: int = option(
+        None,
+        "tokens per sequence; default: preset, at most the model's context",
+        group="data",
+        at_least=2,
+    )
+    packing: bool = option(False, "pack several documents into one sequence", group="data")
     completion_only: bool | None = option(
-        None, "score only completions or assistant turns; default: yes where the data has them"
+        None,
+        "score only completions or assistant turns; default: yes where the data has them",
+        group="data",
     )
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
+    gradient_checkpointing: bool = option(
+        False, "recompute activations in the backward pass", group="training"
+    )
     eval_data: str | None = option(
         None,
         "held-out domain data, evaluated before, during and after; with several domains one for "
         "each, in their order",
+        group="measuring",
+        decides=MEASURED,
         metavar="DATA",
         repeated=True,
     )
@@ -167,28 +244,70 @@ class TuneOptions(AdapterOptions, TextOptions, ModelOptions):
         None,
         "split of a Hub dataset given by --eval-data; default: test, or the held-out split of a "
         "task",
+        group="measuring",
+        decides=MEASURED,
     )
     eval_steps: int = option(
-        0, "evaluate on --eval-data every so many steps; 0: only before and after"
+        0,
+        "evaluate on --eval-data every so many steps; 0: only before and after",
+        group="measuring",
+        at_least=0,
+        decides=RUNNING,
     )
     tasks: str | None = option(
-        None, "tasks to evaluate before and after: sciq,piqa=test.jsonl,...", metavar="NAMES"
+        None,
+        "tasks to evaluate before and after: sciq,piqa=test.jsonl,...",
+        group="measuring",
+        decides=MEASURED,
+        metavar="NAMES",
     )
-    limit: int | None = option(None, "evaluate at most this many documents or questions")
-    save_steps: int = option(200, "checkpoint every so many steps")
-    log_steps: int = option(10, "log every so many steps")
-    report_to: str = option("none", "where the trainer reports", choices=REPORTERS)
+    limit: int | None = option(
+        None,
+        "evaluate at most this many documents or questions",
+        group="measuring",
+        at_least=1,
+        decides=MEASURED,
+    )
+    save_steps: int = option(
+        200,
+        "checkpoint every so many steps",
+        group="output",
+        at_least=1,
+        decides=RUNNING,
+    )
+    log_steps: int = option(
+        10, "log every so many steps", group="output", at_least=1, decides=RUNNING
+    )
+    report_to: str = option(
+        "none",
+        "where the trainer reports",
+        group="output",
+        choices=REPORTERS,
+        decides=RUNNING,
+    )
     push_to_hub: str | None = option(
         None,
         "also upload final/, with its model card, to this Hub repository; with --budget only "
         "where it is met",
+        group="output",
+        decides=RUNNING,
         metavar="NAME",
     )
     private: bool | None = option(
-        None, "make the repository of --push-to-hub private, where it is new"
+        None,
+        "make the repository of --push-to-hub private, where it is new",
+        group="output",
+        decides=RUNNING,
     )
-    resume: bool = option(False, "go on from the last checkpoint in --out")
-    overwrite: bool = option(False, "replace a finished run in --out")
+    resume: bool = option(
+        False,
+        "go on from the last checkpoint in --out",
+        group="output",
+        decides=RUNNING,
+    )
+    overwrite: bool = option(
+        False, "replace a finished run in --out", group="output", decides=RUNNING
+    )
 
 
 TUNE_PRESETS: dict[str, dict[str, Any]] = {

@@ -40,7 +40,7 @@ from forgetless.model.adapters import add_adapter
 from forgetless.model.fingerprint import fingerprint
 from forgetless.model.loading import context_length, load_model, load_tokenizer
 from forgetless.model.targets import target_weights
-from forgetless.options.option import as_dict
+from forgetless.options.option import RUNNING, as_dict, deciding
 from forgetless.options.record import LABELLED, TRAINING_ONLY, RecordOptions
 from forgetless.record import state as recording_state
 from forgetless.record.activation import Activation
@@ -55,6 +55,13 @@ from forgetless.record.training import train
 
 # Estimators that train an adapter; the others observe.
 ESTIMATORS: dict[str, type[PathRecorder]] = {"path": PathIntegral, "path-factored": PathFactored}
+# Options that are not among the settings in the file: model and text stand beside them, and the
+# rest is no part of the result. The last three have always stood there, and files stay as they are.
+NOT_IN_THE_FILE = {"model", "general", *deciding(RecordOptions, RUNNING)} - {
+    "device",
+    "threads",
+    "save_steps",
+}
 logger = logging.getLogger("forgetless")
 
 
@@ -188,10 +195,7 @@ def record_on(
         job = _by_training if options.estimator in ESTIMATORS else _by_observing
         recorded, seconds = job(options, model, encoded, tokenizer.pad_token_id, state, source)
     shown = {
-        k: v
-        for k, v in as_dict(options).items()
-        if k not in ("out", "resume", "model", "general", *recording_state.NOT_IN_THE_RESULT)
-        and v is not None
+        k: v for k, v in as_dict(options).items() if k not in NOT_IN_THE_FILE and v is not None
     }
     shown = {
         k: v for k, v in shown.items() if options.estimator in ESTIMATORS or k not in TRAINING_ONLY

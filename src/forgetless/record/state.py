@@ -21,10 +21,11 @@ import torch
 from forgetless.errors import OptionError
 from forgetless.files.atomic import atomic_path
 from forgetless.model import distributed
-from forgetless.options.option import as_dict
+from forgetless.options.option import RUNNING, as_dict, deciding
 from forgetless.options.record import RecordOptions
 
-NOT_IN_THE_RESULT = ("groups", "offload", "push_to_hub", "private")
+# What is applied when the recording has ended, and so does not decide what a state holds.
+ONLY_WRITTEN = ("tier", "keep_anchor")
 logger = logging.getLogger("forgetless")
 
 
@@ -34,21 +35,9 @@ def place(options: RecordOptions) -> Path:
 
 
 def comparable(options: RecordOptions) -> dict[str, Any]:
-    """The options that decide the result, as they must be again to go on."""
-    return {
-        k: v
-        for k, v in as_dict(options).items()
-        if k
-        not in (
-            "resume",
-            "save_steps",
-            "device",
-            "threads",
-            "tier",
-            "keep_anchor",
-            *NOT_IN_THE_RESULT,
-        )
-    }
+    """The options that decide what is recorded, as they must be again to go on."""
+    free = (*deciding(RecordOptions, RUNNING), *ONLY_WRITTEN)
+    return {name: value for name, value in as_dict(options).items() if name not in free}
 
 
 def write(options: RecordOptions, state: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 from forgetless.files.atomic import write_text
 from forgetless.files.hub import CARD, hub_name, shareable
-from forgetless.options.option import as_dict
+from forgetless.options.option import RUNNING, as_dict, deciding
 from forgetless.options.tune import TUNE_PRESETS, TuneOptions
 from forgetless.options.verbs import ShrinkOptions, resolve
 from forgetless.report import numbers
@@ -30,20 +30,6 @@ from forgetless.report.markdown import plain
 BEGIN, END = "<!-- forgetless -->", "<!-- /forgetless -->"
 SECTION = re.compile(rf"^{BEGIN}\n.*?^{END}$\n?", re.DOTALL | re.MULTILINE)
 PIPE = re.compile(r"(?<!\\)\|")  # ends a cell also inside code
-# Options that decide nothing of the result, and so are left out of the command that makes it again.
-ASIDE = (
-    "out",
-    "device",
-    "threads",
-    "resume",
-    "overwrite",
-    "push_to_hub",
-    "private",
-    "report_to",
-    "save_steps",
-    "log_steps",
-    "offload_importance",
-)
 Card = tuple[dict[str, Any], str]  # front matter, section
 
 
@@ -393,7 +379,7 @@ def command(verb: str, options: Mapping[str, Any]) -> str:
     words, aside = ["forgetless", verb, str(shareable(options[first]))], []
     for key, value in options.items():
         if (
-            key in (first, *ASIDE)
+            key in (first, *deciding(kind, RUNNING))
             or (value == usual.get(key) and key not in ("importance", "method"))
             or value in (None, "")
         ):

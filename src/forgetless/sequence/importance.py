@@ -17,6 +17,7 @@ from forgetless.data.tasks import encode_rows, load_training_data
 from forgetless.importance.consolidate import consolidated
 from forgetless.importance.importance import Importance
 from forgetless.model.loading import context_length, load_tokenizer
+from forgetless.options.model import ModelOptions, TextOptions
 from forgetless.options.record import LABELLED, RECORD_PRESETS, TRAINING_ONLY, RecordOptions
 from forgetless.options.tune import TuneOptions
 from forgetless.options.verbs import resolve
@@ -120,17 +121,14 @@ def recipe_of(importance: Importance, options: TuneOptions, out: str) -> RecordO
     """
     estimator, tier = str(importance.info.get("estimator")), importance.tier
     known = {field.name for field in dataclasses.fields(RecordOptions)}
+    text = {field.name for field in dataclasses.fields(TextOptions)}
     unused = {
         "out",
-        "resume",
         "calibrate",
-        "general",
-        "general_split",
-        "text_column",
-        "model",
         "cov_rank",
         "tier",
         "keep_anchor",
+        *text,
         *(() if estimator.startswith("path") else (*TRAINING_ONLY, "preset")),
         *(() if estimator in LABELLED else ("labels", "groups")),
     }
@@ -144,22 +142,11 @@ def recipe_of(importance: Importance, options: TuneOptions, out: str) -> RecordO
         given["cov_rank"] = int(rank or 0)
     else:
         given["tier"] = tier
-    mine = {
-        key: getattr(options, key)
-        for key in (
-            "model",
-            "revision",
-            "dtype",
-            "device",
-            "trust_remote_code",
-            "threads",
-            "seed",
-            "resume",
-        )
-    }
+    mine = {field.name: getattr(options, field.name) for field in dataclasses.fields(ModelOptions)}
+    mine.update(quantize="none", resume=options.resume, out=out)
     keep = {"keep_anchor": False} if estimator.startswith("path") else {}
     return resolve(
         RecordOptions,
-        {**given, **mine, **keep, "estimator": estimator, "quantize": "none", "out": out},
+        {**given, **mine, **keep, "estimator": estimator},
         RECORD_PRESETS,
     )

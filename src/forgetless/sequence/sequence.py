@@ -60,15 +60,6 @@ from forgetless.tune.tune import tune
 
 logger = logging.getLogger("forgetless")
 IMPORTANCE = "importance.safetensors"  # in --out
-MEASURED = (
-    "general",
-    "general_split",
-    "text_column",
-    "eval_data",
-    "eval_split",
-    "tasks",
-    "limit",
-)  # what is measured already must not be measured otherwise
 
 
 @dataclass(frozen=True)
@@ -170,7 +161,8 @@ def _planned(options: TuneOptions) -> Plan:
             "was held by; copy it to another place"
         )
     if options.resume:
-        check_resumed(options, out, measured=MEASURED)
+        # What the earlier domains were measured on must not change for the later ones.
+        check_resumed(options, out, measured=True)
     elif (out / "config.yaml").exists():
         if not options.overwrite:
             raise ValueError(

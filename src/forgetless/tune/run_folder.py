@@ -10,40 +10,17 @@ Reads and removes; the trainer writes the checkpoints.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from forgetless.errors import OptionError
 from forgetless.files.atomic import discard, read_json
 from forgetless.model import distributed
-from forgetless.options.option import as_dict, read_yaml
+from forgetless.options.option import MEASURED, RUNNING, as_dict, deciding, read_yaml
 from forgetless.options.tune import TuneOptions
 
 INPUTS = (
     "inputs.json"  # what the data of a run were when it was started: name -> sha256 of the rows
-)
-# What a resumed run may change: nothing of it decides the result.
-MAY_CHANGE = (
-    "resume",
-    "overwrite",
-    "out",
-    "device",
-    "threads",
-    "save_steps",
-    "log_steps",
-    "report_to",
-    "general",
-    "general_split",
-    "text_column",
-    "eval_data",
-    "offload_importance",
-    "eval_split",
-    "eval_steps",
-    "tasks",
-    "limit",
-    "push_to_hub",
-    "private",
-    "keep_all",
 )
 
 
@@ -69,23 +46,18 @@ def check_folder(options: TuneOptions, out: Path) -> None:
     distributed.barrier()
 
 
-def check_resumed(options: TuneOptions, out: Path, *, measured: Sequence[str] = ()) -> None:
+def check_resumed(options: TuneOptions, out: Path, *, measured: bool = False) -> None:
     """Raise OptionError where the options that decide the result are not those that the interrupted
-    run was started with; `measured`: more that decide it.
+    run was started with; `measured`: nor those that decide what it is measured on.
     """
     path = out / "config.yaml"
     if not path.is_file():
         return
     then, now = read_yaml(path), as_dict(options)
-    budget = {
-        "general",
-        "general_split",
-        "text_column",
-        "limit",
-        "eval_data",
-        "eval_split",
-    }  # controlled on this text, chosen by what is learned of these rows
-    may_change = set(MAY_CHANGE) - set(measured) - (budget if options.budget else set())
+    may_change = set(deciding(TuneOptions, RUNNING))
+    if not measured:
+        free = {"tasks"}  # a budget is controlled by everything else that is measured
+        may_change |= free if options.budget else set(deciding(TuneOptions, MEASURED))
     if options.strength is None:  # then it was what suits the importance file, which is compared
         may_change.add("strength")
     different = sorted(
