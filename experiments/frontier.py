@@ -34,6 +34,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from forgetless.data.inputs import read_held_out
 from forgetless.data.tasks import TASKS
 from forgetless.files.atomic import read_json, write_json
 from forgetless.importance.strength import STRENGTHS
@@ -283,12 +284,11 @@ class Lab:
             1.0,
         )
         model = self.load(adapter)
+        held_out = read_held_out(general=held["general"], data=held["eval_data"], limit=LIMIT[part])
         for scale in SCALES:
             scale_update(model, scale / now)
             now = scale
-            after = measure(
-                model, tokenizer, general=held["general"], data=held["eval_data"], limit=LIMIT[part]
-            )
+            after = measure(model, tokenizer, held_out)
             scales[str(scale)] = changes(finished["before"], after)
         before = {key: finished["before"][key]["nats"] for key in ("general", "domain")}
         write_json(

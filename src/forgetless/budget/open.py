@@ -17,7 +17,7 @@ from forgetless.budget.predicted import Predictor, check_calibrated
 from forgetless.data.documents import Document, load_documents
 from forgetless.data.duplicates import Overlap, overlap
 from forgetless.data.encoding import Encoded
-from forgetless.data.inputs import general_documents
+from forgetless.data.inputs import HeldOut, Inputs
 from forgetless.data.tasks import encode_rows, load_training_data, row_text
 from forgetless.errors import OptionError
 from forgetless.evaluate.paired import measured
@@ -82,7 +82,7 @@ def of_run(
     options: TuneOptions,
     model: nn.Module,
     tokenizer: Any,
-    data: Any,
+    inputs: Inputs,
     encoded: Any,
     importance: Importance | None,
     ledger: Ledger | None = None,
@@ -94,19 +94,27 @@ def of_run(
         return Predictor(
             parse(options.budget or ""),
             check_calibrated(importance),
-            _learning(options, model, tokenizer, encoded),
+            _learning(options, model, tokenizer, inputs.held_out, encoded),
         )
-    documents = general_documents(options)
-    shared = trained_on(documents, data)
+    assert inputs.held_out.general is not None
+    shared = trained_on(inputs.held_out.general, inputs.training)
     per_step = options.batch_size * options.accumulation
     mean = sum(map(len, encoded["input_ids"])) / len(encoded)
     length = min(options.length, context_length(model)) if options.packing else mean
-    ledger = ledger or _opened(options, model, tokenizer, encoded, parse(options.budget or ""))
-    return Keeper(ledger, _learning(options, model, tokenizer, encoded), shared, per_step * length)
+    ledger = ledger or _opened(
+        options, model, tokenizer, inputs.held_out, encoded, parse(options.budget or "")
+    )
+    learning = _learning(options, model, tokenizer, inputs.held_out, encoded)
+    return Keeper(ledger, learning, shared, per_step * length)
 
 
 def on_earlier(
-    options: TuneOptions, earlier: Earlier, model: nn.Module, tokenizer: Any, encoded: Any
+    options: TuneOptions,
+    earlier: Earlier,
+    model: nn.Module,
+    tokenizer: Any,
+    held_out: HeldOut,
+    encoded: Any,
 ) -> tuple[nn.Module, Ledger | None]:
     """The model that a step of a sequence starts from, and with a budget the ledger: the general
     text measured where the command started, each earlier domain right after it was learned.
@@ -119,7 +127,12 @@ def on_earlier(
         if number == earlier.reference:
             text = budget.text if earlier.share == 1 else f"{earlier.share:.0%} of {budget.text}"
             ledger = _opened(
-                options, model, tokenizer, encoded, Budget(budget.nats * earlier.share, text)
+                options,
+                model,
+                tokenizer,
+                held_out,
+                encoded,
+                Budget(budget.nats * earlier.share, text),
             )
         for held in earlier.stages[number - 1].held if number else ():
             rows = encode_rows(
@@ -141,8 +154,14 @@ def trained_on(documents: Sequence[Document], data: Any) -> Overlap:
 
 
 def _opened(
-    options: TuneOptions, model: nn.Module, tokenizer: Any, encoded: Any, budget: Budget
+    options: TuneOptions,
+    model: nn.Module,
+    tokenizer: Any,
+    held_out: HeldOut,
+    encoded: Any,
+    budget: Budget,
 ) -> Ledger:
+    assert held_out.general is not None
     steps = (
         options.max_steps
         if options.max_steps > 0
@@ -151,7 +170,7 @@ def _opened(
     return open_ledger(
         model,
         tokenizer,
-        general_documents(options),
+        held_out.general,
         budget,
         pieces=most_pieces(steps),
         seed=options.seed,
@@ -251,15 +270,14 @@ def _token_rows(data: Any) -> list[Encoded]:
     return rows
 
 
-def _learning(options: TuneOptions, model: nn.Module, tokenizer: Any, encoded: Any) -> Learning:
+def _learning(
+    options: TuneOptions, model: nn.Module, tokenizer: Any, held_out: HeldOut, encoded: Any
+) -> Learning:
     """What learning is measured on: held-out domain data where given, else rows that are trained
     on, said so.
     """
     if options.eval_data:
-        rows = encode_rows(
-            load_training_data(options.eval_data, split=options.eval_split, limit=options.limit),
-            tokenizer,
-        )
+        rows = encode_rows(held_out.domain, tokenizer)
         name = options.eval_data
     else:
         rows = [(row["input_ids"], [label != -100 for label in row["labels"]]) for row in encoded]

@@ -26,15 +26,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from forgetless.budget.baseline import Ledger, open_ledger
+from forgetless.budget.baseline import open_ledger
 from forgetless.budget.budget import check_reach, parse
-from forgetless.budget.finish import EACH, Learning, keep_budget, keep_predicted, ways_of
+from forgetless.budget.finish import EACH, keep_budget, keep_predicted, ways_of
 from forgetless.budget.open import domain
 from forgetless.budget.predicted import Forecast, check_calibrated
-from forgetless.data.documents import load_documents
-from forgetless.data.tasks import encode_rows, load_training_data
+from forgetless.data.inputs import read_held_out
+from forgetless.data.tasks import encode_rows
 from forgetless.errors import OptionError
 from forgetless.evaluate.evaluate import changes, measure, table
 from forgetless.files.atomic import write_json
@@ -83,6 +82,14 @@ def shrink(options: ShrinkOptions) -> dict[str, Any]:
     if options.threads:
         torch.set_num_threads(options.threads)
     started, out = time.perf_counter(), Path(options.out)
+    held_out = read_held_out(
+        general=options.general,
+        data=options.data,
+        text_column=options.text_column,
+        general_split=options.general_split,
+        data_split=options.data_split,
+        limit=options.limit,
+    )
     tokenizer, model = load_tokenizer(options), load_tuned(options, options.adapter)
     update = Update(model)
     if importance is not None:
@@ -99,18 +106,13 @@ def shrink(options: ShrinkOptions) -> dict[str, Any]:
         len(update.weights),
         options.model,
     )
-    wanted: dict[str, Any] = dict(
-        general=options.general,
-        data=options.data,
-        text_column=options.text_column,
-        general_split=options.general_split,
-        data_split=options.data_split,
-        limit=options.limit,
-    )
     with bare(model) as base:
-        before = measure(base, tokenizer, **wanted)
-        learning = _learning(options, base, tokenizer) if options.budget else None
-        ledger = _opened(options, base, tokenizer) if options.budget and options.general else None
+        before = measure(base, tokenizer, held_out)
+        learning = ledger = None
+        if options.budget and held_out.domain is not None:
+            learning = domain(base, encode_rows(held_out.domain, tokenizer), options.data or "")
+        if options.budget and held_out.general:
+            ledger = open_ledger(base, tokenizer, held_out.general, parse(options.budget))
     kept: dict[str, Any] = {}
     if ledger is not None:
         check_reach(
@@ -131,7 +133,7 @@ def shrink(options: ShrinkOptions) -> dict[str, Any]:
         assert options.mu is not None
         ways[options.method](share_of(options.mu, options.method))
     save_whole(model, tokenizer, out / "final")
-    after = measure(model, tokenizer, **wanted)
+    after = measure(model, tokenizer, held_out)
     run = {
         "configuration": as_dict(options),
         "environment": environment(str(next(model.parameters()).device)),
@@ -236,24 +238,3 @@ def adapter_config(folder: str) -> dict[str, Any]:
             "is shrunk; only plain LoRA and rsLoRA are taken"
         )
     return config
-
-
-def _opened(options: ShrinkOptions, base: nn.Module, tokenizer: Any) -> Ledger:
-    """What the base loses on the two parts of the general text."""
-    documents = load_documents(
-        options.general or "",
-        column=options.text_column,
-        split=options.general_split,
-        limit=options.limit,
-    )
-    return open_ledger(base, tokenizer, documents, parse(options.budget or ""))
-
-
-def _learning(options: ShrinkOptions, base: nn.Module, tokenizer: Any) -> Learning | None:
-    """What the base loses on the domain data, where it is given."""
-    if not options.data:
-        return None
-    rows = encode_rows(
-        load_training_data(options.data, split=options.data_split, limit=options.limit), tokenizer
-    )
-    return domain(base, rows, options.data)

@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -196,3 +196,8 @@ def fingerprint_rows(rows: Sequence[Any]) -> str:
         digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode())
         digest.update(b"\n")
     return digest.hexdigest()
+
+
+def fingerprint_documents(documents: Sequence[Document]) -> str:
+    """sha256 over the documents' text or messages and sources."""
+    return fingerprint_rows([asdict(document) for document in documents])

@@ -1,33 +1,156 @@
-"""TODO data.inputs."""
+"""Everything that a run reads, read once and handed on.
+
+The same general text is measured before and after training, a budget is kept on it, it is searched
+for training rows, and its hash must be the same when the run is resumed. So it is read in one
+place, before a model is loaded, and so are the training rows, the held-out rows, the questions of
+tasks and the text to replay.
+
+    inputs = read_inputs(options)
+    inputs.training             # a datasets.Dataset of the rows to train on
+    inputs.held_out.general     # the documents that forgetting is measured on, or None
+    inputs.hashes               # {"training data": sha256, ...}, for resuming
+
+Text that a model must first write (`--replay self`) is not read here, but in
+methods/replay_text.py.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import dataclass, field
+from typing import Any
 
-from forgetless.data.documents import Document, fingerprint_rows, load_documents
-from forgetless.data.tasks import load_training_data
+from forgetless.data.documents import (
+    Document,
+    fingerprint_documents,
+    fingerprint_rows,
+    load_documents,
+)
+from forgetless.data.tasks import Row, Task, find_task, load_task, load_training_data, task_specs
 from forgetless.options.tune import TuneOptions
 
+# Values of --replay that name no text to read: what the model itself says, and the training rows.
+NOT_READ = ("self", "domain")
 
-def general_documents(options: TuneOptions) -> list[Document]:
-    return load_documents(
-        options.general or "",
-        column=options.text_column,
-        split=options.general_split,
+
+@dataclass(frozen=True)
+class Questions:
+    """The questions of one task.
+
+    `task` and `rows` are set where the task is ours. Where `task` is None, lm-eval knows the task
+    by its `name` and reads it itself: the first `limit` questions, after `shots` examples, from
+    `file` where given.
+    """
+
+    name: str
+    task: Task | None = None
+    rows: list[Row] = field(default_factory=list)
+    file: str | None = None
+    shots: int = 0
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What a model is measured on and not trained on.
+
+    General documents, rows of the domain (a datasets.Dataset as `load_training_data` makes it) and
+    the questions of tasks. What was not asked for is None, or empty.
+    """
+
+    general: list[Document] | None = None
+    domain: Any = None
+    tasks: tuple[Questions, ...] = ()
+
+    @property
+    def anything(self) -> bool:
+        """Whether there is anything to measure."""
+        return bool(self.general) or self.domain is not None or bool(self.tasks)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run of `tune` reads.
+
+    `replay` holds the documents of --replay where it names a text. `hashes` are what an interrupted
+    run must find unchanged, name -> sha256: of the training rows, and with a budget of what it is
+    kept on and of the rows that learning is measured by.
+    """
+
+    training: Any  # a datasets.Dataset as load_training_data makes it
+    held_out: HeldOut
+    replay: list[Document] | None
+    hashes: dict[str, str]
+
+
+def read_inputs(options: TuneOptions) -> Inputs:
+    """Read what a run of `tune` with these options needs.
+
+    Raises ValueError or OptionError for data that is missing or broken.
+    """
+    training = load_training_data(options.data, split=options.data_split)
+    held_out = read_held_out(
+        general=options.general,
+        data=options.eval_data,
+        tasks=options.tasks,
+        text_column=options.text_column,
+        general_split=options.general_split,
+        data_split=options.eval_split,
         limit=options.limit,
+    )
+    return Inputs(
+        training=training,
+        held_out=held_out,
+        replay=_replay_documents(options),
+        hashes=_hashes(training, held_out, with_budget=bool(options.budget)),
     )
 
 
-def hash_of_general(options: TuneOptions) -> str:
-    return fingerprint_rows([asdict(document) for document in general_documents(options)])
+def read_held_out(
+    *,
+    general: str | None = None,
+    data: str | None = None,
+    tasks: str | None = None,
+    text_column: str | None = None,
+    general_split: str = "train",
+    data_split: str | None = None,
+    limit: int | None = None,
+    shots: int = 0,
+) -> HeldOut:
+    """Read what a model is measured on; `limit` cuts documents, rows and questions.
 
-
-def hashes(options: TuneOptions) -> dict[str, str]:
-    """sha256 of the general text that a budget is kept on and of the rows that learning is measured
-    by: a resumed run needs the same.
+    With `shots` examples before each question every task is lm-eval's, which draws the examples.
     """
-    found = {"general text": hash_of_general(options)} if options.general else {}
-    if options.eval_data:
-        held = load_training_data(options.eval_data, split=options.eval_split, limit=options.limit)
-        found["held-out rows"] = fingerprint_rows(list(held))
-    return found
+    documents = None
+    if general:
+        documents = load_documents(general, column=text_column, split=general_split, limit=limit)
+    rows = load_training_data(data, split=data_split, limit=limit) if data else None
+    questions = tuple(_read_questions(spec, shots, limit) for spec in task_specs(tasks))
+    return HeldOut(documents, rows, questions)
+
+
+def _read_questions(spec: str, shots: int, limit: int | None) -> Questions:
+    name, _, file = spec.partition("=")
+    if shots == 0 and find_task(spec) is not None:
+        task, rows = load_task(spec, split=None)
+        return Questions(name, task, rows[:limit])
+    return Questions(name, file=file or None, shots=shots, limit=limit)
+
+
+def _replay_documents(options: TuneOptions) -> list[Document] | None:
+    if options.replay is None or options.replay in NOT_READ:
+        return None
+    return load_documents(
+        options.replay,
+        column=options.text_column,
+        split=options.general_split,
+        limit=options.replay_documents,
+    )
+
+
+def _hashes(training: Any, held_out: HeldOut, *, with_budget: bool) -> dict[str, str]:
+    hashes = {"training data": fingerprint_rows(list(training))}
+    if with_budget and held_out.general:
+        hashes["general text"] = fingerprint_documents(held_out.general)
+    if with_budget and held_out.domain is not None:
+        hashes["held-out rows"] = fingerprint_rows(list(held_out.domain))
+    return hashes

@@ -109,6 +109,11 @@ def find_task(spec: str) -> tuple[Task, str | None] | None:
     return None
 
 
+def task_specs(specs: str | None) -> list[str]:
+    """'sciq, piqa=test.jsonl' -> ['sciq', 'piqa=test.jsonl']; none of None."""
+    return [part.strip() for part in (specs or "").split(",") if part.strip()]
+
+
 def load_task(spec: str, *, split: str | None = "train") -> tuple[Task, list[Row]]:
     """The task that `spec` names and its rows, from its file or from the Hub (split None: the
     task's held-out one).

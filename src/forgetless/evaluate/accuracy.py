@@ -12,7 +12,7 @@ import numpy as np
 from torch import nn
 
 from forgetless.data.encoding import encode_prompted
-from forgetless.data.tasks import TASKS, Row, Task, find_task, load_task
+from forgetless.data.tasks import TASKS, Row, Task, find_task, load_task, task_specs
 from forgetless.errors import OptionError, nearest
 from forgetless.evaluate.losses import TextLoss, evaluating, last_window, text_loss
 from forgetless.model.loading import context_length
@@ -122,10 +122,6 @@ def check_tasks(specs: str | None) -> None:
                 load_task(spec)
         elif name not in (known := _task_manager().all_tasks):
             raise OptionError(f"unknown task '{name}'; {nearest(name, [*TASKS, *known])}")
-
-
-def task_specs(specs: str | None) -> list[str]:
-    return [part.strip() for part in (specs or "").split(",") if part.strip()]
 
 
 @functools.cache

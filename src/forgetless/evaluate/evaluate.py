@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from forgetless.data.documents import load_documents
-from forgetless.data.tasks import find_task, load_task, load_training_data
+from forgetless.data.inputs import HeldOut, Questions, read_held_out
 from forgetless.errors import OptionError
-from forgetless.evaluate.accuracy import answers, check_tasks, lm_eval_accuracy, task_specs
+from forgetless.evaluate.accuracy import answers, check_tasks, lm_eval_accuracy
 from forgetless.evaluate.losses import completion_loss, general_loss, rise
 from forgetless.files.atomic import write_json
 from forgetless.files.provenance import environment
 from forgetless.files.room import check_output_folder
 from forgetless.model.adapter_files import checked, with_adapter
+from forgetless.model.adapters import scale_update
 from forgetless.model.loading import load_model, load_tokenizer
 from forgetless.options.option import as_dict
 from forgetless.options.verbs import EvalOptions
@@ -31,15 +31,8 @@ from forgetless.options.verbs import EvalOptions
 def measure(
     model: nn.Module,
     tokenizer: Any,
+    held_out: HeldOut,
     *,
-    general: str | None = None,
-    data: str | None = None,
-    tasks: str | None = None,
-    text_column: str | None = None,
-    general_split: str = "train",
-    data_split: str | None = None,
-    limit: int | None = None,
-    shots: int = 0,
     length: int | None = None,
     stride: int | None = None,
     batch_tokens: int | None = None,
@@ -47,38 +40,41 @@ def measure(
     """The numbers of one state of a model: {"general": ..., "domain": ..., "tasks": {...}}; what
     was not asked for is None.
     """
-    documents = (
-        load_documents(general, column=text_column, split=general_split, limit=limit)
-        if general
-        else None
-    )
-    held = load_training_data(data, split=data_split, limit=limit) if data else None
-    found: dict[str, Any] = {
-        "general": general_loss(
-            model, tokenizer, documents, length=length, stride=stride, batch_tokens=batch_tokens
+    general = domain = None
+    if held_out.general:
+        general = general_loss(
+            model,
+            tokenizer,
+            held_out.general,
+            length=length,
+            stride=stride,
+            batch_tokens=batch_tokens,
         ).numbers()
-        if documents
-        else None,
-        "domain": completion_loss(
-            model, tokenizer, held, length=length, batch_tokens=batch_tokens
+    if held_out.domain is not None:
+        domain = completion_loss(
+            model, tokenizer, held_out.domain, length=length, batch_tokens=batch_tokens
         ).numbers()
-        if held is not None
-        else None,
-        "tasks": {},
+    tasks = {
+        questions.name: _answered(model, tokenizer, questions, batch_tokens)
+        for questions in held_out.tasks
     }
-    for spec in task_specs(tasks):
-        ours = find_task(spec)
-        if ours is not None and shots == 0:
-            task, rows = load_task(spec, split=None)
-            found["tasks"][task.name] = answers(
-                model, tokenizer, task, rows[:limit], batch_tokens=batch_tokens
-            )
-        else:
-            name, _, file = spec.partition("=")
-            found["tasks"][name] = lm_eval_accuracy(
-                model, tokenizer, name, file=file or None, shots=shots, limit=limit
-            )
-    return found
+    return {"general": general, "domain": domain, "tasks": tasks}
+
+
+def _answered(
+    model: nn.Module, tokenizer: Any, questions: Questions, batch_tokens: int | None
+) -> dict[str, Any]:
+    """The accuracy of one task: by our own ranking where it is ours, else by lm-eval."""
+    if questions.task is not None:
+        return answers(model, tokenizer, questions.task, questions.rows, batch_tokens=batch_tokens)
+    return lm_eval_accuracy(
+        model,
+        tokenizer,
+        questions.name,
+        file=questions.file,
+        shots=questions.shots,
+        limit=questions.limit,
+    )
 
 
 def changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
@@ -194,33 +190,26 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
     torch.manual_seed(options.seed)
     if options.threads:
         torch.set_num_threads(options.threads)
-    wanted = {
-        key: getattr(options, key)
-        for key in (
-            "general",
-            "data",
-            "tasks",
-            "text_column",
-            "general_split",
-            "data_split",
-            "limit",
-            "shots",
-            "length",
-            "stride",
-            "batch_tokens",
-        )
-    }
+    held_out = read_held_out(
+        general=options.general,
+        data=options.data,
+        tasks=options.tasks,
+        text_column=options.text_column,
+        general_split=options.general_split,
+        data_split=options.data_split,
+        limit=options.limit,
+        shots=options.shots,
+    )
+    windows = {key: getattr(options, key) for key in ("length", "stride", "batch_tokens")}
     tokenizer, model = load_tokenizer(options), load_model(options)
-    before = measure(model, tokenizer, **wanted)
+    before = measure(model, tokenizer, held_out, **windows)
     after = None
     if options.adapter:
-        from forgetless.model.adapters import scale_update
-
         model = with_adapter(model, options.adapter)
         scale_update(model, options.scale)
-        after = measure(model, tokenizer, **wanted)
+        after = measure(model, tokenizer, held_out, **windows)
     elif options.tuned:
-        after = measure(load_model(options, options.tuned), tokenizer, **wanted)
+        after = measure(load_model(options, options.tuned), tokenizer, held_out, **windows)
     run = {
         "configuration": as_dict(options),
         "environment": environment(str(next(model.parameters()).device)),

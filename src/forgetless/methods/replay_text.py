@@ -7,13 +7,17 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from forgetless.data.documents import Document, fingerprint_rows, load_documents
+from forgetless.data.documents import (
+    Document,
+    fingerprint_documents,
+    fingerprint_rows,
+    load_documents,
+)
 from forgetless.data.encoding import Encoded, encode, sample_documents
 from forgetless.files.atomic import atomic_path
 from forgetless.model.loading import context_length
@@ -24,7 +28,11 @@ SELF_DOCUMENTS, SELF_LENGTH = 256, 256
 
 
 def replay_text(
-    options: TuneOptions, model: nn.Module, tokenizer: Any, rows: Any
+    options: TuneOptions,
+    documents: list[Document] | None,
+    model: nn.Module,
+    tokenizer: Any,
+    rows: Any,
 ) -> tuple[list[Encoded], dict[str, Any] | None]:
     """(sequences of at most --length tokens with something scored, where they came from for
     run.json); ([], None) without --replay.
@@ -38,40 +46,34 @@ def replay_text(
         pieces = [(row["input_ids"], [label != -100 for label in row["labels"]]) for row in rows]
         return pieces, _source(options, pieces, fingerprint_rows(list(rows)))
     length = min(options.length, context_length(model))
-    documents = _documents(options, model, tokenizer, length)
+    if documents is None:
+        documents = _self_documents(options, model, tokenizer, min(length, SELF_LENGTH))
     pieces = [piece for piece in encode(documents, tokenizer, length=length) if any(piece[1][1:])]
     if not pieces:
         raise ValueError(
             f"--replay {options.replay}: no token of the text is scored; expected text, or chats "
             "with assistant turns"
         )
-    return pieces, _source(
-        options, pieces, fingerprint_rows([asdict(document) for document in documents])
-    )
+    return pieces, _source(options, pieces, fingerprint_documents(documents))
 
 
-def _documents(
+def _self_documents(
     options: TuneOptions, model: nn.Module, tokenizer: Any, length: int
 ) -> list[Document]:
-    assert options.replay is not None
-    if options.replay != "self":
-        return load_documents(
-            options.replay,
-            column=options.text_column,
-            split=options.general_split,
-            limit=options.replay_documents,
-        )
-    kept = Path(options.out) / "self.jsonl"
-    if options.resume and kept.is_file():
-        return [Document(document.text, None, "self") for document in load_documents(str(kept))]
+    """Documents of at most `length` tokens that the base model says, or said before the run was
+    interrupted.
+    """
+    sampled = Path(options.out) / "self.jsonl"
+    if options.resume and sampled.is_file():
+        return [Document(document.text, None, "self") for document in load_documents(str(sampled))]
     count = options.replay_documents or SELF_DOCUMENTS
     logger.info(
         "sampling %d documents of at most %d tokens from the base model for --replay self",
         count,
-        min(length, SELF_LENGTH),
+        length,
     )
-    documents = sample_documents(model, tokenizer, count, min(length, SELF_LENGTH), options.seed)
-    with atomic_path(kept) as temporary:
+    documents = sample_documents(model, tokenizer, count, length, options.seed)
+    with atomic_path(sampled) as temporary:
         temporary.write_text(
             "".join(json.dumps({"text": document.text}) + "\n" for document in documents),
             encoding="utf-8",

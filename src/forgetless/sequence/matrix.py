@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from forgetless.data.inputs import read_held_out
 from forgetless.data.tasks import find_task, load_task
 from forgetless.evaluate.accuracy import answers
 from forgetless.evaluate.evaluate import measure
@@ -41,21 +42,19 @@ def measured(
     tokenizer, model = load_tokenizer(options), load_model(options)
     if adapter:
         model = with_adapter(model, adapter)
-    numbers = measure(
-        model,
-        tokenizer,
+    held_out = read_held_out(
         general=options.general,
         tasks=options.tasks,
         text_column=options.text_column,
         general_split=options.general_split,
         limit=options.limit,
     )
+    numbers = measure(model, tokenizer, held_out)
     numbers["domains"] = {}
     for domain in domains:
         split = domain.held_split
-        losses = measure(model, tokenizer, data=domain.held, data_split=split, limit=options.limit)[
-            "domain"
-        ]
+        held_out = read_held_out(data=domain.held, data_split=split, limit=options.limit)
+        losses = measure(model, tokenizer, held_out)["domain"]
         accuracy = None
         if find_task(domain.held) is not None:
             task, rows = load_task(domain.held, split=split)

@@ -34,8 +34,7 @@ import yaml
 
 from forgetless.budget.baseline import check_held
 from forgetless.budget.open import check_budget
-from forgetless.data.documents import fingerprint_rows
-from forgetless.data.inputs import hash_of_general
+from forgetless.data.documents import fingerprint_documents, fingerprint_rows, load_documents
 from forgetless.data.tasks import find_task, load_training_data, row_text
 from forgetless.errors import OptionError
 from forgetless.evaluate.evaluate import changes
@@ -255,7 +254,13 @@ def _check_rows(
         for domain in domains
     }
     if options.general and options.general != "self":
-        given["general text"] = hash_of_general(options)
+        documents = load_documents(
+            options.general,
+            column=options.text_column,
+            split=options.general_split,
+            limit=options.limit,
+        )
+        given["general text"] = fingerprint_documents(documents)
     if options.resume:
         check_inputs(given, out)
     return given

@@ -32,9 +32,7 @@ from transformers import set_seed
 
 from forgetless.budget.open import of_run, on_earlier
 from forgetless.budget.predicted import check_calibrated
-from forgetless.data.documents import fingerprint_rows
-from forgetless.data.inputs import hashes
-from forgetless.data.tasks import load_training_data
+from forgetless.data.inputs import read_inputs
 from forgetless.errors import OptionError
 from forgetless.evaluate.evaluate import changes, measure, table
 from forgetless.files.atomic import discard, write_json, write_text
@@ -113,7 +111,9 @@ def _tuned(
     file: Path | None,
     earlier: Earlier | None,
 ) -> dict[str, Any]:
-    data = load_training_data(options.data, split=options.data_split)
+    inputs = read_inputs(options)
+    if options.resume:
+        check_inputs(inputs.hashes, out)
     how = from_option(options.layers, tau=options.tau, per=options.per)
     set_seed(options.seed)
     if options.threads:
@@ -135,34 +135,19 @@ def _tuned(
         model = prepare_model_for_kbit_training(
             model, use_gradient_checkpointing=options.gradient_checkpointing
         )
-    digest = fingerprint_rows(list(data))
-    given = {"training data": digest} | (hashes(options) if options.budget else {})
-    if options.resume:
-        check_inputs(given, out)
-    encoded = encoded_rows(options, data, tokenizer, model)
-    held = (
-        load_training_data(options.eval_data, split=options.eval_split, limit=options.limit)
-        if options.eval_steps and options.eval_data
-        else None
-    )
-    wanted: dict[str, Any] = dict(
-        general=options.general,
-        data=options.eval_data,
-        tasks=options.tasks,
-        text_column=options.text_column,
-        general_split=options.general_split,
-        data_split=options.eval_split,
-        limit=options.limit,
-    )
+    encoded = encoded_rows(options, inputs.training, tokenizer, model)
+    held = inputs.held_out.domain if options.eval_steps else None
     model, ledger = (
-        on_earlier(options, earlier, model, tokenizer, encoded) if earlier else (model, None)
+        on_earlier(options, earlier, model, tokenizer, inputs.held_out, encoded)
+        if earlier
+        else (model, None)
     )
     started = time.perf_counter()
-    text, source = replay_text(options, model, tokenizer, encoded)
+    text, source = replay_text(options, inputs.replay, model, tokenizer, encoded)
     preparing = time.perf_counter() - started
-    before = measure(model, tokenizer, **wanted)
+    before = measure(model, tokenizer, inputs.held_out)
     keeper = (
-        of_run(options, model, tokenizer, data, encoded, importance, ledger)
+        of_run(options, model, tokenizer, inputs, encoded, importance, ledger)
         if options.budget
         else None
     )
@@ -218,7 +203,7 @@ def _tuned(
             discard(
                 out / "run.json"
             )  # of the run that is overwritten: it must not stand for this one
-        write_json(out / INPUTS, given)
+        write_json(out / INPUTS, inputs.hashes)
         write_text(out / "config.yaml", yaml.safe_dump(as_dict(options), sort_keys=False))
     started = time.perf_counter()
     train(trainer, last_checkpoint(out) if options.resume else None)
@@ -236,15 +221,15 @@ def _tuned(
     )
     if distributed.first():
         save_whole(model, tokenizer, out / "final", save)
-    after = measure(model, tokenizer, **wanted)
+    after = measure(model, tokenizer, inputs.held_out)
     run = {
         "configuration": as_dict(options),
         "environment": environment(str(next(model.parameters()).device)),
         "data": {
             "source": options.data,
-            "rows": len(data),
+            "rows": len(inputs.training),
             "rows_trained": len(encoded),
-            "sha256": digest,
+            "sha256": inputs.hashes["training data"],
         },
         "processes": distributed.size(),
         "method": list(methods),
@@ -271,7 +256,7 @@ def _tuned(
     write_card(out / "final", "tune", run, what="model" if options.full else "adapter")
     write_json(out / "run.json", run)
     distributed.barrier()
-    if any(wanted[key] for key in ("general", "data", "tasks")):
+    if inputs.held_out.anything:
         print(table(before, after))
     if kept is not None:
         print("\n".join(sentences(kept)))
