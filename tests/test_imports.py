@@ -112,8 +112,8 @@ def test_every_import_is_declared_and_every_dependency_used():
     foreign = used - set(sys.stdlib_module_names) - {"forgetless"} - BROUGHT_BY_THE_HOST
     # Triton comes with the torch builds for GPUs; penalty/fused.py does without it elsewhere.
     assert foreign - {"triton"} <= users, sorted(foreign - users)
-    # filelock and rich are on their way in.
-    assert users - NOT_IMPORTED <= foreign | {"filelock", "rich"}, sorted(users - foreign)
+    # filelock is on its way in.
+    assert users - NOT_IMPORTED <= foreign | {"filelock"}, sorted(users - foreign)
 
 
 def test_what_is_pinned_fits_what_is_declared():
@@ -131,10 +131,8 @@ def test_what_is_pinned_fits_what_is_declared():
             assert requirement.specifier.contains(pinned[name]), f"{text} and {pinned[name]}"
 
 
-def test_the_readme_tree_is_true():
-    text = (SOURCE.parents[1] / "README.md").read_text()
-    tree = text.split("src/forgetless/\n")[1].split("experiments/ ")[0]
-    named = {line.split()[0] for line in tree.splitlines() if line.strip()}
-    assert named == {
-        str(p.relative_to(SOURCE)) for p in SOURCE.rglob("*.py") if p.name != "__init__.py"
-    }
+def test_contributing_lists_the_rooms_in_their_order():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table = text.split("| room |")[1].split("\n\n")[0]
+    rooms = re.findall(r"^\| `([a-z_]+)(?:/|\.py)` \|", table, flags=re.MULTILINE)
+    assert rooms == ORDER
