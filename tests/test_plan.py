@@ -163,7 +163,7 @@ def test_a_steps_operations_are_those_that_torch_counts(full, small):
 def test_a_pulls_operations_are_those_that_torch_counts(tier):
     """Products only: torch counts nothing else."""
     from forgetless.penalty import dense
-    from forgetless.penalty.pull import low_rank_pull
+    from forgetless.penalty.algebra import low_rank_pull
     from forgetless.plan import _entry
 
     weight, r = Planned("w", (96, 160), "w"), 4

@@ -51,7 +51,7 @@ from forgetless.model.adapters import add_adapter
 from forgetless.model.loading import device_of, load_empty
 from forgetless.model.targets import BaseLayer, base_layers, unwrapped
 from forgetless.options.verbs import PlanOptions
-from forgetless.penalty.pull import low_rank_pull
+from forgetless.penalty.algebra import low_rank_pull
 from forgetless.report import numbers
 
 PROBES = (

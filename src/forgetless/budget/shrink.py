@@ -48,7 +48,8 @@ from forgetless.model.targets import MOVES_THE_BASE
 from forgetless.model.update import Update
 from forgetless.options.option import as_dict
 from forgetless.options.verbs import ShrinkOptions
-from forgetless.penalty.pull import Penalty, check_fit
+from forgetless.penalty.fit import check_fit
+from forgetless.penalty.pull import Penalty
 from forgetless.report.budget import sentences
 from forgetless.report.cards import write_card
 from forgetless.report.numbers import perplexity_percent

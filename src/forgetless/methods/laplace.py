@@ -21,7 +21,7 @@ from forgetless.methods.method import Setup
 from forgetless.methods.terms import cross_entropy, scored_tokens, undisturbed
 from forgetless.model.targets import target_weights
 from forgetless.model.weights import wider
-from forgetless.penalty.pull import PenaltyAttachment
+from forgetless.penalty.attachment import PenaltyAttachment
 
 
 class FactorPenalty:
@@ -39,9 +39,9 @@ class FactorPenalty:
         )
         self._logs: dict[str, float] = {}
 
-    def attach(self, optimizer: object) -> PenaltyAttachment:
+    def attach(self, optimizer: object) -> PenaltyAttachment[FactorPenalty]:
         """Pull before every step of `optimizer`."""
-        return PenaltyAttachment(self, optimizer)  # type: ignore[arg-type]  # it has what an attachment uses
+        return PenaltyAttachment(self, optimizer)
 
     @torch.no_grad()
     def pull(self, *, scale: float = 1.0) -> None:

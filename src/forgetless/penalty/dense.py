@@ -1,10 +1,12 @@
-"""The pull in closed form, for element-wise importance: with D = U - U*, P = Omega * D and k =
-strength * c_l,
+"""The pull in closed form, for element-wise importance.
+
+With D = U - U*, P = Omega * D and k = strength * c_l,
 
     grad_B += 2 k s P A^T        grad_A += 2 k s B^T P        energy = sum P * D
 
-One layer at a time; two (out, in) buffers that are freed on return, no graph, nothing kept between
-steps. Twin: reference.py.
+It works on one weight at a time, in two (out, in) buffers that are freed on return: no graph, and
+nothing kept between steps. The file is the slow twin of tiled.py and fused.py; its own twin is
+reference.py.
 """
 
 from __future__ import annotations
@@ -16,10 +18,10 @@ from torch import Tensor
 def pull(
     A: Tensor, B: Tensor, scale: float, omega: Tensor, anchor: Tensor | None, k: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(pull on A (r, in), pull on B (out, r), energy) for U = scale * B @ A, held towards `anchor`
-    (out, in) or zero.
+    """(pull on A (r, in), pull on B (out, r), energy) for U = scale * B @ A.
 
-    Everything in the dtype of A and B, which the caller has widened to at least f32.
+    U is held towards `anchor` (out, in), or towards zero. Everything is in the dtype of A and B,
+    which the caller has widened to at least f32.
     """
     D = torch.mm(B, A).mul_(scale)  # (out, in)
     if anchor is not None:

@@ -1,8 +1,8 @@
-"""The pull for factored importance Omega = sum_k a_k b_k^T: algebra on thin factors, no (out, in)
-tensor at all.
+"""The pull for factored importance Omega = sum_k a_k b_k^T: no (out, in) tensor at all.
 
-    energy = sum_k || diag(sqrt a_k) D diag(sqrt b_k) ||_F^2           with D = L R, L (out, q), R
-        (q, in)
+It is algebra on thin factors. With D = L R, L (out, q), R (q, in),
+
+    energy = sum_k || diag(sqrt a_k) D diag(sqrt b_k) ||_F^2
            = sum_k sum( (L^T a_k L) * (R b_k R^T) )
     P = Omega * D = sum_k a_k L R b_k,      grad_B += 2 k s P A^T,      grad_A += 2 k s B^T P
 
@@ -23,7 +23,7 @@ def pull(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(pull on A (r, in), pull on B (out, r), energy) for D = L @ R.
 
-    Everything in the dtype of A and B, which the caller has widened to at least f32.
+    Everything is in the dtype of A and B, which the caller has widened to at least f32.
     """
     pull_A, pull_B, energy = torch.zeros_like(A), torch.zeros_like(B), A.new_zeros(())
     for a, b in zip(omega.row.T, omega.col.T, strict=True):  # (out,), (in,)
@@ -35,8 +35,9 @@ def pull(
 
 
 def full_pull(D: Tensor, omega: FactoredEntry, k: float) -> tuple[Tensor, Tensor]:
-    """(pull on W, energy) for full fine-tuning with D = W - W(base) - U*, all (out, in); one column
-    of the factors at a time.
+    """(pull on W, energy) for full fine-tuning with D = W - W(base) - U*, all (out, in).
+
+    One column of the factors is worked on at a time.
     """
     P = torch.zeros_like(D)
     for a, b in zip(omega.row.T, omega.col.T, strict=True):

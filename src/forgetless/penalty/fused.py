@@ -1,15 +1,16 @@
-"""The pull of one LoRA weight in one Triton kernel: importance and factors are read once, U - U*
-exists only as tiles in registers.
+"""The pull of one LoRA weight in one Triton kernel: importance and factors are read once.
 
-    D = s B A - B0 A0     P = Omega * D     pull on B = 2 k s P A^T     pull on A = 2 k s B^T P     energy = sum P * D
+    D = s B A - B0 A0       P = Omega * D       energy = sum P * D
+    pull on B = 2 k s P A^T                     pull on A = 2 k s B^T P
 
-Importance comes as codes (u8, u4) or as f32 or bf16 numbers; any shape, any rank (padded to a power
-of two, at least 16); sums in f32, products in full f32 (no tf32). Deterministic: each program
-writes partial sums to places of its own, and these are added in a fixed order.
+D = U - U* exists only as tiles in registers. Importance comes as codes (u8, u4) or as f32 or bf16
+numbers, in any shape; ranks are padded to a power of two, at least 16. Sums are in f32, and
+products in full f32 (no tf32). The result is the same at every call: each program writes partial
+sums to places of its own, and these are added in a fixed order.
 
-Cost per weight: out * in importance (1.016 bytes each in u8) read once, 6 r operations per element,
-and partial sums of about out * in * max(16, r) / 16 bytes that live in the GPU's cache. Twin:
-dense.py (and tiled.py, which does the same on any device).
+Cost per weight: the importance of out * in elements (1.016 bytes each in u8) is read once, each
+element takes 6 r operations, and partial sums take about out * in * max(16, r) / 16 bytes, which
+live in the GPU's cache. Twins: dense.py, and tiled.py, which does the same on any device.
 
 On a CPU the kernel runs only in Triton's interpreter (TRITON_INTERPRET=1), to check what it
 computes; that says nothing about its speed.
@@ -28,10 +29,14 @@ from torch import Tensor
 
 from forgetless.importance import codec
 
-MAX_RANK = 128  # wider factors would not fit into a program's registers
+# The largest rank of the factors: wider ones would not fit into a program's registers.
+MAX_RANK = 128
+# The tiers that the kernel reads, and the dtype of their numbers or codes.
 TIERS = {"f32": torch.float32, "bf16": torch.bfloat16, "u8": torch.uint8, "u4": torch.uint8}
-PROGRAMS = 512  # to keep every multiprocessor busy
-WARPS = 8  # at 4, ptxas spills registers on sm_90
+# About how many programs run, which keeps every multiprocessor busy.
+PROGRAMS = 512
+# The warps of a program: at 4, ptxas spills registers on sm_90.
+WARPS = 8
 
 
 def available(device: torch.device | str) -> tuple[bool, str]:
@@ -61,15 +66,16 @@ def pull(
     anchor: tuple[Tensor, Tensor] | None,
     k: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(pull on A (r, in), pull on B (out, r), energy), f32, for U = scale * B @ A held towards B0 @
-    A0 with anchor = (A0, B0), or towards zero.
+    """(pull on A (r, in), pull on B (out, r), energy), in f32, for U = scale * B @ A.
 
-    `omega`: codes as in importance/codec.py with their `block_scale`, or (out, in) f32 or bf16 without.
-    Factors in f32, bf16 or f16. Raises ValueError for what the kernel does not do: f64, ranks above
-    128, tensors on a CPU outside of the interpreter.
+    U is held towards B0 @ A0 with anchor = (A0, B0), or towards zero. `omega` holds codes as in
+    importance/codec.py with their `block_scale`, or (out, in) numbers in f32 or bf16 without one.
+    Factors are in f32, bf16 or f16. Raises ValueError for what the kernel does not do: f64, ranks
+    above 128, tensors on a CPU outside of the interpreter.
     """
-    _check(A, B, omega, block_scale, tier, anchor)
-    from forgetless.penalty.kernel import pull_kernel
+    _check_importance(A, B, omega, block_scale, tier)
+    _check_factors(A, B, anchor)
+    from forgetless.penalty.kernel import pull_kernel  # Triton is not installed everywhere
 
     (rank, into), out = A.shape, B.shape[0]
     A0, B0 = (A, B) if anchor is None else anchor
@@ -119,24 +125,22 @@ def pull(
 
 
 def _padded(rank: int) -> int:
+    """The rank that the kernel works with: a power of two, at least 16."""
     return max(16, 1 << (rank - 1).bit_length())
 
 
 def _side(padded: int) -> int:
-    """Rows and columns of a tile: as many as fit into registers beside factors of this rank;
-    divides the block of the code.
+    """Rows and columns of a tile: as many as fit into registers beside factors of this rank.
+
+    Both divide the block of the code.
     """
     return 64 if padded <= 32 else 32
 
 
-def _check(
-    A: Tensor,
-    B: Tensor,
-    omega: Tensor,
-    block_scale: Tensor | None,
-    tier: str,
-    anchor: tuple[Tensor, Tensor] | None,
+def _check_importance(
+    A: Tensor, B: Tensor, omega: Tensor, block_scale: Tensor | None, tier: str
 ) -> None:
+    """Raise ValueError for importance that the kernel does not read, or of another weight."""
     if tier not in TIERS or omega.dtype != TIERS[tier]:
         raise ValueError(
             f"the kernel reads {', '.join(TIERS)}, found tier '{tier}' as {omega.dtype}; use the "
@@ -151,6 +155,10 @@ def _check(
             f"importance is {tuple(omega.shape)} for factors of ({out}, {into}); record again on "
             "this model"
         )
+
+
+def _check_factors(A: Tensor, B: Tensor, anchor: tuple[Tensor, Tensor] | None) -> None:
+    """Raise ValueError for factors that the kernel does not take."""
     factors = (A, B) if anchor is None else (A, B, *anchor)
     if any(t.dtype not in (torch.float32, torch.bfloat16, torch.float16) for t in factors):
         raise ValueError(

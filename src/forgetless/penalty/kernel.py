@@ -1,9 +1,8 @@
-"""The Triton kernel behind fused.py; imported only where Triton is there.
+"""The Triton kernel behind fused.py; it is imported only where Triton is installed.
 
-One program takes BM rows and `steps` tiles of BN columns of one weight.
-
-It reads importance and factors once and writes partial results to places of its own: no atomics, so
-the same input gives the same bits.
+One program takes BM rows and `steps` tiles of BN columns of one weight. It reads importance and
+factors once and writes partial results to places of its own. There are no atomics, so that the same
+input gives the same bits.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ def importance_tile(
 ):
     """(BM, BN) f32 of the importance, zero outside.
 
-    The columns from `column` on lie within one block of the code (BN divides BLOCK): one scale a
-    row.
+    The columns from `column` on lie within one block of the code (BN divides BLOCK), so each row
+    has one scale.
     """
     if TIER == "u8":
         x = tl.load(omega + rows[:, None] * width + columns[None, :], mask=inside, other=0).to(
@@ -43,21 +42,16 @@ def importance_tile(
             omega + rows[:, None] * width + columns[None, :] // 2, mask=inside, other=0
         ).to(tl.int32)
         code = tl.where((columns[None, :] % 2) == 1, byte >> 4, byte & 15)
-        x = tl.where(
-            code > 0, ((code + 112) << 23).to(tl.float32, bitcast=True), 0.0
-        )  # 2^(code - 15), written into the exponent
+        # 2^(code - 15), written into the exponent.
+        x = tl.where(code > 0, ((code + 112) << 23).to(tl.float32, bitcast=True), 0.0)
     else:
         x = tl.load(omega + rows[:, None] * width + columns[None, :], mask=inside, other=0.0).to(
             tl.float32
         )
     if CODED:
         blocks = (into + BLOCK - 1) // BLOCK
-        x = (
-            x
-            * tl.load(scale + rows * blocks + column // BLOCK, mask=below, other=0.0).to(
-                tl.float32
-            )[:, None]
-        )
+        scales = tl.load(scale + rows * blocks + column // BLOCK, mask=below, other=0.0)
+        x = x * scales.to(tl.float32)[:, None]
     return x
 
 
@@ -89,8 +83,10 @@ def pull_kernel(
     R0: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """partial_A (row tiles, R, in), partial_B (column groups, out, R), partial_energy (row tiles,
-    column groups), all f32; without the factor 2 k s.
+    """Partial sums, all f32, of the pulls without the factor 2 k s, and of the energy.
+
+    They are partial_A (row tiles, R, in), partial_B (column groups, out, R) and partial_energy
+    (row tiles, column groups).
     """
     tile, group = tl.program_id(0), tl.program_id(1)
     rows = tile.to(tl.int64) * BM + tl.arange(0, BM)
@@ -127,17 +123,14 @@ def pull_kernel(
                 other=0.0,
             ).to(tl.float32)
             d -= tl.dot(b0, a0, input_precision=PRECISION)
-        p = (
-            importance_tile(
-                omega, scale, rows, below, column, columns, inside, into, width, TIER, CODED, BLOCK
-            )
-            * d
+        w = importance_tile(
+            omega, scale, rows, below, column, columns, inside, into, width, TIER, CODED, BLOCK
         )
+        p = w * d
         energy += tl.sum(p * d, axis=1)
         pull_b += tl.dot(p, tl.trans(a), input_precision=PRECISION)
-        pull_a = tl.dot(
-            tl.trans(b), p, input_precision=PRECISION
-        )  # (R, BN): only this program has these rows, so it is a partial sum over them
+        # (R, BN): only this program has these rows, so it is a partial sum over them.
+        pull_a = tl.dot(tl.trans(b), p, input_precision=PRECISION)
         places = (tile.to(tl.int64) * R + ranks[:, None]) * into + columns[None, :]
         tl.store(partial_A + places, pull_a, mask=left[None, :])
     places = (group.to(tl.int64) * out + rows[:, None]) * R + ranks[None, :]

@@ -1,8 +1,11 @@
-"""Layer coefficients c_l: how the strength is shared out among the target weights.
+"""Layer coefficients c_l: how much of the strength each target weight gets.
 
-Each way is a frozen dataclass with one function, `coefficients(norms, weights)`: Frobenius norm of
-each weight's importance and the weights themselves -> name -> c_l. All of them average to 1, so
-that strength keeps its meaning, except the paper's softmax, which sums to 1 (arXiv 2501.13669).
+Each rule is a frozen dataclass with one function, `coefficients(norms, weights)`, which makes name
+-> c_l of the Frobenius norm of each weight's importance and of the weights themselves. The
+coefficients average to 1, so that strength keeps its meaning, except those of the paper's softmax,
+which sum to 1 (arXiv 2501.13669).
+
+    Penalty(model, importance, strength=1.0, layers=OverDepth((1.0, 0.5)))
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from forgetless.options.tune import LAYERS
 
 
 class Placed(Protocol):
-    """What a layer function reads of a weight."""
+    """What a rule reads of a weight."""
 
     @property
     def name(self) -> str: ...
@@ -28,6 +31,14 @@ class Placed(Protocol):
 
 
 Coefficients = dict[str, float]
+
+
+class LayerRule(Protocol):
+    """A rule that gives each target weight its coefficient."""
+
+    def coefficients(
+        self, norms: Mapping[str, float], weights: Sequence[Placed]
+    ) -> Coefficients: ...
 
 
 def _softmax(values: Mapping[str, float]) -> Coefficients:
@@ -67,8 +78,9 @@ class Softmax:
 
 @dataclass(frozen=True)
 class ScaleFree:
-    """softmax(tau * ||Omega_l|| / mean norm), averaging to 1: the unit of importance no longer
-    matters, so tau near 1 does something.
+    """softmax(tau * ||Omega_l|| / mean norm), averaging to 1.
+
+    The unit of importance no longer matters, so that tau near 1 does something.
     """
 
     tau: float = 1.0
@@ -109,8 +121,9 @@ class OverDepth:
 
 @dataclass(frozen=True)
 class PerKind:
-    """A number for each kind of weight (q_proj, down_proj, ...), 1 for kinds not named, averaging
-    to 1.
+    """A number for each kind of weight (q_proj, down_proj, ...), averaging to 1.
+
+    Kinds that are not named get 1 before averaging.
     """
 
     kinds: Mapping[str, float]
@@ -129,12 +142,12 @@ class PerKind:
 
 @dataclass(frozen=True)
 class PerBlock:
-    """Another way, with each block's weights sharing the mean of their coefficients."""
+    """Another rule, whose coefficients are averaged over the weights of each block."""
 
-    how: Any
+    rule: LayerRule
 
     def coefficients(self, norms: Mapping[str, float], weights: Sequence[Placed]) -> Coefficients:
-        single = self.how.coefficients(norms, weights)
+        single = self.rule.coefficients(norms, weights)
         blocks: dict[int | None, list[float]] = {}
         for weight in weights:
             blocks.setdefault(weight.layer, []).append(single[weight.name])
@@ -143,34 +156,41 @@ class PerBlock:
         }
 
 
-def from_option(value: Any, *, tau: float | None = None, per: str = "weight") -> Any:
-    """The way that an option describes: a name, a number list over depth ([1, 0.5] or '1,0.5'), or
-    a map of kinds. Raises OptionError otherwise.
+def from_option(value: Any, *, tau: float | None = None, per: str = "weight") -> LayerRule:
+    """The rule that an option describes.
+
+    It is a name, a list of numbers over depth ([1, 0.5] or '1,0.5'), or a map of kinds to numbers.
+    `per` "block" averages the coefficients over each block. Raises OptionError otherwise.
     """
-    how: Any
     if isinstance(value, str) and value and (value[0].isdigit() or value[0] == "."):
-        value = [part for part in value.split(",") if part]
+        value = [number for number in value.split(",") if number]
     if isinstance(value, str):
-        if value not in LAYERS:
-            raise OptionError(f"unknown layers '{value}'; {nearest(value, LAYERS)}")
-        how = {
-            "uniform": Uniform(),
-            "softmax": Softmax(1e-8 if tau is None else tau),
-            "scale-free": ScaleFree(1.0 if tau is None else tau),
-        }[value]
+        rule = _named_rule(value, tau)
     elif isinstance(value, Mapping):
-        how = PerKind({str(kind): _number(number) for kind, number in value.items()})
+        rule = PerKind({str(kind): _coefficient(number) for kind, number in value.items()})
     elif isinstance(value, Sequence) and value:
-        how = OverDepth(tuple(_number(number) for number in value))
+        rule = OverDepth(tuple(_coefficient(number) for number in value))
     else:
         raise OptionError(
             f"layers expects one of {', '.join(LAYERS)}, a list of numbers or a map of kinds, "
             f"found {value!r}"
         )
-    return PerBlock(how) if per == "block" else how
+    return PerBlock(rule) if per == "block" else rule
 
 
-def _number(value: Any) -> float:
+def _named_rule(name: str, tau: float | None) -> LayerRule:
+    if name not in LAYERS:
+        raise OptionError(f"unknown layers '{name}'; {nearest(name, LAYERS)}")
+    rules: dict[str, LayerRule] = {
+        "uniform": Uniform(),
+        "softmax": Softmax() if tau is None else Softmax(tau),
+        "scale-free": ScaleFree() if tau is None else ScaleFree(tau),
+    }
+    return rules[name]
+
+
+def _coefficient(value: Any) -> float:
+    """A coefficient that an option gives. Raises OptionError for what is none."""
     try:
         number = float(value)
     except (TypeError, ValueError):

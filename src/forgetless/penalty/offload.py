@@ -1,9 +1,10 @@
-"""Importance that stays in CPU memory and visits the device one weight at a time: what the pull
-takes of a GPU's memory is at most three weights' importance (one in use, the next one arriving, the
-one before not yet let go).
+"""Importance that stays in CPU memory and visits the device one weight at a time.
 
-    for entry in placed([(entry, device, dtype), ...]): ...     # in order; the copy of the next one
-        is under way while this one is worked with
+The pull then takes at most three weights' importance of a GPU's memory: one in use, the next one
+arriving, and the one before that is not yet let go.
+
+    # In order; the copy of the next entry is under way while this one is worked with.
+    for entry in placed([(entry, device, dtype), ...]): ...
 
 On CUDA the entries lie in pinned memory, and copies run on a stream of their own: the copy of
 weight i + 1 starts before the pull of weight i is computed. Cost per step: one transfer of the
@@ -14,12 +15,12 @@ results are the same bit for bit. Covariances that consecutive weights share are
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from forgetless.importance.entries import Entry, with_tensors
+from forgetless.importance.entries import Entry, KroneckerEntry, with_tensors
 from forgetless.importance.importance import Importance
 
 Item = TypeVar("Item")
@@ -30,8 +31,9 @@ Ready = TypeVar("Ready")
 def ahead(
     items: Iterable[Item], start: Callable[[Item], Started], ready: Callable[[Started], Ready]
 ) -> Iterator[Ready]:
-    """ready(start(item)) of each item in order, every item started before the one in front of it is
-    handed out.
+    """ready(start(item)) of each item in order.
+
+    Every item is started before the one in front of it is handed out.
     """
     waiting: list[Started] = []
     for item in items:
@@ -43,68 +45,73 @@ def ahead(
 
 
 def placed(entries: Iterable[tuple[Entry, torch.device, torch.dtype]]) -> Iterator[Entry]:
-    """Each entry on its device in the dtype of the algebra, in order, the next one's copy under
-    way.
-    """
-    streams: dict[torch.device, Any] = {}
-    made: dict[
-        torch.device, dict[int, Any]
-    ] = {}  # what the last entry on each device was made of: the parts that the next one may share
+    """Each entry on its device in the dtype of the algebra, in order.
 
-    def start(
-        item: tuple[Entry, torch.device, torch.dtype],
-    ) -> tuple[Entry, torch.device, torch.dtype, Any]:
+    While an entry is worked with, the next one's copy is under way.
+    """
+    streams: dict[torch.device, torch.cuda.Stream] = {}
+    # The copies of the last entry's covariances on each device, which the next one may share.
+    copied: dict[torch.device, dict[int, Any]] = {}
+
+    def start(item: tuple[Entry, torch.device, torch.dtype]) -> _Arriving:
         entry, device, dtype = item
         if device.type != "cuda":
-            return entry, device, dtype, None
+            return _Arriving(entry, device, dtype, None)
         if device not in streams:
             streams[device] = torch.cuda.Stream(device)
         stream = streams[device]
-        mine: dict[int, Any] = {
-            key: part for key, part in made.get(device, {}).items() if key in _parts(entry)
-        }
+        covariances = _covariances(entry)
+        copies = {key: copy for key, copy in copied.get(device, {}).items() if key in covariances}
         with torch.cuda.stream(stream):
-            copy = with_tensors(entry, lambda tensor: tensor.to(device, non_blocking=True), mine)
+            copy = with_tensors(entry, lambda tensor: tensor.to(device, non_blocking=True), copies)
             done = stream.record_event()
-        made[device] = mine
-        return copy, device, dtype, done
+        copied[device] = copies
+        return _Arriving(copy, device, dtype, done)
 
-    def ready(started: tuple[Entry, torch.device, torch.dtype, Any]) -> Entry:
-        entry, device, dtype, done = started
-        if done is not None:
-            current = torch.cuda.current_stream(device)
-            current.wait_event(done)
-            with_tensors(entry, lambda tensor: _used_on(tensor, current), {})
-        return entry.to(device, dtype, {})
+    def ready(arriving: _Arriving) -> Entry:
+        if arriving.done is not None:
+            current = torch.cuda.current_stream(arriving.device)
+            current.wait_event(arriving.done)
+            with_tensors(arriving.entry, lambda tensor: _used_on(tensor, current), {})
+        return arriving.entry.to(arriving.device, arriving.dtype, {})
 
     return ahead(entries, start, ready)
 
 
-def _parts(entry: Entry) -> set[int]:
-    """Identities of the covariances of an entry."""
-    return {
-        id(part)
-        for part in (getattr(entry, "out_cov", None), getattr(entry, "in_cov", None))
-        if part is not None
-    }
+class _Arriving(NamedTuple):
+    """An entry whose copy has been started; `done` tells when it is there, None: at once."""
+
+    entry: Entry
+    device: torch.device
+    dtype: torch.dtype
+    done: torch.cuda.Event | None
+
+
+def _covariances(entry: Entry) -> set[int]:
+    """Identities of the covariances of an entry, which other entries may have too."""
+    if not isinstance(entry, KroneckerEntry):
+        return set()
+    return {id(entry.out_cov), id(entry.in_cov)}
 
 
 def _used_on(tensor: Tensor, stream: Any) -> Tensor:
-    """Tell the allocator that another stream than the one that copied it reads the tensor, so that
-    its memory is not given away too soon.
+    """Tell the allocator that `stream`, which did not copy the tensor, reads it.
+
+    Its memory is not given away before that stream is done with it.
     """
     tensor.record_stream(stream)
     return tensor
 
 
 def in_cpu_memory(importance: Importance, names: Iterable[str], pin: bool) -> Importance:
-    """The importance of `names` in CPU memory; pinned, which is a copy, where copies to a GPU are
-    to run beside its work.
+    """The importance of `names` in CPU memory.
+
+    With `pin` it is a pinned copy, from which a GPU copies beside its work.
     """
-    made: dict[int, Any] = {}
-    move = lambda tensor: tensor.cpu().pin_memory() if pin else tensor.cpu()
-    return Importance(
-        {name: with_tensors(importance[name], move, made) for name in names},
-        importance.anchors,
-        importance.info,
-    )
+    moved: dict[int, Any] = {}  # covariances that entries share stay shared
+
+    def move(tensor: Tensor) -> Tensor:
+        return tensor.cpu().pin_memory() if pin else tensor.cpu()
+
+    entries = {name: with_tensors(importance[name], move, moved) for name in names}
+    return Importance(entries, importance.anchors, importance.info)

@@ -1,10 +1,10 @@
-"""The penalty as the paper writes it (Song et al. 2025, arXiv 2501.13669), through autograd: the
-specification that every faster one is tested against.
+"""The penalty as the paper writes it, through autograd: what every faster one is tested against.
 
-    energy = sum_l c_l * sum_ij Omega_l,ij (U_l,ij - U*_l,ij)^2          pull = gradient of strength
-        * energy
+    energy = sum_l c_l * sum_ij Omega_l,ij (U_l,ij - U*_l,ij)^2
+    pull   = gradient of strength * energy
 
-No factor 1/2. Builds (out, in) tensors in a graph: for reading and testing, not for training.
+There is no factor 1/2. This file builds (out, in) tensors in a graph: it is for reading and
+testing, not for training. Source: Song et al. 2025, arXiv 2501.13669.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ def full_energy(W: Tensor, base: Tensor, omega: Tensor, anchor: Tensor) -> Tenso
 
 
 def factored_energy(D: Tensor, row: Tensor, col: Tensor) -> Tensor:
-    """sum_k || diag(sqrt a_k) D diag(sqrt b_k) ||_F^2 with a_k, b_k the columns of row (out, k) and
-    col (in, k); D (out, in) -> scalar.
+    """sum_k || diag(sqrt a_k) D diag(sqrt b_k) ||_F^2; D (out, in) -> scalar.
+
+    a_k and b_k are the columns of row (out, k) and col (in, k).
     """
     total = D.new_zeros(())
     for a, b in zip(row.T, col.T, strict=True):

@@ -1,10 +1,9 @@
-"""The pull in several processes: which of them keeps what of the importance, and what each sees of
-a weight.
+"""The pull in several processes: what each keeps of the importance, and what it sees of a weight.
 
-DDP: every process has the whole weight. Each keeps the importance of its share of the weights,
-computes their pull, and the pulls travel: under LoRA all in one message, r (in + out) numbers a
-weight; in full fine-tuning one weight at a time, as large as its gradient. The result is that of
-one process bit for bit.
+DDP: every process has the whole weight. Each keeps the importance of its shard of the weights and
+computes their pull, and the pulls travel: under LoRA all of them in one message, r (in + out)
+numbers a weight; in full fine-tuning one weight at a time, as large as its gradient. The result is
+that of one process bit for bit.
 
 FSDP2: a process has some rows of each parameter (a DTensor). Under LoRA the two thin factors are
 gathered for the pull, one weight at a time, and each process keeps its rows of the result; nothing
@@ -17,10 +16,11 @@ Memory of importance per process: 1 / N.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from forgetless.importance.entries import (
@@ -33,12 +33,107 @@ from forgetless.importance.entries import (
 from forgetless.importance.importance import Importance
 from forgetless.model import distributed
 from forgetless.model.checkpoint import Base, KeptWeight
-from forgetless.model.weights import FullWeight, LowRankWeight, TargetWeight
+from forgetless.model.weights import FullWeight, LowRankWeight, TargetWeight, wider
+
+
+class PullOfWeight(NamedTuple):
+    """What a process has of the pull of one weight."""
+
+    weight: TargetWeight
+    parts: tuple[Tensor, ...]  # for each of the weight's parameters
+    energy: Tensor | float  # zero where another process counts it
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How importance and parameters are spread over the processes; by default they are not.
+
+    Attributes:
+        owner: weight -> the process that keeps its importance; None where this process keeps what
+            it needs itself.
+        sharded: whether parameters are sharded, as under FSDP2.
+    """
+
+    owner: Mapping[str, int] | None = None
+    sharded: bool = False
+
+    @property
+    def spread(self) -> bool:
+        """Whether one process alone cannot tell the energy."""
+        return self.owner is not None or self.sharded
+
+    def keeps(self, name: str) -> bool:
+        """Whether this process keeps the importance of a weight."""
+        return self.owner is None or self.owner[name] == distributed.rank()
+
+    def counts_energy(self, weight: TargetWeight) -> bool:
+        """Whether this process, which computes the energy of a weight, counts it in the sum."""
+        if not self.sharded or self.owner is not None:
+            return True
+        if isinstance(weight, FullWeight):
+            return distributed.counts(weight.W)
+        return distributed.first()
+
+    def counts_norms(self, parameter: Tensor) -> bool:
+        """Whether this process counts a parameter in the norms of pull and gradient."""
+        return not self.sharded or distributed.counts(parameter)
+
+    def together(self, pulls: Iterator[PullOfWeight]) -> Iterator[PullOfWeight]:
+        """The pulls of all weights, together where their importance is spread."""
+        if self.owner is None:
+            yield from pulls
+            return
+        waiting: list[PullOfWeight] = []
+        for weight, parts, energy in pulls:
+            if isinstance(weight, FullWeight):  # as large as the weight, so one travels at a time
+                owner = self.owner[weight.name]
+                arrived = tuple(distributed.from_owner(part, owner) for part in parts)
+                yield PullOfWeight(weight, arrived, energy)
+            else:
+                waiting.append(PullOfWeight(weight, parts, energy))
+        distributed.add_up_all([part for pull in waiting for part in pull.parts])
+        yield from waiting
+
+    def sums(self, device: torch.device, energy: float, *norms: float) -> list[float]:
+        """Energy and squared norms, each added up over the processes that hold pieces of it."""
+        if self.sharded:
+            return distributed.add_up_numbers([energy, *norms], device)
+        if self.owner is not None:
+            return [*distributed.add_up_numbers([energy], device), *norms]
+        return [energy, *norms]
+
+
+def settled(
+    before: Sharding, weights: Sequence[TargetWeight], importance: Importance, *, shard: bool
+) -> tuple[Sharding, Importance]:
+    """(how all is spread by now, what this process keeps of the importance).
+
+    `before` is how it was spread until now. `shard` lets each process keep the importance of its
+    shard of the weights. Raises ValueError for what cannot be held under FSDP2.
+    """
+    sharded = any(distributed.is_sharded(p) for weight in weights for p in weight.parameters)
+    now = replace(before, sharded=sharded)
+    if sharded and not before.sharded:
+        for weight in weights:
+            check_sharded(weight, importance[weight.name])
+    if sharded and isinstance(weights[0], FullWeight):
+        return now, importance if before.sharded else cut_to_rows(importance, weights)
+    if shard and distributed.running() and before.owner is None:
+        owner = owners(importance, [weight.name for weight in weights])
+        mine = [name for name, process in owner.items() if process == distributed.rank()]
+        kept = kept_of(importance, {name: importance[name] for name in mine})
+        return replace(now, owner=owner), kept
+    return now, importance
+
+
+def no_pull(weight: TargetWeight) -> tuple[Tensor, ...]:
+    """Zeros in place of a pull that another process computes."""
+    return tuple(torch.zeros_like(p, dtype=wider(p.dtype)) for p in weight.parameters)
 
 
 @dataclass(frozen=True, eq=False)
 class BaseFrom:
-    """The base of some rows of a weight: row 0 of it is row `first` of `base`."""
+    """The base of some rows of a weight: its row 0 is row `first` of `base`."""
 
     base: Base
     first: int
@@ -50,8 +145,10 @@ class BaseFrom:
 
 
 def seen(weight: TargetWeight) -> TargetWeight:
-    """What this process computes with: the weight itself, or under FSDP2, together, LoRA factors
-    gathered, of a full weight the rows that are here.
+    """What this process computes with: the weight itself where it is not sharded.
+
+    Under FSDP2, together: a LoRA weight with its factors gathered, or the rows that are here of a
+    full weight.
     """
     if isinstance(weight, LowRankWeight):
         if not distributed.is_sharded(weight.A):
@@ -64,7 +161,8 @@ def seen(weight: TargetWeight) -> TargetWeight:
     return replace(weight, W=distributed.local(weight.W), shape=(count, weight.shape[1]), base=base)
 
 
-def _of_these_rows(base: Any, count: int) -> bool:
+def _of_these_rows(base: Base, count: int) -> bool:
+    """Whether a copied base has been cut to the rows that are here."""
     return isinstance(base, KeptWeight) and len(base.tensor) == count
 
 
@@ -85,13 +183,12 @@ def check_sharded(weight: TargetWeight, entry: Entry) -> None:
     if isinstance(weight, FullWeight) and isinstance(entry, KroneckerEntry):
         raise ValueError(
             f"'{weight.name}' has kronecker importance, whose pull on a full weight wants all "
-            "rows of it, which FSDP2 spreads; use LoRA, "
-            "DDP, or element-wise or factored importance"
+            "rows of it, which FSDP2 spreads; use LoRA, DDP, or element-wise or factored importance"
         )
 
 
 def current(weight: TargetWeight) -> TargetWeight:
-    """The weight with the parameters that its module has now:
+    """The weight with the parameters that its module has now.
 
     FSDP2 puts others in their place. A base kept as a copy is cut to the rows that are here.
     """
@@ -113,6 +210,14 @@ def rows_here(weight: TargetWeight) -> slice:
     return slice(first, first + count)
 
 
+def cut_to_rows(importance: Importance, weights: Sequence[TargetWeight]) -> Importance:
+    """The importance of the rows of each full weight that are here."""
+    rows = {weight.name: rows_here(weight) for weight in weights}
+    return kept_of(
+        importance, {name: rows_of(importance[name], here) for name, here in rows.items()}, rows
+    )
+
+
 def rows_of(entry: Entry, rows: slice) -> Entry:
     """The importance of some rows."""
     shape = (rows.stop - rows.start, entry.shape[1])
@@ -125,34 +230,30 @@ def rows_of(entry: Entry, rows: slice) -> Entry:
 
 
 def owners(importance: Importance, names: list[str]) -> dict[str, int]:
-    """Weight -> the process that keeps its importance: those that share an input covariance stay
-    together.
+    """Weight -> the process that keeps its importance.
+
+    Weights that share an input covariance stay together.
     """
     sizes: dict[str, tuple[Any, int]] = {}
     for name in names:
         entry = importance[name]
-        sizes[name] = (
-            id(entry.in_cov) if isinstance(entry, KroneckerEntry) else name,
-            memory({name: entry}),
-        )
+        group = id(entry.in_cov) if isinstance(entry, KroneckerEntry) else name
+        sizes[name] = (group, memory({name: entry}))
     return distributed.owners(sizes)
 
 
-def part(
+def kept_of(
     importance: Importance, entries: Mapping[str, Entry], rows: Mapping[str, slice] | None = None
 ) -> Importance:
-    """What a process keeps:
+    """What a process keeps: `entries` with their anchors; the norms of all weights stay.
 
-    `entries` with their anchors, of these some rows where entries have been cut; the norms of all
-    weights stay.
+    Where entries have been cut to `rows`, their anchors are too.
     """
     info = {**importance.info, "norms": importance.norms()}
-    every = slice(None)
-    anchors = {
-        name: (A, B[(rows or {}).get(name, every)])
-        for name, (A, B) in importance.anchors.items()
-        if name in entries
-    }
+    anchors = {}
+    for name, (A, B) in importance.anchors.items():
+        if name in entries:
+            anchors[name] = (A, B[rows[name]] if rows and name in rows else B)
     return Importance(dict(entries), anchors, info)
 
 

@@ -16,7 +16,7 @@ from forgetless.methods.table import chosen
 from forgetless.model import distributed
 from forgetless.model.targets import placed
 from forgetless.options.tune import TuneOptions
-from forgetless.penalty.pull import check_fit
+from forgetless.penalty.fit import check_fit
 
 
 def check_options(options: TuneOptions) -> dict[str, Method]:

@@ -54,9 +54,9 @@ from forgetless.model.targets import matching, target_weights, warn_of_experts
 from forgetless.model.weights import LowRankWeight
 from forgetless.options.option import as_dict, several
 from forgetless.options.tune import TuneOptions
+from forgetless.penalty.algebra import implementation
 from forgetless.penalty.callback import add_penalty
 from forgetless.penalty.layers import from_option
-from forgetless.penalty.pull import implementation
 from forgetless.report.budget import sentences
 from forgetless.report.cards import write_card
 from forgetless.tune.checks import check_model, check_options, disk_needed
