@@ -24,7 +24,8 @@ from forgetless.compare.experiment_file import read
 from forgetless.data.documents import load_documents
 from forgetless.data.tasks import load_training_data
 from forgetless.errors import UNSAFE, FileError, OptionError, printable
-from forgetless.files.schema import COMPARISON, check
+from forgetless.files.compare_json import Comparison
+from forgetless.files.schema import from_json
 from forgetless.files.untrusted import DEPTH, check_name, load_json, load_yaml
 from forgetless.importance.entries import DenseEntry, FactoredEntry
 from forgetless.importance.importance import Importance, describe_file
@@ -217,7 +218,7 @@ def numbers(data):
 @settings(deadline=None)
 def test_any_data_has_the_shape_of_a_comparison_or_is_refused(data):
     try:
-        check(data, COMPARISON, "compare.json")
+        from_json(data, Comparison, "compare.json")
     except FileError as error:
         assert str(error).startswith("compare.json") and not UNSAFE.search(str(error))
 

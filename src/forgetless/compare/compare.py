@@ -54,9 +54,10 @@ from forgetless.data.encoding import templated
 from forgetless.data.tasks import load_training_data
 from forgetless.errors import OptionError
 from forgetless.files.atomic import read_json, write_json, write_text
+from forgetless.files.compare_json import TrialRun
 from forgetless.files.lock import only_writer
 from forgetless.files.provenance import environment, sha256_file
-from forgetless.files.schema import TRIAL, read_checked
+from forgetless.files.schema import read_record
 from forgetless.methods.table import chosen as chosen_methods
 from forgetless.model.adapter_files import load_tuned
 from forgetless.model.loading import context_length, load_model, load_tokenizer
@@ -408,7 +409,7 @@ def _job(
 
 def _finished(job: dict[str, Any]) -> bool:
     path = job["folder"] / "run.json"
-    return path.exists() and read_checked(path, TRIAL).get("status") in ENDED
+    return path.exists() and read_record(path, TrialRun).status in ENDED
 
 
 def _to_test(experiment: Experiment, out: Path) -> int:

@@ -30,7 +30,8 @@ from forgetless.compare.frontier import (
 )
 from forgetless.compare.verdict import verdict
 from forgetless.files.atomic import read_json, write_json
-from forgetless.files.schema import TRIAL, read_checked
+from forgetless.files.compare_json import TrialRun
+from forgetless.files.schema import from_json, read_plain
 from forgetless.options.option import read_yaml
 
 CURRENT = "current.json"  # label of a recipe -> what describes its file
@@ -110,7 +111,9 @@ def ended(out: Path, trials: Sequence[tuple[str, Trial]]) -> list[Run]:
     }.values():  # each once
         path = out / "runs" / run / "run.json"
         if path.exists():
-            runs.append({**read_checked(path, TRIAL), **dataclasses.asdict(trial)})
+            found = read_plain(path)
+            from_json(found, TrialRun, str(path))
+            runs.append({**found, **dataclasses.asdict(trial)})
     return runs
 
 

@@ -27,7 +27,10 @@ def check_output_folder(path: str | Path) -> None:
 
 
 def check_output_file(path: str | Path) -> None:
-    """Check that a file can be written at `path`. Raises ValueError before any long work where not."""
+    """Check that a file can be written at `path`.
+
+    Raises ValueError before any long work where that fails.
+    """
     path = Path(path)
     if path.is_dir():
         raise ValueError(

@@ -1,286 +1,246 @@
-"""What compare.json and run.json may hold, as far as it is read: one table that a file is checked
-against before anything is made of it.
+"""JSON files as dataclasses: checked when they are read, written with their keys in order.
 
-    check(data, COMPARISON, "compare.json")       # raises FileError: compare.json:
-                                                  runs[3].points[0].scale: expected a number, found
-                                                  'x'
-    read_checked(path, TRIAL)                     # a JSON file, checked, without control characters
+    @dataclass(frozen=True)
+    class Change:
+        nats: float | None = None
+        standard_error: float | None = None
 
-A shape is a kind (TEXT, NUMBER, ...), [shape] for a list, {"key": shape} for a mapping with these
-keys, or Each(shape) for one with any keys. Missing keys and null fit everywhere but at keys marked
-with "!"; keys that are not named are let through, since nothing reads them.
+    read_record("change.json", Change)  # FileError: change.json.nats: expected a number, found 'x'
+    from_json(data, Change, "change")   # the same for data at hand
+    write_record("change.json", Change(0.1))  # {"nats": 0.1, "standard_error": null}
+
+The annotations of a class say what its file may hold:
+
+    str                a name: text alone
+    Text               text, or a number or truth value that is shown as text
+    int, float         a number that is finite, as is its square
+    Level              a number from 0 to 1
+    bool               true or false
+    list[X]            a list; null may stand in it only as `X | None`
+    dict[str, X]       a mapping with any keys
+    a dataclass        a mapping with the fields as keys
+    Any                anything
+
+A key that is missing or null is the default of its field; a field without a default must be there.
+Keys that no field has are let through, since nothing reads them.
+
+A field whose key has another name than it, or that is not always written, says so:
+
+    level: Level = field(metadata=key("share"))
+    error: str | None = field(default=None, metadata=LEFT_OUT)     # not written where it is None
+    numbers: dict[str, float] = field(metadata=REST)     # every key that no other field has
+
+A class whose keys or their order depend on its values has a method `keys` that lists them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import dataclasses
+import functools
+import types
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from forgetless.errors import FileError, brief
-from forgetless.files.atomic import read_json
+from forgetless.files.atomic import read_json, write_json
 from forgetless.files.untrusted import cleaned
 
+# What general text is called where it stands beside the domains that were learned.
 GENERAL = "general text"
 DAMAGED = "the file is damaged, or of another version of forgetless"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A plain value: what it is called, and the test that it passes."""
+    """A plain value: what it is called in an error, and the test that it passes."""
 
     called: str
     fits: Callable[[Any], bool]
 
 
-@dataclass(frozen=True)
-class Each:
-    """A mapping of which every value has a shape."""
-
-    shape: Any
+def is_number(value: Any) -> bool:
+    """Whether a value is a number whose square is finite; a truth value and NaN are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= 1e100
 
 
-def _number(value: Any) -> bool:
-    return (
-        isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= 1e100
-    )  # its square is finite; NaN is not
-
-
-TEXT = Kind("text", lambda value: isinstance(value, (str, int, float, bool)))
-NAME = Kind("a name", lambda value: isinstance(value, str))
-NUMBER = Kind("a number", _number)
-SHARE = Kind("a number from 0 to 1", lambda value: _number(value) and 0 <= value <= 1)
-TRUTH = Kind("true or false", lambda value: isinstance(value, bool))
-ANY = Kind("anything", lambda value: True)
-LOSS = dict.fromkeys(
-    ("nats", "standard_error", "perplexity", "documents", "tokens", "bits_per_byte"), NUMBER
-)
-CHANGE = {"nats": NUMBER, "standard_error": NUMBER}
-SCORE = dict.fromkeys(("before", "after", "standard_error", "questions"), NUMBER)
-POINT = {
-    "scale": NUMBER,
-    "learning": CHANGE,
-    "forgetting": Each(CHANGE),
-    "accuracy": SCORE,
-    "accuracy_general": Each(SCORE),
-}
-LOG = [Each(ANY)]
-MOVED = [
-    {
-        "weight": TEXT,
-        "layer": NUMBER,
-        "kind": TEXT,
-        "movement": NUMBER,
-        "importance": NUMBER,
-        "coefficient": NUMBER,
-    }
+Text = Annotated[
+    str | float | bool, Kind("text", lambda value: isinstance(value, (str, int, float, bool)))
 ]
-ENVIRONMENT = {
-    "python": TEXT,
-    "platform": TEXT,
-    "versions": Each(TEXT),
-    "device": TEXT,
-    "commit": TEXT,
+Level = Annotated[
+    float, Kind("a number from 0 to 1", lambda value: is_number(value) and 0 <= value <= 1)
+]
+PLAIN = {
+    str: Kind("a name", lambda value: isinstance(value, str)),
+    int: Kind("a number", is_number),
+    float: Kind("a number", is_number),
+    bool: Kind("true or false", lambda value: isinstance(value, bool)),
+    Any: Kind("anything", lambda value: True),
 }
-COSTS = dict.fromkeys(
-    (
-        "energy",
-        "seconds",
-        "wall_seconds",
-        "peak_memory_bytes",
-        "file_bytes",
-        "trainable_parameters",
-    ),
-    NUMBER,
-)
-TRIAL: dict[str, Any] = {
-    "id": TEXT,
-    "method!": NAME,
-    "domain": TEXT,
-    "part": TEXT,
-    "seed": NUMBER,
-    "settings": Each(ANY),
-    "chosen": ANY,
-    "status": TEXT,
-    "error": TEXT,
-    "points": [POINT],
-    "extra_data": TEXT,
-    "log": LOG,
-    "moved": MOVED,
-    **COSTS,
-}
-NUMBERS = ("scale", "learning", "learning_error", "forgetting", "forgetting_error", "seeds")
-PLACE = {"run": TEXT, "on_frontier": ANY, **dict.fromkeys(NUMBERS, NUMBER)}
-FRONTIER = {"points": [PLACE], "area": NUMBER, "area_error": NUMBER}
-EQUAL = {
-    "method!": NAME,
-    "share!": SHARE,
-    "status": TEXT,
-    **dict.fromkeys(("learning_nats", "forgetting", "standard_error", "reached", "seeds"), NUMBER),
-}
-DIFFERENCE = {
-    "domain": TEXT,
-    "text": TEXT,
-    "share": NUMBER,
-    "a": TEXT,
-    "b": TEXT,
-    "difference": NUMBER,
-    "standard_error": NUMBER,
-    "ratio": NUMBER,
-    "beyond_noise": TRUTH,
-}
-NOISE = {"learning": NUMBER, "forgetting": Each(NUMBER), "how": TEXT}
-WEIGHT = {"name": TEXT, "layer": NUMBER, "kind": TEXT, "norm": NUMBER, "coefficient": NUMBER}
-TRANSFER = dict.fromkeys(("average", "backward_transfer", "forward_transfer"), NUMBER)
-SEQUENCE = {
-    "name": TEXT,
-    "method": TEXT,
-    "seed": NUMBER,
-    "domains": [TEXT],
-    "general": Each([NUMBER]),
-    "rows": [TEXT],
-    "matrix": [[NUMBER]],
-    "accuracy": [[NUMBER]],
-    "accuracy_transfer": TRANSFER,
-    **TRANSFER,
-}
-INTERVAL = dict.fromkeys(("nats", "standard_error", "low", "high", "documents"), NUMBER)
-BOUGHT = {"way": TEXT, "share": NUMBER, "mu": NUMBER, "learning": NUMBER}
-BUDGET = {
-    "budget": TEXT,
-    "budget_nats": NUMBER,
-    "verdict": TEXT,
-    "way": TEXT,
-    "share": NUMBER,
-    "mu": NUMBER,
-    "promised": NUMBER,
-    "check": INTERVAL,
-    "predicted": dict.fromkeys(("nats", "bound"), NUMBER),
-    "learning": CHANGE,
-    "others": Each(BOUGHT),
-    "curve": [{**BOUGHT, "rise": INTERVAL, "bound": NUMBER}],
-    "trajectory": [dict.fromkeys(("step", "probe", "rise", "strength"), NUMBER)],
-}
-COMPARISON = {
-    "kind": TEXT,
-    "title": TEXT,
-    "model": TEXT,
-    "reference": NAME,
-    "created": NAME,
-    "environment": ENVIRONMENT,
-    "settings": Each(ANY),
-    "progress": {"done": NUMBER, "of": NUMBER, "failed": NUMBER, "seconds": NUMBER},
-    "texts": [
-        {
-            "name!": NAME,
-            "kind": TEXT,
-            "documents": NUMBER,
-            "tokens": NUMBER,
-            "before": {**LOSS, "accuracy": NUMBER},
-        }
-    ],
-    "domains": [
-        {
-            "name!": NAME,
-            "rows": NUMBER,
-            "rows_trained": NUMBER,
-            "before": {**LOSS, "accuracy": NUMBER},
-        }
-    ],
-    "methods": [{"name!": NAME, "label": TEXT, "family": TEXT, "needs": TEXT, "trials": NUMBER}],
-    "runs": [TRIAL],
-    "frontier": Each(Each(Each(FRONTIER))),
-    "equal_learning": Each(Each([EQUAL])),
-    "noise": Each(NOISE),
-    "differences": [DIFFERENCE],
-    "verdict": [TEXT],
-    "samples": [{"domain": TEXT, "prompt": TEXT, "reference": TEXT, "outputs": Each(TEXT)}],
-    "sequences": [SEQUENCE],
-    "notes": [TEXT],
-    "budget": BUDGET,
-    "importance": [
-        {
-            "name": TEXT,
-            "estimator": TEXT,
-            "tier": TEXT,
-            "bytes": NUMBER,
-            "seconds": NUMBER,
-            "tokens": NUMBER,
-            "weights": [WEIGHT],
-        }
-    ],
-    "measures": [
-        {"name": TEXT, "unit": TEXT, "before": NUMBER, "after": NUMBER, "standard_error": NUMBER}
-    ],
-}
-SCORES = {
-    "answer_loss": LOSS,
-    **dict.fromkeys(("acc", "acc_norm", "acc_stderr", "acc_norm_stderr"), NUMBER),
-}
-STATE = {"general": LOSS, "domain": LOSS, "tasks": Each(SCORES)}
-RUN = {
-    "configuration": Each(ANY),
-    "environment": ENVIRONMENT,
-    "data": Each(ANY),
-    "method": [NAME],
-    "before": STATE,
-    "after": STATE,
-    "forgetting": CHANGE,
-    "learning": CHANGE,
-    "budget": BUDGET,
-    "energy": NUMBER,
-    "train_seconds": NUMBER,
-    "trainable_parameters": NUMBER,
-    "peak_memory_bytes": NUMBER,
-    "log": LOG,
-    "moved": MOVED,
-    "sequence": {
-        "domains!": [NAME],
-        "matrix!": [[NUMBER]],
-        "accuracy_domains!": [NAME],
-        "accuracy": [[NUMBER]],
-        "general": [CHANGE],
-        "accuracy_transfer": TRANSFER,
-        **TRANSFER,
-    },
-}
+LEFT_OUT = {"left_out": True}
+REST = {"rest": True}
 
 
-def check(data: Any, shape: Any, where: str) -> None:
-    """Raise FileError naming the first place where `data` does not have `shape`."""
-    if isinstance(shape, Kind):
-        if not shape.fits(data):
-            raise FileError(f"{where}: expected {shape.called}, found {brief(data)}; {DAMAGED}")
-        return
-    kind = list if isinstance(shape, list) else dict
-    if not isinstance(data, kind):
-        raise FileError(
-            f"{where}: expected a {'list' if kind is list else 'mapping'}, found {brief(data)}; "
-            "the file is damaged, or of another version of forgetless"
-        )
-    if isinstance(shape, list):
-        for index, value in enumerate(data):
-            _check_inner(value, shape[0], f"{where}[{index}]")
-        return
-    assert isinstance(data, dict)
-    inner = dict.fromkeys(data, shape.shape) if isinstance(shape, Each) else shape
-    for marked, one in inner.items():
-        key = marked.removesuffix("!") if not isinstance(shape, Each) else marked
-        if data.get(key) is not None:
-            check(data[key], one, f"{where}.{key}")
-        elif key != marked:
-            raise FileError(f"{where}: '{key}' is missing; {DAMAGED}")
+def key(name: str) -> dict[str, str]:
+    """The metadata of a field whose key in the file is `name`."""
+    return {"key": name}
 
 
-def _check_inner(value: Any, shape: Any, where: str) -> None:
-    """Values in a list: numbers may be null, all else may not."""
-    if value is not None or shape is not NUMBER:
-        check(value, shape, where)
+def read_record(path: str | Path, kind: type[T]) -> T:
+    """A JSON file as a dataclass, its text without control characters.
+
+    Raises FileError with the file, the place in it, what was expected and what was found.
+    """
+    return from_json(read_plain(path), kind, str(path))
 
 
-def read_checked(path: str | Path, shape: Any) -> Any:
-    """A JSON file of this shape, its text without control characters. Raises FileError."""
-    data = cleaned(read_json(path))
-    check(data, shape, str(path))
+def read_plain(path: str | Path) -> Any:
+    """The data in a JSON file, its text without control characters. Raises FileError."""
+    return cleaned(read_json(path))
+
+
+def write_record(path: str | Path, value: Any) -> None:
+    """Write a dataclass as a JSON file, whole or not at all."""
+    write_json(path, to_json(value))
+
+
+def from_json(data: Any, kind: type[T], where: str) -> T:
+    """Plain data as an instance of `kind`.
+
+    Raises FileError that names the first place, below `where`, which does not fit.
+    """
+    reading: Callable[[Any], T] = _reading(kind)  # type: ignore[arg-type]  # hashable, if not said
+    try:
+        return reading(data)
+    except _DoesNotFit as error:
+        raise FileError(f"{where}{error.place}: {error.why}; {DAMAGED}") from None
+
+
+def to_json(value: Any) -> Any:
+    """Plain data for a JSON file: dataclasses become mappings, all through lists and mappings."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dict(_written(value))
+    if isinstance(value, Mapping):
+        return {name: to_json(inner) for name, inner in value.items()}
+    return [to_json(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def _written(value: Any) -> Iterator[tuple[str, Any]]:
+    """The keys of a dataclass with their plain values, in the order of the file."""
+    fields = {name: each for name, each, _ in _fields(value.__class__)}
+    for name in value.keys() if hasattr(value, "keys") else fields:
+        inner = getattr(value, fields[name].name)
+        if fields[name].metadata.get("rest"):
+            yield from to_json(inner).items()
+        elif not (fields[name].metadata.get("left_out") and inner == _default(fields[name])):
+            yield name, to_json(inner)
+
+
+@functools.cache
+def _fields(kind: Any) -> tuple[tuple[str, dataclasses.Field[Any], Any], ...]:
+    """(key in the file, field, annotation) of a dataclass."""
+    hints = get_type_hints(kind, include_extras=True)
+    return tuple(
+        (each.metadata.get("key", each.name), each, hints[each.name])
+        for each in dataclasses.fields(kind)
+    )
+
+
+def _default(each: dataclasses.Field[Any]) -> Any:
+    return each.default if each.default_factory is MISSING else each.default_factory()
+
+
+class _DoesNotFit(Exception):
+    """What is wrong with a value; each list or mapping around it adds its part of the place."""
+
+    def __init__(self, why: str) -> None:
+        self.why = why
+        self.place = ""
+
+    def within(self, part: str) -> _DoesNotFit:
+        self.place = part + self.place
+        return self
+
+
+@functools.cache
+def _reading(kind: Any) -> Callable[[Any], Any]:
+    """A function: plain data -> what the annotation `kind` says. It raises _DoesNotFit."""
+    if dataclasses.is_dataclass(kind):
+        return lambda data: _record(_of_type(data, dict), kind)
+    if get_origin(kind) is list:
+        entry = _nullable(*get_args(kind))
+        return lambda data: _list(_of_type(data, list), entry)
+    if get_origin(kind) is dict:
+        entry = _nullable(get_args(kind)[1])
+        return lambda data: _mapping(_of_type(data, dict), entry)
+    plain = next(iter(getattr(kind, "__metadata__", ())), None) or PLAIN[kind]
+    return lambda data: _plain(data, plain)
+
+
+def _plain(data: Any, kind: Kind) -> Any:
+    if not kind.fits(data):
+        raise _DoesNotFit(f"expected {kind.called}, found {brief(data)}")
     return data
+
+
+def _list(data: list[Any], entry: Callable[[Any], Any]) -> list[Any]:
+    values = []
+    for number, value in enumerate(data):
+        try:
+            values.append(entry(value))
+        except _DoesNotFit as error:
+            raise error.within(f"[{number}]") from None
+    return values
+
+
+def _mapping(data: dict[str, Any], entry: Callable[[Any], Any]) -> dict[str, Any]:
+    values = {}
+    for name, value in data.items():
+        try:
+            values[name] = entry(value)
+        except _DoesNotFit as error:
+            raise error.within(f".{name}") from None
+    return values
+
+
+def _record(data: dict[str, Any], kind: Any) -> Any:
+    """A mapping as a dataclass."""
+    values: dict[str, Any] = {}
+    for name, each, hint in _fields(kind):
+        if each.metadata.get("rest"):
+            others = {known for known, _, _ in _fields(kind)}
+            rest = {other: inner for other, inner in data.items() if other not in others}
+            values[each.name] = _reading(hint)(rest)
+        elif data.get(name) is not None:
+            try:
+                values[each.name] = _reading(_without_none(hint))(data[name])
+            except _DoesNotFit as error:
+                raise error.within(f".{name}") from None
+        elif _default(each) is MISSING:
+            raise _DoesNotFit(f"'{name}' is missing")
+    return kind(**values)
+
+
+def _of_type(data: Any, kind: type) -> Any:
+    if not isinstance(data, kind):
+        called = "list" if kind is list else "mapping"
+        raise _DoesNotFit(f"expected a {called}, found {brief(data)}")
+    return data
+
+
+def _nullable(kind: Any) -> Callable[[Any], Any]:
+    """A function for an entry of a list or mapping, which may be null where `kind` says so."""
+    inner = _reading(_without_none(kind))
+    if _without_none(kind) is kind:
+        return inner
+    return lambda data: None if data is None else inner(data)
+
+
+def _without_none(kind: Any) -> Any:
+    """X for the annotation `X | None`, and every other annotation as it is."""
+    if get_origin(kind) not in (Union, types.UnionType):
+        return kind
+    (inner,) = (each for each in get_args(kind) if each is not types.NoneType)
+    return inner

@@ -31,7 +31,7 @@ YAML_BYTES = 1 << 20
 
 
 def cleaned(data: Any) -> Any:
-    """Plain data with every string (also keys) free of control characters but line ends and tabs."""
+    """Plain data with every string, keys too, free of control characters but line ends and tabs."""
     if isinstance(data, str):
         return UNSAFE_IN_TEXT.sub(
             lambda match: match[0].encode("unicode_escape").decode("ascii"), data

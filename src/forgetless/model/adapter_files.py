@@ -24,7 +24,7 @@ from torch import nn
 
 from forgetless.errors import FileError, brief, printable
 from forgetless.files.atomic import read_json
-from forgetless.files.schema import NUMBER, check
+from forgetless.files.schema import from_json
 from forgetless.files.untrusted import check_mapping, cleaned
 from forgetless.model.loading import load_model
 from forgetless.options.model import ModelOptions
@@ -234,7 +234,7 @@ def _check_size(number: Any, key: str, widest: int, where: str) -> None:
     """
     if isinstance(number, bool):
         return
-    check(number, NUMBER, f"{where}: {key}")
+    from_json(number, float, f"{where}: {key}")
     size = key == "r" or key == "rank_pattern" or key.endswith(("_r", "_rank", "block_size"))
     if size and not (isinstance(number, int) and 0 <= number <= widest):
         raise FileError(

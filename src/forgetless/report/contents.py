@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from forgetless.errors import FileError, brief
-from forgetless.files.schema import ANY, COMPARISON, RUN, check, read_checked
+from forgetless.files.compare_json import Comparison
+from forgetless.files.run_json import Run
+from forgetless.files.schema import from_json, read_plain
 from forgetless.report import numbers
 
 FORMAT = 1
@@ -57,17 +59,17 @@ def load(folder: str | Path) -> Contents:
     """
     folder = Path(folder)
     if (folder / "compare.json").is_file():
-        found = read_checked(folder / "compare.json", ANY)
+        found = read_plain(folder / "compare.json")
         if not isinstance(found, dict) or found.get("format") != FORMAT:
             version = found.get("format") if isinstance(found, dict) else type(found).__name__
             raise FileError(
                 f"{folder / 'compare.json'}: expected format {FORMAT}, found {brief(version)}; "
                 "make it again with this version of forgetless"
             )
-        check(found, COMPARISON, str(folder / "compare.json"))
+        from_json(found, Comparison, str(folder / "compare.json"))
         return completed(found)
     if (folder / "run.json").is_file():
-        return of_run(read_checked(folder / "run.json", ANY), folder)
+        return of_run(read_plain(folder / "run.json"), folder)
     what = "does not exist" if not folder.exists() else "holds no compare.json and no run.json"
     raise FileError(
         f"'{folder}' {what}; give a folder that forgetless compare, demo or tune has written"
@@ -122,7 +124,7 @@ def of_run(run: Mapping[str, Any], folder: Path) -> Contents:
             f"{folder / 'run.json'}: expected a run of forgetless tune or eval, found other "
             "contents; run it again with this version"
         )
-    check(run, RUN, str(folder / "run.json"))
+    from_json(run, Run, str(folder / "run.json"))
     options = run["configuration"]
     method = "+".join(run.get("method") or ["plain" if "method" in run else "run"])
     before, after = run["before"] or {}, run.get("after") or {}

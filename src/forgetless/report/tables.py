@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from forgetless.files.schema import TRANSFER
 from forgetless.report import numbers
 from forgetless.report.contents import Contents, label
 from forgetless.report.summary import equal_rows
+
+TRANSFER = ("average", "backward_transfer", "forward_transfer")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,71 @@
+"""What is measured of a model, as run.json and compare.json hold it: losses on text with what is
+needed to pair them by document, their changes, accuracies, and how far each weight moved.
+
+Losses are in nats per token. A missing number is null.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from forgetless.files.schema import LEFT_OUT, REST, Text
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss on some text, with what is needed to pair it by document with a later one."""
+
+    nats: float | None = None
+    standard_error: float | None = None
+    perplexity: float | None = None
+    bits_per_byte: float | None = None
+    tokens: int | None = None
+    documents: int | None = None
+    nats_by_document: list[float | None] | None = None
+    tokens_by_document: list[int | None] | None = None
+
+
+@dataclass(frozen=True)
+class Change:
+    """How much a loss rose (forgetting) or fell (learning), paired by document."""
+
+    nats: float | None = None
+    standard_error: float | None = None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The accuracies of a task and their standard errors, by the names that lm-eval uses (acc,
+    acc_stderr, acc_norm, ...), and the loss on the right answers where it is known.
+    """
+
+    numbers: dict[str, float | None] = field(default_factory=dict, metadata=REST)
+    answer_loss: Loss | None = field(default=None, metadata=LEFT_OUT)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of a model in one state: before a run, or after it."""
+
+    general: Loss | None = None
+    domain: Loss | None = None
+    tasks: dict[str, Scores | None] = field(default_factory=dict)
+
+
+class MeasuredInTurn(Measured):
+    """The same of a sequence, whose domains stand in its matrix."""
+
+    def keys(self) -> tuple[str, ...]:
+        return ("general", "tasks", "domain")
+
+
+@dataclass(frozen=True)
+class MovedWeight:
+    """How far training moved one weight, how much that matters, and how its layer is held."""
+
+    weight: Text | None = None
+    layer: int | None = None
+    kind: Text | None = None
+    movement: float | None = None
+    importance: float | None = None
+    coefficient: float | None = None

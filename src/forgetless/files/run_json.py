@@ -1,0 +1,201 @@
+"""run.json: what `tune`, `eval` and `shrink` say of a run when it is over.
+
+    run = read_record("run/run.json", Run)               # whichever verb wrote it
+    run.forgetting.nats                           # 0.056: rise of the loss on general text
+    write_record("run/run.json", TunedRun(configuration=..., ...))
+
+One class has the fields of all verbs, for whoever reads; `TunedRun`, `EvaluatedRun`, `ShrunkRun`
+and `SequenceRun` are the same with the keys that each verb writes, in their order. Losses, rises
+and learning are in nats per token, times in seconds, sizes in bytes. A missing number is null.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from forgetless.files.budget_json import BudgetReport
+from forgetless.files.measured_json import Change, Measured, MovedWeight
+from forgetless.files.schema import LEFT_OUT, Text
+
+# What every verb measures, in this order.
+MEASURED_KEYS = ("before", "after", "forgetting", "learning")
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What a run ran on, as `provenance.environment` finds it."""
+
+    python: Text | None = None
+    platform: Text | None = None
+    versions: dict[str, Text | None] = field(default_factory=dict)
+    device: Text | None = None
+    commit: Text | None = None  # of the source tree; null where it is no git checkout
+    dirty: Text | None = None  # whether the tree had changes beside its commit
+
+
+@dataclass(frozen=True)
+class TrainedData:
+    """The rows that were trained on; `rows_trained` leaves out those of which nothing is scored."""
+
+    source: Text | None = None
+    rows: int | None = None
+    rows_trained: int | None = None
+    sha256: Text | None = None
+
+
+@dataclass(frozen=True)
+class ImportanceUsed:
+    """The importance file that a run was held by."""
+
+    file: Text | None = None
+    sha256: Text | None = None
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Where a sequence ends on average, what later domains did to earlier ones, and what earlier
+    ones did for those that were not yet learned.
+    """
+
+    average: float | None = None
+    backward_transfer: float | None = None
+    forward_transfer: float | None = None
+
+
+@dataclass(frozen=True)
+class SequenceStep:
+    """One domain of a sequence, as it was learned."""
+
+    domain: Text | None = None
+    budget: BudgetReport | None = None
+    verdict: Text | None = None
+    energy: float | None = None
+    data: TrainedData | None = None
+    train_seconds: float | None = None
+    importance: ImportanceUsed | None = None
+    consolidated: Any = None
+
+
+@dataclass(frozen=True)
+class Refactored:
+    """The final adapter of a sequence at the rank that was asked for."""
+
+    rank: int | None = None
+    error: float | None = None  # relative, of the update
+    losses: dict[str, float | None] = field(default_factory=dict)
+    general_nats: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceMatrix:
+    """What each step of a sequence did to every domain: a row for the base model, then one after
+    each step; a column per domain.
+    """
+
+    domains: list[str]
+    learned: list[int] = field(default_factory=list)  # after which row each domain is learned
+    rows: list[Text] = field(default_factory=list)
+    matrix: list[list[float | None]]
+    standard_error: list[list[float | None]] = field(default_factory=list)
+    average: float | None = None
+    backward_transfer: float | None = None
+    forward_transfer: float | None = None
+    accuracy_domains: list[str]  # those with questions, the columns of `accuracy`
+    accuracy: list[list[float | None]] | None = None
+    accuracy_transfer: Transfer | None = None
+    general: list[Change] | None = None  # the rise of general loss since the base model, a row each
+    general_nats: list[float | None] | None = None
+    held: dict[str, Any] = field(default_factory=dict)  # the held-out rows of each domain
+    steps: list[SequenceStep] = field(default_factory=list)
+    refactored: Refactored | None = field(default=None, metadata=LEFT_OUT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run of any verb."""
+
+    configuration: dict[str, Any] = field(default_factory=dict)
+    environment: Environment | None = None
+    data: TrainedData | None = None
+    processes: int | None = None
+    method: list[str] | None = None  # None where the verb knows no methods
+    sequence: SequenceMatrix | None = None
+    finished: Any = None  # what each method noted at its end
+    budget: BudgetReport | None = None
+    verdict: Text | None = None
+    replay: Any = None
+    importance: ImportanceUsed | None = None
+    before: Measured | None = None
+    after: Measured | None = None
+    forgetting: Change | None = None
+    learning: Change | None = None
+    energy: float | None = None
+    moved: list[MovedWeight] | None = None
+    train_seconds: float | None = None
+    prepare_seconds: float | None = None
+    trainable_parameters: int | None = None
+    peak_memory_bytes: int | None = None
+    log: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float | None = None
+
+
+class TunedRun(Run):
+    """A run of `forgetless tune`."""
+
+    def keys(self) -> tuple[str, ...]:
+        return (
+            "configuration",
+            "environment",
+            "data",
+            "processes",
+            "method",
+            "finished",
+            "budget",
+            "verdict",
+            "replay",
+            "importance",
+            "before",
+            "after",
+            "forgetting",
+            "learning",
+            "energy",
+            "moved",
+            "train_seconds",
+            "prepare_seconds",
+            "trainable_parameters",
+            "log",
+        )
+
+
+class EvaluatedRun(Run):
+    """A run of `forgetless eval`."""
+
+    def keys(self) -> tuple[str, ...]:
+        return ("configuration", "environment", *MEASURED_KEYS)
+
+
+class ShrunkRun(Run):
+    """A run of `forgetless shrink`; without a budget it says nothing of one."""
+
+    def keys(self) -> tuple[str, ...]:
+        kept = () if self.budget is None else ("budget", "verdict")
+        return ("configuration", "environment", "importance", *MEASURED_KEYS, *kept, "seconds")
+
+
+class SequenceRun(Run):
+    """A run of `forgetless tune` on several domains in turn."""
+
+    def keys(self) -> tuple[str, ...]:
+        return (
+            "configuration",
+            "environment",
+            "method",
+            "sequence",
+            "importance",
+            "budget",
+            "verdict",
+            *MEASURED_KEYS,
+            "train_seconds",
+            "seconds",
+        )
