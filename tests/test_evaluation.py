@@ -12,7 +12,7 @@ from forgetless.data.tasks import load_task
 from forgetless.errors import OptionError
 from forgetless.evaluate.accuracy import answers, check_tasks, lm_eval_accuracy
 from forgetless.evaluate.evaluate import evaluate
-from forgetless.evaluate.losses import TextLoss, ratio_error, rise, text_loss
+from forgetless.evaluate.losses import TextLoss, ratio_error, text_loss
 from forgetless.files.atomic import read_json
 from forgetless.options.verbs import EvalOptions, resolve
 
@@ -67,8 +67,55 @@ def test_numbers_and_pairing():
     counts = np.array([2, 2, 2])
     assert ratio_error(noisy, counts) == pytest.approx(np.std(noisy / 2, ddof=1) / math.sqrt(3))
     before, after = TextLoss(noisy, counts).numbers(), TextLoss(noisy + 0.2, counts).numbers()
-    assert rise(before, after) == {"nats": pytest.approx(0.1), "standard_error": pytest.approx(0.0)}
+    rise = TextLoss.read(before).rise(TextLoss.read(after))
+    assert rise.estimate() == {
+        "nats": pytest.approx(0.1),
+        "standard_error": pytest.approx(0.0, abs=1e-12),
+    }
     assert TextLoss(np.array([1.0]), np.array([1])).standard_error is None
+
+
+def test_a_rise_is_told_with_its_interval_by_source_and_by_document_where_there_is_one_source():
+    """The interval leaves out one source in turn, also when the losses were read from a file; a
+    single document has none, which is null.
+    """
+    rng = np.random.default_rng(0)
+    counts, before = rng.integers(5, 50, 24), rng.normal(90, 5, 24)
+    sources = ["web"] * 8 + ["code"] * 4 + ["books"] * 12
+    each = np.repeat(
+        [0.1, 0.5, 0.2], [8, 4, 12]
+    )  # nats per token; nothing else differs in a source
+    first, then = (
+        TextLoss(before, counts, sources=sources),
+        TextLoss(before + each * counts, counts),
+    )
+    assert first.numbers()["source_by_document"] == [0] * 8 + [1] * 4 + [2] * 12
+    assert then.numbers()["source_by_document"] is None
+    rise = first.rise(then)
+    assert TextLoss.read(first.numbers()).rise(TextLoss.read(then.numbers())) == rise
+    numbers = rise.numbers()
+    assert (numbers["by"], numbers["clusters"], numbers["documents"]) == ("source", 3, 24)
+    sizes, sums = (
+        np.bincount(first.numbers()["source_by_document"], v) for v in (counts, each * counts)
+    )
+    without = [(sums.sum() - sums[g]) / (sizes.sum() - sizes[g]) for g in range(3)]
+    error = math.sqrt(2 / 3 * sum((value - rise.nats) ** 2 for value in without))
+    assert numbers["standard_error"] == pytest.approx(error)
+    assert numbers["low"] < rise.nats - 2 * error and numbers["high"] > rise.nats + 2 * error
+    assert numbers["level"] == 0.95 and numbers["percent"] == pytest.approx(
+        100 * math.expm1(rise.nats)
+    )
+    by_document = then.rise(first)  # the losses that pair decide what is left out: one source here
+    assert by_document.by == "document" and by_document.clusters == 24
+    assert by_document.standard_error < rise.standard_error
+    fall = -rise
+    assert (fall.nats, fall.low, fall.high) == (-rise.nats, -rise.high, -rise.low)
+    assert fall.standard_error == rise.standard_error and "percent" not in fall.numbers(
+        percent=False
+    )
+    one = TextLoss(np.array([1.0]), np.array([2])).rise(TextLoss(np.array([2.0]), np.array([2])))
+    assert one.estimate() == {"nats": 0.5, "standard_error": None}
+    assert one.numbers()["low"] is None and one.numbers()["high"] is None
 
 
 WORDS = ["the", "cat", "sat", "on", "mat", "and", "dog", "then", "too"]
@@ -168,3 +215,7 @@ def test_eval_writes_its_run_and_prints_before_after_change_and_error(
         and f"{run['forgetting']['nats']:+.4f}" in printed
         and f"{run['forgetting']['standard_error']:.4f}" in printed
     )
+    lost, learned = written["forgetting"], written["learning"]
+    assert lost["low"] < lost["nats"] < lost["high"] and learned["low"] < learned["high"]
+    assert lost["by"] == learned["by"] == "document" and lost["documents"] > 1
+    assert lost["percent"] == pytest.approx(100 * (after["perplexity"] / before["perplexity"] - 1))

@@ -7,7 +7,7 @@ part to see how far documents move apart (`spread`). Windows do not overlap: hal
 `forgetless eval`.
 
     ledger = open_ledger(model, tokenizer, documents, parse("1%"))
-    ledger.control.rise(tuned_model, error=0.05)         # Interval
+    ledger.control.rise(tuned_model, error=0.05)         # Rise
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from forgetless.budget.budget import Budget, planned_bound, split
 from forgetless.data.documents import Document
 from forgetless.data.encoding import Encoded
 from forgetless.evaluate.paired import Part, content, encoded_each, measured
-from forgetless.evaluate.rise import FEW_DOCUMENTS, Interval
+from forgetless.evaluate.rise import FEW_DOCUMENTS, Rise
 from forgetless.files.schema import GENERAL
 from forgetless.model.loading import context_length
 from forgetless.model.update import Update
@@ -65,7 +65,7 @@ class Ledger:
         some = self.pieces.some(range(min(SPREAD_PIECES, len(self.pieces))))
         return float((some.losses(model) - some.nats).sum() / some.tokens.sum())
 
-    def planned(self, model: nn.Module, *, error: float) -> tuple[Interval, float, str]:
+    def planned(self, model: nn.Module, *, error: float) -> tuple[Rise, float, str]:
         """(rise of the control part, the largest planned bound of any source, which source it is)."""
         rise = self.control.rise(model, error=error)
         bounds = {GENERAL: planned_bound(rise, len(self.check), error=error)}
@@ -78,7 +78,7 @@ class Ledger:
         worst = max(bounds, key=lambda name: bounds[name])
         return rise, bounds[worst], worst
 
-    def checked(self, model: nn.Module, *, error: float) -> dict[str, Interval]:
+    def checked(self, model: nn.Module, *, error: float) -> dict[str, Rise]:
         """The rise of every source's check part.
 
         The budget is kept where each is within it: no correction for their number is needed to say
@@ -89,7 +89,7 @@ class Ledger:
             **{guard.name: guard.check.rise(model, error=error) for guard in self.guards},
         }
 
-    def spread(self, model: nn.Module, update: Update, *, error: float) -> tuple[Interval, float]:
+    def spread(self, model: nn.Module, update: Update, *, error: float) -> tuple[Rise, float]:
         """The interval of a random update that costs about the budget, on control documents, and
         its size; the update is as before afterwards.
 

@@ -32,7 +32,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from forgetless.errors import OptionError
-from forgetless.evaluate.rise import Interval, t_quantile
+from forgetless.evaluate.rise import Rise, t_quantile
 
 # quantile of the difference between the parts that lets the check be met 19 times in 20: the noise
 # is itself an estimate (tests/test_budget.py)
@@ -93,14 +93,14 @@ def split(texts: Sequence[str], sources: Sequence[str]) -> tuple[list[int], list
     return sorted(parts[0]), sorted(parts[1])
 
 
-def verdict(interval: Interval, budget: float) -> str:
+def verdict(interval: Rise, budget: float) -> str:
     """met, exceeded or not shown."""
     return (
         "met" if interval.high <= budget else "exceeded" if interval.low > budget else "not shown"
     )
 
 
-def documents_to_decide(interval: Interval, budget: float) -> int | None:
+def documents_to_decide(interval: Rise, budget: float) -> int | None:
     """About how many more documents (of as many more sources) would move the budget out of the
     interval; None where the rise is the budget itself.
     """
@@ -112,7 +112,7 @@ def documents_to_decide(interval: Interval, budget: float) -> int | None:
     )
 
 
-def planned_bound(interval: Interval, check_documents: int, *, error: float) -> float:
+def planned_bound(interval: Rise, check_documents: int, *, error: float) -> float:
     """The value that the check part's upper end stays below 19 times in 20, predicted from the
     control part's interval.
 
@@ -133,7 +133,7 @@ def planned_bound(interval: Interval, check_documents: int, *, error: float) -> 
     )
 
 
-def check_reach(spread: Interval, check_documents: int, budget: Budget, *, error: float) -> None:
+def check_reach(spread: Rise, check_documents: int, budget: Budget, *, error: float) -> None:
     """Raise ValueError where the check could not show the budget even if the true rise were zero.
 
     `spread` is the interval of an update that costs about the budget in a random direction, which

@@ -33,7 +33,7 @@ from forgetless.budget.baseline import Ledger
 from forgetless.budget.budget import Budget, documents_to_decide, verdict
 from forgetless.budget.shrunk import Basis, Form, prepared, refactored, typical
 from forgetless.evaluate.paired import Part
-from forgetless.evaluate.rise import ERROR, Interval
+from forgetless.evaluate.rise import ERROR, Rise
 from forgetless.files.schema import GENERAL
 from forgetless.importance.calibration import Calibration
 from forgetless.importance.covariance import AnyCovariance
@@ -57,7 +57,7 @@ class Planner(Protocol):
 
     @property
     def budget(self) -> Budget: ...
-    def planned(self, model: nn.Module, *, error: float) -> tuple[Interval, float, str]: ...
+    def planned(self, model: nn.Module, *, error: float) -> tuple[Rise, float, str]: ...
 
 
 class Forecaster(Planner, Protocol):
@@ -74,20 +74,9 @@ class Learning:
     part: Part
     name: str
 
-    def of(self, model: nn.Module) -> Interval:
-        """The fall of the loss, in nats per token: the interval of a rise with the sign turned."""
-        fall = self.part.rise(model, error=ERROR)
-        return Interval(
-            -fall.nats,
-            fall.standard_error,
-            -fall.high,
-            -fall.low,
-            fall.error,
-            fall.by,
-            fall.clusters,
-            fall.effective,
-            fall.documents,
-        )
+    def of(self, model: nn.Module) -> Rise:
+        """The fall of the loss, in nats per token."""
+        return -self.part.rise(model, error=ERROR)
 
 
 @dataclass(frozen=True)
@@ -98,9 +87,9 @@ class Point:
 
     way: str
     share: float
-    rise: Interval
+    rise: Rise
     bound: float
-    learning: Interval | None
+    learning: Rise | None
     worst: str = GENERAL  # whose bound it is
 
     def numbers(self) -> dict[str, Any]:
@@ -192,7 +181,7 @@ class Scan:
 
 
 NOTHING = Point(
-    "scale", 0.0, Interval(0.0, 0.0, 0.0, 0.0, EACH, "document", 0, 0.0, 0), 0.0, None
+    "scale", 0.0, Rise(0.0, 0.0, 0.0, 0.0, EACH, "document", 0, 0.0, 0), 0.0, None
 )  # the base model
 
 

@@ -22,7 +22,7 @@ from forgetless.budget.controller import Controller
 from forgetless.budget.finish import EACH, Learning, keep_budget, ways_of
 from forgetless.budget.probe import Probe, Rolling, plan
 from forgetless.data.duplicates import Overlap
-from forgetless.evaluate.rise import Interval
+from forgetless.evaluate.rise import Rise
 from forgetless.importance.importance import Importance
 from forgetless.importance.strength import IN_NATS, STRENGTHS
 from forgetless.model.update import Update
@@ -79,7 +79,7 @@ class Keeper:
             isinstance(weight, FullWeight) for weight in self.update.weights
         )
         self.shrinkable = None if only_scales else importance
-        spread: tuple[Interval, float] | None = None
+        spread: tuple[Rise, float] | None = None
         if (
             not self.ledger.moved
         ):  # a random update's rise is measured from the model that training starts from
@@ -129,7 +129,7 @@ class Keeper:
         )
         return callback
 
-    def _unit(self, penalty: Penalty, spread: tuple[Interval, float] | None) -> float | None:
+    def _unit(self, penalty: Penalty, spread: tuple[Rise, float] | None) -> float | None:
         """Nats of general loss that a unit of energy costs, by the random update of which both were
         measured; None where there is none.
         """

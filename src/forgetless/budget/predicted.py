@@ -24,7 +24,7 @@ from forgetless.budget.controller import Controller
 from forgetless.budget.finish import Learning, keep_predicted
 from forgetless.budget.probe import Probe
 from forgetless.errors import OptionError
-from forgetless.evaluate.rise import Interval
+from forgetless.evaluate.rise import Rise
 from forgetless.files.schema import GENERAL
 from forgetless.importance.calibration import COVERED, Calibration, usual_strength
 from forgetless.importance.importance import Importance
@@ -51,7 +51,7 @@ class Forecast:
         """The predicted rise now, in nats per token."""
         return self.calibration.rise(self._first(), self.gauge.energy(together=True, alike=True))
 
-    def planned(self, model: nn.Module, *, error: float) -> tuple[Interval, float, str]:
+    def planned(self, model: nn.Module, *, error: float) -> tuple[Rise, float, str]:
         """(predicted rise with the interval of one more update, its bound, whose it is); `error` is
         of measurements, and not used.
         """
@@ -62,7 +62,7 @@ class Forecast:
             known.bound(first, energy),
             known.cost * energy,
         )
-        found = Interval(
+        found = Rise(
             rise,
             second * (known.error - 1),
             min(first, 0.0) + second / known.factor,

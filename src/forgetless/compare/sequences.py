@@ -32,7 +32,7 @@ from forgetless.compare.accuracy import domain_tasks, question_limit, score_doma
 from forgetless.compare.experiment import Experiment, SequenceSpec, identity, tune_options
 from forgetless.data.documents import load_documents
 from forgetless.data.tasks import load_training_data, row_text
-from forgetless.evaluate.losses import rise
+from forgetless.evaluate.losses import TextLoss
 from forgetless.files.atomic import discard, read_json, write_json, write_text
 from forgetless.files.provenance import sha256_file
 from forgetless.model.loading import load_model, load_tokenizer, save_whole
@@ -99,10 +99,10 @@ def _run_one(
         logger.warning("sequence %s, %s, seed %d: %s", name, method, seed, failure)
         error = f"{type(failure).__name__}: {failure}"
     matrix = [[row[domain]["nats"] for domain in spec.domains] for row in rows]
-    rises = {
-        text: [rise(campaign.base["general"][text], step[text])["nats"] for step in general]
-        for text in campaign.experiment.general
-    }
+    rises = {}
+    for text in campaign.experiment.general:
+        before = TextLoss.read(campaign.base["general"][text])
+        rises[text] = [before.rise(TextLoss.read(step[text])).nats for step in general]
     return {
         "name": name,
         "method": method,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 import shutil
 import time
@@ -27,7 +28,8 @@ from torch import nn
 from forgetless.compare.experiment import Experiment, Trial
 from forgetless.data.documents import load_documents
 from forgetless.data.tasks import load_training_data
-from forgetless.evaluate.losses import completion_loss, general_loss, rise
+from forgetless.evaluate.losses import TextLoss, completion_loss, general_loss
+from forgetless.evaluate.rise import Rise
 from forgetless.files.atomic import discard, read_json, write_json
 from forgetless.model.adapter_files import load_tuned
 from forgetless.model.adapters import has_lora, scale_update
@@ -119,11 +121,12 @@ def _trained(job: dict[str, Any]) -> dict[str, Any]:
             [trial.domain],
             experiment.texts(trial.part),
         )
-        gained = rise(base["domains"][trial.domain], after["domains"][trial.domain])
+        learned = -_rise(base["domains"][trial.domain], after["domains"][trial.domain])
         lost = {
-            name: rise(base["general"][name], numbers) for name, numbers in after["general"].items()
+            name: _rise(base["general"][name], numbers)
+            for name, numbers in after["general"].items()
         }
-        if gained["nats"] is None or any(change["nats"] is None for change in lost.values()):
+        if not all(math.isfinite(change.nats) for change in (learned, *lost.values())):
             raise ValueError(
                 f"the loss of the update at scale {scale:g} is not a number: training diverged; "
                 "give a smaller learning rate"
@@ -131,10 +134,10 @@ def _trained(job: dict[str, Any]) -> dict[str, Any]:
         points.append(
             {
                 "scale": scale,
-                "learning": {**gained, "nats": -float(gained["nats"])},
+                "learning": learned.estimate(),
                 "accuracy": None,
                 "accuracy_general": None,
-                "forgetting": lost,
+                "forgetting": {name: change.estimate() for name, change in lost.items()},
             }
         )
     extra = {"self": "text sampled from the model", "domain": "the domain text again"}.get(
@@ -154,6 +157,11 @@ def _trained(job: dict[str, Any]) -> dict[str, Any]:
         ],
         "environment": finished["environment"],
     }
+
+
+def _rise(before: dict[str, Any], after: dict[str, Any]) -> Rise:
+    """The rise of a loss from the base's numbers to those of the tuned model."""
+    return TextLoss.read(before).rise(TextLoss.read(after))
 
 
 def _scaled(

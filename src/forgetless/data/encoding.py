@@ -15,6 +15,7 @@ from forgetless.errors import FileError, OptionError
 Encoded = tuple[
     list[int], list[bool]
 ]  # token ids, and whether each is scored as a prediction target
+TOO_SHORT = "the text is too short: no document has two tokens; give more general text"
 
 
 def encode(
@@ -25,11 +26,7 @@ def encode(
     """
     pieces: list[Encoded] = []
     for document in documents:
-        ids, scored = (
-            encode_chat(document.messages, tokenizer)
-            if document.messages is not None
-            else _plain(document.text or "", tokenizer)
-        )
+        ids, scored = encode_document(document, tokenizer)
         step = length or max(len(ids), 1)
         pieces += [
             (ids[i : i + step], scored[i : i + step])
@@ -37,12 +34,30 @@ def encode(
             if len(ids[i : i + step]) > 1
         ]
     if not pieces:
-        raise FileError("the text is too short: no document has two tokens; give more general text")
+        raise FileError(TOO_SHORT)
     return pieces
 
 
-def _plain(text: str, tokenizer: Any) -> Encoded:
-    ids = list(tokenizer(text, verbose=False)["input_ids"])
+def encode_whole(
+    documents: Sequence[Document], tokenizer: Any
+) -> tuple[list[Encoded], list[Document]]:
+    """As `encode` without a length, with the document that each piece is."""
+    encoded, whose = [], []
+    for document in documents:
+        ids, scored = encode_document(document, tokenizer)
+        if len(ids) > 1:
+            encoded.append((ids, scored))
+            whose.append(document)
+    if not encoded:
+        raise FileError(TOO_SHORT)
+    return encoded, whose
+
+
+def encode_document(document: Document, tokenizer: Any) -> Encoded:
+    """All token ids of a document, scored in plain text; in a chat the assistant's turns are."""
+    if document.messages is not None:
+        return encode_chat(document.messages, tokenizer)
+    ids = list(tokenizer(document.text or "", verbose=False)["input_ids"])
     return ids, [True] * len(ids)
 
 

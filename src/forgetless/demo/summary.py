@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from forgetless.evaluate.losses import TextLoss, rise
+from forgetless.evaluate.losses import TextLoss
 from forgetless.importance.importance import Importance
 
 SCALES, SHARES = (0.25, 0.5, 0.75), (0.5, 0.8, 0.95)
@@ -140,14 +140,12 @@ def _run(
 ) -> dict[str, Any]:
     base, options, points = result["seeds"][seed]["base"], one.run["configuration"], []
     for scale, losses in sorted(one.losses.items(), reverse=True):
-        learned, whole = rise(losses["domain"].numbers(), before["domain"].numbers()), scale == 1.0
+        learned, whole = losses["domain"].rise(before["domain"]).estimate(), scale == 1.0
         points.append(
             {
                 "scale": scale,
                 "learning": learned,
-                "forgetting": {
-                    TEXT: rise(before["general"].numbers(), losses["general"].numbers())
-                },
+                "forgetting": {TEXT: before["general"].rise(losses["general"]).estimate()},
                 "accuracy": {
                     "before": base["domain_accuracy"],
                     "after": one.score.domain_accuracy,

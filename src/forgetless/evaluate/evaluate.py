@@ -17,7 +17,8 @@ from torch import nn
 from forgetless.data.inputs import HeldOut, Questions, read_held_out
 from forgetless.errors import OptionError
 from forgetless.evaluate.accuracy import answers, check_tasks, lm_eval_accuracy
-from forgetless.evaluate.losses import completion_loss, general_loss, rise
+from forgetless.evaluate.losses import TextLoss, completion_loss, general_loss
+from forgetless.evaluate.rise import Rise
 from forgetless.files.atomic import write_json
 from forgetless.files.provenance import environment
 from forgetless.files.room import check_output_folder
@@ -81,20 +82,21 @@ def changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     """Forgetting (rise of the general loss) and learning (fall of the domain loss), in nats per
     token, paired by document; None where not measured.
     """
-    lost = (
-        rise(before["general"], after["general"])
-        if before["general"] and after["general"]
-        else None
-    )
-    gained = (
-        rise(before["domain"], after["domain"]) if before["domain"] and after["domain"] else None
-    )
-    learned = (
-        None
-        if gained is None
-        else {"nats": -float(gained["nats"] or 0.0), "standard_error": gained["standard_error"]}
-    )
-    return {"forgetting": lost, "learning": learned}
+    lost = rise_between(before["general"], after["general"])
+    unlearned = rise_between(before["domain"], after["domain"])
+    return {
+        "forgetting": None if lost is None else lost.numbers(),
+        "learning": None if unlearned is None else (-unlearned).numbers(percent=False),
+    }
+
+
+def rise_between(before: dict[str, Any] | None, after: dict[str, Any] | None) -> Rise | None:
+    """The rise from one loss to another of the same documents, each as a file has it; None where
+    one was not measured.
+    """
+    if not before or not after:
+        return None
+    return TextLoss.read(before).rise(TextLoss.read(after))
 
 
 def table(
@@ -114,7 +116,7 @@ def table(
                     label,
                     a["nats"],
                     b and b["nats"],
-                    rise(a, b)["standard_error"] if b else a["standard_error"],
+                    _error(a, b),
                 )
             )
             if key == "general":
@@ -146,7 +148,7 @@ def table(
                     f"{name} answer loss (nats/token)",
                     x["nats"],
                     y and y["nats"],
-                    rise(x, y)["standard_error"] if y else x["standard_error"],
+                    _error(x, y),
                 )
             )
         for metric in ("acc", "acc_norm"):
@@ -167,6 +169,13 @@ def table(
             f"{label:<34}{show(x):>10}{show(y):>10}{('-' if change is None else f'{change:+.4f}'):>10}{show(error):>10}"
         )
     return "\n".join(lines)
+
+
+def _error(before: dict[str, Any], after: dict[str, Any] | None) -> float | None:
+    """The standard error of a change, or of the loss before where there is none after."""
+    change = rise_between(before, after)
+    error = before["standard_error"] if change is None else change.estimate()["standard_error"]
+    return None if error is None else float(error)
 
 
 def evaluate(options: EvalOptions) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from forgetless.data.documents import Document
-from forgetless.data.encoding import Encoded, collate, encode
+from forgetless.data.encoding import Encoded, collate, encode_whole
 from forgetless.data.tasks import encode_rows
 from forgetless.errors import OptionError
+from forgetless.evaluate.rise import ERROR, Rise, alone, numbered, paired_rise
 from forgetless.model.loading import context_length
 
 BATCH_TOKENS, BATCH_TOKENS_CPU = (
@@ -29,11 +30,30 @@ BATCH_TOKENS, BATCH_TOKENS_CPU = (
 
 @dataclass(frozen=True)
 class TextLoss:
-    """Cross-entropy of some documents: sums of nats and counts of scored tokens, both (documents,)."""
+    """Cross-entropy of some documents: sums of nats and counts of scored tokens, both (documents,).
+
+    `sources` says where each document comes from, and is None where all come from one place.
+    """
 
     nats_by_document: np.ndarray
     tokens_by_document: np.ndarray
     utf8_bytes: int | None = None
+    sources: Sequence[Hashable] | None = None
+
+    @classmethod
+    def read(cls, numbers: Mapping[str, Any]) -> TextLoss:
+        """What `numbers` wrote, to pair another loss with; without the size of the text."""
+        nats, tokens = numbers["nats_by_document"], numbers["tokens_by_document"]
+        sources = numbers.get("source_by_document")
+        return cls(np.array(nats), np.array(tokens), sources=sources)
+
+    def rise(self, after: TextLoss, *, error: float = ERROR) -> Rise:
+        """How much more the same documents lose in `after`; one document alone has no interval."""
+        before, counts = self.nats_by_document, self.tokens_by_document
+        if len(before) < 2:
+            return alone(float((after.nats_by_document - before).sum() / counts.sum()), error=error)
+        sources = self.sources or [""] * len(before)
+        return paired_rise(before, after.nats_by_document, counts, sources, error=error)
 
     @property
     def tokens(self) -> int:
@@ -72,7 +92,14 @@ class TextLoss:
             "documents": len(self.tokens_by_document),
             "nats_by_document": self.nats_by_document.tolist(),
             "tokens_by_document": self.tokens_by_document.tolist(),
+            "source_by_document": self._source_numbers(),
         }
+
+    def _source_numbers(self) -> list[int] | None:
+        """Each document's source as a number; None where all come from one source."""
+        if self.sources is None or len(set(self.sources)) < 2:
+            return None
+        return [int(number) for number in numbered(self.sources)]
 
 
 def ratio_error(sums: np.ndarray, counts: np.ndarray) -> float | None:
@@ -128,10 +155,14 @@ def text_loss(
     stride: int | None = None,
     batch_tokens: int | None = None,
     utf8_bytes: int | None = None,
+    sources: Sequence[Hashable] | None = None,
     label: str = "evaluating",
 ) -> TextLoss:
     """Loss on encoded documents by windows of `window` tokens moving by `stride` (default half), in
     f32. Costs one forward pass over the windows.
+
+    Documents without a scored token are left out of the result. Raises ValueError where none has
+    any.
     """
     from tqdm import tqdm
 
@@ -174,25 +205,15 @@ def text_loss(
                 tokens[index] += count
             start += len(group)
             bar.update(len(group))
-    kept = tokens > 0
-    if not kept.any():
+    scored = tokens > 0
+    if not scored.any():
         raise ValueError(
             "no token of the text is scored; expected text of at least two tokens, or chats with "
             "assistant turns"
         )
-    return TextLoss(nats[kept], tokens[kept], utf8_bytes)
-
-
-def rise(before: dict[str, Any], after: dict[str, Any]) -> dict[str, float | None]:
-    """Change in nats per token with its standard error, paired by document, from two
-    `TextLoss.numbers()` of the same documents.
-    """
-    old, new = np.array(before["nats_by_document"]), np.array(after["nats_by_document"])
-    counts = np.array(before["tokens_by_document"])
-    return {
-        "nats": float((new - old).sum() / counts.sum()),
-        "standard_error": ratio_error(new - old, counts),
-    }
+    if sources is not None:
+        sources = [source for source, some in zip(sources, scored, strict=True) if some]
+    return TextLoss(nats[scored], tokens[scored], utf8_bytes, sources)
 
 
 def general_loss(
@@ -208,13 +229,15 @@ def general_loss(
     window = min(length or 2048, context_length(model))
     plain = all(document.text is not None for document in documents)
     size = sum(len((document.text or "").encode()) for document in documents) if plain else None
+    encoded, with_tokens = encode_whole(documents, tokenizer)
     return text_loss(
         model,
-        encode(documents, tokenizer),
+        encoded,
         window=window,
         stride=stride,
         batch_tokens=batch_tokens,
         utf8_bytes=size,
+        sources=[document.source for document in with_tokens],
         label="general text",
     )
 

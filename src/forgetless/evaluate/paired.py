@@ -11,9 +11,9 @@ import numpy as np
 from torch import nn
 
 from forgetless.data.documents import Document
-from forgetless.data.encoding import Encoded, encode_chat
+from forgetless.data.encoding import Encoded, encode_document
 from forgetless.evaluate.losses import text_loss
-from forgetless.evaluate.rise import Interval, paired_rise
+from forgetless.evaluate.rise import Rise, paired_rise
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Part:
             model, self.encoded, window=self.window, stride=self.window - 1, label="general text"
         ).nats_by_document
 
-    def rise(self, model: nn.Module, *, error: float) -> Interval:
+    def rise(self, model: nn.Module, *, error: float) -> Rise:
         """How much more `model` loses than the base, with its interval."""
         return paired_rise(self.nats, self.losses(model), self.tokens, self.sources, error=error)
 
@@ -63,11 +63,7 @@ def encoded_each(
     """The documents with something to predict, each as token ids with what is scored."""
     encoded, kept = [], []
     for document in documents:
-        ids, scored = (
-            encode_chat(document.messages, tokenizer)
-            if document.messages is not None
-            else _plain(document, tokenizer)
-        )
+        ids, scored = encode_document(document, tokenizer)
         if any(scored[1:]):
             encoded.append((ids, scored))
             kept.append(document)
@@ -81,8 +77,3 @@ def content(document: Document) -> str:
         if document.text is not None
         else json.dumps(document.messages, ensure_ascii=False)
     )
-
-
-def _plain(document: Document, tokenizer: Any) -> Encoded:
-    ids = list(tokenizer(document.text, verbose=False)["input_ids"])
-    return ids, [True] * len(ids)

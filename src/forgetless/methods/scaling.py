@@ -21,7 +21,7 @@ from torch import nn
 
 from forgetless.data.documents import load_documents
 from forgetless.errors import OptionError
-from forgetless.evaluate.losses import general_loss, rise
+from forgetless.evaluate.losses import TextLoss, general_loss
 from forgetless.methods.method import Setup
 from forgetless.model.loading import load_model
 from forgetless.model.targets import matching, target_weights
@@ -53,7 +53,7 @@ def wise(setup: Setup, model: nn.Module) -> dict[str, Any]:
         set_scale(o.scale)
         return {"scale": o.scale, "tried": {}}
     assert o.general is not None and o.max_forgetting is not None and setup.before is not None
-    bound, before = o.max_forgetting, setup.before["general"]
+    bound, before = o.max_forgetting, TextLoss.read(setup.before["general"])
     documents = load_documents(
         o.general, column=o.text_column, split=o.general_split, limit=o.limit
     )
@@ -61,8 +61,7 @@ def wise(setup: Setup, model: nn.Module) -> dict[str, Any]:
 
     def meets(step: int) -> bool:
         set_scale(step / STEPS)
-        lost = rise(before, general_loss(model, setup.tokenizer, documents).numbers())["nats"]
-        assert lost is not None
+        lost = before.rise(general_loss(model, setup.tokenizer, documents)).nats
         tried[step / STEPS] = lost
         return lost <= bound
 

@@ -20,7 +20,7 @@ from forgetless.data.inputs import read_held_out
 from forgetless.data.tasks import find_task, load_task
 from forgetless.evaluate.accuracy import answers
 from forgetless.evaluate.evaluate import measure
-from forgetless.evaluate.losses import rise
+from forgetless.evaluate.losses import TextLoss
 from forgetless.files.atomic import read_json, write_json
 from forgetless.model.adapter_files import with_adapter
 from forgetless.model.loading import load_model, load_tokenizer
@@ -88,9 +88,10 @@ def sequence_of(
         if accuracy
         else None
     )
-    general = (
-        [rise(rows[0]["general"], row["general"]) for row in rows] if rows[0]["general"] else None
-    )
+    general = None
+    if rows[0]["general"]:
+        base = TextLoss.read(rows[0]["general"])
+        general = [base.rise(TextLoss.read(row["general"])).numbers() for row in rows]
     after = [
         ", ".join(name for name, at in zip(domains, learned, strict=True) if at == row)
         for row in range(1, len(rows))
