@@ -11,22 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from forgetless.files.measured_json import Change
+from forgetless.files.measured_json import INTERVAL_KEYS, Change, Interval
 from forgetless.files.schema import Text, key
 
-# The keys of an interval; what else is known of it stands before them.
-INTERVAL_KEYS = (
-    "nats",
-    "percent",
-    "standard_error",
-    "low",
-    "high",
-    "level",
-    "by",
-    "clusters",
-    "effective_clusters",
-    "documents",
-)
 # A budget whose rise was measured, and one whose rise was predicted.
 CHECKED_KEYS = (
     "verdict",
@@ -60,22 +47,6 @@ BUDGET_KEYS = (
     "each",
     "others",
 )
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A rise in nats per token with its interval, as the report of a budget holds it."""
-
-    nats: float | None = None
-    percent: float | None = None  # of perplexity
-    standard_error: float | None = None
-    low: float | None = None
-    high: float | None = None
-    confidence: float | None = field(default=None, metadata=key("level"))
-    by: Text | None = None  # what was left out in turn: "source" or "document"
-    clusters: int | None = None
-    effective_clusters: float | None = None
-    documents: int | None = None
 
 
 @dataclass(frozen=True)

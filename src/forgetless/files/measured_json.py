@@ -8,7 +8,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from forgetless.files.schema import LEFT_OUT, REST, Text
+from forgetless.files.schema import LEFT_OUT, REST, Text, key
+
+# The keys of an interval, in the order of the file.
+INTERVAL_KEYS = (
+    "nats",
+    "percent",
+    "standard_error",
+    "low",
+    "high",
+    "level",
+    "by",
+    "clusters",
+    "effective_clusters",
+    "documents",
+)
 
 
 @dataclass(frozen=True)
@@ -23,11 +37,31 @@ class Loss:
     documents: int | None = None
     nats_by_document: list[float | None] | None = None
     tokens_by_document: list[int | None] | None = None
+    source_by_document: list[int | None] | None = None  # None where all are of one source
+
+
+@dataclass(frozen=True)
+class Interval:
+    """How much a loss rose (forgetting) or fell (learning), paired by document, with its interval.
+
+    `by` says what was left out in turn for the interval: "source" or "document".
+    """
+
+    nats: float | None = None
+    percent: float | None = field(default=None, metadata=LEFT_OUT)  # of perplexity; of a rise
+    standard_error: float | None = None
+    low: float | None = None
+    high: float | None = None
+    confidence: float | None = field(default=None, metadata=key("level"))
+    by: Text | None = None
+    clusters: int | None = None
+    effective_clusters: float | None = None
+    documents: int | None = None
 
 
 @dataclass(frozen=True)
 class Change:
-    """How much a loss rose (forgetting) or fell (learning), paired by document."""
+    """The same without its interval, as where there are many."""
 
     nats: float | None = None
     standard_error: float | None = None

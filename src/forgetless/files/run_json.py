@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from forgetless.files.budget_json import BudgetReport
-from forgetless.files.measured_json import Change, Measured, MovedWeight
+from forgetless.files.measured_json import Change, Interval, Measured, MovedWeight
 from forgetless.files.schema import LEFT_OUT, Text
 
 # What every verb measures, in this order.
@@ -128,8 +128,8 @@ class Run:
     importance: ImportanceUsed | None = None
     before: Measured | None = None
     after: Measured | None = None
-    forgetting: Change | None = None
-    learning: Change | None = None
+    forgetting: Interval | None = None
+    learning: Interval | None = None
     energy: float | None = None
     moved: list[MovedWeight] | None = None
     train_seconds: float | None = None
