@@ -37,7 +37,7 @@ from typing import Any
 from forgetless.data.inputs import read_held_out
 from forgetless.data.tasks import TASKS
 from forgetless.files.atomic import read_json, write_json
-from forgetless.importance.strength import STRENGTHS
+from forgetless.options.estimators import ESTIMATORS
 from forgetless.options.model import ModelOptions
 from forgetless.options.record import RECORD_PRESETS, RecordOptions
 from forgetless.options.tune import TUNE_PRESETS, TuneOptions
@@ -167,7 +167,7 @@ class Lab:
         variants included.
         """
         if method in ("plain", "default"):
-            return self.plain_rate() if method == "plain" else STRENGTHS["kronecker"]
+            return self.plain_rate() if method == "plain" else ESTIMATORS["kronecker"].strength
         wanted = 0.95 * self.result("plain", self.plain_rate())["scales"]["1.0"]["learning"]["nats"]
         return min(
             GRIDS.get(method, MATCHED),

@@ -15,7 +15,7 @@ from conftest import interrupt_after
 from forgetless.errors import OptionError
 from forgetless.files import room
 from forgetless.importance.importance import Importance
-from forgetless.importance.strength import STRENGTHS
+from forgetless.options.estimators import ESTIMATORS
 from forgetless.options.record import RECORD_PRESETS, RecordOptions
 from forgetless.options.tune import TUNE_PRESETS, TuneOptions
 from forgetless.options.verbs import resolve
@@ -232,7 +232,7 @@ def test_the_default_recipe_needs_neither_estimator_nor_strength(
     run = tuned(importance=path)
     assert (
         Importance.load(path).tier == "kronecker:24"
-        and run["configuration"]["strength"] == STRENGTHS["kronecker"]
+        and run["configuration"]["strength"] == ESTIMATORS["kronecker"].strength
         and run["energy"] > 0
     )
     uniform = str(tmp_path / "u.safetensors")
@@ -294,7 +294,9 @@ def test_resuming_equals_an_uninterrupted_run(recorded, tuned, tmp_path, monkeyp
         tuned(out=str(tmp_path / "parted"), **common)
     with pytest.raises(ValueError, match="--resume"):
         tuned(out=str(tmp_path / "parted"), **common)
-    with pytest.raises(OptionError, match=rf"strength={STRENGTHS['path']!r} \(now 0\.2\)"):
+    with pytest.raises(
+        OptionError, match=rf"strength={ESTIMATORS['path'].strength!r} \(now 0\.2\)"
+    ):
         tuned(out=str(tmp_path / "parted"), resume=True, **{**common, "strength": 0.2})
     tuned(out=str(tmp_path / "parted"), resume=True, **common)
     assert same(factors(tmp_path / "whole"), factors(tmp_path / "parted"))

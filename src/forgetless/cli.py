@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from forgetless.errors import OptionError, nearest, printable
+from forgetless.options.estimators import ESTIMATORS
 from forgetless.options.option import read_yaml, several
 from forgetless.options.record import RECORD_PRESETS, RecordOptions
 from forgetless.options.tune import TUNE_PRESETS, TuneOptions
@@ -280,7 +281,7 @@ def _action(verb: str, given: dict[str, Any]) -> Callable[[], Any]:
     needed = [
         name
         for name in NEEDED[verb]
-        if name != "general" or getattr(options, "estimator", "") != "uniform"
+        if name != "general" or not ESTIMATORS[options.estimator].constant
     ]
     missing = [name for name in needed if not getattr(options, name)]
     if missing:

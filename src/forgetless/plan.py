@@ -50,6 +50,7 @@ from forgetless.importance.tiers import converted, parse_tier
 from forgetless.model.adapters import add_adapter
 from forgetless.model.loading import device_of, load_empty
 from forgetless.model.targets import BaseLayer, base_layers, unwrapped
+from forgetless.options.estimators import ESTIMATORS
 from forgetless.options.verbs import PlanOptions
 from forgetless.penalty.algebra import low_rank_pull
 from forgetless.report import numbers
@@ -83,12 +84,13 @@ def plan(options: PlanOptions) -> dict[str, Any]:
     """Print the plan and return it. Raises OptionError for a tier that the estimator cannot have."""
     tiers = usual_tiers(options.estimator, options.cov_rank)
     tier = options.tier or tiers[0]
-    if parse_tier(tier)[0] == "kronecker" and options.estimator != "kronecker":
+    estimator = ESTIMATORS[options.estimator]
+    if parse_tier(tier)[0] == "kronecker" and estimator.tier != "kronecker":
         raise OptionError(
             f"--tier {tier} needs --estimator kronecker, found --estimator {options.estimator}"
         )
     sketch = sketched(options)
-    anchor = options.rank if options.estimator.startswith("path") else None
+    anchor = options.rank if estimator.trains else None
     files = {
         name: bytes_of_file(sketch.weights, name, estimator=options.estimator, anchor_rank=anchor)
         for name in dict.fromkeys([tier, *tiers])
@@ -243,30 +245,24 @@ def _activations(options: PlanOptions, sketch: Sketch, kept: float, tokens: int)
 
 def recording_memory(options: PlanOptions, sketch: Sketch) -> dict[str, float]:
     """Bytes per process while recording, by what they are for."""
+    estimator = ESTIMATORS[options.estimator]
     elements = sum(w.shape[0] * w.shape[1] for w in sketch.weights)
-    trains, inputs = (
-        options.estimator.startswith("path"),
-        sum(w.shape[1] for w in sketch.weights if w.leads),
-    )
-    sums = {
-        "kronecker": bytes_of_tensors(sketch.weights, "kronecker"),
-        "fisher": 4 * elements,
-        "path": 8 * elements,
-    }.get(options.estimator, bytes_of_tensors(sketch.weights, "factored"))
-    kept = (
-        sketch.kept_adapted
-        if trains
-        else 0
-        if options.estimator in ("activation", "uniform")
-        else sketch.kept_bare
-    )
+    inputs = sum(w.shape[1] for w in sketch.weights if w.leads)
+    sums = bytes_of_tensors(sketch.weights, estimator.tier)
+    if estimator.tier == "f32":  # credits, and of a path the importance of the epochs before
+        sums = (8 if estimator.trains else 4) * elements
+    kept: float = 0
+    if estimator.trains:
+        kept = sketch.kept_adapted
+    elif estimator.gradients:
+        kept = sketch.kept_bare
     held = (
-        options.record_tokens * inputs * sketch.itemsize if kept and not trains else 0
+        options.record_tokens * inputs * sketch.itemsize if kept and not estimator.trains else 0
     )  # what the hooks keep of the layers' inputs
     return {
         "model": _model_bytes(options, sketch),
         "sums": sums,
-        "adapter": 16 * sketch.lora if trains else 0,
+        "adapter": 16 * sketch.lora if estimator.trains else 0,
         "activations": _activations(options, sketch, kept, options.record_tokens) + held,
     }
 
@@ -306,15 +302,16 @@ def operations(options: PlanOptions, sketch: Sketch, tier: str) -> dict[str, flo
         sum(pull_operations(w, tier, rank=options.rank, full=options.full) for w in part)
         for part in mine
     )
+    estimator = ESTIMATORS[options.estimator]
     sums = 2.0 * sum(w.shape[0] ** 2 + (w.shape[1] ** 2 if w.leads else 0) for w in sketch.weights)
-    more = {"kronecker": sums, "fisher": 2.0 * elements, "path": 2.0 * elements}.get(
-        options.estimator, 0.0
-    )
-    passes = {"activation": 1, "uniform": 0}.get(options.estimator, 2)
+    more = {"kronecker": sums, "f32": 2.0 * elements}.get(estimator.tier, 0.0)
+    passes = 2 if estimator.gradients else 1
     return {
         "step": step,
         "pull": pull,
-        "recording": (passes * forward + more) * options.general_tokens if passes else 0.0,
+        "recording": 0.0
+        if estimator.constant
+        else (passes * forward + more) * options.general_tokens,
     }
 
 

@@ -24,9 +24,9 @@ from forgetless.budget.probe import Probe, Rolling, plan
 from forgetless.data.duplicates import Overlap
 from forgetless.evaluate.rise import Rise
 from forgetless.importance.importance import Importance
-from forgetless.importance.strength import IN_NATS, STRENGTHS
 from forgetless.model.update import Update
 from forgetless.model.weights import FullWeight
+from forgetless.options.estimators import known
 from forgetless.penalty.callback import PenaltyCallback, hold_trainer
 from forgetless.penalty.pull import Penalty
 
@@ -75,7 +75,8 @@ class Keeper:
         `start`: the strength to begin at; None: what suits the importance.
         """
         self.update = Update(trainer.model, names=names)
-        only_scales = importance.info.get("estimator") == "uniform" or any(
+        estimator = known(importance.info.get("estimator"))
+        only_scales = (estimator is not None and estimator.constant) or any(
             isinstance(weight, FullWeight) for weight in self.update.weights
         )
         self.shrinkable = None if only_scales else importance
@@ -94,16 +95,11 @@ class Keeper:
             names=names,
             offload=offload,
         )
-        unit = (
-            1.0
-            if importance.info.get("estimator") in IN_NATS
-            else self._unit(callback.penalty, spread)
-        )
-        start = start or (
-            STRENGTHS[str(importance.info["estimator"])]
-            if importance.info.get("estimator") in IN_NATS
-            else None
-        )
+        if estimator is not None and estimator.in_nats:
+            unit: float | None = 1.0
+            start = start or estimator.strength
+        else:
+            unit = self._unit(callback.penalty, spread)
         guards = [Rolling(guard.control, trainer.model) for guard in self.ledger.guards]
         offset = self.ledger.offset(trainer.model) if self.ledger.moved else 0.0
         self.probe = Probe(

@@ -30,6 +30,7 @@ from forgetless.importance.calibration import COVERED, Calibration, usual_streng
 from forgetless.importance.importance import Importance
 from forgetless.model.update import Update
 from forgetless.model.weights import FullWeight
+from forgetless.options.estimators import known
 from forgetless.penalty.callback import PenaltyCallback, hold_trainer
 from forgetless.penalty.pull import Penalty
 
@@ -121,12 +122,13 @@ class Predictor:
         )
         trainer.callback_handler.callbacks.insert(0, self.probe)
         callback.finishing = functools.partial(self.finish, trainer)
-        if (estimator := importance.info.get("estimator")) != "kronecker":
+        estimator = known(importance.info.get("estimator"))
+        if estimator is None or not estimator.predicts:
             logger.warning(
                 "predictions by %s importance kept budgets for updates held as it was "
                 "calibrated, and not for all others (docs/budget.md); "
                 "record kronecker importance",
-                estimator,
+                importance.info.get("estimator"),
             )
         logger.info(
             "budget %s (%.4g nats) kept on a prediction, nothing is measured: %s",

@@ -30,8 +30,8 @@ from typing import Any
 from torch import Tensor
 
 from forgetless.evaluate.rise import t_quantile
-from forgetless.importance.strength import IN_NATS, STRENGTHS
 from forgetless.model.weights import LowRankWeight, TargetWeight
+from forgetless.options.estimators import NATS_STRENGTH, known
 
 COVERED = 0.95  # of updates like the measured ones stay below the bound
 FEWEST, SHARE = 4, 2 / 3  # updates that must have a cost: in number, and of all
@@ -143,8 +143,10 @@ def usual_strength(importance: Any, cost: float) -> float:
     """The strength to hold with where nothing says better: known for importance in nats, else by
     what a unit of energy costs.
     """
-    estimator = str(importance.info.get("estimator"))
-    return STRENGTHS[estimator] if estimator in IN_NATS else STRENGTHS["kronecker"] * cost
+    estimator = known(importance.info.get("estimator"))
+    if estimator is not None and estimator.in_nats and estimator.strength is not None:
+        return estimator.strength
+    return NATS_STRENGTH * cost
 
 
 def _along(weight: TargetWeight, L: Tensor, R: Tensor) -> float:

@@ -41,7 +41,7 @@ from forgetless.importance.entries import (
     FactoredEntry,
     KroneckerEntry,
 )
-from forgetless.importance.strength import IN_NATS
+from forgetless.options.estimators import in_nats
 
 logger = logging.getLogger("forgetless")
 FORMAT = 1
@@ -454,7 +454,7 @@ def _calibration(
         calibration = Calibration(updates, gradients, data)
     except ValueError as error:
         raise FileError(f"{path}: {error}") from None
-    if info.get("estimator") in IN_NATS and not 1 / PLAUSIBLE < calibration.cost < PLAUSIBLE:
+    if in_nats(info.get("estimator")) and not 1 / PLAUSIBLE < calibration.cost < PLAUSIBLE:
         raise FileError(
             f"{path}: the calibration claims that a unit of energy costs {calibration.cost:.3g} "
             f"nats, expected about 1; {NOT_OURS}, record again"

@@ -26,6 +26,7 @@ from forgetless.files.provenance import environment
 from forgetless.importance import codec
 from forgetless.importance.tiers import parse_tier
 from forgetless.model.distributed import owners
+from forgetless.options.estimators import ESTIMATORS
 
 Shape = tuple[int, ...]
 BYTES = {"F32": 4, "BF16": 2, "U8": 1}
@@ -120,7 +121,7 @@ def _metadata(weights: list[Planned], tier: str, estimator: str) -> dict[str, ob
     kind = parse_tier(tier)[0]
     shared = {weight.name: weight.leader for weight in weights if not weight.leads}
     cut = tier not in ("f32", "kronecker") and not (
-        kind == "factored" and estimator in ("activation", "uniform", "path-factored")
+        kind == "factored" and ESTIMATORS[estimator].tier == kind
     )
     return {
         "format": 1,
@@ -185,7 +186,8 @@ def shares(weights: list[Planned], tier: str, processes: int) -> list[list[Plann
 def usual_tiers(estimator: str, cov_rank: int) -> list[str]:
     """The forms that importance of this estimator can have, the one that `record` writes first."""
     elementwise = ["f32", "bf16", "u8", "u4", "factored"]
-    if estimator == "kronecker":
+    recorded = ESTIMATORS[estimator].tier
+    if recorded == "kronecker":
         ranks = sorted({16, 64, cov_rank} - {0, cov_rank}, reverse=True)
         return [
             f"kronecker:{cov_rank}" if cov_rank else "kronecker",
@@ -193,7 +195,7 @@ def usual_tiers(estimator: str, cov_rank: int) -> list[str]:
             *(f"kronecker:{rank}" for rank in ranks),
             *elementwise,
         ]
-    if estimator in ("activation", "uniform", "path-factored"):
+    if recorded == "factored":
         return ["factored", "f32", "bf16", "u8", "u4"]
     return elementwise
 

@@ -10,8 +10,8 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from forgetless.budget.open import of_trainer
 from forgetless.errors import OptionError
 from forgetless.importance.importance import Importance
-from forgetless.importance.strength import default_strength
 from forgetless.model import distributed
+from forgetless.options.estimators import default_strength
 from forgetless.penalty.callback import PenaltyCallback, hold_trainer
 from forgetless.penalty.pull import Penalty
 
@@ -76,7 +76,7 @@ def hold(
     """Hold `trainer.model` while it trains: builds the penalty, and puts its callback first so that
     TensorBoard and the console show its numbers.
 
-    `strength` None takes what suits the importance's estimator (`config.STRENGTHS`); the rest is as
+    `strength` None takes what suits the importance's estimator (options/estimators.py); the rest is as
     in `Penalty`. Returns the callback; its `.penalty` tells the energy. With `budget` ("1%" of
     perplexity on the text `general`, or "0.01nats") the strength is controlled from there on, and
     `finish()` of the callback scales, checks and reports after `trainer.train()` (docs/budget.md);

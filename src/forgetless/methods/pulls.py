@@ -88,7 +88,7 @@ def ewc_lora(setup: Setup, model: nn.Module) -> Penalty | None:
             device = next(model.parameters()).device
             recorder.observe(**{key: value.to(device) for key, value in batch.items()})
         importance = recorder.finish()
-    elif importance.info.get("estimator") != "fisher":
+    elif importance.info.get("estimator") != Fisher.estimator:
         found = importance.info.get("estimator", "?")
         raise OptionError(
             "--method ewc-lora holds by the diagonal Fisher, found importance of estimator "

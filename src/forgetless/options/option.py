@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Collection
 from dataclasses import field
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def option(
     help: str,
     *,
     group: str,
-    choices: tuple[str, ...] | None = None,
+    choices: Collection[str] | None = None,
     at_least: float | None = None,
     above: float | None = None,
     below: float | None = None,

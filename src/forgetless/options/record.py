@@ -1,17 +1,15 @@
-"""Options of `forgetless record`, and what each estimator makes of them."""
+"""Options of `forgetless record`, and its presets."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from forgetless.errors import OptionError
+from forgetless.options.estimators import ESTIMATORS
 from forgetless.options.model import AdapterOptions, ModelOptions, TextOptions
-from forgetless.options.option import RUNNING, flag, option
+from forgetless.options.option import RUNNING, option
 
 PRESETS = ("default", "paper")
-ESTIMATORS = ("path", "path-factored", "fisher", "kronecker", "activation", "uniform")
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,8 @@ class RecordOptions(AdapterOptions, TextOptions, ModelOptions):
     )
     estimator: str = option(
         None,
-        "how importance is estimated; all but path make one pass over the text without training",
+        "how importance is estimated; all but path make one pass over the text without training: "
+        + "; ".join(f"{name}: {row.help}" for name, row in ESTIMATORS.items()),
         group="importance",
         choices=ESTIMATORS,
     )
@@ -184,44 +183,3 @@ RECORD_PRESETS: dict[str, dict[str, Any]] = {
         schedule="constant",
     ),
 }
-# Options of `record` that only estimators which train an adapter use.
-TRAINING_ONLY = (
-    "rank",
-    "alpha",
-    "dropout",
-    "rslora",
-    "gradient",
-    "clamp",
-    "xi",
-    "keep_anchor",
-    "epochs",
-    "max_steps",
-    "accumulation",
-    "learning_rate",
-    "schedule",
-    "gradient_checkpointing",
-    "offload",
-)
-LABELLED = ("fisher", "kronecker")
-
-
-def check_estimator(given: Mapping[str, Any], estimator: str) -> None:
-    """Raise OptionError where an option was given that the estimator would ignore."""
-    trains = estimator.startswith("path")
-    wrong = [] if trains else [name for name in TRAINING_ONLY if given.get(name) is not None]
-    wrong += [
-        name
-        for name in ("labels", "groups")
-        if estimator not in LABELLED and given.get(name) is not None
-    ]
-    wrong += ["cov_rank"] if estimator != "kronecker" and given.get("cov_rank") is not None else []
-    if wrong:
-        flags = ", ".join(map(flag, wrong))
-        why = "trains an adapter" if trains else "makes one pass over the text, without training"
-        advice = "leave out" if trains else "leave out, or give --estimator path"
-        raise OptionError(f"{flags}: not used by --estimator {estimator}, which {why}; {advice}")
-    if not trains and given.get("preset") == "paper":
-        raise OptionError(
-            f"--preset paper records the path integral, found --estimator {estimator}; leave out "
-            "one of them"
-        )

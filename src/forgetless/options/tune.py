@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from forgetless.options.estimators import ESTIMATORS
 from forgetless.options.model import AdapterOptions, ModelOptions, TextOptions
 from forgetless.options.option import MEASURED, RUNNING, option
 from forgetless.options.record import PRESETS
@@ -346,7 +347,7 @@ METHOD_SETTINGS: dict[str, dict[str, Any]] = {
     "rslora": dict(rslora=True),
     "full": dict(full=True),
     "small-lr": dict(learning_rate=1e-4),
-    "ewc-lora": dict(strength=10.0),  # as STRENGTHS has it for fisher
+    "ewc-lora": dict(strength=ESTIMATORS["fisher"].strength),
     "kl": dict(kl_weight=1.0, kl_sequences=2),
     "replay": dict(replay_share=0.05),
     "o-lora": dict(orthogonality=0.5),

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from forgetless.errors import OptionError, nearest
+from forgetless.options.estimators import ESTIMATORS, check_estimator
 from forgetless.options.model import ModelOptions, Options, TextOptions
 from forgetless.options.option import MEASURED, RUNNING, checked, option
-from forgetless.options.record import ESTIMATORS, RECORD_PRESETS, RecordOptions, check_estimator
+from forgetless.options.record import RECORD_PRESETS, RecordOptions
 from forgetless.options.tune import TuneOptions, method_settings
 
 

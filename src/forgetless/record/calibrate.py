@@ -41,13 +41,13 @@ from forgetless.evaluate.paired import Part, content, encoded_each, measured
 from forgetless.evaluate.rise import FEW_DOCUMENTS
 from forgetless.importance.calibration import Calibration, usual_strength
 from forgetless.importance.importance import Importance
-from forgetless.importance.strength import IN_NATS
 from forgetless.model import distributed
 from forgetless.model.adapters import add_adapter, without_adapter
 from forgetless.model.loading import context_length
 from forgetless.model.targets import target_weights
 from forgetless.model.update import Update
 from forgetless.model.weights import LowRankWeight
+from forgetless.options.estimators import in_nats
 from forgetless.options.record import RecordOptions
 from forgetless.options.tune import TUNE_PRESETS
 from forgetless.penalty.pull import Penalty
@@ -169,7 +169,7 @@ def measured_updates(
             if update["second"] > 0 and update["energy"] > 0
         ]
         known = statistics.geometric_mean(costs) if costs else None
-        in_nats = importance.info.get("estimator") in IN_NATS
+        nats = in_nats(importance.info.get("estimator"))
         strength = times * usual_strength(
             importance, known or 0.0
         )  # of other importance the first one is not held
@@ -183,7 +183,7 @@ def measured_updates(
             rate,
         )
         update, energy = Update(adapted), penalty.energy()
-        points = _points(adapted, update, part, (known or (2.0 if in_nats else 0.0)) * energy)
+        points = _points(adapted, update, part, (known or (2.0 if nats else 0.0)) * energy)
         first, second, error = parabola(points)
         updates.append(
             {

@@ -40,21 +40,15 @@ from forgetless.model.adapters import add_adapter
 from forgetless.model.fingerprint import fingerprint
 from forgetless.model.loading import context_length, load_model, load_tokenizer
 from forgetless.model.targets import target_weights
+from forgetless.options.estimators import ESTIMATORS, TRAINING
 from forgetless.options.option import RUNNING, as_dict, deciding
-from forgetless.options.record import LABELLED, TRAINING_ONLY, RecordOptions
+from forgetless.options.record import RecordOptions
+from forgetless.options.reference import resolved
 from forgetless.record import state as recording_state
-from forgetless.record.activation import Activation
 from forgetless.record.calibrate import apart, calibrated
-from forgetless.record.fisher import Fisher
-from forgetless.record.kronecker import Kronecker
 from forgetless.record.observing_recorder import ObservingRecorder
-from forgetless.record.path import PathIntegral
-from forgetless.record.path_factored import PathFactored
-from forgetless.record.path_recorder import PathRecorder
 from forgetless.record.training import train
 
-# Estimators that train an adapter; the others observe.
-ESTIMATORS: dict[str, type[PathRecorder]] = {"path": PathIntegral, "path-factored": PathFactored}
 # Options that are not among the settings in the file: model and text stand beside them, and the
 # rest is no part of the result. The last three have always stood there, and files stay as they are.
 NOT_IN_THE_FILE = {"model", "general", *deciding(RecordOptions, RUNNING)} - {
@@ -75,10 +69,10 @@ def record(options: RecordOptions) -> Importance:
         _check_tier(options)
     if options.private is not None and not options.push_to_hub:
         raise OptionError("--private is for --push-to-hub NAME, which is not given")
-    if options.calibrate and options.estimator == "uniform":
+    if options.calibrate and ESTIMATORS[options.estimator].constant:
         raise OptionError(
-            "--calibrate measures what energy costs, which with --estimator uniform is the size "
-            "of the update alone; use another estimator"
+            f"--calibrate measures what energy costs, which with --estimator {options.estimator} "
+            "is the size of the update alone; use another estimator"
         )
     if options.calibrate and distributed.size() > 1:
         raise OptionError(
@@ -104,7 +98,7 @@ def _recorded(options: RecordOptions) -> Importance:
         torch.set_num_threads(options.threads)
     tokenizer, model = load_tokenizer(options), load_model(options)
     encoded, source, kept = (
-        ([], {}, []) if options.estimator == "uniform" else _text(options, model, tokenizer)
+        ([], {}, []) if ESTIMATORS[options.estimator].constant else _text(options, model, tokenizer)
     )
     if state is None or "calibrated" not in state:
         importance = record_on(options, model, tokenizer, encoded, source, state)
@@ -150,7 +144,7 @@ def _calibrated(
         recording_state.write(options, state)
 
     save(done)
-    if options.estimator in ESTIMATORS:  # which left their adapter in the model
+    if ESTIMATORS[options.estimator].trains:  # which left their adapter in the model
         del model
         model = load_model(options)
     importance = dataclasses.replace(
@@ -178,7 +172,8 @@ def record_on(
     `state` where there is one; writes `options.out`.
     """
     out, device, mark = Path(options.out), str(next(model.parameters()).device), fingerprint(model)
-    if options.estimator == "uniform":
+    estimator = ESTIMATORS[options.estimator]
+    if estimator.constant:
         recorded, seconds = uniform(model, options.targets), 0.0
     else:
         if state is not None and state["data"] != source["sha256"]:
@@ -192,14 +187,12 @@ def record_on(
                 "instead, the same for all"
             )
         torch.manual_seed(options.seed)
-        job = _by_training if options.estimator in ESTIMATORS else _by_observing
+        job = _by_training if estimator.trains else _by_observing
         recorded, seconds = job(options, model, encoded, tokenizer.pad_token_id, state, source)
     shown = {
         k: v for k, v in as_dict(options).items() if k not in NOT_IN_THE_FILE and v is not None
     }
-    shown = {
-        k: v for k, v in shown.items() if options.estimator in ESTIMATORS or k not in TRAINING_ONLY
-    }
+    shown = {k: v for k, v in shown.items() if estimator.trains or k not in TRAINING}
     info = {
         **recorded.info,
         "model": {"name": options.model, "revision": options.revision, "fingerprint": mark},
@@ -316,7 +309,7 @@ def _by_training(
             options.seed + distributed.rank()
         )  # dropout draws masks of its own in each process
     started = time.perf_counter()
-    recorder = ESTIMATORS[options.estimator](
+    recorder = resolved(str(ESTIMATORS[options.estimator].recorder))(
         peft_model,
         gradient=options.gradient,
         xi=options.xi,
@@ -405,7 +398,7 @@ def _divide(options: RecordOptions, recorder: ObservingRecorder, row: torch.Tens
     """Split the weights into the groups asked for, or into as few as fit into half of the free
     memory (activations and cutting need the rest).
     """
-    if options.groups == 1 or options.estimator not in LABELLED:
+    if options.groups == 1 or "groups" not in ESTIMATORS[options.estimator].reads:
         return
     recorder.look(row)
     if options.groups is not None:
@@ -438,21 +431,20 @@ def _numbers_kept(options: RecordOptions, shapes: list[tuple[int, int]]) -> int:
     """Numbers in the file of an observing estimator, at most: shared covariances count for each
     weight.
     """
-    if options.estimator == "kronecker":
+    tier = ESTIMATORS[options.estimator].tier
+    if tier == "kronecker":
         thin = (
             options.cov_rank + 1
             if options.cov_rank and not options.tier
             else max(max(shape) for shape in shapes)
         )
         return sum(min(n, thin) * n for shape in shapes for n in shape)
-    return sum(
-        math.prod(shape) if options.estimator == "fisher" else sum(shape) for shape in shapes
-    )
+    return sum(math.prod(shape) if tier == "f32" else sum(shape) for shape in shapes)
 
 
 def _check_tier(options: RecordOptions) -> None:
     kind, _ = parse_tier(options.tier or "")
-    if kind == "kronecker" and options.estimator != "kronecker":
+    if kind == "kronecker" and ESTIMATORS[options.estimator].tier != kind:
         raise OptionError(
             f"--tier {options.tier} needs --estimator kronecker, found --estimator "
             f"{options.estimator}"
@@ -460,17 +452,15 @@ def _check_tier(options: RecordOptions) -> None:
 
 
 def _observer(options: RecordOptions, model: nn.Module) -> ObservingRecorder:
-    if options.estimator == "fisher":
-        return Fisher(model, options.targets, labels=options.labels, seed=options.seed)
-    if options.estimator == "kronecker":
-        return Kronecker(
-            model,
-            options.targets,
-            labels=options.labels,
-            rank=None if options.tier else options.cov_rank or None,
-            seed=options.seed,
-        )  # a tier is cut from the whole
-    return Activation(model, options.targets)
+    """The recorder of an estimator that observes, with the options that it reads."""
+    estimator = ESTIMATORS[options.estimator]
+    given: dict[str, Any] = {}
+    if "labels" in estimator.reads:
+        given.update(labels=options.labels, seed=options.seed)
+    if "cov_rank" in estimator.reads:  # a tier is cut from whole covariances
+        given["rank"] = None if options.tier else options.cov_rank or None
+    recorder: ObservingRecorder = resolved(str(estimator.recorder))(model, options.targets, **given)
+    return recorder
 
 
 def _disk_needed(options: RecordOptions, model: nn.Module, trainable: int, total: int) -> int:

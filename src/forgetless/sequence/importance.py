@@ -17,8 +17,9 @@ from forgetless.data.tasks import encode_rows, load_training_data
 from forgetless.importance.consolidate import consolidated
 from forgetless.importance.importance import Importance
 from forgetless.model.loading import context_length, load_tokenizer
+from forgetless.options.estimators import known, unread
 from forgetless.options.model import ModelOptions, TextOptions
-from forgetless.options.record import LABELLED, RECORD_PRESETS, TRAINING_ONLY, RecordOptions
+from forgetless.options.record import RECORD_PRESETS, RecordOptions
 from forgetless.options.tune import TuneOptions
 from forgetless.options.verbs import resolve
 from forgetless.record import state as recording_state
@@ -51,7 +52,8 @@ def consolidate(
     if rule == "none":
         return so_far
     old = Importance.load(so_far)
-    if old.info.get("estimator") == "uniform":
+    estimator = known(old.info.get("estimator"))
+    if estimator is not None and estimator.constant:
         return so_far
     last = _recorded(
         old,
@@ -119,34 +121,29 @@ def recipe_of(importance: Importance, options: TuneOptions, out: str) -> RecordO
     """The options by which importance of another text is recorded as `importance` was, on the model
     of `options`.
     """
-    estimator, tier = str(importance.info.get("estimator")), importance.tier
-    known = {field.name for field in dataclasses.fields(RecordOptions)}
+    name, tier = str(importance.info.get("estimator")), importance.tier
+    estimator = known(name)
+    trains = estimator is not None and estimator.trains
+    options_of_record = {field.name for field in dataclasses.fields(RecordOptions)}
     text = {field.name for field in dataclasses.fields(TextOptions)}
-    unused = {
-        "out",
-        "calibrate",
-        "cov_rank",
-        "tier",
-        "keep_anchor",
-        *text,
-        *(() if estimator.startswith("path") else (*TRAINING_ONLY, "preset")),
-        *(() if estimator in LABELLED else ("labels", "groups")),
-    }
+    unused = {"out", "calibrate", "cov_rank", "tier", "keep_anchor", *text, *unread(name)}
+    if not trains:
+        unused.add("preset")
     given = {
         key: value
         for key, value in importance.info.get("settings", {}).items()
-        if key in known - unused
+        if key in options_of_record - unused
     }
     kind, _, rank = tier.partition(":")
-    if estimator == "kronecker" and kind == "kronecker":
+    if kind == "kronecker" and estimator is not None and estimator.tier == kind:
         given["cov_rank"] = int(rank or 0)
     else:
         given["tier"] = tier
     mine = {field.name: getattr(options, field.name) for field in dataclasses.fields(ModelOptions)}
     mine.update(quantize="none", resume=options.resume, out=out)
-    keep = {"keep_anchor": False} if estimator.startswith("path") else {}
+    keep = {"keep_anchor": False} if trains else {}
     return resolve(
         RecordOptions,
-        {**given, **mine, **keep, "estimator": estimator},
+        {**given, **mine, **keep, "estimator": name},
         RECORD_PRESETS,
     )

@@ -42,7 +42,6 @@ from forgetless.files.provenance import environment, sha256_file
 from forgetless.files.room import check_free_space
 from forgetless.importance.controls import uniform
 from forgetless.importance.importance import Importance
-from forgetless.importance.strength import default_strength
 from forgetless.methods.callback import add_term
 from forgetless.methods.method import Method, Setup
 from forgetless.methods.replay_text import replay_text
@@ -52,6 +51,7 @@ from forgetless.model.loading import load_model, load_tokenizer, save_whole
 from forgetless.model.stages import Earlier
 from forgetless.model.targets import matching, target_weights, warn_of_experts
 from forgetless.model.weights import LowRankWeight
+from forgetless.options.estimators import default_strength
 from forgetless.options.option import as_dict, several
 from forgetless.options.tune import TuneOptions
 from forgetless.penalty.algebra import implementation
