@@ -171,6 +171,17 @@ def test_unknown_tasks_and_broken_task_files_are_named_before_a_model_is_loaded(
         evaluate(resolve(EvalOptions, {"model": "./no-model", "tasks": f"piqa={path}"}))
 
 
+@pytest.mark.parametrize(("tasks", "shots"), [("sciq,hellaswag", 0), ("hellaswag", 0), ("sciq", 2)])
+def test_without_lm_eval_other_tasks_are_refused_before_a_model_is_loaded(
+    monkeypatch, tasks, shots
+):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    check_tasks("sciq,piqa,medmcqa")
+    options = {"model": "./no-model", "tasks": tasks, "shots": shots}
+    with pytest.raises(OptionError, match=r"pip install 'forgetless\[tasks\]'"):
+        evaluate(resolve(EvalOptions, options))
+
+
 def test_eval_writes_its_run_and_prints_before_after_change_and_error(
     model_folder, text_file, tmp_path, capsys
 ):
@@ -213,6 +224,8 @@ def test_eval_writes_its_run_and_prints_before_after_change_and_error(
     assert (
         f"{before['nats']:.4f}" in printed
         and f"{run['forgetting']['nats']:+.4f}" in printed
+        and all(word in printed for word in ("before", "after", "change", "std.err."))
+        and all(f"{what} loss (nats/token)" in printed for what in ("general", "domain"))
         and f"{run['forgetting']['standard_error']:.4f}" in printed
     )
     lost, learned = written["forgetting"], written["learning"]

@@ -1,13 +1,20 @@
-"""What was learned and what was lost: loss on general text in nats per token, loss on the answers,
-task accuracies through lm-eval.
+"""What was learned and what was lost: loss on general text and on domain data in nats per token,
+and accuracies on tasks.
 
-"Before" is always the bare base model. Perplexity is exp(nats). Standard errors are over documents
-(or questions), as ratio estimates, since documents differ in length; a change is paired by
-document, which takes most of the noise out.
+    held_out = read_held_out(general="wide.jsonl", data="domain.jsonl", tasks="sciq")
+    before = measure(base, tokenizer, held_out)
+    after = measure(tuned, tokenizer, held_out)
+    changes(before, after)["forgetting"]     # {"nats": 0.056, "low": 0.049, "high": 0.063, ...}
+    print(table(before, after))
+
+"Before" is always the bare base model. Perplexity is exp(nats). The standard error of a loss is
+over documents, as of a ratio, since documents differ in length. A change is paired by document,
+which takes most of the noise out, and its interval leaves out one source in turn (rise.py).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +34,10 @@ from forgetless.model.adapters import scale_update
 from forgetless.model.loading import load_model, load_tokenizer
 from forgetless.options.option import as_dict
 from forgetless.options.verbs import EvalOptions
+from forgetless.report.terminal import table as terminal_table
+
+# What a label of the table says of a loss.
+UNIT = "(nats/token)"
 
 
 def measure(
@@ -99,103 +110,96 @@ def rise_between(before: dict[str, Any] | None, after: dict[str, Any] | None) ->
     return TextLoss.read(before).rise(TextLoss.read(after))
 
 
+@dataclass(frozen=True)
+class Line:
+    """One number before and after; `error` is the standard error of the change where it is known,
+    and else of the number.
+    """
+
+    label: str
+    before: float
+    after: float | None
+    error: float | None = None
+
+    def cells(self) -> list[str]:
+        change = None if self.after is None else self.after - self.before
+        return [
+            self.label,
+            f"{self.before:.4f}",
+            _or_dash(self.after, ".4f"),
+            _or_dash(change, "+.4f"),
+            _or_dash(self.error, ".4f"),
+        ]
+
+
 def table(
     before: dict[str, Any], after: dict[str, Any] | None, *, authors_perplexity: bool = False
 ) -> str:
-    """Aligned text: what, before, after, change, standard error."""
-    rows: list[tuple[str, float | None, float | None, float | None]] = []
+    """What was measured, as text: what, before, after, change, standard error.
+
+    `authors_perplexity`: also 2^nats, which the paper's code calls perplexity.
+    """
     later = after or {"general": None, "domain": None, "tasks": {}}
-    for key, label in (
-        ("general", "general loss (nats/token)"),
-        ("domain", "domain loss (nats/token)"),
-    ):
-        if before[key]:
-            a, b = before[key], later[key]
-            rows.append(
-                (
-                    label,
-                    a["nats"],
-                    b and b["nats"],
-                    _error(a, b),
-                )
-            )
-            if key == "general":
-                rows.append(("general perplexity", a["perplexity"], b and b["perplexity"], None))
-                if a["bits_per_byte"] is not None:
-                    rows.append(
-                        (
-                            "general bits per byte",
-                            a["bits_per_byte"],
-                            b and b["bits_per_byte"],
-                            None,
-                        )
-                    )
-                if authors_perplexity:
-                    rows.append(
-                        (
-                            "2^nats (as the paper's code)",
-                            2 ** a["nats"],
-                            2 ** b["nats"] if b else None,
-                            None,
-                        )
-                    )
-    for name, a in before["tasks"].items():
-        b = later["tasks"].get(name)
-        if "answer_loss" in a:
-            x, y = a["answer_loss"], b and b["answer_loss"]
-            rows.append(
-                (
-                    f"{name} answer loss (nats/token)",
-                    x["nats"],
-                    y and y["nats"],
-                    _error(x, y),
-                )
-            )
-        for metric in ("acc", "acc_norm"):
-            if metric in a:
-                rows.append(
-                    (
-                        f"{name} {metric}",
-                        a[metric],
-                        b and b[metric],
-                        (b or a).get(f"{metric}_stderr"),
-                    )
-                )
-    show = lambda value: "-" if value is None else f"{value:.4f}"
-    lines = [f"{'':<34}{'before':>10}{'after':>10}{'change':>10}{'std.err.':>10}"]
-    for label, x, y, error in rows:
-        change = None if x is None or y is None else y - x
-        lines.append(
-            f"{label:<34}{show(x):>10}{show(y):>10}{('-' if change is None else f'{change:+.4f}'):>10}{show(error):>10}"
-        )
-    return "\n".join(lines)
+    lines: list[Line] = []
+    if before["general"]:
+        lines += _general_lines(before["general"], later["general"], authors_perplexity)
+    if before["domain"]:
+        lines.append(_loss_line("domain loss", before["domain"], later["domain"]))
+    for name, scores in before["tasks"].items():
+        lines += _task_lines(name, scores, later["tasks"].get(name))
+    columns = ["", "before", "after", "change", "std.err."]
+    return terminal_table(columns, [line.cells() for line in lines])
 
 
-def _error(before: dict[str, Any], after: dict[str, Any] | None) -> float | None:
-    """The standard error of a change, or of the loss before where there is none after."""
+def _or_dash(value: float | None, digits: str) -> str:
+    return "-" if value is None else format(value, digits)
+
+
+def _loss_line(label: str, before: dict[str, Any], after: dict[str, Any] | None) -> Line:
+    """A loss, as `TextLoss.numbers` has it, before and after."""
     change = rise_between(before, after)
     error = before["standard_error"] if change is None else change.estimate()["standard_error"]
-    return None if error is None else float(error)
+    return Line(f"{label} {UNIT}", before["nats"], after["nats"] if after else None, error)
+
+
+def _general_lines(
+    before: dict[str, Any], after: dict[str, Any] | None, authors_perplexity: bool
+) -> list[Line]:
+    """General text in nats, and what other people would call it."""
+    lines = [_loss_line("general loss", before, after)]
+    for key, label in (
+        ("perplexity", "general perplexity"),
+        ("bits_per_byte", "general bits per byte"),
+    ):
+        if before[key] is not None:
+            lines.append(Line(label, before[key], after[key] if after else None))
+    if authors_perplexity:
+        later = 2 ** after["nats"] if after else None
+        lines.append(Line("2^nats (as the paper's code)", 2 ** before["nats"], later))
+    return lines
+
+
+def _task_lines(name: str, before: dict[str, Any], after: dict[str, Any] | None) -> list[Line]:
+    """The loss on the right answers of one task, where it is known, and the accuracies."""
+    lines = []
+    if "answer_loss" in before:
+        answered = after["answer_loss"] if after else None
+        lines.append(_loss_line(f"{name} answer loss", before["answer_loss"], answered))
+    for metric in ("acc", "acc_norm"):
+        if metric in before:
+            error = (after or before).get(f"{metric}_stderr")
+            later = after[metric] if after else None
+            lines.append(Line(f"{name} {metric}", before[metric], later, error))
+    return lines
 
 
 def evaluate(options: EvalOptions) -> dict[str, Any]:
     """`forgetless eval`: the bare base model, then with the adapter (its update times `scale`) or
-    the tuned model. Prints the table, returns the run.
+    the tuned model. Prints the table, returns what is in its run.json.
+
+    Raises ValueError or OptionError before a model is loaded where the options cannot work.
     """
-    if options.adapter and options.tuned:
-        raise OptionError("give --adapter or --tuned, not both")
-    if options.scale != 1.0 and not options.adapter:
-        raise OptionError("--scale scales an adapter's update; give --adapter")
-    if options.adapter:
-        checked(options.adapter)
-    if options.tuned and not Path(options.tuned).is_dir():
-        raise ValueError(
-            f"'{options.tuned}' is not a folder; give --tuned the final/ folder of a run with "
-            "--full"
-        )
-    check_tasks(options.tasks)
-    if options.out:
-        check_output_folder(options.out)
+    _check_evaluated(options)
     torch.manual_seed(options.seed)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -210,7 +214,8 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
         shots=options.shots,
     )
     windows = {key: getattr(options, key) for key in ("length", "stride", "batch_tokens")}
-    tokenizer, model = load_tokenizer(options), load_model(options)
+    tokenizer = load_tokenizer(options)
+    model = load_model(options)
     before = measure(model, tokenizer, held_out, **windows)
     after = None
     if options.adapter:
@@ -230,3 +235,21 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
     if options.out:
         write_json(Path(options.out) / "run.json", run)
     return run
+
+
+def _check_evaluated(options: EvalOptions) -> None:
+    """Everything that can be refused without loading a model."""
+    if options.adapter and options.tuned:
+        raise OptionError("give --adapter or --tuned, not both")
+    if options.scale != 1.0 and not options.adapter:
+        raise OptionError("--scale scales an adapter's update; give --adapter")
+    if options.adapter:
+        checked(options.adapter)
+    if options.tuned and not Path(options.tuned).is_dir():
+        raise ValueError(
+            f"'{options.tuned}' is not a folder; give --tuned the final/ folder of a run with "
+            "--full"
+        )
+    check_tasks(options.tasks, shots=options.shots)
+    if options.out:
+        check_output_folder(options.out)

@@ -1,17 +1,26 @@
-"""TODO evaluate.losses."""
+"""Losses on text: cross-entropy in nats per token, document by document, so that two states of a
+model can be compared on the same documents.
+
+    loss = general_loss(model, tokenizer, documents)         # of rows: completion_loss
+    loss.nats, loss.standard_error, loss.perplexity          # 3.21, 0.02, exp(3.21)
+    loss.rise(general_loss(tuned, tokenizer, documents))     # paired by document
+
+A document longer than the window is read by windows that move by half of one, so that every token
+but the first is scored once, with at least half a window before it. The sums are in f64 over
+cross-entropies in f32.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import math
-import sys
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from forgetless.data.documents import Document
 from forgetless.data.encoding import Encoded, collate, encode_whole
@@ -19,13 +28,15 @@ from forgetless.data.tasks import encode_rows
 from forgetless.errors import OptionError
 from forgetless.evaluate.rise import ERROR, Rise, alone, numbered, paired_rise
 from forgetless.model.loading import context_length
+from forgetless.report.terminal import progress
 
-BATCH_TOKENS, BATCH_TOKENS_CPU = (
-    4096,
-    1024,
-    # of a forward pass. On a CPU more leave its caches: 4,096 took 1.17x of the time of 1,024 on the
-    # lab model
-)
+# Tokens of one forward pass on a GPU.
+BATCH_TOKENS = 4096
+# Tokens of one forward pass on a CPU, of which more leave its caches: 4,096 took 1.17x of the time
+# of 1,024 on the lab model.
+BATCH_TOKENS_CPU = 1024
+# Tokens of the window where no length is given; a model with a smaller context has a smaller one.
+WINDOW = 2048
 
 
 @dataclass(frozen=True)
@@ -57,6 +68,7 @@ class TextLoss:
 
     @property
     def tokens(self) -> int:
+        """Scored tokens of all documents."""
         return int(self.tokens_by_document.sum())
 
     @property
@@ -75,11 +87,10 @@ class TextLoss:
 
     @property
     def bits_per_byte(self) -> float | None:
-        return (
-            None
-            if not self.utf8_bytes
-            else float(self.nats_by_document.sum() / math.log(2) / self.utf8_bytes)
-        )
+        """None where the size of the text is not known."""
+        if not self.utf8_bytes:
+            return None
+        return float(self.nats_by_document.sum() / math.log(2) / self.utf8_bytes)
 
     def numbers(self) -> dict[str, Any]:
         """For run.json."""
@@ -103,8 +114,8 @@ class TextLoss:
 
 
 def ratio_error(sums: np.ndarray, counts: np.ndarray) -> float | None:
-    """Standard error of sum(sums) / sum(counts) over independent documents (linearised ratio); None
-    below two documents.
+    """Standard error of sum(sums) / sum(counts) over independent documents, both (documents,), as
+    of a linearised ratio; None below two documents.
     """
     n = len(sums)
     if n < 2:
@@ -115,6 +126,7 @@ def ratio_error(sums: np.ndarray, counts: np.ndarray) -> float | None:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode and without gradients, as it was before afterwards."""
     training = model.training
     model.eval()
     try:
@@ -124,27 +136,29 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def _windows(encoded: Sequence[Encoded], window: int, stride: int) -> list[tuple[int, Encoded]]:
-    """(document, window) pairs in which every token but a document's first is scored exactly once,
-    with at least window - stride tokens before it.
+@dataclass(frozen=True)
+class Window:
+    """Some tokens of one document, and which of them are scored here."""
+
+    document: int
+    ids: list[int]
+    scored: list[bool]
+
+
+def _windows(encoded: Sequence[Encoded], size: int, stride: int) -> list[Window]:
+    """Windows in which every token but a document's first is scored exactly once, with at least
+    size - stride tokens before it.
     """
-    cut = []
-    for index, (ids, scored) in enumerate(encoded):
-        end = 1  # targets before `end` have been scored
+    windows = []
+    for document, (ids, scored) in enumerate(encoded):
+        end = 1  # the targets before `end` have been scored
         while end < len(ids):
-            stop = min(len(ids), end + (window - 1 if end == 1 else stride))
-            start = max(0, stop - window)
-            cut.append(
-                (
-                    index,
-                    (
-                        ids[start:stop],
-                        [s and start + i >= end for i, s in enumerate(scored[start:stop])],
-                    ),
-                )
-            )
+            stop = min(len(ids), end + (size - 1 if end == 1 else stride))
+            start = max(0, stop - size)
+            new = [mark and start + i >= end for i, mark in enumerate(scored[start:stop])]
+            windows.append(Window(document, ids[start:stop], new))
             end = stop
-    return cut
+    return windows
 
 
 def text_loss(
@@ -158,14 +172,12 @@ def text_loss(
     sources: Sequence[Hashable] | None = None,
     label: str = "evaluating",
 ) -> TextLoss:
-    """Loss on encoded documents by windows of `window` tokens moving by `stride` (default half), in
-    f32. Costs one forward pass over the windows.
+    """Loss on encoded documents by windows of `window` tokens that move by `stride` (default: half
+    of one). Costs one forward pass over the windows.
 
-    Documents without a scored token are left out of the result. Raises ValueError where none has
-    any.
+    Documents without a scored token are left out of the result. Raises ValueError where no document
+    has one, and OptionError for a window or stride that cannot be.
     """
-    from tqdm import tqdm
-
     stride = stride or max(1, window // 2)
     device = next(model.parameters()).device
     batch_tokens = batch_tokens or (BATCH_TOKENS_CPU if device.type == "cpu" else BATCH_TOKENS)
@@ -174,37 +186,20 @@ def text_loss(
             f"expected 1 <= stride < window and window >= 2, found window {window} and stride "
             f"{stride}"
         )
-    cut = sorted(_windows(encoded, window, stride), key=lambda item: -len(item[1][0]))
-    nats, tokens = np.zeros(len(encoded)), np.zeros(len(encoded))
-    with (
-        evaluating(model),
-        tqdm(
-            total=len(cut), desc=label, unit="window", disable=not sys.stderr.isatty(), leave=False
-        ) as bar,
-    ):
+    # The longest first, so that the windows of one batch are of nearly one length.
+    windows = sorted(_windows(encoded, window, stride), key=lambda each: -len(each.ids))
+    nats = np.zeros(len(encoded))
+    tokens = np.zeros(len(encoded))
+    with evaluating(model), progress(label, len(windows), unit="window", leave=False) as bar:
         start = 0
-        while start < len(cut):
-            group = cut[start : start + max(1, batch_tokens // len(cut[start][1][0]))]
-            batch = {
-                key: value.to(device)
-                for key, value in collate([piece for _, piece in group], 0).items()
-            }
-            logits = model(
-                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
-            ).logits.float()
-            targets = nn.functional.pad(
-                batch["labels"][:, 1:], (0, 1), value=-100
-            )  # moved instead of the logits, which a slice or transpose would copy
-            each = nn.functional.cross_entropy(
-                logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none"
-            ).view_as(targets)
-            for (index, _), total, count in zip(
-                group, each.double().sum(1).tolist(), (targets != -100).sum(1).tolist(), strict=True
-            ):
-                nats[index] += total
-                tokens[index] += count
+        while start < len(windows):
+            group = windows[start : start + max(1, batch_tokens // len(windows[start].ids))]
+            sums, counts = _scored_sums(model, group, device)
+            for each, total, count in zip(group, sums, counts, strict=True):
+                nats[each.document] += total
+                tokens[each.document] += count
             start += len(group)
-            bar.update(len(group))
+            bar.advance(len(group))
     scored = tokens > 0
     if not scored.any():
         raise ValueError(
@@ -216,6 +211,22 @@ def text_loss(
     return TextLoss(nats[scored], tokens[scored], utf8_bytes, sources)
 
 
+def _scored_sums(
+    model: nn.Module, windows: Sequence[Window], device: torch.device
+) -> tuple[list[float], list[int]]:
+    """The summed loss of the scored tokens in each window, in nats, and how many they are."""
+    collated = collate([(each.ids, each.scored) for each in windows], 0)
+    batch = {key: value.to(device) for key, value in collated.items()}
+    output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    logits: Tensor = output.logits.float()  # (windows, longest, vocabulary)
+    # The targets are moved instead of the logits, which a slice or transpose would copy.
+    targets = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    losses = nn.functional.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none"
+    ).view_as(targets)
+    return losses.double().sum(1).tolist(), (targets != -100).sum(1).tolist()
+
+
 def general_loss(
     model: nn.Module,
     tokenizer: Any,
@@ -225,8 +236,8 @@ def general_loss(
     stride: int | None = None,
     batch_tokens: int | None = None,
 ) -> TextLoss:
-    """Loss on general text. Bits per byte only where every document is plain text."""
-    window = min(length or 2048, context_length(model))
+    """Loss on general text. Bits per byte are known only where every document is plain text."""
+    window = min(length or WINDOW, context_length(model))
     plain = all(document.text is not None for document in documents)
     size = sum(len((document.text or "").encode()) for document in documents) if plain else None
     encoded, with_tokens = encode_whole(documents, tokenizer)
@@ -250,11 +261,12 @@ def completion_loss(
     length: int | None = None,
     batch_tokens: int | None = None,
 ) -> TextLoss:
-    """Loss on held-out domain data: on completions, assistant turns, or all of the text.
+    """Loss on held-out domain data, a datasets.Dataset as `load_training_data` makes it: on
+    completions, assistant turns, or all of the text.
 
     A prompt too long for the window loses its beginning.
     """
-    window = min(length or 2048, context_length(model))
+    window = min(length or WINDOW, context_length(model))
     encoded = encode_rows(data, tokenizer)
     if "prompt" in data.column_names:
         encoded = [last_window(pair, window) for pair in encoded]
@@ -262,5 +274,6 @@ def completion_loss(
 
 
 def last_window(encoded: Encoded, window: int) -> Encoded:
+    """The last `window` tokens of an encoded text."""
     ids, scored = encoded
     return ids[-window:], scored[-window:]
