@@ -253,8 +253,8 @@ class Lab:
     def run(self, method: str, value: float, part: str, seed: int) -> None:
         """One training run, evaluated at full size and scaled; skipped when its result exists."""
         from forgetless.evaluate.evaluate import changes, measure
-        from forgetless.model.adapters import scale_update
         from forgetless.model.loading import load_tokenizer
+        from forgetless.model.update import AdapterUpdate
         from forgetless.tune.tune import tune
 
         target = self.place(method, value, part, seed)
@@ -278,16 +278,13 @@ class Lab:
         adapter = self.out / "adapters" / target.stem
         adapter.parent.mkdir(exist_ok=True)
         (folder / "final").rename(adapter)
-        scales, tokenizer, now = (
-            {"1.0": changes(finished["before"], finished["after"])},
-            load_tokenizer(ModelOptions(model=self.model)),
-            1.0,
-        )
+        scales = {"1.0": changes(finished["before"], finished["after"])}
+        tokenizer = load_tokenizer(ModelOptions(model=self.model))
         model = self.load(adapter)
+        update = AdapterUpdate(model)
         held_out = read_held_out(general=held["general"], data=held["eval_data"], limit=LIMIT[part])
         for scale in SCALES:
-            scale_update(model, scale / now)
-            now = scale
+            update.scale(scale)
             after = measure(model, tokenizer, held_out)
             scales[str(scale)] = changes(finished["before"], after)
         before = {key: finished["before"][key]["nats"] for key in ("general", "domain")}

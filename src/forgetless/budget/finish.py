@@ -206,11 +206,11 @@ def shrinker(update: Update, importance: Importance) -> Callable[[float], None]:
         if share in (0.0, 1.0):
             update.scale(share)
             return
-        for weight, L, _ in update.kept():
+        for weight, L, _ in update.thin_factors():
             if weight.name not in forms:
                 forms[weight.name] = prepared(importance[weight.name], L.device, made)
-        unit = typical([(forms[weight.name], L, R) for weight, L, R in update.kept()])
-        update.factors(
+        unit = typical([(forms[weight.name], L, R) for weight, L, R in update.thin_factors()])
+        update.refactor(
             lambda weight, L, R: refactored(forms[weight.name], L, R, mu_of(share) / unit)
         )
 

@@ -32,8 +32,9 @@ from forgetless.evaluate.losses import TextLoss, completion_loss, general_loss
 from forgetless.evaluate.rise import Rise
 from forgetless.files.atomic import discard, read_json, write_json
 from forgetless.model.adapter_files import load_tuned
-from forgetless.model.adapters import has_lora, scale_update
+from forgetless.model.adapters import has_lora
 from forgetless.model.loading import load_model, load_tokenizer
+from forgetless.model.update import AdapterUpdate, ModelUpdate
 from forgetless.options.tune import TuneOptions
 
 logger = logging.getLogger("forgetless")
@@ -167,34 +168,24 @@ def _rise(before: dict[str, Any], after: dict[str, Any]) -> Rise:
 def _scaled(
     options: TuneOptions, adapter: Path, scales: Iterable[float]
 ) -> Iterator[tuple[float, nn.Module]]:
-    """The base with the finished update at 1 and at each smaller scale: a LoRA update by its
-    scaling, any other by the difference of the weights; on a quantised base, whose weights are
-    codes, such an update at 1 alone.
+    """The base with the finished update at 1 and at each smaller scale.
+
+    An update that is not LoRA's is scaled as a difference of all weights; on a quantised base,
+    whose weights are codes, it is there at 1 alone.
     """
     tuned = load_tuned(options, adapter, full=options.full)
-    if not has_lora(tuned):
-        if options.quantize != "none":
-            yield 1.0, tuned
-            return
-        ends, base = (
-            dict((tuned if options.full else tuned.merge_and_unload()).named_parameters()),
-            load_model(options),
-        )
-        moved = [
-            (p, ends[name].detach().clone(), ends[name].detach() - p.detach())
-            for name, p in base.named_parameters()
-        ]
-        for scale in (1.0, *sorted(scales, reverse=True)):
-            with torch.no_grad():
-                for p, whole, U in moved:
-                    p.copy_(whole if scale == 1 else whole - (1 - scale) * U)
-            yield scale, base
+    update: AdapterUpdate | ModelUpdate
+    if has_lora(tuned):
+        model, update = tuned, AdapterUpdate(tuned)
+    elif options.quantize != "none":
+        yield 1.0, tuned
         return
-    now = 1.0
+    else:
+        model = load_model(options)
+        update = ModelUpdate(model, tuned if options.full else tuned.merge_and_unload())
     for scale in (1.0, *sorted(scales, reverse=True)):
-        scale_update(tuned, scale / now)
-        now = scale
-        yield scale, tuned
+        update.scale(scale)
+        yield scale, model
 
 
 def _forget_peak() -> None:

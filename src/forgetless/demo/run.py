@@ -34,8 +34,8 @@ from forgetless.evaluate.losses import TextLoss, general_loss
 from forgetless.files.atomic import atomic_path, write_json
 from forgetless.files.provenance import environment
 from forgetless.files.room import check_output_folder
-from forgetless.model.adapters import scale_update
 from forgetless.model.loading import load_model, load_tokenizer
+from forgetless.model.update import AdapterUpdate
 from forgetless.options.model import ModelOptions
 from forgetless.options.record import RECORD_PRESETS, RecordOptions
 from forgetless.options.tune import TUNE_PRESETS, TuneOptions
@@ -230,26 +230,27 @@ class Exam:
 
     def at_scales(self, adapter: Path) -> dict[float, Losses]:
         """Losses with the adapter's update times each of the report's scales."""
-        model, found, now = self.adapted(adapter), {}, 1.0
+        model, found = self.adapted(adapter), {}
+        update = AdapterUpdate(model)
         for scale in summary.SCALES:
-            scale_update(model, scale / now)
-            now, found[scale] = scale, self.losses(model)
+            update.scale(scale)
+            found[scale] = self.losses(model)
         return found
 
     def scaled(self, adapter: Path, domain_accuracy: float) -> Score:
         """The adapter's update times the smallest of SCALES that reaches the domain accuracy or,
         where none does, the best of them all.
         """
-        model, accuracies, now = self.adapted(adapter), [], 1.0
+        model, accuracies = self.adapted(adapter), []
+        update = AdapterUpdate(model)
         for scale in SCALES:
-            scale_update(model, scale / now)
-            now = scale
+            update.scale(scale)
             accuracies.append(accuracy(model, self.tokenizer, self.rows["domain-questions"]))
         best = max(accuracies)
         chosen = SCALES[
             next(i for i, found in enumerate(accuracies) if found >= min(domain_accuracy, best))
         ]
-        scale_update(model, chosen / now)
+        update.scale(chosen)
         return self.score(
             model,
             self.losses(model),

@@ -30,8 +30,8 @@ from forgetless.files.atomic import write_json
 from forgetless.files.provenance import environment
 from forgetless.files.room import check_output_folder
 from forgetless.model.adapter_files import checked, with_adapter
-from forgetless.model.adapters import scale_update
 from forgetless.model.loading import load_model, load_tokenizer
+from forgetless.model.update import AdapterUpdate
 from forgetless.options.option import as_dict
 from forgetless.options.verbs import EvalOptions
 from forgetless.report.terminal import table as terminal_table
@@ -220,7 +220,8 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
     after = None
     if options.adapter:
         model = with_adapter(model, options.adapter)
-        scale_update(model, options.scale)
+        if options.scale != 1.0:
+            AdapterUpdate(model).scale(options.scale)
         after = measure(model, tokenizer, held_out, **windows)
     elif options.tuned:
         after = measure(load_model(options, options.tuned), tokenizer, held_out, **windows)

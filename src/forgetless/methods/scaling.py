@@ -24,8 +24,8 @@ from forgetless.errors import OptionError
 from forgetless.evaluate.losses import TextLoss, general_loss
 from forgetless.methods.method import Setup
 from forgetless.model.loading import load_model
-from forgetless.model.targets import matching, target_weights
-from forgetless.model.weights import LowRankWeight
+from forgetless.model.targets import matching
+from forgetless.model.update import Update
 from forgetless.options.tune import TuneOptions
 
 logger = logging.getLogger("forgetless")
@@ -86,29 +86,23 @@ def largest(meets: Callable[[int], bool]) -> int:
     return low
 
 
-@torch.no_grad()
 def scaler(setup: Setup, model: nn.Module) -> Callable[[float], None]:
     """A function: scale -> the model with its finished update times that.
 
-    Keeps one copy of B, or of the trained weights and the base's.
+    Keeps one copy of what was trained, and for full fine-tuning one of the base model's weights.
     """
     o = setup.options
-    parts: list[
-        tuple[nn.Parameter, torch.Tensor, torch.Tensor | None]
-    ] = []  # parameter, its finished value, the base's (None: zero)
-    if o.full:
-        base = dict(matching(load_model(o), o.targets))
-        parts = [
-            (m.weight, m.weight.detach().clone(), base[path].weight.to(m.weight.device))
-            for path, m in matching(model, o.targets)
-        ]
-    else:
-        weights = [weight for weight in target_weights(model) if isinstance(weight, LowRankWeight)]
-        parts = [(weight.B, weight.B.detach().clone(), None) for weight in weights]
+    if not o.full:
+        return Update(model).scale
+    base = dict(matching(load_model(o), o.targets))
+    weights: list[tuple[nn.Parameter, torch.Tensor, torch.Tensor]] = []  # now, finished, base's
+    for path, module in matching(model, o.targets):
+        W = module.weight
+        weights.append((W, W.detach().clone(), base[path].weight.to(W.device)))
 
     @torch.no_grad()
     def set_scale(scale: float) -> None:
-        for parameter, whole, zero in parts:
-            parameter.copy_(whole * scale if zero is None else torch.lerp(zero, whole, scale))
+        for W, finished, start in weights:
+            W.copy_(torch.lerp(start, finished, scale))
 
     return set_scale

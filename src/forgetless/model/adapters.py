@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from forgetless.errors import FileError
 from forgetless.model.targets import (
-    adapter_types,
     is_conv1d,
     linear_layers,
     matching,
@@ -123,25 +123,19 @@ def adapter_inputs(folder: str | Path) -> dict[str, Tensor]:
     return found
 
 
+def active_lora_layers(model: nn.Module) -> Iterator[tuple[Any, str]]:
+    """(LoRA layer of any kind, its active adapter) of a model; its `scaling` is by adapter."""
+    from peft.tuners.lora import LoraLayer
+
+    for module in unwrapped(model).modules():
+        if isinstance(module, LoraLayer):
+            for adapter in module.active_adapters:
+                if adapter in module.scaling:
+                    yield module, adapter
+
+
 def has_lora(model: nn.Module) -> bool:
     """Whether an adapter's update is plain LoRA's, of any kind of layer."""
     from peft.tuners.lora import LoraLayer
 
     return any(isinstance(module, LoraLayer) for module in unwrapped(model).modules())
-
-
-def scale_update(model: nn.Module, factor: float) -> None:
-    """Multiply the active adapter's update by `factor`, in place, by its scaling: plain LoRA layers
-    of any kind.
-    """
-    from peft.tuners.lora import LoraLayer
-
-    if factor == 1.0:
-        return
-    layers = [module for module in unwrapped(model).modules() if isinstance(module, LoraLayer)]
-    if not layers:
-        raise ValueError(f"only LoRA updates can be scaled, found {adapter_types(model)}")
-    for module in layers:
-        for adapter in module.active_adapters:
-            if adapter in module.scaling:
-                module.scaling[adapter] *= factor

@@ -130,7 +130,9 @@ def warn_of_experts(model: nn.Module, names: str) -> None:
 
 
 def adapter_types(model: nn.Module) -> str:
-    return ", ".join(sorted({str(getattr(c, "peft_type", c)) for c in model.peft_config.values()}))
+    """PEFT's words for the adapters of a model, such as LORA or OFT."""
+    kinds = {getattr(config, "peft_type", config) for config in model.peft_config.values()}
+    return ", ".join(sorted(str(getattr(kind, "value", kind)) for kind in kinds))
 
 
 def _low_rank(

@@ -1,12 +1,18 @@
-"""The update that a model carries, to be made smaller, random or something else, and brought back:
-
-U -> factor * U without touching anything but the adapter (or, with full fine-tuning, the target
-weights). Costs a copy of what is trained.
+"""The update that a model carries, made smaller, and brought back: U -> factor * U.
 
     update = Update(model)           # before training: the base is what the weights are now
     ...train...
     update.keep()
     update.scale(0.5)                # half of what was kept; scale(1) is what was kept, bit for bit
+
+Three kinds differ in what they touch, and each has `scale(factor)`:
+
+    Update          the adapter's factors, or the target weights of full fine-tuning: what was
+                    trained is what is written, so a scaled model can be saved. Costs a copy of it.
+    AdapterUpdate   the factor that each LoRA layer multiplies its update by, to evaluate a finished
+                    adapter: of any kind of layer, costs nothing, and rounds nothing, in half
+                    precision either.
+    ModelUpdate     all parameters of a model, on the way to another one. Costs two copies.
 """
 
 from __future__ import annotations
@@ -16,12 +22,13 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from forgetless.model.targets import target_weights
+from forgetless.model.adapters import active_lora_layers
+from forgetless.model.targets import adapter_types, target_weights
 from forgetless.model.weights import FullWeight, LowRankWeight, wider
 
 
 class Update:
-    """All target weights of one model.
+    """The update of all target weights of one model.
 
     `names` chooses them for full fine-tuning, as in `target_weights`.
     """
@@ -47,31 +54,32 @@ class Update:
             elif factor == 1:
                 weight.W.copy_(kept[0])
             else:
-                base = weight.oriented(weight.base_rows(slice(None)))  # as W
+                base = _base_of(weight)
                 weight.W.copy_(base + factor * (kept[0].to(base) - base))
 
     @torch.no_grad()
     def randomise(self, size: float, seed: int = 0) -> None:
-        """Set every weight's update to a random one whose elements have root mean square `size`,
-        the same direction at every call with this seed.
+        """Set every weight's update to a random one whose elements have root mean square `size`.
+
+        Its direction is the same at every call with this seed.
         """
-        g = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)
         for weight in self.weights:
             if isinstance(weight, LowRankWeight):
                 A = weight.A.to(wider(weight.A.dtype))
-                noise = torch.randn(weight.B.shape, generator=g).to(A)
-                product = float((noise.T @ noise * (A @ A.T)).sum()) / (
-                    weight.shape[0] * weight.shape[1]
-                )  # mean square of noise @ A
-                weight.B.copy_(noise * (size / product**0.5))
+                noise = torch.randn(weight.B.shape, generator=generator).to(A)
+                elements = weight.shape[0] * weight.shape[1]
+                mean_square = float((noise.T @ noise * (A @ A.T)).sum()) / elements  # of noise @ A
+                weight.B.copy_(noise * (size / mean_square**0.5))
             else:
-                base = weight.oriented(weight.base_rows(slice(None)))  # as W
-                weight.W.copy_(base + size * torch.randn(weight.W.shape, generator=g).to(base))
+                base = _base_of(weight)
+                noise = torch.randn(weight.W.shape, generator=generator).to(base)
+                weight.W.copy_(base + size * noise)
 
-    def kept(self) -> Iterator[tuple[LowRankWeight, Tensor, Tensor]]:
-        """Each weight with thin factors of its kept update, (out, r) and (r, in), in f32 or wider.
+    def thin_factors(self) -> Iterator[tuple[LowRankWeight, Tensor, Tensor]]:
+        """Each weight with thin factors L (out, r), R (r, in) of its kept update L @ R.
 
-        Raises ValueError for weights trained themselves.
+        They are in f32 or wider. Raises ValueError for weights trained themselves.
         """
         for weight, kept in zip(self.weights, self._kept, strict=True):
             if isinstance(weight, FullWeight):
@@ -82,13 +90,59 @@ class Update:
             yield weight, weight.scale * kept[1].to(dtype), kept[0].to(dtype)
 
     @torch.no_grad()
-    def factors(
+    def refactor(
         self, change: Callable[[LowRankWeight, Tensor, Tensor], tuple[Tensor, Tensor]]
     ) -> None:
-        """Set every LoRA weight's update to `change(weight, L, R)` -> (L', R'), thin factors of the
-        same rank, from the kept L @ R = U in f32 or wider.
+        """Set every LoRA weight's update to `change(weight, L, R)`, made of the kept one.
+
+        `change` returns thin factors (L', R') of the same rank. Raises ValueError for weights
+        trained themselves.
         """
-        for weight, L, R in self.kept():
+        for weight, L, R in self.thin_factors():
             new_L, new_R = change(weight, L, R)
             weight.A.copy_(new_R)
             weight.B.copy_(new_L / weight.scale)
+
+
+class AdapterUpdate:
+    """The update of a finished LoRA adapter, of any kind of layer, by its layers' own scale.
+
+    Raises ValueError for other adapters.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._layers = [
+            (layer, adapter, layer.scaling[adapter]) for layer, adapter in active_lora_layers(model)
+        ]
+        if not self._layers:
+            raise ValueError(f"only LoRA updates can be scaled, found {adapter_types(model)}")
+
+    def scale(self, factor: float) -> None:
+        """Set the update to `factor` times the finished one."""
+        for layer, adapter, finished in self._layers:
+            layer.scaling[adapter] = finished * factor
+
+
+class ModelUpdate:
+    """The update from `model` to `tuned`, which has the same parameters; applied to `model`."""
+
+    def __init__(self, model: nn.Module, tuned: nn.Module):
+        ends = dict(tuned.named_parameters())
+        self._parameters = []  # (parameter of the model, where it ends, its update)
+        for name, parameter in model.named_parameters():
+            end = ends[name].detach()
+            self._parameters.append((parameter, end.clone(), end - parameter.detach()))
+
+    @torch.no_grad()
+    def scale(self, factor: float) -> None:
+        """Set every parameter to where it came from plus `factor` times its update.
+
+        At 1 it is where it ends, bit for bit.
+        """
+        for parameter, end, U in self._parameters:
+            parameter.copy_(end if factor == 1 else end - (1 - factor) * U)
+
+
+def _base_of(weight: FullWeight) -> Tensor:
+    """W(base) in the orientation of W, in f32 or wider."""
+    return weight.oriented(weight.base_rows(slice(None)))
