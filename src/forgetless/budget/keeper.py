@@ -24,10 +24,11 @@ from forgetless.budget.probe import Probe, Rolling, plan
 from forgetless.data.duplicates import Overlap
 from forgetless.evaluate.rise import Rise
 from forgetless.importance.importance import Importance
+from forgetless.model import distributed
 from forgetless.model.update import Update
 from forgetless.model.weights import FullWeight
 from forgetless.options.estimators import known
-from forgetless.penalty.callback import PenaltyCallback, hold_trainer
+from forgetless.penalty.callback import PenaltyCallback, add_penalty
 from forgetless.penalty.pull import Penalty
 
 logger = logging.getLogger("forgetless")
@@ -86,15 +87,17 @@ class Keeper:
         ):  # a random update's rise is measured from the model that training starts from
             spread = self.ledger.spread(trainer.model, self.update, error=EACH)
             check_reach(spread[0], len(self.ledger.check), self.budget, error=EACH)
-        callback = hold_trainer(
-            trainer,
+        penalty = Penalty(
+            trainer.model,
             importance,
-            strength=0.0,
+            strength=0.0,  # until the controller sets it
             layers=layers,
             anchor=anchor,
             names=names,
             offload=offload,
+            shard=distributed.running(),
         )
+        callback = add_penalty(trainer, penalty)
         if estimator is not None and estimator.in_nats:
             unit: float | None = 1.0
             start = start or estimator.strength

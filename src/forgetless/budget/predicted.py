@@ -28,10 +28,11 @@ from forgetless.evaluate.rise import Rise
 from forgetless.files.schema import GENERAL
 from forgetless.importance.calibration import COVERED, Calibration, usual_strength
 from forgetless.importance.importance import Importance
+from forgetless.model import distributed
 from forgetless.model.update import Update
 from forgetless.model.weights import FullWeight
 from forgetless.options.estimators import known
-from forgetless.penalty.callback import PenaltyCallback, hold_trainer
+from forgetless.penalty.callback import PenaltyCallback, add_penalty
 from forgetless.penalty.pull import Penalty
 
 logger = logging.getLogger("forgetless")
@@ -106,15 +107,17 @@ class Predictor:
         """
         self.update = Update(trainer.model, names=names)
         _check_seen(trainer.model, self.update, anchor)
-        callback = hold_trainer(
-            trainer,
+        penalty = Penalty(
+            trainer.model,
             importance,
-            strength=0.0,
+            strength=0.0,  # until the controller sets it
             layers=layers,
             anchor=anchor,
             names=names,
             offload=offload,
+            shard=distributed.running(),
         )
+        callback = add_penalty(trainer, penalty)
         self.forecast = Forecast(self.budget, self.calibration, callback.penalty)
         start = start or usual_strength(importance, self.calibration.cost)
         self.probe = Probe(

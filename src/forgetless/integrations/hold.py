@@ -12,7 +12,7 @@ from forgetless.errors import OptionError
 from forgetless.importance.importance import Importance
 from forgetless.model import distributed
 from forgetless.options.estimators import default_strength
-from forgetless.penalty.callback import PenaltyCallback, hold_trainer
+from forgetless.penalty.callback import PenaltyCallback, add_penalty
 from forgetless.penalty.pull import Penalty
 
 
@@ -111,12 +111,14 @@ def hold(
             offload=offload,
         )
     strength = default_strength(loaded.info.get("estimator", "?")) if strength is None else strength
-    return hold_trainer(
-        trainer,
+    penalty = Penalty(
+        trainer.model,
         loaded,
         strength=strength,
         layers=layers,
         anchor=anchor,
         names=names,
         offload=offload,
+        shard=distributed.running(),
     )
+    return add_penalty(trainer, penalty)

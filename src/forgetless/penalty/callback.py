@@ -1,11 +1,12 @@
-"""The thin bridge to the transformers Trainer and every TRL trainer: these classes delegate, they
-compute nothing.
+"""The bridge from a penalty to the transformers Trainer, and so to every TRL trainer.
 
-    hold(trainer, importance)          # before trainer.train()
+The callback delegates and computes nothing.
 
-Two facts about the host (transformers 5.23): the optimizer exists from `on_train_begin` on, inside
-accelerate's wrapper; reporters are called before user callbacks and `log_history` is copied before
-`on_log`, so `hold` puts its callback first and writes into both.
+    add_penalty(trainer, penalty)          # before trainer.train()
+
+Two facts about the host (transformers 5.23) shape it. The optimizer exists from `on_train_begin`
+on, inside accelerate's wrapper. Reporters are called before user callbacks, and `log_history` is
+copied before `on_log`; so `add_penalty` puts its callback first, and numbers are written into both.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from forgetless.importance.importance import Importance
 from forgetless.model import distributed
+from forgetless.penalty.attachment import PenaltyAttachment
 from forgetless.penalty.pull import Penalty
 
 
@@ -28,35 +29,33 @@ def check_gradients(args: TrainingArguments, state: TrainerState, model: nn.Modu
 
     Under fp16 the GradScaler skips such steps itself.
     """
-    norms = (
-        []
-        if args.fp16
-        else torch._foreach_norm(
-            [distributed.local(p.grad) for p in model.parameters() if p.grad is not None]
-        )
-    )
+    if args.fp16:
+        return
+    gradients = [distributed.local(p.grad) for p in model.parameters() if p.grad is not None]
+    norms = torch._foreach_norm(gradients)
     if norms and not math.isfinite(
         float(torch.stack([norm.float().cpu() for norm in norms]).sum())
     ):
         raise ValueError(
             f"non-finite loss or gradient at step {state.global_step + 1}; the last good "
-            "checkpoint is kept. "
-            "Lower the learning rate or the strength, or train in float32, and resume from it"
+            "checkpoint is kept. Lower the learning rate or the strength, or train in float32, "
+            "and resume from it"
         )
 
 
 class PenaltyCallback(TrainerCallback):
-    """Attaches a penalty to the trainer's optimizer, logs energy, pull norm and pull/gradient
-    ratio, and stops with ValueError on a non-finite gradient.
+    """Attaches a penalty to the trainer's optimizer, and logs what it does.
 
-    Added by hand (`callbacks=[PenaltyCallback(penalty)]`) it comes after the reporters: the console
-    and `log_history` get its numbers, TensorBoard does not. `hold` puts it first.
+    The log gets energy, norm of the pull and its ratio to the gradient's. Training stops with
+    ValueError on a non-finite gradient. Added by hand (`callbacks=[PenaltyCallback(penalty)]`) the
+    callback comes after the reporters: the console and `log_history` get its numbers, TensorBoard
+    does not. `hold` and `add_penalty` put it first.
     """
 
     def __init__(self, penalty: Penalty):
         self.penalty = penalty
         self.finishing: Callable[[], dict[str, Any]] | None = None  # set where a budget is kept
-        self._attachment: Any = None
+        self._attachment: PenaltyAttachment[Any] | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -88,9 +87,10 @@ class PenaltyCallback(TrainerCallback):
         write_logs(self.penalty.logs(), logs, state)
 
     def finish(self) -> dict[str, Any]:
-        """After training with a budget: scales the update to what keeps it, checks it, and returns
-        the report (`["verdict"]`: met, not shown, exceeded; predicted where there is no general
-        text).
+        """After training with a budget: scale the update to what keeps it, and check it.
+
+        Returns the report, whose `["verdict"]` is met, not shown or exceeded, or predicted where
+        there is no general text. Raises ValueError where no budget is kept.
         """
         if self.finishing is None:
             raise ValueError(
@@ -107,44 +107,16 @@ class PenaltyCallback(TrainerCallback):
 
 
 def write_logs(mine: dict[str, float], logs: dict[str, Any], state: TrainerState) -> None:
+    """Write numbers of ours into what reporters get, and into the trainer's history."""
     logs.update(mine)
     if state.log_history:
         state.log_history[-1].update(mine)
 
 
-def hold_trainer(
-    trainer: Any,
-    importance: Importance,
-    *,
-    strength: float,
-    layers: Any = None,
-    anchor: str = "base",
-    names: str | None = None,
-    offload: bool = False,
-) -> PenaltyCallback:
-    """Build the penalty of `importance` on the trainer's model and let it pull before every step.
-
-    The settings are those of `Penalty`. In several processes each keeps its share of the
-    importance. Raises ValueError where importance does not fit the model or the engine cannot be
-    held under (DeepSpeed, FSDP 1), OptionError for wrong settings.
-    """
-    distributed.check_engine(trainer, "the pull")
-    penalty = Penalty(
-        trainer.model,
-        importance,
-        strength=strength,
-        layers=layers,
-        anchor=anchor,
-        names=names,
-        offload=offload,
-        shard=distributed.running(),
-    )
-    return add_penalty(trainer, penalty)
-
-
 def add_penalty(trainer: Any, penalty: Penalty) -> PenaltyCallback:
-    """Let `penalty` pull before every step of `trainer`; its callback comes first, so that
-    TensorBoard and the console show its numbers.
+    """Let `penalty` pull before every step of `trainer`; returns its callback.
+
+    The callback comes first, so that TensorBoard and the console show its numbers.
     """
     callback = PenaltyCallback(penalty)
     trainer.callback_handler.callbacks.insert(0, callback)
