@@ -27,7 +27,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from forgetless.importance.importance import Importance
 from forgetless.model.adapters import add_adapter
-from forgetless.model.targets import base_shapes, target_weights
+from forgetless.model.linear import base_shapes
+from forgetless.model.targets import target_weights
 from forgetless.penalty.pull import Penalty
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

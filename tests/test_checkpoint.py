@@ -20,7 +20,8 @@ from forgetless.importance.entries import DenseEntry, FactoredEntry, KroneckerEn
 from forgetless.importance.importance import Importance
 from forgetless.model import weights as weights_module
 from forgetless.model.checkpoint import KeptWeight, StoredWeight
-from forgetless.model.targets import base_shapes, target_weights
+from forgetless.model.linear import base_shapes
+from forgetless.model.targets import target_weights
 from forgetless.penalty.pull import Penalty
 
 ENTRIES = {
@@ -51,9 +52,7 @@ def load(folder, dtype="auto"):
 
 def importance_of(model, form):
     torch.manual_seed(1)
-    return Importance(
-        {name: ENTRIES[form](*shape) for name, shape in base_shapes(model).items()}
-    )
+    return Importance({name: ENTRIES[form](*shape) for name, shape in base_shapes(model).items()})
 
 
 def kept(penalty):

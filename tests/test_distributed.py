@@ -24,7 +24,7 @@ from forgetless import Fisher, Importance, Kronecker, PathIntegral, Penalty
 from forgetless.data.encoding import batches
 from forgetless.errors import OptionError
 from forgetless.importance.tiers import converted
-from forgetless.model import distributed
+from forgetless.model import distributed, shards
 from forgetless.model.adapters import add_adapter
 from forgetless.model.fingerprint import fingerprint
 from forgetless.options.record import RECORD_PRESETS, RecordOptions
@@ -292,7 +292,7 @@ def stepped(tier, full, when=None, optimizer=torch.optim.SGD):
         fully_sharded(model, offload=when == "offloaded")
     penalty = penalty or Penalty(model, found, **settings)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert all(distributed.is_sharded(p) == (when is not None) for p in parameters.values())
+    assert all(shards.is_sharded(p) == (when is not None) for p in parameters.values())
     made = optimizer(parameters.values(), lr=0.05)
     g = torch.Generator().manual_seed(4)
     with penalty.attach(made):
@@ -311,7 +311,7 @@ def stepped(tier, full, when=None, optimizer=torch.optim.SGD):
         }
     )
     return (
-        {name: distributed.whole(p).detach() for name, p in parameters.items()},
+        {name: shards.whole(p).detach() for name, p in parameters.items()},
         penalty.energy(together=True),
         penalty.logs(),
         kept,

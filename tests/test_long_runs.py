@@ -17,7 +17,7 @@ from forgetless.importance.entries import DenseEntry
 from forgetless.importance.importance import Importance
 from forgetless.integrations.hold import hold
 from forgetless.model.adapters import add_adapter
-from forgetless.model.targets import base_shapes
+from forgetless.model.linear import base_shapes
 from forgetless.penalty.callback import PenaltyCallback
 from forgetless.penalty.pull import Penalty
 from forgetless.record.callback import RecorderCallback
@@ -185,7 +185,11 @@ def test_threads_and_files_are_closed_behind_every_verb(model_folder, text_file,
     ]
     (tmp_path / "domain.jsonl").write_text("\n".join(map(json.dumps, rows)))
     texts = [
-        {"text": " ".join(rng.choices(["the", "cat", "sat", "on", "mat", "and", "dog", "then", "too"], k=15))}
+        {
+            "text": " ".join(
+                rng.choices(["the", "cat", "sat", "on", "mat", "and", "dog", "then", "too"], k=15)
+            )
+        }
         for _ in range(40)
     ]
     (tmp_path / "wide.jsonl").write_text("\n".join(map(json.dumps, texts)))

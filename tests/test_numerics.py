@@ -14,7 +14,8 @@ from forgetless.importance.covariance import Covariance
 from forgetless.importance.entries import DenseEntry, KroneckerEntry
 from forgetless.importance.importance import Importance
 from forgetless.model.adapters import add_adapter
-from forgetless.model.targets import base_shapes, target_weights
+from forgetless.model.linear import base_shapes
+from forgetless.model.targets import target_weights
 from forgetless.penalty.pull import Penalty
 from forgetless.record.fisher import Fisher
 from forgetless.record.kronecker import Kronecker

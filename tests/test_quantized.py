@@ -12,8 +12,9 @@ from forgetless.evaluate.evaluate import evaluate
 from forgetless.importance.importance import Importance
 from forgetless.model.adapters import add_adapter
 from forgetless.model.fingerprint import fingerprint
+from forgetless.model.linear import base_shapes, linear_layers
 from forgetless.model.loading import load_model
-from forgetless.model.targets import base_shapes, linear_layers, target_weights
+from forgetless.model.targets import target_weights
 from forgetless.options.record import RECORD_PRESETS, RecordOptions
 from forgetless.options.tune import TUNE_PRESETS, TuneOptions
 from forgetless.options.verbs import EvalOptions, resolve

@@ -11,7 +11,8 @@ from conftest import CONFIGS, SMALL
 from forgetless.errors import OptionError
 from forgetless.model.adapters import add_adapter
 from forgetless.model.fingerprint import fingerprint
-from forgetless.model.targets import base_shapes, matching, target_weights
+from forgetless.model.linear import base_shapes, matching
+from forgetless.model.targets import target_weights
 
 
 @pytest.mark.parametrize("kind", sorted(CONFIGS))

@@ -48,8 +48,9 @@ from forgetless.importance.sizes import (
 )
 from forgetless.importance.tiers import converted, parse_tier
 from forgetless.model.adapters import add_adapter
+from forgetless.model.linear import unwrapped
 from forgetless.model.loading import device_of, load_empty
-from forgetless.model.targets import BaseLayer, base_layers, unwrapped
+from forgetless.model.targets import BaseLayer, base_layers
 from forgetless.options.estimators import ESTIMATORS
 from forgetless.options.verbs import PlanOptions
 from forgetless.penalty.algebra import low_rank_pull

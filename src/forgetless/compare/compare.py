@@ -60,8 +60,8 @@ from forgetless.files.provenance import environment, sha256_file
 from forgetless.files.schema import read_record
 from forgetless.methods.table import chosen as chosen_methods
 from forgetless.model.adapter_files import load_tuned
+from forgetless.model.linear import unwrapped
 from forgetless.model.loading import context_length, load_model, load_tokenizer
-from forgetless.model.targets import unwrapped
 from forgetless.options.model import ModelOptions
 from forgetless.options.verbs import CompareOptions, resolve
 

@@ -10,7 +10,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from forgetless.budget.open import of_trainer
 from forgetless.errors import OptionError
 from forgetless.importance.importance import Importance
-from forgetless.model import distributed
+from forgetless.model import distributed, engine
 from forgetless.options.estimators import default_strength
 from forgetless.penalty.callback import PenaltyCallback, add_penalty
 from forgetless.penalty.pull import Penalty
@@ -90,8 +90,8 @@ def hold(
         raise OptionError(
             f"general text is for a budget (budget='1%'), found general={general!r} and no budget"
         )
-    distributed.check_engine(trainer, "the pull")
-    if budget is not None and not distributed.has_whole_model(trainer):
+    engine.check_engine(trainer, "the pull")
+    if budget is not None and not engine.has_whole_model(trainer):
         raise ValueError(
             "a budget measures general text beside the trainer, which FSDP does not allow; train "
             "in one process or with DDP, or give a strength"

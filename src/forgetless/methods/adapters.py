@@ -29,7 +29,7 @@ from torch import nn
 from forgetless.errors import OptionError
 from forgetless.methods.method import Setup
 from forgetless.model.adapters import peft_targets
-from forgetless.model.targets import base_shapes, matching
+from forgetless.model.linear import base_shapes, matching
 from forgetless.options.tune import TuneOptions
 
 logger = logging.getLogger("forgetless")

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from forgetless.model import distributed
+from forgetless.model import engine
 from forgetless.penalty.callback import write_logs
 
 
@@ -24,8 +24,8 @@ class TermCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if not distributed.has_whole_model(self.trainer):
-            kind = distributed.engine(self.trainer)
+        if not engine.has_whole_model(self.trainer):
+            kind = engine.engine_of(self.trainer)
             raise ValueError(
                 f"terms such as kl and replay run the model beside the trainer, which {kind} "
                 "does not allow; train in one process or with DDP"

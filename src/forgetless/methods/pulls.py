@@ -76,7 +76,7 @@ def ewc_lora(setup: Setup, model: nn.Module) -> Penalty | None:
     importance = setup.importance
     if importance is None:
         recorder = Fisher(model, setup.options.targets)
-        for batch in distributed.share(
+        for batch in distributed.shard(
             list(
                 batches(
                     setup.text,

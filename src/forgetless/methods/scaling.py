@@ -23,8 +23,8 @@ from forgetless.data.documents import load_documents
 from forgetless.errors import OptionError
 from forgetless.evaluate.losses import TextLoss, general_loss
 from forgetless.methods.method import Setup
+from forgetless.model.linear import matching
 from forgetless.model.loading import load_model
-from forgetless.model.targets import matching
 from forgetless.model.update import Update
 from forgetless.options.tune import TuneOptions
 

@@ -10,13 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from forgetless.errors import FileError
-from forgetless.model.targets import (
-    is_conv1d,
-    linear_layers,
-    matching,
-    unwrapped,
-    warn_of_experts,
-)
+from forgetless.model.linear import is_conv1d, linear_layers, matching, unwrapped, warn_of_experts
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ Started by torchrun or accelerate; `start` joins the group that their environmen
 Everything here does nothing, and costs nothing, in one process.
 
     distributed.start("auto")                    # before the model is loaded
-    mine = distributed.share(batches)            # every Nth
+    mine = distributed.shard(batches)            # every Nth
     distributed.add_up(sums)                     # in place, over all processes
     owners = distributed.owners(sizes)           # weight -> the process that keeps its importance
     if distributed.first(): write(...)
@@ -28,20 +28,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from forgetless.errors import OptionError
+from forgetless.model import engine
 
 Item = TypeVar("Item")
-DATA_PARALLEL = (
-    "NO",
-    "MULTI_CPU",
-    "MULTI_GPU",
-    "MULTI_XPU",
-    "MULTI_NPU",
-    "MULTI_MLU",
-    "MULTI_HPU",
-    "MULTI_MUSA",
-    "MULTI_SDAA",
-    "MULTI_NEURON",
-)
 
 
 def launched() -> bool:
@@ -61,7 +50,7 @@ def start(device: str = "auto") -> None:
     Raises OptionError for engines that the verbs do not run on, and where `device` names one GPU
     for several processes.
     """
-    check_launch()
+    engine.check_launch()
     if not launched():
         return
     if device.startswith("cuda:"):
@@ -109,7 +98,7 @@ def barrier() -> None:
         dist.barrier()
 
 
-def share(items: Sequence[Item]) -> list[Item]:
+def shard(items: Sequence[Item]) -> list[Item]:
     """This process's part of `items`: every Nth, from its rank on."""
     return list(items[rank() :: size()])
 
@@ -240,119 +229,6 @@ def check_same(what: str, value: float, advice: str) -> None:
             f"{what} differs between the processes ({min(found):.6g} to {max(found):.6g}), "
             f"expected the same in each; {advice}"
         )
-
-
-def check_engine(trainer: Any, what: str, args: Any = None) -> None:
-    """Raise ValueError for engines under which a Trainer cannot do `what`, naming what can be used
-    instead. Without `trainer`, `args` tell what they can.
-    """
-    kind, accelerator = engine(trainer), getattr(trainer, "accelerator", None)
-    args = getattr(trainer, "args", None) if args is None else args
-    if kind == "DEEPSPEED" or getattr(args, "deepspeed", None):
-        raise ValueError(
-            f"{what} does not run on DeepSpeed: ZeRO keeps gradients and steps its optimizer by "
-            "itself, so what is added before the step would "
-            "not reach the weights; use DDP or FSDP2 (examples/accelerate/ddp.yaml, fsdp2.yaml)"
-        )
-    if kind == "FSDP" and not getattr(accelerator, "is_fsdp2", False):
-        raise ValueError(
-            f"{what} does not run on FSDP 1, whose flat parameters hide the weights; set "
-            "fsdp_version: 2 "
-            "(examples/accelerate/fsdp2.yaml), or use DDP"
-        )
-    if kind not in (*DATA_PARALLEL, "FSDP"):
-        raise ValueError(
-            f"{what} is not made for {kind}; use DDP or FSDP2 (examples/accelerate/ddp.yaml, "
-            "fsdp2.yaml)"
-        )
-
-
-def engine(trainer: Any) -> str:
-    """accelerate's word for how `trainer` runs; NO without one."""
-    return str(
-        getattr(
-            getattr(getattr(trainer, "accelerator", None), "distributed_type", None), "value", "NO"
-        )
-    )
-
-
-def has_whole_model(trainer: Any) -> bool:
-    """Whether every process has the whole model: in one process, and with DDP."""
-    return engine(trainer) in DATA_PARALLEL
-
-
-def check_launch() -> None:
-    """Raise OptionError where `accelerate launch` was told an engine that the command line does not
-    run on.
-    """
-    for name, variable in (
-        ("DeepSpeed", "ACCELERATE_USE_DEEPSPEED"),
-        ("FSDP", "ACCELERATE_USE_FSDP"),
-        ("Megatron-LM", "ACCELERATE_USE_MEGATRON_LM"),
-    ):
-        if os.environ.get(variable, "false").lower() == "true":
-            also = (
-                ", or with FSDP2 in a script of your own: forgetless.hold(trainer, importance)"
-                if name == "FSDP"
-                else ""
-            )
-            raise OptionError(
-                "forgetless's verbs measure and save the model outside of training, which "
-                f"{name} does not allow; use DDP "
-                f"(examples/accelerate/ddp.yaml){also}"
-            )
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether a process has only a part of `tensor`, as under FSDP2."""
-    module = sys.modules.get("torch.distributed.tensor")  # not imported: nothing is sharded
-    return module is not None and isinstance(tensor, module.DTensor)
-
-
-def whole(tensor: Any) -> Any:
-    """`tensor` gathered, together, where it is sharded: for small ones."""
-    return tensor.detach().full_tensor() if is_sharded(tensor) else tensor
-
-
-def local(tensor: Any) -> Any:
-    """The part of `tensor` that is here, sharing its memory; all of it where it is not sharded."""
-    return tensor.detach().to_local() if is_sharded(tensor) else tensor
-
-
-def sharded_by_rows(tensor: Any) -> bool:
-    """Whether processes have some rows each, as after `fully_shard`."""
-    return all(placement.is_replicate() or placement.is_shard(0) for placement in tensor.placements)
-
-
-def rows_here(tensor: Any) -> tuple[int, int]:
-    """(first row, how many) of a tensor sharded by rows; all of them where it is not sharded."""
-    if not is_sharded(tensor):
-        return 0, tensor.shape[0]
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    shape, offset = compute_local_shape_and_global_offset(
-        tensor.shape, tensor.device_mesh, tensor.placements
-    )
-    return int(offset[0]), int(shape[0])
-
-
-def rows_like(tensor: Tensor, sharded: Any) -> Tensor:
-    """Of a whole tensor the rows that are here of `sharded`; the tensor itself where that is not
-    sharded, or has been cut already.
-    """
-    first_row, count = rows_here(sharded)
-    return tensor if len(tensor) == count else tensor[first_row : first_row + count]
-
-
-def counts(tensor: Any) -> bool:
-    """Whether what is here of `tensor` counts in a sum over all processes: of copies one does."""
-    if not is_sharded(tensor):
-        return first()
-    where = tensor.device_mesh.get_coordinate()
-    return all(
-        at == 0 or not placement.is_replicate()
-        for at, placement in zip(where, tensor.placements, strict=True)
-    )
 
 
 def _place(device: torch.device | str) -> torch.device:

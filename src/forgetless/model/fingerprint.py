@@ -7,8 +7,8 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
-from forgetless.model import distributed
-from forgetless.model.targets import base_shapes, unwrapped
+from forgetless.model import distributed, shards
+from forgetless.model.linear import base_shapes, unwrapped
 
 
 def fingerprint(model: nn.Module, *, samples: int = 65_536) -> str:
@@ -33,8 +33,8 @@ def _signs(table: Tensor, step: int) -> bytes:
     own in order.
     """
     first, here = (
-        distributed.rows_here(table)[0] * table.shape[1],
-        distributed.local(table).flatten(),
+        shards.rows_here(table)[0] * table.shape[1],
+        shards.local(table).flatten(),
     )
     signs: bytes = torch.signbit(here[-first % step :: step]).cpu().numpy().tobytes()
-    return b"".join(distributed.collect(signs)) if distributed.is_sharded(table) else signs
+    return b"".join(distributed.collect(signs)) if shards.is_sharded(table) else signs

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
 
-from forgetless.errors import OptionError, nearest
-from forgetless.model import distributed
+from forgetless.model import shards
 from forgetless.model.checkpoint import KeptWeight, StoredWeight, stored_weights
+from forgetless.model.linear import (
+    FUSED_EXPERTS,
+    base_shapes,
+    fused_experts,
+    is_conv1d,
+    matching,
+    place_of,
+    unwrapped,
+)
 from forgetless.model.weights import FullWeight, LowRankWeight, TargetWeight
 
 logger = logging.getLogger("forgetless")
-FUSED_EXPERTS = (
-    "fused expert tensors of mixture models hold many weights in one (experts, ...) "
-    "tensor; forgetless has no importance for them: leave them out of the targets"
-)
 MOVES_THE_BASE = (
     "pissa",
     "olora",
@@ -26,32 +28,6 @@ MOVES_THE_BASE = (
     "loftq",
     "lora_ga",
 )  # values of init_lora_weights that change the base weight
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a target weight will be, before there is an adapter: what layer coefficients need to
-    know.
-    """
-
-    name: str
-    layer: int | None
-    kind: str
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The transformers model inside DDP, torch.compile and PEFT wrappers; LoRA layers stay in
-    place, so module names are those of the base model.
-    """
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
-            model = model.get_base_model()
-        else:
-            return model
 
 
 def target_weights(
@@ -104,29 +80,6 @@ def target_weights(
     if loose:
         raise ValueError(f"'{loose[0]}': {FUSED_EXPERTS}: freeze them, or name the targets")
     return _full(base, trained)
-
-
-def fused_experts(model: nn.Module) -> list[str]:
-    """Names of the (experts, ...) tensors of a bare mixture model."""
-    return [
-        path
-        for path, parameter in model.named_parameters()
-        if parameter.ndim == 3 and "experts" in path
-    ]
-
-
-def warn_of_experts(model: nn.Module, names: str) -> None:
-    """Say that 'all-linear' leaves fused experts out, as PEFT's does, so that nobody takes them for
-    trained.
-    """
-    experts = fused_experts(model)
-    if experts and names == "all-linear":
-        logger.warning(
-            "all-linear leaves out %d fused expert tensors (first '%s'): they are neither "
-            "trained nor held",
-            len(experts),
-            experts[0],
-        )
 
 
 def adapter_types(model: nn.Module) -> str:
@@ -187,7 +140,7 @@ def _low_rank(
     return LowRankWeight(
         path + ".weight",
         (B.shape[0], A.shape[1]),
-        *_place(path),
+        *place_of(path),
         module,
         A,
         B,
@@ -225,12 +178,6 @@ def _moves_the_base(model: nn.Module, adapter: str) -> bool:
     return isinstance(how, str) and how.lower().startswith(MOVES_THE_BASE)
 
 
-def _place(path: str) -> tuple[int | None, str]:
-    """(index of the transformer block, kind): 'model.layers.3.self_attn.q_proj' -> (3, 'q_proj')."""
-    index = re.search(r"\.(\d+)\.", path)
-    return (int(index.group(1)) if index else None), path.rsplit(".", 1)[-1]
-
-
 def _full(model: nn.Module, layers: list[tuple[str, nn.Module]]) -> list[TargetWeight]:
     """Weights that are trained themselves, each with its base: in the checkpoint's file where it
     stands there as it is now, else copied.
@@ -248,7 +195,7 @@ def _full(model: nn.Module, layers: list[tuple[str, nn.Module]]) -> list[TargetW
         {
             path + ".weight": module.weight
             for path, module in layers
-            if not distributed.is_sharded(module.weight)
+            if not shards.is_sharded(module.weight)
         },
     )
     copied = [path + ".weight" for path, _ in layers if path + ".weight" not in stored]
@@ -282,76 +229,12 @@ def _full_weight(path: str, module: nn.Module, stored: StoredWeight | None) -> F
     return FullWeight(
         path + ".weight",
         shape,
-        *_place(path),
+        *place_of(path),
         module,
         W,
-        stored or KeptWeight(distributed.local(W).detach().clone()),
+        stored or KeptWeight(shards.local(W).detach().clone()),
         transposed,
     )
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, Conv1D)
-
-
-def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) of every linear layer that can be a target, in the model's order; the output
-    head is left out, as PEFT's all-linear does.
-
-    Under an adapter this is the base layer inside it, with the path that it has in the bare model.
-    """
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    inside: list[str] = []  # paths of adapter layers: what lies below them belongs to the adapter
-    for path, module in model.named_modules():
-        if inside and path.startswith(inside[-1]):
-            continue
-        inner = module
-        if hasattr(module, "get_base_layer"):
-            inside.append(path + ".")
-            inner = module.get_base_layer()
-        is_linear = (
-            isinstance(inner, nn.Linear)
-            or is_conv1d(inner)
-            or type(inner).__name__ in ("Linear4bit", "Linear8bitLt")
-        )
-        if is_linear and module is not head and inner is not head:
-            yield path, inner
-
-
-def matching(model: nn.Module, names: str) -> list[tuple[str, nn.Module]]:
-    """Linear layers of a bare model chosen by `names`:
-
-    'all-linear', comma-separated last parts of module paths ('q_proj,v_proj'), or a regular
-    expression that matches the whole path. Raises OptionError naming the nearest kind when nothing
-    matches, ValueError for fused experts.
-    """
-    layers = list(linear_layers(model))
-    kinds = {path.rsplit(".", 1)[-1] for path, _ in layers}
-    if names == "all-linear":
-        chosen = layers
-    elif re.fullmatch(r"[\w, ]+", names):
-        wanted = {name.strip() for name in names.split(",") if name.strip()}
-        for name in sorted(wanted - kinds):
-            if any(name in path for path in fused_experts(model)):
-                raise ValueError(f"'{name}': {FUSED_EXPERTS}")
-            raise OptionError(
-                f"no linear layer of the model is called '{name}'; {nearest(name, kinds)}"
-            )
-        chosen = [(path, module) for path, module in layers if path.rsplit(".", 1)[-1] in wanted]
-    else:
-        try:
-            pattern = re.compile(names)
-        except re.error as error:
-            raise OptionError(f"--targets '{names}' is not a regular expression: {error}") from None
-        chosen = [(path, module) for path, module in layers if pattern.fullmatch(path)]
-    if not chosen:
-        raise OptionError(
-            f"--targets '{names}' matches no linear layer of the model; kinds: "
-            f"{', '.join(sorted(kinds))}"
-        )
-    return chosen
 
 
 @dataclass(frozen=True, eq=False)
@@ -395,28 +278,3 @@ def _wrapper(model: nn.Module) -> nn.Module:
     while hasattr(model, "_orig_mod") or isinstance(model, nn.parallel.DistributedDataParallel):
         model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
     return model
-
-
-def placed(model: nn.Module, names: str) -> list[Place]:
-    """The places that `names` choose in a bare model (see `matching`)."""
-    return [Place(path + ".weight", *_place(path)) for path, _ in matching(model, names)]
-
-
-def base_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Base weight name -> (out, in) for every linear layer, below any adapter; quantised layers say
-    their shape by in_features and out_features.
-    """
-    shapes = {}
-    for path, module in unwrapped(model).named_modules():
-        inner = module.get_base_layer() if hasattr(module, "get_base_layer") else module
-        if is_conv1d(inner):
-            shapes[path + ".weight"] = (inner.weight.shape[1], inner.weight.shape[0])
-        elif isinstance(inner, nn.Linear) or (
-            hasattr(inner, "in_features") and hasattr(inner, "weight")
-        ):
-            shapes[path + ".weight"] = (inner.out_features, inner.in_features)
-    return {
-        name: shape
-        for name, shape in shapes.items()
-        if ".lora_" not in name and ".base_layer." not in name
-    }

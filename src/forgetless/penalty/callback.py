@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from forgetless.model import distributed
+from forgetless.model import engine, shards
 from forgetless.penalty.attachment import PenaltyAttachment
 from forgetless.penalty.pull import Penalty
 
@@ -31,7 +31,7 @@ def check_gradients(args: TrainingArguments, state: TrainerState, model: nn.Modu
     """
     if args.fp16:
         return
-    gradients = [distributed.local(p.grad) for p in model.parameters() if p.grad is not None]
+    gradients = [shards.local(p.grad) for p in model.parameters() if p.grad is not None]
     norms = torch._foreach_norm(gradients)
     if norms and not math.isfinite(
         float(torch.stack([norm.float().cpu() for norm in norms]).sum())
@@ -61,7 +61,7 @@ class PenaltyCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.close()
-        distributed.check_engine(None, "the pull", args)
+        engine.check_engine(None, "the pull", args)
         self._attachment = self.penalty.attach(kwargs["optimizer"])
 
     def on_pre_optimizer_step(

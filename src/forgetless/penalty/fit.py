@@ -11,7 +11,7 @@ from torch import nn
 
 from forgetless.importance.importance import Importance
 from forgetless.model.fingerprint import fingerprint
-from forgetless.model.targets import base_shapes
+from forgetless.model.linear import base_shapes
 
 
 def check_fit(

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from forgetless.errors import OptionError, nearest
 from forgetless.importance.entries import Entry
 from forgetless.importance.importance import Importance
-from forgetless.model import distributed
+from forgetless.model import shards
 from forgetless.model.targets import target_weights
 from forgetless.model.weights import TargetWeight, wider
 from forgetless.penalty import algebra, sharing
@@ -179,8 +179,8 @@ class Penalty:
         """
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        grad = distributed.local(parameter.grad)
-        part = distributed.rows_like(part, parameter)
+        grad = shards.local(parameter.grad)
+        part = shards.rows_like(part, parameter)
         squares: tuple[Tensor | float, Tensor | float] = (0.0, 0.0)
         if self._sharding.counts_norms(parameter):
             squares = (part.square().sum(), grad.to(part.dtype).square().sum() / scale**2)

@@ -31,7 +31,7 @@ from forgetless.importance.entries import (
     KroneckerEntry,
 )
 from forgetless.importance.importance import Importance
-from forgetless.model import distributed
+from forgetless.model import distributed, shards
 from forgetless.model.checkpoint import Base, KeptWeight
 from forgetless.model.weights import FullWeight, LowRankWeight, TargetWeight, wider
 
@@ -71,12 +71,12 @@ class Sharding:
         if not self.sharded or self.owner is not None:
             return True
         if isinstance(weight, FullWeight):
-            return distributed.counts(weight.W)
+            return shards.counts(weight.W)
         return distributed.first()
 
     def counts_norms(self, parameter: Tensor) -> bool:
         """Whether this process counts a parameter in the norms of pull and gradient."""
-        return not self.sharded or distributed.counts(parameter)
+        return not self.sharded or shards.counts(parameter)
 
     def together(self, pulls: Iterator[PullOfWeight]) -> Iterator[PullOfWeight]:
         """The pulls of all weights, together where their importance is spread."""
@@ -111,7 +111,7 @@ def settled(
     `before` is how it was spread until now. `shard` lets each process keep the importance of its
     shard of the weights. Raises ValueError for what cannot be held under FSDP2.
     """
-    sharded = any(distributed.is_sharded(p) for weight in weights for p in weight.parameters)
+    sharded = any(shards.is_sharded(p) for weight in weights for p in weight.parameters)
     now = replace(before, sharded=sharded)
     if sharded and not before.sharded:
         for weight in weights:
@@ -151,14 +151,14 @@ def seen(weight: TargetWeight) -> TargetWeight:
     full weight.
     """
     if isinstance(weight, LowRankWeight):
-        if not distributed.is_sharded(weight.A):
+        if not shards.is_sharded(weight.A):
             return weight
-        return replace(weight, A=distributed.whole(weight.A), B=distributed.whole(weight.B))
-    if not distributed.is_sharded(weight.W):
+        return replace(weight, A=shards.whole(weight.A), B=shards.whole(weight.B))
+    if not shards.is_sharded(weight.W):
         return weight
-    first, count = distributed.rows_here(weight.W)
+    first, count = shards.rows_here(weight.W)
     base = weight.base if _of_these_rows(weight.base, count) else BaseFrom(weight.base, first)
-    return replace(weight, W=distributed.local(weight.W), shape=(count, weight.shape[1]), base=base)
+    return replace(weight, W=shards.local(weight.W), shape=(count, weight.shape[1]), base=base)
 
 
 def _of_these_rows(base: Base, count: int) -> bool:
@@ -168,9 +168,9 @@ def _of_these_rows(base: Base, count: int) -> bool:
 
 def check_sharded(weight: TargetWeight, entry: Entry) -> None:
     """Raise ValueError for what cannot be held under FSDP2."""
-    if not distributed.is_sharded(weight.parameters[0]):
+    if not shards.is_sharded(weight.parameters[0]):
         return
-    if any(not distributed.sharded_by_rows(p) for p in weight.parameters):
+    if any(not shards.sharded_by_rows(p) for p in weight.parameters):
         raise ValueError(
             f"'{weight.name}' is sharded other than by rows; use fully_shard as it is, without "
             "tensor parallelism, or DDP"
@@ -195,10 +195,10 @@ def current(weight: TargetWeight) -> TargetWeight:
     live = weight.live()
     if (
         isinstance(live, FullWeight)
-        and distributed.is_sharded(live.W)
+        and shards.is_sharded(live.W)
         and isinstance(live.base, KeptWeight)
     ):
-        first, count = distributed.rows_here(live.W)
+        first, count = shards.rows_here(live.W)
         if not _of_these_rows(live.base, count):
             return replace(live, base=KeptWeight(live.base.tensor[first : first + count].clone()))
     return live
@@ -206,7 +206,7 @@ def current(weight: TargetWeight) -> TargetWeight:
 
 def rows_here(weight: TargetWeight) -> slice:
     """The rows of a full weight that are here."""
-    first, count = distributed.rows_here(weight.parameters[0])
+    first, count = shards.rows_here(weight.parameters[0])
     return slice(first, first + count)
 
 

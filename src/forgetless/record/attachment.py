@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from forgetless.errors import OptionError
-from forgetless.model import distributed
+from forgetless.model import distributed, shards
 from forgetless.model.optimizer_step import (
     before_step,
     pending_scale,
@@ -219,7 +219,7 @@ def _check_optimizer(
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     rates = {}
     for weight in recorder.weights:
-        if any(distributed.is_sharded(p) for p in weight.parameters):
+        if any(shards.is_sharded(p) for p in weight.parameters):
             raise ValueError(
                 f"'{weight.name}' is sharded by FSDP2, where no process sees all of its movement "
                 "or gradient; record in one process "

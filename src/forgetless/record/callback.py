@@ -7,7 +7,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from forgetless.errors import OptionError
-from forgetless.model import distributed
+from forgetless.model import engine
 from forgetless.record.path_recorder import PathRecorder
 
 
@@ -27,7 +27,7 @@ class RecorderCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        distributed.check_engine(self.trainer, "recording", args)
+        engine.check_engine(self.trainer, "recording", args)
         reads_parameters = self.recorder.gradient == "effective" or any(
             not hasattr(w, "A") for w in self.recorder.weights
         )

@@ -45,7 +45,7 @@ from torch import Tensor, nn
 from forgetless.errors import OptionError
 from forgetless.importance.entries import Entry, from_plain, to_plain, with_tensors
 from forgetless.importance.importance import Importance
-from forgetless.model import distributed
+from forgetless.model import distributed, shards
 from forgetless.model.adapters import bare
 from forgetless.model.targets import BaseLayer, base_layers
 from forgetless.model.weights import wider
@@ -84,7 +84,7 @@ class ObservingRecorder(abc.ABC):
             raise OptionError(f"labels expects 'empirical' or 'sampled', found '{labels}'")
         self.model, self.labels, self.seed = model, labels, seed
         self.layers = base_layers(model, names)
-        if any(distributed.is_sharded(parameter) for parameter in model.parameters()):
+        if any(shards.is_sharded(parameter) for parameter in model.parameters()):
             raise ValueError(
                 "the model is sharded by FSDP2, under which the bare base cannot be observed; "
                 "record in one process or with DDP, "

@@ -111,7 +111,7 @@ def _share(group: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]
     each.
     """
     if len(group) % distributed.size() == 0:
-        return distributed.share(group)
+        return distributed.shard(group)
     rows = slice(distributed.rank(), None, distributed.size())
     return [
         {key: value[rows] for key, value in batch.items()}

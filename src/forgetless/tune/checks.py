@@ -14,7 +14,7 @@ from forgetless.importance.importance import Importance
 from forgetless.methods.method import Method
 from forgetless.methods.table import chosen
 from forgetless.model import distributed
-from forgetless.model.targets import placed
+from forgetless.model.linear import placed
 from forgetless.options.tune import TuneOptions
 from forgetless.penalty.fit import check_fit
 

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from forgetless.data.tasks import encode_rows, truncation_report
+from forgetless.model.linear import unwrapped
 from forgetless.model.loading import context_length
-from forgetless.model.targets import unwrapped
 from forgetless.options.tune import TuneOptions
 
 logger = logging.getLogger("forgetless")

@@ -30,9 +30,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from forgetless.model import distributed
+from forgetless.model import distributed, shards
+from forgetless.model.linear import unwrapped
 from forgetless.model.loading import context_length
-from forgetless.model.targets import unwrapped
 from forgetless.options.tune import TuneOptions
 from forgetless.penalty.callback import check_gradients
 from forgetless.tune.run_folder import clear_checkpoints
@@ -52,7 +52,7 @@ class StopOnNonFinite(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if control.should_save and not all(
-            bool(torch.isfinite(distributed.local(p)).all())
+            bool(torch.isfinite(shards.local(p)).all())
             for p in kwargs["model"].parameters()
             if p.requires_grad
         ):

@@ -47,9 +47,10 @@ from forgetless.methods.method import Method, Setup
 from forgetless.methods.replay_text import replay_text
 from forgetless.model import distributed
 from forgetless.model.adapters import add_adapter
+from forgetless.model.linear import matching, warn_of_experts
 from forgetless.model.loading import load_model, load_tokenizer, save_whole
 from forgetless.model.stages import Earlier
-from forgetless.model.targets import matching, target_weights, warn_of_experts
+from forgetless.model.targets import target_weights
 from forgetless.model.weights import LowRankWeight
 from forgetless.options.estimators import default_strength
 from forgetless.options.option import as_dict, several
