@@ -2,13 +2,18 @@
 is that of the code, and a new row is all that a new one takes.
 """
 
+import dataclasses
 import inspect
 
 import pytest
 
+from forgetless.methods.method import Steps
+from forgetless.methods.table import loaded
 from forgetless.options.estimators import ESTIMATORS, TRAINING
+from forgetless.options.methods import FAMILIES, METHODS
 from forgetless.options.record import RecordOptions
 from forgetless.options.reference import resolved
+from forgetless.options.tune import TuneOptions
 from forgetless.record.observing_recorder import ObservingRecorder
 from forgetless.record.path_recorder import PathRecorder
 
@@ -25,3 +30,14 @@ def test_the_row_of_an_estimator_says_what_its_recorder_is(name):
     for option, argument in (("labels", "labels"), ("cov_rank", "rank")):
         assert (option in row.reads) == (argument in taken)
     assert row.strength is not None or not row.in_nats
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_row_of_a_method_names_functions_options_and_methods_that_there_are(name):
+    row = METHODS[name]
+    functions = [getattr(loaded(row), spec.name) for spec in dataclasses.fields(Steps)]
+    assert all(function is None or callable(function) for function in functions)
+    assert row.check is None or callable(resolved(row.check))
+    assert {*row.needs, *row.reads, *row.settings} <= {*TuneOptions.__dataclass_fields__}
+    assert row.family in FAMILIES and set(row.refuses) <= set(METHODS)
+    assert row.help and not row.help.endswith(".")

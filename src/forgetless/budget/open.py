@@ -25,32 +25,24 @@ from forgetless.importance.importance import Importance
 from forgetless.model.loading import context_length
 from forgetless.model.stages import Earlier, walk
 from forgetless.model.update import Update
+from forgetless.options.methods import METHODS
 from forgetless.options.option import several
 from forgetless.options.tune import TuneOptions
 
 LEARNING_TOKENS = 30_000  # of domain data, for the learning along the scan, and of earlier domains
 LEAST_ROWS = 100  # of an earlier domain, however long they are
-HELD = (
-    "plain",
-    "hold",
-    "kl",
-    "replay",
-    "rslora",
-    "full",
-    "small-lr",
-)  # methods that leave the penalty and the finish to the keeper
 
 
 def check_budget(options: TuneOptions, methods: Sequence[str]) -> None:
     """Raise OptionError for a budget that cannot be kept, before anything is loaded."""
     if not options.budget:
         return
-    others = [name for name in methods if name not in HELD]
+    others = [name for name in methods if not METHODS[name].budget]
     if others:
         raise OptionError(
             "--budget sets the strength of the pull on importance and scales the update, which "
             f"--method {others[0]} does not leave to it; "
-            f"expected {', '.join(HELD)}"
+            f"expected {', '.join(name for name, row in METHODS.items() if row.budget)}"
         )
     parse(options.budget)
     if options.general == "self":

@@ -21,7 +21,11 @@ from forgetless.options.verbs import resolve
 BY_CONTENT = ("data", "replay", "importance")
 # What once stood in the address of every run, at one and the same value, though it decides nothing:
 # it stays there, so that runs made before are still found.
-ONCE: dict[str, Any] = {"eval_steps": 0, "offload_importance": False}
+ONCE: dict[str, Any] = {
+    "eval_steps": 0,
+    "max_forgetting": None,
+    "offload_importance": False,
+}
 RECORDED = "recorded"  # as the value of replay: the text that importance is recorded on
 
 

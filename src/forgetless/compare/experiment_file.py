@@ -39,6 +39,8 @@ from forgetless.compare.experiment import (
 )
 from forgetless.errors import FileError, OptionError, brief, nearest
 from forgetless.files.untrusted import check_mapping, check_name
+from forgetless.options.methods import FAMILIES
+from forgetless.options.methods import family as family_of
 from forgetless.options.option import MEASURED, deciding, parse_rule, read_yaml
 from forgetless.options.tune import TuneOptions
 
@@ -61,22 +63,6 @@ OURS = {
 OURS -= {"text_column", "general_split"}
 SETTINGS = {"importance", "method", "replay"}  # what makes a method
 MOST_SETTINGS = 10_000  # of one method
-FAMILIES = ("baseline", "hold", "penalty", "data", "adapter", "control")
-FAMILY = {
-    "hold": "hold",
-    "ewc-lora": "penalty",
-    "la-lora": "penalty",
-    "l2": "control",
-    "shuffled": "control",
-    "general-steps": "control",
-    "kl": "data",
-    "replay": "data",
-    "oft": "adapter",
-    "osf": "adapter",
-    "corda": "adapter",
-    "lora-fa": "adapter",
-    "rslora": "adapter",
-}
 KNOWN = {f.name for f in dataclasses.fields(Experiment)} | {
     "base",
     "dtype",
@@ -265,9 +251,7 @@ def _method(label: str, spec: dict[str, Any], importance: Mapping[str, Any]) -> 
         )
     options = {key.replace("-", "_"): value for key, value in spec.items()}
     options.setdefault("method", "hold" if options.get("importance") else "plain")
-    family = str(
-        options.pop("family", FAMILY.get(str(options["method"]).split(",")[0], "baseline"))
-    )
+    family = str(options.pop("family", family_of(str(options["method"]))))
     if family not in FAMILIES:
         raise OptionError(
             f"methods: {label}: unknown family '{family}'; {nearest(family, FAMILIES)}"

@@ -12,7 +12,7 @@
     lora-fa   LoRA with A frozen and the gradient of B corrected for it (arXiv 2308.03303): less
               activation memory
 
-`rslora` and `full` are settings: `config.METHOD_SETTINGS`. corda takes those directions out of the
+`rslora` and `full` only set options (options/methods.py). corda takes those directions out of the
 base weight and trains them; its final adapter is saved as plain LoRA of twice the rank, the
 difference to the start, so that it loads on the untouched base as any other does.
 """
@@ -37,36 +37,27 @@ logger = logging.getLogger("forgetless")
 INITIAL = "initial"
 
 
-def needs_lora(name: str) -> Any:
-    """A check that refuses full fine-tuning for method `name`."""
-
-    def check(options: TuneOptions) -> None:
-        if options.full:
-            raise OptionError(
-                f"--method {name} is about adapters, found full fine-tuning; leave out full"
-            )
-
-    return check
+def check_osf(options: TuneOptions) -> None:
+    """osf has no dropout."""
+    _check_base(options, "osf")
+    if options.dropout:
+        raise OptionError(
+            f"--method osf has no dropout, found --dropout {options.dropout}; leave it out"
+        )
 
 
-def needs_whole_weights(name: str) -> Any:
-    """A check that refuses full fine-tuning, a quantised base and options of LoRA that method
-    `name` has no use for.
-    """
+def check_corda(options: TuneOptions) -> None:
+    """corda takes the base weights apart."""
+    _check_base(options, "corda")
 
-    def check(options: TuneOptions) -> None:
-        needs_lora(name)(options)
-        if options.quantize != "none":
-            raise OptionError(
-                f"--method {name} factorises the base weights, which --quantize does not allow; "
-                "leave one of them out"
-            )
-        if options.dropout and name != "corda":
-            raise OptionError(
-                f"--method {name} has no dropout, found --dropout {options.dropout}; leave it out"
-            )
 
-    return check
+def _check_base(options: TuneOptions, name: str) -> None:
+    """Raise OptionError for a base whose weights cannot be factorised."""
+    if options.quantize != "none":
+        raise OptionError(
+            f"--method {name} factorises the base weights, which --quantize does not allow; "
+            "leave one of them out"
+        )
 
 
 def oft(setup: Setup, model: nn.Module) -> nn.Module:

@@ -1,23 +1,14 @@
-"""What a method is: one frozen record of at most a few functions, each for one place in the story
-of `tune`. Where a record has none, tuning is plain.
+"""What a method does: at most a few functions, each for one place in the story of `tune`.
 
-    adapter     the bare model -> the model to train
-    start       what happens to the model to train before tuning
-    optimizer   the model to train -> a torch optimizer
-    loss        a term: adds its gradient once per optimizer step, before the data's gradients are
-                there, so that clipping sees the sum
-    pull        a penalty: adds its gradient right before the step, after clipping
-    finish      the trained model -> numbers for run.json; may change the model in place
-    save        how to write the adapter, where not as it is
-
-Methods are combined by filling different places; any number of terms adds up.
-`forgetless.methods.table` holds the records and says what cannot be combined.
+`forgetless.options.methods` has the row of every method, which names these functions and says what
+each place is; `forgetless.methods.table` loads them. Methods are combined by filling different
+places; any number of terms adds up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,13 +20,15 @@ from forgetless.options.tune import TuneOptions
 
 
 class Term(Protocol):
-    """A part of the loss that is not the data's:
+    """A part of the loss that is not the data's."""
 
-    `add` puts its gradient into `.grad` once per optimizer step, `logs` says what it was.
-    """
+    def add(self, step: int, *, scale: float = 1.0) -> None:
+        """Add its gradient times `scale` to `.grad`, once per optimizer step."""
+        ...
 
-    def add(self, step: int, *, scale: float = 1.0) -> None: ...
-    def logs(self) -> dict[str, float]: ...
+    def logs(self) -> dict[str, float]:
+        """What it was at the last step, by the name that it has in the log."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -56,19 +49,9 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class Method:
-    """One method.
+class Steps:
+    """The functions of one method; None where tuning is plain."""
 
-    `needs` are options without which it cannot work, `reads` the ones of methods that mean
-    something to it (needs included).
-
-    `check` raises OptionError for options that do not fit it; `refuses` maps the names of methods
-    to the reason why they cannot be combined with this one.
-    """
-
-    needs: tuple[str, ...] = ()
-    reads: tuple[str, ...] = ()
-    check: Callable[[TuneOptions], None] | None = None
     adapter: Callable[[Setup, nn.Module], nn.Module] | None = None
     start: Callable[[Setup, nn.Module], None] | None = None
     optimizer: Callable[[Setup, nn.Module], Any] | None = None
@@ -76,4 +59,3 @@ class Method:
     pull: Callable[[Setup, nn.Module], Any] | None = None
     finish: Callable[[Setup, nn.Module], dict[str, Any]] | None = None
     save: Callable[[Setup, nn.Module, Path], None] | None = None
-    refuses: Mapping[str, str] = field(default_factory=dict)

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 
 from forgetless.errors import OptionError
-from forgetless.methods import adapters
 from forgetless.methods.method import Setup
 from forgetless.model.adapters import adapter_inputs
 from forgetless.model.targets import target_weights
@@ -80,8 +79,7 @@ class Orthogonality:
 
 
 def check(options: TuneOptions) -> None:
-    """LoRA, and adapters that are there."""
-    adapters.needs_lora("o-lora")(options)
+    """Adapters that are there."""
     if options.earlier:
         _folders(options.earlier)
 

@@ -1,12 +1,11 @@
-"""Options of `forgetless tune`, their presets, and what a method sets among them."""
+"""Options of `forgetless tune`, and their presets."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from forgetless.options.estimators import ESTIMATORS
+from forgetless.options.methods import METHODS
 from forgetless.options.model import AdapterOptions, ModelOptions, TextOptions
 from forgetless.options.option import MEASURED, RUNNING, option
 from forgetless.options.record import PRESETS
@@ -84,9 +83,9 @@ class TuneOptions(AdapterOptions, TextOptions, ModelOptions):
     )
     method: str = option(
         None,
-        "method, or several with commas: plain, rslora, full, small-lr, hold, kl, replay, wise, "
-        "ewc-lora, la-lora, l2, shuffled, o-lora, general-steps, oft, osf, corda, lora-fa; see "
-        "docs/methods.md; default: hold where --importance is given, else plain",
+        "method, or several with commas: "
+        + "; ".join(f"{name} ({row.help})" for name, row in METHODS.items())
+        + ". See docs/methods.md; default: hold where --importance is given, else plain",
         group="method",
         metavar="NAMES",
     )
@@ -117,13 +116,6 @@ class TuneOptions(AdapterOptions, TextOptions, ModelOptions):
     )
     scale: float | None = option(
         None, "wise: scale the finished update by this number", group="method", at_least=0
-    )
-    max_forgetting: float | None = option(
-        None,
-        "wise: the largest scale with at most this rise of the loss on --general",
-        group="method",
-        at_least=0,
-        metavar="NATS",
     )
     general_steps: int | None = option(
         None,
@@ -342,26 +334,3 @@ TUNE_PRESETS: dict[str, dict[str, Any]] = {
         length=1024,
     ),
 }
-# What a method sets where neither the command line nor a YAML file does; stronger than the preset.
-METHOD_SETTINGS: dict[str, dict[str, Any]] = {
-    "rslora": dict(rslora=True),
-    "full": dict(full=True),
-    "small-lr": dict(learning_rate=1e-4),
-    "ewc-lora": dict(strength=ESTIMATORS["fisher"].strength),
-    "kl": dict(kl_weight=1.0, kl_sequences=2),
-    "replay": dict(replay_share=0.05),
-    "o-lora": dict(orthogonality=0.5),
-}
-
-
-def method_settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The method by its default, and the settings of the methods that it names; wrong names are
-    left to `forgetless.methods`.
-    """
-    method = given.get("method") or (
-        "hold" if given.get("importance") or given.get("after") else "plain"
-    )
-    settings = {"method": method}
-    for name in method.split(","):
-        settings.update(METHOD_SETTINGS.get(name.strip(), {}))
-    return settings

@@ -20,10 +20,11 @@ from typing import Any
 
 from forgetless.errors import OptionError, nearest
 from forgetless.options.estimators import ESTIMATORS, check_estimator
+from forgetless.options.methods import method_settings
 from forgetless.options.model import ModelOptions, Options, TextOptions
 from forgetless.options.option import MEASURED, RUNNING, checked, option
 from forgetless.options.record import RECORD_PRESETS, RecordOptions
-from forgetless.options.tune import TuneOptions, method_settings
+from forgetless.options.tune import TuneOptions
 
 
 @dataclass(frozen=True)

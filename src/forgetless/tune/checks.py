@@ -11,7 +11,7 @@ from forgetless.budget.open import check_budget
 from forgetless.errors import OptionError
 from forgetless.evaluate.accuracy import check_tasks
 from forgetless.importance.importance import Importance
-from forgetless.methods.method import Method
+from forgetless.methods.method import Steps
 from forgetless.methods.table import chosen
 from forgetless.model import distributed
 from forgetless.model.linear import placed
@@ -19,7 +19,7 @@ from forgetless.options.tune import TuneOptions
 from forgetless.penalty.fit import check_fit
 
 
-def check_options(options: TuneOptions) -> dict[str, Method]:
+def check_options(options: TuneOptions) -> dict[str, Steps]:
     """Everything that can be refused without loading a model; the methods that the options name."""
     distributed.split_batch(
         options.batch_size, options.accumulation

@@ -43,7 +43,7 @@ from forgetless.files.room import check_free_space
 from forgetless.importance.controls import uniform
 from forgetless.importance.importance import Importance
 from forgetless.methods.callback import add_term
-from forgetless.methods.method import Method, Setup
+from forgetless.methods.method import Setup, Steps
 from forgetless.methods.replay_text import replay_text
 from forgetless.model import distributed
 from forgetless.model.adapters import add_adapter
@@ -107,7 +107,7 @@ def tune(options: TuneOptions, *, earlier: Earlier | None = None) -> dict[str, A
 def _tuned(
     options: TuneOptions,
     out: Path,
-    methods: dict[str, Method],
+    methods: dict[str, Steps],
     importance: Importance | None,
     file: Path | None,
     earlier: Earlier | None,
@@ -265,7 +265,7 @@ def _tuned(
     return run
 
 
-def _prepared(setup: Setup, methods: dict[str, Method], model: nn.Module) -> nn.Module:
+def _prepared(setup: Setup, methods: dict[str, Steps], model: nn.Module) -> nn.Module:
     """The model to train: with a method's adapter, a fresh LoRA adapter or the recorded one, or
     with its target weights unfrozen.
     """

@@ -1,0 +1,237 @@
+"""What is known of every method, a row each.
+
+A method is one or a few functions in methods/, each for one place in the story of `tune`, and a row
+here that names them and says what the rest of the program must know: what the method needs, which
+options mean something to it, what it sets, what it cannot be combined with.
+
+    METHODS["kl"].needs                    # ("replay",)
+    method_settings({"method": "kl"})      # {"method": "kl", "kl_weight": 1.0, "kl_sequences": 2}
+
+methods/table.py checks what `--method a,b` asks for and loads its functions; docs/methods.md has a
+card for each. Nothing heavy is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from forgetless.options.estimators import ESTIMATORS
+
+# Places that at most one method fills; the terms of several methods add up.
+PLACES = ("adapter", "optimizer", "pull", "finish")
+# What comparisons call methods of one kind.
+FAMILIES = ("baseline", "hold", "penalty", "data", "adapter", "control")
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method.
+
+    help        a few words for --help
+    family      one of FAMILIES
+    needs       options without which it cannot work
+    reads       more options of methods that mean something to it
+    settings    what it sets where neither the command line nor a YAML file does
+    refuses     methods that it cannot be combined with -> why
+    lora        whether it is about LoRA adapters, so that full fine-tuning is refused
+    budget      whether it leaves penalty and finish to `--budget`
+
+    The rest are functions by reference (options/reference.py); without any, tuning is plain.
+
+    check       the options -> OptionError for those that do not fit it
+    adapter     the bare model -> the model to train
+    start       what happens to the model to train before tuning
+    optimizer   the model to train -> a torch optimizer
+    loss        a term: adds its gradient once per optimizer step, before the data's gradients are
+                there, so that clipping sees the sum
+    pull        a penalty: adds its gradient right before the step, after clipping
+    finish      the trained model -> numbers for run.json; may change the model in place
+    save        how to write the adapter, where not as it is
+    """
+
+    help: str
+    family: str = "baseline"
+    needs: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    refuses: Mapping[str, str] = field(default_factory=dict)
+    lora: bool = False
+    budget: bool = False
+    check: str | None = None
+    adapter: str | None = None
+    start: str | None = None
+    optimizer: str | None = None
+    loss: str | None = None
+    pull: str | None = None
+    finish: str | None = None
+    save: str | None = None
+
+
+PULLS = ("hold", "ewc-lora", "la-lora", "l2", "shuffled")
+NOT_LORA = {
+    **dict.fromkeys(
+        (*PULLS, "lora-fa", "o-lora", "rslora", "wise"),
+        "its update is not the product of two LoRA factors",
+    ),
+    "full": "it is an adapter",
+}
+ALONE = dict.fromkeys(
+    (*PULLS, "kl", "replay"),
+    "it is the control without a penalty and without general text while tuning",
+)
+MOVES = dict.fromkeys(
+    (*PULLS, "kl", "wise", "lora-fa", "o-lora"),
+    "corda starts by taking directions out of the base weight, so its factors are not the update",
+)
+METHODS: dict[str, Method] = {
+    "plain": Method(help="LoRA", budget=True),
+    "rslora": Method(
+        help="LoRA scaled by alpha / sqrt(rank)",
+        family="adapter",
+        settings={"rslora": True},
+        lora=True,
+        budget=True,
+    ),
+    "full": Method(help="the target weights themselves", settings={"full": True}, budget=True),
+    "small-lr": Method(
+        help="a tenth of the learning rate", settings={"learning_rate": 1e-4}, budget=True
+    ),
+    "hold": Method(
+        help="held where importance says so",
+        family="hold",
+        needs=("importance",),
+        reads=("strength",),
+        pull="forgetless.methods.pulls:from_file",
+        budget=True,
+    ),
+    "kl": Method(
+        help="predictions on general text held to the base's",
+        family="data",
+        needs=("replay",),
+        reads=("replay_documents", "kl_weight", "kl_sequences"),
+        settings={"kl_weight": 1.0, "kl_sequences": 2},
+        loss="forgetless.methods.terms:kl_term",
+        budget=True,
+    ),
+    "replay": Method(
+        help="general text mixed in",
+        family="data",
+        needs=("replay",),
+        reads=("replay_documents", "replay_share"),
+        settings={"replay_share": 0.05},
+        loss="forgetless.methods.terms:replay_term",
+        budget=True,
+    ),
+    "wise": Method(
+        help="the finished update scaled",
+        needs=("scale",),
+        finish="forgetless.methods.scaling:wise",
+    ),
+    "ewc-lora": Method(
+        help="held by the diagonal Fisher",
+        family="penalty",
+        reads=("importance", "replay", "replay_documents", "strength"),
+        settings={"strength": ESTIMATORS["fisher"].strength},
+        check="forgetless.methods.pulls:needs_fisher",
+        pull="forgetless.methods.pulls:ewc_lora",
+    ),
+    "la-lora": Method(
+        help="factors held by their own curvature",
+        family="penalty",
+        needs=("replay", "strength"),
+        reads=("replay_documents",),
+        lora=True,
+        pull="forgetless.methods.laplace:la_lora",
+    ),
+    "l2": Method(
+        help="control: held equally everywhere",
+        family="control",
+        needs=("strength",),
+        check="forgetless.methods.pulls:no_file",
+        pull="forgetless.methods.pulls:l2",
+    ),
+    "shuffled": Method(
+        help="control: held by importance in a random order",
+        family="control",
+        needs=("importance",),
+        reads=("strength",),
+        pull="forgetless.methods.pulls:of_shuffled",
+    ),
+    "o-lora": Method(
+        help="turned away from earlier adapters",
+        needs=("earlier",),
+        reads=("orthogonality",),
+        settings={"orthogonality": 0.5},
+        lora=True,
+        check="forgetless.methods.orthogonal:check",
+        loss="forgetless.methods.orthogonal:o_lora",
+        refuses={"lora-fa": "it freezes A, the factor that o-lora turns"},
+    ),
+    "general-steps": Method(
+        help="control: steps on general text first",
+        family="control",
+        needs=("replay",),
+        reads=("replay_documents", "general_steps"),
+        start="forgetless.methods.control:general_steps",
+        refuses=ALONE,
+    ),
+    "oft": Method(
+        help="weights rotated in blocks",
+        family="adapter",
+        lora=True,
+        adapter="forgetless.methods.adapters:oft",
+        refuses=NOT_LORA,
+    ),
+    "osf": Method(
+        help="only the smallest singular directions",
+        family="adapter",
+        lora=True,
+        check="forgetless.methods.adapters:check_osf",
+        adapter="forgetless.methods.adapters:osf",
+        refuses=NOT_LORA,
+    ),
+    "corda": Method(
+        help="starts where weights act least on general text",
+        family="adapter",
+        needs=("replay",),
+        reads=("replay_documents",),
+        lora=True,
+        check="forgetless.methods.adapters:check_corda",
+        adapter="forgetless.methods.adapters:corda",
+        save="forgetless.methods.adapters:save_as_lora",
+        refuses=MOVES,
+    ),
+    "lora-fa": Method(
+        help="LoRA with A frozen",
+        family="adapter",
+        lora=True,
+        optimizer="forgetless.methods.adapters:lora_fa",
+    ),
+}
+
+
+def named(spec: str | None) -> list[str]:
+    """The names in `--method a,b`."""
+    return [name.strip() for name in (spec or "").split(",") if name.strip()]
+
+
+def method_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The method by its default, and the settings of the methods that it names.
+
+    They are stronger than the preset. Unknown names are left to methods/table.py.
+    """
+    holds = given.get("importance") or given.get("after")
+    method = given.get("method") or ("hold" if holds else "plain")
+    settings = {"method": method}
+    for name in named(method):
+        if name in METHODS:
+            settings.update(METHODS[name].settings)
+    return settings
+
+
+def family(method: str) -> str:
+    """The family of the first method that `--method a,b` names."""
+    first = next(iter(named(method)), "")
+    return METHODS[first].family if first in METHODS else "baseline"
