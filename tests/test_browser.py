@@ -11,7 +11,7 @@ import pytest
 import browser
 from comparisons import RUN, comparison, kept_budget
 from forgetless.report.contents import completed, load
-from forgetless.report.page import write
+from forgetless.report.page import write_report
 
 pytestmark = pytest.mark.skipif(
     browser.find() is None,
@@ -34,7 +34,7 @@ def chromium(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page_file(tmp_path_factory):
-    return write(completed(comparison()), tmp_path_factory.mktemp("report") / "report.html")
+    return write_report(completed(comparison()), tmp_path_factory.mktemp("report") / "report.html")
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_of_many_methods_the_best_are_drawn_first_and_bars_show_all(chromium, pa
     drawn = """name => new Set([...document.querySelectorAll(`[data-figure=${name}]`)[0].data].filter(trace => trace.visible).map(trace => trace.meta)).size"""
     bars = "document.querySelector('[data-figure=equal]').layout.yaxis.categoryarray.length"
     try:
-        chromium.open(write(completed(comparison(many=True)), tmp_path / "many.html"))
+        chromium.open(write_report(completed(comparison(many=True)), tmp_path / "many.html"))
         assert (
             chromium.run("document.querySelectorAll('#frontier .chip[aria-pressed=true]').length")
             == 9
@@ -208,7 +208,7 @@ def test_copying_gives_csv_with_whole_numbers_and_errors(page):
     )
     page.run(
         "window.copied = []; const write = navigator.clipboard.writeText.bind(navigator.clipboard);"
-        "navigator.clipboard.writeText = text => { copied.push(text); return write(text); }"
+        "navigator.clipboard.writeText = text => { copied.push(text); return write_report(text); }"
     )
     page.run(
         "document.querySelectorAll('#runs tbody td').forEach(cell => { if (cell.textContent === "
@@ -278,7 +278,7 @@ def test_text_of_the_data_stays_text_and_long_words_fit_a_phone(chromium, tmp_pa
         2
     ]["label"] = "supercalifragilistic" * 12
     chromium.size(*WIDTHS["phone"][:2], phone=True)
-    chromium.open(write(completed(made), tmp_path / "evil.html"))
+    chromium.open(write_report(completed(made), tmp_path / "evil.html"))
     assert quiet(chromium), (chromium.problems, chromium.requests)
     assert chromium.run("document.querySelectorAll('img, main section a, .figure a').length") == 0
     assert (
@@ -300,7 +300,7 @@ def test_a_run_with_a_budget_shows_its_figures(chromium, tmp_path, theme):
     chromium.system_theme(theme)
     chromium.size(1200, 900)
     chromium.problems.clear()
-    chromium.open(write(load(tmp_path), tmp_path / "report.html"))
+    chromium.open(write_report(load(tmp_path), tmp_path / "report.html"))
     drawn = chromium.run(
         "[...document.querySelectorAll('.figure')].map(one => [one.dataset.figure, "
         "one.querySelectorAll('svg.main-svg').length > 0])"

@@ -23,6 +23,8 @@ from forgetless.data.documents import Document, load_documents
 from forgetless.data.encoding import batches
 from forgetless.errors import OptionError
 from forgetless.evaluate.paired import content
+from forgetless.files.budget_json import BudgetReport
+from forgetless.files.schema import as_record
 from forgetless.importance.calibration import Calibration
 from forgetless.importance.consolidate import consolidated
 from forgetless.importance.importance import Importance
@@ -589,7 +591,7 @@ def test_a_budget_without_general_text_is_predicted_and_never_met(
     assert "predicted, not measured" in card
     assert any(
         "No general text was looked at" in sentence
-        for sentence in report_contents(tmp_path / "run")["verdict"]
+        for sentence in report_contents(tmp_path / "run").verdict
     )
     assert run("report", tmp_path / "run") == 0
 
@@ -736,9 +738,8 @@ def test_hold_keeps_a_predicted_budget_under_anybodys_trainer(
         and report["promised"] <= report["budget_nats"]
         and 0 < report["share"] <= 1
     )
-    assert "PREDICTED" in sentences(report)[
-        0
-    ] and "nats for each nat of predicted forgetting" in "".join(sentences(report))
+    said = sentences(as_record(report, BudgetReport))
+    assert "PREDICTED" in said[0] and "nats for each nat of predicted forgetting" in "".join(said)
 
 
 def test_a_finished_adapter_is_scaled_on_the_prediction(

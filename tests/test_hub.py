@@ -26,7 +26,9 @@ from forgetless.importance.entries import DenseEntry
 from forgetless.options.option import as_dict
 from forgetless.options.tune import TUNE_PRESETS, TuneOptions
 from forgetless.options.verbs import resolve
-from forgetless.report.cards import code, command, extended, section_of
+from forgetless.report.card_words import code
+from forgetless.report.cards import extended, section_of
+from forgetless.report.run_card import command
 
 NAME = "model.layers.0.self_attn.q_proj.weight"
 

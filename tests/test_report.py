@@ -15,14 +15,19 @@ import pytest
 
 from comparisons import METHODS, RUN, comparison, kept_budget
 from forgetless.cli import main
-from forgetless.report import budget as promise
-from forgetless.report import figures, numbers, tables
+from forgetless.files.compare_json import ImportanceFile
+from forgetless.files.schema import from_json
+from forgetless.report import numbers, sequence_tables, tables
+from forgetless.report.budget import budget_table
+from forgetless.report.budget_figures import control, trade_off
 from forgetless.report.contents import completed, load
-from forgetless.report.figures import equal_learning, frontier, heat_map
+from forgetless.report.frontier_figures import equal_learning, frontier
+from forgetless.report.importance_figure import heat_map
 from forgetless.report.markdown import markdown
 from forgetless.report.page import as_json, page
 from forgetless.report.palette import ACCENT, DARK, HUES, LIGHT, NEUTRAL, looks
 from forgetless.report.summary import headlines, hidden_at_first
+from forgetless.report.training_figures import movement
 
 HOSTILE = (
     "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'`{{7*7}}|_x_ <!-- "
@@ -70,10 +75,7 @@ def test_report_writes_one_page_beside_the_comparison_and_prints_its_path(folder
     assert main(["report", str(folder)]) == 0
     assert capsys.readouterr().out.strip() == str(folder / "report.html")
     shown = words((folder / "report.html").read_text())
-    assert (
-        "less forgetting with hold than with plain LoRA" in shown
-        and "beyond the noise" in shown
-    )
+    assert "less forgetting with hold than with plain LoRA" in shown and "beyond the noise" in shown
     assert "The paper's preset never learns 95 % of what plain LoRA does." in shown
     assert "not reached" in shown and "reached by 2 of 3" in shown
     assert "out of memory, needed 3.1 GiB" in shown.replace("out of memory , ", "out of memory, ")
@@ -197,8 +199,8 @@ def test_json_for_scripts_reads_back_as_it_was_and_opens_no_tag(text):
 
 
 def test_the_headline_is_the_least_forgetting_at_equal_learning_and_says_how_sure_it_is():
-    made = completed(comparison())
-    first = headlines(made, "wiki")[0]
+    made = comparison()
+    first = headlines(completed(made), "wiki")[0]
     rows = {
         row["method"]: row
         for row in made["equal_learning"]["medmcqa"]["wiki"]
@@ -209,25 +211,27 @@ def test_the_headline_is_the_least_forgetting_at_equal_learning_and_says_how_sur
         and first.noise == "beyond the noise"
     )
     made["differences"] = [{**row, "beyond_noise": False} for row in made["differences"]]
-    assert headlines(made, "wiki")[0].noise == "within the noise"
+    assert headlines(completed(made), "wiki")[0].noise == "within the noise"
     made["differences"] = []
-    assert headlines(made, "wiki")[0].noise == "noise not measured"
+    assert headlines(completed(made), "wiki")[0].noise == "noise not measured"
 
 
 def test_the_headline_does_not_flatter_forgetless():
-    made = completed(comparison())
+    made = comparison()
     for row in made["equal_learning"]["medmcqa"]["wiki"]:
         if row["method"] == "hold":
             row["forgetting"] = 0.9
-    assert "less forgetting with KL, two sequences" in headlines(made, "wiki")[0].phrase
+    assert "less forgetting with KL, two sequences" in headlines(completed(made), "wiki")[0].phrase
     for row in made["equal_learning"]["medmcqa"]["wiki"]:
         if row["method"] == "plain":
             row["forgetting"] = 0.0001
-    assert "nothing here forgets less" in headlines(made, "wiki")[0].phrase
+    assert "nothing here forgets less" in headlines(completed(made), "wiki")[0].phrase
     made["equal_learning"]["medmcqa"]["wiki"] = [
         row for row in made["equal_learning"]["medmcqa"]["wiki"] if row["method"] == "paper"
     ]
-    assert [headline.place for headline in headlines(made, "wiki")] == ["sciq, measured on wiki"]
+    assert [headline.place for headline in headlines(completed(made), "wiki")] == [
+        "sciq, measured on wiki"
+    ]
 
 
 def test_what_was_not_measured_is_a_dash_and_never_a_zero():
@@ -238,7 +242,7 @@ def test_what_was_not_measured_is_a_dash_and_never_a_zero():
         numbers.nats(0.0561, 0.002) == "0.056 ± 0.002"
         and numbers.nats(0.00212, 0.0001) == "0.0021 ± 0.0001"
         and numbers.nats(-1e-5) == "0.0000"
-        and numbers.share(0.845, 0.004) == "84.5 % ± 0.4 %"
+        and numbers.accuracy(0.845, 0.004) == "84.5 % ± 0.4 %"
     )
     assert (numbers.size(1_513_768), numbers.duration(125), numbers.duration(None)) == (
         "1.44 MiB",
@@ -271,23 +275,24 @@ def test_the_table_is_by_forgetting_with_those_that_do_not_get_there_last():
 
 
 def test_a_method_that_has_not_run_or_not_finished_is_not_said_to_fail():
-    made = completed(comparison())
+    made = comparison()
     made["runs"] = [run for run in made["runs"] if run["method"] != "ewc-lora"]
     for run in made["runs"]:
         if run["method"] == "paper":
             run.update(status="failed", points=[])
+    made = completed(made)
     found = {row[0].shown: row[1].shown for row in tables.methods(made, "medmcqa", "wiki").rows}
     assert "EWC-LoRA" not in found and found["paper preset"] == "no finished run"
     bars = {
         trace["meta"]: trace["hovertext"][0]
-        for trace in equal_learning(made, looks(made["methods"]), "medmcqa", "wiki", 0.95)["traces"]
+        for trace in equal_learning(made, looks(made.methods), "medmcqa", "wiki", 0.95)["traces"]
     }
     assert "ewc-lora" not in bars and "no finished run" in bars["paper"]
 
 
 def test_figures_say_what_a_point_is_and_what_was_not_reached():
     made = completed(comparison())
-    look = looks(made["methods"])
+    look = looks(made.methods)
     drawn = frontier(made, look, "medmcqa", "wiki")
     held = next(
         trace
@@ -320,7 +325,7 @@ def test_figures_say_what_a_point_is_and_what_was_not_reached():
     assert (
         notes["paper"] == "not reached"
         and "reached by 2 of 3" in notes["kl"]
-        and set(notes) == {m["name"] for m in made["methods"]}
+        and set(notes) == {method.name for method in made.methods}
     )
     assert (
         frontier(made, look, "medmcqa", "no such text") is None
@@ -335,7 +340,7 @@ def test_the_heat_map_has_a_cell_per_layer_and_kind_and_no_number_where_nothing_
         {"name": "head", "layer": None, "kind": "v", "norm": 3.0, "coefficient": None},
         {"name": "b2", "layer": 1, "kind": "v", "norm": 0.0},
     ]
-    drawn = heat_map({"name": "file", "weights": weights})
+    drawn = heat_map(from_json({"name": "file", "weights": weights}, ImportanceFile, "file"))
     assert drawn["traces"][0]["y"] == ["0", "1", "outside"] and drawn["traces"][0]["x"] == [
         "q",
         "v",
@@ -345,16 +350,14 @@ def test_the_heat_map_has_a_cell_per_layer_and_kind_and_no_number_where_nothing_
         pytest.approx(-1.0),
     ]
     assert drawn["traces"][1]["x"] == [2.0, 0.5, None]
-    assert heat_map({"name": "empty", "weights": []}) is None
+    assert heat_map(ImportanceFile("empty")) is None
 
 
 def test_methods_look_the_same_in_every_figure_and_are_told_apart_without_colour():
     many = completed(comparison(many=True))
-    look = looks(many["methods"])
+    look = looks(many.methods)
     assert (
-        len({(one.light, one.symbol, one.dash) for one in look.values()})
-        == len(many["methods"])
-        > 20
+        len({(one.light, one.symbol, one.dash) for one in look.values()}) == len(many.methods) > 20
     )
     by_hue = {}
     for one in look.values():
@@ -381,18 +384,18 @@ def luminance(colour):
 
 def test_many_methods_are_drawn_by_their_places_with_plain_and_ours_always():
     many = completed(comparison(many=True))
-    shown = {method["name"] for method in many["methods"]} - set(hidden_at_first(many, "wiki"))
+    shown = {method.name for method in many.methods} - set(hidden_at_first(many, "wiki"))
     assert len(shown) == 9 and {"plain", "hold", "paper"} <= shown
     others = [
         row
-        for row in many["equal_learning"]["sciq"]["wiki"]
-        if row["share"] == 0.95 and row["method"] not in ("plain", "hold", "paper")
+        for row in many.equal_learning["sciq"]["wiki"]
+        if row.level == 0.95 and row.method not in ("plain", "hold", "paper")
     ]
     best = [
-        row["method"]
+        row.method
         for row in sorted(
-            (row for row in others if row["forgetting"] is not None),
-            key=lambda row: row["forgetting"],
+            (row for row in others if row.forgetting is not None),
+            key=lambda row: row.forgetting,
         )
     ]
     assert {best[0], best[1]} <= shown and best[-1] not in shown
@@ -411,8 +414,7 @@ def test_markdown_has_summary_table_and_settings(folder, capsys):
     text = capsys.readouterr().out
     assert (
         text.startswith("## Which method forgets least?\n")
-        and "× less forgetting with hold than with plain LoRA** (medmcqa, measured on wiki)"
-        in text
+        and "× less forgetting with hold than with plain LoRA** (medmcqa, measured on wiki)" in text
     )
     assert (
         "| method | forgetting at 95 % | forgetting at 80 % |" in text
@@ -516,16 +518,16 @@ def test_a_budget_shows_what_was_kept_what_others_buy_and_what_the_controller_di
     made = load(tmp_path)
     assert any(
         "173 documents that nothing was chosen on the loss rose by 0.0003 to 0.0063" in sentence
-        for sentence in made["verdict"]
+        for sentence in made.verdict
     )
-    rows = [[cell.shown for cell in row] for row in promise.table(made["budget"]).rows]
+    rows = [[cell.shown for cell in row] for row in budget_table(made.budget).rows]
     times = f"update {numbers.TIMES}"
     assert rows == [
         ["0.5%", "0.0050", f"{times} 0.4", "0.139", ""],
         ["1%", "0.0100", f"{times} 0.7", "0.184 ± 0.008", "this one"],
         ["5%", "0.0488", "all of the update", "0.139", ""],
     ]
-    trade, control = promise.trade_off(made["budget"]), promise.control(made["budget"])
+    trade, looked = trade_off(made.budget), control(made.budget)
     assert [trace["name"] for trace in trade["traces"]] == [
         "shrunk along importance",
         "scaled",
@@ -533,7 +535,7 @@ def test_a_budget_shows_what_was_kept_what_others_buy_and_what_the_controller_di
     assert trade["traces"][1]["x"][0] == 0.012 and trade["traces"][1]["error_x"]["array"][
         0
     ] == pytest.approx(0.004)
-    rise, probe, strength = control["traces"]
+    rise, probe, strength = looked["traces"]
     assert (
         rise["y"][0] == pytest.approx(0.03 / 0.00995)
         and probe["x"] == [10, 20, 30, 40, 50, 60]
@@ -542,9 +544,9 @@ def test_a_budget_shows_what_was_kept_what_others_buy_and_what_the_controller_di
     assert "The budget" in words(page(made)) and "| 1% | 0.0100 |" in markdown(made)
     bare = {**kept_budget(), "curve": [], "trajectory": [], "others": None, "check": None}
     (tmp_path / "run.json").write_text(json.dumps({**run, "budget": bare}))
-    assert len(
-        promise.table(load(tmp_path)["budget"]).rows
-    ) == 1 and "The budget of 1%: met." in words(page(load(tmp_path)))
+    assert len(budget_table(load(tmp_path).budget).rows) == 1 and "The budget of 1%: met." in words(
+        page(load(tmp_path))
+    )
 
 
 def test_sequences_show_the_matrix_and_its_transfers():
@@ -567,7 +569,7 @@ def test_sequences_show_the_matrix_and_its_transfers():
             ],
         }
     )
-    _, found = tables.sequences(made)[0]
+    _, found = sequence_tables.sequences(made)[0]
     assert [[cell.shown for cell in row] for row in found.rows] == [
         ["base model", "5.200", "4.900", "0.000"],
         ["medmcqa", "4.100", "4.700", "0.030"],
@@ -613,7 +615,7 @@ def test_several_methods_of_a_sequence_are_summed_up_the_lowest_loss_first():
         },
     ]
     made = completed({**comparison(), "sequences": found})
-    [(name, table)] = tables.sequence_summary(made)
+    [(name, table)] = sequence_tables.sequence_summary(made)
     titles = [
         "method",
         "average loss",
@@ -637,7 +639,9 @@ def test_several_methods_of_a_sequence_are_summed_up_the_lowest_loss_first():
         ["plain LoRA", "4.500", "-0.400", "0.050", numbers.MISSING, numbers.MISSING, "1"],
     ]
     assert "every method at the end" in words(page(made)) and "4.100 ± 0.100" in markdown(made)
-    assert tables.sequence_summary(completed({**comparison(), "sequences": found[:1]})) == []
+    assert (
+        sequence_tables.sequence_summary(completed({**comparison(), "sequences": found[:1]})) == []
+    )
 
 
 def test_a_sequence_with_rows_of_other_lengths_is_shown_as_far_as_it_goes():
@@ -649,7 +653,7 @@ def test_a_sequence_with_rows_of_other_lengths_is_shown_as_far_as_it_goes():
         "accuracy": [[0.5]],
         "general": {"wiki": [0.1]},
     }
-    _, found = tables.sequences(completed({**comparison(), "sequences": [odd]}))[0]
+    _, found = sequence_tables.sequences(completed({**comparison(), "sequences": [odd]}))[0]
     assert [row[1].shown for row in found.rows] == ["5.200", "4.100", numbers.MISSING] and page(
         completed({**comparison(), "sequences": [odd]})
     )
@@ -726,16 +730,16 @@ def test_plain_fine_tuning_may_have_another_name(folder):
     made = completed({**renamed, "reference": "lora"})
     assert (
         all("not measured at" not in h.detail for h in headlines(made, "wiki"))
-        and looks(made["methods"], "lora")["lora"].light == NEUTRAL[0]
+        and looks(made.methods, "lora")["lora"].light == NEUTRAL[0]
     )
 
 
 def test_markdown_shows_every_general_text_and_the_noise(folder):
     found = completed(comparison())
     said = markdown(found)
-    for other in [text["name"] for text in found["texts"]][1:]:
+    for other in [text.name for text in found.texts][1:]:
         assert f"The same on {other}" in said
-    assert all(f"noise, {domain}" in said for domain in found["noise"])
+    assert all(f"noise, {domain}" in said for domain in found.noise)
 
 
 def test_importance_of_other_units_is_drawn_on_one_scale(folder):
@@ -744,8 +748,8 @@ def test_importance_of_other_units_is_drawn_on_one_scale(folder):
         if one.get("moved") and one["method"] == "hold":
             one["moved"] = [{**row, "importance": 1000 * row["importance"]} for row in one["moved"]]
     drawn = [
-        figures.movement(completed(made), looks(made["methods"]), "sciq")
-        for made in (comparison(), found)
+        movement(made, looks(made.methods), "sciq")
+        for made in (completed(comparison()), completed(found))
     ]
     x = [
         next(trace["x"] for trace in figure["traces"] if trace["meta"] == "hold")

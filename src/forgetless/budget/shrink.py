@@ -37,9 +37,12 @@ from forgetless.data.tasks import encode_rows
 from forgetless.errors import OptionError
 from forgetless.evaluate.evaluate import changes, measure, table
 from forgetless.files.atomic import write_json
+from forgetless.files.budget_json import BudgetReport
 from forgetless.files.hub import importance_path
 from forgetless.files.provenance import environment, sha256_file
 from forgetless.files.room import check_free_space, check_output_folder
+from forgetless.files.run_json import Run
+from forgetless.files.schema import as_record
 from forgetless.importance.importance import Importance
 from forgetless.model.adapter_files import checked, load_tuned
 from forgetless.model.adapters import bare
@@ -50,9 +53,8 @@ from forgetless.options.option import as_dict
 from forgetless.options.verbs import ShrinkOptions
 from forgetless.penalty.fit import check_fit
 from forgetless.penalty.pull import Penalty
-from forgetless.report.budget import sentences
+from forgetless.report.budget import curves, sentences
 from forgetless.report.cards import write_card
-from forgetless.report.numbers import perplexity_percent
 
 logger = logging.getLogger("forgetless")
 # What in an adapter's configuration moves the model by more than scale * B @ A, and so stays when
@@ -145,12 +147,13 @@ def shrink(options: ShrinkOptions) -> dict[str, Any]:
         **kept,
         "seconds": time.perf_counter() - started,
     }
-    write_card(out / "final", "shrink", run)
+    write_card(out / "final", "shrink", as_record(run, Run))
     write_json(out / "run.json", run)
     if options.general or options.data:
         print(table(before, after))
     if kept:
-        print("\n".join([*curves(report), *sentences(report)]))
+        shown = as_record(report, BudgetReport)
+        print("\n".join([curves(shown), *sentences(shown)]))
     logger.info("wrote %s in %.0f s", out / "final", run["seconds"])
     return run
 
@@ -160,20 +163,6 @@ def share_of(mu: float, method: str) -> float:
     + mu).
     """
     return 1 / (1 + math.sqrt(mu)) if method == "shrink" else 1 / (1 + mu)
-
-
-def curves(report: dict[str, Any]) -> list[str]:
-    """Each way's curve on the control part, or as predicted, as text."""
-    rise = "predicted rise" if report["verdict"] == "predicted" else "general perplexity"
-    lines = [f"{'way':<8}{'share':>8}{'mu':>10}{rise:>20}{'learning (nats)':>18}"]
-    for point in report["curve"]:
-        mu, learning = point["mu"], point["learning"]
-        lines.append(
-            f"{point['way']:<8}{point['share']:>8.3f}{'-' if mu is None else f'{mu:.3g}':>10}{perplexity_percent(point['rise']['nats']):>+18.2f} "
-            "%"
-            f"{'-' if learning is None else f'{learning:.4f}':>18}"
-        )
-    return lines
 
 
 def _check(options: ShrinkOptions) -> dict[str, Any]:

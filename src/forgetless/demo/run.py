@@ -42,7 +42,7 @@ from forgetless.options.tune import TUNE_PRESETS, TuneOptions
 from forgetless.options.verbs import DemoOptions, resolve
 from forgetless.record.record import record
 from forgetless.report.contents import completed
-from forgetless.report.page import write
+from forgetless.report.page import write_report
 from forgetless.tune.tune import tune
 
 logger = logging.getLogger("forgetless")
@@ -141,7 +141,7 @@ def demo(options: DemoOptions) -> dict[str, Any]:
             file,
             seconds,
             plot(runs, out / "demo.png"),
-            write(completed(compared), out / "report.html"),
+            write_report(completed(compared), out / "report.html"),
         )
     )
     return result

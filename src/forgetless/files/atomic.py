@@ -103,7 +103,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_json(path: str | Path, data: Any) -> None:
     """Write JSON atomically; NaN and infinities become null."""
-    write_text(path, json.dumps(_plain(data), indent=1) + "\n")
+    write_text(path, json.dumps(json_ready(data), indent=1) + "\n")
 
 
 def read_json(path: str | Path) -> Any:
@@ -114,11 +114,12 @@ def read_json(path: str | Path) -> Any:
         raise FileError(f"{path}: expected a JSON file, found {error}") from None
 
 
-def _plain(data: Any) -> Any:
+def json_ready(data: Any) -> Any:
+    """Data as JSON has it: NaN and infinities as null, paths and keys as text."""
     if isinstance(data, dict):
-        return {str(key): _plain(value) for key, value in data.items()}
+        return {str(key): json_ready(value) for key, value in data.items()}
     if isinstance(data, (list, tuple)):
-        return [_plain(value) for value in data]
+        return [json_ready(value) for value in data]
     if isinstance(data, float) and not math.isfinite(data):
         return None
     return str(data) if isinstance(data, Path) else data

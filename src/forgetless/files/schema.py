@@ -44,7 +44,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from forgetless.errors import FileError, brief
-from forgetless.files.atomic import read_json, write_json
+from forgetless.files.atomic import json_ready, read_json, write_json
 from forgetless.files.untrusted import cleaned
 
 # What general text is called where it stands beside the domains that were learned.
@@ -116,6 +116,11 @@ def from_json(data: Any, kind: type[T], where: str) -> T:
         return reading(data)
     except _DoesNotFit as error:
         raise FileError(f"{where}{error.place}: {error.why}; {DAMAGED}") from None
+
+
+def as_record(data: Mapping[str, Any], kind: type[T]) -> T:
+    """What would be read from a file if `data` were written to it."""
+    return from_json(json_ready(data), kind, kind.__name__)
 
 
 def to_json(value: Any) -> Any:

@@ -29,7 +29,8 @@ from forgetless.importance.calibration import Calibration
 from forgetless.importance.describe import describe
 from forgetless.importance.entries import Entry, tier_of
 from forgetless.importance.tiers import converted, energy_errors, parse_tier
-from forgetless.report.cards import extended, importance_card
+from forgetless.report.cards import extended
+from forgetless.report.importance_card import importance_card
 
 logger = logging.getLogger("forgetless")
 BY_ELEMENT = {

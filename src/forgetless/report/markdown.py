@@ -5,14 +5,18 @@ learning, the settings.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator
 from typing import Any
 
-from forgetless.report import budget as promise
-from forgetless.report import numbers, tables
-from forgetless.report.contents import Contents, recorded_text
+from forgetless.files.compare_json import Comparison, NoiseFloor
+from forgetless.files.run_json import Environment
+from forgetless.report import numbers, sequence_tables, tables
+from forgetless.report.budget import budget_table
+from forgetless.report.cells import Table
+from forgetless.report.contents import recorded_text
 from forgetless.report.summary import headlines
 
+# What markdown reads as more than text.
 SPECIAL = re.compile(r"([\\`*_\[\]<>|#~])")
 
 
@@ -21,121 +25,107 @@ def plain(value: Any) -> str:
     return SPECIAL.sub(r"\\\1", " ".join(str(value).split()))
 
 
-def markdown(contents: Contents) -> str:
+def markdown(contents: Comparison) -> str:
     """The whole document, ending in a newline."""
     text = recorded_text(contents)
-    lines = [f"## {plain(contents['title'] or 'forgetless report')}", "", *_summary(contents, text)]
-    for domain in (
-        [str(domain["name"]) for domain in contents["domains"]]
-        if text and contents["kind"] != "run"
-        else []
-    ):
-        lines += [
-            f"### {plain(domain)}",
-            "",
-            f"Forgetting on {plain(text)} at equal learning, in nats per token, ± standard error; "
-            "shares are of what plain fine-tuning learns.",
-            "",
-            table(tables.methods(contents, domain, str(text))),
-            "",
-        ]
-        for other in [str(other["name"]) for other in contents["texts"] if other["name"] != text]:
-            if (found := tables.equal(contents, domain, other)).rows:
-                lines += [
-                    f"The same on {plain(other)}, which importance was not recorded on:",
-                    "",
-                    table(found),
-                    "",
-                ]
-    for name, found in tables.sequence_summary(contents):
-        lines += [
-            f"### {plain(name)}, one domain after another",
-            "",
-            "Losses in nats per token, mean over seeds ± standard error; backward transfer is what "
-            "later domains did to earlier ones (negative: forgotten).",
-            "",
-            table(found),
-            "",
-        ]
-    if contents["budget"]:
-        lines += ["### The budget", "", table(promise.table(contents["budget"])), ""]
-    if contents["measures"]:
-        lines += ["### Before and after", "", table(tables.measures(contents)), ""]
-    failed = [run for run in contents["runs"] if run.get("status", "done") != "done"]
-    if failed:
-        lines += [
-            "### Runs that did not finish",
-            "",
-            *(
-                f"* {plain(r['method'])} on {plain(r.get('domain'))}, "
-                f"{plain(numbers.settings(r.get('settings')))}: "
-                f"{plain(r['status'])}" + (f" ({plain(r['error'])})" if r.get("error") else "")
-                for r in failed
-            ),
-            "",
-        ]
-    return "\n".join([*lines, *_settings(contents)]) + "\n"
-
-
-def _summary(contents: Contents, text: str | None) -> list[str]:
     lines = [
-        f"**{plain(h.number)} {plain(h.phrase)}** ({plain(h.place)}): {plain(h.detail)}"
-        + (f"; {plain(h.noise)}." if h.noise else ".")
-        + "\n"
-        for h in headlines(contents, text)
+        f"## {plain(contents.title or 'forgetless report')}",
+        "",
+        *_summary(contents, text),
+        *_domains(contents, text),
+        *_sequences(contents),
     ]
-    return [*lines, *(f"* {plain(sentence)}" for sentence in contents["verdict"]), ""]
+    if contents.budget is not None:
+        lines += ["### The budget", "", markdown_table(budget_table(contents.budget)), ""]
+    if contents.measures:
+        lines += ["### Before and after", "", markdown_table(tables.measures(contents)), ""]
+    return "\n".join([*lines, *_failures(contents), *_settings(contents)]) + "\n"
 
 
-def table(found: tables.Table) -> str:
+def markdown_table(table: Table) -> str:
     """A markdown table, numbers aligned to the right."""
-    head = "| " + " | ".join(plain(column.title) for column in found.columns) + " |"
-    rule = "|" + "|".join(" ---: " if column.number else " --- " for column in found.columns) + "|"
-    return "\n".join(
-        [
-            head,
-            rule,
-            *("| " + " | ".join(plain(cell.shown) for cell in row) + " |" for row in found.rows),
-        ]
-    )
+    head = "| " + " | ".join(plain(column.title) for column in table.columns) + " |"
+    rule = "|" + "|".join(" ---: " if column.number else " --- " for column in table.columns) + "|"
+    rows = ("| " + " | ".join(plain(cell.shown) for cell in row) + " |" for row in table.rows)
+    return "\n".join([head, rule, *rows])
 
 
-def _settings(contents: Contents) -> list[str]:
-    environment: Mapping[str, Any] = contents["environment"]
-    versions = ", ".join(
-        f"{name} {version}" for name, version in (environment.get("versions") or {}).items()
-    )
-    pairs = [
-        ("model", contents["model"]),
-        *((key.replace("_", " "), value) for key, value in contents["settings"].items()),
-        *(
-            (
-                (key.replace("_", " "), value)
-                for key, value in contents["experiment"].items()
-                if key != "model"
-            )
-            if contents["kind"] == "run"
-            else ()
-        ),
-        ("device", environment.get("device")),
-        ("commit", environment.get("commit")),
-        ("versions", versions),
-        ("made", contents["created"]),
-    ]
-    pairs += [(f"noise, {domain}", _noise(noise)) for domain, noise in contents["noise"].items()]
-    shown = [
-        f"* {plain(key)}: {plain(numbers.text(value))}"
-        for key, value in pairs
-        if value not in (None, "", False)
-    ]
-    return ["<details><summary>Settings</summary>", "", *shown, "", "</details>"]
+def _summary(contents: Comparison, text: str | None) -> Iterator[str]:
+    for each in headlines(contents, text):
+        noise = f"; {plain(each.noise)}" if each.noise else ""
+        said = f"**{plain(each.number)} {plain(each.phrase)}** ({plain(each.place)})"
+        yield f"{said}: {plain(each.detail)}{noise}.\n"
+    yield from (f"* {plain(sentence)}" for sentence in contents.verdict)
+    yield ""
 
 
-def _noise(noise: Mapping[str, Any]) -> str:
-    lost = "".join(
-        f", forgetting on {text} {numbers.nats(value)}"
-        for text, value in (noise.get("forgetting") or {}).items()
+def _domains(contents: Comparison, text: str | None) -> Iterator[str]:
+    """For each domain the methods at equal learning, on every general text."""
+    if not text or contents.kind == "run":
+        return
+    for domain in contents.domains:
+        yield from (f"### {plain(domain.name)}", "")
+        yield (
+            f"Forgetting on {plain(text)} at equal learning, in nats per token, ± standard error; "
+            "shares are of what plain fine-tuning learns."
+        )
+        yield from ("", markdown_table(tables.methods(contents, domain.name, text)), "")
+        for other in (each.name for each in contents.texts if each.name != text):
+            if (table := tables.equal(contents, domain.name, other)).rows:
+                yield f"The same on {plain(other)}, which importance was not recorded on:"
+                yield from ("", markdown_table(table), "")
+
+
+def _sequences(contents: Comparison) -> Iterator[str]:
+    for name, table in sequence_tables.sequence_summary(contents):
+        yield from (f"### {plain(name)}, one domain after another", "")
+        yield (
+            "Losses in nats per token, mean over seeds ± standard error; backward transfer is what "
+            "later domains did to earlier ones (negative: forgotten)."
+        )
+        yield from ("", markdown_table(table), "")
+
+
+def _failures(contents: Comparison) -> Iterator[str]:
+    failed = [run for run in contents.runs if not run.done]
+    if not failed:
+        return
+    yield from ("### Runs that did not finish", "")
+    for run in failed:
+        settings = plain(numbers.settings(run.settings))
+        why = f" ({plain(run.error)})" if run.error else ""
+        yield f"* {plain(run.method)} on {plain(run.domain)}, {settings}: {plain(run.status)}{why}"
+    yield ""
+
+
+def _settings(contents: Comparison) -> Iterator[str]:
+    yield from ("<details><summary>Settings</summary>", "")
+    for name, value in _pairs(contents):
+        if value not in (None, "", False):
+            yield f"* {plain(name)}: {plain(numbers.text(value))}"
+    yield from ("", "</details>")
+
+
+def _pairs(contents: Comparison) -> Iterator[tuple[str, Any]]:
+    """What the runs were made with, by name."""
+    yield "model", contents.model
+    options = contents.experiment if contents.kind == "run" else {}
+    others = {key: value for key, value in options.items() if key != "model"}
+    for key, value in (contents.settings | others).items():
+        yield key.replace("_", " "), value
+    environment = contents.environment or Environment()
+    versions = (f"{name} {version}" for name, version in environment.versions.items())
+    yield "device", environment.device
+    yield "commit", environment.commit
+    yield "versions", ", ".join(versions)
+    yield "made", contents.created
+    for domain, noise in contents.noise.items():
+        yield f"noise, {domain}", _noise_in_words(noise or NoiseFloor())
+
+
+def _noise_in_words(noise: NoiseFloor) -> str:
+    forgetting = "".join(
+        f", forgetting on {text} {numbers.nats(value)}" for text, value in noise.forgetting.items()
     )
-    return f"learning {numbers.nats(noise.get('learning'))}{lost}" + (
-        f" ({noise['how']})" if noise.get("how") else ""
-    )
+    how = f" ({noise.how})" if noise.how else ""
+    return f"learning {numbers.nats(noise.learning)}{forgetting}{how}"

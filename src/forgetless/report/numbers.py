@@ -31,7 +31,7 @@ def nats(value: Any, error: Any = None, *, digits: int | None = None) -> str:
     return shown if spread is None else f"{shown} ± {spread:.{digits}f}"
 
 
-def share(value: Any, error: Any = None) -> str:
+def accuracy(value: Any, error: Any = None) -> str:
     """'84.5 % ± 0.4 %'."""
     number, spread = known(value), known(error)
     if number is None:
@@ -45,7 +45,7 @@ def perplexity_percent(nats: float) -> float:
 
 
 def percent(value: float) -> str:
-    """A share that people chose, without needless digits: 0.95 -> '95 %'."""
+    """A fraction that people chose, without needless digits: 0.95 -> '95 %'."""
     return f"{100 * value:g} %"
 
 

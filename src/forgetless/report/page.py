@@ -1,6 +1,6 @@
 """The page: one HTML file that opens from disk and asks the network for nothing.
 
-    write(load("out/lab"), "report.html")        # or: forgetless report out/lab
+    write_report(load("out/lab"), "report.html")     # or: forgetless report out/lab
 
 Styles, script and Plotly's own script are written into it. Jinja escapes all text; what scripts
 read is JSON in which no tag can begin; a Content-Security-Policy forbids every request and every
@@ -12,7 +12,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,16 +23,25 @@ import yaml
 from markupsafe import Markup
 
 from forgetless.files.atomic import atomic_path
+from forgetless.files.compare_json import Comparison, Sample
 from forgetless.files.room import check_output_file
+from forgetless.files.schema import to_json
 from forgetless.options.verbs import ReportOptions
-from forgetless.report import budget as promise
-from forgetless.report import figures, numbers, tables
-from forgetless.report.contents import Contents, label, load, recorded_text
+from forgetless.report import numbers, sequence_tables, tables
+from forgetless.report.budget import budget_table
+from forgetless.report.budget_figures import control, trade_off
+from forgetless.report.contents import label, load, recorded_text
+from forgetless.report.drawing import Figure
+from forgetless.report.frontier_figures import equal_learning, frontier
+from forgetless.report.importance_figure import heat_map
 from forgetless.report.markdown import markdown
 from forgetless.report.palette import PATHS, looks
 from forgetless.report.summary import equal_rows, headlines, hidden_at_first
+from forgetless.report.training_figures import curves, movement
 
+# Where the template, its styles and its script lie.
 HERE = Path(__file__).parent
+# Whose words a sample shows first, and what stands above them.
 SPOKEN = {"base": "before", "plain": "after plain", "hold": "after holding"}
 
 
@@ -42,16 +52,16 @@ def report(options: ReportOptions) -> None:
     folder = Path(options.folder)
     contents = load(folder)
     if options.title:
-        contents = {**contents, "title": options.title}
+        contents = replace(contents, title=options.title)
     if options.format == "markdown" and not options.out:
         print(markdown(contents), end="")
         return
     path = Path(options.out) if options.out else folder / "report.html"
     check_output_file(path)
-    print(write(contents, path, form=options.format))
+    print(write_report(contents, path, form=options.format))
 
 
-def write(contents: Contents, path: str | Path, *, form: str = "html") -> Path:
+def write_report(contents: Comparison, path: str | Path, *, form: str = "html") -> Path:
     """Write the report, whole or not at all; `form` is html or markdown."""
     shown = page(contents) if form == "html" else markdown(contents)
     with atomic_path(path) as temporary:
@@ -59,38 +69,56 @@ def write(contents: Contents, path: str | Path, *, form: str = "html") -> Path:
     return Path(path)
 
 
-def page(contents: Contents) -> str:
+def page(contents: Comparison) -> str:
     """The HTML."""
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.ChainableUndefined,
-                                     trim_blocks=True, lstrip_blocks=True)  # fmt: skip # chainable: a key that a folder lacks is missing, not an error
+    text = recorded_text(contents)
+    figures = _figures(contents)
+    hidden = hidden_at_first(contents, text)
+    scripts = [plotly(), (HERE / "page.js").read_text(encoding="utf-8")]
+    return (
+        _templates()
+        .get_template("page.html.jinja")
+        .render(
+            contents=contents,
+            label=lambda name: label(contents, name),
+            headlines=headlines(contents, text),
+            looks=looks(contents.methods, contents.reference),
+            paths=PATHS,
+            choices=_choices(contents, text),
+            drawn={name for name, views in figures.items() if views},
+            tables=_tables(contents),
+            samples=[_sample(contents, sample) for sample in contents.samples],
+            failed=[run for run in contents.runs if not run.done],
+            settings=numbers.settings,
+            experiment=_experiment(contents.experiment),
+            environment=_environment(contents),
+            policy=policy(scripts),
+            style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
+            scripts=[Markup(script) for script in scripts],
+            hidden=hidden,
+            data=Markup(as_json({"figures": _rounded(figures), "hidden": hidden})),
+        )
+    )
+
+
+def _templates() -> jinja2.Environment:
+    """Where the page's template is read: all text is escaped, and a key that a folder lacks is
+    missing, not an error.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=jinja2.ChainableUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     environment.filters |= {
         "nats": numbers.nats,
         "line": lambda value: numbers.text(value or None),
         "duration": numbers.duration,
         "exact": numbers.exact,
     }
-    text, drawn = recorded_text(contents), _figures(contents)
-    hidden = hidden_at_first(contents, text)
-    scripts = [plotly(), (HERE / "page.js").read_text(encoding="utf-8")]
-    return environment.get_template("page.html.jinja").render(
-        contents=contents,
-        label=lambda name: label(contents, name),
-        headlines=headlines(contents, text),
-        looks=looks(contents["methods"], contents["reference"]),
-        paths=PATHS,
-        choices=_choices(contents, text),
-        drawn={name for name, views in drawn.items() if views},
-        tables=_tables(contents),
-        samples=[_sample(contents, sample) for sample in contents["samples"]],
-        failed=[run for run in contents["runs"] if run.get("status", "done") != "done"],
-        settings=numbers.settings,
-        experiment=_experiment(contents["experiment"]),
-        policy=policy(scripts),
-        style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
-        scripts=[Markup(script) for script in scripts],
-        hidden=hidden,
-        data=Markup(as_json({"figures": _rounded(drawn), "hidden": hidden})),
-    )
+    return environment
 
 
 def plotly() -> str:
@@ -144,116 +172,118 @@ def _rounded(data: Any) -> Any:
     return float(f"{data:.6g}") if isinstance(data, float) else data
 
 
-def _choices(contents: Contents, text: str | None) -> dict[str, list[str]]:
+def _choices(contents: Comparison, text: str | None) -> dict[str, list[str]]:
     """What can be chosen, the first one at the start: domains, texts (the recorded kind first),
-    shares, importance files.
+    levels of learning, importance files.
     """
-    rows = [
-        row
-        for texts in contents["equal_learning"].values()
-        for rows in texts.values()
-        for row in rows
-    ]
-    shares = sorted({row["share"] for row in rows}, reverse=True)
-    texts = [str(entry["name"]) for entry in contents["texts"]]
+    levels = {
+        row.level
+        for by_text in contents.equal_learning.values()
+        for rows in (by_text or {}).values()
+        for row in rows or []
+    }
+    texts = [each.name for each in contents.texts]
     return {
-        "domain": [str(domain["name"]) for domain in contents["domains"]],
+        "domain": [domain.name for domain in contents.domains],
         "text": sorted(texts, key=lambda name: name != text),
-        "share": [numbers.percent(share) for share in shares],
-        "importance": [str(item.get("name")) for item in contents["importance"]],
+        "share": [numbers.percent(level) for level in sorted(levels, reverse=True)],
+        "importance": [str(item.name) for item in contents.importance],
     }
 
 
-def _figures(contents: Contents) -> dict[str, list[dict[str, Any]]]:
+# The figures of a page, in the order of its data.
+FIGURES = ("frontier", "equal", "trade", "control", "curves", "heat", "movement")
+View = tuple[str, Figure | None, dict[str, str]]  # name, figure, what was chosen to see it
+
+
+def _figures(contents: Comparison) -> dict[str, list[dict[str, Any]]]:
     """Every figure in every view of it: {"frontier": [{"domain", "text", "figure"}, ...], ...}."""
-    found: dict[str, list[dict[str, Any]]] = {
-        name: [] for name in ("frontier", "equal", "trade", "control", "curves", "heat", "movement")
-    }
-    look = looks(contents["methods"], contents["reference"])
-
-    def add(name: str, figure: figures.Figure | None, **view: str) -> None:
+    views: dict[str, list[dict[str, Any]]] = {name: [] for name in FIGURES}
+    for name, figure, choice in _views(contents):
         if figure is not None:
-            found[name].append({**view, "figure": figure})
-
-    for domain in (str(entry["name"]) for entry in contents["domains"]):
-        for text in (str(entry["name"]) for entry in contents["texts"]):
-            add(
-                "frontier", figures.frontier(contents, look, domain, text), domain=domain, text=text
-            )
-            for share in sorted({row["share"] for row in equal_rows(contents, domain, text)}):
-                add(
-                    "equal",
-                    figures.equal_learning(contents, look, domain, text, share),
-                    domain=domain,
-                    text=text,
-                    share=numbers.percent(share),
-                )
-        add("curves", figures.curves(contents, look, domain), domain=domain)
-        add("movement", figures.movement(contents, look, domain), domain=domain)
-    for item in contents["importance"]:
-        add("heat", figures.heat_map(item), importance=str(item.get("name")))
-    if contents["budget"]:
-        add("trade", promise.trade_off(contents["budget"]))
-        add("control", promise.control(contents["budget"]))
-    return found
+            views[name].append({**choice, "figure": figure})
+    return views
 
 
-def _tables(contents: Contents) -> dict[str, Any]:
-    pairs = [
-        (str(domain["name"]), str(text["name"]))
-        for domain in contents["domains"]
-        for text in contents["texts"]
+def _views(contents: Comparison) -> Iterator[View]:
+    look = looks(contents.methods, contents.reference)
+    for domain in (each.name for each in contents.domains):
+        for text in (each.name for each in contents.texts):
+            choice = {"domain": domain, "text": text}
+            yield "frontier", frontier(contents, look, domain, text), choice
+            for level in sorted({row.level for row in equal_rows(contents, domain, text)}):
+                bars = equal_learning(contents, look, domain, text, level)
+                yield "equal", bars, {**choice, "share": numbers.percent(level)}
+        yield "curves", curves(contents, look, domain), {"domain": domain}
+        yield "movement", movement(contents, look, domain), {"domain": domain}
+    for item in contents.importance:
+        yield "heat", heat_map(item), {"importance": str(item.name)}
+    if contents.budget is not None:
+        yield "trade", trade_off(contents.budget), {}
+        yield "control", control(contents.budget), {}
+
+
+def _tables(contents: Comparison) -> dict[str, Any]:
+    views = [
+        (domain.name, text.name, tables.methods(contents, domain.name, text.name))
+        for domain in contents.domains
+        for text in contents.texts
+        if contents.kind != "run"
     ]
-    views = (
-        []
-        if contents["kind"] == "run"
-        else [(domain, text, tables.methods(contents, domain, text)) for domain, text in pairs]
-    )
     return {
         "methods": views,
         "runs": tables.runs(contents),
         "measures": tables.measures(contents),
         "before": tables.before(contents),
-        "budget": promise.table(contents["budget"]) if contents["budget"] else None,
-        "sequences": tables.sequences(contents),
-        "sequence_summary": tables.sequence_summary(contents),
+        "budget": None if contents.budget is None else budget_table(contents.budget),
+        "sequences": sequence_tables.sequences(contents),
+        "sequence_summary": sequence_tables.sequence_summary(contents),
     }
 
 
-def _sample(contents: Contents, sample: Mapping[str, Any]) -> dict[str, Any]:
+def _sample(contents: Comparison, sample: Sample) -> dict[str, Any]:
     """A sample with its outputs in reading order: before, after plain, after holding, the rest."""
-    outputs = sample.get("outputs") or {}
-    order = [
-        *(name for name in SPOKEN if name in outputs),
-        *(name for name in outputs if name not in SPOKEN),
-    ]
-    shown = [
+    order = [*(name for name in SPOKEN if name in sample.outputs), *sample.outputs]
+    outputs = [
         {
             "name": name,
             "title": SPOKEN.get(name) or f"after {label(contents, name)}",
-            "text": str(outputs[name] or "").strip(),
+            "text": str(sample.outputs[name] or "").strip(),
         }
-        for name in order
+        for name in dict.fromkeys(order)
     ]
     return {
-        "domain": sample.get("domain"),
-        "prompt": sample.get("prompt"),
-        "reference": sample.get("reference"),
-        "outputs": shown,
+        "domain": sample.domain,
+        "prompt": sample.prompt,
+        "reference": sample.reference,
+        "outputs": outputs,
     }
 
 
-def _experiment(found: Any) -> str:
+def _environment(contents: Comparison) -> dict[str, Any]:
+    """Where the runs ran, as names with values."""
+    if contents.environment is None:
+        return {}
+    known = to_json(contents.environment)
+    return {
+        **{name: value for name, value in known.items() if name != "versions"},
+        **known["versions"],
+    }
+
+
+def _experiment(experiment: Any) -> str:
     """The experiment, or a run's options, as YAML: compare.json has the text of the file."""
-    if not found or isinstance(found, str):
-        return str(found or "")
-    return str(yaml.safe_dump(_plain(found), sort_keys=False, allow_unicode=True, width=100))
+    if not experiment or isinstance(experiment, str):
+        return str(experiment or "")
+    return str(
+        yaml.safe_dump(_yaml_ready(experiment), sort_keys=False, allow_unicode=True, width=100)
+    )
 
 
-def _plain(data: Any) -> Any:
+def _yaml_ready(data: Any) -> Any:
     """Plain values for YAML's safe dumper."""
     if isinstance(data, Mapping):
-        return {str(key): _plain(value) for key, value in data.items()}
+        return {str(key): _yaml_ready(value) for key, value in data.items()}
     if isinstance(data, (list, tuple)):
-        return [_plain(value) for value in data]
+        return [_yaml_ready(value) for value in data]
     return data if data is None or isinstance(data, (bool, int, float)) else str(data)

@@ -3,18 +3,20 @@
 Eight hues that differ for the common kinds of colour blindness too (after Okabe and Ito, arranged
 so that neighbours differ most), each as a pair for light and dark ground with a contrast of at
 least 3 : 1 against it. With more than eight methods the hues come round again with another symbol
-and dash, so that colour is never the only difference. forgetless has the accent, plain the neutral
-grey.
+and dash, so that colour is never the only difference. hold has the accent, plain the neutral grey.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-LIGHT, DARK = "#ffffff", "#14171a"  # the grounds, as in page.css
-ACCENT, NEUTRAL = ("#0a66b7", "#5db2f7"), ("#626d78", "#a3afba")
+from forgetless.files.compare_json import ComparedMethod
+
+# The grounds, as in page.css.
+LIGHT, DARK = "#ffffff", "#14171a"
+ACCENT = ("#0a66b7", "#5db2f7")
+NEUTRAL = ("#626d78", "#a3afba")
 HUES = (
     ("#b8540b", "#f0a04f"),
     ("#00806a", "#3fcdb0"),
@@ -35,7 +37,8 @@ SYMBOLS = (
     "triangle-down",
     "bowtie",
 )
-PATHS = {  # the symbols for keys and tables, in a box of 12 by 12
+# The symbols for keys and tables, in a box of 12 by 12.
+PATHS = {
     "circle": "M6 1a5 5 0 1 0 .01 0z",
     "square": "M1.5 1.5h9v9h-9z",
     "diamond": "M6 0l6 6-6 6-6-6z",
@@ -59,29 +62,31 @@ class Look:
     dash: str
 
 
-def looks(methods: Sequence[Mapping[str, Any]], reference: str = "plain") -> dict[str, Look]:
+def looks(methods: Sequence[ComparedMethod], reference: str = "plain") -> dict[str, Look]:
     """Method name -> its look, in the order of the comparison.
 
-    The first method of family forgetless gets the accent, plain fine-tuning the grey.
+    The first method of the family hold gets the accent, plain fine-tuning the grey.
     """
-    names = [str(method["name"]) for method in methods]
-    held = [
-        name for name, method in zip(names, methods, strict=True) if method.get("family") == "hold"
-    ]
+    held = [method.name for method in methods if method.family == "hold"]
     first = "hold" if "hold" in held else (held[0] if held else "hold")
-    found: dict[str, Look] = {}
+    by_name: dict[str, Look] = {}
     others = 0
-    for name in names:
-        if name == first:
-            found[name] = Look(*ACCENT, "circle", "solid")
-        elif name == reference:
-            found[name] = Look(*NEUTRAL, "circle", "solid")
+    for method in methods:
+        if method.name == first:
+            by_name[method.name] = Look(*ACCENT, "circle", "solid")
+        elif method.name == reference:
+            by_name[method.name] = Look(*NEUTRAL, "circle", "solid")
         else:
-            turn = others // len(HUES)
-            found[name] = Look(
-                *HUES[others % len(HUES)],
-                SYMBOLS[(others + turn) % len(SYMBOLS)],
-                DASHES[turn % len(DASHES)],
-            )
+            by_name[method.name] = _other(others)
             others += 1
-    return found
+    return by_name
+
+
+def _other(number: int) -> Look:
+    """The look of a method that is neither ours nor plain; numbers count from 0."""
+    turn = number // len(HUES)
+    return Look(
+        *HUES[number % len(HUES)],
+        SYMBOLS[(number + turn) % len(SYMBOLS)],
+        DASHES[turn % len(DASHES)],
+    )

@@ -4,136 +4,144 @@ text.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
+from forgetless.files.compare_json import Comparison, EqualLearning
+from forgetless.files.measured_json import Change
 from forgetless.report import numbers
-from forgetless.report.contents import Contents, label
+from forgetless.report.contents import label
 
-FEW = 9  # lines that a figure can hold without a tangle
+# Lines that a figure can hold without a tangle.
+FEW = 9
 
 
 @dataclass(frozen=True)
 class Headline:
-    """One number, what it says, and where."""
+    """One number, what it says, where it was measured, and whether the difference is beyond the
+    noise, in words.
+    """
 
     number: str
     phrase: str
     detail: str
     place: str
-    noise: str  # whether the difference is beyond the noise, in words
+    noise: str = ""
 
 
-def headlines(contents: Contents, text: str | None) -> list[Headline]:
+def headlines(contents: Comparison, text: str | None) -> list[Headline]:
     """One headline per domain on this general text; of a single run, what was learned and what was
     lost.
     """
-    if contents["kind"] == "run":
-        return _of_run(contents)
-    found = [
-        _of_domain(contents, str(domain["name"]), text)
-        for domain in contents["domains"]
-        if text is not None
-    ]
-    return [headline for headline in found if headline is not None]
+    if contents.kind == "run":
+        return list(_of_run(contents))
+    if text is None:
+        return []
+    each = (_of_domain(contents, domain.name, text) for domain in contents.domains)
+    return [headline for headline in each if headline is not None]
 
 
-def equal_rows(contents: Contents, domain: str, text: str) -> list[dict[str, Any]]:
+def equal_rows(contents: Comparison, domain: str, text: str) -> list[EqualLearning]:
     """Forgetting at equal learning of one domain and text, of methods that ran.
 
     One without a finished run has not failed to learn: its status says so.
     """
-    rows = (contents["equal_learning"].get(domain) or {}).get(text) or []
-    part = next((row["part"] for row in rows if row.get("part")), None)  # the rows are of one
-    ran: dict[str, bool] = {}
-    for run in contents["runs"]:
-        if run.get("domain") == domain:
-            counts = run.get("status", "done") == "done" and part in (None, run.get("part"))
-            ran[run["method"]] = ran.get(run["method"], False) or counts
-    rows = [row for row in rows if row["method"] in ran]
-    return [row if ran[row["method"]] else {**row, "status": "no finished run"} for row in rows]
+    rows = (contents.equal_learning.get(domain) or {}).get(text) or []
+    part = next((row.part for row in rows if row.part), None)  # all rows are of one
+    finished: dict[str, bool] = {}
+    for run in contents.runs:
+        if run.domain == domain:
+            counts = run.done and part in (None, run.part)
+            finished[run.method] = finished.get(run.method, False) or counts
+    return [
+        row if finished[row.method] else replace(row, status="no finished run")
+        for row in rows
+        if row.method in finished
+    ]
 
 
-def hidden_at_first(contents: Contents, text: str | None) -> list[str]:
+def hidden_at_first(contents: Comparison, text: str | None) -> list[str]:
     """Methods whose lines wait for a click where there are many: all but plain, ours and those that
-    forget least, by places over domains and shares.
+    forget least, by their places over domains and levels of learning.
     """
-    names = [str(method["name"]) for method in contents["methods"]]
+    names = [method.name for method in contents.methods]
     if len(names) <= FEW:
         return []
-    places = dict.fromkeys(names, 0)
-    for domain in contents["domains"]:
-        rows = equal_rows(contents, str(domain["name"]), str(text))
-        for share in {
-            row["share"] for row in rows
-        }:  # every share: one alone would hide a strong method that just misses it
-            reached = [
-                row
-                for row in rows
-                if row["share"] == share and numbers.known(row.get("forgetting")) is not None
-            ]
-            order = [row["method"] for row in sorted(reached, key=lambda row: row["forgetting"])]
-            places = {
-                name: place + (order.index(name) if name in order else len(names))
-                for name, place in places.items()
-            }
+    places = _places(contents, str(text), names)
     ours = [
-        str(method["name"])
-        for method in contents["methods"]
-        if method.get("family") == "hold" or method["name"] == contents["reference"]
+        method.name
+        for method in contents.methods
+        if method.family == "hold" or method.name == contents.reference
     ]
     others = sorted((name for name in names if name not in ours), key=lambda name: places[name])
-    return [name for name in names if name in others[max(0, FEW - len(ours)) :]]
+    hidden = others[max(0, FEW - len(ours)) :]
+    return [name for name in names if name in hidden]
 
 
-def _of_domain(contents: Contents, domain: str, text: str) -> Headline | None:
-    rows = [
-        row
-        for row in equal_rows(contents, domain, text)
-        if numbers.known(row.get("forgetting")) is not None
-    ]
+def _places(contents: Comparison, text: str, names: list[str]) -> dict[str, int]:
+    """The sum of each method's places, the least forgetting first, over domains and levels. Every
+    level counts: one alone would hide a strong method that just misses it.
+    """
+    places = dict.fromkeys(names, 0)
+    for domain in contents.domains:
+        rows = equal_rows(contents, domain.name, text)
+        for level in {row.level for row in rows}:
+            order = [row.method for row in _by_forgetting(rows, level)]
+            for name in names:
+                places[name] += order.index(name) if name in order else len(names)
+    return places
+
+
+def _by_forgetting(rows: list[EqualLearning], level: float) -> list[EqualLearning]:
+    reached = [row for row in rows if row.level == level and row.forgetting is not None]
+    return sorted(reached, key=lambda row: row.forgetting or 0.0)
+
+
+def _of_domain(contents: Comparison, domain: str, text: str) -> Headline | None:
+    rows = [row for row in equal_rows(contents, domain, text) if row.forgetting is not None]
     if not rows:
         return None
-    share = max(row["share"] for row in rows)
-    reached = {row["method"]: row for row in rows if row["share"] == share}
-    best = min(reached.values(), key=lambda row: row["forgetting"])
-    name, lost = (
-        label(contents, best["method"]),
-        numbers.nats(best["forgetting"], best.get("standard_error")),
-    )
-    level = f"at {numbers.percent(share)} of its learning"
-    plain, place = reached.get(contents["reference"]), f"{domain}, measured on {text}"
+    level = max(row.level for row in rows)
+    reached = {row.method: row for row in rows if row.level == level}
+    best = _by_forgetting(list(reached.values()), level)[0]
+    plain = reached.get(contents.reference)
+    name = label(contents, best.method)
+    place = f"{domain}, measured on {text}"
     if best is plain:
         return Headline(
-            lost,
+            _lost(best),
             f"nats forgotten by {name}: nothing here forgets less",
-            f"{level}, no other method comes out below it",
+            f"at {numbers.percent(level)} of its learning, no other method comes out below it",
             place,
-            "",
         )
     if plain is None:
-        level = f"at {numbers.percent(share)} of plain fine-tuning's learning"
         return Headline(
-            lost,
+            _lost(best),
             f"nats forgotten with {name}, the least here",
-            f"{level}, which plain fine-tuning is not measured at",
+            f"at {numbers.percent(level)} of plain fine-tuning's learning, which plain "
+            "fine-tuning is not measured at",
             place,
-            "",
         )
-    against, noise = (
-        label(contents, contents["reference"]),
-        _noise(contents, domain, text, share, best["method"]),
-    )
+    return _against_plain(contents, best, plain, (domain, text))
+
+
+def _against_plain(
+    contents: Comparison, best: EqualLearning, plain: EqualLearning, where: tuple[str, str]
+) -> Headline:
+    """The headline where another method than plain fine-tuning forgets least, both measured."""
+    name = label(contents, best.method)
     detail = (
-        f"{lost} instead of "
-        f"{numbers.nats(plain['forgetting'], plain.get('standard_error'))} nats per token, "
-        f"{level}"
+        f"{_lost(best)} instead of {_lost(plain)} nats per token, at "
+        f"{numbers.percent(best.level)} of its learning"
     )
-    if best["forgetting"] <= 0:
+    place = "{}, measured on {}".format(*where)
+    noise = _noise(contents, where, best)
+    lost, lost_by_plain = best.forgetting or 0.0, plain.forgetting or 0.0
+    if lost <= 0:
         return Headline("0", f"nats forgotten with {name}", detail, place, noise)
+    against = label(contents, contents.reference)
     return Headline(
-        _times(plain["forgetting"] / best["forgetting"]),
+        _times(lost_by_plain / lost),
         f"less forgetting with {name} than with {against}",
         detail,
         place,
@@ -141,52 +149,52 @@ def _of_domain(contents: Contents, domain: str, text: str) -> Headline | None:
     )
 
 
+def _lost(row: EqualLearning) -> str:
+    return numbers.nats(row.forgetting, row.standard_error)
+
+
 def _times(ratio: float) -> str:
-    return (
-        "over 100" if ratio > 100 else f"{ratio:.0f}" if ratio >= 20 else f"{ratio:.1f}"
-    ) + numbers.TIMES
+    if ratio > 100:
+        shown = "over 100"
+    elif ratio >= 20:
+        shown = f"{ratio:.0f}"
+    else:
+        shown = f"{ratio:.1f}"
+    return shown + numbers.TIMES
 
 
-def _noise(contents: Contents, domain: str, text: str, share: float, best: str) -> str:
-    wanted = {"domain": domain, "text": text, "share": share}
-    for row in contents["differences"]:
-        if {row.get("a"), row.get("b")} == {best, contents["reference"]} and all(
-            row.get(key) == value for key, value in wanted.items()
-        ):
-            return {True: "beyond the noise", False: "within the noise"}.get(
-                row.get("beyond_noise"), "noise not measured"
-            )
+def _noise(contents: Comparison, where: tuple[str, str], best: EqualLearning) -> str:
+    """Whether the best method's difference to plain fine-tuning is beyond the noise."""
+    for row in contents.differences:
+        methods = {row.a, row.b} == {best.method, contents.reference}
+        if methods and (row.domain, row.text, row.level) == (*where, best.level):
+            known = {True: "beyond the noise", False: "within the noise"}
+            return "noise not measured" if row.beyond_noise is None else known[row.beyond_noise]
     return "noise not measured"
 
 
-def _of_run(contents: Contents) -> list[Headline]:
-    point: Mapping[str, Any] = contents["runs"][0]["points"][0]
-    text, domain = contents["texts"][0]["name"], contents["domains"][0]["name"]
-    gained, lost = point["learning"] or {}, point["forgetting"][text] or {}
-    return [
-        Headline(
-            numbers.nats(gained.get("nats")),
-            "nats per token learned",
-            f"fall of the loss on held-out text, {_error(gained)}",
-            domain,
-            "",
-        ),
-        Headline(
-            numbers.nats(lost.get("nats")),
-            "nats per token forgotten",
-            f"rise of the general loss, {_error(lost)}",
-            text,
-            "",
-        ),
-    ]
-
-
-def _error(change: Mapping[str, Any]) -> str:
-    error = numbers.known(change.get("standard_error"))
-    return (
-        "not measured"
-        if numbers.known(change.get("nats")) is None
-        else "one document"
-        if error is None
-        else f"standard error {error:.3f}"
+def _of_run(contents: Comparison) -> Iterator[Headline]:
+    point = contents.runs[0].points[0]
+    text, domain = contents.texts[0].name, contents.domains[0].name
+    learning = point.learning or Change()
+    yield Headline(
+        numbers.nats(learning.nats),
+        "nats per token learned",
+        f"fall of the loss on held-out text, {_error(learning)}",
+        domain,
     )
+    forgetting = point.forgetting[text] or Change()
+    yield Headline(
+        numbers.nats(forgetting.nats),
+        "nats per token forgotten",
+        f"rise of the general loss, {_error(forgetting)}",
+        text,
+    )
+
+
+def _error(change: Change) -> str:
+    if change.nats is None:
+        return "not measured"
+    if change.standard_error is None:
+        return "one document"
+    return f"standard error {change.standard_error:.3f}"

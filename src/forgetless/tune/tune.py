@@ -36,10 +36,13 @@ from forgetless.data.inputs import read_inputs
 from forgetless.errors import OptionError
 from forgetless.evaluate.evaluate import changes, measure, table
 from forgetless.files.atomic import discard, write_json, write_text
+from forgetless.files.budget_json import BudgetReport
 from forgetless.files.hub import importance_path, ready
 from forgetless.files.lock import only_writer
 from forgetless.files.provenance import environment, sha256_file
 from forgetless.files.room import check_free_space
+from forgetless.files.run_json import Run
+from forgetless.files.schema import as_record
 from forgetless.importance.controls import uniform
 from forgetless.importance.importance import Importance
 from forgetless.methods.callback import add_term
@@ -254,13 +257,14 @@ def _tuned(
     if not distributed.first():
         distributed.barrier()
         return run
-    write_card(out / "final", "tune", run, what="model" if options.full else "adapter")
+    what = "model" if options.full else "adapter"
+    write_card(out / "final", "tune", as_record(run, Run), what=what)
     write_json(out / "run.json", run)
     distributed.barrier()
     if inputs.held_out.anything:
         print(table(before, after))
     if kept is not None:
-        print("\n".join(sentences(kept)))
+        print("\n".join(sentences(as_record(kept, BudgetReport))))
     logger.info("wrote %s in %.0f s", out / "final", seconds)
     return run
 

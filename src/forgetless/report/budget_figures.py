@@ -1,0 +1,204 @@
+"""The figures of a forgetting budget: the trade-off along the size of the update, and what the
+controller did while training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from forgetless.files.budget_json import BudgetReport, ControllerLook, CurvePoint
+from forgetless.report import numbers
+from forgetless.report.budget import fraction_in_words
+from forgetless.report.drawing import DOTTED, GREY, OURS, Figure, Trace, axis, safe
+from forgetless.report.palette import HUES
+
+# Each way of making an update smaller: its name, colour and symbol.
+WAYS = {
+    "shrink": ("shrunk along importance", OURS, "circle"),
+    "scale": ("scaled", GREY, "square"),
+}
+# The colour of what single probes measured.
+PROBED = "|".join(HUES[0])
+# A strength below this holds nothing, and has no place on a log scale.
+NO_STRENGTH = 1e-9
+# The titles of the axis of rises.
+MEASURED_RISE = (
+    "rise of the general loss on control text, nats per token; whisker: planned bound of the check"
+)
+PREDICTED_RISE = (
+    "predicted rise of the general loss, nats per token; whisker: bound for 19 of 20 updates"
+)
+
+
+def trade_off(report: BudgetReport) -> Figure | None:
+    """Learning over the rise on the control part, a line per way of making the update smaller; the
+    whiskers end where the check's bound was planned.
+    """
+    traces = [
+        _way(points, *look)
+        for way, look in WAYS.items()
+        if (points := [each for each in report.curve if each.way == way and _is_complete(each)])
+    ]
+    limit = report.budget_nats
+    if not traces or limit is None:
+        return None
+    title = PREDICTED_RISE if report.predicted else MEASURED_RISE
+    return {
+        "traces": traces,
+        "height": 400,
+        "layout": {
+            "xaxis": axis(title, rangemode="tozero"),
+            "yaxis": axis("learning, nats per token", rangemode="tozero"),
+            "shapes": [_line("x", limit)],
+            "annotations": [_budget_note(report, limit)],
+        },
+    }
+
+
+def _is_complete(point: CurvePoint) -> bool:
+    rise = None if point.rise is None else point.rise.nats
+    return None not in (rise, point.bound, point.learning, point.fraction)
+
+
+def _way(points: Sequence[CurvePoint], name: str, colour: str, symbol: str) -> Trace:
+    points = sorted(points, key=lambda point: -(point.fraction or 0.0))
+    rises = [_rise(point) for point in points]
+    bounds = [(point.bound or 0.0) - _rise(point) for point in points]
+    return {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "x": rises,
+        "y": [point.learning for point in points],
+        "name": name,
+        "meta": None,
+        "line": {"color": colour, "width": 1.75},
+        "marker": {"color": colour, "symbol": symbol, "size": 8},
+        "hoverinfo": "text",
+        "error_x": {
+            "type": "data",
+            "symmetric": False,
+            "array": bounds,
+            "arrayminus": [0] * len(points),
+            "thickness": 1,
+            "width": 3,
+            "color": colour,
+        },
+        "hovertext": [_hover(name, point) for point in points],
+    }
+
+
+def _rise(point: CurvePoint) -> float:
+    return (None if point.rise is None else point.rise.nats) or 0.0
+
+
+def _hover(name: str, point: CurvePoint) -> str:
+    whole = f"all of the update</b> ({name})"
+    lines = [
+        f"<b>{whole}" if point.fraction == 1 else f"<b>{fraction_in_words(point)}</b>",
+        f"learning {numbers.nats(point.learning)}",
+        f"rise {numbers.nats(_rise(point))}, planned bound {numbers.nats(point.bound)}",
+    ]
+    return "<br>".join(lines)
+
+
+def _budget_note(report: BudgetReport, limit: float) -> dict[str, Any]:
+    return {
+        "x": limit,
+        "yref": "paper",
+        "y": 0,
+        "yanchor": "bottom",
+        "xanchor": "left",
+        "showarrow": False,
+        "xshift": 4,
+        "text": f"budget {safe(report.budget, 20)}",
+    }
+
+
+def control(report: BudgetReport) -> Figure | None:
+    """Above, the rise as a fraction of the budget: by energy (line) and as each probe measured it
+    (marks). Below, the strength that followed.
+    """
+    limit = report.budget_nats
+    looks = [look for look in report.trajectory or [] if look.step is not None]
+    if not looks or not limit:
+        return None
+    known = "predicted rise" if report.predicted else "rise by energy"
+    of_budget = 1 / limit
+    traces = [
+        _look_trace(
+            looks,
+            lambda look: _times(look.rise, of_budget),
+            f"{known}, share of the budget",
+            OURS,
+            mode="lines",
+        ),
+        _look_trace(
+            looks,
+            lambda look: _times(look.probe, of_budget),
+            "one probe, share of the budget",
+            PROBED,
+            mode="markers",
+        ),
+        _look_trace(looks, _strength, "strength", OURS, mode="lines", yaxis="y2"),
+    ]
+    return {
+        "traces": [trace for trace in traces if trace["x"]],
+        "height": 430,
+        "layout": {
+            "xaxis": axis("optimizer step", anchor="y2"),
+            "yaxis": axis("rise, share of the budget", domain=[0.52, 1.0]),
+            "yaxis2": axis("strength", domain=[0.0, 0.42], type="log"),
+            "shapes": [_line("y", 1.0)],
+        },
+    }
+
+
+def _times(value: float | None, factor: float) -> float | None:
+    return None if value is None else factor * value
+
+
+def _strength(look: ControllerLook) -> float | None:
+    """The strength after a look; None where nothing was held."""
+    held = look.strength is not None and look.strength > NO_STRENGTH
+    return float(look.strength or 0.0) if held else None
+
+
+def _look_trace(
+    looks: Sequence[ControllerLook],
+    value: Callable[[ControllerLook], float | None],
+    name: str,
+    colour: str,
+    *,
+    mode: str,
+    yaxis: str = "y",
+) -> Trace:
+    """A line or marks of one value of the controller's looks, where it is known."""
+    known = [(look.step or 0, y) for look in looks if (y := value(look)) is not None]
+    return {
+        "type": "scatter",
+        "mode": mode,
+        "x": [step for step, _ in known],
+        "y": [y for _, y in known],
+        "name": name,
+        "meta": None,
+        "yaxis": yaxis,
+        "line": {"color": colour, "width": 1.75},
+        "marker": {"color": colour, "size": 7, "symbol": "diamond"},
+        "hoverinfo": "text",
+        "hovertext": [f"step {step:g}: {name} {y:.3g}" for step, y in known],
+    }
+
+
+def _line(across: str, at: float) -> dict[str, Any]:
+    """A dotted line at a value of one axis."""
+    other = "y" if across == "x" else "x"
+    return {
+        "type": "line",
+        f"{across}0": at,
+        f"{across}1": at,
+        f"{other}ref": "paper" if across == "x" else "x domain",
+        f"{other}0": 0,
+        f"{other}1": 1,
+        "line": DOTTED,
+    }

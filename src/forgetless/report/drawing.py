@@ -1,0 +1,39 @@
+"""What all figures share. A figure is traces and a layout for Plotly: plain dicts, drawn by
+page.js, which brings the theme's colours and the method toggles.
+
+A trace carries `meta`, the method it belongs to (None: always shown), and its colours as
+"light|dark" pairs that page.js resolves. Text from data and models is escaped here, since Plotly
+reads a small HTML of its own. Every text that appears on hovering is made here, never by a
+template.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping
+from typing import Any
+
+from forgetless.report.palette import ACCENT, NEUTRAL, Look
+
+Figure = dict[str, Any]
+Trace = dict[str, Any]
+Looks = Mapping[str, Look]
+# The colours of what belongs to no method.
+OURS, GREY = "|".join(ACCENT), "|".join(NEUTRAL)
+DOTTED = {"width": 1, "dash": "dot"}
+
+
+def safe(value: Any, limit: int = 90) -> str:
+    """Text that Plotly shows as it is, cut to `limit` characters."""
+    words = " ".join(str(value).split())
+    return html.escape(words if len(words) <= limit else words[: limit - 1] + "…", quote=False)
+
+
+def pair(look: Look) -> str:
+    """The colours of a method in both themes."""
+    return f"{look.light}|{look.dark}"
+
+
+def axis(title: str, **more: Any) -> dict[str, Any]:
+    """An axis with a title."""
+    return {"title": {"text": title}, **more}

@@ -1,0 +1,187 @@
+"""The figures of training: what runs logged, and how far each weight moved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from forgetless.files.compare_json import Comparison, TrialRun
+from forgetless.files.measured_json import MovedWeight
+from forgetless.report import numbers
+from forgetless.report.contents import label, reported_part
+from forgetless.report.drawing import Figure, Looks, Trace, axis, pair, safe
+
+# What is drawn over the steps of training, a panel each.
+LOGGED = ("loss", "energy", "strength")
+# Of a method's runs, as many are drawn: more of them hide each other.
+SEEDS_SHOWN = 3
+# The part of the height that stays free between two panels.
+GAP = 0.09
+# How far the largest energy may be above the smallest on a linear scale; beyond it, importance of
+# different units stands side by side.
+WIDE = 100
+
+
+def shown_runs(contents: Comparison, domain: str) -> list[TrialRun]:
+    """The finished runs that stand for the methods of a domain: the chosen ones of the reported
+    part, else all of it; a few seeds each.
+    """
+    part = reported_part(contents)
+    runs = [
+        run
+        for run in contents.runs
+        if run.domain == domain and run.part in (None, part) and run.done
+    ]
+    chosen = [run for run in runs if run.chosen] or runs
+    counted: dict[str, int] = {}
+    shown = []
+    for run in sorted(chosen, key=lambda run: numbers.known(run.seed) or 0):
+        counted[run.method] = counted.get(run.method, 0) + 1
+        if counted[run.method] <= SEEDS_SHOWN:
+            shown.append(run)
+    return shown
+
+
+def curves(contents: Comparison, looks: Looks, domain: str) -> Figure | None:
+    """Loss, energy and strength over the steps of training, one panel each where any run logged it,
+    a line per run.
+    """
+    runs = [run for run in shown_runs(contents, domain) if run.log]
+    panels = [
+        key
+        for key in LOGGED
+        if any(numbers.known(entry.get(key)) is not None for run in runs for entry in run.log)
+    ]
+    by_panel = [
+        [trace for run in runs for trace in _curve(contents, looks, run, key, panel)]
+        for panel, key in enumerate(panels, 1)
+    ]
+    if not any(by_panel):
+        return None
+    steps = axis("optimizer step", anchor=f"y{len(panels)}" if len(panels) > 1 else "y")
+    layout = {"xaxis": steps}
+    for panel, key in enumerate(panels, 1):
+        layout[f"yaxis{_number(panel)}"] = _panel_axis(
+            key, by_panel[panel - 1], _place(panel, len(panels))
+        )
+    traces = [trace for traces in by_panel for trace in traces]
+    return {"traces": traces, "layout": layout, "height": 90 + 190 * len(panels)}
+
+
+def _number(panel: int) -> str:
+    """How Plotly counts axes: y, y2, y3."""
+    return str(panel) if panel > 1 else ""
+
+
+def _place(panel: int, panels: int) -> list[float]:
+    """Where a panel begins and ends; the first one is on top."""
+    tall = (1 - GAP * (panels - 1)) / panels
+    top = 1 - (panel - 1) * (tall + GAP)
+    return [max(0.0, top - tall), top]
+
+
+def _curve(
+    contents: Comparison, looks: Looks, run: TrialRun, key: str, panel: int
+) -> Iterator[Trace]:
+    """The line of one run in one panel; nothing where it did not log that."""
+    entries = [
+        (entry["step"], entry[key])
+        for entry in run.log
+        if None not in (numbers.known(entry.get(key)), numbers.known(entry.get("step")))
+    ]
+    if not entries:
+        return
+    look, shown = looks[run.method], safe(label(contents, run.method))
+    about = f"<b>{shown}</b>, seed {run.seed}"
+    yield {
+        "type": "scatter",
+        "mode": "lines",
+        "x": [step for step, _ in entries],
+        "y": [value for _, value in entries],
+        "meta": run.method,
+        "name": shown,
+        "xaxis": "x",
+        "yaxis": f"y{_number(panel)}",
+        "line": {"color": pair(look), "width": 1.75, "dash": look.dash},
+        "opacity": 0.85,
+        "hoverinfo": "text",
+        "hovertext": [f"{about}<br>step {step:g}: {key} {value:.4g}" for step, value in entries],
+    }
+
+
+def _panel_axis(key: str, traces: Sequence[Trace], place: list[float]) -> dict[str, Any]:
+    values = [value for trace in traces for value in trace["y"]]
+    wide = key == "energy" and min(values, default=0) > 0 and max(values) > WIDE * min(values)
+    return axis(
+        "strength" if key == "strength" else f"{key}, nats",
+        domain=place,
+        type="log" if wide else "linear",
+        rangemode="normal" if wide or key == "loss" else "tozero",
+    )
+
+
+def movement(contents: Comparison, looks: Looks, domain: str) -> Figure | None:
+    """How far each weight moved over how much it matters, a mark per weight and method, both on log
+    scales. Methods have importance in units of their own, so it is relative to its mean over the
+    weights that a method moves.
+    """
+    norms = {
+        weight.name: weight.norm
+        for item in reversed(contents.importance)
+        for weight in item.weights
+    }
+    traces: dict[str, Trace] = {}
+    for run in shown_runs(contents, domain):
+        points = list(_points(run, safe(label(contents, run.method)), norms))
+        if points and run.method not in traces:
+            traces[run.method] = _marks(contents, looks, run, points)
+    if not traces:
+        return None
+    return {
+        "traces": list(traces.values()),
+        "height": 430,
+        "layout": {
+            "xaxis": axis("importance of the weight (norm, its mean is 1)", type="log"),
+            "yaxis": axis("movement of the weight (norm of its update)", type="log"),
+        },
+    }
+
+
+Mark = tuple[float, float, str]  # importance, movement, what is said on hovering
+
+
+def _points(run: TrialRun, shown: str, norms: dict[Any, float | None]) -> Iterator[Mark]:
+    for weight in run.moved or []:
+        importance = _importance(weight, norms)
+        if importance > 0 and weight.movement and weight.movement > 0:
+            yield (
+                importance,
+                float(weight.movement),
+                f"<b>{shown}</b><br>{safe(weight.weight)}<br>"
+                f"moved {weight.movement:.4g}, importance {importance:.4g}",
+            )
+
+
+def _importance(weight: MovedWeight, norms: dict[Any, float | None]) -> float:
+    """How much a weight matters to the run that moved it, else by the comparison's first file that
+    knows it; 0 where nothing does.
+    """
+    own = weight.importance
+    return float((norms.get(weight.weight) if own is None else own) or 0)
+
+
+def _marks(contents: Comparison, looks: Looks, run: TrialRun, points: Sequence[Mark]) -> Trace:
+    mean = sum(importance for importance, _, _ in points) / len(points)
+    look = looks[run.method]
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "x": [importance / mean for importance, _, _ in points],
+        "y": [moved for _, moved, _ in points],
+        "hovertext": [said for _, _, said in points],
+        "hoverinfo": "text",
+        "meta": run.method,
+        "name": safe(label(contents, run.method)),
+        "opacity": 0.85,
+        "marker": {"color": pair(look), "symbol": look.symbol, "size": 8},
+    }
