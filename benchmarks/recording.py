@@ -37,9 +37,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 QV, LENGTH, BATCH, LAYERS, VOCABULARY = "q_proj,v_proj", 128, 16, 4, 4096
 WIDTH, GROWTH = 256, (128, 256, 512)
 BASELINE = "f32 Fisher of all parameters"
-# Scored tokens behind the lab model's frontiers (docs/quality.md): on sciq, rank 16 from 1/32 of the
-# text (its first 9 documents) forgets less than the f32 diagonal from all of it. How few the diagonal
-# could do with was not tried.
+# Scored tokens behind the lab model's frontiers (docs/quality.md): on sciq, rank 16 from 1/32 of
+# the text (its first 9 documents) forgets less than the f32 diagonal from all of it. How few tokens
+# the diagonal could do with was not tried.
 FRONTIER_TOKENS = {BASELINE: 221_390, "kronecker:16": 4_702}
 
 

@@ -388,7 +388,7 @@ def stopped(
 
 @dataclasses.dataclass(frozen=True)
 class Remembered(Part):
-    """A part that measures each share of the update once, since four budgets scan the same shares."""
+    """A part that measures each fraction of the update once: four budgets scan the same ones."""
 
     now: list[Any] = dataclasses.field(default_factory=list)  # (way, share) that the model carries
     known: dict[Any, Any] = dataclasses.field(default_factory=dict)

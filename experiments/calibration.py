@@ -153,7 +153,7 @@ def short_trainings(shared: Path, out: Path, name: str) -> None:
 
 
 def fine_tuning(shared: Path, out: Path, domain: str, method: str, seed: int) -> None:
-    """One run of a domain, with its rise on all held-out documents and its learning at every scale."""
+    """One run of a domain: its rise on all held-out documents and its learning at every scale."""
     from forgetless.options.tune import TuneOptions
     from forgetless.tune.tune import tune
 

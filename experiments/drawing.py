@@ -40,7 +40,10 @@ def save(figure: Any, path: Path) -> None:
     figure.savefig(path, transparent=True, metadata={"Date": None})
     found.close(figure)
     if path.suffix == ".svg":
-        style = "<style>:root{--ink:#24292f;--pale:#d8dee4}@media(prefers-color-scheme:dark){:root{--ink:#e6edf3;--pale:#30363d}}</style>"
+        style = (
+            "<style>:root{--ink:#24292f;--pale:#d8dee4}"
+            "@media(prefers-color-scheme:dark){:root{--ink:#e6edf3;--pale:#30363d}}</style>"
+        )
         svg = (
             path.read_text(encoding="utf-8")
             .replace(INK, f"var(--ink,{INK})")

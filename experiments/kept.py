@@ -84,7 +84,7 @@ def learning(result: Result) -> float:
 
 
 def attempts(result: Result) -> int:
-    """How many checks it took: two where there was a fallback, none where the budget was refused."""
+    """How many checks it took: two with a fallback, none where the budget was refused."""
     return int(result.get("attempts") or len(result.get("checks") or ()))
 
 

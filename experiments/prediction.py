@@ -280,21 +280,28 @@ def half(points: Sequence[Point]) -> list[str]:
 
 VERDICT = """## Verdict
 
-Asked before looking: a budget kept on a prediction is worth building if 19 of 20 rises on another domain and other seeds are within a factor of 2 of
-it, and if energy explains more than half of what the size leaves unexplained.
+Asked before looking: a budget kept on a prediction is worth building if 19 of 20 rises on another
+domain and other seeds are within a factor of 2 of it, and if energy explains more than half of
+what the size leaves unexplained.
 
-* There is skill beyond the size. Energy of covariances goes with rise / |U|^2 at a correlation of 0.85 to 0.9 in logs on runs it was not fitted on, and takes
-  away 0.5 to 0.6 (± 0.1) of the squared error that the size leaves where budgets lie. Rank 64 is as good as the whole, rank 16 a little worse. The diagonal
-  (`fisher`, whole or factored) takes away 0.14 to 0.27, `path` 0.07 to 0.12, `uniform` is the size.
-* One law for all updates is not good enough for a promise. Where budgets lie the typical error is a factor of 1.6 to 1.8 and one rise in twenty is off by
-  more than 2.5 to 2.9. Half the energy, without a fit, says a third to a quarter of the true rise (5 to 95 %: 1/1.2 to 1/13), though for small random
-  updates it is right to 3 % (LOG.md).
+* There is skill beyond the size. Energy of covariances goes with rise / |U|^2 at a correlation of
+  0.85 to 0.9 in logs on runs it was not fitted on, and takes away 0.5 to 0.6 (± 0.1) of the
+  squared error that the size leaves where budgets lie. Rank 64 is as good as the whole, rank 16 a
+  little worse. The diagonal (`fisher`, whole or factored) takes away 0.14 to 0.27, `path` 0.07 to
+  0.12, `uniform` is the size.
+* One law for all updates is not good enough for a promise. Where budgets lie the typical error is
+  a factor of 1.6 to 1.8 and one rise in twenty is off by more than 2.5 to 2.9. Half the energy,
+  without a fit, says a third to a quarter of the true rise (5 to 95 %: 1/1.2 to 1/13), though for
+  small random updates it is right to 3 % (LOG.md).
 * Runs that were held are most of these; on plain ones alone there are too few to say.
 
-The second criterion was met and the first was not. What these laws lack was found afterwards (calibration.md, LOG.md, 2026-11-26): a first-order term, and
-that a unit of energy costs 1.3 to 1.5 nats in updates that nothing held and 2 to 4 in those that were held, since what evades importance costs more than its
-energy says. Calibrated on updates that are held as those to be predicted, the factor is 1.5 typically and 2 for one in twenty. `--budget` without
-`--general` is built on that (importance/calibration.py), not on the laws below, and what it promised was measured (predicted.md).
+The second criterion was met and the first was not. What these laws lack was found afterwards
+(calibration.md, LOG.md, 2026-11-26): a first-order term, and that a unit of energy costs 1.3 to
+1.5 nats in updates that nothing held and 2 to 4 in those that were held, since what evades
+importance costs more than its energy says. Calibrated on updates that are held as those to be
+predicted, the factor is 1.5 typically and 2 for one in twenty. `--budget` without `--general` is
+built on that (importance/calibration.py), not on the laws below, and what it promised was measured
+(predicted.md).
 """
 
 

@@ -40,19 +40,27 @@ os.environ |= {
     "CUDA_VISIBLE_DEVICES": "",
 }
 
-import peft
+import peft  # noqa: F401  imported before a process is forked, so that a kill costs less
 import torch
-import trl
+import trl  # noqa: F401  as above
 import yaml
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
+# The verbs too are imported before a process is forked.
+import forgetless.budget.shrink
+import forgetless.compare.compare
+import forgetless.record.record
+import forgetless.tune.tune  # noqa: F401
 from forgetless.cli import main as forgetless_main
 from forgetless.tune import run_folder
 
-WORDS = ["the", "cat", "sat", "on", "mat", "and", "dog", "then", "too", "user", "assistant", ":", ".", "Question", "Answer", "?", "yes", "no", "one", "two", "three", "a", "b", "c", "d"]
+WORDS = (
+    "the cat sat on mat and dog then too user assistant : . Question Answer ? "
+    "yes no one two three a b c d"
+).split()
 ROW = 4  # kills, at most, before a run may finish
 HANGS = 600  # seconds without an end
 HERE = Path(__file__).parent
@@ -79,7 +87,7 @@ TIMES = re.compile(
 
 @dataclass(frozen=True)
 class Scenario:
-    """A verb: the words of its command in a world, with `--out` the last; what is added to go on."""
+    """A verb: the words of its command in a world, `--out` the last; what is added to go on."""
 
     words: Callable[[Path], list[str]]
     out: str  # the name of the file or folder that is written
@@ -318,7 +326,7 @@ def is_temporary(path: Path) -> bool:
 
 
 def wrong_after_a_kill(place: Path, whole: Path) -> Iterator[str]:
-    """What stands under a final name, and is not whole or not what the undisturbed run wrote there."""
+    """What stands under a final name and is broken, or not what the undisturbed run wrote there."""
     for path in sorted(place.rglob("*")):
         name = path.relative_to(place)
         if is_temporary(name) or not path.is_file() or path.suffix == ".txt":

@@ -47,7 +47,7 @@ os.environ.update(
     HF_DATASETS_DISABLE_PROGRESS_BARS="1",
 )
 
-from targets import TARGETS, Target, quietly
+from targets import TARGETS, Target, quietly  # noqa: E402  libraries read the environment
 
 SECONDS, MEMORY = 10, 1 << 30
 TRACED, GROWN = 0.1, 0.3  # share of the cases that are traced; share that start from a mutant

@@ -145,8 +145,19 @@ SUFFIXES = [
     ".out_cov.floor",
     ".other",
 ]
-NUMBERS = [b"\x00\x00\xc0\x7f", b"\x00\x00\x80\x7f", b"\x00\x00\x80\xff", b"\x00\x00\x80\xbf", b"\x01\x00\x00\x00", b"\xff\xff\x7f\x7f", b"\xff\xff\x7f\xff",
-           b"\xca\xf2\x49\x71", b"\x60\x42\xa2\x0d", b"\x00\x00\x00\x00"]  # fmt: skip # NaN, inf, -inf, -1, the least, the most, minus that, 1e30, 1e-30, 0
+# The bytes of f32 numbers that a reader may trip over.
+NUMBERS = [
+    b"\x00\x00\xc0\x7f",  # NaN
+    b"\x00\x00\x80\x7f",  # inf
+    b"\x00\x00\x80\xff",  # -inf
+    b"\x00\x00\x80\xbf",  # -1
+    b"\x01\x00\x00\x00",  # the least
+    b"\xff\xff\x7f\x7f",  # the most
+    b"\xff\xff\x7f\xff",  # minus the most
+    b"\xca\xf2\x49\x71",  # 1e30
+    b"\x60\x42\xa2\x0d",  # 1e-30
+    b"\x00\x00\x00\x00",  # 0
+]
 
 
 def tree(data: Any, rng: random.Random, times: int | None = None) -> Any:
@@ -403,10 +414,9 @@ def yaml_text(text: str, rng: random.Random) -> bytes:
         how = rng.randrange(8)
         key, colon, _ = lines[at].partition(":")
         if how in (0, 1, 2) and colon:
-            lines[at] = (
-                f"{key}: "
-                f"{rng.choice(EVIL_YAML) if rng.random() < 0.6 else rng.choice(NAMES + [json.dumps(v) for v in VALUES[:20]])}"
-            )
+            evil = rng.random() < 0.6
+            value = rng.choice(EVIL_YAML if evil else NAMES + [json.dumps(v) for v in VALUES[:20]])
+            lines[at] = f"{key}: {value}"
         elif how == 3 and colon:
             lines[at] = lines[at].replace(
                 key.strip(), rng.choice((*NAMES, *EVIL_YAML, "1", "null")), 1

@@ -200,7 +200,7 @@ seed: 0
 
 
 def config(folder: Path) -> Target:
-    """Experiments and options of tune and record in YAML: resolved, planned, every trial addressed."""
+    """Experiments and options of tune and record in YAML, resolved, with every trial addressed."""
     from forgetless.compare.compare import _plan
     from forgetless.compare.experiment import identity, tune_options, validation_trials
     from forgetless.compare.experiment_file import read

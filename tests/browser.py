@@ -19,7 +19,7 @@ WAIT = 60.0
 
 
 def find() -> str | None:
-    """The browser's path: $FORGETLESS_CHROMIUM, or the first known name; None where there is none."""
+    """The browser's path: $FORGETLESS_CHROMIUM, or the first known name that exists, or None."""
     return os.environ.get("FORGETLESS_CHROMIUM") or next(
         (path for name in NAMES if (path := shutil.which(name))), None
     )

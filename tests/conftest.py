@@ -102,9 +102,8 @@ def words_tokenizer():
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = [
-        *["the", "cat", "sat", "on", "mat", "and", "dog", "then", "too", "user", "assistant", ":", ".", "Question", "Answer", "?", "yes", "no", "one", "two", "three", "a", "b", "c", "d"]
-    ]
+    words = "the cat sat on mat and dog then too user assistant : . Question Answer ?".split()
+    words += "yes no one two three a b c d".split()
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", *words])}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()

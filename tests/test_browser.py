@@ -47,7 +47,7 @@ def opened(chromium, page_file):
 
 @pytest.fixture
 def page(opened):
-    """The comparison's page in the light theme, everything shown, every choice at its first value."""
+    """The comparison's page, light, with everything shown and every choice at its first value."""
     opened.problems.clear()
     opened.run(
         "document.querySelector('[data-every=show]').click(); document.querySelectorAll('.choose "
@@ -81,7 +81,10 @@ def test_it_opens_from_disk_without_a_request_or_a_complaint(page):
 
 
 def test_a_toggle_hides_a_method_in_every_figure(page):
-    shown = """name => [...document.querySelectorAll(`[data-figure=${name}]`)[0].data].filter(trace => trace.meta === 'kl' && trace.visible).length"""
+    shown = (
+        "name => [...document.querySelectorAll(`[data-figure=${name}]`)[0].data]"
+        ".filter(trace => trace.meta === 'kl' && trace.visible).length"
+    )
     lines = "document.querySelectorAll('[data-figure=frontier] .scatterlayer .trace').length"
     names = [
         name
@@ -110,7 +113,10 @@ def test_a_toggle_hides_a_method_in_every_figure(page):
 
 
 def test_of_many_methods_the_best_are_drawn_first_and_bars_show_all(chromium, page_file, tmp_path):
-    drawn = """name => new Set([...document.querySelectorAll(`[data-figure=${name}]`)[0].data].filter(trace => trace.visible).map(trace => trace.meta)).size"""
+    drawn = (
+        "name => new Set([...document.querySelectorAll(`[data-figure=${name}]`)[0].data]"
+        ".filter(trace => trace.visible).map(trace => trace.meta)).size"
+    )
     bars = "document.querySelector('[data-figure=equal]').layout.yaxis.categoryarray.length"
     try:
         chromium.open(write_report(completed(comparison(many=True)), tmp_path / "many.html"))
@@ -172,8 +178,11 @@ def test_domain_text_and_share_change_what_is_shown(page):
 
 def test_hovering_tells_settings_seeds_and_numbers(page):
     page.run("document.querySelector('#frontier').scrollIntoView()")
-    spot = page.run("""(() => { const points = [...document.querySelectorAll('[data-figure=frontier] .scatterlayer .trace')].at(-1).querySelectorAll('.point');
-        const box = points[points.length - 1].getBoundingClientRect(); return [box.x + box.width / 2, box.y + box.height / 2]; })()""")
+    spot = page.run("""(() => {
+        const traces = document.querySelectorAll('[data-figure=frontier] .scatterlayer .trace');
+        const points = [...traces].at(-1).querySelectorAll('.point');
+        const box = points[points.length - 1].getBoundingClientRect();
+        return [box.x + box.width / 2, box.y + box.height / 2]; })()""")
     page.send("Input.dispatchMouseEvent", type="mouseMoved", x=spot[0], y=spot[1])
     page.run("new Promise(done => setTimeout(done, 400))")
     told = page.run("document.querySelector('[data-figure=frontier] .hoverlayer').textContent")
@@ -181,7 +190,10 @@ def test_hovering_tells_settings_seeds_and_numbers(page):
 
 
 def test_tables_sort_by_number_with_what_was_not_measured_last(page):
-    column = """index => [...document.querySelectorAll('#equal .view:not([hidden]) tbody tr')].map(row => row.cells[index].dataset.value ?? null)"""
+    column = (
+        "index => [...document.querySelectorAll('#equal .view:not([hidden]) tbody tr')]"
+        ".map(row => row.cells[index].dataset.value ?? null)"
+    )
     button = "#equal .view:not([hidden]) th:nth-child(3) button"
     click(page, button)
     rising = page.run(f"({column})(2)")

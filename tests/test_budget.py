@@ -307,7 +307,10 @@ def test_quantiles_of_many_documents_are_those_of_the_normal_distribution():
 
 
 def test_overlap_is_found_in_writing_without_spaces():
-    text = "\u9019\u662f\u4e00\u500b\u5f88\u9577\u7684\u6e2c\u8a66\u6587\u4ef6\u800c\u4e14\u6c92\u6709\u7a7a\u683c"
+    text = (
+        "\u9019\u662f\u4e00\u500b\u5f88\u9577\u7684\u6e2c\u8a66"
+        "\u6587\u4ef6\u800c\u4e14\u6c92\u6709\u7a7a\u683c"
+    )
     assert (
         overlap([text], [f"\u524d\u8a00{text}\u5427"]).near == [0]
         and not overlap([text], [text[::-1]]).near

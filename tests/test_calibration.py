@@ -39,7 +39,7 @@ from forgetless.report.contents import load as report_contents
 from forgetless.tune import tune as training
 
 STEPS = 12  # of a training that calibrates, here
-WORDS = "the cat sat on mat and dog then too yes no one two three".split()  # noqa: SIM905
+WORDS = "the cat sat on mat and dog then too yes no one two three".split()
 
 
 def sentences_of(count, seed=0):

@@ -183,15 +183,20 @@ def test_no_second_model_in_memory(tmp_path):
         from forgetless.penalty.pull import Penalty
         torch.set_num_threads(1)
         def anonymous():
-            return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1024
+            lines = open("/proc/self/status").read().splitlines()
+            return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
         folder, save = sys.argv[1], sys.argv[2] == "save"
         if save:
-            config = LlamaConfig(vocab_size=64, hidden_size=512, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=8)
+            config = LlamaConfig(
+                vocab_size=64, hidden_size=512, intermediate_size=2048,
+                num_hidden_layers=6, num_attention_heads=8,
+            )
             AutoModelForCausalLM.from_config(config).save_pretrained(folder)
             sys.exit()
         model = AutoModelForCausalLM.from_pretrained(folder)
         importance = uniform(model)
-        Penalty(model, importance, strength=1.0, names=r".*layers[.]0.*q_proj").energy()  # imports and buffers are not what is measured
+        # Imports and buffers are not what is measured.
+        Penalty(model, importance, strength=1.0, names=r".*layers[.]0.*q_proj").energy()
         if sys.argv[2] == "copy":
             model.config._name_or_path = ""
         start = anonymous()
@@ -201,8 +206,8 @@ def test_no_second_model_in_memory(tmp_path):
     """)
 
     def run(how):
-        # Freed memory must go back at once to be counted: a padded heap (the Makefile's MALLOC_TOP_PAD_)
-        # would keep it, as much as happens to be fragmented.
+        # Freed memory must go back at once to be counted: a padded heap (the Makefile's
+        # MALLOC_TOP_PAD_) would keep it, as much as happens to be fragmented.
         environment = {
             **os.environ,
             "MALLOC_TRIM_THRESHOLD_": "65536",

@@ -34,7 +34,7 @@ from forgetless.options.model import ModelOptions
 from forgetless.options.tune import TUNE_PRESETS, TuneOptions
 from forgetless.options.verbs import resolve
 
-WORDS = "the cat sat on mat and dog then too yes no one two three".split()  # noqa: SIM905
+WORDS = "the cat sat on mat and dog then too yes no one two three".split()
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Consolidated importance: sums and running averages in every form, and the error that is stated."""
+"""Consolidated importance: sums and running averages in every form, and the stated error."""
 
 import pytest
 import torch

@@ -43,8 +43,8 @@ EXAMPLES = Path(__file__).parents[1] / "examples" / "accelerate"
 TIERS = ("f32", "bf16", "u8", "u4", "factored:2", "kronecker")
 
 
-# What a process runs: functions of this module, called by every process; what the first returns comes
-# back.
+# What a process runs: functions of this module, called by every process; what the first returns
+# comes back.
 
 
 def _main(rank, size, port, function, arguments, out):
@@ -337,7 +337,7 @@ def names(out):
 
 
 def tuned(folder, data, cases, name):
-    """The final weights, run.json's energy and what lies in the folder after `tune`, for each case."""
+    """The final weights, run.json's energy and what lies in the folder after `tune`, by case."""
     found = []
     for i, (tier, full) in enumerate(cases):
         out = folder.parent / f"{name}{i}"

@@ -167,7 +167,7 @@ def wide(path):
     """Enough general text for a budget: 200 documents of random words."""
     rng, words = (
         random.Random(0),
-        ["the", "cat", "sat", "on", "mat", "and", "dog", "then", "too", "yes", "no", "one", "two", "three"],
+        "the cat sat on mat and dog then too yes no one two three".split(),
     )
     path.write_text(
         "\n".join(json.dumps({"text": " ".join(rng.choices(words, k=12))}) for _ in range(200))

@@ -64,8 +64,8 @@ def test_a_difference_is_beyond_the_noise_outside_of_welchs_interval():
         and gap["standard_error"] == pytest.approx(0.005)
         and gap["beyond_noise"]
     )
-    # 3.7 degrees of freedom (Welch 1947: 25^2 / (9^2 / 2 + 16^2 / 2), in units of 1e-6): t = 2.87, half a
-    # width of 0.01436
+    # 3.7 degrees of freedom (Welch 1947: 25^2 / (9^2 / 2 + 16^2 / 2), in units of 1e-6): t = 2.87,
+    # half a width of 0.01436.
     assert (
         not difference(a, {**b, "forgetting": 0.1143}, noise=None)["beyond_noise"]
         and difference(a, {**b, "forgetting": 0.1145}, noise=None)["beyond_noise"]

@@ -122,12 +122,23 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from forgetless.penalty.kernel import pull_kernel
-for arch, tier, stored in ((90, "u8", "*u8"), (90, "u4", "*u8"), (80, "f32", "*fp32"), (80, "bf16", "*bf16")):
-    constants = dict(TIER=tier, CODED=stored == "*u8", BLOCK=128, ANCHORED=tier != "u8", BM=64, BN=64, R=16, R0=16, PRECISION="ieee")
-    pointers = dict(omega=stored, scale="*bf16", A="*bf16", B="*bf16", A0="*fp32", B0="*fp32", partial_A="*fp32", partial_B="*fp32", partial_energy="*fp32")
-    numbers = dict(out="i32", into="i32", width="i32", rank="i32", rank0="i32", s="fp32", steps="i32")
-    source = ASTSource(pull_kernel, {**pointers, **numbers, **dict.fromkeys(constants, "constexpr")}, constants)
-    ptx = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 8}).asm["ptx"]
+cases = ((90, "u8", "*u8"), (90, "u4", "*u8"), (80, "f32", "*fp32"), (80, "bf16", "*bf16"))
+for arch, tier, stored in cases:
+    constants = dict(
+        TIER=tier, CODED=stored == "*u8", BLOCK=128, ANCHORED=tier != "u8",
+        BM=64, BN=64, R=16, R0=16, PRECISION="ieee",
+    )
+    pointers = dict(
+        omega=stored, scale="*bf16", A="*bf16", B="*bf16", A0="*fp32", B0="*fp32",
+        partial_A="*fp32", partial_B="*fp32", partial_energy="*fp32",
+    )
+    numbers = dict(
+        out="i32", into="i32", width="i32", rank="i32", rank0="i32", s="fp32", steps="i32"
+    )
+    signature = {**pointers, **numbers, **dict.fromkeys(constants, "constexpr")}
+    source = ASTSource(pull_kernel, signature, constants)
+    target = GPUTarget("cuda", arch, 32)
+    ptx = triton.compile(source, target=target, options={"num_warps": 8}).asm["ptx"]
     assert "fma" in ptx and not re.search(r"tf32|\\b(atom|red)\\.", ptx), tier
 """
 

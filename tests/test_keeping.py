@@ -26,7 +26,7 @@ from forgetless.model.adapters import add_adapter
 from forgetless.model.update import Update
 from forgetless.tune import tune as training
 
-WORDS = "the cat sat on mat and dog then too yes no one two three".split()  # noqa: SIM905
+WORDS = "the cat sat on mat and dog then too yes no one two three".split()
 
 
 @pytest.fixture
@@ -371,7 +371,8 @@ def test_the_spread_is_that_of_an_update_which_costs_the_budget_where_pieces_mis
     noise = np.random.default_rng(0).normal(1, 0.3, len(ledger.control))
     rise = lambda part: 1e3 * size[-1] ** 2 * (noise if part is ledger.control else 3.0)
     monkeypatch.setattr(
-        "forgetless.evaluate.paired.Part.losses", lambda part, model: part.nats + part.tokens * rise(part)
+        "forgetless.evaluate.paired.Part.losses",
+        lambda part, model: part.nats + part.tokens * rise(part),
     )
     found, at = ledger.spread(model, update, error=0.05)
     assert (

@@ -52,10 +52,12 @@ root = Path({str(tmp_path)!r})
 for name, value in (("killed", 1.0), ("whole", 1.0 + 2**-23)):
     (root / name / "final").mkdir(parents=True)
     save_file({{"a": torch.full((3,), value)}}, root / name / "final" / "adapter_model.safetensors")
-    (root / name / "run.json").write_text(json.dumps({{"seconds": value, "energy": value, "log": [{{"loss": 1.0}}]}}))
+    run = {{"seconds": value, "energy": value, "log": [{{"loss": 1.0}}]}}
+    (root / name / "run.json").write_text(json.dumps(run))
 (root / "killed" / "part.json").write_text('{{"a": ')
 (root / "killed" / ".run.json.12.tmp").write_text('{{"a": ')
-print(json.dumps([list(kill.wrong_after_a_kill(root / "killed", root / "whole")), list(kill.differences(root / "killed", root / "whole"))]))
+wrong = list(kill.wrong_after_a_kill(root / "killed", root / "whole"))
+print(json.dumps([wrong, list(kill.differences(root / "killed", root / "whole"))]))
 """
     wrong, different = json.loads(
         subprocess.run(

@@ -103,8 +103,8 @@ def test_the_file_is_the_lock_where_the_system_has_none(tmp_path, monkeypatch):
         ):
             pass
         assert (tmp_path / ".lock").exists()
-    # One of another host cannot be known to be gone; one of this host, whose number is another process's
-    # by now, can.
+    # One of another host cannot be known to be gone; one of this host, whose number is another
+    # process's by now, can.
     (tmp_path / ".lock").write_text(
         '{"pid": 1, "host": "elsewhere", "since": "2026-11-24 12:00:00", "began": 0}'
     )

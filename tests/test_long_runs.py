@@ -185,11 +185,7 @@ def test_threads_and_files_are_closed_behind_every_verb(model_folder, text_file,
     ]
     (tmp_path / "domain.jsonl").write_text("\n".join(map(json.dumps, rows)))
     texts = [
-        {
-            "text": " ".join(
-                rng.choices(["the", "cat", "sat", "on", "mat", "and", "dog", "then", "too"], k=15)
-            )
-        }
+        {"text": " ".join(rng.choices("the cat sat on mat and dog then too".split(), k=15))}
         for _ in range(40)
     ]
     (tmp_path / "wide.jsonl").write_text("\n".join(map(json.dumps, texts)))

@@ -39,7 +39,7 @@ def observe(recorder, pieces, size):
 
 
 def one_by_one(model, pieces):
-    """Each piece's ids and labels as tensors of one row, and its summed loss, in the plainest way."""
+    """Each piece's ids and labels as tensors of one row, and its summed loss, the plainest way."""
     for ids, scored in pieces:
         row = torch.tensor([ids])
         labels = torch.tensor([[t if s else -100 for t, s in zip(ids, scored, strict=True)]])

@@ -90,7 +90,8 @@ def test_a_report_needs_no_torch(folder):
     code = f"""
 import sys
 from forgetless.cli import main
-assert main(["report", {str(folder)!r}]) == 0 and main(["report", {str(folder)!r}, "--format", "markdown"]) == 0
+assert main(["report", {str(folder)!r}]) == 0
+assert main(["report", {str(folder)!r}, "--format", "markdown"]) == 0
 assert not {{"torch", "transformers", "peft", "numpy", "plotly"}} & set(sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

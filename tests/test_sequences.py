@@ -37,7 +37,7 @@ from forgetless.tune import trainer as tune_trainer
 from forgetless.tune import tune as training
 from forgetless.tune.tune import tune
 
-WORDS = "the cat sat on mat and dog then too yes no one two three".split()  # noqa: SIM905
+WORDS = "the cat sat on mat and dog then too yes no one two three".split()
 
 
 def write(path, rows):
@@ -744,9 +744,8 @@ def test_an_earlier_sequence_in_the_same_folder_holds_nothing(words, domains, im
 def test_rows_of_an_earlier_domain_are_enough_however_long_they_are(tiny, monkeypatch):
     monkeypatch.setattr(opening, "LEARNING_TOKENS", 1000)
     rows = [([1] * 30, [True] * 30) for _ in range(400)]
-    assert (
-        len(opening._fitting(tiny(), rows, "long", least=opening.LEAST_ROWS)[0]) >= opening.LEAST_ROWS
-    )
+    fitting, *_ = opening._fitting(tiny(), rows, "long", least=opening.LEAST_ROWS)
+    assert len(fitting) >= opening.LEAST_ROWS
     assert (
         30 <= len(opening._fitting(tiny(), rows, "long")[0]) <= 34
     )  # of the domain that is learned, as many tokens as asked for

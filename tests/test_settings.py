@@ -175,7 +175,7 @@ def test_8_bit_optimizers_are_recorded(adapted, batch):
     )  # a sum over steps against the loss itself
 
 
-def test_an_optimizer_on_copies_in_cpu_memory_is_refused_and_held_by_pulling_before_the_gradients_are_copied(
+def test_an_optimizer_on_copies_is_refused_and_held_by_pulling_before_gradients_are_copied(
     adapted, importance, batch
 ):
     model = adapted()

@@ -18,7 +18,7 @@ from forgetless.model.adapters import add_adapter
 from forgetless.model.targets import target_weights
 from forgetless.model.update import Update
 
-WORDS = "the cat sat on mat and dog then too yes no one two three".split()  # noqa: SIM905
+WORDS = "the cat sat on mat and dog then too yes no one two three".split()
 
 
 def documents(count, seed=0):

@@ -163,7 +163,7 @@ def test_a_callback_added_by_hand_pulls_and_logs(adapted, batch, tmp_path):
 
 
 def test_the_trainer_does_what_a_hand_loop_does(precise, batch, tmp_path):
-    """Clipped task gradient, then the pull, then the step; accumulation does not multiply the pull."""
+    """Clipped task gradient, then pull, then step; accumulation does not multiply the pull."""
     twin = copy.deepcopy(precise)
     data = [
         {"input_ids": ids, "labels": ids} for ids in batch.tolist()

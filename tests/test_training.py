@@ -184,8 +184,8 @@ def test_groups_follow_from_free_memory_and_are_announced(
     }
     needed = (
         4 * 2 * (16**2 * 6 + 8**2 * 2 + 24**2 * 3)
-        # two blocks: q, o, down and the inputs of qkv, o, gate and up; k, v; gate, up and the input of
-        # down
+        # Two blocks: q, o, down and the inputs of qkv, o, gate and up; k, v; gate, up and the
+        # input of down.
     )
     with caplog.at_level("INFO", "forgetless"):
         monkeypatch.setattr(recording, "free_memory", lambda: 2 * needed)
