@@ -1,9 +1,7 @@
-"""The budgets of the design against the rows of results.csv: one line each, met or missed, with the
-numbers that say why. And how times grow.
+"""The budgets of the design against the rows of results.csv, and how times grow.
 
-Each verdict is taken over all shapes measured: a budget is met only where the worst of them is
-within it.
-"""
+A budget has one line, met or missed, with the numbers that say why. Each verdict is taken over all
+shapes measured: a budget is met only where the worst of them is within it."""
 
 from __future__ import annotations
 

@@ -17,18 +17,11 @@ from forgetless.files.provenance import environment
 from forgetless.importance.entries import DenseEntry
 from forgetless.importance.importance import Importance
 
-clock = (
-    time.perf_counter if torch.cuda.is_available() else time.process_time
-)  # CPU time of our one thread: what others run does not count
+# On a CPU the CPU time of our one thread, so that what others run does not count.
+clock = time.perf_counter if torch.cuda.is_available() else time.process_time
 RESULTS = Path(__file__).with_name("results.csv")
-TIERS = (
-    "f32",
-    "bf16",
-    "u8",
-    "u4",
-    "factored",
-    "kronecker:16",
-)  # those that this version of the package does not have are left out
+# Those that this version of the package does not have are left out.
+TIERS = ("f32", "bf16", "u8", "u4", "factored", "kronecker:16")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
-"""What `forgetless plan` says against what is measured: file sizes, peak memory while recording and
-tuning, time of a step and of its pull.
+"""What `forgetless plan` says against what is measured.
+
+Compared are file sizes, peak memory while recording and tuning, and the time of a step and of its
+pull.
 
 Each measurement of memory is a process of its own: the high-water mark of resident memory, less
 what Python and the libraries took before the model was loaded and a tiny one trained. There glibc

@@ -1,5 +1,6 @@
-"""Memory and time per process against 1, 2 and 4 processes (gloo, CPU): importance shared out over
-them, its pull, and a path recorder's sums.
+"""Memory and time per process with 1, 2 and 4 processes (gloo, CPU).
+
+Measured are importance that is shared out over them, its pull, and a path recorder's sums.
 
 Layers and nothing else, LoRA of rank 8, as in pull.py. Memory is what one process keeps, the
 largest of all. Time is the CPU time of one process for one pull, messages included, the median of

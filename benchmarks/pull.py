@@ -1,5 +1,6 @@
-"""One pull of one weight: the authors' formulation, a loss term done well, and the pull of every
-tier, side by side; then its growth.
+"""One pull of one weight, and how its time grows.
+
+The authors' formulation, a loss term done well, and the pull of every tier run side by side.
 
 The authors' formulation builds the effective update densely in the graph and recomputes the norm of
 the importance on the CPU in each step (our own code). The loss term done well builds the same graph

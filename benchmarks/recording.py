@@ -1,5 +1,6 @@
-"""Recording importance of q_proj and v_proj, every estimator against the diagonal Fisher of all
-parameters as EWC-LoRA takes it; small random Llamas.
+"""Recording importance of q_proj and v_proj on small random Llamas.
+
+Every estimator is set against the diagonal Fisher of all parameters as EWC-LoRA takes it.
 
 The baseline's gradients come one example at a time, a forward and a backward pass each with all
 parameters trainable, squared and summed (our own code). Each estimator runs as `forgetless record`

@@ -1,5 +1,6 @@
-"""Files of importance for q_proj and v_proj of Llama-3-8B, per tier, against the f32 diagonal
-Fisher of the whole model.
+"""Files of importance for q_proj and v_proj of Llama-3-8B in every tier.
+
+They are set against the f32 diagonal Fisher of the whole model.
 
 One block's files are written and measured; the model has 32 such blocks. The whole model's weights
 are counted from its configuration.

@@ -1,7 +1,8 @@
-"""benchmarks/results.csv -> the tables in benchmarks/README.md: budgets, growth, and the rows of
-each measurement's latest run on each device.
+"""Writes the tables of benchmarks/README.md from benchmarks/results.csv.
 
-python benchmarks/table.py
+They hold the budgets, growth, and the rows of each measurement's latest run on each device.
+
+    python benchmarks/table.py
 """
 
 from __future__ import annotations

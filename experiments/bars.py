@@ -1,8 +1,8 @@
-"""A finished comparison -> one figure: forgetting at 80 % of plain fine-tuning's learning for every
-method, a panel per domain, least first.
+"""Draws a finished comparison as one figure, docs/compare.svg.
 
-Reads compare.json and nothing else. Dots are means over seeds, lines their standard errors; methods
-that did not reach that learning are named below.
+It shows what every method forgets at 80 % of plain fine-tuning's learning, a panel per domain, with
+the least first. Only compare.json is read. Dots are means over seeds, lines their standard errors;
+methods that did not reach that learning are named below.
 
     python experiments/bars.py experiments/lab/compare.json docs/compare.svg
 """
@@ -16,10 +16,11 @@ from typing import Any
 
 from drawing import INK, PALE, pyplot, save
 
-# nearly every method reaches it in every seed; 95 % of what plain learns at its best rate only some
-# do
-SHARE = 0.8
-FLOOR = 1e-3  # of the axis
+# The part of plain's learning at which methods are compared: nearly every method reaches it in
+# every seed, while only some reach 95 % of what plain learns at its best rate.
+LEVEL = 0.8
+# The axis of forgetting begins here, in nats per token.
+FLOOR = 1e-3
 OURS, PLAIN, OTHERS = "#0072b2", "#8c8c8c", "#b06a2c"
 
 
@@ -31,7 +32,7 @@ def rows(comparison: dict[str, Any], domain: str) -> tuple[list[dict[str, Any]],
     found = [
         row
         for row in comparison["equal_learning"][domain][recorded]
-        if row["share"] == SHARE and row["seeds"]
+        if row["share"] == LEVEL and row["seeds"]
     ]
     reached = [row for row in found if row["forgetting"] is not None]
     return sorted(reached, key=lambda row: row["forgetting"]), [

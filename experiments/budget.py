@@ -1,10 +1,11 @@
-"""Promised against checked: budgets of 0.5, 1, 2 and 5 % on the lab models, ours against scaling,
-fixed strengths and small learning rates.
+"""What budgets promise against what a check finds, on the lab models.
 
-    python experiments/budget.py ../shared out/budget --domain sciq          # finished results are
-        not made again, those of budget.json neither
-    python experiments/kept.py out/budget/results                            # what is there so far,
-        as markdown and as a figure
+Budgets of 0.5, 1, 2 and 5 %, ours against scaling, fixed strengths and small learning rates.
+
+    # Finished results are not made again, nor are those of budget.json.
+    python experiments/budget.py ../shared out/budget --domain sciq
+    # What is there so far, as markdown and as a figure.
+    python experiments/kept.py out/budget/results
 
 Protocol: 60 steps of 8 sequences of at most 128 tokens, LoRA of rank 8 on all linear layers, rate
 4e-3, seeds 1, 2, 3. sciq and medmcqa as in frontier.py, on lab-english-5m; piqa (goal -> solution)

@@ -1,20 +1,19 @@
 """Does a calibration made while recording predict what fine-tuning on other data costs?
 
-Every estimator, with and without the first-order term.
+Asked of every estimator, with and without the first-order term.
 
-    python experiments/calibration.py ../shared out/calibration --updates lab-english-5m
-    tinystories-char-1m python experiments/calibration.py ../shared out/calibration --runs sciq
-    medmcqa piqa
-    python experiments/calibration.py ../shared out/calibration --page          # calibration.json
-        and .md, from what is there
+    python experiments/calibration.py ../shared out/calibration \\
+        --updates lab-english-5m tinystories-char-1m
+    python experiments/calibration.py ../shared out/calibration --runs sciq medmcqa piqa
+    # Writes calibration.json and calibration.md from what is there.
+    python experiments/calibration.py ../shared out/calibration --page
 
-Calibrated on: the nine updates of `forgetless record --calibrate` (calibrating.py), held by
-Kronecker importance of rank 64; every estimator is calibrated on the same nine. Tested on: 60 steps
-(as budget.py) on sciq, medmcqa and piqa, plain, at a small rate, at five strengths, with KL; three
-seeds; rises are those of all held-out documents. For each budget the update is scaled to where its
-bound meets the budget, and what it really costs there is read off its measured curve (interpolated
-between five sizes). Nothing of the tested domains was seen by a calibration.
-"""
+Every estimator is calibrated on the same nine updates, those of `forgetless record --calibrate`
+(record/calibrate.py), which Kronecker importance of rank 64 holds. They are tested on runs of 60
+steps (as in budget.py) on sciq, medmcqa and piqa: plain, at a small rate, at five strengths, with
+KL; three seeds each. Rises are those of all held-out documents. For each budget the update is
+scaled to where its bound meets the budget, and what it really costs there is read off its measured
+curve (interpolated between five sizes). Nothing of the tested domains was seen by a calibration."""
 
 from __future__ import annotations
 

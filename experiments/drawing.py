@@ -1,6 +1,4 @@
-"""How the experiments draw: matplotlib without a screen, in ink that follows the reader's colour
-scheme.
-"""
+"""How the experiments draw: matplotlib without a screen, ink that follows the colour scheme."""
 
 from __future__ import annotations
 

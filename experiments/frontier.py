@@ -1,16 +1,19 @@
-"""Learning against forgetting on the lab model: plain fine-tuning, the paper preset over its
-strengths, and every estimator over matched strengths.
+"""Learning against forgetting on the lab model.
 
-    python experiments/frontier.py ../shared out/frontier --domain sciq --methods
-        plain,paper,default    # finished runs are not run again
-    python experiments/frontier.py ../shared out/frontier --confirm --domain sciq --methods
-    plain,paper,default
-    python experiments/frontier.py ../shared out/frontier --domain medmcqa --methods default64@0.008
-        --values 5,10          # at another learning rate
+Plain fine-tuning, the paper preset over its strengths, and every estimator over matched strengths.
+
+    # Finished runs are not run again.
+    python experiments/frontier.py ../shared out/frontier --domain sciq \\
+        --methods plain,paper,default
+    python experiments/frontier.py ../shared out/frontier --domain sciq \\
+        --methods plain,paper,default --confirm
+    # At another learning rate.
+    python experiments/frontier.py ../shared out/frontier --domain medmcqa \\
+        --methods default64@0.008 --values 5,10
+    # What is there so far, as markdown.
     python experiments/frontier.py ../shared out/frontier --table
-        # what is there so far, as markdown
+    # The parts of the data alone, for lab.yaml.
     python experiments/frontier.py ../shared out/frontier --data
-        # the parts of the data alone, for lab.yaml
 
 Protocol: 120 steps of 8 sequences of at most 128 tokens, LoRA of rank 8 on all linear layers (the
 paper preset: its own settings). Settings are explored on parts of the train files (every fifth

@@ -1,12 +1,13 @@
-"""Results of budget.py -> experiments/budget.md, experiments/budget.json (every result) and
-docs/budget.svg: what each budget bought, and whether it was kept.
+"""Writes the results of budget.py as a page, as JSON and as a figure.
 
-Reads the result files and nothing else. Of the fixed strengths and the small rates only the best of
-each domain is in the figure and the first table: the one that learned most within the budgets with
-the first seed, as budget.py chooses it.
+experiments/budget.md and docs/budget.svg show what each budget bought and whether it was kept;
+experiments/budget.json has every result. Only the result files are read. Of the fixed strengths and
+the small rates only the best of each domain is in the figure and the first table: the one that
+learned most within the budgets with the first seed, as budget.py chooses it.
 
-    python experiments/kept.py out/budget/results       # or experiments/budget.json, to make page
-                                                        and figure again
+    python experiments/kept.py out/budget/results
+    # Page and figure again, from the results that are kept here.
+    python experiments/kept.py experiments/budget.json
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""A budget kept on a prediction, without general text, and what it really cost:
+"""What a budget that was kept on a prediction, without general text, really cost.
 
-`tune --budget` with a calibrated importance file, measured afterwards.
+`tune --budget` runs with a calibrated importance file; the rise is measured afterwards.
 
-    python experiments/predicted.py ../shared out/predicted --domain sciq         # finished runs
-        are not made again
-    python experiments/predicted.py ../shared out/predicted --page                #
-        experiments/predicted.json -> predicted.md
+    # Finished runs are not made again.
+    python experiments/predicted.py ../shared out/predicted --domain sciq
+    # Writes predicted.md from predicted.json.
+    python experiments/predicted.py ../shared out/predicted --page
 
 Models, domains, steps and budgets as in budget.py, three seeds. The importance file is the default
 recipe's on the same text (300 documents), with --calibrate: a third of that text is kept apart for

@@ -1,6 +1,7 @@
 """Does energy predict what fine-tuning costs in general loss?
 
-Runs that exist, every importance file, fitted on one domain and seed, tested on the others.
+Asked of finished runs and every importance file, fitted on one domain and seed and tested on the
+others.
 
     python experiments/prediction.py out/frontier out/lab > experiments/prediction.md
 

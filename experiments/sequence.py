@@ -1,12 +1,14 @@
-"""Three domains one after another on the lab model, with forgetless and without: what each does to
-those before, to those after, and to general text.
+"""Three domains one after another on the lab model, held in several ways and not at all.
 
+What does each do to those before, to those after, and to general text?
+
+    # Finished runs are not made again.
     python experiments/sequence.py ../shared out/sequence out/budget/lab-english-5m.safetensors
-        # finished runs are not made again
-    python experiments/sequence.py ../shared out/sequence out/budget/lab-english-5m.safetensors
-        --arms plain,sum  # some of the arms
-    python experiments/sequence.py ../shared out/sequence --page                # what is there ->
-        experiments/sequence.json and experiments/sequence.md
+    # Some of the arms.
+    python experiments/sequence.py ../shared out/sequence out/budget/lab-english-5m.safetensors \\
+        --arms plain,sum
+    # Writes sequence.json and sequence.md from what is there.
+    python experiments/sequence.py ../shared out/sequence --page
 
 Protocol: sciq (question -> answer), medmcqa (running text with its explanation), piqa (goal ->
 solution), 120 steps of 8 sequences of at most 128 tokens each, LoRA of rank 8 on all linear layers,

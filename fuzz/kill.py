@@ -1,7 +1,7 @@
 """Kill -9 at random moments, go on, and compare with the run that nobody killed, bit for bit.
 
-    python fuzz/kill.py --seed 0 --kills 12                  # of each scenario; appends a line for
-        each to fuzz/kills.csv
+    # Twelve kills of each scenario; a line for each is appended to fuzz/kills.csv.
+    python fuzz/kill.py --seed 0 --kills 12
     python fuzz/kill.py --scenarios tune,compare --kills 3
 
 Every scenario runs a verb on a tiny model, once undisturbed and then as often as it takes: SIGKILL

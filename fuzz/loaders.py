@@ -1,5 +1,7 @@
-"""Fuzz what reads files from strangers: small valid files, mutated with knowledge of their format,
-each read in a process with limits.
+"""Fuzzes what reads files from strangers.
+
+Small valid files are mutated with knowledge of their format, and each is read in a process with
+limits.
 
     python fuzz/loaders.py --what importance --cases 100000 --seed 0
     python fuzz/loaders.py --what config data report adapter --cases 10000

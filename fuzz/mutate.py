@@ -1,5 +1,7 @@
-"""Mutations that know the format: trees of plain data (JSON, YAML), safetensors files, YAML text,
-and bytes of any kind. All follow one `random.Random`.
+"""Mutations that know the format that they change.
+
+There are some for trees of plain data (JSON, YAML), safetensors files, YAML text and bytes of any
+kind. All of them draw from one `random.Random`.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
-"""What is fuzzed: for each kind of file a few small valid ones, how they are changed, and how
-forgetless reads and uses them.
+"""What is fuzzed.
+
+For each kind of file there are a few small valid ones, how they are changed, and how forgetless
+reads and uses them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Rooms import only from rooms above them, and only model/ knows PEFT's names."""
+"""Rooms import only from rooms above them, only model/ knows PEFT's names, and what is imported is
+declared.
+"""
 
 import ast
 import re

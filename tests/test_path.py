@@ -1,5 +1,5 @@
-"""The path-integral recorder: against design.md's formulas, against the measured loss, and in every
-awkward situation of real training.
+"""The path-integral recorder: against the formulas of the paper, against the measured loss, and in
+every awkward situation of real training.
 """
 
 import copy
