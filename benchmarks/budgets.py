@@ -1,7 +1,8 @@
 """The budgets of the design against the rows of results.csv, and how times grow.
 
 A budget has one line, met or missed, with the numbers that say why. Each verdict is taken over all
-shapes measured: a budget is met only where the worst of them is within it."""
+shapes measured: a budget is met only where the worst of them is within it.
+"""
 
 from __future__ import annotations
 

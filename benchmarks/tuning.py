@@ -1,11 +1,11 @@
 """A tuning step with and without the pull, and the peak memory of both.
 
 The model is a small randomly initialised Llama with the widths of Llama-3.2-1B, two blocks and a
-vocabulary of 8,192: what one core can do. The pulls of all tiers are timed one after
-the other within each step, in an order that moves on by one each step, and set against the rest of
-that step, so that the noise of whole steps does not hide them. Where a step takes over a minute,
-there are no more tokens to try. Memory is the high-water mark of a process of its own that loads
-the importance from its file, all linear layers targeted.
+vocabulary of 8,192: what one core can do. The pulls of all tiers are timed one after the other
+within each step, in an order that moves on by one each step, and set against the rest of that step,
+so that the noise of whole steps does not hide them. Where a step takes over a minute, there are no
+more tokens to try. Memory is the high-water mark of a process of its own that loads the importance
+from its file, all linear layers targeted.
 
     python benchmarks/tuning.py [--tokens 512,2048,8192]
 """

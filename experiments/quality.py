@@ -1,11 +1,11 @@
 """Writes the results of frontier.py as docs/quality.md and docs/quality.svg.
 
 They show forgetting at 50, 80 and 95 % of plain fine-tuning's learning, and the frontiers. Only the
-result files are read. A run is a curve: its finished update scaled by 0.25, 0.5,
-0.75 and 1, between which forgetting is interpolated. On the validation part a method's number is
-the least over its settings, one seed each. On the test part one setting was chosen before, and its
-error is that of the mean over seeds. Plain's learning is the most that it learns at any learning
-rate, in the same part.
+result files are read. A run is a curve: its finished update scaled by 0.25, 0.5, 0.75 and 1,
+between which forgetting is interpolated. On the validation part a method's number is the least over
+its settings, one seed each. On the test part one setting was chosen before, and its error is that
+of the mean over seeds. Plain's learning is the most that it learns at any learning rate, in the
+same part.
 
     python experiments/quality.py out/frontier/results docs
 """
