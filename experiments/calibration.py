@@ -9,7 +9,7 @@ Asked of every estimator, with and without the first-order term.
     python experiments/calibration.py ../shared out/calibration --page
 
 Every estimator is calibrated on the same nine updates, those of `forgetless record --calibrate`
-(record/calibrate.py), which Kronecker importance of rank 64 holds. They are tested on runs of 60
+(record/updates.py), which Kronecker importance of rank 64 holds. They are tested on runs of 60
 steps (as in budget.py) on sciq, medmcqa and piqa: plain, at a small rate, at five strengths, with
 KL; three seeds each. Rises are those of all held-out documents. For each budget the update is
 scaled to where its bound meets the budget, and what it really costs there is read off its measured
@@ -35,12 +35,13 @@ from safetensors.torch import load_file, save_file
 from forgetless.budget.budget import parse
 from forgetless.evaluate.rise import paired_rise
 from forgetless.files.atomic import read_json, write_json, write_text
-from forgetless.importance.calibration import Calibration
+from forgetless.importance.calibration import Calibration, MeasuredUpdate
 from forgetless.options.model import ModelOptions
 from forgetless.options.record import RECORD_PRESETS, RecordOptions
 from forgetless.options.tune import TUNE_PRESETS
 from forgetless.options.verbs import resolve
-from forgetless.record.calibrate import gradient, parabola
+from forgetless.record.cost import Point, parabola
+from forgetless.record.gradient import gradient
 
 HERE = Path(__file__).parent
 SCALES = (0.125, 0.25, 0.5, 0.75, 1.0)
@@ -108,8 +109,9 @@ def short_trainings(shared: Path, out: Path, name: str) -> None:
     """The updates of a calibration, each with its rise at several shares."""
     from forgetless.data.documents import load_documents
     from forgetless.model.loading import load_model, load_tokenizer
-    from forgetless.record.calibrate import apart, divided, measured_updates
+    from forgetless.record.kept_apart import apart, divided
     from forgetless.record.record import record
+    from forgetless.record.updates import measured_updates
 
     lab = lab_of(shared, out, name)
     options = resolve(
@@ -148,7 +150,7 @@ def short_trainings(shared: Path, out: Path, name: str) -> None:
             },
             place / "update.safetensors",
         )
-        write_json(place / "result.json", found)
+        write_json(place / "result.json", found.plain())
 
 
 def fine_tuning(shared: Path, out: Path, domain: str, method: str, seed: int) -> None:
@@ -305,8 +307,14 @@ def featured(folder: Path, known: dict[str, Any], gradients: dict[str, Any]) -> 
     return {**read_json(folder / "result.json"), "energies": energies, "first": first}
 
 
+def fitted(points: Sequence[dict[str, float]]) -> tuple[float, float, float]:
+    """The parabola through a run's points."""
+    return parabola([Point(p["scale"], p["nats"], p["standard_error"]) for p in points])
+
+
 def calibration_of(results: Sequence[dict[str, Any]], label: str) -> Calibration:
-    return Calibration([{**result, "energy": result["energies"][label]} for result in results])
+    plain = [{**result, "energy": result["energies"][label]} for result in results]
+    return Calibration([MeasuredUpdate.of(each) for each in plain])
 
 
 def largest(bound: Any, limit: float) -> float:
@@ -431,9 +439,7 @@ def page(found: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
         for domain in domains:
             for method in METHODS:
                 some = [run for run in runs if (run["domain"], run["method"]) == (domain, method)]
-                fits = [
-                    parabola([{"share": p["scale"], **p} for p in run["points"]]) for run in some
-                ]
+                fits = [fitted(run["points"]) for run in some]
                 g = statistics.mean(run["first"] for run in some) if some else 0.0
                 if some and all(second > 0 for _, second, _ in fits):
                     ratio = statistics.geometric_mean(

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from forgetless.cli import main
-from forgetless.record import record as recording
+from forgetless.record import training as path_training
 from forgetless.record.observing_recorder import ObservingRecorder
 
 
@@ -249,7 +249,7 @@ def test_places(fails, importance_file, model_folder, text_file, tmp_path, monke
         "--out",
     )
     trained = []
-    monkeypatch.setattr(recording, "train", lambda *a: trained.append(a))
+    monkeypatch.setattr(path_training, "train", lambda *a: trained.append(a))
     monkeypatch.setattr(ObservingRecorder, "observe", lambda *a, **k: trained.append(a))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     for extra in (

@@ -25,15 +25,17 @@ from forgetless.errors import OptionError
 from forgetless.evaluate.paired import content
 from forgetless.files.budget_json import BudgetReport
 from forgetless.files.schema import as_record
-from forgetless.importance.calibration import Calibration
+from forgetless.importance.calibration import Calibration, MeasuredUpdate
 from forgetless.importance.consolidate import consolidated
 from forgetless.importance.importance import Importance
 from forgetless.model.adapters import add_adapter
 from forgetless.model.targets import target_weights
 from forgetless.model.update import Update
-from forgetless.record import calibrate as calibrating
 from forgetless.record import state as recording_state
-from forgetless.record.calibrate import apart, divided, gradient, parabola
+from forgetless.record import updates as calibrating
+from forgetless.record.cost import Point, parabola
+from forgetless.record.gradient import gradient
+from forgetless.record.kept_apart import apart, divided
 from forgetless.report.budget import sentences
 from forgetless.report.contents import load as report_contents
 from forgetless.tune import tune as training
@@ -55,12 +57,7 @@ def sentences_of(count, seed=0):
 
 
 def update_of_cost(cost, energy=0.01):
-    return {
-        "energy": energy,
-        "first": 0.0,
-        "second": cost * energy,
-        "second_error": 0.01 * abs(cost) * energy,
-    }
+    return MeasuredUpdate(energy, 0.0, cost * energy, 0.01 * abs(cost) * energy)
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +198,8 @@ def test_the_cost_is_the_geometric_mean_and_the_bound_covers_19_of_20():
 
 
 def test_a_calibration_of_nothing_is_refused():
-    clear, unclear = update_of_cost(1.0), {**update_of_cost(1.0), "second_error": 0.006}
+    clear = update_of_cost(1.0)
+    unclear = dataclasses.replace(clear, second_error=0.006)
     assert Calibration([clear] * 6 + [unclear] * 3).describe().startswith("6 of 9 updates")
     for others in (
         [unclear] * 4,
@@ -211,17 +209,11 @@ def test_a_calibration_of_nothing_is_refused():
         with pytest.raises(ValueError, match="5 of 9 updates clearly raise the general loss"):
             Calibration([clear] * 5 + others)
     with pytest.raises(ValueError, match="which none does"):
-        Calibration(
-            [clear] * 8 + [{"energy": 1e-300, "first": 0.0, "second": 1e300, "second_error": 0.0}]
-        )
+        Calibration([clear] * 8 + [MeasuredUpdate(1e-300, 0.0, 1e300, 0.0)])
 
 
 def test_a_parabola_is_found_through_its_points_and_not_through_far_ones():
-    at = lambda share, error=0.001: {
-        "share": share,
-        "nats": -0.01 * share + 0.05 * share**2,
-        "standard_error": error,
-    }
+    at = lambda s, error=0.001: Point(s, -0.01 * s + 0.05 * s**2, error)
     near = [at(0.2), at(0.5), at(1.0)]
     assert parabola(near)[:2] == pytest.approx((-0.01, 0.05)) and parabola(
         [*near, at(3.0)]
@@ -234,14 +226,7 @@ def test_the_error_of_a_parabola_is_that_of_its_points():
     rng, share, found = np.random.default_rng(0), np.array([0.2, 0.3, 0.5, 1.0]), []
     for _ in range(400):
         nats = -0.01 * share + 0.05 * share**2 + rng.normal(0, 0.002, 4)
-        found.append(
-            parabola(
-                [
-                    {"share": s, "nats": n, "standard_error": 0.002}
-                    for s, n in zip(share, nats, strict=True)
-                ]
-            )
-        )
+        found.append(parabola([Point(s, n, 0.002) for s, n in zip(share, nats, strict=True)]))
     seconds, errors = np.array(found)[:, 1], np.array(found)[:, 2]
     assert np.median(errors) == pytest.approx(seconds.std(), rel=0.25)
 
@@ -354,16 +339,16 @@ def test_recording_measures_updates_held_at_several_strengths(calibrated, genera
     known = importance.calibration
     assert (
         len(known.updates) == 9
-        and {u["strength"] for u in known.updates} == {10.0, 30.0}
-        and len({u["documents"] for u in known.updates}) == 3
+        and {u.how["strength"] for u in known.updates} == {10.0, 30.0}
+        and len({u.how["documents"] for u in known.updates}) == 3
     )
     assert (
         set(known.gradients) == set(importance)
         and known.cost > 0
         and known.factor > known.error > 1
     )
-    assert all(4 <= len(u["points"]) <= 16 and u["energy"] > 0 for u in known.updates)
-    near = [[point["nats"] for point in u["points"]] for u in known.updates]
+    assert all(4 <= len(u.points) <= 16 and u.energy > 0 for u in known.updates)
+    near = [[point["nats"] for point in u.points] for u in known.updates]
     assert (
         0.004 < np.median(np.concatenate(near)) < 0.04
         and np.mean([max(each) > 0.02 for each in near]) > 0.6
@@ -400,7 +385,9 @@ def test_an_interrupted_calibration_goes_on_without_recording_again(
         monkeypatch.setattr(
             recording_state,
             "load",
-            lambda options: torch.load(tmp_path / "state", weights_only=True),
+            lambda options: recording_state.state_of(
+                options.out, torch.load(tmp_path / "state", weights_only=True)
+            ),
         )
         assert run(*again, *words, "--resume") in (1, 2) and expected in capsys.readouterr().err
     monkeypatch.undo()
@@ -458,9 +445,9 @@ def test_every_form_of_importance_can_be_calibrated_and_keeps_it_while_its_energ
     assert run(*words, "--estimator", "path", "--max-steps", "10") == 0
     importance = Importance.load(tmp_path / "path.safetensors")
     assert (
-        importance.calibration.updates[0]["strength"]
+        importance.calibration.updates[0].how["strength"]
         == 0.0
-        < importance.calibration.updates[1]["strength"]
+        < importance.calibration.updates[1].how["strength"]
     )  # known once one update has cost something
     coded = importance.to_tier("u8")
     assert coded.calibration is importance.calibration

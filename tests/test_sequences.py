@@ -285,7 +285,7 @@ def test_every_estimator_and_tier_is_recorded_again_as_it_was(
 PHASES = {
     "training": (tune_trainer.StopOnNonFinite, "on_pre_optimizer_step", 7),
     "training the first": (tune_trainer.StopOnNonFinite, "on_pre_optimizer_step", 3),
-    "recording a domain": (recording, "_by_observing", 1),
+    "recording a domain": (recording, "by_observing", 1),
     "consolidating": (domain_importance, "consolidated", 1),
     "saving a step": (training, "save_whole", 2),
     "stacking": (succession, "stack", 2),

@@ -19,7 +19,7 @@ from forgetless.options.estimators import ESTIMATORS
 from forgetless.options.record import RECORD_PRESETS, RecordOptions
 from forgetless.options.tune import TUNE_PRESETS, TuneOptions
 from forgetless.options.verbs import resolve
-from forgetless.record import record as recording
+from forgetless.record import observing
 from forgetless.record import training as path_training
 from forgetless.record.kronecker import Kronecker
 from forgetless.record.record import record
@@ -188,10 +188,10 @@ def test_groups_follow_from_free_memory_and_are_announced(
         # input of down.
     )
     with caplog.at_level("INFO", "forgetless"):
-        monkeypatch.setattr(recording, "free_memory", lambda: 2 * needed)
+        monkeypatch.setattr(observing, "free_memory", lambda: 2 * needed)
         record(resolve(RecordOptions, options, RECORD_PRESETS))
         assert "--groups" not in caplog.text and "1 pass" in caplog.text
-        monkeypatch.setattr(recording, "free_memory", lambda: 2 * needed - 1)
+        monkeypatch.setattr(observing, "free_memory", lambda: 2 * needed - 1)
         record(resolve(RecordOptions, {**options, "out": str(tmp_path / "l")}, RECORD_PRESETS))
     assert "--groups 2: the sums of all weights take" in caplog.text
     assert same(load_file(tmp_path / "k"), load_file(tmp_path / "l"))

@@ -119,7 +119,7 @@ class Predictor:
         )
         callback = add_penalty(trainer, penalty)
         self.forecast = Forecast(self.budget, self.calibration, callback.penalty)
-        start = start or usual_strength(importance, self.calibration.cost)
+        start = start or usual_strength(importance.info, self.calibration.cost)
         self.probe = Probe(
             Controller(self.budget.nats, start, 1.0), callback.penalty, cost=self.forecast.rise
         )

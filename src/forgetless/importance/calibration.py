@@ -1,7 +1,7 @@
 """Calibration: what a unit of energy costs in general loss, measured once on fine-tuning-like
 updates, so that a rise can be predicted without general text.
 
-    rise of share s of an update U = s <g, U> + s^2 c E(U)
+    rise of a fraction s of an update U = s <g, U> + s^2 c E(U)
 
 `g` is the gradient of the general loss at the base model (the first-order term, kept as a product
 of thin factors), E the energy of the importance that the calibration belongs to. c is what was
@@ -11,8 +11,8 @@ each. Their geometric mean predicts, and the spread of log c gives the error: th
 one-sided prediction limit for one more update, with Student's t for as many updates as there are. A
 fall that g foresees is not counted in it, since nothing bounds the error of g.
 
-It holds for updates like those that were measured, on text like that they were measured on; nothing
-here looks at text (experiments/calibration.md and predicted.md: how well it does).
+It holds for updates like those that were measured, on text like that they were measured on. Nothing
+here looks at text. How well it predicts is in experiments/calibration.md and predicted.md.
 
     calibration.rise(first, energy)      # nats per token, predicted
     calibration.bound(first, energy)     # below which 19 in 20 such updates stay
@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
@@ -33,11 +33,55 @@ from forgetless.evaluate.rise import t_quantile
 from forgetless.model.weights import LowRankWeight, TargetWeight
 from forgetless.options.estimators import NATS_STRENGTH, known
 
-COVERED = 0.95  # of updates like the measured ones stay below the bound
-FEWEST, SHARE = 4, 2 / 3  # updates that must have a cost: in number, and of all
-CLEAR = 2.0  # standard errors that q must be above nothing
-PLAUSIBLE = 1e3  # nats for a unit of energy that is in nats itself, and one over it
-POSSIBLE = 100.0  # of |log c|, whatever the unit of the importance
+# This fraction of updates like the measured ones stays below the bound.
+COVERED = 0.95
+# At least so many updates must have a cost, or their spread says nothing.
+FEWEST = 4
+# At least this fraction of the updates must have a cost, or they were too small to measure.
+CLEAR_FRACTION = 2 / 3
+# An update has a cost where q is so many of its standard errors above nothing. When all of them
+# counted, a model that knew nothing was called accurate to a factor of 2.2 on 36 rises of noise.
+CLEAR = 2.0
+# A unit of energy that is in nats itself costs between one over this and this many nats: about 3
+# and 6 were measured on two models.
+PLAUSIBLE = 1e3
+# No |log c| is larger, whatever the unit of the importance: no two units differ by e^100.
+POSSIBLE = 100.0
+
+
+@dataclass(frozen=True)
+class MeasuredUpdate:
+    """An update that was measured: its energy, and f s + q s^2, the rise at a fraction s of it."""
+
+    energy: float  # E of all of it
+    first: float  # f, nats per token
+    second: float  # q, nats per token
+    second_error: float  # standard error of q
+    how: Mapping[str, Any] = field(default_factory=dict)  # how it was made, as the file says it
+    points: Sequence[Mapping[str, float]] | None = None  # the measured rises, as the file has them
+
+    @staticmethod
+    def of(plain: Mapping[str, Any]) -> MeasuredUpdate:
+        """An update as a file holds it; what is not known here is kept in `how`."""
+        names = {each.name for each in fields(MeasuredUpdate)} - {"how"}
+        known = {name: plain[name] for name in names if name in plain}
+        return MeasuredUpdate(**known, how={k: v for k, v in plain.items() if k not in names})
+
+    def plain(self) -> dict[str, Any]:
+        """As a file holds it."""
+        found = {
+            **self.how,
+            "energy": self.energy,
+            "first": self.first,
+            "second": self.second,
+            "second_error": self.second_error,
+        }
+        return found if self.points is None else {**found, "points": list(self.points)}
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether it clearly costs something by its size."""
+        return self.energy > 0 and self.second > max(0.0, CLEAR * self.second_error)
 
 
 @dataclass(frozen=True)
@@ -46,19 +90,16 @@ class Calibration:
 
     `gradients` maps names to (L, R), (out, k) and (k, in), of which g is about the product.
 
-    An update is plain data: `energy` of all of it, the `first` and `second` of its rise (f and q)
-    with `second_error`; and how it was made and measured. Raises ValueError where fewer than two
-    thirds of the updates clearly cost something.
+    Raises ValueError where fewer than two thirds of the updates clearly cost something.
     """
 
-    updates: Sequence[Mapping[str, Any]]
+    updates: Sequence[MeasuredUpdate]
     gradients: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    data: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # documents and tokens measured on, sha256 of all that was kept apart
+    # Documents and tokens that were measured on, and the sha256 of all that was kept apart.
+    data: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        needed = max(FEWEST, math.ceil(SHARE * len(self.updates)))
+        needed = max(FEWEST, math.ceil(CLEAR_FRACTION * len(self.updates)))
         if self.used < needed:
             raise ValueError(
                 f"{self.used} of {len(self.updates)} updates clearly raise the general loss with "
@@ -74,12 +115,8 @@ class Calibration:
     @cached_property
     def _logs(self) -> list[float]:
         """log c of each update that has one."""
-        clear = [
-            u
-            for u in self.updates
-            if u["energy"] > 0 and u["second"] > max(0.0, CLEAR * u["second_error"])
-        ]
-        return [math.log(update["second"]) - math.log(update["energy"]) for update in clear]
+        clear = [update for update in self.updates if update.is_clear]
+        return [math.log(update.second) - math.log(update.energy) for update in clear]
 
     @property
     def used(self) -> int:
@@ -93,7 +130,7 @@ class Calibration:
 
     @cached_property
     def error(self) -> float:
-        """The factor by which the second-order part is typically off, from one update to the next."""
+        """The factor by which the second-order part is typically off, from update to update."""
         return math.exp(statistics.stdev(self._logs))
 
     @cached_property
@@ -139,11 +176,11 @@ class Calibration:
         }
 
 
-def usual_strength(importance: Any, cost: float) -> float:
-    """The strength to hold with where nothing says better: known for importance in nats, else by
-    what a unit of energy costs.
+def usual_strength(info: Mapping[str, Any], cost: float) -> float:
+    """The strength to hold importance with where nothing says better: known where its energy is in
+    nats, else by what a unit of it costs. `info`: what the importance says about itself.
     """
-    estimator = known(importance.info.get("estimator"))
+    estimator = known(info.get("estimator"))
     if estimator is not None and estimator.in_nats and estimator.strength is not None:
         return estimator.strength
     return NATS_STRENGTH * cost

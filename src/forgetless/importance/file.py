@@ -32,7 +32,7 @@ from forgetless.errors import UNSAFE, FileError
 from forgetless.files.atomic import atomic_path
 from forgetless.files.untrusted import cleaned, load_json
 from forgetless.importance import codec
-from forgetless.importance.calibration import PLAUSIBLE, Calibration
+from forgetless.importance.calibration import PLAUSIBLE, Calibration, MeasuredUpdate
 from forgetless.importance.covariance import AnyCovariance, Covariance, LowRankCovariance
 from forgetless.importance.entries import (
     CodedEntry,
@@ -125,7 +125,12 @@ def save(stored: Stored, path: str | Path) -> None:
         **({"shared_in_cov": shared} if shared else {}),
         **({"coded": coded} if coded else {}),
         **(
-            {"calibration": {"updates": list(calibration.updates), "data": dict(calibration.data)}}
+            {
+                "calibration": {
+                    "updates": [update.plain() for update in calibration.updates],
+                    "data": dict(calibration.data),
+                }
+            }
             if calibration
             else {}
         ),
@@ -451,7 +456,7 @@ def _calibration(
             "record again"
         )
     try:
-        calibration = Calibration(updates, gradients, data)
+        calibration = Calibration([MeasuredUpdate.of(each) for each in updates], gradients, data)
     except ValueError as error:
         raise FileError(f"{path}: {error}") from None
     if in_nats(info.get("estimator")) and not 1 / PLAUSIBLE < calibration.cost < PLAUSIBLE:

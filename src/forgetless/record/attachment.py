@@ -26,6 +26,8 @@ class Recorder(Protocol):
 
     weights: list[TargetWeight]
     gradient: str  # "exact" or "effective"
+    steps: int  # recorded so far
+    skipped: int  # steps that moved nothing
 
     def gather(self, weight: LowRankWeight, before: Any, x: Tensor, d: Tensor) -> Any: ...
 

@@ -35,7 +35,7 @@ from forgetless.record.observing_recorder import ObservingRecorder
 
 
 class Fisher(ObservingRecorder):
-    """Recorder of the diagonal Fisher; see the module, and `ObservingRecorder` for the arguments."""
+    """Recorder of the diagonal Fisher; see the module, and `ObservingRecorder` for arguments."""
 
     estimator = "fisher"
 

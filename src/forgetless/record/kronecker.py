@@ -63,6 +63,11 @@ class Kronecker(ObservingRecorder):
         self._out: dict[str, Tensor] = {}
         self._in: dict[str, Tensor] = {}  # by the first weight that reads the input
 
+    @property
+    def cuts(self) -> bool:
+        """Whether covariances are cut to a rank."""
+        return self.rank is not None
+
     def _see(self, layer: BaseLayer, x: Tensor, d: Tensor | None, counts: Tensor) -> None:
         assert d is not None
         self._add(self._out, layer.name, d[counts])

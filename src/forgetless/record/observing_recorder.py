@@ -106,6 +106,11 @@ class ObservingRecorder(abc.ABC):
         self._random = torch.Generator().manual_seed(seed)
         self._added_up = False
 
+    @property
+    def cuts(self) -> bool:
+        """Whether what a finished group amounts to takes less room than its sums."""
+        return False
+
     @abc.abstractmethod
     def _see(self, layer: BaseLayer, x: Tensor, d: Tensor | None, counts: Tensor) -> None:
         """Add up one layer: x (batch, tokens, in) and d (batch, tokens, out), both in f32 or wider;

@@ -1,22 +1,25 @@
-"""The saved states of a recording, beside the file to write:
+"""The saved state of a recording, from which `--resume` goes on.
 
-FILE.state, in several processes FILE.state.1 and so on too.
+A state lies beside the file to write: FILE.state, and with several processes FILE.state.1 and so on
+for the others. There are three kinds, since a recording trains an adapter or observes the bare
+model, and calibrates when its importance is written:
 
-    write(options, {"options": comparable(options), "data": sha256, ...})      # atomic, all
-        processes at about the same moment
-    state = load(options)                                                      # None without
-        --resume or where there is none
+    write(options, Observed(...))        # atomic; all processes at about the same moment
+    state = load(options)                # None without --resume, or where there is no state
 
-Read with weights_only, so that no code in a file can run.
+A state is read with weights_only, so that no code in it can run, and it is refused where it was
+made with other options, by another number of processes, or from other text.
 """
 
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from forgetless.errors import OptionError
 from forgetless.files.atomic import atomic_path
@@ -24,9 +27,46 @@ from forgetless.model import distributed
 from forgetless.options.option import RUNNING, as_dict, deciding
 from forgetless.options.record import RecordOptions
 
-# What is applied when the recording has ended, and so does not decide what a state holds.
+# Options that are applied when the recording has ended, and so don't decide what a state holds.
 ONLY_WRITTEN = ("tier", "keep_anchor")
 logger = logging.getLogger("forgetless")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A path estimator's training after some of its steps."""
+
+    data: str  # sha256 of the text
+    adapter: dict[str, Tensor]  # parameter name -> its values
+    recorder: dict[str, Any]
+    optimizer: dict[str, Any]
+    scheduler: dict[str, Any]
+    done: int  # optimizer steps
+    seconds: float
+    rng: Tensor  # torch's random state, which dropout draws from
+
+
+@dataclass(frozen=True)
+class Observed:
+    """An observing estimator's passes after some of their batches."""
+
+    data: str  # sha256 of the text
+    recorder: dict[str, Any]
+    done: int  # batches
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A calibration after some of its updates; the importance itself is written already."""
+
+    data: str  # sha256 of the documents kept apart
+    done: int  # updates
+    calibrated: list[dict[str, Any]]  # the updates, as the importance file holds them
+
+
+State = Trained | Observed | Calibrated
+KINDS: tuple[type[State], ...] = (Trained, Observed, Calibrated)
 
 
 def place(options: RecordOptions) -> Path:
@@ -40,51 +80,90 @@ def comparable(options: RecordOptions) -> dict[str, Any]:
     return {name: value for name, value in as_dict(options).items() if name not in free}
 
 
-def write(options: RecordOptions, state: dict[str, Any]) -> None:
+def write(options: RecordOptions, state: State) -> None:
     """Save `state`, whole or not at all."""
+    plain = {"options": comparable(options), **vars(state), "processes": distributed.size()}
     with atomic_path(place(options)) as temporary:
-        torch.save({**state, "processes": distributed.size()}, temporary)
+        torch.save(plain, temporary)
         distributed.barrier()  # all states are renamed at about the same moment
 
 
-def load(options: RecordOptions) -> dict[str, Any] | None:
-    """The saved state to go on from, or None. Read with weights_only, so no code in it can run."""
+def load(options: RecordOptions) -> State | None:
+    """The saved state to go on from; None without --resume, or where there is none.
+
+    Raises ValueError for a file that is no whole state, OptionError where it was made with other
+    options or by another number of processes.
+    """
     if not options.resume:
         return None
     path = place(options)
     if not any(distributed.collect(path.is_file())):
         logger.info("no saved state beside %s: starting from the beginning", options.out)
         return None
+    plain = _read(path)
+    state = state_of(path, plain)
+    _check_processes(options, path, plain)
+    _check_options(options, path, plain["options"])
+    return state
+
+
+def state_of(path: str | Path, plain: Any) -> State:
+    """The state that a file holds as plain data.
+
+    Raises ValueError where it holds none.
+    """
+    if isinstance(plain, dict) and isinstance(plain.get("options"), dict):
+        held = set(plain) - {"options", "processes"}
+        for kind in KINDS:
+            names = {field.name for field in fields(kind)}
+            if held == names:
+                return kind(**{name: plain[name] for name in names})
+    raise ValueError(
+        f"{path} is not a saved state of forgetless record; remove it, or start again "
+        "without --resume"
+    )
+
+
+def check_same_text(options: RecordOptions, state: State, sha256: str) -> None:
+    """Raise ValueError where `state` was made from other text than that of this hash."""
+    if state.data != sha256:
+        raise ValueError(
+            f"{options.out}.state was made from other general text; give the same --general, or "
+            "start again without --resume"
+        )
+
+
+def _read(path: Path) -> Any:
     try:
-        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+        return torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(
             f"{path} is not a whole saved state ({first}); remove it, or start again without "
             "--resume"
         ) from error
-    if not isinstance(state, dict) or not isinstance(state.get("options"), dict):
-        raise ValueError(
-            f"{path} is not a saved state of forgetless record; remove it, or start again "
-            "without --resume"
-        )
-    then_many = state.get("processes", 1)
-    if then_many != distributed.size():
+
+
+def _check_processes(options: RecordOptions, path: Path, plain: dict[str, Any]) -> None:
+    """Raise unless as many processes saved it as there are now, all after the same step."""
+    then = plain.get("processes", 1)
+    if then != distributed.size():
         raise OptionError(
-            f"{path} was made by {then_many} process(es), found {distributed.size()}; use as "
+            f"{path} was made by {then} process(es), found {distributed.size()}; use as "
             "many, or no --resume"
         )
-    if len(set(distributed.collect(state["done"]))) > 1:
+    if len(set(distributed.collect(plain["done"]))) > 1:
         raise ValueError(
             f"the processes' states beside {options.out} are of different steps, as when "
             "interrupted while writing; start again without --resume"
         )
-    now, then = comparable(options), state["options"]
+
+
+def _check_options(options: RecordOptions, path: Path, then: dict[str, Any]) -> None:
+    now = comparable(options)
     different = sorted(key for key in now if now[key] != then.get(key))
     if different:
+        pairs = ", ".join(f"{key}={then.get(key)!r} (now {now[key]!r})" for key in different)
         raise OptionError(
-            f"{path} was made with other options: "
-            f"{', '.join(f'{k}={then.get(k)!r} (now {now[k]!r})' for k in different)}; use the "
-            "same, or no --resume"
+            f"{path} was made with other options: {pairs}; use the same, or no --resume"
         )
-    return state

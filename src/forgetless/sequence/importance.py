@@ -16,6 +16,7 @@ from forgetless.data.documents import fingerprint_rows
 from forgetless.data.tasks import encode_rows, load_training_data
 from forgetless.importance.consolidate import consolidated
 from forgetless.importance.importance import Importance
+from forgetless.importance.info import TextSource
 from forgetless.model.loading import context_length, load_tokenizer
 from forgetless.options.estimators import known, unread
 from forgetless.options.model import ModelOptions, TextOptions
@@ -24,6 +25,8 @@ from forgetless.options.tune import TuneOptions
 from forgetless.options.verbs import resolve
 from forgetless.record import state as recording_state
 from forgetless.record.record import record_on
+from forgetless.record.state import Calibrated
+from forgetless.record.text import RecordingText
 
 logger = logging.getLogger("forgetless")
 
@@ -108,13 +111,14 @@ def _recorded(
         )
     ]
     encoded = [row for row in encoded if any(row[1][1:])]
-    source = {
-        "source": learned,
-        "documents": len(rows),
-        "tokens": sum(len(ids) for ids, _ in encoded),
-        "sha256": fingerprint_rows(rows),
-    }
-    return record_on(recipe, taught, tokenizer, encoded, source, state)
+    source = TextSource(
+        source=learned,
+        documents=len(rows),
+        tokens=sum(len(ids) for ids, _ in encoded),
+        sha256=fingerprint_rows(rows),
+    )
+    assert not isinstance(state, Calibrated)  # the recipe does not calibrate
+    return record_on(recipe, taught, tokenizer, RecordingText(encoded, source), state)
 
 
 def recipe_of(importance: Importance, options: TuneOptions, out: str) -> RecordOptions:

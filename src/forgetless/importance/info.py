@@ -1,0 +1,79 @@
+"""What an importance file says about itself: the parts that `Importance.info` is made of.
+
+`info` is plain data, as it stands in the file as JSON. A file may come from another version, and
+what it says that is not known here is kept. Where forgetless writes it, it is made of the records
+below, so that every key stands in one place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class EnergyErrors:
+    """What a form does to the energy of each weight (importance/energy_errors.py)."""
+
+    against: str  # the tier, or the estimator, whose energy is the true one
+    weights: Mapping[str, Sequence[float]]  # weight name -> (random, evading)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a recorder, or a control, says of the importance that it made."""
+
+    estimator: str
+    unit: str
+    tier: str
+    settings: Mapping[str, Any]
+    norms: Mapping[str, float]  # weight name -> Frobenius norm of its importance
+    energy_error: EnergyErrors | None = None
+
+    def info(self) -> dict[str, Any]:
+        """As plain data; `energy_error` only where there is one."""
+        plain = dataclasses.asdict(self)
+        if self.energy_error is None:
+            del plain["energy_error"]
+        return plain
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The model that importance belongs to."""
+
+    name: str
+    revision: str | None
+    fingerprint: str  # of its weights, whatever dtype or quantisation they were loaded in
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """The text that importance was recorded on."""
+
+    source: str | None  # file or data set
+    documents: int
+    tokens: int
+    sha256: str  # over the documents' content
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where importance comes from: on what, how long it took, and by which versions."""
+
+    model: BaseModel
+    data: TextSource | None  # None: no text was needed
+    seconds: float  # of recording
+    environment: Mapping[str, Any]
+
+    def info(self) -> dict[str, Any]:
+        """As plain data."""
+        rate = self.data.tokens / self.seconds if self.data else None
+        return {
+            "model": dataclasses.asdict(self.model),
+            "data": dataclasses.asdict(self.data) if self.data else {},
+            "timings": {"train_seconds": self.seconds, "tokens_per_second": rate},
+            "versions": dict(self.environment),
+        }

@@ -1,0 +1,42 @@
+"""What can be refused before a model is loaded: options that don't go together."""
+
+from __future__ import annotations
+
+from forgetless.errors import OptionError
+from forgetless.importance.tiers import parse_tier
+from forgetless.model import distributed
+from forgetless.options.estimators import ESTIMATORS
+from forgetless.options.record import RecordOptions
+
+
+def check_options(options: RecordOptions) -> None:
+    """Raise OptionError where an option cannot be had with the others, or with the processes that
+    were started.
+    """
+    if options.tier:
+        _check_tier(options.tier, options.estimator)
+    if options.private is not None and not options.push_to_hub:
+        raise OptionError("--private is for --push-to-hub NAME, which is not given")
+    if options.calibrate:
+        _check_calibrate(options.estimator)
+
+
+def _check_tier(tier: str, estimator: str) -> None:
+    kind, _ = parse_tier(tier)
+    if kind == "kronecker" and ESTIMATORS[estimator].tier != kind:
+        raise OptionError(
+            f"--tier {tier} needs --estimator kronecker, found --estimator {estimator}"
+        )
+
+
+def _check_calibrate(estimator: str) -> None:
+    if ESTIMATORS[estimator].constant:
+        raise OptionError(
+            f"--calibrate measures what energy costs, which with --estimator {estimator} "
+            "is the size of the update alone; use another estimator"
+        )
+    if distributed.size() > 1:
+        raise OptionError(
+            f"--calibrate trains in one process, found {distributed.size()}; record without "
+            "torchrun"
+        )

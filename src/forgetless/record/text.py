@@ -1,0 +1,99 @@
+"""The general text that importance is recorded on: read or sampled, cut into pieces of tokens.
+
+With `--calibrate` some of its documents are kept apart (kept_apart.py); importance is recorded on
+the others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from forgetless.data.documents import Document, fingerprint_rows, load_documents
+from forgetless.data.encoding import Encoded, encode, sample_documents
+from forgetless.importance.info import TextSource
+from forgetless.model import distributed
+from forgetless.model.loading import context_length
+from forgetless.options.estimators import ESTIMATORS
+from forgetless.options.record import RecordOptions
+from forgetless.record import state as recording_state
+from forgetless.record.kept_apart import apart
+from forgetless.record.state import State
+
+# Tokens of a document that is sampled from the model, where --length does not say otherwise.
+SAMPLED_LENGTH = 256
+# Tokens of a piece, where --length does not say otherwise; never more than the model's context.
+PIECE_LENGTH = 1024
+
+
+@dataclass(frozen=True)
+class RecordingText:
+    """Text to record on; `source` is None where the estimator needs no text."""
+
+    pieces: list[Encoded]
+    source: TextSource | None
+    kept_apart: list[Document] = dataclasses.field(default_factory=list)  # for a calibration
+
+    def hash_of_kept_apart(self) -> str:
+        """sha256 of the documents kept apart."""
+        return hash_of(self.kept_apart)
+
+
+def hash_of(documents: list[Document]) -> str:
+    """sha256 over the content of some documents."""
+    return fingerprint_rows([dataclasses.asdict(document) for document in documents])
+
+
+def general_text(options: RecordOptions, model: nn.Module, tokenizer: Any) -> RecordingText:
+    """The text that `options` name, in pieces, and what is kept apart of it for a calibration.
+
+    Raises ValueError and OptionError where it cannot be read or is too short.
+    """
+    if ESTIMATORS[options.estimator].constant:
+        return RecordingText([], None)
+    longest = context_length(model)
+    documents = _documents(options, model, tokenizer, longest)
+    kept_apart: list[Document] = []
+    if options.calibrate:
+        documents, kept_apart = apart(documents, tokenizer)
+    documents = documents[: options.documents]
+    pieces = encode(documents, tokenizer, length=min(options.length or PIECE_LENGTH, longest))
+    source = TextSource(
+        source=options.general,
+        documents=len(documents),
+        tokens=sum(len(ids) for ids, _ in pieces),
+        sha256=hash_of(documents),
+    )
+    return RecordingText(pieces, source, kept_apart)
+
+
+def _documents(
+    options: RecordOptions, model: nn.Module, tokenizer: Any, longest: int
+) -> list[Document]:
+    """All documents that may be used, before any are kept apart."""
+    assert options.general is not None  # the command line has checked
+    if options.general == "self":
+        length = min(options.length or SAMPLED_LENGTH, longest)
+        return sample_documents(model, tokenizer, options.self_documents, length, options.seed)
+    return load_documents(
+        options.general,
+        column=options.text_column,
+        split=options.general_split,
+        limit=None if options.calibrate else options.documents,
+    )
+
+
+def check_text(options: RecordOptions, source: TextSource, state: State | None) -> None:
+    """Raise ValueError where the text is not that of the saved state, or not the same in every
+    process.
+    """
+    if state is not None:
+        recording_state.check_same_text(options, state, source.sha256)
+    if len(set(distributed.collect(source.sha256))) > 1:
+        raise ValueError(
+            f"--general {options.general} gave the processes different text; give a file "
+            "instead, the same for all"
+        )
