@@ -136,7 +136,7 @@ def test_the_processes_of_a_launch_are_one_run(tmp_path, monkeypatch):
 def test_a_forked_child_does_not_keep_the_lock_of_a_killed_parent(tmp_path):
     code = textwrap.dedent("""
         import os, sys, time
-        from forgetless.lock import only_writer
+        from forgetless.files.lock import only_writer
         with only_writer(sys.argv[1]):
             if os.fork() == 0:
                 os.close(1)

@@ -6,11 +6,11 @@ killed one never blocks.
     with only_writer("model.importance.safetensors"):   # .model.importance.safetensors.lock beside
                                                         the file
 
-The kernel holds the lock (`flock`) and lets go of it when the process ends, however it ends; the
-file names process and host for the message, and is removed at the end. Where the file system or the
-platform knows no flock, that file itself is the lock, which is said: one that a killed process of
-this host left is taken over, one of another host has to be removed by hand. Whoever has the lock
-removes the temporaries that killed processes left.
+The kernel holds the lock (filelock, by `flock`) and lets go of it when the process ends, however it
+ends; the file names process and host for the message, and is removed at the end. Where the file
+system or the platform knows no flock, that file itself is the lock, which is said: one that a
+killed process of this host left is taken over, one of another host has to be removed by hand.
+Whoever has the lock removes the temporaries that killed processes left.
 
 The processes that torchrun starts are one run: the first (RANK 0, or LOCAL_RANK where that alone is
 set) takes the lock for all of them.
@@ -30,10 +30,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
+from filelock import FileLock, Timeout
+
 from forgetless.files.atomic import clear_temporaries, room_for
 from forgetless.files.room import check_output_file, check_output_folder
 
 logger = logging.getLogger("forgetless")
+# What flock says on file systems and platforms without it.
 UNSUPPORTED = {
     errno.ENOSYS,
     errno.ENOTSUP,
@@ -41,7 +45,10 @@ UNSUPPORTED = {
     errno.ENOLCK,
     errno.EINVAL,
     errno.ENODEV,
-}  # what flock says on file systems without it
+}
+# Seconds after which an empty lock file counts as left by a process that was killed before it could
+# write its name.
+UNSIGNED = 10
 
 
 @contextlib.contextmanager
@@ -57,18 +64,16 @@ def only_writer(path: str | Path, *, folder: bool = True) -> Iterator[None]:
         return
     lock = path / ".lock" if folder else path.with_name(f".{path.name}.lock")
     with room_for(path):
-        opened = _taken(lock, path)
+        held = _taken(lock, path)
     try:
         with room_for(path):
             clear_temporaries(path, folder=folder)
             yield
     finally:
-        lock.unlink(
-            missing_ok=True
-        )  # while it is held: whoever opened it meanwhile sees that it is gone
-        if opened is not None:
-            _open.discard(opened)
-            os.close(opened)
+        # Removed while it is held, so that whoever opened it meanwhile sees that it is gone.
+        lock.unlink(missing_ok=True)
+        if held is not None:
+            held.release()
 
 
 def first_process() -> bool:
@@ -78,27 +83,32 @@ def first_process() -> bool:
     return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
 
 
-def _taken(lock: Path, path: Path) -> int | None:
-    """The open file of the lock that is held now; None where the file itself is the lock."""
+def _taken(lock: Path, path: Path) -> FileLock | None:
+    """The lock of the kernel that is held now; None where the file itself is the lock.
+
+    Raises ValueError where another process has it.
+    """
     if not _knows_flock(path if path.is_dir() else path.parent):
         logger.info("'%s': no locks of the kernel here, so the file %s is the lock", path, lock)
         _claim(lock, path)
         return None
     while True:
-        opened = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        held = FileLock(lock, on_acquired=_sign)
         try:
-            _flock(opened)
-        except BlockingIOError:
-            os.close(opened)
-            raise ValueError(
-                _refusal(path, _holder(lock), "wait for it, stop it, or give another --out")
-            ) from None
-        if _same_file(opened, lock):
-            os.ftruncate(opened, 0)
-            os.write(opened, _mine())
-            _open.add(opened)
-            return opened
-        os.close(opened)  # removed by the one that held it, between our opening and locking
+            held.acquire(blocking=False)
+        except Timeout:
+            if lock.exists():
+                advice = "wait for it, stop it, or give another --out"
+                raise ValueError(_refusal(path, _holder(lock), advice)) from None
+        else:
+            return held
+        # The one that held it removed the file between our opening and locking it: once more.
+
+
+def _sign(opened: int) -> None:
+    """Write who we are into the open file of the lock."""
+    os.ftruncate(opened, 0)
+    os.write(opened, _mine())
 
 
 def _knows_flock(folder: Path) -> bool:
@@ -128,14 +138,10 @@ def _claim(lock: Path, path: Path) -> None:
         except FileExistsError:
             holder = _holder(lock)
             if not _is_gone(holder, lock) or not _removed(lock, holder):
-                raise ValueError(
-                    _refusal(
-                        path,
-                        holder,
-                        "wait for it, stop it, or give another --out (if it is gone, remove "
-                        f"'{lock}')",
-                    )
-                ) from None
+                advice = (
+                    f"wait for it, stop it, or give another --out (if it is gone, remove '{lock}')"
+                )
+                raise ValueError(_refusal(path, holder, advice)) from None
             continue
         os.write(opened, _mine())
         os.close(opened)
@@ -156,13 +162,6 @@ def _removed(lock: Path, holder: dict[str, Any]) -> bool:
             return False
         grabbed.unlink()
     return True
-
-
-def _same_file(opened: int, lock: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(opened), os.stat(lock))
-    except FileNotFoundError:
-        return False
 
 
 def _mine() -> bytes:
@@ -199,7 +198,7 @@ def _is_gone(holder: dict[str, Any], lock: Path) -> bool:
     """
     if not holder:
         with contextlib.suppress(FileNotFoundError):
-            return time.time() - lock.stat().st_mtime > 10
+            return time.time() - lock.stat().st_mtime > UNSIGNED
         return True
     return holder.get("host") == socket.gethostname() and _began(holder.get("pid")) != holder.get(
         "began"
@@ -208,23 +207,7 @@ def _is_gone(holder: dict[str, Any], lock: Path) -> bool:
 
 def _began(pid: Any) -> float | None:
     """When a process was started; None where there is none of that number."""
-    import psutil
-
     try:
         return float(psutil.Process(pid).create_time())
     except (psutil.Error, TypeError, ValueError):
         return None
-
-
-_open: set[int] = set()
-
-
-def _close_in_child() -> None:
-    """A forked child (of a data loader) must not keep the lock of a parent that was killed."""
-    for opened in _open:
-        os.close(opened)
-    _open.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_close_in_child)
