@@ -19,6 +19,7 @@ from forgetless.budget.budget import parse
 from forgetless.budget.finish import keep_budget
 from forgetless.budget.probe import Probe, plan
 from forgetless.cli import main
+from forgetless.data import documents
 from forgetless.data.documents import load_documents
 from forgetless.errors import OptionError
 from forgetless.importance.controls import uniform
@@ -309,6 +310,29 @@ def test_resuming_with_other_data_is_refused(words, domain, general, tmp_path, c
         path.write_text(before)
     assert run(words, "--budget", "5%", "--resume") == 2  # the share is chosen on --eval-data
     assert run(made, "--resume") == 130
+
+
+def test_everything_is_read_once(words, domain, general, tmp_path, monkeypatch):
+    """One reading serves all measurements, the budget's parts, the search for training rows and the
+    hashes.
+    """
+    read, original = [], documents._file_rows
+
+    def counted(path):
+        read.append(path.name)
+        return original(path)
+
+    monkeypatch.setattr(documents, "_file_rows", counted)
+    held = tmp_path / "held.jsonl"
+    held.write_text(domain.read_text())
+    replay = tmp_path / "replay.jsonl"
+    replay.write_text("\n".join(reversed(general.read_text().splitlines())))
+    assert run(
+        words,
+        *("--budget", "50%", "--eval-data", held, "--eval-steps", "2"),
+        *("--replay", replay, "--method", "replay"),
+    ) in (0, 3)
+    assert sorted(read) == sorted([domain.name, general.name, held.name, replay.name])
 
 
 def test_a_single_held_out_row_is_refused_before_training(words, tmp_path, capsys, monkeypatch):

@@ -29,7 +29,7 @@ from forgetless.options.record import RECORD_PRESETS, RecordOptions
 from forgetless.options.tune import TUNE_PRESETS, TuneOptions
 from forgetless.options.verbs import EvalOptions, resolve
 from forgetless.record.record import record
-from forgetless.tune import tune as training
+from forgetless.tune import adapted
 from forgetless.tune.tune import tune
 
 # Options of each row, and those that switch the method off (None: it has no zero). FILE, TEXT and
@@ -161,7 +161,7 @@ def watch_frozen(monkeypatch):
     train was made, and got no gradient.
     """
     seen = []
-    prepared = training._prepared
+    prepared = adapted.model_to_train
 
     def watched(*arguments):
         model = prepared(*arguments)
@@ -177,7 +177,7 @@ def watch_frozen(monkeypatch):
         )
         return model
 
-    monkeypatch.setattr(training, "_prepared", watched)
+    monkeypatch.setattr(adapted, "model_to_train", watched)
 
     def untouched():
         model, frozen = seen[0]
@@ -240,7 +240,7 @@ def test_the_contract_of_every_method(world, monkeypatch, name, given, off):
             "add_term",
             "add_penalty",
         ):  # neither a penalty with its importance nor a term with its text is made
-            monkeypatch.setattr(training, adds, lambda trainer, added: pytest.fail(f"{added} at 0"))
+            monkeypatch.setattr(adapted, adds, lambda trainer, added: pytest.fail(f"{added} at 0"))
         world("off", method=name, **{**given, **off})
         assert same(tensors(world.folder / "off"), world.plain())
 

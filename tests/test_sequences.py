@@ -33,8 +33,9 @@ from forgetless.sequence import matrix
 from forgetless.sequence import sequence as succession
 from forgetless.sequence.domains import earlier_of
 from forgetless.sequence.transfer import transfer
+from forgetless.tune import adapted
+from forgetless.tune import result as tune_result
 from forgetless.tune import trainer as tune_trainer
-from forgetless.tune import tune as training
 from forgetless.tune.tune import tune
 
 WORDS = "the cat sat on mat and dog then too yes no one two three".split()
@@ -212,7 +213,7 @@ def test_each_step_trains_on_the_merged_model_and_is_held_by_the_consolidated_im
     words, domains, importance, tmp_path, monkeypatch
 ):
     seen = []
-    original = training._prepared
+    original = adapted.model_to_train
 
     def prepared(setup, methods, model):
         seen.append(
@@ -220,7 +221,7 @@ def test_each_step_trains_on_the_merged_model_and_is_held_by_the_consolidated_im
         )
         return original(setup, methods, model)
 
-    monkeypatch.setattr(training, "_prepared", prepared)
+    monkeypatch.setattr(adapted, "model_to_train", prepared)
     file = importance(estimator="fisher", cov_rank=None)
     assert (
         run(
@@ -287,7 +288,7 @@ PHASES = {
     "training the first": (tune_trainer.StopOnNonFinite, "on_pre_optimizer_step", 3),
     "recording a domain": (recording, "by_observing", 1),
     "consolidating": (domain_importance, "consolidated", 1),
-    "saving a step": (training, "save_whole", 2),
+    "saving a step": (tune_result, "save_whole", 2),
     "stacking": (succession, "stack", 2),
     "measuring": (matrix, "measure", 2),
     "at the end": (succession, "_finish", 1),

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from forgetless.methods.method import Setup
+from forgetless.model.linear import matching
 from forgetless.model.loading import load_model
-from forgetless.model.targets import matching
 from forgetless.model.update import Update
 
 

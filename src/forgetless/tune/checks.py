@@ -1,8 +1,18 @@
-"""TODO tune.checks."""
+"""What tune refuses before it trains: options that do not go together, a model that the options do
+not fit, a disk that is too small.
+
+    methods = check_options(options)              # before anything is loaded
+    check_model(options, model, importance, layers)   # with the bare model at hand
+    check_free_space(out, disk_needed(options, model))
+
+Each refusal is an OptionError or a ValueError that says what was expected, what was found and what
+to do.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -15,15 +25,18 @@ from forgetless.methods.method import Steps
 from forgetless.methods.table import chosen
 from forgetless.model import distributed
 from forgetless.model.linear import placed
+from forgetless.model.stages import Earlier
+from forgetless.options.option import several
 from forgetless.options.tune import TuneOptions
 from forgetless.penalty.fit import check_fit
 
 
 def check_options(options: TuneOptions) -> dict[str, Steps]:
-    """Everything that can be refused without loading a model; the methods that the options name."""
-    distributed.split_batch(
-        options.batch_size, options.accumulation
-    )  # refuses what cannot be shared
+    """Refuse everything that can be refused without a model; returns the methods that the options
+    name.
+    """
+    # Refuses a batch that the processes cannot divide among them.
+    distributed.split_batch(options.batch_size, options.accumulation)
     if options.full and options.quantize != "none":
         raise OptionError(
             "--full trains the weights themselves, which a quantised base does not allow; leave "
@@ -48,15 +61,24 @@ def check_options(options: TuneOptions) -> dict[str, Steps]:
     return methods
 
 
+def check_one_domain(options: TuneOptions, earlier: Earlier | None) -> None:
+    """Refuse what a sequence of domains is for, unless this run is one of its steps."""
+    if earlier is None and (options.after or len(several(options.data)) > 1):
+        raise OptionError(
+            "several domains, or --after, are tuned by "
+            "forgetless.sequence.sequence.tune_in_turn; give tune one --data"
+        )
+
+
 def check_model(
-    options: TuneOptions, model: nn.Module, importance: Importance | None, how: Any
+    options: TuneOptions, model: nn.Module, importance: Importance | None, layers: Any
 ) -> None:
-    """Everything that can be refused with the bare model at hand."""
+    """Refuse everything that can be refused with the bare model at hand."""
     places = placed(model, options.targets)
     names = [place.name for place in places]
     if importance is not None:
         check_fit(model, importance, names, options.anchor)
-        how.coefficients(importance.norms(), places)
+        layers.coefficients(importance.norms(), places)
     if options.anchor == "recorded" and importance is not None:
         rank = importance.anchors[names[0]][0].shape[0]
         if rank != options.rank:
@@ -67,10 +89,17 @@ def check_model(
 
 
 def disk_needed(options: TuneOptions, model: nn.Module) -> int:
-    """Bytes of the result and of up to three checkpoints (two are kept while the next is written)
-    with AdamW's two moments per trained parameter.
+    """Bytes that the run will write: the result, and checkpoints.
+
+    Up to three checkpoints lie there at once, since two are kept while the next is written; each
+    has AdamW's two moments of every trained parameter. With a budget the result is there twice.
     """
-    size = lambda parameters: sum(p.numel() * p.element_size() for p in parameters)
-    trained = size(p for p in model.parameters() if p.requires_grad)
-    saved = size(model.parameters()) if options.full else trained
-    return saved * (2 if options.budget else 1) + 3 * (saved + 2 * trained)
+    trained = _size(p for p in model.parameters() if p.requires_grad)
+    saved = _size(model.parameters()) if options.full else trained
+    results = 2 if options.budget else 1
+    return saved * results + 3 * (saved + 2 * trained)
+
+
+def _size(parameters: Iterable[nn.Parameter]) -> int:
+    """Bytes of the parameters."""
+    return sum(p.numel() * p.element_size() for p in parameters)

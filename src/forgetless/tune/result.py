@@ -1,28 +1,177 @@
-"""TODO tune.result."""
+"""The end of a run of tune: the update finished and saved, run.json and the model card written, the
+result pushed to the Hub.
+
+    finished = finish(trained, methods, start.keeper)
+    run = make_run(start, trained, finished, after, ...)
+    write_result(run, options)
+
+In several processes all of them finish and measure, and the first one writes.
+"""
 
 from __future__ import annotations
 
+import functools
 import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forgetless.files.hub import push_folder
+from torch import nn
+
+from forgetless.budget.keeper import Keeper
+from forgetless.budget.predicted import Predictor
+from forgetless.data.inputs import Inputs
+from forgetless.evaluate.evaluate import changes, table
+from forgetless.files.atomic import write_json
+from forgetless.files.budget_json import BudgetReport
+from forgetless.files.hub import push_folder, ready
+from forgetless.files.provenance import environment, sha256_file
+from forgetless.files.run_json import Run
+from forgetless.files.schema import as_record
+from forgetless.methods.method import Setup, Steps
+from forgetless.model import distributed
+from forgetless.model.loading import save_whole
+from forgetless.options.option import as_dict
+from forgetless.options.tune import TuneOptions
+from forgetless.report.budget import sentences
+from forgetless.report.cards import write_card
+from forgetless.tune.base import Start
+from forgetless.tune.moved import moved
+from forgetless.tune.rows import Rows
 
 logger = logging.getLogger("forgetless")
 
 
-def push_result(repo: str, folder: Path, run: dict[str, Any]) -> None:
+@dataclass(frozen=True)
+class Trained:
+    """What training left.
+
+    `setup` holds the importance that the model was held by. `prepare_seconds` are what the methods
+    took before training: text sampled, curvature, decompositions, steps on general text.
+    """
+
+    model: nn.Module
+    trainer: Any
+    setup: Setup
+    prepare_seconds: float
+    train_seconds: float
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What finishing the update gave: a note of each method that has one, the budget's report."""
+
+    notes: dict[str, dict[str, Any]]
+    budget: dict[str, Any] | None
+
+
+def finish(
+    trained: Trained, methods: Mapping[str, Steps], keeper: Keeper | Predictor | None
+) -> Finished:
+    """Let the methods and the budget change the trained update, and save it to DIR/final.
+
+    With a budget the update as it was trained is saved to DIR/unscaled first.
+    """
+    setup, model = trained.setup, trained.model
+    out, tokenizer = Path(setup.options.out), setup.tokenizer
+    notes = {name: method.finish(setup, model) for name, method in methods.items() if method.finish}
+    budget = None
+    if keeper is not None:
+        if distributed.first():
+            save_whole(model, tokenizer, out / "unscaled")
+        budget = keeper.finish(trained.trainer)
+    own = [functools.partial(method.save, setup) for method in methods.values() if method.save]
+    if distributed.first():
+        save_whole(model, tokenizer, out / "final", own[0] if own else None)
+    return Finished(notes, budget)
+
+
+def make_run(
+    start: Start,
+    trained: Trained,
+    finished: Finished,
+    after: dict[str, Any],
+    *,
+    methods: Mapping[str, Steps],
+    inputs: Inputs,
+    rows: Rows,
+    file: Path | None,
+) -> dict[str, Any]:
+    """What run.json holds.
+
+    `after` are the numbers of the finished model, `file` is where the importance lies.
+    """
+    setup, model, log = trained.setup, trained.model, trained.trainer.state.log_history
+    options, before = setup.options, start.setup.before
+    assert before is not None
+    return {
+        "configuration": as_dict(options),
+        "environment": environment(str(next(model.parameters()).device)),
+        "data": {
+            "source": options.data,
+            "rows": len(inputs.training),
+            "rows_trained": len(rows.training),
+            "sha256": inputs.hashes["training data"],
+        },
+        "processes": distributed.size(),
+        "method": list(methods),
+        "finished": finished.notes,
+        "budget": finished.budget,
+        "verdict": None if finished.budget is None else finished.budget["verdict"],
+        "replay": start.replayed,
+        "importance": {"file": options.importance, "sha256": sha256_file(file)} if file else None,
+        "before": before,
+        "after": after,
+        **changes(dict(before), after),
+        "energy": last_logged(log, "energy"),
+        "moved": moved(model, setup.importance, setup.layers),
+        "train_seconds": trained.train_seconds,
+        "prepare_seconds": trained.prepare_seconds,
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "log": log,
+    }
+
+
+def write_result(run: dict[str, Any], options: TuneOptions) -> None:
+    """Write the model card and run.json, and print what was learned and lost."""
+    out = Path(options.out)
+    if distributed.first():
+        what = "model" if options.full else "adapter"
+        write_card(out / "final", "tune", as_record(run, Run), what=what)
+        write_json(out / "run.json", run)
+    distributed.barrier()
+    if not distributed.first():
+        return
+    if any(run["before"].values()):
+        print(table(run["before"], run["after"]))
+    if run["budget"] is not None:
+        print("\n".join(sentences(as_record(run["budget"], BudgetReport))))
+    logger.info("wrote %s in %.0f s", out / "final", run["train_seconds"])
+
+
+def repository_of(options: TuneOptions) -> str | None:
+    """The Hub repository that the result goes to, made ready where it is new; None without one, and
+    in all processes but the first.
+    """
+    if not options.push_to_hub or not distributed.first():
+        return None
+    return ready(options.push_to_hub, private=options.private)
+
+
+def push_result(repository: str, folder: Path, run: dict[str, Any]) -> None:
     """Upload the result, unless it was to keep a budget and is not known to."""
     if run["verdict"] not in (None, "met"):
         logger.warning(
             "the budget is %s: nothing is pushed; where you want it all the same: hf upload %s %s",
             run["verdict"],
-            repo,
+            repository,
             folder,
         )
         return
-    push_folder(folder, repo, commit_message="Upload with forgetless tune")
+    push_folder(folder, repository, commit_message="Upload with forgetless tune")
 
 
 def last_logged(log: list[dict[str, Any]], key: str) -> float | None:
+    """The newest value of `key` in the trainer's log; None where it never stood there."""
     return next((entry[key] for entry in reversed(log) if key in entry), None)

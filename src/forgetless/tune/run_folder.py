@@ -4,7 +4,7 @@ and its checkpoints.
     check_folder(options, Path("run"))        # OptionError or ValueError, before anything is loaded
     last_checkpoint(Path("run"))              # 'run/checkpoints/checkpoint-40', or None
 
-Reads and removes; the trainer writes the checkpoints.
+The trainer writes the checkpoints; here they are found and removed.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 
+import yaml
+
 from forgetless.errors import OptionError
-from forgetless.files.atomic import discard, read_json
+from forgetless.files.atomic import discard, read_json, write_json, write_text
 from forgetless.model import distributed
 from forgetless.options.option import MEASURED, RUNNING, as_dict, deciding, read_yaml
 from forgetless.options.tune import TuneOptions
 
-INPUTS = (
-    "inputs.json"  # what the data of a run were when it was started: name -> sha256 of the rows
-)
+# What the data of a run were when it was started: name -> sha256 of the rows.
+INPUTS = "inputs.json"
 
 
 def check_folder(options: TuneOptions, out: Path) -> None:
@@ -71,17 +72,31 @@ def check_resumed(options: TuneOptions, out: Path, *, measured: bool = False) ->
         )
 
 
-def check_inputs(found: Mapping[str, str], out: Path) -> None:
-    """Raise ValueError where the hashes of the data of a resumed run are not those that it was
-    started with (INPUTS, written beside config.yaml).
+def check_inputs(hashes: Mapping[str, str], out: Path) -> None:
+    """Raise ValueError where the data of a resumed run is not what it was started with.
+
+    `hashes` are compared with those in INPUTS, which lies beside config.yaml.
     """
     then = read_json(out / INPUTS) if (out / INPUTS).is_file() else {}
-    changed = sorted(name for name, digest in found.items() if then.get(name, digest) != digest)
+    changed = sorted(name for name, digest in hashes.items() if then.get(name, digest) != digest)
     if changed:
         raise ValueError(
             f"'{out}' was started with other data: changed are the {', the '.join(changed)}; "
             "give the same, or start again with --overwrite"
         )
+
+
+def begin(options: TuneOptions, hashes: Mapping[str, str], out: Path) -> None:
+    """Write what the run is started with: its options and the hashes of its data.
+
+    The run.json of a run that is overwritten is removed, since it must not stand for this one.
+    """
+    if not distributed.first():
+        return
+    if not options.resume:
+        discard(out / "run.json")
+    write_json(out / INPUTS, dict(hashes))
+    write_text(out / "config.yaml", yaml.safe_dump(as_dict(options), sort_keys=False))
 
 
 def last_checkpoint(out: Path) -> str | None:

@@ -1,12 +1,11 @@
-"""The trainer of tune():
+"""The trainer of tune(): TRL's SFTTrainer with our settings, its training begun or gone on with.
 
-TRL's SFTTrainer with our settings, and its training begun or gone on with. Nothing in it knows of
-the penalty.
+Nothing in it knows of the penalty, which is attached from outside (tune/adapted.py).
 
-    trainer = made(options, peft_model, tokenizer, encoded, held)
+    trainer = make_trainer(options, peft_model, tokenizer, rows)
     train(trainer, last_checkpoint(out) if options.resume else None)
 
-Rows come encoded and cut; a step of several processes is the same sequences as in one.
+Rows come encoded and cut. A step of several processes is the same sequences as in one.
 """
 
 from __future__ import annotations
@@ -35,6 +34,7 @@ from forgetless.model.linear import unwrapped
 from forgetless.model.loading import context_length
 from forgetless.options.tune import TuneOptions
 from forgetless.penalty.callback import check_gradients
+from forgetless.tune.rows import Rows
 from forgetless.tune.run_folder import clear_checkpoints
 
 
@@ -51,24 +51,22 @@ class StopOnNonFinite(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if control.should_save and not all(
-            bool(torch.isfinite(shards.local(p)).all())
-            for p in kwargs["model"].parameters()
-            if p.requires_grad
-        ):
+        if control.should_save and not _all_finite(kwargs["model"]):
             raise ValueError(
                 f"non-finite weights after step {state.global_step}; the last good checkpoint is "
-                "kept. "
-                "Lower the learning rate, or train in float32, and resume from it"
+                "kept. Lower the learning rate, or train in float32, and resume from it"
             )
 
 
-SHOWN = (
-    ("loss", "loss"),
-    ("kl", "kl"),
-    ("energy", "energy"),
-    ("pull", "pull_norm"),
-)  # name in the bar, name in the log
+def _all_finite(model: nn.Module) -> bool:
+    """Whether every trained weight of this process is finite."""
+    return all(
+        bool(torch.isfinite(shards.local(p)).all()) for p in model.parameters() if p.requires_grad
+    )
+
+
+# What the bar shows: the name in the bar, and the name in the trainer's log.
+SHOWN = (("loss", "loss"), ("kl", "kl"), ("energy", "energy"), ("pull", "pull_norm"))
 
 
 class ProgressBar(ProgressCallback):
@@ -83,7 +81,8 @@ class ProgressBar(ProgressCallback):
         **kwargs: Any,
     ) -> None:
         shown = {name: f"{logs[key]:.3g}" for name, key in SHOWN if logs and key in logs}
-        now, tokens = time.perf_counter(), float((logs or {}).get("num_tokens", 0))
+        now = time.perf_counter()
+        tokens = float((logs or {}).get("num_tokens", 0))
         then, seen = getattr(self, "_last", (now, tokens))
         if tokens > seen and now > then:
             shown["tokens/s"] = f"{(tokens - seen) / (now - then):,.0f}"
@@ -100,7 +99,8 @@ class FullSteps(Sampler[int]):
 
     def __init__(self, count: int, per_step: int, seed: int):
         self.inner = SeedableRandomSampler(range(count), data_seed=seed)
-        self.count, self.blanks = count, -count % per_step
+        self.count = count
+        self.blanks = -count % per_step
 
     def __len__(self) -> int:
         return self.count + self.blanks
@@ -131,23 +131,38 @@ def whole_steps(trainer: Any) -> None:
     trainer._get_train_sampler = lambda _=None: FullSteps(len(data), per_step, seed)
 
 
-def made(
+def make_trainer(
     options: TuneOptions,
     model: nn.Module,
     tokenizer: Any,
-    data: Any,
-    held: Any,
-    optimizer: Any = None,
+    rows: Rows,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> Any:
-    """A trainer on encoded rows, measured on `held` where given.
+    """A trainer on encoded rows; without `optimizer` it makes its AdamW."""
+    from trl import SFTTrainer
 
-    Without `optimizer` it makes its AdamW.
-    """
-    from trl import SFTConfig, SFTTrainer
+    config = _config(options, unwrapped(model), evaluates=rows.evaluated is not None)
+    trainer = SFTTrainer(
+        model=model,
+        args=config,
+        train_dataset=rows.training,
+        eval_dataset=rows.evaluated,
+        processing_class=tokenizer,
+        callbacks=[StopOnNonFinite()],
+        optimizers=(optimizer, None),
+    )
+    whole_steps(trainer)
+    if not config.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(ProgressBar)
+    return trainer
 
-    base = unwrapped(model)
+
+def _config(options: TuneOptions, base: nn.Module, *, evaluates: bool) -> Any:
+    """The trainer's settings, as an SFTConfig."""
+    from trl import SFTConfig
+
     batch_size, accumulation = distributed.split_batch(options.batch_size, options.accumulation)
-    bf16 = next(base.parameters()).dtype == torch.bfloat16 and torch.cuda.is_available()
     config = SFTConfig(
         output_dir=str(Path(options.out) / "checkpoints"),
         learning_rate=options.learning_rate,
@@ -160,15 +175,14 @@ def made(
         per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=options.batch_size,
         gradient_accumulation_steps=accumulation,
-        max_length=min(options.length, context_length(base))
-        if options.packing
-        else None,  # rows come cut already
+        # Without packing the rows come cut already.
+        max_length=min(options.length, context_length(base)) if options.packing else None,
         packing=options.packing,
         gradient_checkpointing=options.gradient_checkpointing,
-        bf16=bf16,
+        bf16=next(base.parameters()).dtype == torch.bfloat16 and torch.cuda.is_available(),
         seed=options.seed,
         data_seed=options.seed,
-        eval_strategy="steps" if held is not None else "no",
+        eval_strategy="steps" if evaluates else "no",
         eval_steps=options.eval_steps or None,
         save_steps=options.save_steps,
         save_total_limit=2,
@@ -180,46 +194,30 @@ def made(
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
     )
-    config._n_gpu = min(
-        config.n_gpu,
-        1,
-        # else the trainer spreads a lone process's batches over all GPUs (DataParallel), and a step is
-        # larger than asked for
-    )
-    trainer = SFTTrainer(
-        model=model,
-        args=config,
-        train_dataset=data,
-        eval_dataset=held,
-        processing_class=tokenizer,
-        callbacks=[StopOnNonFinite()],
-        optimizers=(optimizer, None),
-    )
-    whole_steps(trainer)
-    if not config.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(ProgressBar)
-    return trainer
+    # With more than one, the trainer spreads a lone process's batches over all GPUs (DataParallel),
+    # and a step is larger than asked for.
+    config._n_gpu = min(config.n_gpu, 1)
+    return config
 
 
-def train(trainer: Any, checkpoint: str | None) -> None:
-    """Train, from `checkpoint` where there is one.
+def train(trainer: Any, checkpoint: str | None) -> float:
+    """Train, from `checkpoint` where there is one; returns the seconds that it took.
 
-    A finished one is only loaded: transformers 5.23 would take one more step from there.
+    A finished checkpoint is only loaded: transformers 5.23 would take one more step from there.
     """
+    started = time.perf_counter()
     if checkpoint is not None:
         state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-        if state.global_step >= (
-            trainer.args.max_steps if trainer.args.max_steps > 0 else state.max_steps
-        ):
+        last = trainer.args.max_steps if trainer.args.max_steps > 0 else state.max_steps
+        if state.global_step >= last:
             trainer._load_from_checkpoint(checkpoint)
             trainer.state = state
-            return
+            return time.perf_counter() - started
     try:
-        with contextlib.redirect_stdout(
-            sys.stderr
-        ):  # the trainer prints its log: progress, not a result
+        # The trainer prints its log, which is progress and not a result.
+        with contextlib.redirect_stdout(sys.stderr):
             trainer.train(resume_from_checkpoint=checkpoint)
     except BaseException:
         clear_checkpoints(Path(trainer.args.output_dir))
         raise
+    return time.perf_counter() - started

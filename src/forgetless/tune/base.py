@@ -1,0 +1,147 @@
+"""The bare base model: loaded as it is, and measured before an adapter is on it.
+
+    base = load_base(options, importance)
+    start = measure_base(options, base, inputs, rows, earlier)
+    start.before["general"]["nats"]      # what the base loses on general text
+
+What was forgotten or learned is counted from here. With a budget, the keeper makes its own
+measurements on the same base, and methods that replay text sample or read it here.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import set_seed
+
+from forgetless.budget.keeper import Keeper
+from forgetless.budget.open import of_run, on_earlier
+from forgetless.budget.predicted import Predictor, check_calibrated
+from forgetless.data.inputs import Inputs
+from forgetless.evaluate.evaluate import measure
+from forgetless.files.hub import importance_path
+from forgetless.importance.controls import uniform
+from forgetless.importance.importance import Importance
+from forgetless.methods.method import Setup
+from forgetless.methods.replay_text import replay_text
+from forgetless.model.loading import load_model, load_tokenizer
+from forgetless.model.stages import Earlier
+from forgetless.options.estimators import default_strength
+from forgetless.options.tune import TuneOptions
+from forgetless.penalty.layers import from_option
+from forgetless.tune.checks import check_model
+from forgetless.tune.rows import Rows, tokens_per_step
+
+logger = logging.getLogger("forgetless")
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model as it was loaded, what it is held by, and how hard layer by layer."""
+
+    model: nn.Module
+    tokenizer: Any
+    importance: Importance | None
+    layers: Any  # one of penalty/layers.py
+
+
+@dataclass(frozen=True)
+class Start:
+    """The model that training starts from, measured.
+
+    `setup` is what methods may read, `keeper` what keeps a budget, `replayed` where the replayed
+    text came from (for run.json), and `seconds` what it took to read or sample that text.
+    """
+
+    model: nn.Module
+    setup: Setup
+    keeper: Keeper | Predictor | None
+    replayed: dict[str, Any] | None
+    seconds: float
+
+
+def load_importance(options: TuneOptions) -> tuple[Importance | None, Path | None]:
+    """The importance that --importance names and where its file lies; (None, None) without it.
+
+    Raises OptionError where a budget is to be kept on a prediction that it cannot make.
+    """
+    importance = path = None
+    if options.importance:
+        path = importance_path(options.importance)
+        importance = Importance.load(path)
+    if options.budget and not options.general:
+        check_calibrated(importance)
+    return importance, path
+
+
+def with_strength(options: TuneOptions, importance: Importance | None) -> TuneOptions:
+    """The options with the strength that suits the importance, where none was given and no budget
+    sets it.
+    """
+    if importance is None or options.strength is not None or options.budget:
+        return options
+    return replace(options, strength=default_strength(importance.info.get("estimator", "?")))
+
+
+def load_base(options: TuneOptions, importance: Importance | None) -> Base:
+    """Load the model and refuse what does not fit it.
+
+    With a budget and without importance, all weights are held alike.
+    """
+    layers = from_option(options.layers, tau=options.tau, per=options.per)
+    set_seed(options.seed)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    tokenizer, model = load_tokenizer(options), load_model(options)
+    if options.budget and importance is None:
+        logger.warning(
+            "no --importance file: the budget is kept with uniform importance, which holds all "
+            "weights alike"
+        )
+        importance = uniform(model, options.targets)
+    check_model(options, model, importance, layers)
+    if options.quantize != "none":
+        # This turns norms and embeddings to f32. It stands before the first measurement, so that
+        # the difference does not look like forgetting.
+        from peft import prepare_model_for_kbit_training
+
+        model = prepare_model_for_kbit_training(
+            model, use_gradient_checkpointing=options.gradient_checkpointing
+        )
+    return Base(model, tokenizer, importance, layers)
+
+
+def measure_base(
+    options: TuneOptions, base: Base, inputs: Inputs, rows: Rows, earlier: Earlier | None
+) -> Start:
+    """Measure the model that training starts from: the base, or with `earlier` the base with the
+    updates of a sequence's earlier steps merged into it.
+    """
+    model, tokenizer, ledger = base.model, base.tokenizer, None
+    if earlier is not None:
+        model, ledger = on_earlier(
+            options, earlier, model, tokenizer, inputs.held_out, rows.training
+        )
+    started = time.perf_counter()
+    text, replayed = replay_text(options, inputs.replay, model, tokenizer, rows.training)
+    seconds = time.perf_counter() - started
+    before = measure(model, tokenizer, inputs.held_out)
+    keeper = None
+    if options.budget:
+        keeper = of_run(options, model, tokenizer, inputs, rows.training, base.importance, ledger)
+    setup = Setup(
+        options,
+        tokenizer,
+        text,
+        tokens_per_step(options, rows.training),
+        base.importance,
+        base.layers,
+        before,
+    )
+    return Start(model, setup, keeper, replayed, seconds)
