@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from forgetless.importance.importance import Importance
 from forgetless.model.adapters import add_adapter
-from forgetless.options.verbs import PlanOptions
+from forgetless.options.plan import PlanOptions
 from forgetless.penalty.pull import Penalty
 from forgetless.plan import plan
 from forgetless.record.kronecker import Kronecker

@@ -9,37 +9,20 @@ import sys
 import pytest
 import torch
 
-from forgetless.cli import VERBS, main
+from forgetless import __version__
+from forgetless.cli import main
 from forgetless.errors import OptionError
-from forgetless.options.option import MEASURED, RUNNING, deciding, flag, read_yaml
+from forgetless.options.option import GROUPS, MEASURED, RUNNING, deciding, flag, read_yaml
 from forgetless.options.record import RECORD_PRESETS, RecordOptions
 from forgetless.options.tune import TUNE_PRESETS, TuneOptions
-from forgetless.options.verbs import (
-    CompareOptions,
-    DemoOptions,
-    EvalOptions,
-    PlanOptions,
-    ReportOptions,
-    ShrinkOptions,
-    resolve,
-)
-
-KINDS = (
-    RecordOptions,
-    TuneOptions,
-    EvalOptions,
-    ShrinkOptions,
-    CompareOptions,
-    PlanOptions,
-    DemoOptions,
-    ReportOptions,
-)
+from forgetless.options.verbs import VERBS, resolve
 
 
 @pytest.mark.parametrize("verb", ["", *sorted(VERBS)])
 def test_help_answers_without_importing_torch(verb):
     code = f"""
 import sys
+from forgetless import __version__
 from forgetless.cli import main
 try:
     main({[verb, "--help"] if verb else ["--help"]!r})
@@ -50,6 +33,32 @@ assert not {{"torch", "transformers", "numpy"}} & set(sys.modules)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "usage: forgetless" in done.stdout
+
+
+def test_help_shows_options_in_groups_with_their_defaults(capsys):
+    with pytest.raises(SystemExit):
+        main(["tune", "--help"])
+    text = capsys.readouterr().out
+    groups = [line for line in text.splitlines() if line.endswith(":") and line[0] != " "]
+    shown = [group for group in GROUPS if f"{group}:" in groups]
+    assert shown == [name for name in (line[:-1] for line in groups) if name in GROUPS]
+    assert {"model", "data", "adapter", "method", "holding", "budget", "training"} <= set(shown)
+    said = " ".join(text.split())
+    assert "[paper: 8, default: 8]" in said and "seed of every random choice [0]" in said
+    assert "kl (predictions on general text" in said
+
+
+def test_python_m_forgetless_is_the_command_line():
+    command = [sys.executable, "-m", "forgetless", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout == f"forgetless {__version__}\n" and done.returncode == 0
+
+
+def test_options_of_every_verb_may_stand_in_a_file(tmp_path, capsys):
+    file = tmp_path / "c.yaml"
+    file.write_text("out: nowhere\ntier: u8\n")
+    assert main(["convert", str(tmp_path / "none.safetensors"), "--config", str(file)]) == 1
+    assert "does not exist" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -67,6 +76,11 @@ assert not {{"torch", "transformers", "numpy"}} & set(sys.modules)
             "--rank expects int, found 'eight'",
         ),
         (["eval", "m"], "nothing to measure"),
+        (["record", "m", "--out", "y"], "missing --general"),
+        (["convert", "f"], "missing --tier, --out; for example: forgetless convert"),
+        (["inspect"], "missing FILE; for example: forgetless inspect"),
+        (["merge", "a", "--out", "b", "--dtype", "half"], "--dtype expects one of auto, float32"),
+        (["demo", "--seeds", "0"], "--seeds must be at least 1"),
         (["tune", "m", "--data", "x", "--out", "y", "--anchor", "recorded"], "needs --importance"),
     ],
 )
@@ -146,7 +160,7 @@ def test_a_reader_that_goes_away_ends_the_output_quietly(tmp_path):
         for i in range(1200)
     }
     Importance(rows).save(tmp_path / "i.safetensors")
-    command = [sys.executable, "-m", "forgetless.cli", "inspect", str(tmp_path / "i.safetensors")]
+    command = [sys.executable, "-m", "forgetless", "inspect", str(tmp_path / "i.safetensors")]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert running.stdout.readline().startswith("file")
     running.stdout.close()  # as head does
@@ -167,11 +181,11 @@ def bounds(spec):
     return [spec.metadata[name] for name in ("at_least", "above", "below")]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_bound_is_kept_with_every_preset(kind):
-    presets = {RecordOptions: RECORD_PRESETS, TuneOptions: TUNE_PRESETS}.get(kind)
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_bound_is_kept_with_every_preset(verb):
+    kind, presets = VERBS[verb].options, VERBS[verb].presets
     bounded = [spec for spec in dataclasses.fields(kind) if bounds(spec) != [None] * 3]
-    assert bounded or kind is ReportOptions
+    assert bounded or verb in ("report", "convert", "inspect", "merge")
     for preset in presets or [None]:
         given = {} if preset is None else {"preset": preset}
         for spec in bounded:

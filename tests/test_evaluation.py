@@ -14,7 +14,8 @@ from forgetless.evaluate.accuracy import answers, check_tasks, lm_eval_accuracy
 from forgetless.evaluate.evaluate import evaluate
 from forgetless.evaluate.losses import TextLoss, ratio_error, text_loss
 from forgetless.files.atomic import read_json
-from forgetless.options.verbs import EvalOptions, resolve
+from forgetless.options.finished import EvalOptions
+from forgetless.options.verbs import resolve
 
 
 @pytest.mark.parametrize(("window", "stride"), [(12, 6), (5, 2), (8, 1), (2, 1), (64, 32)])

@@ -15,10 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from forgetless.cli import NEEDED, OPTIONS, VERBS, _verb_parser, main
+from forgetless.cli import main
 from forgetless.files.atomic import read_json
+from forgetless.options.command_line import verb_parser
 from forgetless.options.option import as_dict, read_yaml
-from forgetless.options.verbs import resolve
+from forgetless.options.verbs import VERBS, resolve
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -75,12 +76,12 @@ def test_there_is_a_file_for_each_model_and_domain_of_the_paper():
 @pytest.mark.parametrize("path", YAMLS, ids=named)
 def test_every_yaml_resolves_and_holds_only_what_differs(path):
     verb = path.stem.split("-")[0]
-    kind, presets = OPTIONS[verb]
+    kind, presets = VERBS[verb].options, VERBS[verb].presets
     given = read_yaml(path)
     options = as_dict(resolve(kind, given, presets))
     assert options["preset"] == (
         "paper" if path.is_relative_to(EXAMPLES / "paper") else "default"
-    ) and all(options[name] for name in NEEDED[verb])
+    ) and all(options[name] for name in VERBS[verb].needs(resolve(kind, given, presets)))
     for name in given:
         assert (
             as_dict(resolve(kind, {k: v for k, v in given.items() if k != name}, presets))[name]
@@ -371,13 +372,9 @@ def test_every_shell_line_of_the_readmes_is_valid(path):
     ]
     assert len(commands) >= 3
     for _, verb, *words in commands:
-        assert verb in VERBS
-        given = vars(_verb_parser(verb).parse_args(words))
-        if verb in OPTIONS:
-            kind, presets = OPTIONS[verb]
-            file = given.pop("config", None)
-            options = resolve(kind, {**(read_yaml(ROOT / file) if file else {}), **given}, presets)
-            assert all(getattr(options, name) for name in NEEDED.get(verb, ())), words
+        given = vars(verb_parser(verb).parse_args(words))
+        file = given.pop("config", None)
+        VERBS[verb].resolve({**(read_yaml(ROOT / file) if file else {}), **given})
     for line in lines:
         if line.startswith("python "):
             assert (ROOT / line.split()[1]).is_file(), line

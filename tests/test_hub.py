@@ -427,7 +427,7 @@ def test_the_adapters_card_says_what_was_kept_and_lost(recorded, model_folder, t
 def test_the_command_in_the_card_means_the_same_options():
     import shlex
 
-    from forgetless.cli import _verb_parser
+    from forgetless.options.command_line import verb_parser
 
     given = dict(
         model="me/base",
@@ -446,7 +446,7 @@ def test_the_command_in_the_card_means_the_same_options():
     options = resolve(TuneOptions, given, TUNE_PRESETS)
     words = shlex.split(command("tune", as_dict(options)))
     assert words[:3] == ["forgetless", "tune", "me/base"]
-    again = resolve(TuneOptions, vars(_verb_parser("tune").parse_args(words[2:])), TUNE_PRESETS)
+    again = resolve(TuneOptions, vars(verb_parser("tune").parse_args(words[2:])), TUNE_PRESETS)
     assert as_dict(again) == {**as_dict(options), "out": "run"}
     assert len(words) < 40  # only what differs
 

@@ -33,6 +33,7 @@ ORDER = [
     "demo",
     "plan",
     "cli",
+    "__main__",
 ]
 # Files that know the insides of PEFT: the one room of models, and methods that are PEFT's own.
 KNOW_PEFT = {"model/weights.py", "model/targets.py", "model/adapters.py", "methods/adapters.py"}

@@ -24,10 +24,11 @@ from forgetless.methods.divergence import kl_gradient, kl_reference
 from forgetless.methods.laplace import FactorPenalty, curvature
 from forgetless.model.adapters import add_adapter
 from forgetless.model.targets import target_weights
+from forgetless.options.finished import EvalOptions
 from forgetless.options.methods import METHODS
 from forgetless.options.record import RECORD_PRESETS, RecordOptions
 from forgetless.options.tune import TUNE_PRESETS, TuneOptions
-from forgetless.options.verbs import EvalOptions, resolve
+from forgetless.options.verbs import resolve
 from forgetless.record.record import record
 from forgetless.tune import adapted
 from forgetless.tune.tune import tune

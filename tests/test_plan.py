@@ -21,7 +21,7 @@ from forgetless.importance.sizes import (
 )
 from forgetless.model.adapters import add_adapter
 from forgetless.model.targets import base_layers
-from forgetless.options.verbs import PlanOptions
+from forgetless.options.plan import PlanOptions
 from forgetless.plan import kept_per_token, operations, plan, shared_inputs, sketched
 from forgetless.record.kronecker import Kronecker
 

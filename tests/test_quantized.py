@@ -15,9 +15,10 @@ from forgetless.model.fingerprint import fingerprint
 from forgetless.model.linear import base_shapes, linear_layers
 from forgetless.model.loading import load_model
 from forgetless.model.targets import target_weights
+from forgetless.options.finished import EvalOptions
 from forgetless.options.record import RECORD_PRESETS, RecordOptions
 from forgetless.options.tune import TUNE_PRESETS, TuneOptions
-from forgetless.options.verbs import EvalOptions, resolve
+from forgetless.options.verbs import resolve
 from forgetless.record.path import PathIntegral
 from forgetless.record.record import record
 from forgetless.tune.merge import merge

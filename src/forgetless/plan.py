@@ -52,7 +52,7 @@ from forgetless.model.linear import unwrapped
 from forgetless.model.loading import device_of, load_empty
 from forgetless.model.targets import BaseLayer, base_layers
 from forgetless.options.estimators import ESTIMATORS
-from forgetless.options.verbs import PlanOptions
+from forgetless.options.plan import PlanOptions
 from forgetless.penalty.algebra import low_rank_pull
 from forgetless.report import numbers
 

@@ -49,8 +49,8 @@ from forgetless.model.adapters import bare
 from forgetless.model.loading import load_tokenizer, save_whole
 from forgetless.model.targets import MOVES_THE_BASE
 from forgetless.model.update import Update
+from forgetless.options.finished import ShrinkOptions
 from forgetless.options.option import as_dict
-from forgetless.options.verbs import ShrinkOptions
 from forgetless.penalty.fit import check_fit
 from forgetless.penalty.pull import Penalty
 from forgetless.report.budget import curves, sentences

@@ -62,8 +62,9 @@ from forgetless.methods.table import chosen as chosen_methods
 from forgetless.model.adapter_files import load_tuned
 from forgetless.model.linear import unwrapped
 from forgetless.model.loading import context_length, load_model, load_tokenizer
+from forgetless.options.compare import CompareOptions
 from forgetless.options.model import ModelOptions
-from forgetless.options.verbs import CompareOptions, resolve
+from forgetless.options.verbs import resolve
 
 logger = logging.getLogger("forgetless")
 PARTS = ("validation", "test")

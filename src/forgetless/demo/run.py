@@ -36,10 +36,11 @@ from forgetless.files.provenance import environment
 from forgetless.files.room import check_output_folder
 from forgetless.model.loading import load_model, load_tokenizer
 from forgetless.model.update import AdapterUpdate
+from forgetless.options.compare import DemoOptions
 from forgetless.options.model import ModelOptions
 from forgetless.options.record import RECORD_PRESETS, RecordOptions
 from forgetless.options.tune import TUNE_PRESETS, TuneOptions
-from forgetless.options.verbs import DemoOptions, resolve
+from forgetless.options.verbs import resolve
 from forgetless.record.record import record
 from forgetless.report.contents import completed
 from forgetless.report.page import write_report

@@ -32,8 +32,8 @@ from forgetless.files.room import check_output_folder
 from forgetless.model.adapter_files import checked, with_adapter
 from forgetless.model.loading import load_model, load_tokenizer
 from forgetless.model.update import AdapterUpdate
+from forgetless.options.finished import EvalOptions
 from forgetless.options.option import as_dict
-from forgetless.options.verbs import EvalOptions
 from forgetless.report.terminal import table as terminal_table
 
 # What a label of the table says of a loss.

@@ -250,7 +250,8 @@ def push_importance(
 
 
 def describe_file(path: str | Path) -> str:
-    """`describe` of the file at `path`, with its size."""
+    """`describe` of the file that `path` means (files/hub.py), with its size."""
+    path = importance_path(path)
     importance = Importance.load(path)
     return (
         f"file         {path} ({Path(path).stat().st_size / 2**20:.2f} MiB)\n"
@@ -259,11 +260,12 @@ def describe_file(path: str | Path) -> str:
 
 
 def convert(path: str | Path, tier: str, out: str | Path) -> Importance:
-    """The importance of one file in another tier, written to `out`.
+    """The importance of the file that `path` means (files/hub.py) in another tier, written to `out`.
 
     Raises OptionError or ValueError before anything is written.
     """
     check_output_file(out)
+    path = importance_path(path)
     importance = Importance.load(path)
     needed, free = (
         sum(8 * math.prod(entry.shape) for entry in importance.entries.values()),

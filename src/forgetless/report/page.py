@@ -26,7 +26,7 @@ from forgetless.files.atomic import atomic_path
 from forgetless.files.compare_json import Comparison, Sample
 from forgetless.files.room import check_output_file
 from forgetless.files.schema import to_json
-from forgetless.options.verbs import ReportOptions
+from forgetless.options.compare import ReportOptions
 from forgetless.report import numbers, sequence_tables, tables
 from forgetless.report.budget import budget_table
 from forgetless.report.budget_figures import control, trade_off

@@ -11,9 +11,10 @@ from typing import Any
 from forgetless.files.hub import hub_name, shareable
 from forgetless.files.measured_json import Interval, Loss, Measured, Scores
 from forgetless.files.run_json import Environment, Run
+from forgetless.options.finished import ShrinkOptions
 from forgetless.options.option import RUNNING, as_dict, deciding
 from forgetless.options.tune import TUNE_PRESETS, TuneOptions
-from forgetless.options.verbs import ShrinkOptions, resolve
+from forgetless.options.verbs import resolve
 from forgetless.report import numbers
 from forgetless.report.budget import in_one_line
 from forgetless.report.card_words import code, dataset_name, one_line, versions_in_words
