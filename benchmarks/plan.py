@@ -171,7 +171,8 @@ def main() -> None:
     parser.add_argument("job", nargs="*", help=argparse.SUPPRESS)
     given = parser.parse_args().job
     if given:
-        print(json.dumps({"record": recorded, "tune": tuned}[given[0]](Path(given[1]), given[2])))  # type: ignore[operator]
+        measure = recorded if given[0] == "record" else tuned
+        print(json.dumps(measure(Path(given[1]), given[2])))
         return
     with tempfile.TemporaryDirectory() as folder:
         model, first = Path(folder) / "model", Path(folder) / "kronecker-64.safetensors"

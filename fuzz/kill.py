@@ -81,7 +81,8 @@ COLUMNS = (
 # Of a process, not of its result; TRL counts tokens anew when it goes on, and the times in an
 # importance file have more or fewer digits.
 TIMES = re.compile(
-    r"seconds|runtime|per_second|timings|created|environment|versions|peak_memory|resume|wall|flos|^num_tokens$|^(file_)?bytes$"
+    r"seconds|runtime|per_second|timings|created|environment|versions|peak_memory|resume|wall|flos|"
+    r"^num_tokens$|^(file_)?bytes$"
 )
 
 

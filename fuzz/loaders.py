@@ -277,7 +277,9 @@ def campaign(
     what: str, cases: int, seed: int, kept: Path, *, first: int = 0, show: bool = True
 ) -> dict[str, Any]:
     """Run `cases` cases; counts of what happened, findings by kind, lines reached, seconds."""
-    counts, found, refusals = {"loaded": 0, "refused": 0, "finding": 0}, {}, set()  # type: ignore[var-annotated]
+    counts = {"loaded": 0, "refused": 0, "finding": 0}
+    found: dict[str, Any] = {}
+    refusals: set[str] = set()
     lines, started, done, shown = 0, time.perf_counter(), first, 0
 
     def tell(verdict: str, why: str, reached: int) -> None:

@@ -229,8 +229,7 @@ def config(folder: Path) -> Target:
                 if path.name == "tune.yaml"
                 else (RecordOptions, RECORD_PRESETS)
             )
-            found = as_dict(resolve(kind, {"model": "m", **read_yaml(path)}, presets))  # type: ignore[type-var]
-            json.dumps(found)
+            json.dumps(as_dict(resolve(kind, {"model": "m", **read_yaml(path)}, presets)))
             return []
         experiment = read(path)
         for trial in validation_trials(experiment):

@@ -115,8 +115,7 @@ def test_every_import_is_declared_and_every_dependency_used():
     foreign = used - set(sys.stdlib_module_names) - {"forgetless"} - BROUGHT_BY_THE_HOST
     # Triton comes with the torch builds for GPUs; penalty/fused.py does without it elsewhere.
     assert foreign - {"triton"} <= users, sorted(foreign - users)
-    # filelock is on its way in.
-    assert users - NOT_IMPORTED <= foreign | {"filelock"}, sorted(users - foreign)
+    assert users - NOT_IMPORTED <= foreign, sorted(users - foreign)
 
 
 def test_what_is_pinned_fits_what_is_declared():
