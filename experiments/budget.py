@@ -259,7 +259,9 @@ class Lab:
 
     def finished(self, method: str, seed: int) -> None:
         """One training run without a budget, finished for each of them."""
-        from forgetless.budget.finish import keep_budget, ways_of
+        from forgetless.budget.finish import keep_budget
+        from forgetless.budget.ways import ways_of
+        from forgetless.files.schema import to_json
         from forgetless.importance.importance import Importance
 
         names = (
@@ -278,25 +280,32 @@ class Lab:
         with every_step() as steps:
             train_seconds = self.train(seed, **METHODS[method])["train_seconds"]
         started = time.perf_counter()
-        model, ledger, learning, update = self.reload()
+        model, baseline, learning, update = self.reload()
         now: list[Any] = [("scale", 1.0)]
         remembered = lambda part: Remembered(
             **{f.name: getattr(part, f.name) for f in dataclasses.fields(part)}, now=now
         )
-        ledger = dataclasses.replace(
-            ledger, control=remembered(ledger.control), check=remembered(ledger.check)
+        baseline = dataclasses.replace(
+            baseline, control=remembered(baseline.control), check=remembered(baseline.check)
         )
         learning = dataclasses.replace(learning, part=remembered(learning.part))
         ways = ways_of(update, Importance.load(self.importance())) | {"stop": stopped(model, steps)}
         ways = {way: self.noted(now, way, apply) for way, apply in ways.items()}
         for name, budget in wanted:
             report = keep_budget(
-                dataclasses.replace(ledger, budget=parse(budget)),
+                dataclasses.replace(baseline, budget=parse(budget)),
                 model,
                 {way: ways[way] for way in names[name]},
                 learning,
             )
-            self.write(name, budget, seed, report, time.perf_counter() - started, train_seconds)
+            self.write(
+                name,
+                budget,
+                seed,
+                to_json(report),
+                time.perf_counter() - started,
+                train_seconds,
+            )
 
     @staticmethod
     def noted(now: list[Any], way: str, apply: Any) -> Any:
@@ -312,8 +321,8 @@ class Lab:
         """The base model measured, then the last run's adapter on it."""
         from peft import PeftModel
 
-        from forgetless.budget.baseline import open_ledger
-        from forgetless.budget.open import domain
+        from forgetless.budget.baseline import measure_baseline
+        from forgetless.budget.learning import domain
         from forgetless.data.documents import load_documents
         from forgetless.data.tasks import encode_rows, load_training_data
         from forgetless.model.loading import load_model, load_tokenizer
@@ -321,14 +330,16 @@ class Lab:
 
         options = ModelOptions(model=self.model, dtype="float32")
         model, tokenizer = load_model(options), load_tokenizer(options)
-        ledger = open_ledger(model, tokenizer, load_documents(self.general), parse("1%"), pieces=1)
+        baseline = measure_baseline(
+            model, tokenizer, load_documents(self.general), parse("1%"), pieces=1
+        )
         learning = domain(
             model, encode_rows(load_training_data(self.held, split="test"), tokenizer), self.held
         )
         model = PeftModel.from_pretrained(
             model, str(self.out / "last" / self.domain / "final"), is_trainable=True
         ).eval()
-        return model, ledger, learning, Update(model)
+        return model, baseline, learning, Update(model)
 
     def write(
         self,

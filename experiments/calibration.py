@@ -184,8 +184,8 @@ def fine_tuning(shared: Path, out: Path, domain: str, method: str, seed: int) ->
             TUNE_PRESETS,
         )
     )
-    model, ledger, learning, update = lab.reload()
-    parts, points = (ledger.control, ledger.check), []
+    model, baseline, learning, update = lab.reload()
+    parts, points = (baseline.control, baseline.check), []
     for scale in SCALES:
         update.scale(scale)
         rise = paired_rise(

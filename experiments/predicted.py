@@ -71,8 +71,8 @@ class Predicted(Lab):
         if place.exists():
             return
         run = self.train(seed, importance=None, budget=budget, eval_data=self.held)
-        model, ledger, _, _ = self.reload()
-        both = (ledger.control, ledger.check)
+        model, baseline, _, _ = self.reload()
+        both = (baseline.control, baseline.check)
         joined = lambda arrays: np.concatenate(list(arrays))
         measured = paired_rise(
             joined(p.nats for p in both),

@@ -442,7 +442,7 @@ def adapter(folder: Path) -> Target:
 
     from peft import LoraConfig, OFTConfig, get_peft_model
 
-    from forgetless.budget.shrink import adapter_config
+    from forgetless.budget.shrinkable import adapter_config
     from forgetless.model.adapter_files import CONFIG, WEIGHTS, with_adapter
     from forgetless.model.adapters import adapter_inputs, scale_update
 

@@ -14,7 +14,7 @@ from conftest import interrupt_after
 from forgetless import hold
 from forgetless.budget import keeper
 from forgetless.budget import open as opening
-from forgetless.budget.baseline import Ledger, open_ledger
+from forgetless.budget.baseline import Baseline, measure_baseline
 from forgetless.budget.budget import parse
 from forgetless.budget.finish import keep_budget
 from forgetless.budget.probe import Probe, plan
@@ -22,6 +22,7 @@ from forgetless.cli import main
 from forgetless.data import documents
 from forgetless.data.documents import load_documents
 from forgetless.errors import OptionError
+from forgetless.files.schema import to_json
 from forgetless.importance.controls import uniform
 from forgetless.model.adapters import add_adapter
 from forgetless.model.update import Update
@@ -362,17 +363,17 @@ def test_the_probe_stays_within_its_share_of_tokens():
             assert count >= 2 or per_step * 0.08 * every >= piece
 
 
-def test_the_ledger_measures_what_changed_and_leaves_no_trace(tiny, tokenizer, general):
+def test_the_baseline_measures_what_changed_and_leaves_no_trace(tiny, tokenizer, general):
     model = tiny()
-    ledger = open_ledger(model, tokenizer, load_documents(str(general)), parse("2%"))
-    assert len(ledger.control) == len(ledger.check) == 120
+    baseline = measure_baseline(model, tokenizer, load_documents(str(general)), parse("2%"))
+    assert len(baseline.control) == len(baseline.check) == 120
     torch.manual_seed(0)
     model = add_adapter(model, names="all-linear", rank=2, alpha=4.0)
     update = Update(model)
-    assert ledger.control.rise(model, error=0.05).nats == pytest.approx(0, abs=1e-7)
-    spread, _ = ledger.spread(model, update, error=0.05)
+    assert baseline.control.rise(model, error=0.05).nats == pytest.approx(0, abs=1e-7)
+    spread, _ = baseline.spread(model, update, error=0.05)
     assert (
-        0.3 * ledger.budget.nats < spread.nats < 3 * ledger.budget.nats
+        0.3 * baseline.budget.nats < spread.nats < 3 * baseline.budget.nats
         and spread.standard_error > 0
     )
     assert all(not weight.update().any() for weight in update.weights)
@@ -385,22 +386,22 @@ def test_the_spread_is_that_of_an_update_which_costs_the_budget_where_pieces_mis
     on documents, since they are what the check measures.
     """
     model = tiny()
-    ledger = open_ledger(model, tokenizer, load_documents(str(general)), parse("2%"))
+    baseline = measure_baseline(model, tokenizer, load_documents(str(general)), parse("2%"))
     torch.manual_seed(0)
     model = add_adapter(model, names="all-linear", rank=2, alpha=4.0)
     update, randomised, size = Update(model), Update.randomise, []
     monkeypatch.setattr(
         Update, "randomise", lambda self, x, seed=0: (size.append(x), randomised(self, x, seed))
     )
-    noise = np.random.default_rng(0).normal(1, 0.3, len(ledger.control))
-    rise = lambda part: 1e3 * size[-1] ** 2 * (noise if part is ledger.control else 3.0)
+    noise = np.random.default_rng(0).normal(1, 0.3, len(baseline.control))
+    rise = lambda part: 1e3 * size[-1] ** 2 * (noise if part is baseline.control else 3.0)
     monkeypatch.setattr(
         "forgetless.evaluate.paired.Part.losses",
         lambda part, model: part.nats + part.tokens * rise(part),
     )
-    found, at = ledger.spread(model, update, error=0.05)
+    found, at = baseline.spread(model, update, error=0.05)
     assert (
-        found.nats == pytest.approx(ledger.budget.nats, rel=0.25) and at in size
+        found.nats == pytest.approx(baseline.budget.nats, rel=0.25) and at in size
     )  # the size that it was measured at
     assert not any(weight.update().any() for weight in update.weights)
 
@@ -411,12 +412,12 @@ def test_the_scan_finds_the_budget_where_the_loss_is_not_monotone(
     """A rise that is within the budget up to 0.2, above it, and within it again from 0.6 to 0.75 of
     the update.
     """
-    ledger = open_ledger(tiny(), tokenizer, load_documents(str(general)), parse("0.01nats"))
+    baseline = measure_baseline(tiny(), tokenizer, load_documents(str(general)), parse("0.01nats"))
     share, noise = (
         [1.0],
         {
             id(p): np.random.default_rng(i).normal(0, 1e-4, len(p))
-            for i, p in enumerate((ledger.control, ledger.check))
+            for i, p in enumerate((baseline.control, baseline.check))
         },
     )
     rise = lambda x: 0.002 if 0.6 <= x <= 0.75 else 0.2 * x * x
@@ -424,7 +425,9 @@ def test_the_scan_finds_the_budget_where_the_loss_is_not_monotone(
         "forgetless.evaluate.paired.Part.losses",
         lambda part, model: part.nats + part.tokens * (rise(share[0]) + noise[id(part)]),
     )
-    report = keep_budget(ledger, tiny(), {"scale": lambda x: share.__setitem__(0, x)}, None)
+    report = to_json(
+        keep_budget(baseline, tiny(), {"scale": lambda x: share.__setitem__(0, x)}, None)
+    )
     assert (
         report["verdict"] == "met"
         and 0.7 <= report["share"] <= 0.75
@@ -437,8 +440,8 @@ def test_the_scan_finds_the_budget_where_the_loss_is_not_monotone(
 
 def test_where_nothing_fits_any_way_leads_to_the_base(tiny, tokenizer, general, monkeypatch):
     """A way of one's own, not scaling: none of the update is what is left of it at 0."""
-    ledger, tried = (
-        open_ledger(tiny(), tokenizer, load_documents(str(general)), parse("0.01nats")),
+    baseline, tried = (
+        measure_baseline(tiny(), tokenizer, load_documents(str(general)), parse("0.01nats")),
         [1.0],
     )
     monkeypatch.setattr(
@@ -447,7 +450,7 @@ def test_where_nothing_fits_any_way_leads_to_the_base(tiny, tokenizer, general, 
             part.nats + part.tokens * (tried[-1] > 0) * np.linspace(0.5, 1.5, len(part))
         ),
     )
-    report = keep_budget(ledger, tiny(), {"stop": tried.append}, None)
+    report = to_json(keep_budget(baseline, tiny(), {"stop": tried.append}, None))
     assert (report["way"], report["share"], report["verdict"], tried[-1]) == (
         "stop",
         0.0,
@@ -461,17 +464,17 @@ def test_the_scan_ends_where_less_buys_nothing_and_the_fallback_goes_below_its_e
     tiny, tokenizer, general, monkeypatch, worse, checked
 ):
     """A rise within every budget on the control part; on the check part `worse` times as large."""
-    ledger, tried = (
-        open_ledger(tiny(), tokenizer, load_documents(str(general)), parse("0.01nats")),
+    baseline, tried = (
+        measure_baseline(tiny(), tokenizer, load_documents(str(general)), parse("0.01nats")),
         [1.0],
     )
     noise = lambda part: np.random.default_rng(0).normal(0, 1e-5, len(part))
-    rise = lambda part: 0.004 * tried[-1] ** 2 * (worse if part is ledger.check else 1.0)
+    rise = lambda part: 0.004 * tried[-1] ** 2 * (worse if part is baseline.check else 1.0)
     monkeypatch.setattr(
         "forgetless.evaluate.paired.Part.losses",
         lambda part, model: part.nats + part.tokens * (rise(part) + noise(part)),
     )
-    report = keep_budget(ledger, tiny(), {"scale": tried.append}, None)
+    report = to_json(keep_budget(baseline, tiny(), {"scale": tried.append}, None))
     assert tried[1:4] == [1.0, 0.85, 1.0]  # two of nine measured, then the check
     assert [check["share"] for check in report["checks"]] == checked and report["verdict"] == (
         "met" if worse < 1 else "exceeded"
@@ -569,9 +572,9 @@ def test_without_importance_in_nats_the_random_update_says_what_energy_costs(
     """The first steps are the wildest: with uniform importance too, they are held by a strength
     that is known before them.
     """
-    original, spreads = Ledger.spread, []
+    original, spreads = Baseline.spread, []
     monkeypatch.setattr(
-        Ledger,
+        Baseline,
         "spread",
         lambda *arguments, **more: spreads.append(original(*arguments, **more)) or spreads[0],
     )

@@ -13,7 +13,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from forgetless.budget import open as opening
+from forgetless.budget import learning as budget_learning
+from forgetless.budget.learning import fitting
+from forgetless.budget.open import LEAST_ROWS
 from forgetless.cli import main
 from forgetless.data.tasks import load_training_data
 from forgetless.evaluate.losses import completion_loss
@@ -743,12 +745,11 @@ def test_an_earlier_sequence_in_the_same_folder_holds_nothing(words, domains, im
 
 
 def test_rows_of_an_earlier_domain_are_enough_however_long_they_are(tiny, monkeypatch):
-    monkeypatch.setattr(opening, "LEARNING_TOKENS", 1000)
+    monkeypatch.setattr(budget_learning, "LEARNING_TOKENS", 1000)
     rows = [([1] * 30, [True] * 30) for _ in range(400)]
-    fitting, *_ = opening._fitting(tiny(), rows, "long", least=opening.LEAST_ROWS)
-    assert len(fitting) >= opening.LEAST_ROWS
+    assert len(fitting(tiny(), rows, "long", least=LEAST_ROWS)[0]) >= LEAST_ROWS
     assert (
-        30 <= len(opening._fitting(tiny(), rows, "long")[0]) <= 34
+        30 <= len(fitting(tiny(), rows, "long")[0]) <= 34
     )  # of the domain that is learned, as many tokens as asked for
 
 

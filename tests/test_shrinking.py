@@ -10,8 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from forgetless.budget.finish import mu_of, shrinker
-from forgetless.budget.shrink import share_of
+from forgetless.budget.ways import fraction_of, mu_of, shrinker
 from forgetless.cli import main
 from forgetless.importance.importance import Importance
 from forgetless.model.adapters import add_adapter
@@ -193,10 +192,10 @@ def test_a_fixed_mu_is_taken_without_a_verdict(words, adapter, tmp_path):
     assert all(not torch.equal(more[name], whole[name]) for name in whole)
 
 
-def test_mu_and_share_stand_for_one_another():
+def test_mu_and_fraction_stand_for_one_another():
     for mu in (0.0, 0.3, 1.0, 50.0):
-        assert mu_of(share_of(mu, "shrink")) == pytest.approx(mu)
-    assert share_of(1.0, "scale") == 0.5
+        assert mu_of(fraction_of(mu, "shrink")) == pytest.approx(mu)
+    assert fraction_of(1.0, "scale") == 0.5
 
 
 def test_the_shrinker_lowers_energy_and_brings_the_update_back(tiny, importance):

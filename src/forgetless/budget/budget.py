@@ -1,26 +1,17 @@
-"""A forgetting budget: how much the loss on general text may rise, whether it did, and how hard to
-hold so that it does not. Pure numbers, no model.
+"""A forgetting budget: how much the loss on general text may rise, whether it did, and what a text
+can show of it. Pure numbers, no model.
 
     budget     "1%" of perplexity is log(1.01) nats per token; "0.01nats" is taken as it is
-    rise       (sum of after - before) / (sum of tokens), paired by document
-    interval   leave-one-cluster-out jackknife: variance (G - 1) / G * sum of (rise without g -
-               rise)^2, times Student's t with G_eff - 1 degrees of freedom, G_eff = 1 / sum of
-               (share of tokens)^2. Clusters are sources, or documents where all come from one
-               source
-    verdict    on the check part: met (upper end within the budget), exceeded (lower end above), not
-               shown (the budget lies inside)
-    control    log strength = log start + integral + e (1.5 e below 0),  integral += 0.3 e,  e =
-               log(rise / budget), limited: dual ascent in log space
+    verdict    on the check part: met (upper end of the rise's interval within the budget), exceeded
+               (lower end above), not shown (the budget lies inside)
+    planned    from the control part: the value that the check's upper end will stay below 19 times
+               in 20
 
-Few sources of unequal size are why the jackknife and G_eff are used: with six of them in the shares
-of the lab's text, 95 % intervals covered 0.96 (G - 1 degrees of freedom: 0.93; residuals instead of
-the jackknife: 0.92; documents as if independent: 0.61), in 3,000 draws with equal spread between
-and within sources.
+The interval itself is evaluate/rise.py's, how hard to hold is controller.py's.
 
-    budget = parse("1%")                                              # Budget(nats=0.00995,
-        text='1%')
-    interval = paired_rise(before, after, tokens, sources)            # arrays (documents,)
-    verdict(interval, budget.nats)                                    # 'met'
+    budget = parse("1%")                               # Budget(nats=0.00995, text="1%")
+    verdict(rise, budget.nats)                         # "met"
+    planned_bound(rise, check_documents=150, error=0.025)
 """
 
 from __future__ import annotations
@@ -34,8 +25,8 @@ from dataclasses import dataclass
 from forgetless.errors import OptionError
 from forgetless.evaluate.rise import Rise, t_quantile
 
-# quantile of the difference between the parts that lets the check be met 19 times in 20: the noise
-# is itself an estimate (tests/test_budget.py)
+# The quantile of the difference between the two parts that lets the check be met 19 times in 20:
+# above 0.95, since the noise is itself an estimate (simulated in tests/test_budget.py).
 PLANNED = 0.98
 
 
@@ -68,9 +59,8 @@ def parse(text: str) -> Budget:
         raise OptionError(
             f"--budget must be above 0, found '{text}': only the base model itself loses nothing"
         )
-    return Budget(
-        math.log1p(value / 100) if match.group(2) == "%" else value, "".join(str(text).split())
-    )
+    nats = math.log1p(value / 100) if match.group(2) == "%" else value
+    return Budget(nats, "".join(str(text).split()))
 
 
 def split(texts: Sequence[str], sources: Sequence[str]) -> tuple[list[int], list[int]]:
@@ -82,9 +72,8 @@ def split(texts: Sequence[str], sources: Sequence[str]) -> tuple[list[int], list
     """
     by_source: dict[str, dict[str, list[int]]] = {}
     for index, (text, source) in enumerate(zip(texts, sources, strict=True)):
-        by_source.setdefault(source, {}).setdefault(
-            hashlib.sha256(text.encode()).hexdigest(), []
-        ).append(index)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        by_source.setdefault(source, {}).setdefault(digest, []).append(index)
     parts: tuple[list[int], list[int]] = ([], [])
     for source in sorted(by_source):
         first = 0 if len(parts[0]) <= len(parts[1]) else 1
@@ -93,43 +82,41 @@ def split(texts: Sequence[str], sources: Sequence[str]) -> tuple[list[int], list
     return sorted(parts[0]), sorted(parts[1])
 
 
-def verdict(interval: Rise, budget: float) -> str:
-    """met, exceeded or not shown."""
-    return (
-        "met" if interval.high <= budget else "exceeded" if interval.low > budget else "not shown"
-    )
+def verdict(rise: Rise, budget: float) -> str:
+    """What an interval says of a budget: "met", "exceeded" or "not shown"."""
+    if rise.high <= budget:
+        return "met"
+    return "exceeded" if rise.low > budget else "not shown"
 
 
-def documents_to_decide(interval: Rise, budget: float) -> int | None:
+def documents_to_decide(rise: Rise, budget: float) -> int | None:
     """About how many more documents (of as many more sources) would move the budget out of the
     interval; None where the rise is the budget itself.
     """
-    distance = abs(budget - interval.nats)
+    distance = abs(budget - rise.nats)
     if distance == 0:
         return None
-    return max(
-        0, math.ceil(interval.documents * (((interval.high - interval.nats) / distance) ** 2 - 1))
-    )
+    return max(0, math.ceil(rise.documents * (((rise.high - rise.nats) / distance) ** 2 - 1)))
 
 
-def planned_bound(interval: Rise, check_documents: int, *, error: float) -> float:
+def planned_bound(rise: Rise, check_documents: int, *, error: float) -> float:
     """The value that the check part's upper end stays below 19 times in 20, predicted from the
-    control part's interval.
+    control part's rise.
 
     The check has its own noise: an update chosen so that the control part's upper end just meets
     the budget would fail the check half of the time. So this is the rise, plus the check's half
     width, plus a high quantile of how much the two parts' upper ends differ: by documents only,
     since both parts hold the same sources; through the rise and through the width itself.
     """
-    ratio = math.sqrt(interval.documents / check_documents)
-    t = t_quantile(1 - error / 2, interval.degrees)
-    by_source = interval.by == "source"
-    through_width = t**2 / (interval.clusters if by_source else 2 * interval.degrees)
-    noise = interval.within * math.hypot(1, ratio) * math.sqrt(1 + through_width)
+    ratio = math.sqrt(rise.documents / check_documents)
+    t = t_quantile(1 - error / 2, rise.degrees)
+    by_source = rise.by == "source"
+    through_width = t**2 / (rise.clusters if by_source else 2 * rise.degrees)
+    noise = rise.within * math.hypot(1, ratio) * math.sqrt(1 + through_width)
     return (
-        interval.nats
-        + t * interval.standard_error * (1 if by_source else ratio)
-        + t_quantile(PLANNED, interval.degrees) * noise
+        rise.nats
+        + t * rise.standard_error * (1 if by_source else ratio)
+        + t_quantile(PLANNED, rise.degrees) * noise
     )
 
 
@@ -148,12 +135,12 @@ def check_reach(spread: Rise, check_documents: int, budget: Budget, *, error: fl
     if width <= budget.nats:
         return
     needed = math.ceil(2 * check_documents * (width / budget.nats) ** 2)
-    few = (
-        f"; its {spread.clusters} sources count for {spread.effective:.1f}, so more sources help "
-        "most"
-        if spread.by == "source"
-        else ""
-    )
+    few = ""
+    if spread.by == "source":
+        few = (
+            f"; its {spread.clusters} sources count for {spread.effective:.1f}, so more sources "
+            "help most"
+        )
     raise ValueError(
         f"the general text is too short to show a budget of {budget.text} ({budget.nats:.4g} "
         "nats): half of it is kept for the check, and there "

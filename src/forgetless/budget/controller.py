@@ -1,10 +1,23 @@
-"""TODO budget.controller."""
+"""The controller: how hard to hold while training, so that the general loss ends at the budget.
+
+    log strength = log start + integral + GAIN e        (UNUSED_GAIN e below UNUSED)
+    integral    += INTEGRAL_GAIN e,  e = log(rise / budget), limited: dual ascent in log space
+
+It sees the penalty's exact energy at every look and a noisy probe of the rise at some. Pure
+numbers, no model.
+
+    controller = Controller(target=0.00995, start=10.0, unit=1.0)
+    controller.update(step=5, energy=0.004)              # the strength to go on with
+    controller.update(step=10, energy=0.005, probe=0.006)
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+from forgetless.files.budget_json import ControllerLook
 
 
 @dataclass
@@ -31,27 +44,42 @@ class Controller:
     known for this importance; it is set to `price` nats of domain loss per nat of general loss, by
     `unit`, or where that is not known either, by the energy that came with the first clear rise,
     until which nothing is held.
+
+    `rise` is the rise by energy at the last look; `rises` and `energies` are the sums over probes,
+    discounted.
     """
 
     target: float
     start: float | None
     unit: float | None = None
     integral: float = 0.0
-    rise: float | None = None  # by energy
-    rises: float = 0.0  # of the probes, discounted
+    rise: float | None = None
+    rises: float = 0.0
     energies: float = 0.0
     price: float = 10.0
-    trajectory: list[dict[str, float | None]] = field(default_factory=list)
+    trajectory: list[ControllerLook] = field(default_factory=list)
 
-    GAIN, UNUSED_GAIN, INTEGRAL_GAIN, KEPT = 0.5, 1.5, 0.3, 0.85
-    # of `unit`, for a Fisher the second-order theory; of finished updates the true rise was below
-    # 0.6 of the energy once in twenty
+    # How much of the error near the budget the strength follows at once, in logs.
+    GAIN = 0.5
+    # The same while the budget is unused, which lets go of what is not needed.
+    UNUSED_GAIN = 1.5
+    # How much of the error the integral takes in at each look.
+    INTEGRAL_GAIN = 0.3
+    # The weight of earlier probes at each new one.
+    DISCOUNT = 0.85
+    # The least fraction of `unit` that a unit of energy is taken to cost. For a Fisher that is the
+    # second-order theory: of finished updates the true rise was below 0.6 of the energy once in
+    # twenty.
     LEAST = 0.5
-    UNUSED = -0.4  # log(rise / target) below which the budget counts as unused: two thirds of it
+    # log(rise / target) below which the budget counts as unused: two thirds of it.
+    UNUSED = -0.4
+    # What changes while training, and so is kept in a checkpoint beside the trajectory.
+    CHANGING = ("start", "integral", "rise", "rises", "energies")
 
     def __post_init__(self) -> None:
         if self.unit is not None:
-            self.rises, self.energies = self.target, self.target / self.unit
+            self.rises = self.target
+            self.energies = self.target / self.unit
             self.start = self.start or 2 * self.price * self.unit
 
     def update(self, step: int, energy: float, probe: float | None = None) -> float:
@@ -59,31 +87,27 @@ class Controller:
         a rise.
         """
         if probe is not None:
-            self.rises, self.energies = (
-                self.KEPT * self.rises + probe,
-                self.KEPT * self.energies + energy,
-            )
-        self.trajectory.append({"step": step, "probe": probe, "rise": None, "strength": None})
+            self.rises = self.DISCOUNT * self.rises + probe
+            self.energies = self.DISCOUNT * self.energies + energy
+        # Counted before the error is taken, which is limited by the number of looks.
+        self.trajectory.append(ControllerLook(step, probe))
         if self.energies > 0:
-            least = self.LEAST * self.unit if self.unit is not None else -math.inf
-            self.rise = max(self.rises / self.energies, least) * energy
-            if (
-                self.start is None
-                and probe is not None
-                and energy > 0
-                and min(probe, self.rise) > 0.1 * self.target
-            ):
-                self.start = 2 * self.price * self.rise / energy
-            if self.start is not None:
-                self.integral = min(
-                    12.0,
-                    max(
-                        -7.0,
-                        self.integral + self.INTEGRAL_GAIN * min(1.5, max(-0.7, self._error())),
-                    ),
-                )
-        self.trajectory[-1] |= {"rise": self.rise, "strength": self.strength()}
+            self._follow(energy, probe)
+        self.trajectory[-1] = replace(self.trajectory[-1], rise=self.rise, strength=self.strength())
         return self.strength()
+
+    def _follow(self, energy: float, probe: float | None) -> None:
+        """Set the rise that this energy stands for, the start where it was not known, and the
+        integral.
+        """
+        least = self.LEAST * self.unit if self.unit is not None else -math.inf
+        self.rise = max(self.rises / self.energies, least) * energy
+        unknown = self.start is None and probe is not None and energy > 0
+        if unknown and min(probe or 0.0, self.rise) > 0.1 * self.target:
+            self.start = 2 * self.price * self.rise / energy
+        if self.start is not None:
+            moved = self.integral + self.INTEGRAL_GAIN * min(1.5, max(-0.7, self._error()))
+            self.integral = min(12.0, max(-7.0, moved))
 
     def strength(self) -> float:
         """The strength now; 0 until a start is known."""
@@ -102,15 +126,11 @@ class Controller:
 
     def state(self) -> dict[str, Any]:
         """Plain data that a checkpoint holds."""
-        return {
-            **{name: getattr(self, name) for name in self.CHANGING},
-            "trajectory": list(self.trajectory),
-        }
+        changing = {name: getattr(self, name) for name in self.CHANGING}
+        return {**changing, "trajectory": [asdict(look) for look in self.trajectory]}
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from `state`."""
         for name in self.CHANGING:
             setattr(self, name, state[name])
-        self.trajectory = list(state["trajectory"])
-
-    CHANGING = ("start", "integral", "rise", "rises", "energies")
+        self.trajectory = [ControllerLook(**look) for look in state["trajectory"]]

@@ -6,23 +6,32 @@ before training   general text split and measured on the base, overlap with the 
 during            the probe sets the strength
 after             the finish scales the update to the most learning that keeps the budget, and
                   checks it
+
+    keeper = Keeper(baseline, learning, shared, tokens_per_step)
+    keeper.bind(trainer, importance, start=None, layers=None, anchor="base", names=None)
+    trainer.train()
+    report = keeper.finish(trainer)          # a BudgetReport
 """
 
 from __future__ import annotations
 
 import functools
 import logging
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from forgetless.budget.baseline import PIECE, Ledger
+from forgetless.budget.baseline import PIECE, Baseline, Spread
 from forgetless.budget.budget import check_reach
 from forgetless.budget.controller import Controller
-from forgetless.budget.finish import EACH, Learning, keep_budget, ways_of
+from forgetless.budget.finish import keep_budget
+from forgetless.budget.learning import Learning
 from forgetless.budget.probe import Probe, Rolling, plan
+from forgetless.budget.scan import EACH
+from forgetless.budget.ways import ways_of
 from forgetless.data.duplicates import Overlap
-from forgetless.evaluate.rise import Rise
+from forgetless.files.budget_json import BudgetReport
 from forgetless.importance.importance import Importance
 from forgetless.model import distributed
 from forgetless.model.update import Update
@@ -41,9 +50,15 @@ class Keeper:
     """
 
     def __init__(
-        self, ledger: Ledger, learning: Learning | None, shared: Overlap, tokens_per_step: float
+        self,
+        baseline: Baseline,
+        learning: Learning | None,
+        shared: Overlap,
+        tokens_per_step: float,
     ):
-        self.ledger, self.learning, self.budget = ledger, learning, ledger.budget
+        self.baseline = baseline
+        self.learning = learning
+        self.budget = baseline.budget
         if said := shared.describe():
             logger.warning("%s", said)
         self.overlap = {
@@ -51,14 +66,7 @@ class Keeper:
             "near": len(shared.near),
             "documents": shared.documents,
         }
-        piece = min(PIECE, float(ledger.pieces.tokens.mean()) + 1)
-        rows = [
-            float(np.mean([len(ids) for ids, _ in guard.control.encoded]))
-            for guard in ledger.guards
-        ]
-        self.every, self.count = plan(
-            tokens_per_step, piece + (sum(rows) / len(rows) if rows else 0.0)
-        )  # of both as many, together
+        self.every, self.count = plan(tokens_per_step, _tokens_probed(baseline))
 
     def bind(
         self,
@@ -81,12 +89,11 @@ class Keeper:
             isinstance(weight, FullWeight) for weight in self.update.weights
         )
         self.shrinkable = None if only_scales else importance
-        spread: tuple[Rise, float] | None = None
-        if (
-            not self.ledger.moved
-        ):  # a random update's rise is measured from the model that training starts from
-            spread = self.ledger.spread(trainer.model, self.update, error=EACH)
-            check_reach(spread[0], len(self.ledger.check), self.budget, error=EACH)
+        spread: Spread | None = None
+        # A random update's rise is measured from the model that training starts from.
+        if not self.baseline.moved:
+            spread = self.baseline.spread(trainer.model, self.update, error=EACH)
+            check_reach(spread.rise, len(self.baseline.check), self.budget, error=EACH)
         penalty = Penalty(
             trainer.model,
             importance,
@@ -103,16 +110,14 @@ class Keeper:
             start = start or estimator.strength
         else:
             unit = self._unit(callback.penalty, spread)
-        guards = [Rolling(guard.control, trainer.model) for guard in self.ledger.guards]
-        offset = self.ledger.offset(trainer.model) if self.ledger.moved else 0.0
         self.probe = Probe(
             Controller(self.budget.nats, start, unit),
             callback.penalty,
-            self.ledger.pieces,
+            self.baseline.pieces,
             every=self.every,
             count=self.count,
-            guards=guards,
-            offset=offset,
+            guards=[Rolling(guard.control, trainer.model) for guard in self.baseline.guards],
+            offset=self.baseline.offset(trainer.model) if self.baseline.moved else 0.0,
         )
         trainer.callback_handler.callbacks.insert(0, self.probe)
         callback.finishing = functools.partial(self.finish, trainer)
@@ -121,30 +126,46 @@ class Keeper:
             "steps",
             self.budget.text,
             self.budget.nats,
-            len(self.ledger.control),
-            len(self.ledger.check),
+            len(self.baseline.control),
+            len(self.baseline.check),
             self.probe.count,
             self.every,
         )
         return callback
 
-    def _unit(self, penalty: Penalty, spread: tuple[Rise, float] | None) -> float | None:
+    def _unit(self, penalty: Penalty, spread: Spread | None) -> float | None:
         """Nats of general loss that a unit of energy costs, by the random update of which both were
         measured; None where there is none.
         """
-        if spread is None or spread[0].nats <= 0:
+        if spread is None or spread.rise.nats <= 0:
             return None
         try:
-            self.update.randomise(spread[1])
+            self.update.randomise(spread.size)
             energy = penalty.energy(together=True)
         finally:
             self.update.scale(1)
-        return spread[0].nats / energy if energy > 0 else None
+        return spread.rise.nats / energy if energy > 0 else None
 
-    def finish(self, trainer: Any) -> dict[str, Any]:
-        """Make the model's update fit the budget and check it; what run.json holds under `budget`."""
+    def finish(self, trainer: Any) -> BudgetReport:
+        """Make the model's update fit the budget and check it; what run.json has under `budget`."""
         self.update.keep()
-        report = keep_budget(
-            self.ledger, trainer.model, ways_of(self.update, self.shrinkable), self.learning
+        ways = ways_of(self.update, self.shrinkable)
+        report = keep_budget(self.baseline, trainer.model, ways, self.learning)
+        history = self.probe.history(trainer.state)
+        return replace(
+            report,
+            trajectory=history.trajectory,
+            probe=history.costs,
+            overlap=self.overlap,
         )
-        return {**report, **self.probe.history(trainer.state), "overlap": self.overlap}
+
+
+def _tokens_probed(baseline: Baseline) -> float:
+    """Tokens of a probed piece, together with those of a row of every earlier domain: as many of
+    both are probed.
+    """
+    piece = min(PIECE, float(baseline.pieces.tokens.mean()) + 1)
+    rows = [
+        float(np.mean([len(ids) for ids, _ in guard.control.encoded])) for guard in baseline.guards
+    ]
+    return piece + (sum(rows) / len(rows) if rows else 0.0)

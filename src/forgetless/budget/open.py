@@ -1,4 +1,12 @@
-"""TODO budget.open."""
+"""Who keeps the budget of a run: a keeper that measures general text, or a predictor where there is
+none; for `tune`, for a step of a sequence, and for anybody's trainer.
+
+    check_budget(options, methods)                      # before anything is loaded
+    keeper = of_run(options, model, tokenizer, inputs, encoded, importance)
+    keeper = of_trainer(trainer, "1%", "general.jsonl", importance, names=None)
+
+Costs the evaluations of the base model that baseline.py and learning.py name.
+"""
 
 from __future__ import annotations
 
@@ -9,28 +17,28 @@ from typing import Any
 
 from torch import nn
 
-from forgetless.budget.baseline import PIECE, Ledger, guard_of, open_ledger
+from forgetless.budget.baseline import PIECE, Baseline, Guard, guard_of, measure_baseline
 from forgetless.budget.budget import Budget, parse
-from forgetless.budget.finish import Learning
 from forgetless.budget.keeper import Keeper
+from forgetless.budget.learning import Learning, domain, fitting
 from forgetless.budget.predicted import Predictor, check_calibrated
+from forgetless.budget.probe import most_pieces
 from forgetless.data.documents import Document, load_documents
 from forgetless.data.duplicates import Overlap, overlap
 from forgetless.data.encoding import Encoded
 from forgetless.data.inputs import HeldOut, Inputs
 from forgetless.data.tasks import encode_rows, load_training_data, row_text
 from forgetless.errors import OptionError
-from forgetless.evaluate.paired import measured
 from forgetless.importance.importance import Importance
 from forgetless.model.loading import context_length
-from forgetless.model.stages import Earlier, walk
+from forgetless.model.stages import Earlier, Held, walk
 from forgetless.model.update import Update
 from forgetless.options.methods import METHODS
 from forgetless.options.option import several
 from forgetless.options.tune import TuneOptions
 
-LEARNING_TOKENS = 30_000  # of domain data, for the learning along the scan, and of earlier domains
-LEAST_ROWS = 100  # of an earlier domain, however long they are
+# Rows of an earlier domain that are measured at least, however long they are.
+LEAST_ROWS = 100
 
 
 def check_budget(options: TuneOptions, methods: Sequence[str]) -> None:
@@ -77,27 +85,30 @@ def of_run(
     inputs: Inputs,
     encoded: Any,
     importance: Importance | None,
-    ledger: Ledger | None = None,
+    baseline: Baseline | None = None,
 ) -> Keeper | Predictor:
-    """The keeper of `tune`, made with the bare model that is to be trained; `ledger` where that is
-    not what the rise counts from. Without general text, one that predicts.
+    """The keeper of `tune`, made with the bare model that is to be trained; `baseline` where that
+    is not what the rise counts from. Without general text, one that predicts.
     """
+    budget = parse(options.budget or "")
     if not options.general:
-        return Predictor(
-            parse(options.budget or ""),
-            check_calibrated(importance),
-            _learning(options, model, tokenizer, inputs.held_out, encoded),
-        )
+        calibration = check_calibrated(importance)
+        learning = _learning(options, model, tokenizer, inputs.held_out, encoded)
+        return Predictor(budget, calibration, learning)
     assert inputs.held_out.general is not None
     shared = trained_on(inputs.held_out.general, inputs.training)
-    per_step = options.batch_size * options.accumulation
-    mean = sum(map(len, encoded["input_ids"])) / len(encoded)
-    length = min(options.length, context_length(model)) if options.packing else mean
-    ledger = ledger or _opened(
-        options, model, tokenizer, inputs.held_out, encoded, parse(options.budget or "")
+    baseline = baseline or _measured_baseline(
+        options, model, tokenizer, inputs.held_out, encoded, budget
     )
     learning = _learning(options, model, tokenizer, inputs.held_out, encoded)
-    return Keeper(ledger, learning, shared, per_step * length)
+    return Keeper(baseline, learning, shared, _tokens_per_step(options, model, encoded))
+
+
+def _tokens_per_step(options: TuneOptions, model: nn.Module, encoded: Any) -> float:
+    """Tokens that an optimizer step trains on, all processes together; packed rows are full."""
+    mean = sum(map(len, encoded["input_ids"])) / len(encoded)
+    length = min(options.length, context_length(model)) if options.packing else mean
+    return options.batch_size * options.accumulation * length
 
 
 def on_earlier(
@@ -107,35 +118,34 @@ def on_earlier(
     tokenizer: Any,
     held_out: HeldOut,
     encoded: Any,
-) -> tuple[nn.Module, Ledger | None]:
-    """The model that a step of a sequence starts from, and with a budget the ledger: the general
+) -> tuple[nn.Module, Baseline | None]:
+    """The model that a step of a sequence starts from, and with a budget the baseline: the general
     text measured where the command started, each earlier domain right after it was learned.
     """
     budget = parse(options.budget) if options.budget else None
-    ledger, guards = None, []
-    for number, model in walk(model, earlier):
+    baseline: Baseline | None = None
+    guards: list[Guard] = []
+    for number, state in walk(model, earlier):
+        model = state
         if budget is None:
             continue
         if number == earlier.reference:
             text = budget.text if earlier.share == 1 else f"{earlier.share:.0%} of {budget.text}"
-            ledger = _opened(
-                options,
-                model,
-                tokenizer,
-                held_out,
-                encoded,
-                Budget(budget.nats * earlier.share, text),
-            )
-        for held in earlier.stages[number - 1].held if number else ():
-            rows = encode_rows(
-                load_training_data(held.data, split=held.split, limit=options.limit), tokenizer
-            )
-            guards.append(
-                guard_of(model, held.name, *_fitting(model, rows, held.data, least=LEAST_ROWS))
-            )
-    return model, None if ledger is None else replace(
-        ledger, guards=tuple(guards), moved=len(earlier.stages) > earlier.reference
-    )
+            part = Budget(budget.nats * earlier.share, text)
+            baseline = _measured_baseline(options, model, tokenizer, held_out, encoded, part)
+        learned = earlier.stages[number - 1].held if number else ()
+        guards += [_guard(options, model, tokenizer, held) for held in learned]
+    if baseline is None:
+        return model, None
+    moved = len(earlier.stages) > earlier.reference
+    return model, replace(baseline, guards=tuple(guards), moved=moved)
+
+
+def _guard(options: TuneOptions, model: nn.Module, tokenizer: Any, held: Held) -> Guard:
+    """An earlier domain, measured on the model that has just learned it."""
+    data = load_training_data(held.data, split=held.split, limit=options.limit)
+    rows = encode_rows(data, tokenizer)
+    return guard_of(model, held.name, *fitting(model, rows, held.data, least=LEAST_ROWS))
 
 
 def trained_on(documents: Sequence[Document], data: Any) -> Overlap:
@@ -145,21 +155,21 @@ def trained_on(documents: Sequence[Document], data: Any) -> Overlap:
     )
 
 
-def _opened(
+def _measured_baseline(
     options: TuneOptions,
     model: nn.Module,
     tokenizer: Any,
     held_out: HeldOut,
     encoded: Any,
     budget: Budget,
-) -> Ledger:
+) -> Baseline:
+    """What the model loses on the general text now, with the pieces that a run of `tune` probes."""
     assert held_out.general is not None
-    steps = (
-        options.max_steps
-        if options.max_steps > 0
-        else math.ceil(len(encoded) * options.epochs / (options.batch_size * options.accumulation))
-    )
-    return open_ledger(
+    steps = options.max_steps
+    if steps <= 0:
+        rows_per_step = options.batch_size * options.accumulation
+        steps = math.ceil(len(encoded) * options.epochs / rows_per_step)
+    return measure_baseline(
         model,
         tokenizer,
         held_out.general,
@@ -167,6 +177,19 @@ def _opened(
         pieces=most_pieces(steps),
         seed=options.seed,
     )
+
+
+def _learning(
+    options: TuneOptions, model: nn.Module, tokenizer: Any, held_out: HeldOut, encoded: Any
+) -> Learning:
+    """What learning is measured on: held-out domain data where given, else rows that are trained
+    on, which is said.
+    """
+    if options.eval_data:
+        return domain(model, encode_rows(held_out.domain, tokenizer), options.eval_data)
+    rows = [(row["input_ids"], [label != -100 for label in row["labels"]]) for row in encoded]
+    name = f"{options.data} (rows trained on: give --eval-data for held-out ones)"
+    return domain(model, rows, name)
 
 
 def of_trainer(
@@ -177,132 +200,91 @@ def of_trainer(
     The base is measured with the update set to zero for as long, so an adapter may have been
     trained before.
     """
-    limit, calibration = parse(budget), None if general else check_calibrated(importance)
-    tokenizer, args = trainer.processing_class, trainer.args
+    limit = parse(budget)
+    calibration = None if general else check_calibrated(importance)
+    tokenizer = trainer.processing_class
     if not hasattr(tokenizer, "batch_decode"):
         raise OptionError(
             "a budget needs the tokenizer to read the general text: make the trainer with "
             "processing_class=tokenizer"
         )
     rows = _token_rows(trainer.train_dataset)
-    per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    steps = (
-        args.max_steps
-        if args.max_steps > 0
-        else math.ceil(len(trainer.train_dataset) * args.num_train_epochs / per_step)
-    )
     documents = load_documents(general) if general else []
-    held = _token_rows(trainer.eval_dataset) or rows
-    training, update = trainer.model.training, Update(trainer.model, names=names)
+    training = trainer.model.training
+    update = Update(trainer.model, names=names)
     try:
         update.scale(0)
-        ledger = (
-            None
-            if calibration
-            else open_ledger(
+        baseline = None
+        if calibration is None:
+            baseline = measure_baseline(
                 trainer.model,
                 tokenizer,
                 documents,
                 limit,
-                pieces=most_pieces(steps),
-                seed=args.seed,
+                pieces=most_pieces(_steps_of(trainer)),
+                seed=trainer.args.seed,
             )
-        )
-        name = (
-            "the trainer's eval_dataset"
-            if held is not rows
-            else "rows trained on (give the trainer an eval_dataset for held-out ones)"
-        )
-        learning = domain(trainer.model, held, name) if held else None
+        learning = _learning_of(trainer, rows)
     finally:
         update.scale(1)
         trainer.model.train(training)
-    if ledger is None:
+    if baseline is None:
         assert calibration is not None
         return Predictor(limit, calibration, learning)
     shared = overlap(
         [row_text(asdict(document)) for document in documents],
         tokenizer.batch_decode([ids for ids, _ in rows], skip_special_tokens=True),
     )
-    length = (
-        sum(len(ids) for ids, _ in rows) / len(rows) if rows else PIECE
-    )  # of rows in another form nothing is known
-    return Keeper(ledger, learning, shared, per_step * length)
+    # Of rows in another form than token ids, the length is not known.
+    length = sum(len(ids) for ids, _ in rows) / len(rows) if rows else PIECE
+    return Keeper(baseline, learning, shared, _rows_per_step(trainer) * length)
 
 
-def most_pieces(steps: int) -> int:
-    """Pieces that a run of so many steps can probe at most."""
-    return 64 * steps // 5 + 64
+def _rows_per_step(trainer: Any) -> int:
+    """Rows of one optimizer step of a trainer, all processes together."""
+    args = trainer.args
+    rows: int = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return rows
+
+
+def _steps_of(trainer: Any) -> int:
+    """Optimizer steps that a trainer is to take."""
+    if trainer.args.max_steps > 0:
+        return int(trainer.args.max_steps)
+    rows = len(trainer.train_dataset) * trainer.args.num_train_epochs
+    return math.ceil(rows / _rows_per_step(trainer))
+
+
+def _learning_of(trainer: Any, trained: list[Encoded]) -> Learning | None:
+    """What learning is measured on under anybody's trainer: its eval_dataset where that holds
+    token ids, else the rows `trained`; None where neither does.
+    """
+    held_out = _token_rows(trainer.eval_dataset)
+    if held_out:
+        return domain(trainer.model, held_out, "the trainer's eval_dataset")
+    if not trained:
+        return None
+    name = "rows trained on (give the trainer an eval_dataset for held-out ones)"
+    return domain(trainer.model, trained, name)
 
 
 def _token_rows(data: Any) -> list[Encoded]:
     """Rows of a trainer's data set that are token ids already, with what is scored in each; empty
     for anything else.
     """
-    if (
-        isinstance(data, dict)
-        or data is None
-        or not hasattr(data, "__len__")
-        or not len(data)
-        or "input_ids" not in data[0]
-    ):
+    if isinstance(data, dict) or data is None or not hasattr(data, "__len__"):
         return []
-    rows = []
-    for row in data:
-        ids = [int(token) for token in row["input_ids"]]
-        masks = [
-            row[name] for name in ("completion_mask", "assistant_masks") if name in row
-        ]  # of TRL; both given, both must allow it
-        scored = (
-            [int(label) != -100 for label in row["labels"]]
-            if "labels" in row
-            else [all(bits) for bits in zip(*masks, strict=True)] or [True] * len(ids)
-        )
-        rows.append((ids, scored))
-    return rows
+    if not len(data) or "input_ids" not in data[0]:
+        return []
+    return [([int(token) for token in row["input_ids"]], _scored(row)) for row in data]
 
 
-def _learning(
-    options: TuneOptions, model: nn.Module, tokenizer: Any, held_out: HeldOut, encoded: Any
-) -> Learning:
-    """What learning is measured on: held-out domain data where given, else rows that are trained
-    on, said so.
+def _scored(row: Any) -> list[bool]:
+    """Which tokens of a trainer's row are scored: those with a label, or those that TRL's masks
+    allow, both of them where both are given.
     """
-    if options.eval_data:
-        rows = encode_rows(held_out.domain, tokenizer)
-        name = options.eval_data
-    else:
-        rows = [(row["input_ids"], [label != -100 for label in row["labels"]]) for row in encoded]
-        name = f"{options.data} (rows trained on: give --eval-data for held-out ones)"
-    return domain(model, rows, name)
-
-
-def domain(model: nn.Module, rows: list[Encoded], name: str) -> Learning:
-    """Domain data of at most LEARNING_TOKENS tokens, evenly taken from `rows`, measured on the
-    base. A row too long for the window loses its beginning.
-    """
-    rows, window = _fitting(model, rows, name)
-    if len(rows) < 2:
-        raise ValueError(
-            f"{name}: learning is measured on at least two rows of domain data, found "
-            f"{len(rows)}; give more"
-        )
-    return Learning(measured(model, rows, ["domain"] * len(rows), window), name)
-
-
-def _fitting(
-    model: nn.Module, rows: list[Encoded], name: str, *, least: int = 2
-) -> tuple[list[Encoded], int]:
-    """Rows of about LEARNING_TOKENS tokens, but at least `least` of them, evenly taken and cut to
-    the window; and the window.
-    """
-    window = min(2048, context_length(model))
-    rows = [(ids[-window:], scored[-window:]) for ids, scored in rows]
-    rows = [row for row in rows if any(row[1][1:])]
-    if not rows:
-        raise ValueError(
-            f"{name}: no row has a token to score; expected text of at least two tokens, "
-            "completions, or chats with assistant turns"
-        )
-    every = math.ceil(sum(len(ids) for ids, _ in rows) / LEARNING_TOKENS)
-    return rows[:: max(1, min(every, len(rows) // least))], window
+    if "labels" in row:
+        return [int(label) != -100 for label in row["labels"]]
+    masks = [row[name] for name in ("completion_mask", "assistant_masks") if name in row]
+    allowed = [all(bits) for bits in zip(*masks, strict=True)]
+    return allowed or [True] * len(row["input_ids"])

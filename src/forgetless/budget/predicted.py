@@ -14,17 +14,20 @@ from __future__ import annotations
 
 import functools
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
+from forgetless.budget.baseline import Planned
 from forgetless.budget.budget import Budget
 from forgetless.budget.controller import Controller
-from forgetless.budget.finish import Learning, keep_predicted
+from forgetless.budget.finish import keep_predicted
+from forgetless.budget.learning import Learning
 from forgetless.budget.probe import Probe
 from forgetless.errors import OptionError
 from forgetless.evaluate.rise import Rise
+from forgetless.files.budget_json import BudgetReport
 from forgetless.files.schema import GENERAL
 from forgetless.importance.calibration import COVERED, Calibration, usual_strength
 from forgetless.importance.importance import Importance
@@ -40,9 +43,9 @@ logger = logging.getLogger("forgetless")
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a ledger answers by measuring, by the update that the model carries alone.
+    """What a baseline answers by measuring, said by the update that the model carries alone.
 
-    `gauge` knows its energy, anchored at the base.
+    `gauge` knows the energy of that update, anchored at the base.
     """
 
     budget: Budget
@@ -53,42 +56,41 @@ class Forecast:
         """The predicted rise now, in nats per token."""
         return self.calibration.rise(self._first(), self.gauge.energy(together=True, alike=True))
 
-    def planned(self, model: nn.Module, *, error: float) -> tuple[Rise, float, str]:
-        """(predicted rise with the interval of one more update, its bound, whose it is); `error` is
-        of measurements, and not used.
+    def planned(self, model: nn.Module, *, error: float) -> Planned:
+        """The predicted rise with the interval of one more update, and its bound; `error` is of
+        measurements, and not used.
         """
-        first, energy = self._first(), self.gauge.energy(together=True, alike=True)
-        known, made = self.calibration, self.calibration.used
-        rise, bound, second = (
-            known.rise(first, energy),
-            known.bound(first, energy),
-            known.cost * energy,
+        first = self._first()
+        energy = self.gauge.energy(together=True, alike=True)
+        calibration = self.calibration
+        second = calibration.cost * energy
+        bound = calibration.bound(first, energy)
+        rise = Rise(
+            nats=calibration.rise(first, energy),
+            standard_error=second * (calibration.error - 1),
+            low=min(first, 0.0) + second / calibration.factor,
+            high=bound,
+            error=2 * (1 - COVERED),
+            by="update",
+            clusters=calibration.used,
+            effective=float(calibration.used),
+            documents=0,
         )
-        found = Rise(
-            rise,
-            second * (known.error - 1),
-            min(first, 0.0) + second / known.factor,
-            bound,
-            2 * (1 - COVERED),
-            "update",
-            made,
-            float(made),
-            0,
-        )
-        return found, bound, GENERAL
+        return Planned(rise, bound, GENERAL)
 
     def _first(self) -> float:
         return self.calibration.first(self.gauge.weights)
 
 
 class Predictor:
-    """Keeps the budget of one run by prediction; as `keeper.Keeper`:
-
-    `bind` before training, `finish` after it.
+    """Keeps the budget of one run by prediction, as `keeper.Keeper` does by measuring: `bind`
+    before training, `finish` after it.
     """
 
     def __init__(self, budget: Budget, calibration: Calibration, learning: Learning | None):
-        self.budget, self.calibration, self.learning = budget, calibration, learning
+        self.budget = budget
+        self.calibration = calibration
+        self.learning = learning
 
     def bind(
         self,
@@ -141,15 +143,15 @@ class Predictor:
         )
         return callback
 
-    def finish(self, trainer: Any) -> dict[str, Any]:
-        """Scale the model's update to what the prediction allows; what run.json holds under
+    def finish(self, trainer: Any) -> BudgetReport:
+        """Scale the model's update to what the prediction allows; what run.json has under
         `budget`.
         """
         self.update.keep()
-        report = keep_predicted(
-            self.forecast, trainer.model, {"scale": self.update.scale}, self.learning
-        )
-        return {**report, **self.probe.history(trainer.state)}
+        ways = {"scale": self.update.scale}
+        report = keep_predicted(self.forecast, trainer.model, ways, self.learning)
+        history = self.probe.history(trainer.state)
+        return replace(report, trajectory=history.trajectory, probe=history.costs)
 
 
 def _check_seen(model: nn.Module, update: Update, anchor: str) -> None:

@@ -1,5 +1,5 @@
 """The probe: measures the general loss on a few pieces of control text between steps of a trainer,
-and sets the strength that `budget.Controller` asks for.
+and sets the strength that the controller asks for.
 
 Between probes the controller is told the energy alone. A forward pass over a token costs a third to
 a half of a training step's work on one, so probing 8 % as many tokens as are trained takes 3 to 4 %
@@ -9,8 +9,9 @@ used; base losses of the pieces are known. In a sequence of domains the worst of
 earlier domains counts. Without pieces nothing is measured, and `cost` alone says what the update
 would. Everything that the next step depends on is in the trainer's checkpoint.
 
-    trainer.callback_handler.callbacks.insert(0, Probe(controller, penalty, ledger.pieces, every=5,
-    count=4))
+    every, count = plan(tokens_per_step, piece=128)
+    probe = Probe(controller, penalty, baseline.pieces, every=every, count=count)
+    trainer.callback_handler.callbacks.insert(0, probe)
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,42 +30,58 @@ from transformers.trainer_callback import ExportableState
 
 from forgetless.budget.controller import Controller
 from forgetless.evaluate.paired import Part
+from forgetless.files.budget_json import ControllerLook, ProbeCosts
 from forgetless.model import distributed
 from forgetless.penalty.pull import Penalty
 
 logger = logging.getLogger("forgetless")
-SHARE = 0.08  # of the trained tokens
-EVERY = 5  # steps between looks at the energy, and at least between probes
-FEWEST, MOST = (
-    2,
-    64,
-    # pieces of a probe: many small probes rather than few large ones, since the controller pools them
-)
+# Tokens that are probed, as a fraction of those that are trained: see above what they cost.
+PROBED = 0.08
+# Steps between looks at the energy, and at least between probes.
+EVERY = 5
+# The fewest and the most pieces of a probe: many small probes rather than few large ones, since the
+# controller pools them.
+FEWEST = 2
+MOST = 64
 
 
 def plan(tokens_per_step: float, piece: float) -> tuple[int, int]:
-    """(steps between probes, pieces per probe) within SHARE for steps of so many tokens and pieces
+    """(steps between probes, pieces per probe) within PROBED for steps of so many tokens and pieces
     of so many.
     """
-    allowed = SHARE * max(tokens_per_step, 1.0) / max(piece, 1.0)  # pieces per step
+    allowed = PROBED * max(tokens_per_step, 1.0) / max(piece, 1.0)  # pieces per step
     every = max(EVERY, int(-(-FEWEST // allowed)))
     return every, max(1, min(MOST, int(allowed * every)))
+
+
+def most_pieces(steps: int) -> int:
+    """Pieces that a run of so many steps can probe at most."""
+    return MOST * steps // EVERY + MOST
+
+
+@dataclass(frozen=True)
+class History:
+    """What the controller did while training, and what the probe cost."""
+
+    trajectory: list[ControllerLook]
+    costs: ProbeCosts
 
 
 class Rolling:
     """The rise on rows of an earlier domain, a few of them measured anew each time and the others
     as they were last. Few tokens are scored in a row, so that the rise of a few rows alone would be
     noise many times the budget.
+
+    `offset` is the rise where training starts.
     """
 
+    # Rows that are followed: as many as a probe has pieces at most.
     ROWS = 64
 
     def __init__(self, part: Part, model: nn.Module):
         self.part = part.some(range(min(self.ROWS, len(part))))
         self.nats = self.part.losses(model)
-        self.offset = float(
-            (self.nats - self.part.nats).sum() / self.part.tokens.sum()
-        )  # where training starts
+        self.offset = self.part.rise_without_interval(self.nats)
         self.cursor = 0
 
     def look(self, model: nn.Module, count: int) -> float:
@@ -71,7 +89,7 @@ class Rolling:
         rows = [(self.cursor + i) % len(self.part) for i in range(min(count, len(self.part)))]
         self.cursor = (self.cursor + len(rows)) % len(self.part)
         self.nats[rows] = self.part.some(rows).losses(model)
-        return float((self.nats - self.part.nats).sum() / self.part.tokens.sum())
+        return self.part.rise_without_interval(self.nats)
 
 
 class Probe(TrainerCallback, ExportableState):
@@ -91,17 +109,18 @@ class Probe(TrainerCallback, ExportableState):
         offset: float = 0.0,
         cost: Callable[[], float] | None = None,
     ):
-        self.controller, self.penalty, self.pieces, self.every, self.count = (
-            controller,
-            penalty,
-            pieces,
-            every,
-            min(count, len(pieces or ())),
-        )
-        self.guards, self.offset = guards, offset
+        self.controller = controller
+        self.penalty = penalty
+        self.pieces = pieces
+        self.every = every
+        self.count = min(count, len(pieces or ()))
+        self.guards = guards
+        self.offset = offset
         self.cost = cost or functools.partial(penalty.energy, together=True)
         self.cursor = 0
-        self.seconds, self._started, self.total_seconds = 0.0, 0.0, 0.0
+        self.seconds = 0.0
+        self.total_seconds = 0.0
+        self._started = 0.0
         penalty.strength = controller.strength()
 
     def on_train_begin(
@@ -126,21 +145,16 @@ class Probe(TrainerCallback, ExportableState):
         """The rise on the pieces whose turn it is."""
         part = pieces.some([(self.cursor + i) % len(pieces) for i in range(self.count)])
         self.cursor = (self.cursor + self.count) % len(pieces)
-        rise = float((part.losses(model) - part.nats).sum() / part.tokens.sum())
+        rise = part.rise_without_interval(part.losses(model))
         each = max(1, self.count // max(1, len(self.guards)))
-        worst = max(
-            [
-                self._used(rise, self.offset),
-                *(self._used(guard.look(model, each), guard.offset) for guard in self.guards),
-            ]
-        )
-        return float(
-            distributed.collect(worst)[0]
-        )  # one number for all processes, whatever their hardware rounds to
+        used = [self._used(rise, self.offset)]
+        used += [self._used(guard.look(model, each), guard.offset) for guard in self.guards]
+        # One number for all processes, whatever their hardware rounds to.
+        return float(distributed.collect(max(used))[0])
 
     def _used(self, rise: float, offset: float) -> float:
         """The rise as it would be if all of the budget were still free: where earlier domains have
-        used some, the same share of what they left.
+        used some, the same fraction of what they left.
         """
         return (rise - offset) / max(1 - offset / self.controller.target, 0.1)
 
@@ -164,10 +178,9 @@ class Probe(TrainerCallback, ExportableState):
     ) -> None:
         if logs is None or "loss" not in logs:
             return
-        mine = {
-            "budget/strength": self.penalty.strength,
-            **({} if self.controller.rise is None else {"budget/rise": self.controller.rise}),
-        }
+        mine = {"budget/strength": self.penalty.strength}
+        if self.controller.rise is not None:
+            mine["budget/rise"] = self.controller.rise
         logs.update(mine)
         if state.log_history:
             state.log_history[-1].update(mine)
@@ -189,21 +202,17 @@ class Probe(TrainerCallback, ExportableState):
         """What a checkpoint held of this callback; None where nothing."""
         return (state.stateful_callbacks or {}).get(type(self).__name__)
 
-    def history(self, state: TrainerState) -> dict[str, Any]:
-        """What the controller did while training, for the report; of a finished training that was
-        only loaded, by its checkpoint.
-        """
+    def history(self, state: TrainerState) -> History:
+        """For the report; of a finished training that was only loaded, by its checkpoint."""
         if not self.controller.trajectory and self.stored(state):
             self.restore(state)
-        measured = (
-            {"every": self.every, "pieces": self.count}
-            if self.pieces
-            else {"every": None, "pieces": 0}
+        costs = ProbeCosts(
+            every=self.every if self.pieces else None,
+            pieces=self.count if self.pieces else 0,
+            seconds=self.seconds,
+            train_seconds=self.total_seconds,
         )
-        return {
-            "trajectory": self.controller.trajectory,
-            "probe": {**measured, "seconds": self.seconds, "train_seconds": self.total_seconds},
-        }
+        return History(self.controller.trajectory, costs)
 
     def restore(self, state: TrainerState) -> None:
         """Go on from a checkpoint's state. Raises ValueError where it was made without a budget."""

@@ -9,30 +9,32 @@ written to.
     DIR/final/      the adapter, same rank and configuration; loads with plain PEFT
     DIR/run.json    configuration, before, after, budget with verdict, the curve of each way
 
-Along a way, the share 1 is the adapter as it came and 0 the base. Scaling: share * U. Shrinking: mu
-= ((1 - share) / share)^2 in units of the typical importance (shrunk.py).
+Along a way, the fraction 1 is the adapter as it came and 0 the base (ways.py).
 
-    forgetless shrink their-adapter --importance model.importance.safetensors --budget 1% --general
-    held-out.jsonl --data domain.jsonl --out shrunk
+    forgetless shrink their-adapter --importance model.importance.safetensors --budget 1% \\
+        --general held-out.jsonl --data domain.jsonl --out shrunk
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from forgetless.budget.baseline import open_ledger
+from forgetless.budget.baseline import Baseline, measure_baseline
 from forgetless.budget.budget import check_reach, parse
-from forgetless.budget.finish import EACH, keep_budget, keep_predicted, ways_of
-from forgetless.budget.open import domain
+from forgetless.budget.finish import keep_budget, keep_predicted
+from forgetless.budget.learning import Learning, domain
 from forgetless.budget.predicted import Forecast, check_calibrated
-from forgetless.data.inputs import read_held_out
+from forgetless.budget.scan import EACH
+from forgetless.budget.shrinkable import check_shrink
+from forgetless.budget.ways import Ways, fraction_of, ways_of
+from forgetless.data.inputs import HeldOut, read_held_out
 from forgetless.data.tasks import encode_rows
 from forgetless.errors import OptionError
 from forgetless.evaluate.evaluate import changes, measure, table
@@ -40,14 +42,13 @@ from forgetless.files.atomic import write_json
 from forgetless.files.budget_json import BudgetReport
 from forgetless.files.hub import importance_path
 from forgetless.files.provenance import environment, sha256_file
-from forgetless.files.room import check_free_space, check_output_folder
+from forgetless.files.room import check_free_space
 from forgetless.files.run_json import Run
-from forgetless.files.schema import as_record
+from forgetless.files.schema import as_record, to_json
 from forgetless.importance.importance import Importance
-from forgetless.model.adapter_files import checked, load_tuned
+from forgetless.model.adapter_files import load_tuned
 from forgetless.model.adapters import bare
 from forgetless.model.loading import load_tokenizer, save_whole
-from forgetless.model.targets import MOVES_THE_BASE
 from forgetless.model.update import Update
 from forgetless.options.finished import ShrinkOptions
 from forgetless.options.option import as_dict
@@ -57,16 +58,28 @@ from forgetless.report.budget import curves, sentences
 from forgetless.report.cards import write_card
 
 logger = logging.getLogger("forgetless")
-# What in an adapter's configuration moves the model by more than scale * B @ A, and so stays when
-# that is shrunk.
-BEYOND = {
-    "use_dora": "DoRA",
-    "modules_to_save": "whole modules trained beside it",
-    "trainable_token_indices": "trained token embeddings",
-    "lora_bias": "trained biases",
-    "layer_replication": "replicated layers",
-    "target_parameters": "adapted parameters of fused layers",
-}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What is shrunk, and by what: the base model with the adapter, and importance where given."""
+
+    tokenizer: Any
+    model: nn.Module
+    update: Update
+    importance: Importance | None
+    ways: Ways
+
+
+@dataclass(frozen=True)
+class Base:
+    """What the bare base model loses: on everything that is measured, and where a budget is to be
+    kept, on the parts that it is kept by.
+    """
+
+    before: dict[str, Any]
+    learning: Learning | None
+    baseline: Baseline | None
 
 
 def shrink(options: ShrinkOptions) -> dict[str, Any]:
@@ -74,18 +87,53 @@ def shrink(options: ShrinkOptions) -> dict[str, Any]:
 
     Raises ValueError or OptionError before anything is written.
     """
-    config = _check(options)
-    options = replace(options, model=options.model or config.get("base_model_name_or_path") or "")
-    if not options.model:
-        raise OptionError(f"'{options.adapter}' does not name its base model; give --model MODEL")
+    options = _with_model(options, check_shrink(options))
     file = importance_path(options.importance) if options.importance else None
     importance = Importance.load(file) if file else None
-    calibration = check_calibrated(importance) if options.budget and not options.general else None
+    if options.budget and not options.general:
+        check_calibrated(importance)
     torch.manual_seed(options.seed)
     if options.threads:
         torch.set_num_threads(options.threads)
-    started, out = time.perf_counter(), Path(options.out)
-    held_out = read_held_out(
+    started = time.perf_counter()
+    out = Path(options.out)
+    held_out = _held_out(options)
+    loaded = _load(options, importance)
+    base = _measure_base(options, loaded, held_out)
+    report = _shrunk(options, loaded, base)
+    save_whole(loaded.model, loaded.tokenizer, out / "final")
+    after = measure(loaded.model, loaded.tokenizer, held_out)
+    budget = {"budget": to_json(report), "verdict": report.verdict} if report else {}
+    run = {
+        "configuration": as_dict(options),
+        "environment": environment(str(next(loaded.model.parameters()).device)),
+        "importance": {"file": options.importance, "sha256": sha256_file(file)} if file else None,
+        "before": base.before,
+        "after": after,
+        **changes(base.before, after),
+        **budget,
+        "seconds": time.perf_counter() - started,
+    }
+    write_card(out / "final", "shrink", as_record(run, Run))
+    write_json(out / "run.json", run)
+    if held_out.anything:
+        print(table(base.before, after))
+    if report is not None:
+        print("\n".join([curves(report), *sentences(report)]))
+    logger.info("wrote %s in %.0f s", out / "final", run["seconds"])
+    return run
+
+
+def _with_model(options: ShrinkOptions, config: dict[str, Any]) -> ShrinkOptions:
+    """The options with the base model, named by the adapter's configuration where they do not."""
+    options = replace(options, model=options.model or config.get("base_model_name_or_path") or "")
+    if not options.model:
+        raise OptionError(f"'{options.adapter}' does not name its base model; give --model MODEL")
+    return options
+
+
+def _held_out(options: ShrinkOptions) -> HeldOut:
+    return read_held_out(
         general=options.general,
         data=options.data,
         text_column=options.text_column,
@@ -93,15 +141,19 @@ def shrink(options: ShrinkOptions) -> dict[str, Any]:
         data_split=options.data_split,
         limit=options.limit,
     )
-    tokenizer, model = load_tokenizer(options), load_tuned(options, options.adapter)
+
+
+def _load(options: ShrinkOptions, importance: Importance | None) -> Loaded:
+    """The adapter on its base model. Raises ValueError where the importance does not fit it, or the
+    result does not fit on the disk.
+    """
+    tokenizer = load_tokenizer(options)
+    model = load_tuned(options, options.adapter)
     update = Update(model)
     if importance is not None:
         check_fit(model, importance, [weight.name for weight in update.weights], "base")
-    check_free_space(
-        out,
-        sum(p.numel() * p.element_size() for weight in update.weights for p in weight.parameters),
-    )
-    ways = ways_of(update, importance)
+    parameters = [p for weight in update.weights for p in weight.parameters]
+    check_free_space(Path(options.out), sum(p.numel() * p.element_size() for p in parameters))
     logger.info(
         "%s %s (%d weights of %s)",
         options.method,
@@ -109,122 +161,40 @@ def shrink(options: ShrinkOptions) -> dict[str, Any]:
         len(update.weights),
         options.model,
     )
-    with bare(model) as base:
+    return Loaded(tokenizer, model, update, importance, ways_of(update, importance))
+
+
+def _measure_base(options: ShrinkOptions, loaded: Loaded, held_out: HeldOut) -> Base:
+    """Measure the bare base model, under the adapter that is switched off for as long."""
+    tokenizer = loaded.tokenizer
+    with bare(loaded.model) as base:
         before = measure(base, tokenizer, held_out)
-        learning = ledger = None
+        learning = baseline = None
         if options.budget and held_out.domain is not None:
             learning = domain(base, encode_rows(held_out.domain, tokenizer), options.data or "")
         if options.budget and held_out.general:
-            ledger = open_ledger(base, tokenizer, held_out.general, parse(options.budget))
-    kept: dict[str, Any] = {}
-    if ledger is not None:
-        check_reach(
-            ledger.spread(model, update, error=EACH)[0],
-            len(ledger.check),
-            ledger.budget,
-            error=EACH,
-        )
-        report = keep_budget(ledger, model, ways, learning, among=(options.method,))
-    elif calibration is not None and importance is not None:
-        forecast = Forecast(
-            parse(options.budget or ""), calibration, Penalty(model, importance, strength=0.0)
-        )
-        report = keep_predicted(forecast, model, {"scale": update.scale}, learning)
-    if options.budget:
-        kept = {"budget": report, "verdict": report["verdict"]}
-    else:
+            budget = parse(options.budget)
+            baseline = measure_baseline(base, tokenizer, held_out.general, budget)
+    return Base(before, learning, baseline)
+
+
+def _shrunk(options: ShrinkOptions, loaded: Loaded, base: Base) -> BudgetReport | None:
+    """Make the update smaller: by what the budget allows, measured or predicted, and the report on
+    that; else by the mu that was given.
+    """
+    model = loaded.model
+    if not options.budget:
         assert options.mu is not None
-        ways[options.method](share_of(options.mu, options.method))
-    save_whole(model, tokenizer, out / "final")
-    after = measure(model, tokenizer, held_out)
-    run = {
-        "configuration": as_dict(options),
-        "environment": environment(str(next(model.parameters()).device)),
-        "importance": {"file": options.importance, "sha256": sha256_file(file)} if file else None,
-        "before": before,
-        "after": after,
-        **changes(before, after),
-        **kept,
-        "seconds": time.perf_counter() - started,
-    }
-    write_card(out / "final", "shrink", as_record(run, Run))
-    write_json(out / "run.json", run)
-    if options.general or options.data:
-        print(table(before, after))
-    if kept:
-        shown = as_record(report, BudgetReport)
-        print("\n".join([curves(shown), *sentences(shown)]))
-    logger.info("wrote %s in %.0f s", out / "final", run["seconds"])
-    return run
-
-
-def share_of(mu: float, method: str) -> float:
-    """The share at which a method stands for mu: shrinking by 1 / (1 + mu Omega), scaling by 1 / (1
-    + mu).
-    """
-    return 1 / (1 + math.sqrt(mu)) if method == "shrink" else 1 / (1 + mu)
-
-
-def _check(options: ShrinkOptions) -> dict[str, Any]:
-    """Everything that can be refused without loading a model; the adapter's configuration."""
-    if options.method == "shrink" and not options.importance:
-        raise OptionError(
-            "--method shrink shrinks along importance: give --importance FILE of `forgetless "
-            "record`, or --method scale"
-        )
-    if (options.budget is None) == (options.mu is None):
-        raise OptionError("give --budget (1%, 0.01nats), which chooses mu, or --mu X; one of them")
-    if options.budget:
-        parse(options.budget)
-        if options.general == "self":
-            raise OptionError(
-                "--budget is kept on held-out general text, found --general self; give --general "
-                "TEXT"
-            )
-        if not options.general and options.method != "scale":
-            raise OptionError(
-                "without --general a budget is kept on a prediction, which holds for scaled "
-                "updates alone: give --general TEXT, or --method "
-                "scale with --importance FILE of forgetless record --calibrate"
-            )
-    config = adapter_config(options.adapter)
-    adapter, out = Path(options.adapter).resolve(), Path(options.out).resolve()
-    if out == adapter or out in adapter.parents or adapter in out.parents:
-        raise OptionError(
-            f"--out '{options.out}' would write where the adapter lies; the input is never "
-            "changed: give another folder"
-        )
-    check_output_folder(options.out)
-    if any(Path(options.out).iterdir()):
-        raise ValueError(f"'{options.out}' is not empty; give a new folder")
-    return config
-
-
-def adapter_config(folder: str) -> dict[str, Any]:
-    """The configuration of a PEFT adapter that shrink can work on.
-
-    Raises ValueError with the reason otherwise.
-    """
-    config = checked(folder)
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise ValueError(
-            f"'{folder}' is a {kind} adapter; shrinking needs an update that is a product of two "
-            "factors: LoRA or rsLoRA"
-        )
-    beyond = [what for key, what in BEYOND.items() if config.get(key)] + (
-        ["trained biases"] if config.get("bias", "none") != "none" else []
-    )
-    initial = config.get("init_lora_weights", True)
-    if isinstance(initial, str) and initial.lower().startswith(MOVES_THE_BASE):
-        raise ValueError(
-            f"'{folder}' starts away from the base model (init_lora_weights: {initial}), while "
-            "importance belongs to the bare base; convert it to "
-            "plain LoRA first (PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
-        )
-    if beyond:
-        raise ValueError(
-            f"'{folder}' has {', '.join(beyond)}, which would stay as it is when scale * B @ A "
-            "is shrunk; only plain LoRA and rsLoRA are taken"
-        )
-    return config
+        loaded.ways[options.method](fraction_of(options.mu, options.method))
+        return None
+    if base.baseline is not None:
+        spread = base.baseline.spread(model, loaded.update, error=EACH)
+        documents = len(base.baseline.check)
+        check_reach(spread.rise, documents, base.baseline.budget, error=EACH)
+        among = (options.method,)
+        return keep_budget(base.baseline, model, loaded.ways, base.learning, among=among)
+    calibration = check_calibrated(loaded.importance)
+    assert loaded.importance is not None
+    gauge = Penalty(model, loaded.importance, strength=0.0)
+    forecast = Forecast(parse(options.budget), calibration, gauge)
+    return keep_predicted(forecast, model, {"scale": loaded.update.scale}, base.learning)

@@ -50,6 +50,12 @@ class Part:
         """How much more `model` loses than the base, with its interval."""
         return paired_rise(self.nats, self.losses(model), self.tokens, self.sources, error=error)
 
+    def rise_without_interval(self, losses: np.ndarray) -> float:
+        """How much more than the base the documents lose at `losses`, (documents,), in nats per
+        token.
+        """
+        return float((losses - self.nats).sum() / self.tokens.sum())
+
     def some(self, chosen: Sequence[int]) -> Part:
         """Some of the documents."""
         at = list(chosen)

@@ -28,6 +28,8 @@ from typing import Any
 
 import numpy as np
 
+from forgetless.files.measured_json import Interval
+from forgetless.files.schema import to_json
 from forgetless.report.numbers import perplexity_percent
 
 # The probability that a verdict is wrong, over both tails and all checks of a run together: the
@@ -73,20 +75,25 @@ class Rise:
         """The rise and its standard error alone, for a table of many."""
         return {"nats": self.nats, "standard_error": _or_null(self.standard_error)}
 
+    def record(self, *, percent: bool = True) -> Interval:
+        """As a file has it. `percent`: also as a rise of perplexity, which a fall is not."""
+        return Interval(
+            nats=self.nats,
+            percent=perplexity_percent(self.nats) if percent else None,
+            standard_error=_or_null(self.standard_error),
+            low=_or_null(self.low),
+            high=_or_null(self.high),
+            confidence=1 - self.error,
+            by=self.by,
+            clusters=self.clusters,
+            effective_clusters=self.effective,
+            documents=self.documents,
+        )
+
     def numbers(self, *, percent: bool = True) -> dict[str, Any]:
-        """For run.json. `percent`: also as a rise of perplexity; not for a fall."""
-        return {
-            "nats": self.nats,
-            **({"percent": perplexity_percent(self.nats)} if percent else {}),
-            "standard_error": _or_null(self.standard_error),
-            "low": _or_null(self.low),
-            "high": _or_null(self.high),
-            "level": 1 - self.error,
-            "by": self.by,
-            "clusters": self.clusters,
-            "effective_clusters": self.effective,
-            "documents": self.documents,
-        }
+        """`record` as plain data."""
+        numbers: dict[str, Any] = to_json(self.record(percent=percent))
+        return numbers
 
     def how(self) -> str:
         """How the interval was made, for people."""

@@ -19,6 +19,8 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from forgetless.files.budget_json import BudgetReport
+from forgetless.files.schema import to_json
 from forgetless.model import engine, shards
 from forgetless.penalty.attachment import PenaltyAttachment
 from forgetless.penalty.pull import Penalty
@@ -54,7 +56,7 @@ class PenaltyCallback(TrainerCallback):
 
     def __init__(self, penalty: Penalty):
         self.penalty = penalty
-        self.finishing: Callable[[], dict[str, Any]] | None = None  # set where a budget is kept
+        self.finishing: Callable[[], BudgetReport] | None = None  # set where a budget is kept
         self._attachment: PenaltyAttachment[Any] | None = None
 
     def on_train_begin(
@@ -89,7 +91,7 @@ class PenaltyCallback(TrainerCallback):
     def finish(self) -> dict[str, Any]:
         """After training with a budget: scale the update to what keeps it, and check it.
 
-        Returns the report, whose `["verdict"]` is met, not shown or exceeded, or predicted where
+        Returns the report as run.json has it, whose `["verdict"]` is met, not shown or exceeded, or predicted where
         there is no general text. Raises ValueError where no budget is kept.
         """
         if self.finishing is None:
@@ -97,7 +99,8 @@ class PenaltyCallback(TrainerCallback):
                 "finish() is for a budget: expected hold(trainer, importance, budget='1%', "
                 "general='text.jsonl'), found no budget"
             )
-        return self.finishing()
+        report: dict[str, Any] = to_json(self.finishing())
+        return report
 
     def close(self) -> None:
         """Take the penalty off the optimizer."""

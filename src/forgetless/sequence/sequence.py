@@ -32,7 +32,7 @@ from typing import Any
 
 import yaml
 
-from forgetless.budget.baseline import check_held
+from forgetless.budget.baseline import check_held_out
 from forgetless.budget.open import check_budget
 from forgetless.data.documents import fingerprint_documents, fingerprint_rows, load_documents
 from forgetless.data.tasks import find_task, load_training_data, row_text
@@ -242,7 +242,7 @@ def _check_rows(
     ]
     if options.budget:
         for domain, rows in zip(every[:-1], held, strict=False):
-            check_held(domain.name, len({row_text(row) for row in rows}))
+            check_held_out(domain.name, len({row_text(row) for row in rows}))
     given = {
         f"held-out rows of {domain.name}": fingerprint_rows(list(rows))
         for domain, rows in zip(every, held, strict=True)

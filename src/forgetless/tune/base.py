@@ -123,9 +123,9 @@ def measure_base(
     """Measure the model that training starts from: the base, or with `earlier` the base with the
     updates of a sequence's earlier steps merged into it.
     """
-    model, tokenizer, ledger = base.model, base.tokenizer, None
+    model, tokenizer, baseline = base.model, base.tokenizer, None
     if earlier is not None:
-        model, ledger = on_earlier(
+        model, baseline = on_earlier(
             options, earlier, model, tokenizer, inputs.held_out, rows.training
         )
     started = time.perf_counter()
@@ -134,7 +134,7 @@ def measure_base(
     before = measure(model, tokenizer, inputs.held_out)
     keeper = None
     if options.budget:
-        keeper = of_run(options, model, tokenizer, inputs, rows.training, base.importance, ledger)
+        keeper = of_run(options, model, tokenizer, inputs, rows.training, base.importance, baseline)
     setup = Setup(
         options,
         tokenizer,

@@ -28,7 +28,7 @@ from forgetless.files.budget_json import BudgetReport
 from forgetless.files.hub import push_folder, ready
 from forgetless.files.provenance import environment, sha256_file
 from forgetless.files.run_json import Run
-from forgetless.files.schema import as_record
+from forgetless.files.schema import as_record, to_json
 from forgetless.methods.method import Setup, Steps
 from forgetless.model import distributed
 from forgetless.model.loading import save_whole
@@ -63,7 +63,7 @@ class Finished:
     """What finishing the update gave: a note of each method that has one, the budget's report."""
 
     notes: dict[str, dict[str, Any]]
-    budget: dict[str, Any] | None
+    budget: BudgetReport | None
 
 
 def finish(
@@ -117,8 +117,8 @@ def make_run(
         "processes": distributed.size(),
         "method": list(methods),
         "finished": finished.notes,
-        "budget": finished.budget,
-        "verdict": None if finished.budget is None else finished.budget["verdict"],
+        "budget": to_json(finished.budget),
+        "verdict": None if finished.budget is None else finished.budget.verdict,
         "replay": start.replayed,
         "importance": {"file": options.importance, "sha256": sha256_file(file)} if file else None,
         "before": before,

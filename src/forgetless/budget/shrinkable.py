@@ -1,0 +1,98 @@
+"""What `forgetless shrink` takes: options that say what to do, and adapters whose update is a
+product of two factors and nothing more. All of it is checked before a model is loaded.
+
+    config = adapter_config("their-adapter")       # the configuration of a plain LoRA adapter
+    check_shrink(options)                          # the same, and the rest of the options
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from forgetless.budget.budget import parse
+from forgetless.errors import OptionError
+from forgetless.files.room import check_output_folder
+from forgetless.model.adapter_files import checked
+from forgetless.model.targets import MOVES_THE_BASE
+from forgetless.options.verbs import ShrinkOptions
+
+# What in an adapter's configuration moves the model by more than scale * B @ A, and so stays when
+# that is shrunk.
+BEYOND = {
+    "use_dora": "DoRA",
+    "modules_to_save": "whole modules trained beside it",
+    "trainable_token_indices": "trained token embeddings",
+    "lora_bias": "trained biases",
+    "layer_replication": "replicated layers",
+    "target_parameters": "adapted parameters of fused layers",
+}
+
+
+def check_shrink(options: ShrinkOptions) -> dict[str, Any]:
+    """Everything that can be refused without loading a model; the adapter's configuration.
+
+    Raises OptionError or ValueError, and leaves an empty output folder.
+    """
+    if options.method == "shrink" and not options.importance:
+        raise OptionError(
+            "--method shrink shrinks along importance: give --importance FILE of `forgetless "
+            "record`, or --method scale"
+        )
+    if (options.budget is None) == (options.mu is None):
+        raise OptionError("give --budget (1%, 0.01nats), which chooses mu, or --mu X; one of them")
+    if options.budget:
+        parse(options.budget)
+        if options.general == "self":
+            raise OptionError(
+                "--budget is kept on held-out general text, found --general self; give --general "
+                "TEXT"
+            )
+        if not options.general and options.method != "scale":
+            raise OptionError(
+                "without --general a budget is kept on a prediction, which holds for scaled "
+                "updates alone: give --general TEXT, or --method "
+                "scale with --importance FILE of forgetless record --calibrate"
+            )
+    config = adapter_config(options.adapter)
+    adapter = Path(options.adapter).resolve()
+    out = Path(options.out).resolve()
+    if out == adapter or out in adapter.parents or adapter in out.parents:
+        raise OptionError(
+            f"--out '{options.out}' would write where the adapter lies; the input is never "
+            "changed: give another folder"
+        )
+    check_output_folder(options.out)
+    if any(Path(options.out).iterdir()):
+        raise ValueError(f"'{options.out}' is not empty; give a new folder")
+    return config
+
+
+def adapter_config(folder: str) -> dict[str, Any]:
+    """The configuration of a PEFT adapter that shrink can work on.
+
+    Raises ValueError with the reason otherwise.
+    """
+    config = checked(folder)
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise ValueError(
+            f"'{folder}' is a {kind} adapter; shrinking needs an update that is a product of two "
+            "factors: LoRA or rsLoRA"
+        )
+    beyond = [what for key, what in BEYOND.items() if config.get(key)]
+    if config.get("bias", "none") != "none":
+        beyond.append("trained biases")
+    initial = config.get("init_lora_weights", True)
+    if isinstance(initial, str) and initial.lower().startswith(MOVES_THE_BASE):
+        raise ValueError(
+            f"'{folder}' starts away from the base model (init_lora_weights: {initial}), while "
+            "importance belongs to the bare base; convert it to "
+            "plain LoRA first (PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    if beyond:
+        raise ValueError(
+            f"'{folder}' has {', '.join(beyond)}, which would stay as it is when scale * B @ A "
+            "is shrunk; only plain LoRA and rsLoRA are taken"
+        )
+    return config
