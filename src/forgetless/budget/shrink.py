@@ -103,7 +103,9 @@ def shrink(options: ShrinkOptions) -> dict[str, Any]:
     report = _shrunk(options, loaded, base)
     save_whole(loaded.model, loaded.tokenizer, out / "final")
     after = measure(loaded.model, loaded.tokenizer, held_out)
-    budget = {"budget": to_json(report), "verdict": report.verdict} if report else {}
+    budget: dict[str, Any] = {}
+    if report is not None:
+        budget = {"budget": to_json(report), "verdict": report.verdict}
     run = {
         "configuration": as_dict(options),
         "environment": environment(str(next(loaded.model.parameters()).device)),

@@ -91,8 +91,8 @@ class PenaltyCallback(TrainerCallback):
     def finish(self) -> dict[str, Any]:
         """After training with a budget: scale the update to what keeps it, and check it.
 
-        Returns the report as run.json has it, whose `["verdict"]` is met, not shown or exceeded, or predicted where
-        there is no general text. Raises ValueError where no budget is kept.
+        Returns the report as run.json has it, whose `["verdict"]` is met, not shown or exceeded, or
+        predicted where there is no general text. Raises ValueError where no budget is kept.
         """
         if self.finishing is None:
             raise ValueError(
