@@ -6,9 +6,9 @@ import torch
 from forgetless.cli import main
 from forgetless.importance.covariance import Covariance
 from forgetless.importance.describe import BLOCKS, COLUMNS, histogram
+from forgetless.importance.energy_errors import UPDATE_RANK, energy_errors
 from forgetless.importance.entries import DenseEntry, KroneckerEntry
 from forgetless.importance.importance import Importance
-from forgetless.importance.tiers import RANK, energy_errors
 
 
 def spread(out, into, seed=0):
@@ -22,8 +22,8 @@ def spread(out, into, seed=0):
 def updates(entry):
     """The two fixed updates by hand, for element-wise importance."""
     g = torch.Generator().manual_seed(0)
-    U = torch.randn(entry.shape[0], RANK, generator=g) @ torch.randn(
-        RANK, entry.shape[1], generator=g
+    U = torch.randn(entry.shape[0], UPDATE_RANK, generator=g) @ torch.randn(
+        UPDATE_RANK, entry.shape[1], generator=g
     )
     return U, U / (1 + 100 * entry.dense() / entry.dense().mean())
 
@@ -50,7 +50,7 @@ def test_covariances_are_compared_without_forming_the_update():
     whole = KroneckerEntry(square(30), square(50))
     cut = KroneckerEntry(whole.out_cov.cut(4), whole.in_cov.cut(4))
     g = torch.Generator().manual_seed(0)
-    L, R = torch.randn(30, RANK, generator=g), torch.randn(RANK, 50, generator=g)
+    L, R = torch.randn(30, UPDATE_RANK, generator=g), torch.randn(UPDATE_RANK, 50, generator=g)
     thin = L / (1 + 100 * whole.out_cov.diagonal() / whole.out_cov.diagonal().mean())[:, None]
     flat = R / (1 + 100 * whole.in_cov.diagonal() / whole.in_cov.diagonal().mean())
     expected = [abs(float(cut.energy(U) / whole.energy(U)) - 1) for U in (L @ R, thin @ flat)]

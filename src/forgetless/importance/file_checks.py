@@ -44,8 +44,8 @@ INFO: dict[str, type] = {
 # Elements of a weight, at most: a few KB of factors can claim any shape. The largest known weight,
 # an embedding of 256,000 x 16,384, has 2^32.
 MOST_ELEMENTS = 1 << 36
-# How far a covariance may be from symmetric, as a fraction of its largest variance: sums in bf16
-# are off by less.
+# How far a covariance may be from symmetric, as a fraction of its largest variance: rounding stays
+# far below it.
 ASYMMETRY = 1e-2
 # The dtypes that importance is stored in, and those of factors beside it.
 IMPORTANCE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)

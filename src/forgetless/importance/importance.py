@@ -27,8 +27,9 @@ from forgetless.files.room import check_output_file, free_memory
 from forgetless.importance import file
 from forgetless.importance.calibration import Calibration
 from forgetless.importance.describe import describe
+from forgetless.importance.energy_errors import energy_errors
 from forgetless.importance.entries import Entry, tier_of
-from forgetless.importance.tiers import converted, energy_errors, parse_tier
+from forgetless.importance.tiers import converted, parse_tier
 from forgetless.report.cards import extended
 from forgetless.report.importance_card import importance_card
 
@@ -89,7 +90,7 @@ class Importance:
         """The same importance in another form (see `forgetless.importance.tiers`): f32, bf16, u8,
         u4, factored, factored:4, kronecker:16.
 
-        What it does to the energy of each weight (see `forgetless.importance.fidelity`) goes into
+        What it does to the energy of each weight (see `forgetless.importance.energy_errors`) goes into
         `info`, for `forgetless inspect`. Raises OptionError for an unknown tier, ValueError where
         this importance cannot be brought there.
         """

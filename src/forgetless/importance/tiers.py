@@ -1,19 +1,29 @@
-"""What a tier does to the energy: its relative error on two fixed updates U of each weight.
+"""Tiers: the forms in which importance is stored, and how one becomes another.
 
-    random     U = L R, rank 8, normal elements: an update that knows nothing of importance
-    evading    the same shrunk where importance is large, U / (1 + 100 Omega / mean of Omega), as
-               training under a penalty does: it lives on the elements that codes round off first.
-               For covariances G, A: L and R are shrunk by the diagonals of G and of A instead
+    f32, bf16        element by element
+    u8, u4           block codes of 8 or 4 bits (codec.py)
+    factored[:k]     row @ col^T with k columns. k = 1 (the default):
+                     Omega_ij ~ (sum of row i) (sum of column j) / total. k > 1: the non-negative
+                     factorisation by the multiplicative updates of Lee and Seung for the divergence
+                     sum Omega log(Omega / R) - Omega + R, of which k = 1 by sums is the exact
+                     minimum. Sums of columns are kept, and those of rows as far as it has
+                     converged: hence the energy of an update whose squares have no pattern
+    kronecker[:k]    covariances, whole or as rank k + constant diagonal with the trace kept; only
+                     from importance that the kronecker estimator recorded
 
-Error = |energy after - energy before| / energy before. Cost per weight: a few passes over an (out,
-in) tensor; from covariances to covariances only products with 8 columns.
+From kronecker, the element-wise tiers and `factored` take the diagonal, which is exactly of rank 1.
+Costs: factored:k with k > 1 takes 2 products with the (out, in) tensor in each of 100 iterations,
+kronecker:k one eigendecomposition per covariance. What a tier does to the energy is measured in
+energy_errors.py.
 
-    random, evading = energy_errors(entry, converted["model.layers.0.mlp.up_proj.weight"])
+    converted(entries, "u8")            # weight name -> entry, all in this tier
+    parse_tier("factored:4")            # ("factored", 4)
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -29,56 +39,10 @@ from forgetless.importance.entries import (
     KroneckerEntry,
 )
 
-RANK, SHRINK = 8, 100.0
-
-
-def energy_errors(before: Entry, after: Entry) -> tuple[float, float]:
-    """(random, evading): relative errors of the energy under `after`; 0 where both are zero, 1
-    where only `before` is.
-    """
-    if after is before:
-        return 0.0, 0.0
-    g = torch.Generator().manual_seed(0)
-    out, into = before.shape
-    like = next(iter(before.tensors().values()))
-    L, R = (
-        torch.randn(*shape, generator=g).to(like.device) for shape in ((out, RANK), (RANK, into))
-    )
-    if isinstance(before, KroneckerEntry):
-        shrunk = (
-            L / _shrink(before.out_cov.diagonal())[:, None],
-            R / _shrink(before.in_cov.diagonal()),
-        )
-        first, second = (
-            _error(_thin_energy(before, *pair), _thin_energy(after, *pair))
-            for pair in ((L, R), shrunk)
-        )
-        return first, second
-    U = L @ R
-    first = _error(before.energy(U), after.energy(U))
-    U /= _shrink(before.dense()).to(U)
-    return first, _error(before.energy(U), after.energy(U))
-
-
-def _shrink(omega: Tensor) -> Tensor:
-    """1 + 100 Omega / mean of Omega; 1 where all of it is zero."""
-    return 1 + SHRINK * omega / omega.mean().clamp(min=torch.finfo(omega.dtype).tiny)
-
-
-def _thin_energy(entry: Entry, L: Tensor, R: Tensor) -> Tensor:
-    """The energy of L @ R; without the product where the entry has covariances."""
-    if not isinstance(entry, KroneckerEntry):
-        return entry.energy(L @ R)
-    return torch.sum((L.T @ entry.out_cov.apply(L)) * (R @ entry.in_cov.apply(R.T)))
-
-
-def _error(before: Tensor, after: Tensor) -> float:
-    was, now = float(before), float(after)
-    return abs(now - was) / was if was > 0 else float(now > 0)
-
-
+# The tiers that hold every element as a number of its own.
 NUMBERS = {"f32": torch.float32, "bf16": torch.bfloat16}
 TIERS = (*NUMBERS, *codec.BITS, "factored", "kronecker")
+# Multiplicative updates of a factorisation.
 ITERATIONS = 100
 
 
@@ -98,29 +62,28 @@ def parse_tier(tier: str) -> tuple[str, int | None]:
     return kind, int(match.group(2)) if match.group(2) else None
 
 
-def converted(entries: dict[str, Entry], tier: str) -> dict[str, Entry]:
+def converted(entries: Mapping[str, Entry], tier: str) -> dict[str, Entry]:
     """Every entry in `tier`.
 
     Raises OptionError for an unknown tier, ValueError where an entry cannot be brought there.
     """
     kind, rank = parse_tier(tier)
     if kind in NUMBERS:
-        return {
-            name: DenseEntry(entry.dense().to(NUMBERS[kind])) for name, entry in entries.items()
-        }
+        dtype = NUMBERS[kind]
+        return {name: DenseEntry(entry.dense().to(dtype)) for name, entry in entries.items()}
     if kind in codec.BITS:
-        return {
-            name: entry
-            if entry.tier == kind
-            else CodedEntry(*codec.encode(entry.dense(), kind), entry.shape, kind)
-            for name, entry in entries.items()
-        }
+        return {name: _coded(entry, kind) for name, entry in entries.items()}
     if kind == "factored":
         return {name: _factored(entry, rank or 1) for name, entry in entries.items()}
-    cut: dict[
-        int, AnyCovariance
-    ] = {}  # by identity: a shared covariance is cut once and stays shared
+    # By identity: a covariance that weights share is cut once, and stays shared.
+    cut: dict[int, AnyCovariance] = {}
     return {name: _kronecker(name, entry, rank, cut) for name, entry in entries.items()}
+
+
+def _coded(entry: Entry, kind: str) -> Entry:
+    if entry.tier == kind:
+        return entry
+    return CodedEntry(*codec.encode(entry.dense(), kind), entry.shape, kind)
 
 
 def _factored(entry: Entry, rank: int) -> FactoredEntry:
@@ -157,14 +120,13 @@ def _kronecker(
 
 
 def factors_of_sums(row: Tensor, col: Tensor) -> tuple[Tensor, Tensor]:
-    """The rank-1 form, by sums of rows and columns, of row @ col^T:
+    """The rank-1 form of row @ col^T by its sums of rows and columns.
 
-    (out, k), (in, k) -> (out, 1), (in, 1), the column summing to 1.
+    (out, k), (in, k) -> (out, 1), (in, 1); the column sums to 1.
     """
     rows, columns = row @ col.sum(0), col @ row.sum(0)
-    return rows[:, None], (columns / columns.sum().clamp(min=torch.finfo(columns.dtype).tiny))[
-        :, None
-    ]
+    total = columns.sum().clamp(min=torch.finfo(columns.dtype).tiny)
+    return rows[:, None], (columns / total)[:, None]
 
 
 def factorise(omega: Tensor, rank: int) -> tuple[Tensor, Tensor]:

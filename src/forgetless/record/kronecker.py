@@ -33,8 +33,8 @@ from torch import Tensor, nn
 
 from forgetless.errors import OptionError
 from forgetless.importance.covariance import AnyCovariance, Covariance
+from forgetless.importance.energy_errors import energy_errors
 from forgetless.importance.entries import Entry, KroneckerEntry
-from forgetless.importance.tiers import energy_errors
 from forgetless.model.targets import BaseLayer
 from forgetless.record.observing_recorder import ObservingRecorder
 

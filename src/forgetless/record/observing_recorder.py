@@ -96,7 +96,7 @@ class ObservingRecorder(abc.ABC):
         self._done: dict[str, Entry] = {}  # of the groups before
         self.errors: dict[
             str, tuple[float, float]
-        ] = {}  # of the energy, where what was summed is cut (fidelity.py)
+        ] = {}  # of the energy, where what was summed is cut (energy_errors.py)
         self._first_pass: int | None = None  # tokens that it saw
         self.leaders: dict[str, str] = {}  # weight -> the first weight that reads the same input
         self.tokens = self.positions = self.sequences = (
