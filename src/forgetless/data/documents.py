@@ -1,8 +1,11 @@
-"""Text in: files and Hub datasets -> rows -> documents -> token ids with a mask of what is scored
--> padded batches.
+"""Text from files and from the Hub: rows as they are stored, and documents made of them.
 
-A .txt file holds documents separated by blank lines. A document is plain text (all tokens scored)
-or a chat (assistant tokens scored).
+    load_rows("domain.jsonl")                # [{"prompt": ..., "completion": ...}, ...]
+    load_documents("general.txt", limit=100) # [Document("...", None, "general.txt"), ...]
+
+A document is plain text or a chat. A .txt file holds documents separated by blank lines; every
+other format holds rows with columns. What is missing, broken or empty is refused with the file and
+the line.
 """
 
 from __future__ import annotations
@@ -19,10 +22,12 @@ from typing import Any
 from forgetless.errors import FileError
 from forgetless.files.untrusted import load_json
 
-FILES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
-MOST_VALUES = (
-    50_000_000  # in a .parquet file, whose runs of one value can claim any number in a few bytes
-)
+# Endings of the files that can be read; every other name is that of a Hub dataset.
+FORMATS = (".txt", ".jsonl", ".json", ".csv", ".parquet")
+# Values in a .parquet file. It stores a run of one value in a few bytes, so a small file can claim
+# any number of them and fill the memory.
+MOST_VALUES = 50_000_000
+# Columns that hold the text of a document, the first of them that is there.
 TEXT_COLUMNS = ("text", "content", "messages")
 
 
@@ -30,7 +35,7 @@ TEXT_COLUMNS = ("text", "content", "messages")
 class Document:
     """One piece of general text: exactly one of `text` and `messages` is set.
 
-    `source` groups documents that come from one place.
+    `source` groups documents that come from one place, whose losses are not independent.
     """
 
     text: str | None
@@ -44,10 +49,8 @@ def load_rows(spec: str, *, split: str = "train") -> list[dict[str, Any]]:
     Raises ValueError naming file and line when something is missing, broken or empty.
     """
     path = Path(spec).expanduser()
-    if path.suffix.lower() in FILES or path.exists():
-        rows = _file_rows(path)
-    else:
-        rows = _hub_rows(spec, split)
+    local = path.suffix.lower() in FORMATS or path.exists()
+    rows = _file_rows(path) if local else _hub_rows(spec, split)
     if not rows:
         raise FileError(f"'{spec}' is empty; expected at least one document")
     return rows
@@ -56,63 +59,72 @@ def load_rows(spec: str, *, split: str = "train") -> list[dict[str, Any]]:
 def _file_rows(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise FileError(
-            f"'{path}' is not a file; expected {', '.join(FILES)} or the name of a Hub dataset"
+            f"'{path}' is not a file; expected {', '.join(FORMATS)} or the name of a Hub dataset"
         )
     kind = path.suffix.lower()
     if kind == ".parquet":
-        import pyarrow.parquet as parquet
+        return _parquet_rows(path)
+    text = _text_of(path)
+    if kind == ".jsonl":
+        # Not splitlines, for which U+2028 and its like end a line: JSON strings may hold them.
+        lines = enumerate(text.split("\n"), 1)
+        return [_json_line(path, number, line) for number, line in lines if line.strip()]
+    if kind == ".json":
+        return _json_rows(path, text)
+    if kind == ".csv":
+        return _csv_rows(path, text)
+    if kind == ".txt":
+        parts = text.replace("\r\n", "\n").split("\n\n")
+        return [{"text": part.strip()} for part in parts if part.strip()]
+    raise FileError(f"'{path}' has an unknown format '{kind}'; expected {', '.join(FORMATS)}")
 
-        try:
-            about = parquet.read_metadata(path)
-            if about.num_rows * about.num_columns > MOST_VALUES:
-                raise FileError(
-                    f"'{path}' claims to hold {about.num_rows} rows of {about.num_columns} "
-                    f"columns; split it into files of {MOST_VALUES} values"
-                )
-            return list(parquet.read_table(path).to_pylist())
-        except FileError:
-            raise
-        except Exception as error:  # pyarrow has many
-            raise FileError(f"'{path}' is not a readable parquet file: {error}") from None
+
+def _parquet_rows(path: Path) -> list[dict[str, Any]]:
+    import pyarrow.parquet as parquet
+
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        about = parquet.read_metadata(path)
+        if about.num_rows * about.num_columns > MOST_VALUES:
+            raise FileError(
+                f"'{path}' claims to hold {about.num_rows} rows of {about.num_columns} "
+                f"columns; split it into files of {MOST_VALUES} values"
+            )
+        return list(parquet.read_table(path).to_pylist())
+    except FileError:
+        raise
+    except Exception as error:  # pyarrow has many kinds
+        raise FileError(f"'{path}' is not a readable parquet file: {error}") from None
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise FileError(
             f"'{path}' is not UTF-8 text (byte {error.start}); convert it first"
         ) from None
-    if kind == ".jsonl":  # not splitlines: JSON strings may hold U+2028 and its like
-        return [
-            _json_line(path, number, line)
-            for number, line in enumerate(text.split("\n"), 1)
-            if line.strip()
-        ]
-    if kind == ".json":
-        try:
-            rows = load_json(text)
-        except ValueError as error:
-            line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-            raise FileError(
-                f"'{path}'{line}: not valid JSON ({getattr(error, 'msg', error)})"
-            ) from None
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise FileError(
-                f"'{path}': expected a list of objects; one object per line goes into .jsonl"
-            )
-        return rows
-    if kind == ".csv":
-        try:
-            return list(csv.DictReader(io.StringIO(text), restkey=""))
-        except csv.Error as error:
-            raise FileError(
-                f"'{path}' is not valid CSV ({error}); long texts go into .jsonl"
-            ) from None
-    if kind == ".txt":
-        return [
-            {"text": part.strip()}
-            for part in text.replace("\r\n", "\n").split("\n\n")
-            if part.strip()
-        ]
-    raise FileError(f"'{path}' has an unknown format '{kind}'; expected {', '.join(FILES)}")
+
+
+def _json_rows(path: Path, text: str) -> list[dict[str, Any]]:
+    try:
+        rows = load_json(text)
+    except ValueError as error:
+        line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise FileError(
+            f"'{path}'{line}: not valid JSON ({getattr(error, 'msg', error)})"
+        ) from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise FileError(
+            f"'{path}': expected a list of objects; one object per line goes into .jsonl"
+        )
+    return rows
+
+
+def _csv_rows(path: Path, text: str) -> list[dict[str, Any]]:
+    try:
+        return list(csv.DictReader(io.StringIO(text), restkey=""))
+    except csv.Error as error:
+        raise FileError(f"'{path}' is not valid CSV ({error}); long texts go into .jsonl") from None
 
 
 def _json_line(path: Path, number: int, line: str) -> dict[str, Any]:
@@ -150,12 +162,12 @@ def load_documents(
     Raises ValueError naming the columns found when none holds text or messages.
     """
     rows = load_rows(spec, split=split)
-    found = [str(name) for name in rows[0]]
-    column = column or next((name for name in TEXT_COLUMNS if name in found), None)
-    if column is None or column not in found:
+    columns = [str(name) for name in rows[0]]
+    column = column or next((name for name in TEXT_COLUMNS if name in columns), None)
+    if column is None or column not in columns:
         wanted = f"'{column}'" if column else " or ".join(TEXT_COLUMNS)
         raise FileError(
-            f"'{spec}' has the columns {', '.join(map(str, found))}; expected {wanted}: name "
+            f"'{spec}' has the columns {', '.join(columns)}; expected {wanted}: name "
             "yours with --text-column"
         )
     documents = [_document(spec, number, row, column) for number, row in enumerate(rows, 1)]
@@ -163,15 +175,16 @@ def load_documents(
 
 
 def _document(spec: str, number: int, row: dict[str, Any], column: str) -> Document:
-    value, source = row.get(column), str(row.get("source", spec))
+    value = row.get(column)
+    source = str(row.get("source", spec))
     if isinstance(value, list) and value:
         check_messages(value, f"'{spec}', row {number}")
         return Document(None, value, source)
     if isinstance(value, str) and value.strip():
         return Document(value, None, source)
+    holds = type(value).__name__ if value else "nothing"
     raise FileError(
-        f"'{spec}', row {number}: column '{column}' holds "
-        f"{'nothing' if not value else type(value).__name__}, expected text or messages"
+        f"'{spec}', row {number}: column '{column}' holds {holds}, expected text or messages"
     )
 
 

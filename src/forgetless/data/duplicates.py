@@ -1,12 +1,19 @@
-"""Parts of a data set that share nothing: near duplicates fall into one part, and which one depends
-on the text alone, not on the order of the rows.
+"""Near duplicates among texts: which documents of one set stand in another, and how one set is
+divided into parts that share none.
 
-    groups     texts that are equal, or share at least half of the shorter one's runs of 8 words
-               (duplicates.py), directly or through others
-    carve      each group to a part, by the hash of its first text in alphabetical order
+Two texts are near duplicates where one holds at least half of the other's runs of eight words,
+ignoring case, white space and punctuation.
 
-A question with other answers, a story told twice or a document quoted in another would otherwise be
-learned in one part and tested in the other.
+    overlap(general, training).describe()     # which general documents were trained on
+    carve(texts, [0.8, 0.2])                  # indices of two parts, near duplicates in one of them
+
+`overlap` is asked before forgetting is measured: what is measured on text that was trained on says
+nothing of forgetting. `carve` divides a data set into a part to learn and a part to test. A
+question with other answers, a story told twice or a document quoted in another would otherwise be
+learned in one part and tested in the other. Which part a text falls into depends on the text alone,
+not on the order of the rows.
+
+Runs are compared by a 32-bit hash of their words. Memory grows with the number of words.
 """
 
 from __future__ import annotations
@@ -18,71 +25,26 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-COMMON = 20  # a run of words in more texts than this is a template, not a sign of copying
-
-
-def groups(texts: Sequence[str]) -> list[int]:
-    """The number of each text's group: the index of its first member."""
-    leader = list(range(len(texts)))
-
-    def find(i: int) -> int:
-        while leader[i] != i:
-            leader[i] = leader[leader[i]]
-            i = leader[i]
-        return i
-
-    split = [words(text) for text in texts]
-    same: dict[str, int] = {}
-    where: dict[int, list[int]] = defaultdict(list)
-    runs = [set(shingles(row, 1)) for row in split]
-    for i, row in enumerate(split):
-        first = same.setdefault(" ".join(row), i)
-        leader[find(i)] = find(first)
-        for run in runs[i]:
-            where[run].append(i)
-    for i, mine in enumerate(runs):
-        shared = Counter(
-            j for run in mine if len(where[run]) <= COMMON for j in where[run] if j < i
-        )
-        for j, count in shared.items():
-            if count >= SHARE * min(len(mine), len(runs[j])):
-                a, b = find(i), find(j)
-                leader[max(a, b)] = min(a, b)
-    return [find(i) for i in range(len(texts))]
-
-
-def carve(texts: Sequence[str], shares: Sequence[float]) -> list[list[int]]:
-    """Indices of `texts` in as many parts as there are shares (which add up to 1), each in an order
-    that depends on the text alone.
-    """
-    members: dict[int, list[int]] = defaultdict(list)
-    for index, group in enumerate(groups(texts)):
-        members[group].append(index)
-    parts: list[list[tuple[str, int]]] = [[] for _ in shares]
-    for indices in members.values():
-        number = int(_digest(min(texts[i] for i in indices))[:12], 16) / 16**12
-        part = next(
-            (k for k in range(len(shares)) if number < sum(shares[: k + 1])), len(shares) - 1
-        )
-        parts[part].extend((_digest(texts[i]), i) for i in indices)
-    return [[index for _, index in sorted(part)] for part in parts]
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-WORDS = 8
-SHARE = 0.5
-# Thai, Lao, Myanmar, Khmer, kana, CJK ideographs
+# Words in a run. Eight in a row seldom agree by chance.
+RUN_WORDS = 8
+# At least this fraction of a text's runs in another text makes them near duplicates.
+COPIED_RUNS = 0.5
+# A run of words in more texts than this is a form that they fill in, and no sign of copying.
+FORM_TEXTS = 20
+# Of more training words than this, only every second run is kept, or every fourth, and so on: the
+# set of runs stays below a few hundred MB.
+MOST_RUNS = 5_000_000
+# Thai, Lao, Myanmar, Khmer, kana and CJK ideographs, which write no spaces: each character is a
+# word.
 UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
 WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
-MOST = 5_000_000
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """Indices of general documents that the training data holds word for word, and nearly."""
+    """Which of `documents` general documents the training data holds word for word (`exact`) and
+    nearly (`near`), as indices.
+    """
 
     exact: list[int]
     near: list[int]
@@ -103,29 +65,99 @@ class Overlap:
 
 def overlap(general: Sequence[str], training: Sequence[str]) -> Overlap:
     """Which documents of `general` occur in `training`, ignoring case and white space."""
-    rows = [words(text) for text in training]
+    rows = [_words(text) for text in training]
     every = 1
-    while sum(map(len, rows)) / every > MOST:
+    while sum(map(len, rows)) / every > MOST_RUNS:
         every *= 2
-    whole = {" ".join(row) for row in rows}
-    known = {shingle for row in rows for shingle in shingles(row, every)}
+    same = {" ".join(row) for row in rows}
+    known = {run for row in rows for run in _runs(row, every)}
     exact, near = [], []
     for index, text in enumerate(general):
-        mine = words(text)
-        runs = set(shingles(mine, every))
-        if " ".join(mine) in whole:
+        words = _words(text)
+        runs = set(_runs(words, every))
+        if " ".join(words) in same:
             exact.append(index)
-        elif runs and len(runs & known) >= SHARE * len(runs):
+        elif runs and len(runs & known) >= COPIED_RUNS * len(runs):
             near.append(index)
     return Overlap(exact, near, len(general))
 
 
-def words(text: str) -> list[str]:
+def carve(texts: Sequence[str], fractions: Sequence[float]) -> list[list[int]]:
+    """Indices of `texts` in as many parts as there are fractions, which add up to 1.
+
+    A group of near duplicates falls into one part, by the hash of its first text in alphabetical
+    order. The order within a part depends on the texts alone, too.
+    """
+    members: dict[int, list[int]] = defaultdict(list)
+    for index, group in enumerate(groups(texts)):
+        members[group].append(index)
+    parts: list[list[tuple[str, int]]] = [[] for _ in fractions]
+    for indices in members.values():
+        number = int(_sha256(min(texts[i] for i in indices))[:12], 16) / 16**12
+        parts[_part_of(number, fractions)].extend((_sha256(texts[i]), i) for i in indices)
+    return [[index for _, index in sorted(part)] for part in parts]
+
+
+def _part_of(number: float, fractions: Sequence[float]) -> int:
+    """The part into which a number from 0 to 1 falls."""
+    for part in range(len(fractions)):
+        if number < sum(fractions[: part + 1]):
+            return part
+    return len(fractions) - 1
+
+
+def groups(texts: Sequence[str]) -> list[int]:
+    """The number of each text's group, which is the index of the group's first member.
+
+    Texts are in one group where they are equal or near duplicates, directly or through others.
+    """
+    split = [_words(text) for text in texts]
+    runs = [set(_runs(words, 1)) for words in split]
+    holders: dict[int, list[int]] = defaultdict(list)  # run -> the texts that have it
+    first: dict[str, int] = {}  # text -> the first that equals it
+    union = _Union(len(texts))
+    for i, words in enumerate(split):
+        union.join(i, first.setdefault(" ".join(words), i))
+        for run in runs[i]:
+            holders[run].append(i)
+    for i, mine in enumerate(runs):
+        shared = Counter(
+            j for run in mine if len(holders[run]) <= FORM_TEXTS for j in holders[run] if j < i
+        )
+        for j, count in shared.items():
+            if count >= COPIED_RUNS * min(len(mine), len(runs[j])):
+                union.join(i, j)
+    return [union.leader(i) for i in range(len(texts))]
+
+
+class _Union:
+    """Groups of indices that grow together; each is led by its first member."""
+
+    def __init__(self, count: int):
+        self._above = list(range(count))
+
+    def leader(self, i: int) -> int:
+        while self._above[i] != i:
+            self._above[i] = self._above[self._above[i]]
+            i = self._above[i]
+        return i
+
+    def join(self, i: int, j: int) -> None:
+        a, b = self.leader(i), self.leader(j)
+        self._above[max(a, b)] = min(a, b)
+
+
+def _words(text: str) -> list[str]:
     return WORD.findall(text.lower())
 
 
-def shingles(words: list[str], every: int) -> Iterator[int]:
-    for start in range(len(words) - WORDS + 1):
-        value = zlib.crc32(" ".join(words[start : start + WORDS]).encode())
+def _runs(words: list[str], every: int) -> Iterator[int]:
+    """Hashes of the runs of RUN_WORDS words, of them one in `every`."""
+    for start in range(len(words) - RUN_WORDS + 1):
+        value = zlib.crc32(" ".join(words[start : start + RUN_WORDS]).encode())
         if value % every == 0:
             yield value
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

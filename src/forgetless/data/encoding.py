@@ -1,4 +1,12 @@
-"""TODO data.encoding."""
+"""Text as a model reads it: token ids, which of them are scored, and padded batches of both.
+
+    encoded = encode(documents, tokenizer, length=128)      # [([5, 9, 2], [True, True, True]), ...]
+    for batch in batches(encoded, batch_size=4, pad_id=0):  # input_ids, attention_mask, labels
+        loss = model(**batch).loss
+
+Every token of plain text is scored. Of a prompt with its completion the completion is, of a chat
+what the assistant says. The first token of a sequence is never predicted, whatever its mask says.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +20,18 @@ from torch import Tensor, nn
 from forgetless.data.documents import Document
 from forgetless.errors import FileError, OptionError
 
-Encoded = tuple[
-    list[int], list[bool]
-]  # token ids, and whether each is scored as a prediction target
+# Token ids, and whether each of them is scored as a prediction target.
+Encoded = tuple[list[int], list[bool]]
 TOO_SHORT = "the text is too short: no document has two tokens; give more general text"
 
 
 def encode(
     documents: Sequence[Document], tokenizer: Any, *, length: int | None = None
 ) -> list[Encoded]:
-    """Token ids and scored mask of each document, cut into pieces of at most `length` tokens;
-    pieces of one token are dropped (nothing to predict).
+    """Token ids and scored mask of each document, cut into pieces of at most `length` tokens.
+
+    A piece of one token is dropped, since there is nothing to predict in it. Raises ValueError
+    where no piece is left.
     """
     pieces: list[Encoded] = []
     for document in documents:
@@ -41,7 +50,10 @@ def encode(
 def encode_whole(
     documents: Sequence[Document], tokenizer: Any
 ) -> tuple[list[Encoded], list[Document]]:
-    """As `encode` without a length, with the document that each piece is."""
+    """Each document in one piece, and the documents that the pieces are.
+
+    A document of one token is dropped. Raises ValueError where none is left.
+    """
     encoded, whose = [], []
     for document in documents:
         ids, scored = encode_document(document, tokenizer)
@@ -62,30 +74,32 @@ def encode_document(document: Document, tokenizer: Any) -> Encoded:
 
 
 def encode_prompted(prompt: str, completion: str, tokenizer: Any) -> Encoded:
-    """Token ids of prompt and completion together; scored from where they differ from the prompt
-    alone, since tokens may merge across the boundary.
+    """Token ids of prompt and completion together, scored from where they differ from the prompt
+    alone: tokens may merge across the boundary.
     """
     head = list(tokenizer(prompt, verbose=False)["input_ids"])
-    whole = list(tokenizer(prompt + completion, verbose=False)["input_ids"])
-    start = _common_prefix(head, whole)
-    return whole, [i >= start for i in range(len(whole))]
+    ids = list(tokenizer(prompt + completion, verbose=False)["input_ids"])
+    start = _common_prefix(head, ids)
+    return ids, [i >= start for i in range(len(ids))]
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    return next(
-        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
-    )
+    """How many tokens two sequences share at their beginning."""
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return min(len(a), len(b))
 
 
 def encode_chat(
     messages: list[dict[str, str]], tokenizer: Any, *, assistant_only: bool = True
 ) -> Encoded:
-    """A chat through the tokenizer's template, assistant turns scored (or all of it).
+    """A chat through the tokenizer's template; assistant turns are scored, or all of it.
 
-    The turns are known from the template's {% generation %} markers; for a template without them,
-    from the training template that TRL has for many model families, else by templating ever longer
-    prefixes. Raises ValueError without a template, and where a longer chat rewrites what came
-    before.
+    The turns are known from the template's {% generation %} markers. Where it has none, they are
+    known from the training template that TRL has for many model families, else by templating ever
+    longer prefixes of the chat. Raises ValueError without a template, and where a longer chat
+    rewrites what came before.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise FileError(
@@ -98,18 +112,19 @@ def encode_chat(
     template = _marked_template(tokenizer)
     if template is None:
         return _chat_by_prefixes(messages, tokenizer)
-    made = tokenizer.apply_chat_template(
+    output = tokenizer.apply_chat_template(
         messages,
         chat_template=template,
         tokenize=True,
         return_dict=True,
         return_assistant_tokens_mask=True,
     )
-    return list(made["input_ids"]), [bool(one) for one in made["assistant_masks"]]
+    return list(output["input_ids"]), [bool(bit) for bit in output["assistant_masks"]]
 
 
 def _marked_template(tokenizer: Any) -> str | None:
-    """A chat template with {% generation %} markers: the tokenizer's own, or TRL's for its family;
+    """A chat template with {% generation %} markers: the tokenizer's own, or TRL's for its family.
+
     None where there is none.
     """
     from trl.chat_template_utils import get_training_chat_template, has_generation_markers
@@ -123,30 +138,33 @@ def _marked_template(tokenizer: Any) -> str | None:
 
 
 def _chat_by_prefixes(messages: list[dict[str, str]], tokenizer: Any) -> Encoded:
-    """An assistant turn is what the chat up to it has more than the prompt for it; costs two
-    templatings per turn.
+    """An assistant turn is what the chat up to it has more than the prompt for it.
+
+    Costs two templatings per turn.
     """
     ids = templated(tokenizer, messages)
     scored = [False] * len(ids)
     for index, message in enumerate(messages):
-        if message["role"] == "assistant":
-            prompt = templated(tokenizer, messages[:index], prompt=True) if index else []
-            whole = templated(tokenizer, messages[: index + 1])
-            start, end = _common_prefix(prompt, whole), len(whole)
-            if ids[:end] != whole:
-                raise FileError(
-                    f"the chat template writes turn {index + 1} differently once the chat goes "
-                    "on, so its tokens cannot be told apart; "
-                    "add {% generation %} markers to the template, or keep one assistant turn "
-                    "per row"
-                )
-            scored[start:end] = [True] * (end - start)
+        if message["role"] != "assistant":
+            continue
+        prompt = templated(tokenizer, messages[:index], prompt=True) if index else []
+        so_far = templated(tokenizer, messages[: index + 1])
+        start = _common_prefix(prompt, so_far)
+        end = len(so_far)
+        if ids[:end] != so_far:
+            raise FileError(
+                f"the chat template writes turn {index + 1} differently once the chat goes "
+                "on, so its tokens cannot be told apart; add {% generation %} markers to the "
+                "template, or keep one assistant turn per row"
+            )
+        scored[start:end] = [True] * (end - start)
     return ids, scored
 
 
 def templated(tokenizer: Any, messages: list[dict[str, str]], *, prompt: bool = False) -> list[int]:
-    """Token ids of a chat by the tokenizer's template; `prompt`: up to where the assistant would
-    answer.
+    """Token ids of a chat by the tokenizer's template.
+
+    With `prompt` they end where the assistant would begin to answer.
     """
     return list(
         tokenizer.apply_chat_template(
@@ -158,8 +176,9 @@ def templated(tokenizer: Any, messages: list[dict[str, str]], *, prompt: bool = 
 def batches(
     encoded: Sequence[Encoded], *, batch_size: int, pad_id: int, shuffle_seed: int | None = None
 ) -> Iterator[dict[str, Tensor]]:
-    """Batches of input_ids, attention_mask and labels (batch, longest); labels are -100 on padding
-    and where nothing is scored.
+    """Batches of input_ids, attention_mask and labels, each (batch, longest).
+
+    Labels are -100 on padding and where nothing is scored.
     """
     order = list(range(len(encoded)))
     if shuffle_seed is not None:
@@ -169,7 +188,7 @@ def batches(
 
 
 def collate(pieces: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:
-    """One right-padded batch."""
+    """One batch as `batches` yields it, padded on the right."""
     width = max(len(ids) for ids, _ in pieces)
     ids = torch.full((len(pieces), width), pad_id)
     mask = torch.zeros(len(pieces), width, dtype=torch.long)
@@ -177,19 +196,22 @@ def collate(pieces: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:
     for row, (tokens, scored) in enumerate(pieces):
         ids[row, : len(tokens)] = torch.tensor(tokens)
         mask[row, : len(tokens)] = 1
-        labels[row, : len(tokens)] = torch.tensor(
-            [t if s else -100 for t, s in zip(tokens, scored, strict=True)]
-        )
+        targets = [token if counts else -100 for token, counts in zip(tokens, scored, strict=True)]
+        labels[row, : len(tokens)] = torch.tensor(targets)
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
 def sample_documents(
     model: nn.Module, tokenizer: Any, count: int, length: int, seed: int, *, batch_size: int = 16
 ) -> list[Document]:
-    """`count` documents of at most `length` tokens sampled from the model at temperature 1, for
-    --general self.
+    """`count` documents of at most `length` tokens, sampled from the model at temperature 1.
+
+    Raises OptionError where the tokenizer has no token to begin with. Where the model says nothing
+    but blank texts too often, there are fewer documents.
     """
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    start = tokenizer.bos_token_id
+    if start is None:
+        start = tokenizer.eos_token_id
     if start is None:
         raise OptionError(
             "--general self needs a tokenizer with a begin- or end-of-text token; give a text "
@@ -210,9 +232,8 @@ def sample_documents(
             max_new_tokens=length - 1,
             pad_token_id=tokenizer.pad_token_id,
         )
-        texts += [
-            text for text in tokenizer.batch_decode(out, skip_special_tokens=True) if text.strip()
-        ]
+        decoded = tokenizer.batch_decode(out, skip_special_tokens=True)
+        texts += [text for text in decoded if text.strip()]
         if len(texts) >= count:
             break
     return [Document(text, None, "self") for text in texts[:count]]

@@ -25,7 +25,14 @@ from forgetless.data.documents import (
     fingerprint_rows,
     load_documents,
 )
-from forgetless.data.tasks import Row, Task, find_task, load_task, load_training_data, task_specs
+from forgetless.data.tasks import (
+    Task,
+    TaskRow,
+    find_task,
+    load_task,
+    load_training_data,
+    task_specs,
+)
 from forgetless.options.tune import TuneOptions
 
 # Values of --replay that name no text to read: what the model itself says, and the training rows.
@@ -43,7 +50,7 @@ class Questions:
 
     name: str
     task: Task | None = None
-    rows: list[Row] = field(default_factory=list)
+    rows: list[TaskRow] = field(default_factory=list)
     file: str | None = None
     shots: int = 0
     limit: int | None = None

@@ -1,5 +1,8 @@
-"""Named tasks (SciQ, PIQA, MedMCQA) and domain data of any kind: rows -> prompt, choices, right
-answer.
+"""Domain data: the named tasks (SciQ, PIQA, MedMCQA), and rows of text, prompts or chats.
+
+    load_training_data("sciq")                   # a datasets.Dataset of prompts and completions
+    load_training_data("domain.jsonl")           # with the columns that the file has
+    task, rows = load_task("piqa=test.jsonl")    # to rank the choices of each question
 
 A task is a record of small functions over a row with the Hub dataset's fields. The prompts have the
 form that lm-eval uses, with which the paper (Song et al. 2025, arXiv 2501.13669) measures its
@@ -19,7 +22,12 @@ from forgetless.data.documents import check_messages, load_rows
 from forgetless.data.encoding import Encoded, encode_chat, encode_prompted
 from forgetless.errors import FileError, OptionError, brief, nearest
 
-Row = dict[str, Any]
+# A row of a task's data set, with the fields that the Hub's has.
+TaskRow = dict[str, Any]
+# Columns of domain data; the first group that is there is what is learned.
+COLUMNS = (("prompt", "completion"), ("messages",), ("text",))
+# Within the length that `truncation_report` advises, this fraction of the rows keeps its end.
+ADVISED = 0.95
 
 
 @dataclass(frozen=True)
@@ -35,30 +43,30 @@ class Task:
     hub: str
     held_out: str
     columns: tuple[str, ...]
-    prompt: Callable[[Row], str]
-    choices: Callable[[Row], list[str]]
-    gold: Callable[[Row], int]
+    prompt: Callable[[TaskRow], str]
+    choices: Callable[[TaskRow], list[str]]
+    gold: Callable[[TaskRow], int]
 
 
-def _sciq_order(row: Row) -> list[int]:
-    """A fixed order of [right answer, distractors] for each question, drawn from its text, so that
-    the right one is not always last.
+def _sciq_order(row: TaskRow) -> list[int]:
+    """A fixed order of [right answer, distractors] for a question, drawn from its text, so that the
+    right one is not always in the same place.
     """
     order = [0, 1, 2, 3]
     random.Random(hashlib.sha256(str(row["question"]).encode()).digest()).shuffle(order)
     return order
 
 
-def _sciq_choices(row: Row) -> list[str]:
+def _sciq_choices(row: TaskRow) -> list[str]:
     answers = [row["correct_answer"], row["distractor1"], row["distractor2"], row["distractor3"]]
     return [str(answers[i]) for i in _sciq_order(row)]
 
 
-def _sciq_prompt(row: Row) -> str:
+def _sciq_prompt(row: TaskRow) -> str:
     return f"{str(row['support']).lstrip()}\nQuestion: {row['question']}\nAnswer:"
 
 
-def _medmcqa_prompt(row: Row) -> str:
+def _medmcqa_prompt(row: TaskRow) -> str:
     options = "\n".join(
         f"{letter}. {row[key]}"
         for letter, key in zip("ABCD", ("opa", "opb", "opc", "opd"), strict=True)
@@ -98,8 +106,9 @@ TASKS = {
 
 
 def find_task(spec: str) -> tuple[Task, str | None] | None:
-    """'sciq' or 'sciq=train.jsonl' -> (task, file or None); None where `spec` names no task of
-    ours.
+    """'sciq' or 'sciq=train.jsonl' -> (task, file or None); None where it names no task of ours.
+
+    Raises OptionError where a file is given for a task that is not ours.
     """
     name, _, file = spec.partition("=")
     if name in TASKS:
@@ -114,82 +123,95 @@ def task_specs(specs: str | None) -> list[str]:
     return [part.strip() for part in (specs or "").split(",") if part.strip()]
 
 
-def load_task(spec: str, *, split: str | None = "train") -> tuple[Task, list[Row]]:
-    """The task that `spec` names and its rows, from its file or from the Hub (split None: the
-    task's held-out one).
+def load_task(spec: str, *, split: str | None = "train") -> tuple[Task, list[TaskRow]]:
+    """The task that `spec` names and its rows, from its file or from the Hub.
 
-    Raises OptionError for unknown names, ValueError naming missing columns and rows without an
-    answer.
+    With `split` None they are those of the task's held-out split. Raises OptionError for unknown
+    names, ValueError naming missing columns and rows without an answer.
     """
-    found = find_task(spec)
-    if found is None:
+    known = find_task(spec)
+    if known is None:
         raise OptionError(f"unknown task '{spec}'; {nearest(spec, TASKS)}")
-    task, file = found
+    task, file = known
     rows = load_rows(file or task.hub, split=split or task.held_out)
     for number, row in enumerate(rows, 1):
-        where = f"{file or task.hub}, row {number}"
-        missing = [column for column in task.columns if row.get(column) is None]
-        if missing:
-            raise FileError(
-                f"{where}: task {task.name} expects {', '.join(task.columns)}; "
-                f"missing {', '.join(missing)}, found {', '.join(map(str, row))}"
-            )
-        try:
-            answered = 0 <= task.gold(row) < len(task.choices(row))
-        except (TypeError, ValueError, OverflowError):
-            answered = False
-        if not answered:  # published test splits hide their answers as -1
-            raise FileError(
-                f"{where}: {task.columns[-1]} is {brief(row[task.columns[-1]])}, which names no "
-                f"choice; use a split with answers ({task.held_out})"
-            )
+        _check_task_row(task, row, f"{file or task.hub}, row {number}")
     return task, rows
 
 
-def load_training_data(spec: str, *, split: str | None = "train", limit: int | None = None) -> Any:
-    """A datasets.Dataset with `prompt` and `completion`, `messages`, or `text`; split None is the
-    held-out one. Raises ValueError naming the columns found.
-    """
-    from datasets import Dataset
-    from pyarrow import ArrowInvalid, ArrowNotImplementedError, ArrowTypeError
+def _check_task_row(task: Task, row: TaskRow, where: str) -> None:
+    """Raise FileError for a row without a column of the task or without an answer."""
+    missing = [column for column in task.columns if row.get(column) is None]
+    if missing:
+        raise FileError(
+            f"{where}: task {task.name} expects {', '.join(task.columns)}; "
+            f"missing {', '.join(missing)}, found {', '.join(map(str, row))}"
+        )
+    try:
+        answered = 0 <= task.gold(row) < len(task.choices(row))
+    except (TypeError, ValueError, OverflowError):
+        answered = False
+    if not answered:  # published test splits hide their answers as -1
+        raise FileError(
+            f"{where}: {task.columns[-1]} is {brief(row[task.columns[-1]])}, which names no "
+            f"choice; use a split with answers ({task.held_out})"
+        )
 
+
+def load_training_data(spec: str, *, split: str | None = "train", limit: int | None = None) -> Any:
+    """A datasets.Dataset with `prompt` and `completion`, `messages`, or `text`.
+
+    With `split` None it is the held-out one. Raises ValueError naming the columns found.
+    """
     if find_task(spec) is not None:
-        task, rows = load_task(spec, split=split)
-        made = [
-            {"prompt": task.prompt(row), "completion": " " + task.choices(row)[task.gold(row)]}
-            for row in rows
-        ]
-        return Dataset.from_list(made[:limit])
+        return _task_prompts(spec, split, limit)
     try:
         rows = load_rows(spec, split=split or "test")
     except ValueError as error:
         if spec.isidentifier():  # a bare word may be a misspelt task
             raise FileError(f"{error}; as a task: {nearest(spec, TASKS)}") from error
         raise
-    for columns in (("prompt", "completion"), ("messages",), ("text",)):
+    for columns in COLUMNS:
         if all(column in rows[0] for column in columns):
             for number, row in enumerate(rows, 1):
-                _check_row(row, columns, f"'{spec}', row {number}")
-            try:
-                return Dataset.from_list(
-                    [{column: row[column] for column in columns} for row in rows[:limit]]
-                )
-            except (ArrowInvalid, ArrowTypeError, ArrowNotImplementedError, UnicodeError) as error:
-                raise FileError(
-                    f"'{spec}': the rows do not make one table ({error}); give every turn the "
-                    "same keys, with text in them"
-                ) from None
-    fitting = [task.name for task in TASKS.values() if set(task.columns) <= set(rows[0])] or list(
-        TASKS
-    )
+                _check_domain_row(row, columns, f"'{spec}', row {number}")
+            return _one_table(spec, rows[:limit], columns)
+    fitting = [task.name for task in TASKS.values() if set(task.columns) <= set(rows[0])]
     raise FileError(
         f"'{spec}' has the columns {', '.join(map(str, rows[0]))}; expected text, or prompt and "
         "completion, or messages; "
-        f"or name a task: {', '.join(f'{name}={spec}' for name in fitting)}"
+        f"or name a task: {', '.join(f'{name}={spec}' for name in fitting or TASKS)}"
     )
 
 
-def _check_row(row: Row, columns: tuple[str, ...], where: str) -> None:
+def _task_prompts(spec: str, split: str | None, limit: int | None) -> Any:
+    """The questions of a task with their right answers, as a datasets.Dataset."""
+    from datasets import Dataset
+
+    task, rows = load_task(spec, split=split)
+    answered = [
+        {"prompt": task.prompt(row), "completion": " " + task.choices(row)[task.gold(row)]}
+        for row in rows
+    ]
+    return Dataset.from_list(answered[:limit])
+
+
+def _one_table(spec: str, rows: list[TaskRow], columns: tuple[str, ...]) -> Any:
+    """Some columns of the rows as a datasets.Dataset, which wants one type in each of them."""
+    from datasets import Dataset
+    from pyarrow import ArrowInvalid, ArrowNotImplementedError, ArrowTypeError
+
+    try:
+        return Dataset.from_list([{column: row[column] for column in columns} for row in rows])
+    except (ArrowInvalid, ArrowTypeError, ArrowNotImplementedError, UnicodeError) as error:
+        raise FileError(
+            f"'{spec}': the rows do not make one table ({error}); give every turn the "
+            "same keys, with text in them"
+        ) from None
+
+
+def _check_domain_row(row: TaskRow, columns: tuple[str, ...], where: str) -> None:
+    """Raise FileError for a row with an empty column or one of another type."""
     for column in columns:
         value = row.get(column)
         if not value or (isinstance(value, str) and not value.strip()):
@@ -204,7 +226,7 @@ def _check_row(row: Row, columns: tuple[str, ...], where: str) -> None:
 
 
 def row_text(row: Mapping[str, Any]) -> str:
-    """All of the text of a row of training data: running text, a prompt with its completion, or the
+    """All of the text of a row of domain data: a prompt with its completion, running text, or the
     turns of a chat.
     """
     if row.get("prompt") is not None:
@@ -215,8 +237,9 @@ def row_text(row: Mapping[str, Any]) -> str:
 def encode_rows(
     data: Any, tokenizer: Any, *, completion_only: bool = True, end: str = ""
 ) -> list[Encoded]:
-    """Token ids and scored mask of each row of `load_training_data`; `end` (the end-of-text token
-    in training) closes texts and completions without it.
+    """Token ids and scored mask of each row of `load_training_data`.
+
+    `end` closes texts and completions that do not end in it: the end-of-text token in training.
     """
     encoded: list[Encoded] = []
     closed = lambda text: text if text.endswith(end) else text + end
@@ -234,26 +257,23 @@ def encode_rows(
 
 
 def truncation_report(encoded: list[Encoded], length: int, context: int) -> str | None:
-    """What cutting every row after `length` tokens loses, with a length that would keep more; None
-    where nothing is lost.
+    """What cutting every row after `length` tokens loses, with a length that would keep more.
 
-    Raises ValueError where no row keeps a scored token: there would be nothing to learn.
+    None where nothing is lost. Raises ValueError where no row keeps a scored token: there would be
+    nothing to learn.
     """
-    targets = [
-        [i + 1 for i, one in enumerate(scored) if one and i] for _, scored in encoded
-    ]  # tokens that a row needs for each scored one
-    rows, blank = len(encoded), sum(not needed for needed in targets)
-    if blank == rows:
+    reaches = [reach for _, scored in encoded if (reach := _scored_reach(scored)) is not None]
+    rows = len(encoded)
+    blank = rows - len(reaches)
+    if not reaches:
         raise FileError(
             "no row has a token to score; expected text of at least two tokens, completions, or "
             "chats with assistant turns"
         )
-    ends = sorted(needed[-1] for needed in targets if needed)
-    cut, lost = (
-        sum(end > length for end in ends),
-        sum(needed[0] > length for needed in targets if needed),
-    )
-    wanted = min(ends[math.ceil(0.95 * len(ends)) - 1], context)
+    ends = sorted(end for _, end in reaches)
+    cut = sum(end > length for end in ends)
+    lost = sum(first > length for first, _ in reaches)
+    wanted = min(ends[math.ceil(ADVISED * len(ends)) - 1], context)
     advice = (
         f"--length {wanted} would keep {sum(end <= wanted for end in ends) / rows:.0%} of "
         f"the rows whole (the model takes at most {context} tokens)"
@@ -263,11 +283,21 @@ def truncation_report(encoded: list[Encoded], length: int, context: int) -> str 
             f"within --length {length} no row keeps a token to score, since prompts fill it; "
             f"{advice}"
         )
-    parts = [
-        f"{cut} of {rows} rows are longer than --length {length}: {lost} lose all that is scored "
-        f"and are left out, {cut - lost} lose the end of it; {advice}"
-    ]
-    parts = (parts if cut else []) + (
-        [f"{blank} of {rows} rows have nothing to score and are left out"] if blank else []
-    )
+    parts = []
+    if cut:
+        parts.append(
+            f"{cut} of {rows} rows are longer than --length {length}: {lost} lose all that is "
+            f"scored and are left out, {cut - lost} lose the end of it; {advice}"
+        )
+    if blank:
+        parts.append(f"{blank} of {rows} rows have nothing to score and are left out")
     return "; ".join(parts) or None
+
+
+def _scored_reach(scored: list[bool]) -> tuple[int, int] | None:
+    """How many tokens of a row its first and its last scored token need, themselves included.
+
+    None where nothing is scored. The first token of a row is never predicted.
+    """
+    needed = [place + 1 for place, counts in enumerate(scored) if counts and place]
+    return (needed[0], needed[-1]) if needed else None

@@ -22,7 +22,7 @@ import numpy as np
 from torch import nn
 
 from forgetless.data.encoding import Encoded, encode_prompted
-from forgetless.data.tasks import TASKS, Row, Task, find_task, load_task, task_specs
+from forgetless.data.tasks import TASKS, Task, TaskRow, find_task, load_task, task_specs
 from forgetless.errors import OptionError, nearest
 from forgetless.evaluate.losses import TextLoss, evaluating, last_window, text_loss
 from forgetless.model.loading import context_length
@@ -32,7 +32,7 @@ def answers(
     model: nn.Module,
     tokenizer: Any,
     task: Task,
-    rows: Sequence[Row],
+    rows: Sequence[TaskRow],
     *,
     batch_tokens: int | None = None,
 ) -> dict[str, Any]:
@@ -58,7 +58,9 @@ def answers(
     return _ranked(task, rows, loss, np.array(sizes))
 
 
-def _ranked(task: Task, rows: Sequence[Row], loss: TextLoss, sizes: np.ndarray) -> dict[str, Any]:
+def _ranked(
+    task: Task, rows: Sequence[TaskRow], loss: TextLoss, sizes: np.ndarray
+) -> dict[str, Any]:
     """Whether the right choice of each question is the likeliest; `loss` and `sizes` have the
     choices of all questions one after another, (choices,).
     """
