@@ -1,4 +1,4 @@
-"""Adapters from strangers: what stands in the folder is checked before PEFT makes anything of it.
+"""Adapters from strangers: a folder is checked before PEFT makes anything of what stands in it.
 
     config = checked(folder)              # adapter_config.json as a mapping, fit to be loaded
     model = with_adapter(base, folder)    # PEFT's model
@@ -16,7 +16,7 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -30,22 +30,13 @@ from forgetless.model.loading import load_model
 from forgetless.options.model import ModelOptions
 
 logger = logging.getLogger("forgetless")
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-KINDS = (
-    "LORA",
-    "OFT",
-    "OSF",
-    "BOFT",
-    "LOHA",
-    "LOKR",
-    "IA3",
-    "VERA",
-)  # methods whose adapter is weights of layers; prompts bring tokenizers and code
-REFUSED = (
-    "layer_replication",
-    "trainable_token_indices",
-    "alora_invocation_tokens",
-)  # beside configurations of other things (`*_config`)
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+# PEFT's methods whose adapter is weights of layers; prompts bring tokenizers and code.
+KINDS = ("LORA", "OFT", "OSF", "BOFT", "LOHA", "LOKR", "IA3", "VERA")
+# Settings that are not taken from a file, beside configurations of other things (`*_config`).
+REFUSED = ("layer_replication", "trainable_token_indices", "alora_invocation_tokens")
+# Settings that PEFT matches against module names.
 PATTERNS = (
     "target_modules",
     "exclude_modules",
@@ -56,8 +47,12 @@ PATTERNS = (
     "alpha_pattern",
     "feedforward_modules",
 )
+# The most iterations that an initialisation may ask for.
 MOST_ITERATIONS = 100
-MOST_REPEATS = 4  # of one pattern: matching a name of n letters takes up to n^4 steps
+# The most repeats in one pattern: matching a name of n letters then takes up to n^4 steps.
+MOST_REPEATS = 4
+# The longest pattern, in letters.
+LONGEST_PATTERN = 2000
 
 
 def checked(folder: str | Path) -> dict[str, Any]:
@@ -66,7 +61,24 @@ def checked(folder: str | Path) -> dict[str, Any]:
     Raises FileError where it is none, or asks for more than its tensors need.
     """
     path = Path(folder) / CONFIG
-    if not path.is_file():
+    _check_files(folder)
+    config = check_mapping(cleaned(read_json(path)), str(path))
+    _check_settings(config, path)
+    for key in PATTERNS:
+        for pattern in _strings(config.get(key), f"{path}: {key}"):
+            _check_pattern(pattern, f"{path}: {key}")
+    _check_kinds(config, str(path))
+    # LoRA's factors have the rank as their smaller side; others keep blocks and ranks elsewhere.
+    widest = _widest(Path(folder) / WEIGHTS, of=min if config["peft_type"] == "LORA" else max)
+    for key, value in config.items():
+        for number in _numbers(key, value):
+            _check_size(number, key, widest, str(path))
+    return config
+
+
+def _check_files(folder: str | Path) -> None:
+    """Raise FileError unless a folder has the two files of an adapter."""
+    if not (Path(folder) / CONFIG).is_file():
         raise FileError(
             f"'{folder}' is not an adapter folder: expected {CONFIG} in it; give a folder that "
             "PEFT saved, such as the final/ folder of a run"
@@ -76,7 +88,10 @@ def checked(folder: str | Path) -> dict[str, Any]:
             f"'{folder}' has no {WEIGHTS}: only safetensors are read, never a pickle; save the "
             "adapter again with PEFT"
         )
-    config = check_mapping(cleaned(read_json(path)), str(path))
+
+
+def _check_settings(config: dict[str, Any], path: Path) -> None:
+    """Raise FileError for a method that is not taken, or settings that bring more than weights."""
     kind = config.get("peft_type")
     if kind not in KINDS:
         raise FileError(f"{path}: peft_type is {brief(kind)}; expected one of {', '.join(KINDS)}")
@@ -94,19 +109,13 @@ def checked(folder: str | Path) -> dict[str, Any]:
             f"{path}: base_model_name_or_path is {brief(config['base_model_name_or_path'])}, "
             "expected a name"
         )
-    for key in PATTERNS:
-        for pattern in _strings(config.get(key), f"{path}: {key}"):
-            _check_pattern(pattern, f"{path}: {key}")
-    _check_kinds(config, str(path))
-    widest = _widest(Path(folder) / WEIGHTS, of=min if kind == "LORA" else max)
-    for key, value in config.items():
-        for number in (
-            value.values()
-            if isinstance(value, dict) and key in ("rank_pattern", "alpha_pattern")
-            else [value] * isinstance(value, (int, float))
-        ):
-            _check_size(number, key, widest, str(path))
-    return config
+
+
+def _numbers(key: str, value: Any) -> Collection[Any]:
+    """The numbers that a setting of an adapter's configuration gives."""
+    if isinstance(value, dict) and key in ("rank_pattern", "alpha_pattern"):
+        return value.values()
+    return [value] if isinstance(value, (int, float)) else []
 
 
 def with_adapter(model: nn.Module, folder: str | Path) -> Any:
@@ -120,7 +129,7 @@ def with_adapter(model: nn.Module, folder: str | Path) -> Any:
     try:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            found = PeftModel.from_pretrained(model, str(folder)).eval()
+            adapted = PeftModel.from_pretrained(model, str(folder)).eval()
     except MemoryError:
         raise
     except Exception as error:  # PEFT and torch have their own exceptions for each way not to fit
@@ -137,84 +146,79 @@ def with_adapter(model: nn.Module, folder: str | Path) -> Any:
                 "it again, or save it again with PEFT"
             )
         logger.warning("%s", printable(message))
-    return found
+    return adapted
 
 
 def load_tuned(options: ModelOptions, folder: str | Path, *, full: bool = False) -> Any:
-    """What a run on the model of `options` left in `folder`: the base with its adapter, or after
-    --full the trained model itself; in eval mode.
+    """What a run on the model of `options` left in `folder`, in eval mode.
+
+    It is the base with its adapter, or after --full the trained model itself.
     """
     return load_model(options, str(folder)) if full else with_adapter(load_model(options), folder)
 
 
 def _check_kinds(config: dict[str, Any], where: str) -> None:
-    """Raise FileError for a list where PEFT has a number or a switch (it fails on it late, or
-    never), and for counts of iterations without bounds.
+    """Raise FileError for a list where PEFT has a number or a switch, and for endless iterations.
+
+    PEFT fails on the former late, or never.
     """
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
     for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[config["peft_type"]]):
-        value = config.get(field.name)
-        takes_words = not isinstance(field.default, (int, float)) or isinstance(
-            field.default, bool
-        )  # init_lora_weights is a switch or a word
-        if isinstance(field.default, (bool, int, float)) and isinstance(
-            value, (list, dict) if takes_words else (list, dict, str)
-        ):
+        if field.name in config:
+            _check_kind(field.name, config[field.name], field.default, where)
+            _check_iterations(field.name, config[field.name], where)
+
+
+def _check_kind(name: str, value: Any, default: Any, where: str) -> None:
+    """Raise FileError for a value of another kind than PEFT's default for it."""
+    is_number = isinstance(default, (int, float)) and not isinstance(default, bool)
+    unfit: tuple[type, ...] = ()
+    if isinstance(default, bool):
+        unfit = (list, dict)  # a word may stand for a switch, as in init_lora_weights
+    elif is_number:
+        unfit = (list, dict, str)
+    if isinstance(value, unfit):
+        raise FileError(
+            f"{where}: {name} is a {type(value).__name__}, expected a value like {default}"
+        )
+    if value is None and is_number:
+        raise FileError(f"{where}: {name} is null, expected a number like {default}")
+
+
+def _check_iterations(name: str, value: Any, where: str) -> None:
+    """Raise FileError for a setting that asks for too many iterations."""
+    counts = name.startswith("num_") and isinstance(value, (int, float))
+    if counts and not 0 <= value <= MOST_ITERATIONS:
+        raise FileError(f"{where}: {name} is {value:.3g}, expected 0 to {MOST_ITERATIONS}")
+    if isinstance(value, str):
+        asked = re.search(r"_niter_(\d+)", value)
+        if asked and not int(asked[1][:9]) <= MOST_ITERATIONS:
             raise FileError(
-                f"{where}: {field.name} is a {type(value).__name__}, expected a value like "
-                f"{field.default}"
-            )
-        if (
-            field.name in config
-            and value is None
-            and isinstance(field.default, (int, float))
-            and not isinstance(field.default, bool)
-        ):
-            raise FileError(
-                f"{where}: {field.name} is null, expected a number like {field.default}"
-            )
-        if (
-            field.name.startswith("num_")
-            and isinstance(value, (int, float))
-            and not 0 <= value <= MOST_ITERATIONS
-        ):
-            raise FileError(
-                f"{where}: {field.name} is {value:.3g}, expected 0 to {MOST_ITERATIONS}"
-            )
-        if (
-            isinstance(value, str)
-            and (found := re.search(r"_niter_(\d+)", value))
-            and not int(found[1][:9]) <= MOST_ITERATIONS
-        ):
-            raise FileError(
-                f"{where}: {field.name} asks for {found[1][:9]} iterations, expected at most "
+                f"{where}: {name} asks for {asked[1][:9]} iterations, expected at most "
                 f"{MOST_ITERATIONS}"
             )
 
 
 def _strings(value: Any, where: str) -> list[str]:
-    """A pattern, a list of them, or a mapping by them."""
-    found = (
-        []
-        if value is None
-        else [value]
-        if isinstance(value, str)
-        else list(value)
-        if isinstance(value, (list, dict))
-        else None
-    )
-    if found is None or not all(isinstance(one, str) for one in found):
-        raise FileError(f"{where}: expected names, found {brief(value)}")
-    return found
+    """The patterns of a setting that is none, one, a list of them, or a mapping by them."""
+    if value is None:
+        return []
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, (list, dict)) and all(isinstance(name, str) for name in value):
+        return list(value)
+    raise FileError(f"{where}: expected names, found {brief(value)}")
 
 
 def _check_pattern(pattern: str, where: str) -> None:
-    """Raise FileError for what is no regular expression, and for one that may take forever:
-    repeated groups, many repeats.
+    """Raise FileError for what is no regular expression, and for one that may take forever.
+
+    The latter have repeated groups, or many repeats.
     """
     repeats = len(re.findall(r"(?<!\\)[*+]|\{\d*,\}", pattern))
-    if len(pattern) > 2000 or repeats > MOST_REPEATS or re.search(r"(?<!\\)\)\s*[*+{]", pattern):
+    repeats_groups = re.search(r"(?<!\\)\)\s*[*+{]", pattern)
+    if len(pattern) > LONGEST_PATTERN or repeats > MOST_REPEATS or repeats_groups:
         raise FileError(
             f"{where}: the pattern '{pattern[:80]}' repeats groups, or too much; expected names "
             "of layers"
@@ -228,9 +232,9 @@ def _check_pattern(pattern: str, where: str) -> None:
 
 
 def _check_size(number: Any, key: str, widest: int, where: str) -> None:
-    """Ranks and blocks are sizes of tensors: none is above what the file holds.
+    """Raise FileError for a rank or block above what the file's tensors have, or a wild number.
 
-    Other numbers are finite factors.
+    Ranks and blocks are sizes of tensors; other numbers are finite factors.
     """
     if isinstance(number, bool):
         return
@@ -246,14 +250,13 @@ def _check_size(number: Any, key: str, widest: int, where: str) -> None:
 
 
 def _widest(path: Path, *, of: Callable[[list[int]], int]) -> int:
-    """The largest of the tensors' sizes: of their smaller side for LoRA, whose factors have the
-    rank there; others keep blocks and ranks in other shapes.
-    """
+    """The largest of the tensors' sizes, of which `of` picks one for each shape."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(path), framework="pt") as file:
-            shapes = [file.get_slice(name).get_shape() for name in file.keys()]
+            names = list(file.keys())
+            shapes = [file.get_slice(name).get_shape() for name in names]
     except SafetensorError as error:
         raise FileError(
             f"{path} is not a whole safetensors file ({error}); copy it again"

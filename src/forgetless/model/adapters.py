@@ -1,4 +1,9 @@
-"""TODO model.adapters."""
+"""PEFT adapters around a model: put on, switched off, taken out, and looked into.
+
+model = add_adapter(base, names="all-linear", rank=8, alpha=16)
+with bare(model) as base: ...           # measure the base model below the adapter
+base = without_adapter(model)
+"""
 
 from __future__ import annotations
 
@@ -15,8 +20,9 @@ from forgetless.model.linear import is_conv1d, linear_layers, matching, unwrappe
 
 @contextlib.contextmanager
 def bare(model: nn.Module) -> Iterator[nn.Module]:
-    """The transformers model with its adapters switched off, in eval mode, with every parameter
-    frozen; all of it as before on leaving.
+    """The transformers model with its adapters switched off, in eval mode and frozen.
+
+    On leaving, everything is as it was before.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
@@ -37,31 +43,32 @@ def bare(model: nn.Module) -> Iterator[nn.Module]:
         yield base.eval()
     finally:
         for module in adapters:
-            module.enable_adapters(
-                True
-            )  # also unfreezes the adapter, so flags are put back after it
+            # This also unfreezes the adapter, so the parameters' flags are put back after it.
+            module.enable_adapters(True)
         for module, was in training.items():
             module.training = was
         for parameter, was in trainable.items():
             parameter.requires_grad_(was)
 
 
-def without_adapter(model: nn.Module) -> nn.Module:
+def without_adapter(model: Any) -> nn.Module:
     """What `add_adapter` was given, with the adapter taken out of it again."""
-    return model.unload()  # type: ignore[operator,no-any-return]
+    base: nn.Module = model.unload()
+    return base
 
 
 def peft_targets(model: nn.Module, names: str) -> tuple[list[str], bool]:
-    """(target_modules for a PEFT configuration, whether some of them store their weight transposed)
-    for the layers of a bare model chosen by `names`.
+    """(target_modules for a PEFT configuration, whether some store their weight transposed).
+
+    They are for the layers of a bare model that `names` choose (see `linear.matching`).
     """
-    paths = [path for path, _ in matching(model, names)]
+    layers = matching(model, names)
     warn_of_experts(model, names)
+    paths = [path for path, _ in layers]
     kinds = {path.rsplit(".", 1)[-1] for path in paths}
-    by_kind = {path for path, _ in linear_layers(model) if path.rsplit(".", 1)[-1] in kinds}
-    return sorted(kinds) if by_kind == set(paths) else paths, any(
-        is_conv1d(module) for _, module in matching(model, names)
-    )
+    of_these_kinds = {path for path, _ in linear_layers(model) if path.rsplit(".", 1)[-1] in kinds}
+    modules = sorted(kinds) if of_these_kinds == set(paths) else paths
+    return modules, any(is_conv1d(module) for _, module in layers)
 
 
 def add_adapter(
@@ -90,14 +97,14 @@ def add_adapter(
 
 
 def adapter_inputs(folder: str | Path) -> dict[str, Tensor]:
-    """Base weight name -> A (r, in) of a LoRA adapter's folder, read from its file without a model.
+    """Base weight name -> A (r, in) of the LoRA adapter in a folder, read without a model.
 
-    Raises ValueError where there is none.
+    Raises FileError where its file is not there or not whole, ValueError where it is not LoRA.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    found = {}
+    inputs: dict[str, Tensor] = {}
     try:
         tensors = load_file(Path(folder) / "adapter_model.safetensors")
     except (OSError, SafetensorError) as error:
@@ -108,13 +115,13 @@ def adapter_inputs(folder: str | Path) -> dict[str, Tensor]:
     for key, value in tensors.items():
         path, mark, _ = key.removeprefix("base_model.model.").partition(".lora_A.")
         if mark:
-            found[path + ".weight"] = value
-    if not found:
+            inputs[path + ".weight"] = value
+    if not inputs:
         raise ValueError(
             f"'{folder}' holds no LoRA adapter: expected lora_A weights in it; give an adapter "
             "trained by LoRA"
         )
-    return found
+    return inputs
 
 
 def active_lora_layers(model: nn.Module) -> Iterator[tuple[Any, str]]:

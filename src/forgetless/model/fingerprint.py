@@ -1,8 +1,12 @@
-"""TODO model.fingerprint."""
+"""A fingerprint of a base model, by which an importance file knows the model that it belongs to.
+
+fingerprint(model)      # 64 hexadecimal digits, with or without an adapter around the model
+"""
 
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,29 +16,29 @@ from forgetless.model.linear import base_shapes, unwrapped
 
 
 def fingerprint(model: nn.Module, *, samples: int = 65_536) -> str:
-    """sha256 over the shapes of the linear weights and the sign bits of evenly spaced elements of
-    the input embedding.
+    """sha256 over the shapes of the linear weights and signs of the input embedding.
 
-    Signs survive f32, bf16, f16 and loading in 4 or 8 bit (which leaves embeddings alone), so the
-    fingerprint does not depend on how the model was loaded. It tells base models apart, not a base
-    from a fine-tune of it that left the embedding alone.
+    The signs are those of about `samples` evenly spaced elements. They survive f32, bf16, f16 and
+    loading in 4 or 8 bit (which leaves embeddings alone), so the fingerprint does not depend on how
+    the model was loaded. It tells base models apart, not a base from a fine-tune of it that left
+    the embedding alone.
     """
     digest = hashlib.sha256()
     for name, shape in sorted(base_shapes(model).items()):
         digest.update(f"{name} {shape}\n".encode())
-    embedding = unwrapped(model).get_input_embeddings()
+    base: Any = unwrapped(model)
+    embedding = base.get_input_embeddings()
     table = getattr(embedding, "base_layer", embedding).weight.detach()
     digest.update(_signs(table, max(1, table.numel() // samples)))
     return digest.hexdigest()
 
 
 def _signs(table: Tensor, step: int) -> bytes:
-    """The sign bits of every `step`th element; of a table sharded by rows, together, each process's
-    own in order.
+    """The sign bits of every `step`th element.
+
+    Of a table sharded by rows, together, they are each process's own, in order.
     """
-    first, here = (
-        shards.rows_here(table)[0] * table.shape[1],
-        shards.local(table).flatten(),
-    )
+    first = shards.rows_here(table)[0] * table.shape[1]
+    here = shards.local(table).flatten()
     signs: bytes = torch.signbit(here[-first % step :: step]).cpu().numpy().tobytes()
     return b"".join(distributed.collect(signs)) if shards.is_sharded(table) else signs

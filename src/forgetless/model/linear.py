@@ -1,4 +1,4 @@
-"""Which linear layers a transformers model has, what they are called, and which are chosen.
+"""The linear layers of a transformers model: what they are called, and which of them are chosen.
 
 Names and shapes are those of the bare base model, whatever wraps it: DDP, torch.compile, PEFT. A
 shape is always (out, in), also where the weight is stored transposed (GPT-2's Conv1D) or as codes.
@@ -12,33 +12,40 @@ import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from forgetless.errors import OptionError, nearest
 
 logger = logging.getLogger("forgetless")
-# What an error says of the fused tensors of mixture models.
+
+# An nn.Linear, a Conv1D of transformers or a quantised layer of bitsandbytes, each a module with a
+# `weight`. torch's types know the attributes of nn.Module only as "tensor or module".
+LinearModule = Any
+
+# What errors say about the fused tensors of mixture models.
 FUSED_EXPERTS = (
     "fused expert tensors of mixture models hold many weights in one (experts, ...) "
     "tensor; forgetless has no importance for them: leave them out of the targets"
 )
+# Layers of bitsandbytes, known by name so that it need not be installed.
+QUANTISED = ("Linear4bit", "Linear8bitLt")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a target weight will be, before there is an adapter: what layer coefficients need to
-    know.
-    """
+    """Where a target weight will be, before there is an adapter: for layer coefficients."""
 
     name: str
     layer: int | None
     kind: str
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The transformers model inside DDP, torch.compile and PEFT wrappers; LoRA layers stay in
-    place, so module names are those of the base model.
+def unwrapped(model: Any) -> nn.Module:
+    """The transformers model inside DDP, torch.compile and PEFT wrappers.
+
+    LoRA layers stay in place, so module names are those of the base model.
     """
     while True:
         if hasattr(model, "_orig_mod"):
@@ -52,16 +59,17 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def is_conv1d(module: nn.Module) -> bool:
+    """Whether a layer is transformers' Conv1D, which stores its weight as (in, out)."""
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, Conv1D)
 
 
-def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) of every linear layer that can be a target, in the model's order; the output
-    head is left out, as PEFT's all-linear does.
+def linear_layers(model: Any) -> Iterator[tuple[str, LinearModule]]:
+    """(path, module) of every linear layer that can be a target, in the model's order.
 
-    Under an adapter this is the base layer inside it, with the path that it has in the bare model.
+    The output head is left out, as PEFT's all-linear does. Under an adapter this is the base layer
+    inside it, with the path that it has in the bare model.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     inside: list[str] = []  # paths of adapter layers: what lies below them belongs to the adapter
@@ -73,34 +81,27 @@ def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             inside.append(path + ".")
             inner = module.get_base_layer()
         is_linear = (
-            isinstance(inner, nn.Linear)
-            or is_conv1d(inner)
-            or type(inner).__name__ in ("Linear4bit", "Linear8bitLt")
+            isinstance(inner, nn.Linear) or is_conv1d(inner) or type(inner).__name__ in QUANTISED
         )
         if is_linear and module is not head and inner is not head:
             yield path, inner
 
 
-def matching(model: nn.Module, names: str) -> list[tuple[str, nn.Module]]:
-    """Linear layers of a bare model chosen by `names`:
+def matching(model: nn.Module, names: str) -> list[tuple[str, LinearModule]]:
+    """(path, module) of the linear layers of a bare model that `names` choose.
 
-    'all-linear', comma-separated last parts of module paths ('q_proj,v_proj'), or a regular
-    expression that matches the whole path. Raises OptionError naming the nearest kind when nothing
-    matches, ValueError for fused experts.
+    `names` is 'all-linear', comma-separated last parts of module paths ('q_proj,v_proj'), or a
+    regular expression that matches the whole path. Raises OptionError naming the nearest kind when
+    nothing matches, ValueError for fused experts.
     """
     layers = list(linear_layers(model))
-    kinds = {path.rsplit(".", 1)[-1] for path, _ in layers}
+    kinds = {_kind(path) for path, _ in layers}
     if names == "all-linear":
         chosen = layers
     elif re.fullmatch(r"[\w, ]+", names):
         wanted = {name.strip() for name in names.split(",") if name.strip()}
-        for name in sorted(wanted - kinds):
-            if any(name in path for path in fused_experts(model)):
-                raise ValueError(f"'{name}': {FUSED_EXPERTS}")
-            raise OptionError(
-                f"no linear layer of the model is called '{name}'; {nearest(name, kinds)}"
-            )
-        chosen = [(path, module) for path, module in layers if path.rsplit(".", 1)[-1] in wanted]
+        _check_kinds_exist(model, wanted, kinds)
+        chosen = [(path, module) for path, module in layers if _kind(path) in wanted]
     else:
         try:
             pattern = re.compile(names)
@@ -115,35 +116,54 @@ def matching(model: nn.Module, names: str) -> list[tuple[str, nn.Module]]:
     return chosen
 
 
+def _kind(path: str) -> str:
+    """The last part of a module's path: 'q_proj'."""
+    return path.rsplit(".", 1)[-1]
+
+
+def _check_kinds_exist(model: nn.Module, wanted: set[str], kinds: set[str]) -> None:
+    """Raise OptionError or ValueError for a kind of layer that the model does not have."""
+    for name in sorted(wanted - kinds):
+        if any(name in path for path in fused_experts(model)):
+            raise ValueError(f"'{name}': {FUSED_EXPERTS}")
+        raise OptionError(
+            f"no linear layer of the model is called '{name}'; {nearest(name, kinds)}"
+        )
+
+
 def placed(model: nn.Module, names: str) -> list[Place]:
     """The places that `names` choose in a bare model (see `matching`)."""
     return [Place(path + ".weight", *place_of(path)) for path, _ in matching(model, names)]
 
 
 def place_of(path: str) -> tuple[int | None, str]:
-    """(index of the transformer block, kind): 'model.layers.3.self_attn.q_proj' -> (3, 'q_proj')."""
+    """(index of the transformer block, kind) of a layer.
+
+    'model.layers.3.self_attn.q_proj' is at (3, 'q_proj').
+    """
     index = re.search(r"\.(\d+)\.", path)
-    return (int(index.group(1)) if index else None), path.rsplit(".", 1)[-1]
+    return (int(index.group(1)) if index else None), _kind(path)
 
 
 def base_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Base weight name -> (out, in) for every linear layer, below any adapter; quantised layers say
-    their shape by in_features and out_features.
+    """Base weight name -> (out, in) for every linear layer, below any adapter.
+
+    Quantised layers say their shape by in_features and out_features.
     """
-    shapes = {}
-    for path, module in unwrapped(model).named_modules():
+    shapes: dict[str, tuple[int, int]] = {}
+    modules: Iterator[tuple[str, Any]] = unwrapped(model).named_modules()
+    for path, module in modules:
+        name = path + ".weight"
+        if ".lora_" in name or ".base_layer." in name:
+            continue
         inner = module.get_base_layer() if hasattr(module, "get_base_layer") else module
         if is_conv1d(inner):
-            shapes[path + ".weight"] = (inner.weight.shape[1], inner.weight.shape[0])
+            shapes[name] = (inner.weight.shape[1], inner.weight.shape[0])
         elif isinstance(inner, nn.Linear) or (
             hasattr(inner, "in_features") and hasattr(inner, "weight")
         ):
-            shapes[path + ".weight"] = (inner.out_features, inner.in_features)
-    return {
-        name: shape
-        for name, shape in shapes.items()
-        if ".lora_" not in name and ".base_layer." not in name
-    }
+            shapes[name] = (inner.out_features, inner.in_features)
+    return shapes
 
 
 def fused_experts(model: nn.Module) -> list[str]:
@@ -156,8 +176,9 @@ def fused_experts(model: nn.Module) -> list[str]:
 
 
 def warn_of_experts(model: nn.Module, names: str) -> None:
-    """Say that 'all-linear' leaves fused experts out, as PEFT's does, so that nobody takes them for
-    trained.
+    """Say that 'all-linear' leaves fused experts out, so that nobody takes them for trained.
+
+    PEFT's all-linear does the same.
     """
     experts = fused_experts(model)
     if experts and names == "all-linear":

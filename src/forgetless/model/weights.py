@@ -1,9 +1,10 @@
-"""Which weights are trained, what they are called in the base model, and their effective update U =
-W - W(base), always (out, in).
+"""The two kinds of target weight, and their effective update U = W - W(base), always (out, in).
 
-With LoRA U = scale * B @ A; with full fine-tuning U is the difference to the base, read from its
-checkpoint (checkpoint.py) or from a copy. This is the only file that knows PEFT's names. Everything
-else works with two kinds of target weight: `LowRankWeight` and `FullWeight`.
+    LowRankWeight     under a LoRA adapter: U = scale * B @ A
+    FullWeight        trained itself: U is the difference to the base, which is read from its
+                      checkpoint (checkpoint.py) or from a copy
+
+Everything outside this room works with these two, and knows nothing of PEFT's inner names.
 
     for weight in target_weights(peft_model):
         weight.name            # 'model.layers.0.self_attn.q_proj.weight', whatever wraps the model
@@ -15,13 +16,16 @@ A quantised base needs nothing special: only the factors are read.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from forgetless.model.checkpoint import Base
+from forgetless.model.linear import LinearModule
 
-BASE_ROWS = 1 << 22  # elements of the base in memory at a time
+# Elements of the base that are in memory at a time: 16 MiB in f32.
+BASE_ROWS = 1 << 22
 
 
 def wider(dtype: torch.dtype) -> torch.dtype:
@@ -31,16 +35,16 @@ def wider(dtype: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True, eq=False)
 class LowRankWeight:
-    """A base weight with one active LoRA adapter:
+    """A base weight with one active LoRA adapter: U = scale * (B @ A - B0 @ A0).
 
-    U = scale * (B @ A - B0 @ A0); no initial product unless the adapter starts away from the base.
+    There is an initial product B0 @ A0 only where the adapter starts away from the base.
     """
 
     name: str
     shape: tuple[int, int]  # (out, in)
     layer: int | None
     kind: str
-    module: nn.Module
+    module: Any  # PEFT's layer
     A: nn.Parameter  # (r, in)
     B: nn.Parameter  # (out, r)
     scale: float
@@ -51,18 +55,25 @@ class LowRankWeight:
     def parameters(self) -> tuple[nn.Parameter, ...]:
         return (self.A, self.B)
 
+    def base_layer(self) -> Any:
+        """The linear layer of the base model, inside PEFT's."""
+        return self.module.get_base_layer()
+
     def live(self) -> LowRankWeight:
-        """The same with the parameters that the module has now: FSDP2 puts others in their place."""
-        A, B = self.module.lora_A[self.adapter].weight, self.module.lora_B[self.adapter].weight
+        """The same with the parameters that the module has now; FSDP2 puts others in place."""
+        A = self.module.lora_A[self.adapter].weight
+        B = self.module.lora_B[self.adapter].weight
         return self if A is self.A and B is self.B else replace(self, A=A, B=B)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """L (out, q), R (q, in) with L @ R = U, in f32 or wider."""
         dtype = wider(self.A.dtype)
-        A, B = self.A.detach().to(dtype), self.B.detach().to(dtype) * self.scale
+        A = self.A.detach().to(dtype)
+        B = self.B.detach().to(dtype) * self.scale
         if self.initial is None:
             return B, A
-        A0, B0 = self.initial[0].to(A), self.initial[1].to(A) * self.scale
+        A0 = self.initial[0].to(A)
+        B0 = self.initial[1].to(A) * self.scale
         return torch.cat([B - B0, B0], 1), torch.cat([A, A - A0], 0)
 
     def update(self) -> Tensor:
@@ -76,17 +87,16 @@ class LowRankWeight:
 
 @dataclass(frozen=True, eq=False)
 class FullWeight:
-    """A base weight that is trained itself:
+    """A base weight that is trained itself: U = W - base.
 
-    U = W - base. `base` is what W was when the target was made: in the checkpoint's file, or a copy
-    in memory.
+    `base` is what W was when the target was made: in the checkpoint's file, or a copy in memory.
     """
 
     name: str
     shape: tuple[int, int]  # (out, in)
     layer: int | None
     kind: str
-    module: nn.Module
+    module: LinearModule
     W: nn.Parameter  # (out, in), or (in, out) where transposed
     base: Base  # as W
     transposed: bool
@@ -96,7 +106,7 @@ class FullWeight:
         return (self.W,)
 
     def live(self) -> FullWeight:
-        """The same with the parameter that the module has now: FSDP2 puts another in its place."""
+        """The same with the parameter that the module has now; FSDP2 puts another in place."""
         return self if self.module.weight is self.W else replace(self, W=self.module.weight)
 
     def oriented(self, tensor: Tensor) -> Tensor:
@@ -104,13 +114,13 @@ class FullWeight:
         return tensor.T if self.transposed else tensor
 
     def base_rows(self, rows: slice) -> Tensor:
-        """Rows of W(base), (rows, in), in f32 or wider, where W is; rounded to W's dtype as loading
-        did.
+        """Rows of W(base), (rows, in), in f32 or wider, where W is.
+
+        They are rounded to W's dtype, as loading rounded them.
         """
         part = (slice(None), rows) if self.transposed else (rows, slice(None))
-        return self.oriented(self.base.read(part).to(self.W.dtype).to(self.W.device)).to(
-            wider(self.W.dtype)
-        )
+        loaded = self.base.read(part).to(self.W.dtype).to(self.W.device)
+        return self.oriented(loaded).to(wider(self.W.dtype))
 
     def update(self) -> Tensor:
         """U, (out, in), in f32 or wider."""
