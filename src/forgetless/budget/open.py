@@ -31,7 +31,7 @@ from forgetless.data.tasks import encode_rows, load_training_data, row_text
 from forgetless.errors import OptionError
 from forgetless.importance.importance import Importance
 from forgetless.model.loading import context_length
-from forgetless.model.stages import Earlier, Held, walk
+from forgetless.model.stages import Earlier, LearnedDomain, walk
 from forgetless.model.update import Update
 from forgetless.options.methods import METHODS
 from forgetless.options.option import several
@@ -130,10 +130,14 @@ def on_earlier(
         if budget is None:
             continue
         if number == earlier.reference:
-            text = budget.text if earlier.share == 1 else f"{earlier.share:.0%} of {budget.text}"
-            part = Budget(budget.nats * earlier.share, text)
+            text = (
+                budget.text
+                if earlier.budget_fraction == 1
+                else f"{earlier.budget_fraction:.0%} of {budget.text}"
+            )
+            part = Budget(budget.nats * earlier.budget_fraction, text)
             baseline = _measured_baseline(options, model, tokenizer, held_out, encoded, part)
-        learned = earlier.stages[number - 1].held if number else ()
+        learned = earlier.stages[number - 1].domains if number else ()
         guards += [_guard(options, model, tokenizer, held) for held in learned]
     if baseline is None:
         return model, None
@@ -141,7 +145,7 @@ def on_earlier(
     return model, replace(baseline, guards=tuple(guards), moved=moved)
 
 
-def _guard(options: TuneOptions, model: nn.Module, tokenizer: Any, held: Held) -> Guard:
+def _guard(options: TuneOptions, model: nn.Module, tokenizer: Any, held: LearnedDomain) -> Guard:
     """An earlier domain, measured on the model that has just learned it."""
     data = load_training_data(held.data, split=held.split, limit=options.limit)
     rows = encode_rows(data, tokenizer)

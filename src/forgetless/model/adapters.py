@@ -57,6 +57,15 @@ def without_adapter(model: Any) -> nn.Module:
     return base
 
 
+def forget_adapters(model: Any) -> None:
+    """Take PEFT's note of its adapters off a model from which they were taken or merged.
+
+    Otherwise PEFT would take the next adapter for a second one.
+    """
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+
+
 def peft_targets(model: nn.Module, names: str) -> tuple[list[str], bool]:
     """(target_modules for a PEFT configuration, whether some store their weight transposed).
 

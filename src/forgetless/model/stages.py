@@ -1,13 +1,13 @@
-"""What came before a step of a sequence of domains: the adapters that the model stands on, and the
-domains that must not be lost again.
+"""What came before a step of a sequence of domains.
 
-A step trains on the base model with every earlier update merged into its weights, in memory:
-nothing but adapters lies on the disk. On the way there the model passes each state that something
-is measured against: the one that the command started from (general text), and the one right after
-each domain was learned.
+These are the adapters that the model stands on, and the domains that must not be lost again. A step
+trains on the base model with every earlier update merged into its weights, in memory: nothing but
+adapters lies on the disk. On the way there the model passes each state that something is measured
+against: the one that the command started from (general text), and the one right after each domain
+was learned.
 
-    earlier = Earlier((Stage("steps/1/final", (Held("sciq", "sciq=held.jsonl"),)),), reference=0,
-    share=1.0)
+    learned = LearnedDomain("sciq", "sciq=held.jsonl")
+    earlier = Earlier((Stage("steps/1/final", (learned,)),), reference=0, budget_fraction=1.0)
     for number, model in walk(model, earlier): ...     # 0: the bare base, 1: after sciq
 
 Costs one merge for each stage. In half precision each merge rounds the weights once.
@@ -22,40 +22,39 @@ from typing import Any
 from torch import nn
 
 from forgetless.model.adapter_files import with_adapter
+from forgetless.model.adapters import forget_adapters
 
 
 @dataclass(frozen=True)
-class Held:
-    """A domain that was learned: its name, and held-out rows (`split` of a Hub dataset; None: the
-    held-out one).
-    """
+class LearnedDomain:
+    """A domain that was learned, with held-out rows to measure it by."""
 
     name: str
     data: str
-    split: str | None = None
+    split: str | None = None  # of a Hub dataset; None: the held-out one
 
 
 @dataclass(frozen=True)
 class Stage:
-    """An adapter to merge, relative to the model before it, and the domains that its training has
-    learned.
-    """
+    """An adapter to merge, and the domains that its training has learned."""
 
-    adapter: str
-    held: tuple[Held, ...] = ()
+    adapter: str  # relative to the model before it
+    domains: tuple[LearnedDomain, ...] = ()
 
 
 @dataclass(frozen=True)
 class Earlier:
     """The stages below a step.
 
-    `reference`: how many of them are merged where the general text is measured; `share`: how much
-    of the budget is to be spent by the end of this step.
+    Attributes:
+        stages: the first one first.
+        reference: how many of them are merged where the general text is measured.
+        budget_fraction: how much of the budget may be spent by the end of this step, 1 for all.
     """
 
     stages: tuple[Stage, ...] = ()
     reference: int = 0
-    share: float = 1.0
+    budget_fraction: float = 1.0
 
 
 def walk(model: nn.Module, earlier: Earlier) -> Iterator[tuple[int, nn.Module]]:
@@ -67,12 +66,12 @@ def walk(model: nn.Module, earlier: Earlier) -> Iterator[tuple[int, nn.Module]]:
 
 
 def merged(model: nn.Module, adapter: str) -> nn.Module:
-    """`model` with a PEFT adapter's update in its weights, in place, and no trace of the adapter
-    left.
+    """`model` with a PEFT adapter's update in its weights, in place.
+
+    No trace of the adapter is left.
     """
-    whole: Any = with_adapter(model, adapter).merge_and_unload()
-    if hasattr(whole, "peft_config"):
-        del whole.peft_config  # else the next adapter is taken for a second one
-    whole.requires_grad_(True)  # as it was loaded
-    found: nn.Module = whole.eval()
-    return found
+    plain: Any = with_adapter(model, adapter).merge_and_unload()
+    forget_adapters(plain)
+    plain.requires_grad_(True)  # as it was loaded
+    tuned: nn.Module = plain.eval()
+    return tuned

@@ -47,7 +47,7 @@ from forgetless.methods.table import chosen
 from forgetless.model import distributed
 from forgetless.model.loading import load_model
 from forgetless.model.stack import stack
-from forgetless.model.stages import Earlier, Held, Stage, merged
+from forgetless.model.stages import Earlier, LearnedDomain, Stage, merged
 from forgetless.options.option import as_dict, parse_rule, several
 from forgetless.options.tune import TuneOptions
 from forgetless.sequence.domains import Domain, earlier_of, named
@@ -305,8 +305,8 @@ def _step(plan: Plan, number: int, domain: Domain) -> dict[str, Any]:
     return tune(options, earlier=earlier)
 
 
-def _held(domain: Domain) -> Held:
-    return Held(domain.name, domain.held, domain.held_split)
+def _held(domain: Domain) -> LearnedDomain:
+    return LearnedDomain(domain.name, domain.held, domain.held_split)
 
 
 def _importance(plan: Plan, number: int) -> str | None:
