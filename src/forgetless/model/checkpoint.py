@@ -1,15 +1,15 @@
-"""The base weights of a model under full fine-tuning, read from its checkpoint's safetensors files
-instead of being kept twice in memory.
+"""The base weights of full fine-tuning, read from the checkpoint's safetensors files.
 
-U = W - W(base) needs W(base) in every step. A model loaded from a local folder or from the hub's
-cache still has it on disk: `stored_weights` finds file and key of each weight, whatever
-transformers renamed while loading, and hands out a reader only where the file's values, cast to the
-parameter's dtype, are the live ones bit for bit. Files are memory-mapped and read a few rows at a
-time, so the system's page cache is all the memory that it takes, and it may be taken back. A weight
-that is not found stays as a copy (`KeptWeight`, the twin).
+U = W - W(base) needs W(base) in every step, and a copy would double the memory of the weights. A
+model loaded from a local folder or from the hub's cache still has it on disk: `stored_weights`
+finds file and key of each weight, whatever transformers renamed while loading, and hands out a
+reader only where the file's values, cast to the parameter's dtype, are the live ones bit for bit.
+Files are memory-mapped and read a few rows at a time, so the system's page cache is all the memory
+that this takes, and it may be taken back. A weight that is not found stays as a copy (`KeptWeight`,
+the twin).
 
-    stored_weights(model, {"model.layers.0.mlp.up_proj.weight": W})     # -> {name: StoredWeight};
-        names that are missing need a copy
+    # {name: StoredWeight}; names that are missing need a copy
+    stored_weights(model, {"model.layers.0.mlp.up_proj.weight": W})
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-CHUNK = 1 << 22  # elements compared at a time
+# Elements of a weight that are compared at a time: 16 MiB in f32.
+CHUNK = 1 << 22
 
 
 class Base(Protocol):
@@ -46,14 +47,15 @@ class KeptWeight:
 
 @dataclass(frozen=True, eq=False)
 class StoredWeight:
-    """A weight as it was, in a safetensors file that is memory-mapped: nothing is in memory but
-    what `read` returns.
+    """A weight as it was, in a memory-mapped safetensors file.
+
+    Nothing of it is in memory but what `read` returns.
     """
 
     path: Path
     key: str
     file: Any  # safetensors' handle, one for all weights of a file
-    stamp: tuple[int, ...]
+    stamp: tuple[int, ...]  # of the file when it was opened
 
     def read(self, part: tuple[slice, ...]) -> Tensor:
         """Part of the weight, as stored.
@@ -71,27 +73,30 @@ class StoredWeight:
 
 
 def stored_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, StoredWeight]:
-    """Readers of those of `weights` (by name in the bare `model`) that stand in its checkpoint
-    exactly as they are now.
+    """Readers of those of `weights` that stand in the model's checkpoint exactly as they are now.
+
+    `weights` go by their names in the bare `model`.
     """
-    found: dict[str, StoredWeight] = {}
+    readers: dict[str, StoredWeight] = {}
     aliases = _aliases(model)
-    for path in (path for folder in checkpoint_folders(model) for path in _files(folder)):
-        if len(found) == len(weights):
+    files = [path for folder in checkpoint_folders(model) for path in _weight_files(folder)]
+    for path in files:
+        if len(readers) == len(weights):
             break
-        stamp, file = _stamp(path), _opened(path)
+        stamp = _stamp(path)
+        file = _opened(path)
         for key, name in _renamed(model, sorted(file.keys())):
+            reader = StoredWeight(path, key, file, stamp)
             for target in aliases.get(name, (name,)):
-                stored = StoredWeight(path, key, file, stamp)
-                if target in weights and target not in found and _same(stored, weights[target]):
-                    found[target] = stored
-    return found
+                if target in weights and target not in readers and _same(reader, weights[target]):
+                    readers[target] = reader
+    return readers
 
 
 def checkpoint_folders(model: nn.Module) -> list[Path]:
-    """Where `model` may have been loaded from: a local folder, or each snapshot of its name in the
-    hub's cache, the newest first; none where unknown.
+    """Where `model` may have been loaded from; none where that is unknown.
 
+    It is a local folder, or each snapshot of its name in the hub's cache, the newest first.
     transformers 5.23 doesn't tell which snapshot it was. Values are compared before they are
     trusted, so a wrong one costs a glance.
     """
@@ -106,11 +111,13 @@ def checkpoint_folders(model: nn.Module) -> list[Path]:
     return sorted(snapshots.glob("*"), key=lambda folder: folder.stat().st_mtime, reverse=True)
 
 
-def _files(folder: Path) -> list[Path]:
-    """The safetensors files of a model's folder: one, or the shards of an index; as from_pretrained
-    looks for them.
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model's folder, as from_pretrained looks for them.
+
+    There is one file, or an index with its shards.
     """
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    index = folder / "model.safetensors.index.json"
     if single.is_file():
         return [single]
     if not index.is_file():
@@ -120,25 +127,28 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _opened(path: Path) -> Any:
+    """safetensors' handle of a file."""
     from safetensors import safe_open
 
     return safe_open(str(path), framework="pt")
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
-    """(inode, size, time of change): a file that was replaced has another inode, and the old one
-    stays mapped. (0,) where nothing is there any more.
+    """(inode, size, time of change) of a file; (0,) where nothing is there any more.
+
+    A file that was replaced has another inode, and the old one stays mapped.
     """
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError:
         return (0,)
-    return (found.st_ino, found.st_size, found.st_mtime_ns)
+    return (status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 def _renamed(model: nn.Module, keys: list[str]) -> Iterator[tuple[str, str]]:
-    """(key in the file, name in the model), as transformers renames while loading; keys whose
-    tensors it merges or splits are left out.
+    """(key in the file, name in the model), as transformers renames while loading.
+
+    Keys whose tensors it merges or splits are left out.
     """
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -163,14 +173,16 @@ def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def _same(stored: StoredWeight, live: Tensor) -> bool:
-    """Whether the file's values in the live dtype are the live ones bit for bit, compared a few
-    rows at a time.
+    """Whether the file's values in the live dtype are the live ones bit for bit.
+
+    They are compared a few rows at a time.
     """
-    kept = stored.file.get_slice(stored.key)
-    if tuple(kept.get_shape()) != tuple(live.shape) or live.ndim != 2:
+    shape = stored.file.get_slice(stored.key).get_shape()
+    if tuple(shape) != tuple(live.shape) or live.ndim != 2:
         return False
     rows = max(1, CHUNK // max(live.shape[1], 1))
-    parts = ((slice(first, first + rows), slice(None)) for first in range(0, live.shape[0], rows))
-    return all(
-        torch.equal(stored.read(part).to(live.dtype), live.detach()[part].cpu()) for part in parts
-    )
+    for first in range(0, live.shape[0], rows):
+        part = (slice(first, first + rows), slice(None))
+        if not torch.equal(stored.read(part).to(live.dtype), live.detach()[part].cpu()):
+            return False
+    return True

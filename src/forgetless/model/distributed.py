@@ -1,8 +1,7 @@
-"""Several processes that train or record one model: who writes, who owns what, and the few things
-that are added up between them.
+"""Several processes that train or record one model: who writes, who owns what, what is added up.
 
-Started by torchrun or accelerate; `start` joins the group that their environment describes.
-Everything here does nothing, and costs nothing, in one process.
+They are started by torchrun or accelerate; `start` joins the group that their environment
+describes. In one process everything here does nothing, and costs nothing.
 
     distributed.start("auto")                    # before the model is loaded
     mine = distributed.shard(batches)            # every Nth
@@ -45,10 +44,8 @@ def launched() -> bool:
 def start(device: str = "auto") -> None:
     """Join the processes that a launcher started: gloo on the CPU, nccl on GPUs, one each.
 
-    Only the first one talks from here on, except about errors.
-
-    Raises OptionError for engines that the verbs do not run on, and where `device` names one GPU
-    for several processes.
+    Only the first process talks from here on, except about errors. Raises OptionError for engines
+    that the verbs do not run on, and where `device` names one GPU for several processes.
     """
     engine.check_launch()
     if not launched():
@@ -78,7 +75,7 @@ def size() -> int:
 
 
 def rank() -> int:
-    """Which one this is, from 0."""
+    """Which process this is, from 0."""
     return dist.get_rank() if running() else 0
 
 
@@ -99,27 +96,27 @@ def barrier() -> None:
 
 
 def shard(items: Sequence[Item]) -> list[Item]:
-    """This process's part of `items`: every Nth, from its rank on."""
+    """This process's shard of `items`: every Nth, from its rank on."""
     return list(items[rank() :: size()])
 
 
 def split_batch(batch: int, accumulation: int) -> tuple[int, int]:
-    """(sequences per forward pass, forward passes per step) of each process, so that together they
-    make batch * accumulation sequences per step.
+    """(sequences per forward pass, forward passes per step) of each process.
 
-    Raises OptionError where these cannot be divided evenly.
+    Together the processes make batch * accumulation sequences per step. Raises OptionError where
+    these cannot be divided evenly.
     """
     n = size()
-    shared = math.gcd(
-        accumulation, n
-    )  # forward passes are divided first, so that each stays as large as it was
-    if batch % (n // shared):
+    # Forward passes are divided first, so that each stays as large as it was.
+    fewer_passes = math.gcd(accumulation, n)
+    smaller_batch = n // fewer_passes
+    if batch % smaller_batch:
         raise OptionError(
             f"--batch-size {batch} x --accumulation {accumulation} sequences per step cannot be "
             f"shared evenly by {n} processes; "
             "let their product be a multiple of the number of processes"
         )
-    return batch // (n // shared), accumulation // shared
+    return batch // smaller_batch, accumulation // fewer_passes
 
 
 def add_up(tensor: Tensor) -> Tensor:
@@ -133,36 +130,40 @@ def add_up_numbers(numbers: Sequence[float], device: torch.device | str = "cpu")
     """Sums of plain numbers over all processes, in f64, together."""
     if not running():
         return list(numbers)
-    return add_up(torch.tensor(list(numbers), dtype=torch.float64, device=_place(device))).tolist()
+    tensor = torch.tensor(list(numbers), dtype=torch.float64, device=_travelling(device))
+    return add_up(tensor).tolist()
 
 
 def collect(thing: Any) -> list[Any]:
     """A small plain thing of every process, in the order of their ranks, together."""
     if not running():
         return [thing]
-    found: list[Any] = [None] * size()
-    dist.all_gather_object(found, thing)
-    return found
+    things: list[Any] = [None] * size()
+    dist.all_gather_object(things, thing)
+    return things
 
 
 def add_up_all(tensors: Sequence[Tensor]) -> None:
-    """The sum of each tensor over all processes, in place, together; one message for each dtype and
-    device.
+    """The sum of each tensor over all processes, in place, together.
+
+    One message travels for each dtype and device.
     """
-    kinds: dict[Any, list[Tensor]] = {}
+    if not running():
+        return
+    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors:
         kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-    for group in kinds.values() if running() else ():
+    for group in kinds.values():
         flat = add_up(torch.cat([tensor.flatten() for tensor in group]))
-        for tensor, summed in zip(
-            group, flat.split([tensor.numel() for tensor in group]), strict=True
-        ):
+        sums = flat.split([tensor.numel() for tensor in group])
+        for tensor, summed in zip(group, sums, strict=True):
             tensor.copy_(summed.view(tensor.shape))
 
 
 def add_up_at(tensor: Tensor, owner: int) -> None:
-    """The sum of `tensor` over all processes, in place at its owner, together; elsewhere it is
-    undefined afterwards.
+    """The sum of `tensor` over all processes, in place at its owner, together.
+
+    Elsewhere the tensor is undefined afterwards.
     """
     if running():
         dist.reduce(tensor, dst=owner)
@@ -170,34 +171,33 @@ def add_up_at(tensor: Tensor, owner: int) -> None:
 
 def from_owner(tensor: Tensor, owner: int) -> Tensor:
     """`tensor` as its owner has it, in place, together."""
-    if running():
-        place = _place(tensor.device)
-        moved = (
-            tensor
-            if tensor.device == place and tensor.is_contiguous()
-            else tensor.to(place).contiguous()
-        )
-        dist.broadcast(moved, src=owner)
-        if moved is not tensor:
-            tensor.copy_(moved)
-    return tensor
+    if not running():
+        return tensor
+    device = _travelling(tensor.device)
+    if tensor.device == device and tensor.is_contiguous():
+        dist.broadcast(tensor, src=owner)
+        return tensor
+    moved = tensor.to(device).contiguous()
+    dist.broadcast(moved, src=owner)
+    return tensor.copy_(moved)
 
 
 def average_gradients(parameters: Sequence[Tensor]) -> None:
-    """Mean of the gradients over all processes, together, in one message; a process without a
-    gradient counts as zero.
+    """Mean of the gradients over all processes, in place, together, in one message.
+
+    A process without a gradient counts as zero.
     """
     if not running():
         return
+    gradients = []
     for p in parameters:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-    flat = add_up(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])).div_(
-        size()
-    )
-    for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        assert p.grad is not None
-        p.grad.copy_(part.view_as(p.grad))
+        gradients.append(p.grad)
+    flat = add_up(torch.cat([gradient.flatten() for gradient in gradients])).div_(size())
+    means = flat.split([gradient.numel() for gradient in gradients])
+    for gradient, mean in zip(gradients, means, strict=True):
+        gradient.copy_(mean.view_as(gradient))
 
 
 def owners(
@@ -205,34 +205,34 @@ def owners(
 ) -> dict[str, int]:
     """Name -> which of `processes` (default: those that there are) keeps it.
 
-    `sizes`: name -> (what it shares memory with, bytes); those that share stay together, and each
-    process gets about as much as the others: the largest first, each to who has least.
+    `sizes` is name -> (what it shares memory with, bytes). Those that share memory stay together,
+    and each process gets about as much as the others: the largest comes first, and each goes to the
+    process that has least.
     """
     groups: dict[Hashable, int] = {}
     for together, amount in sizes.values():
         groups[together] = groups.get(together, 0) + amount
     load = [0] * (processes or size())
     where: dict[Hashable, int] = {}
-    for together in sorted(
-        groups, key=lambda key: -groups[key]
-    ):  # stable: the order of the model among equals
+    # The sort is stable, so among equals the order of the model stays.
+    for together in sorted(groups, key=lambda key: -groups[key]):
         where[together] = load.index(min(load))
         load[where[together]] += groups[together]
     return {name: where[together] for name, (together, _) in sizes.items()}
 
 
 def check_same(what: str, value: float, advice: str) -> None:
-    """Raise ValueError, together, unless every process has the same number (to rounding)."""
-    found = collect(value)
-    if max(found) - min(found) > 1e-3 * max(abs(one) for one in found):
+    """Raise ValueError, together, unless every process has the same number, to a thousandth."""
+    values = collect(value)
+    if max(values) - min(values) > 1e-3 * max(abs(number) for number in values):
         raise ValueError(
-            f"{what} differs between the processes ({min(found):.6g} to {max(found):.6g}), "
+            f"{what} differs between the processes ({min(values):.6g} to {max(values):.6g}), "
             f"expected the same in each; {advice}"
         )
 
 
-def _place(device: torch.device | str) -> torch.device:
-    """Where tensors must be to travel: on the GPU for nccl."""
+def _travelling(device: torch.device | str) -> torch.device:
+    """Where a tensor on `device` must be to travel: on the GPU for nccl."""
     if dist.get_backend() == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device(device)

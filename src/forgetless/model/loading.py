@@ -1,7 +1,12 @@
-"""Loading models and tokenizers, with errors that say what to do."""
+"""Loading and saving models and tokenizers, with errors that say what to do.
+
+model, tokenizer = load_model(options), load_tokenizer(options)
+save_whole(model, tokenizer, Path("final"))
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 from collections.abc import Callable
@@ -40,39 +45,41 @@ def load_model(options: ModelOptions, name: str | None = None) -> nn.Module:
     """
     from transformers import AutoModelForCausalLM
 
-    settings: dict[str, Any] = {
-        "dtype": "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
-    }
+    dtype = "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
+    settings: dict[str, Any] = {"dtype": dtype}
     if options.quantize != "none":
         settings["quantization_config"] = _quantization(options)
         settings["device_map"] = {"": device_of(options)}
-    model = _load(AutoModelForCausalLM, name or options.model, options, settings)
+    model: nn.Module = _load(AutoModelForCausalLM, name or options.model, options, settings)
     if options.quantize == "none":
         model = model.to(device_of(options))
     return model.eval()
 
 
 def load_empty(options: ModelOptions) -> nn.Module:
-    """The causal LM on torch's meta device: shapes and names, no weights; only its configuration is
-    read. Raises ValueError when it is not there.
+    """The causal LM on torch's meta device: shapes and names, but no weights.
+
+    Only its configuration is read. Raises ValueError when it is not there.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = _load(AutoConfig, options.model, options, {})
-    dtype = (
-        getattr(config, "dtype", None) or torch.float32
-        if options.dtype == "auto"
-        else getattr(torch, options.dtype)
-    )
+    if options.dtype == "auto":
+        dtype = getattr(config, "dtype", None) or torch.float32
+    else:
+        dtype = getattr(torch, options.dtype)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
+        model: nn.Module = AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=options.trust_remote_code
         )
+    return model
 
 
 def load_tokenizer(options: ModelOptions, name: str | None = None) -> Any:
-    """The tokenizer of `options.model`; without a padding token the end-of-text token pads, and
-    nothing is resized.
+    """The tokenizer `name` (default `options.model`).
+
+    Without a padding token the end-of-text token pads, and nothing is resized. Raises ValueError
+    when it is not there.
     """
     from transformers import AutoTokenizer
 
@@ -87,13 +94,18 @@ def load_tokenizer(options: ModelOptions, name: str | None = None) -> Any:
 def save_whole(
     model: Any, tokenizer: Any, folder: Path, save: Callable[[Any, Path], object] | None = None
 ) -> None:
-    """Save (by `save` where given) under a temporary name beside `folder`, then rename: a partial
-    result is never taken for a whole one.
+    """Save model and tokenizer to `folder`, by `save` where given.
+
+    They are saved under a temporary name beside it, which is then renamed: a partial result is
+    never taken for a complete one.
     """
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         with room_for(folder):
-            save(model, temporary) if save else model.save_pretrained(str(temporary))
+            if save is not None:
+                save(model, temporary)
+            else:
+                model.save_pretrained(str(temporary))
             tokenizer.save_pretrained(str(temporary))
             discard(folder)
             os.replace(temporary, folder)
@@ -102,50 +114,37 @@ def save_whole(
 
 
 def context_length(model: nn.Module) -> int:
-    """The longest sequence in tokens that the model's configuration allows; 2048 where it does not
-    say.
+    """The longest sequence in tokens that the model's configuration allows.
+
+    It is 2048 where the configuration does not say.
     """
-    config = model.config
     for key in ("max_position_embeddings", "n_positions", "n_ctx", "seq_length"):
-        if isinstance(getattr(config, key, None), int):
-            return int(getattr(config, key))
+        length = getattr(model.config, key, None)
+        if isinstance(length, int):
+            return length
     return 2048
 
 
 def _load(kind: Any, name: str, options: ModelOptions, settings: dict[str, Any]) -> Any:
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    path = Path(name).expanduser()
-    if looks_local and not path.exists():
-        raise ValueError(
-            f"model '{name}' does not exist; expected a Hub name or a folder with config.json "
-            "and weights"
-        )
-    if path.is_dir() and not (path / "config.json").is_file():
-        hint = (
-            "; it holds an adapter: give its base model here, and the adapter with --adapter"
-            if (path / "adapter_config.json").is_file()
-            else ""
-        )
-        raise ValueError(f"'{name}' is not a model folder: expected config.json in it{hint}")
+    """What `kind`, an Auto class of transformers, loads. Raises ValueError where it cannot."""
+    folder = _model_folder(name)
     try:
         return kind.from_pretrained(
-            str(path) if path.is_dir() else name,
+            name if folder is None else str(folder),
             revision=options.revision,
             trust_remote_code=options.trust_remote_code,
             **settings,
         )
     except OSError as error:
-        offline = (
-            " (offline mode is on: HF_HUB_OFFLINE)"
-            if os.environ.get("HF_HUB_OFFLINE") == "1"
-            else ""
-        )
+        offline = ""
+        if os.environ.get("HF_HUB_OFFLINE") == "1":
+            offline = " (offline mode is on: HF_HUB_OFFLINE)"
         first = str(error).strip().splitlines()[0]
         raise ValueError(
             f"cannot load '{name}'{offline}: {first}; check the name, the connection or your "
             "access, or give a local folder"
         ) from error
-    # a truncated weight file or a foreign configuration: each library has its own exceptions
+    # A truncated weight file or a foreign configuration: each library has its own exceptions.
     except Exception as error:
         raise ValueError(
             f"cannot load '{name}': {str(error).strip().splitlines()[0]}; is the model whole, "
@@ -153,9 +152,30 @@ def _load(kind: Any, name: str, options: ModelOptions, settings: dict[str, Any])
         ) from error
 
 
-def _quantization(options: ModelOptions) -> Any:
-    import importlib.util
+def _model_folder(name: str) -> Path | None:
+    """The local folder that `name` is; None for a name on the Hub.
 
+    Raises ValueError for a folder that is not there, or holds no model.
+    """
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    path = Path(name).expanduser()
+    if looks_local and not path.exists():
+        raise ValueError(
+            f"model '{name}' does not exist; expected a Hub name or a folder with config.json "
+            "and weights"
+        )
+    if not path.is_dir():
+        return None
+    if not (path / "config.json").is_file():
+        hint = ""
+        if (path / "adapter_config.json").is_file():
+            hint = "; it holds an adapter: give its base model here, and the adapter with --adapter"
+        raise ValueError(f"'{name}' is not a model folder: expected config.json in it{hint}")
+    return path
+
+
+def _quantization(options: ModelOptions) -> Any:
+    """transformers' settings for --quantize. Raises ValueError without bitsandbytes."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError(
             f"--quantize {options.quantize} needs bitsandbytes, which is not installed; pip "

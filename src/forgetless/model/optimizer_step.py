@@ -1,7 +1,11 @@
-"""Hooks around the step of any torch optimizer: what the recorder and the penalty share.
+"""Hooks around the step of any torch optimizer, which the recorder and the penalty share.
 
 A step pre-hook fires before a closure has run, so work that needs gradients is put inside the
 closure where there is one.
+
+    handle = before_step(unwrapped_optimizer(optimizer), action)
+    ...
+    handle.remove()
 """
 
 from __future__ import annotations
@@ -44,7 +48,8 @@ def before_step(
     """
 
     def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
+        # args[0] is the optimizer.
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             action()
             return None
@@ -62,29 +67,30 @@ def before_step(
             action()
             return result
 
-        return (
-            ((args[0], wrapped, *args[2:]), kwargs)
-            if len(args) > 1
-            else (args, {**kwargs, "closure": wrapped})
-        )
+        if len(args) > 1:
+            return (args[0], wrapped, *args[2:]), kwargs
+        return args, {**kwargs, "closure": wrapped}
 
     handle = optimizer.register_step_pre_hook(hook)
     if first:
-        optimizer._optimizer_step_pre_hooks.move_to_end(handle.id, last=False)  # type: ignore[attr-defined]
+        hooks: Any = optimizer._optimizer_step_pre_hooks  # an OrderedDict, which its type hides
+        hooks.move_to_end(handle.id, last=False)
     return handle
 
 
 def pending_scale(optimizer: torch.optim.Optimizer) -> float:
-    """Fused optimizers unscale inside their step: the GradScaler's factor that `.grad` still
-    carries when the hooks run, else 1.
+    """The GradScaler's factor that `.grad` still carries when the hooks run, else 1.
+
+    Fused optimizers unscale inside their step.
     """
     scale = getattr(optimizer, "grad_scale", None)
     return 1.0 if scale is None else float(scale)
 
 
 def will_skip(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a fused optimizer is about to skip this step because the GradScaler found an
-    infinity.
+    """Whether a fused optimizer is about to skip this step.
+
+    It does where the GradScaler found an infinity.
     """
-    found = getattr(optimizer, "found_inf", None)
-    return found is not None and float(found) > 0
+    infinities = getattr(optimizer, "found_inf", None)
+    return infinities is not None and float(infinities) > 0

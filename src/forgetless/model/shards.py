@@ -19,12 +19,13 @@ from forgetless.model import distributed
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a process has only a part of `tensor`, as under FSDP2."""
-    module = sys.modules.get("torch.distributed.tensor")  # not imported: nothing is sharded
+    # Where torch's module has not been imported, nothing is sharded.
+    module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def whole(tensor: Any) -> Any:
-    """`tensor` gathered, together, where it is sharded: for small ones."""
+    """`tensor` gathered, together, where it is sharded; for small ones."""
     return tensor.detach().full_tensor() if is_sharded(tensor) else tensor
 
 
@@ -51,15 +52,16 @@ def rows_here(tensor: Any) -> tuple[int, int]:
 
 
 def rows_like(tensor: Tensor, sharded: Any) -> Tensor:
-    """Of a whole tensor the rows that are here of `sharded`; the tensor itself where that is not
-    sharded, or has been cut already.
+    """Of a whole tensor the rows that are here of `sharded`.
+
+    It is the tensor itself where `sharded` is not, or where the tensor has been cut already.
     """
     first_row, count = rows_here(sharded)
     return tensor if len(tensor) == count else tensor[first_row : first_row + count]
 
 
 def counts(tensor: Any) -> bool:
-    """Whether what is here of `tensor` counts in a sum over all processes: of copies one does."""
+    """Whether what is here of `tensor` counts in a sum over all processes: one of copies does."""
     if not is_sharded(tensor):
         return distributed.first()
     where = tensor.device_mesh.get_coordinate()
