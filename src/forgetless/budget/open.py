@@ -130,12 +130,9 @@ def on_earlier(
         if budget is None:
             continue
         if number == earlier.reference:
-            text = (
-                budget.text
-                if earlier.budget_fraction == 1
-                else f"{earlier.budget_fraction:.0%} of {budget.text}"
-            )
-            part = Budget(budget.nats * earlier.budget_fraction, text)
+            fraction = earlier.budget_fraction
+            text = budget.text if fraction == 1 else f"{fraction:.0%} of {budget.text}"
+            part = Budget(budget.nats * fraction, text)
             baseline = _measured_baseline(options, model, tokenizer, held_out, encoded, part)
         learned = earlier.stages[number - 1].domains if number else ()
         guards += [_guard(options, model, tokenizer, held) for held in learned]
