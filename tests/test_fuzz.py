@@ -26,7 +26,8 @@ from forgetless.data.tasks import load_training_data
 from forgetless.errors import UNSAFE, FileError, OptionError, printable
 from forgetless.files.compare_json import Comparison
 from forgetless.files.schema import from_json
-from forgetless.files.untrusted import DEPTH, check_name, load_json, load_yaml
+from forgetless.files.untrusted import DEPTH, check_name, load_json
+from forgetless.files.untrusted_yaml import load_yaml
 from forgetless.importance.entries import DenseEntry, FactoredEntry
 from forgetless.importance.importance import Importance, describe_file
 from forgetless.model.adapter_files import checked, with_adapter

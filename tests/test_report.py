@@ -27,7 +27,7 @@ from forgetless.report.markdown import markdown
 from forgetless.report.page import as_json, page
 from forgetless.report.palette import ACCENT, DARK, HUES, LIGHT, NEUTRAL, looks
 from forgetless.report.summary import headlines, hidden_at_first
-from forgetless.report.training_figures import movement
+from forgetless.report.training_figures import movement_figure
 
 HOSTILE = (
     "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'`{{7*7}}|_x_ <!-- "
@@ -749,7 +749,7 @@ def test_importance_of_other_units_is_drawn_on_one_scale(folder):
         if one.get("moved") and one["method"] == "hold":
             one["moved"] = [{**row, "importance": 1000 * row["importance"]} for row in one["moved"]]
     drawn = [
-        movement(made, looks(made.methods), "sciq")
+        movement_figure(made, looks(made.methods), "sciq")
         for made in (completed(comparison()), completed(found))
     ]
     x = [

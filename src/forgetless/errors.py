@@ -17,7 +17,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-LONGEST = 1000  # characters of a message
+# Characters of a message.
+LONGEST_MESSAGE = 1000
 # Control characters, lone surrogates, line separators, and what reorders text on a terminal
 # ("Trojan Source").
 UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -38,7 +39,7 @@ class OptionError(FileError):
     """A wrong option or a wrong combination of options, wherever it was given."""
 
 
-def printable(text: Any, longest: int = LONGEST) -> str:
+def printable(text: Any, longest: int = LONGEST_MESSAGE) -> str:
     """`text` as one line that no terminal obeys, shortened in its middle."""
     escape = lambda match: match[0].encode("unicode_escape").decode("ascii")
     line = UNSAFE.sub(escape, str(text))

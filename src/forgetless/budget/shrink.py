@@ -54,7 +54,7 @@ from forgetless.options.finished import ShrinkOptions
 from forgetless.options.option import as_dict
 from forgetless.penalty.fit import check_fit
 from forgetless.penalty.pull import Penalty
-from forgetless.report.budget import curves, sentences
+from forgetless.report.budget import curve_table, sentences
 from forgetless.report.cards import write_card
 
 logger = logging.getLogger("forgetless")
@@ -121,7 +121,7 @@ def shrink(options: ShrinkOptions) -> dict[str, Any]:
     if held_out.anything:
         print(table(base.before, after))
     if report is not None:
-        print("\n".join([curves(report), *sentences(report)]))
+        print("\n".join([curve_table(report), *sentences(report)]))
     logger.info("wrote %s in %.0f s", out / "final", run["seconds"])
     return run
 

@@ -1,6 +1,9 @@
-"""Files of a run: written whole or not at all, with what is needed to trace a number back.
+"""Files that are written whole or not at all: under a temporary name beside their own, which they
+get when they are finished. Standard library only.
 
-Standard library only.
+    write_json("run/run.json", data)
+    with atomic_path("run/page.html") as temporary:
+        temporary.write_text(...)
 """
 
 from __future__ import annotations
@@ -19,6 +22,11 @@ from typing import Any
 
 from forgetless.errors import FileError
 from forgetless.files.untrusted import load_json
+
+# What the system says where nothing more can be written.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+# What torch names where it could not write; it does not say why.
+TORCH_WRITERS = ("inline_container", "PytorchStreamWriter")
 
 
 @contextlib.contextmanager
@@ -41,9 +49,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def room_for(path: str | Path) -> Iterator[None]:
-    """Raise ValueError in one sentence where a block cannot write for want of room, whoever tried:
-
-    Python, safetensors or torch.
+    """Raise ValueError in one sentence where a block cannot write for want of room, whoever tried
+    to write: Python, safetensors or torch.
     """
     try:
         yield
@@ -62,13 +69,11 @@ def _no_room(error: BaseException | None) -> str | None:
     """
     while error is not None:
         number = error.errno if isinstance(error, OSError) else None
-        if (told := re.search(r"\(os error (\d+)\)", str(error))) is not None:  # safetensors
-            number = int(told[1])
-        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
+        if (by_safetensors := re.search(r"\(os error (\d+)\)", str(error))) is not None:
+            number = int(by_safetensors[1])
+        if number in NO_ROOM:
             return os.strerror(number)
-        if "inline_container" in str(error) or "PytorchStreamWriter" in str(
-            error
-        ):  # torch does not say why
+        if any(name in str(error) for name in TORCH_WRITERS):
             return "it could not be written to its end, as on a full disk"
         error = error.__cause__ or error.__context__
     return None
@@ -78,9 +83,11 @@ def clear_temporaries(path: Path, *, folder: bool) -> None:
     """Remove what killed processes left of unfinished files: anywhere in a folder, or beside a file
     those of its own name. For whoever alone writes there.
     """
-    found = path.rglob(".*.tmp") if folder else path.parent.glob(f".{glob.escape(path.name)}.*.tmp")
-    for place in [place for place in found if re.fullmatch(r"\..+\.\d+\.tmp", place.name)]:
-        discard(place)
+    own = f".{glob.escape(path.name)}.*.tmp"
+    places = list(path.rglob(".*.tmp") if folder else path.parent.glob(own))
+    for place in places:
+        if re.fullmatch(r"\..+\.\d+\.tmp", place.name):
+            discard(place)
 
 
 def discard(path: Path) -> None:

@@ -23,40 +23,39 @@ from typing import Any
 
 from forgetless.errors import OptionError
 
+logger = logging.getLogger("forgetless")
+# A name that a Hub repository can have, with or without its owner.
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
-FILES = (".safetensors", ".jsonl", ".json", ".csv", ".parquet", ".txt")
+# What the names of files end in: a name that ends so is never looked up on the Hub.
+LOCAL_ENDINGS = (".safetensors", ".jsonl", ".json", ".csv", ".parquet", ".txt")
+# The folders in a path, also of one behind 'sciq=' or a comma.
 FOLDERS = re.compile(r"(^|[=,])(?:[~/]|[A-Za-z]:\\)[^,=]*[/\\]")
+# The files of a repository.
+FILE, CARD = "importance.safetensors", "README.md"
 
 
 def hub_name(name: Any) -> str | None:
     """`name` where it can be that of a Hub repository and is nothing local; None otherwise."""
     text = str(name or "")
-    local = text.lower().endswith(FILES) or Path(text).exists()
-    return (
-        text
-        if HUB_NAME.fullmatch(text) and ".." not in text and "--" not in text and not local
-        else None
-    )
+    local = text.lower().endswith(LOCAL_ENDINGS) or Path(text).exists()
+    return text if _can_be_repository(text) and not local else None
+
+
+def _can_be_repository(name: str) -> bool:
+    return bool(HUB_NAME.fullmatch(name)) and ".." not in name and "--" not in name
 
 
 def shareable(value: Any) -> Any:
-    """A value without the folders of this machine:
-
-    '/home/me/wiki.jsonl' -> 'wiki.jsonl'; mappings and lists all through.
+    """A value without the folders of this machine: '/home/me/wiki.jsonl' -> 'wiki.jsonl'; mappings
+    and lists all through.
     """
     if isinstance(value, Mapping):
         return {key: shareable(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
         return [shareable(inner) for inner in value]
-    return (
-        FOLDERS.sub(r"\1", value.rstrip("/") if value.startswith(("/", "~")) else value)
-        if isinstance(value, str)
-        else value
-    )
-
-
-logger = logging.getLogger("forgetless")
-FILE, CARD = "importance.safetensors", "README.md"
+    if not isinstance(value, str):
+        return value
+    return FOLDERS.sub(r"\1", value.rstrip("/") if value.startswith(("/", "~")) else value)
 
 
 def importance_path(
@@ -75,22 +74,9 @@ def importance_path(
     """
     text, path = str(name), Path(name).expanduser()
     if path.is_dir():
-        if not (path / FILE).is_file():
-            found = (
-                ", ".join(sorted(p.name for p in path.glob("*.safetensors")))
-                or "no .safetensors file"
-            )
-            raise ValueError(
-                f"'{text}' is a folder without {FILE} (found {found}); give the file itself, or "
-                "a folder of Importance.save_pretrained"
-            )
-        return path / FILE
-    if (
-        path.exists()
-        or text.lower().endswith(FILES)
-        or not HUB_NAME.fullmatch(text)
-        or "/" not in text
-    ):
+        return _in_folder(path, text)
+    local = path.exists() or text.lower().endswith(LOCAL_ENDINGS)
+    if local or "/" not in text or not HUB_NAME.fullmatch(text):
         return path  # a file; where it is missing, reading it says what to do
     from huggingface_hub import hf_hub_download
 
@@ -106,17 +92,26 @@ def importance_path(
             )
         )
     except (OSError, ValueError) as error:
-        offline = (
-            " (offline mode is on: HF_HUB_OFFLINE)"
-            if os.environ.get("HF_HUB_OFFLINE") == "1"
-            else ""
-        )
+        offline = os.environ.get("HF_HUB_OFFLINE") == "1"
+        mode = " (offline mode is on: HF_HUB_OFFLINE)" if offline else ""
         raise ValueError(
-            f"'{text}' is no file here, and cannot be had from the Hub{offline}: "
-            f"{_first(error)}; expected a repository with {FILE}, made by "
+            f"'{text}' is no file here, and cannot be had from the Hub{mode}: "
+            f"{_first_line(error)}; expected a repository with {FILE}, made by "
             "Importance.push_to_hub or forgetless record --push-to-hub. For a private one: hf "
             "auth login"
         ) from error
+
+
+def _in_folder(folder: Path, name: str) -> Path:
+    """The importance file in a folder of `save_pretrained`."""
+    if (folder / FILE).is_file():
+        return folder / FILE
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    raise ValueError(
+        f"'{name}' is a folder without {FILE} (found "
+        f"{', '.join(others) or 'no .safetensors file'}); give the file itself, or a folder of "
+        "Importance.save_pretrained"
+    )
 
 
 def ready(repo_id: str, *, private: bool | None = None, token: str | bool | None = None) -> str:
@@ -125,7 +120,7 @@ def ready(repo_id: str, *, private: bool | None = None, token: str | bool | None
 
     Raises OptionError for what cannot be a name, ValueError where the Hub refuses.
     """
-    if not HUB_NAME.fullmatch(repo_id) or ".." in repo_id or "--" in repo_id:
+    if not _can_be_repository(repo_id):
         raise OptionError(
             f"'{repo_id}' cannot be the name of a Hub repository; expected NAME or OWNER/NAME of "
             "letters, digits, '-', '_' and '.'"
@@ -138,8 +133,8 @@ def ready(repo_id: str, *, private: bool | None = None, token: str | bool | None
         )
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"the Hub does not let us write to '{repo_id}': {_first(error)}; log in with hf auth "
-            "login, or give a token that may write"
+            f"the Hub does not let us write to '{repo_id}': {_first_line(error)}; log in with hf "
+            "auth login, or give a token that may write"
         ) from error
 
 
@@ -159,6 +154,7 @@ def push_folder(
     """
     from huggingface_hub import HfApi
 
+    advice = advice or f"what was to be uploaded is whole: hf upload {repo} {folder}"
     try:
         commit = HfApi().upload_folder(
             repo_id=repo,
@@ -169,15 +165,13 @@ def push_folder(
             create_pr=create_pr or None,
         )
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"uploading to '{repo}' failed: {_first(error)}; "
-            f"{advice or f'what was to be uploaded is whole: hf upload {repo} {folder}'}"
-        ) from error
-    logger.info("pushed to %s", address := str(getattr(commit, "commit_url", commit)))
+        raise ValueError(f"uploading to '{repo}' failed: {_first_line(error)}; {advice}") from error
+    address = str(getattr(commit, "commit_url", commit))
+    logger.info("pushed to %s", address)
     return address
 
 
-def _first(error: BaseException) -> str:
-    return next(
-        (line for line in str(error).strip().splitlines() if line.strip()), type(error).__name__
-    )
+def _first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its kind where it has none."""
+    lines = (line for line in str(error).strip().splitlines() if line.strip())
+    return next(lines, type(error).__name__)

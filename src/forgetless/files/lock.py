@@ -1,10 +1,10 @@
 """One process at a time per run folder or file to write: a second one is told who is there, and a
 killed one never blocks.
 
-    with only_writer("run"):                            # RUN/.lock, a folder
+    with only_writer("run"):                        # a folder: the lock is run/.lock
         ...
-    with only_writer("model.importance.safetensors"):   # .model.importance.safetensors.lock beside
-                                                        the file
+    with only_writer("importance.safetensors"):     # a file: .importance.safetensors.lock beside it
+        ...
 
 The kernel holds the lock (filelock, by `flock`) and lets go of it when the process ends, however it
 ends; the file names process and host for the message, and is removed at the end. Where the file
@@ -178,17 +178,15 @@ def _mine() -> bytes:
 def _holder(lock: Path) -> dict[str, Any]:
     """Who wrote the lock; empty where that cannot be read (it was just made)."""
     with contextlib.suppress(OSError, ValueError):
-        found = json.loads(lock.read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else {}
+        holder = json.loads(lock.read_text(encoding="utf-8"))
+        return holder if isinstance(holder, dict) else {}
     return {}
 
 
 def _refusal(path: Path, holder: dict[str, Any], advice: str) -> str:
-    who = (
-        f"process {holder['pid']} on {holder.get('host')} (since {holder.get('since')})"
-        if "pid" in holder
-        else "another process"
-    )
+    who = "another process"
+    if "pid" in holder:
+        who = f"process {holder['pid']} on {holder.get('host')} (since {holder.get('since')})"
     return f"{who} is writing to '{path}'; {advice}"
 
 
@@ -196,13 +194,12 @@ def _is_gone(holder: dict[str, Any], lock: Path) -> bool:
     """Whether the writer of a lock file was a process of this host that has ended (its number may
     be another's by now), or was killed before it wrote.
     """
-    if not holder:
-        with contextlib.suppress(FileNotFoundError):
-            return time.time() - lock.stat().st_mtime > UNSIGNED
-        return True
-    return holder.get("host") == socket.gethostname() and _began(holder.get("pid")) != holder.get(
-        "began"
-    )
+    if holder:
+        here = holder.get("host") == socket.gethostname()
+        return here and _began(holder.get("pid")) != holder.get("began")
+    with contextlib.suppress(FileNotFoundError):
+        return time.time() - lock.stat().st_mtime > UNSIGNED
+    return True
 
 
 def _began(pid: Any) -> float | None:

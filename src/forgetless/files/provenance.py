@@ -1,4 +1,6 @@
-"""TODO files.provenance."""
+"""Where a number comes from: the versions, the machine and the commit that a run was made with, and
+the hash of a file that it read.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+# Packages whose version may change a number.
 PACKAGES = (
     "forgetless",
     "torch",
@@ -21,11 +24,13 @@ PACKAGES = (
     "safetensors",
     "lm_eval",
 )
+# Seconds that git may take; on a network disk it can hang.
+GIT_SECONDS = 10
 
 
 def environment(device: str | None = None) -> dict[str, Any]:
-    """Versions, platform, device, and the commit of the source tree where it is a git checkout
-    (null otherwise).
+    """Versions, platform, device, and the commit of the source tree where that is a git checkout
+    (null otherwise): the fields of `run_json.Environment`.
     """
     versions = {}
     for package in PACKAGES:
@@ -43,16 +48,30 @@ def environment(device: str | None = None) -> dict[str, Any]:
 
 
 def _commit() -> tuple[str | None, bool | None]:
-    here = Path(__file__).resolve().parent
+    """The commit of the tree that this file lies in, and whether tracked files differ from it; None
+    where git does not know this file, as where the package is installed.
+    """
+    here = Path(__file__).resolve()
     try:
-        run = lambda *words: subprocess.run(
-            ["git", *words], cwd=here, capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
-        if run("ls-files", "provenance.py") != "provenance.py":
+        if _git(here.parent, "ls-files", here.name) != here.name:
             return None, None
-        return run("rev-parse", "HEAD"), bool(run("status", "--porcelain", "--untracked-files=no"))
+        changes = _git(here.parent, "status", "--porcelain", "--untracked-files=no")
+        return _git(here.parent, "rev-parse", "HEAD"), bool(changes)
     except (OSError, subprocess.SubprocessError):
         return None, None
+
+
+def _git(folder: Path, *words: str) -> str:
+    """What git prints in a folder."""
+    done = subprocess.run(
+        ["git", *words],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=GIT_SECONDS,
+    )
+    return done.stdout.strip()
 
 
 def sha256_file(path: str | Path) -> str:

@@ -1,4 +1,6 @@
-"""TODO files.room."""
+"""Whether there is room: a folder that can be written to, space on the disk, free memory. Asked
+before long work, so that a mistake costs seconds and not a training.
+"""
 
 from __future__ import annotations
 
@@ -56,14 +58,14 @@ def free_memory() -> int | None:
     """Bytes of CPU memory that may still be taken: free, or held by caches that give way, within a
     container's limit; None where the system does not say.
     """
-    free = [_kilobytes("/proc/meminfo", "MemAvailable:"), _left_in_container()]
-    if free[0] is None and hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        free[0] = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min((size for size in free if size is not None), default=None)
+    free = _kernel_bytes("/proc/meminfo", "MemAvailable:")
+    if free is None and "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", ()):
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min((size for size in (free, _left_in_container()) if size is not None), default=None)
 
 
-def _kilobytes(file: str, label: str) -> int | None:
-    """The number behind `label` in a file of the kernel, in bytes."""
+def _kernel_bytes(file: str, label: str) -> int | None:
+    """The number of kilobytes behind `label` in a file of the kernel, in bytes."""
     with contextlib.suppress(OSError):
         for line in Path(file).read_text(encoding="ascii").splitlines():
             if line.startswith(label):
@@ -73,18 +75,12 @@ def _kilobytes(file: str, label: str) -> int | None:
 
 def _left_in_container() -> int | None:
     """What a control group's limit leaves, its file cache not counted; None without a limit."""
-    folder = Path("/sys/fs/cgroup")
+    group = Path("/sys/fs/cgroup")
     with contextlib.suppress(OSError, ValueError):  # 'max' is no number: no limit
-        limit, used = (
-            int((folder / name).read_text(encoding="ascii"))
-            for name in ("memory.max", "memory.current")
-        )
-        counts = dict(
-            line.split()
-            for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines()
-        )
-        return max(
-            0,
-            limit - used + int(counts.get("inactive_file", 0)) + int(counts.get("active_file", 0)),
-        )
+        limit = int((group / "memory.max").read_text(encoding="ascii"))
+        used = int((group / "memory.current").read_text(encoding="ascii"))
+        lines = (group / "memory.stat").read_text(encoding="ascii").splitlines()
+        counts = dict(line.split() for line in lines)
+        cache = int(counts.get("inactive_file", 0)) + int(counts.get("active_file", 0))
+        return max(0, limit - used + cache)
     return None

@@ -120,7 +120,7 @@ def from_json(data: Any, kind: type[T], where: str) -> T:
 
 def as_record(data: Mapping[str, Any], kind: type[T]) -> T:
     """What would be read from a file if `data` were written to it."""
-    return from_json(json_ready(data), kind, kind.__name__)
+    return from_json(json_ready(to_json(data)), kind, kind.__name__)
 
 
 def to_json(value: Any) -> Any:
@@ -181,10 +181,10 @@ def _reading(kind: Any) -> Callable[[Any], Any]:
         entry = _nullable(get_args(kind)[1])
         return lambda data: _mapping(_of_type(data, dict), entry)
     plain = next(iter(getattr(kind, "__metadata__", ())), None) or PLAIN[kind]
-    return lambda data: _plain(data, plain)
+    return lambda data: _leaf(data, plain)
 
 
-def _plain(data: Any, kind: Kind) -> Any:
+def _leaf(data: Any, kind: Kind) -> Any:
     if not kind.fits(data):
         raise _DoesNotFit(f"expected {kind.called}, found {brief(data)}")
     return data

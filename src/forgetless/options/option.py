@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from forgetless.errors import OptionError, brief, nearest
-from forgetless.files.untrusted import load_yaml
+from forgetless.files.untrusted_yaml import load_yaml
 
 # What an option decides. An interrupted run may go on, and the command on a card may leave out what
 # is not part of the result.

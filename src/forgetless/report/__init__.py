@@ -1,4 +1,3 @@
-"""Runs, read and shown: one self-contained HTML page, or markdown.
-
-Imports config and runs only: a report needs no torch.
+"""Runs, read and shown: one self-contained HTML page, or markdown; model cards; what a terminal
+shows. A report needs no torch.
 """

@@ -38,12 +38,12 @@ def sentences(report: BudgetReport) -> list[str]:
     predicted = report.verdict == "predicted"
     lines = [*(_predicted(report) if predicted else _checked(report)), _what_is_kept(report)]
     if report.learning is not None:
-        lines.append(_learned(report, report.learning))
+        lines.append(_learning_line(report, report.learning))
     if len(report.each) > 1:
-        ways = (_bought(f"{way}:", bought) for way, bought in report.each.items())
+        ways = (_bought_in_words(f"{way}:", bought) for way, bought in report.each.items())
         lines.append(f"  each way within this budget, on the control part: {'; '.join(ways)}")
     others = [
-        _bought(f"with {name}", bought)
+        _bought_in_words(f"with {name}", bought)
         for name, bought in report.others.items()
         if name != report.budget
     ]
@@ -60,7 +60,7 @@ def _checked(report: BudgetReport) -> Iterator[str]:
     yield f"budget {report.budget} ({_limit(report)} nats per token of general text): {verdict}"
     yield (
         f"  checked on {numbers.text(check.documents)} documents{among} kept for this: rise "
-        f"{_percent(check.nats)} of perplexity ({_signed(check.nats)} nats), between "
+        f"{_perplexity_rise(check.nats)} of perplexity ({_signed(check.nats)} nats), between "
         f"{_signed(check.low)} and {_signed(check.high)}; promised at most "
         f"{_signed(report.promised)}"
     )
@@ -86,14 +86,15 @@ def _predicted(report: BudgetReport) -> Iterator[str]:
         "not measured"
     )
     yield (
-        f"  predicted by the importance file: rise {_percent(rise.nats)} of perplexity "
+        f"  predicted by the importance file: rise {_perplexity_rise(rise.nats)} of perplexity "
         f"({_signed(rise.nats)} nats); of 20 such updates, 19 are expected below "
         f"{_signed(rise.bound)}"
     )
     yield (
         f"  (calibrated on {numbers.text(known.updates)} updates: what energy costs is off by a "
-        f"factor of {_shown(known.error, '.2g')} typically, {_shown(known.factor, '.2g')} at "
-        "most 19 times in 20, for training and text like theirs)"
+        f"factor of {_formatted(known.error, '.2g')} typically, "
+        f"{_formatted(known.factor, '.2g')} at most 19 times in 20, for training and text like "
+        "theirs)"
     )
     yield (
         "  no general text was looked at: forgetless eval MODEL --adapter OUT/final --general "
@@ -113,12 +114,12 @@ def _what_is_kept(report: BudgetReport) -> str:
     )
 
 
-def _learned(report: BudgetReport, learning: Change) -> str:
+def _learning_line(report: BudgetReport, learning: Change) -> str:
     lost = "predicted forgetting" if report.verdict == "predicted" else "forgetting"
     per = ""
     if report.learning_per_nat is not None:
         per = f", {report.learning_per_nat:.3g} nats for each nat of {lost}"
-    learned = _shown(learning.nats, ".4f")
+    learned = _formatted(learning.nats, ".4f")
     return f"  learning {learned} nats per token on {report.learning_on}{per}"
 
 
@@ -127,11 +128,11 @@ def _how(bought: Bought | BudgetReport) -> str:
     if bought.fraction == 1:
         return "all of it"
     if bought.mu is None:
-        return f"scaled by {_shown(bought.fraction, '.3g')}"
+        return f"scaled by {_formatted(bought.fraction, '.3g')}"
     return f"shrunk along importance at mu {bought.mu:.3g}"
 
 
-def _bought(name: str, bought: Bought | None) -> str:
+def _bought_in_words(name: str, bought: Bought | None) -> str:
     """What one way, or one budget, buys."""
     if bought is None or not bought.fraction:
         return f"{name} nothing"
@@ -169,18 +170,18 @@ def in_one_line(report: BudgetReport) -> str:
     if report.predicted is not None:
         return (
             f"{budget}: predicted, not measured; by the importance file's calibration the general "
-            f"loss rose by {_shown(report.predicted.nats, '.4f')}, and by at most "
-            f"{_shown(report.predicted.bound, '.4f')} for 19 of 20 such updates"
+            f"loss rose by {_formatted(report.predicted.nats, '.4f')}, and by at most "
+            f"{_formatted(report.predicted.bound, '.4f')} for 19 of 20 such updates"
         )
     check = report.check or BudgetCheck()
     return (
         f"{budget}: {report.verdict}; on {numbers.text(check.documents)} documents that nothing "
-        f"was chosen on, the loss rose by {_shown(check.nats, '.4f')}, between "
-        f"{_shown(check.low, '.4f')} and {_shown(check.high, '.4f')}"
+        f"was chosen on, the loss rose by {_formatted(check.nats, '.4f')}, between "
+        f"{_formatted(check.low, '.4f')} and {_formatted(check.high, '.4f')}"
     )
 
 
-def curves(report: BudgetReport) -> str:
+def curve_table(report: BudgetReport) -> str:
     """Each way's curve on the control part, or as predicted, as a table in the terminal."""
     rise = "predicted rise" if report.verdict == "predicted" else "general perplexity"
     return terminal.table(
@@ -188,10 +189,10 @@ def curves(report: BudgetReport) -> str:
         [
             [
                 point.way,
-                _shown(point.fraction, ".3f"),
-                _shown(point.mu, ".3g"),
-                _percent(None if point.rise is None else point.rise.nats),
-                _shown(point.learning, ".4f"),
+                _formatted(point.fraction, ".3f"),
+                _formatted(point.mu, ".3g"),
+                _perplexity_rise(None if point.rise is None else point.rise.nats),
+                _formatted(point.learning, ".4f"),
             ]
             for point in report.curve
         ],
@@ -204,7 +205,7 @@ def budget_table(report: BudgetReport) -> Table:
     rows = [(numbers.text(report.budget), report.budget_nats, own, "this one")]
     for name, bought in report.others.items():
         if bought is not None and name != str(report.budget):
-            rows.append((name, _nats(name), bought, ""))
+            rows.append((name, _budget_in_nats(name), bought, ""))
     rows.sort(key=lambda row: (row[1] is None, row[1] or 0.0))
     learning = report.learning or Change()
     lines = [
@@ -233,7 +234,7 @@ def fraction_in_words(bought: Bought | CurvePoint) -> str:
     return f"update shrunk along importance, mu {bought.mu:.2g}"
 
 
-def _nats(name: str) -> float | None:
+def _budget_in_nats(name: str) -> float | None:
     """'2%' in nats per token."""
     try:
         return math.log1p(float(name.rstrip("% ")) / 100)
@@ -242,18 +243,18 @@ def _nats(name: str) -> float | None:
 
 
 def _limit(report: BudgetReport) -> str:
-    return _shown(report.budget_nats, ".4g")
+    return _formatted(report.budget_nats, ".4g")
 
 
-def _percent(nats: float | None) -> str:
+def _perplexity_rise(nats: float | None) -> str:
     """A rise as one of perplexity: '+0.33 %'."""
     return numbers.MISSING if nats is None else f"{perplexity_percent(nats):+.2f} %"
 
 
 def _signed(nats: float | None) -> str:
-    return _shown(nats, "+.5f")
+    return _formatted(nats, "+.5f")
 
 
-def _shown(value: float | None, form: str) -> str:
+def _formatted(value: float | None, form: str) -> str:
     """A number in this form; a dash where it is missing."""
     return numbers.MISSING if value is None else f"{value:{form}}"

@@ -63,8 +63,8 @@ def _is_complete(point: CurvePoint) -> bool:
 
 def _way(points: Sequence[CurvePoint], name: str, colour: str, symbol: str) -> Trace:
     points = sorted(points, key=lambda point: -(point.fraction or 0.0))
-    rises = [_rise(point) for point in points]
-    bounds = [(point.bound or 0.0) - _rise(point) for point in points]
+    rises = [_rise_of(point) for point in points]
+    bounds = [(point.bound or 0.0) - _rise_of(point) for point in points]
     return {
         "type": "scatter",
         "mode": "lines+markers",
@@ -84,20 +84,20 @@ def _way(points: Sequence[CurvePoint], name: str, colour: str, symbol: str) -> T
             "width": 3,
             "color": colour,
         },
-        "hovertext": [_hover(name, point) for point in points],
+        "hovertext": [_curve_hover(name, point) for point in points],
     }
 
 
-def _rise(point: CurvePoint) -> float:
+def _rise_of(point: CurvePoint) -> float:
     return (None if point.rise is None else point.rise.nats) or 0.0
 
 
-def _hover(name: str, point: CurvePoint) -> str:
+def _curve_hover(name: str, point: CurvePoint) -> str:
     whole = f"all of the update</b> ({name})"
     lines = [
         f"<b>{whole}" if point.fraction == 1 else f"<b>{fraction_in_words(point)}</b>",
         f"learning {numbers.nats(point.learning)}",
-        f"rise {numbers.nats(_rise(point))}, planned bound {numbers.nats(point.bound)}",
+        f"rise {numbers.nats(_rise_of(point))}, planned bound {numbers.nats(point.bound)}",
     ]
     return "<br>".join(lines)
 
@@ -128,14 +128,14 @@ def control(report: BudgetReport) -> Figure | None:
     traces = [
         _look_trace(
             looks,
-            lambda look: _times(look.rise, of_budget),
+            lambda look: _product(look.rise, of_budget),
             f"{known}, share of the budget",
             OURS,
             mode="lines",
         ),
         _look_trace(
             looks,
-            lambda look: _times(look.probe, of_budget),
+            lambda look: _product(look.probe, of_budget),
             "one probe, share of the budget",
             PROBED,
             mode="markers",
@@ -154,7 +154,7 @@ def control(report: BudgetReport) -> Figure | None:
     }
 
 
-def _times(value: float | None, factor: float) -> float | None:
+def _product(value: float | None, factor: float) -> float | None:
     return None if value is None else factor * value
 
 

@@ -37,7 +37,7 @@ def extended(existing: str, front: Mapping[str, Any], section: str) -> str:
     """
     from huggingface_hub import ModelCardData  # takes a second to import
 
-    head, body = _parts(existing)
+    head, body = _front_and_body(existing)
     tags = [
         tag
         for tag in _tags(head)
@@ -49,7 +49,7 @@ def extended(existing: str, front: Mapping[str, Any], section: str) -> str:
     return f"---\n{shown}\n---\n\n{_with_section(body, section.strip())}\n"
 
 
-def _parts(card: str) -> tuple[dict[str, Any], str]:
+def _front_and_body(card: str) -> tuple[dict[str, Any], str]:
     """(front matter, body); a card whose front matter is no mapping is all body."""
     from huggingface_hub import ModelCard
 

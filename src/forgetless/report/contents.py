@@ -22,7 +22,7 @@ from forgetless.files.schema import from_json, read_plain
 from forgetless.report.one_run import as_comparison
 
 # The format of compare.json that this version writes and reads.
-FORMAT = 1
+COMPARISON_FORMAT = 1
 
 
 def load(folder: str | Path) -> Comparison:
@@ -32,27 +32,27 @@ def load(folder: str | Path) -> Comparison:
     """
     folder = Path(folder)
     if (folder / "compare.json").is_file():
-        return _of_comparison(folder / "compare.json")
+        return _from_comparison(folder / "compare.json")
     if (folder / "run.json").is_file():
-        return _of_run(folder / "run.json")
+        return _from_run(folder / "run.json")
     what = "does not exist" if not folder.exists() else "holds no compare.json and no run.json"
     raise FileError(
         f"'{folder}' {what}; give a folder that forgetless compare, demo or tune has written"
     )
 
 
-def _of_comparison(path: Path) -> Comparison:
+def _from_comparison(path: Path) -> Comparison:
     data = read_plain(path)
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
+    if not isinstance(data, dict) or data.get("format") != COMPARISON_FORMAT:
         version = data.get("format") if isinstance(data, dict) else type(data).__name__
         raise FileError(
-            f"{path}: expected format {FORMAT}, found {brief(version)}; make it again with this "
-            "version of forgetless"
+            f"{path}: expected format {COMPARISON_FORMAT}, found {brief(version)}; make it again "
+            "with this version of forgetless"
         )
     return completed(from_json(data, Comparison, str(path)))
 
 
-def _of_run(path: Path) -> Comparison:
+def _from_run(path: Path) -> Comparison:
     """A run.json of any verb. Raises ValueError for one that none of them wrote."""
     data = read_plain(path)
     if (

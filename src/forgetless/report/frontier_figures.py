@@ -53,7 +53,7 @@ def frontier(contents: Comparison, looks: Looks, domain: str, text: str) -> Figu
         "shapes": [],
         "annotations": [],
     }
-    for level, nats in _levels(equal_rows(contents, domain, text)):
+    for level, nats in _levels_in_nats(equal_rows(contents, domain, text)):
         layout["shapes"].append(_level_line(nats))
         layout["annotations"].append(_level_note(level, nats))
     return {
@@ -88,7 +88,7 @@ def _near(lines: Sequence[Trace]) -> list[float]:
     return [first - edge, last + 1.5 * edge]
 
 
-def _levels(rows: Sequence[EqualLearning]) -> list[tuple[float, float]]:
+def _levels_in_nats(rows: Sequence[EqualLearning]) -> list[tuple[float, float]]:
     """The levels of learning with what they are in nats."""
     return sorted({(row.level, row.learning_nats) for row in rows if row.learning_nats is not None})
 
@@ -134,17 +134,17 @@ def _of_method(
     best = own_frontier(points)
     below = [point for point, flag in zip(points, best, strict=True) if not flag]
     if below:
-        yield _points(below, name, shown, look, runs, on=False)
+        yield _points_trace(below, name, shown, look, runs, on=False)
     line = [point for point, flag in zip(points, best, strict=True) if flag]
     if line:
         errors = {
-            "error_x": _errors([point.forgetting_error for point in line], look),
-            "error_y": _errors([point.learning_error for point in line], look),
+            "error_x": _whiskers([point.forgetting_error for point in line], look),
+            "error_y": _whiskers([point.learning_error for point in line], look),
         }
-        yield _points(line, name, shown, look, runs, on=True) | errors
+        yield _points_trace(line, name, shown, look, runs, on=True) | errors
 
 
-def _points(
+def _points_trace(
     points: Sequence[FrontierPoint],
     name: str,
     shown: str,
@@ -163,19 +163,19 @@ def _points(
         "x": [point.forgetting for point in points],
         "y": [point.learning for point in points],
         "opacity": 1.0 if on else 0.35,
-        "hovertext": [_hover(point, shown, runs.get(point.run), on) for point in points],
+        "hovertext": [_frontier_hover(point, shown, runs.get(point.run), on) for point in points],
         "hoverinfo": "text",
         "line": {"color": pair(look), "width": 3 if strong else 1.75, "dash": look.dash},
         "marker": {"color": pair(look), "symbol": look.symbol, "size": 9 if strong else 8},
     }
 
 
-def _errors(values: Sequence[float | None], look: Look) -> dict[str, Any]:
+def _whiskers(values: Sequence[float | None], look: Look) -> dict[str, Any]:
     array = [value or 0 for value in values]
     return {"type": "data", "array": array, "thickness": 1, "width": 0, "color": pair(look)}
 
 
-def _hover(point: FrontierPoint, shown: str, run: TrialRun | None, on: bool) -> str:
+def _frontier_hover(point: FrontierPoint, shown: str, run: TrialRun | None, on: bool) -> str:
     whole = point.scale in (None, 1.0)
     update = "whole update" if whole else f"update {numbers.TIMES} {point.scale:g}"
     seeds = f", {point.seeds} seed{'s' if point.seeds != 1 else ''}" if point.seeds else ""

@@ -22,17 +22,19 @@ def heat_map(item: ImportanceFile) -> Figure | None:
     if not weights:
         return None
     numbered = {weight.layer for weight in weights}
-    layers = [_place(n) for n in sorted(numbered, key=lambda n: (n is None, n or 0))]
+    layers = [_layer_label(n) for n in sorted(numbered, key=lambda n: (n is None, n or 0))]
     cells: dict[tuple[str, str], list[WeightImportance]] = {}
     for weight in weights:
-        cells.setdefault((_place(weight.layer), str(weight.kind)), []).append(weight)
+        cells.setdefault((_layer_label(weight.layer), str(weight.kind)), []).append(weight)
     kinds = list(dict.fromkeys(str(weight.kind) for weight in weights))
     layout: dict[str, Any] = {
         "xaxis": {"type": "category", "showgrid": False},
         "yaxis": axis("layer", type="category", autorange="reversed", showgrid=False),
     }
     traces = [_heat(cells, layers, kinds)]
-    means = [_mean_coefficient([w for w in weights if _place(w.layer) == at]) for at in layers]
+    means = [
+        _mean_coefficient([w for w in weights if _layer_label(w.layer) == at]) for at in layers
+    ]
     if any(mean is not None for mean in means):
         traces.append(_coefficients(layers, means))
         layout["xaxis"]["domain"] = [0, 0.72]
@@ -45,7 +47,7 @@ def heat_map(item: ImportanceFile) -> Figure | None:
     return {"traces": traces, "layout": layout, "height": 190 + 26 * len(layers)}
 
 
-def _place(layer: float | None) -> str:
+def _layer_label(layer: float | None) -> str:
     return "outside" if layer is None else str(layer)
 
 
@@ -54,7 +56,7 @@ def _heat(
     layers: Sequence[str],
     kinds: Sequence[str],
 ) -> Trace:
-    norms = [[_norm(cells.get((at, kind), [])) for kind in kinds] for at in layers]
+    norms = [[_joint_norm(cells.get((at, kind), [])) for kind in kinds] for at in layers]
     return {
         "type": "heatmap",
         "x": [safe(kind, 24) for kind in kinds],
@@ -101,7 +103,7 @@ def _coefficients(layers: Sequence[str], means: Sequence[float | None]) -> Trace
     }
 
 
-def _norm(weights: Weights) -> float:
+def _joint_norm(weights: Weights) -> float:
     """The norm of several weights in one place, as of one; 0 where there are none."""
     return math.hypot(*(weight.norm or 0.0 for weight in weights))
 
@@ -112,7 +114,7 @@ def _words(at: str, kind: str, weights: Weights) -> str:
     named = safe(weights[0].name) if len(weights) == 1 else f"{len(weights)} weights"
     mean = _mean_coefficient(weights)
     coefficient = "" if mean is None else f"<br>coefficient {mean:.4g}"
-    return f"<b>{named}</b><br>norm {_norm(weights):.4g}{coefficient}"
+    return f"<b>{named}</b><br>norm {_joint_norm(weights):.4g}{coefficient}"
 
 
 def _mean_coefficient(weights: Weights) -> float | None:

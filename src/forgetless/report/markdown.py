@@ -32,14 +32,14 @@ def markdown(contents: Comparison) -> str:
         f"## {plain(contents.title or 'forgetless report')}",
         "",
         *_summary(contents, text),
-        *_domains(contents, text),
-        *_sequences(contents),
+        *_domain_sections(contents, text),
+        *_sequence_sections(contents),
     ]
     if contents.budget is not None:
         lines += ["### The budget", "", markdown_table(budget_table(contents.budget)), ""]
     if contents.measures:
         lines += ["### Before and after", "", markdown_table(tables.measures(contents)), ""]
-    return "\n".join([*lines, *_failures(contents), *_settings(contents)]) + "\n"
+    return "\n".join([*lines, *_failures(contents), *_settings_section(contents)]) + "\n"
 
 
 def markdown_table(table: Table) -> str:
@@ -59,7 +59,7 @@ def _summary(contents: Comparison, text: str | None) -> Iterator[str]:
     yield ""
 
 
-def _domains(contents: Comparison, text: str | None) -> Iterator[str]:
+def _domain_sections(contents: Comparison, text: str | None) -> Iterator[str]:
     """For each domain the methods at equal learning, on every general text."""
     if not text or contents.kind == "run":
         return
@@ -76,7 +76,7 @@ def _domains(contents: Comparison, text: str | None) -> Iterator[str]:
                 yield from ("", markdown_table(table), "")
 
 
-def _sequences(contents: Comparison) -> Iterator[str]:
+def _sequence_sections(contents: Comparison) -> Iterator[str]:
     for name, table in sequence_tables.sequence_summary(contents):
         yield from (f"### {plain(name)}, one domain after another", "")
         yield (
@@ -98,15 +98,15 @@ def _failures(contents: Comparison) -> Iterator[str]:
     yield ""
 
 
-def _settings(contents: Comparison) -> Iterator[str]:
+def _settings_section(contents: Comparison) -> Iterator[str]:
     yield from ("<details><summary>Settings</summary>", "")
-    for name, value in _pairs(contents):
+    for name, value in _setting_pairs(contents):
         if value not in (None, "", False):
             yield f"* {plain(name)}: {plain(numbers.text(value))}"
     yield from ("", "</details>")
 
 
-def _pairs(contents: Comparison) -> Iterator[tuple[str, Any]]:
+def _setting_pairs(contents: Comparison) -> Iterator[tuple[str, Any]]:
     """What the runs were made with, by name."""
     yield "model", contents.model
     options = contents.experiment if contents.kind == "run" else {}

@@ -26,7 +26,7 @@ from forgetless.report import numbers
 from forgetless.report.budget import kept_in_words
 
 # The options of a run that stand beside it in a table.
-SETTINGS = ("learning_rate", "strength", "rank")
+SHOWN_SETTINGS = ("learning_rate", "strength", "rank")
 # The unit of an accuracy among the measures of a run.
 OF_ONE = "share"
 
@@ -34,8 +34,8 @@ OF_ONE = "share"
 def as_comparison(run: Run, path: Path) -> Comparison:
     """The run whose run.json lies at `path`, as a comparison of kind "run"."""
     options = run.configuration
-    domain = _short(options.get("eval_data") or options.get("data")) or "domain"
-    text = _short(options.get("general")) or GENERAL
+    domain = _stem(options.get("eval_data") or options.get("data")) or "domain"
+    text = _stem(options.get("general")) or GENERAL
     before = run.before or Measured()
     data = run.data or TrainedData()
     return Comparison(
@@ -47,16 +47,16 @@ def as_comparison(run: Run, path: Path) -> Comparison:
         experiment=options,
         domains=[DomainData(domain, data.rows, data.rows_trained, _domain_before(before.domain))],
         texts=[GeneralText(text, "recorded", before=_text_before(before.general))],
-        methods=[ComparedMethod(_method(run))],
+        methods=[ComparedMethod(_method_name(run))],
         runs=[_trial(run, path.parent.name, domain, text)],
-        measures=list(measures(run)),
-        verdict=list(sentences(run, domain, text)),
-        sequences=None if run.sequence is None else [_sequence(run, run.sequence, text)],
+        measures=list(run_measures(run)),
+        verdict=list(run_sentences(run, domain, text)),
+        sequences=None if run.sequence is None else [_compared_sequence(run, run.sequence, text)],
         budget=run.budget,
     )
 
 
-def _method(run: Run) -> str:
+def _method_name(run: Run) -> str:
     """The methods of a run in one name; of a verb that knows none, "run"."""
     return "run" if run.method is None else "+".join(run.method) or "plain"
 
@@ -70,13 +70,13 @@ def _trial(run: Run, name: str, domain: str, text: str) -> TrialRun:
     )
     return TrialRun(
         id=name,
-        method=_method(run),
+        method=_method_name(run),
         domain=domain,
         part="test",
         seed=options.get("seed"),
         status="done",
         chosen=True,
-        settings={key: options[key] for key in SETTINGS if key in options},
+        settings={key: options[key] for key in SHOWN_SETTINGS if key in options},
         points=[point],
         energy=run.energy,
         seconds=run.train_seconds,
@@ -99,7 +99,7 @@ def _domain_before(loss: Loss | None) -> DomainBefore | None:
     return None if loss is None else DomainBefore(loss.nats, loss.standard_error, loss.perplexity)
 
 
-def _sequence(run: Run, sequence: SequenceMatrix, text: str) -> ComparedSequence:
+def _compared_sequence(run: Run, sequence: SequenceMatrix, text: str) -> ComparedSequence:
     """The matrix of a run on several domains, as a comparison has it."""
     columns = [
         sequence.accuracy_domains.index(name) if name in sequence.accuracy_domains else None
@@ -112,7 +112,7 @@ def _sequence(run: Run, sequence: SequenceMatrix, text: str) -> ComparedSequence
     general = {text: [change.nats for change in sequence.general]} if sequence.general else {}
     return ComparedSequence(
         name="of the run",
-        method=_method(run),
+        method=_method_name(run),
         seed=run.configuration.get("seed"),
         domains=list(sequence.domains),
         rows=sequence.rows or None,
@@ -131,12 +131,12 @@ def _written_at(path: Path) -> str:
     return written.isoformat(timespec="minutes")
 
 
-def _short(name: Any) -> str:
+def _stem(name: Any) -> str:
     """The last part of a path or Hub name, without the ending of a file."""
     return Path(str(name)).stem if name else ""
 
 
-def measures(run: Run) -> Iterator[Measure]:
+def run_measures(run: Run) -> Iterator[Measure]:
     """What was measured before and after; the standard error is that of the change for losses, and
     of the value after for accuracies.
     """
@@ -177,12 +177,12 @@ def _of_task(name: str, before: Scores, after: Scores) -> Iterator[Measure]:
         )
 
 
-def sentences(run: Run, domain: str, text: str) -> Iterator[str]:
+def run_sentences(run: Run, domain: str, text: str) -> Iterator[str]:
     """What a single run learned and lost, in words."""
     if run.sequence is not None and run.sequence.matrix:
         yield _learned_in_turn(run.sequence)
     else:
-        yield _learned(run.learning, domain)
+        yield _learning_sentence(run.learning, domain)
     if run.forgetting is None or run.forgetting.nats is None:
         yield "What was forgotten was not measured: --general gives held-out general text."
     else:
@@ -192,7 +192,7 @@ def sentences(run: Run, domain: str, text: str) -> Iterator[str]:
         yield kept_in_words(run)
 
 
-def _learned(learning: Interval | None, domain: str) -> str:
+def _learning_sentence(learning: Interval | None, domain: str) -> str:
     if learning is None or learning.nats is None:
         return "What was learned was not measured: --eval-data gives held-out domain data."
     learned = numbers.nats(learning.nats, learning.standard_error)

@@ -37,7 +37,7 @@ from forgetless.report.importance_figure import heat_map
 from forgetless.report.markdown import markdown
 from forgetless.report.palette import PATHS, looks
 from forgetless.report.summary import equal_rows, headlines, hidden_at_first
-from forgetless.report.training_figures import curves, movement
+from forgetless.report.training_figures import movement_figure, training_curves
 
 # Where the template, its styles and its script lie.
 HERE = Path(__file__).parent
@@ -214,8 +214,8 @@ def _views(contents: Comparison) -> Iterator[View]:
             for level in sorted({row.level for row in equal_rows(contents, domain, text)}):
                 bars = equal_learning(contents, look, domain, text, level)
                 yield "equal", bars, {**choice, "share": numbers.percent(level)}
-        yield "curves", curves(contents, look, domain), {"domain": domain}
-        yield "movement", movement(contents, look, domain), {"domain": domain}
+        yield "curves", training_curves(contents, look, domain), {"domain": domain}
+        yield "movement", movement_figure(contents, look, domain), {"domain": domain}
     for item in contents.importance:
         yield "heat", heat_map(item), {"importance": str(item.name)}
     if contents.budget is not None:

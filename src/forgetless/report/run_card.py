@@ -42,7 +42,7 @@ def run_card(verb: str, run: Run, *, what: str = "adapter") -> tuple[dict[str, A
         "",
         f"This {what} was made by forgetless `{verb}`. {' '.join(_learned_and_lost(run))}",
         "",
-        *(_table(run) or [NOTHING_MEASURED]),
+        *(_measured_table(run) or [NOTHING_MEASURED]),
         "",
         *(f"* {key}: {value}" for key, value in _items(verb, run)),
         "",
@@ -96,7 +96,7 @@ def _data(run: Run) -> str:
     return f"{source}, {numbers.whole(run.data.rows)} rows, sha256 {sha256}"
 
 
-def _table(run: Run) -> list[str]:
+def _measured_table(run: Run) -> list[str]:
     """Before, after and change of everything that was measured, ± standard error."""
     before, after = run.before or Measured(), run.after or Measured()
     rows = [
@@ -110,15 +110,15 @@ def _table(run: Run) -> list[str]:
     return [*head, *("| " + " | ".join(row) + " |" for row in rows)]
 
 
-Row = tuple[str, str, str, str]  # what, before, after, change
+CardRow = tuple[str, str, str, str]  # what, before, after, change
 
 
-def _general(before: Loss | None, after: Loss | None, rise: Interval | None) -> Iterator[Row]:
+def _general(before: Loss | None, after: Loss | None, rise: Interval | None) -> Iterator[CardRow]:
     if before is None or after is None:
         return
     change = rise or Interval()
     moved = numbers.nats(change.nats, change.standard_error)
-    yield "general loss, nats per token", _nats(before), _nats(after), moved
+    yield "general loss, nats per token", _loss_in_words(before), _loss_in_words(after), moved
     ratio = 1.0
     if before.perplexity and after.perplexity:
         ratio = after.perplexity / before.perplexity
@@ -126,16 +126,16 @@ def _general(before: Loss | None, after: Loss | None, rise: Interval | None) -> 
     yield "general perplexity", *perplexities, f"{100 * (ratio - 1):+.2f} %"
 
 
-def _domain(before: Loss | None, after: Loss | None, fall: Interval | None) -> Iterator[Row]:
+def _domain(before: Loss | None, after: Loss | None, fall: Interval | None) -> Iterator[CardRow]:
     if before is None or after is None:
         return
     change = fall or Interval()
     rise = None if change.nats is None else -change.nats
     moved = numbers.nats(rise, change.standard_error)
-    yield "domain loss, nats per token", _nats(before), _nats(after), moved
+    yield "domain loss, nats per token", _loss_in_words(before), _loss_in_words(after), moved
 
 
-def _tasks(before: Measured, after: Measured) -> Iterator[Row]:
+def _tasks(before: Measured, after: Measured) -> Iterator[CardRow]:
     for name, scores in before.tasks.items():
         first = (scores or Scores()).numbers
         last = (after.tasks.get(name) or Scores()).numbers
@@ -149,7 +149,7 @@ def _tasks(before: Measured, after: Measured) -> Iterator[Row]:
             )
 
 
-def _nats(loss: Loss) -> str:
+def _loss_in_words(loss: Loss) -> str:
     return numbers.nats(loss.nats, loss.standard_error)
 
 

@@ -30,14 +30,14 @@ def _matrix(sequence: ComparedSequence) -> Table:
     lines = []
     for step, name in enumerate(names):
         scores = accuracy[step] if step < len(accuracy) else []
-        rises = [_rise(values, step, len(matrix)) for values in sequence.general.values()]
+        rises = [_rise_after(values, step, len(matrix)) for values in sequence.general.values()]
         lines.append(
             [
                 text_cell(name),
-                *(number_cell(value) for value in _wide(matrix[step], len(domains))),
+                *(number_cell(value) for value in _padded(matrix[step], len(domains))),
                 *(
                     number_cell(value, show=numbers.accuracy)
-                    for value in _wide(scores, len(domains))
+                    for value in _padded(scores, len(domains))
                 ),
                 *(number_cell(rise) for rise in rises),
             ]
@@ -45,12 +45,12 @@ def _matrix(sequence: ComparedSequence) -> Table:
     return table_of(titles, lines)
 
 
-def _wide(row: Sequence[Any], width: int) -> list[Any]:
+def _padded(row: Sequence[Any], width: int) -> list[Any]:
     """A row of a matrix with as many places as there are domains."""
     return [*row, *[None] * width][:width]
 
 
-def _rise(values: Sequence[float | None] | None, step: int, rows: int) -> float | None:
+def _rise_after(values: Sequence[float | None] | None, step: int, rows: int) -> float | None:
     """General rise after a step; lists without an entry for the base model start at the first
     domain.
     """

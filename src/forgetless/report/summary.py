@@ -34,7 +34,7 @@ def headlines(contents: Comparison, text: str | None) -> list[Headline]:
     lost.
     """
     if contents.kind == "run":
-        return list(_of_run(contents))
+        return list(_run_headlines(contents))
     if text is None:
         return []
     each = (_of_domain(contents, domain.name, text) for domain in contents.domains)
@@ -109,14 +109,14 @@ def _of_domain(contents: Comparison, domain: str, text: str) -> Headline | None:
     place = f"{domain}, measured on {text}"
     if best is plain:
         return Headline(
-            _lost(best),
+            _forgotten(best),
             f"nats forgotten by {name}: nothing here forgets less",
             f"at {numbers.percent(level)} of its learning, no other method comes out below it",
             place,
         )
     if plain is None:
         return Headline(
-            _lost(best),
+            _forgotten(best),
             f"nats forgotten with {name}, the least here",
             f"at {numbers.percent(level)} of plain fine-tuning's learning, which plain "
             "fine-tuning is not measured at",
@@ -131,17 +131,17 @@ def _against_plain(
     """The headline where another method than plain fine-tuning forgets least, both measured."""
     name = label(contents, best.method)
     detail = (
-        f"{_lost(best)} instead of {_lost(plain)} nats per token, at "
+        f"{_forgotten(best)} instead of {_forgotten(plain)} nats per token, at "
         f"{numbers.percent(best.level)} of its learning"
     )
     place = "{}, measured on {}".format(*where)
-    noise = _noise(contents, where, best)
+    noise = _beyond_noise(contents, where, best)
     lost, lost_by_plain = best.forgetting or 0.0, plain.forgetting or 0.0
     if lost <= 0:
         return Headline("0", f"nats forgotten with {name}", detail, place, noise)
     against = label(contents, contents.reference)
     return Headline(
-        _times(lost_by_plain / lost),
+        _how_many_times(lost_by_plain / lost),
         f"less forgetting with {name} than with {against}",
         detail,
         place,
@@ -149,11 +149,11 @@ def _against_plain(
     )
 
 
-def _lost(row: EqualLearning) -> str:
+def _forgotten(row: EqualLearning) -> str:
     return numbers.nats(row.forgetting, row.standard_error)
 
 
-def _times(ratio: float) -> str:
+def _how_many_times(ratio: float) -> str:
     if ratio > 100:
         shown = "over 100"
     elif ratio >= 20:
@@ -163,7 +163,7 @@ def _times(ratio: float) -> str:
     return shown + numbers.TIMES
 
 
-def _noise(contents: Comparison, where: tuple[str, str], best: EqualLearning) -> str:
+def _beyond_noise(contents: Comparison, where: tuple[str, str], best: EqualLearning) -> str:
     """Whether the best method's difference to plain fine-tuning is beyond the noise."""
     for row in contents.differences:
         methods = {row.a, row.b} == {best.method, contents.reference}
@@ -173,26 +173,26 @@ def _noise(contents: Comparison, where: tuple[str, str], best: EqualLearning) ->
     return "noise not measured"
 
 
-def _of_run(contents: Comparison) -> Iterator[Headline]:
+def _run_headlines(contents: Comparison) -> Iterator[Headline]:
     point = contents.runs[0].points[0]
     text, domain = contents.texts[0].name, contents.domains[0].name
     learning = point.learning or Change()
     yield Headline(
         numbers.nats(learning.nats),
         "nats per token learned",
-        f"fall of the loss on held-out text, {_error(learning)}",
+        f"fall of the loss on held-out text, {_how_sure(learning)}",
         domain,
     )
     forgetting = point.forgetting[text] or Change()
     yield Headline(
         numbers.nats(forgetting.nats),
         "nats per token forgotten",
-        f"rise of the general loss, {_error(forgetting)}",
+        f"rise of the general loss, {_how_sure(forgetting)}",
         text,
     )
 
 
-def _error(change: Change) -> str:
+def _how_sure(change: Change) -> str:
     if change.nats is None:
         return "not measured"
     if change.standard_error is None:

@@ -28,7 +28,7 @@ def methods(contents: Comparison, domain: str, text_name: str) -> Table:
     and what it cost.
     """
     rows = equal_rows(contents, domain, text_name)
-    levels = _levels(rows)
+    levels = _descending_levels(rows)
     titles = [
         "method",
         *_titles(levels),
@@ -71,7 +71,7 @@ def methods(contents: Comparison, domain: str, text_name: str) -> Table:
 def equal(contents: Comparison, domain: str, text_name: str) -> Table:
     """Forgetting at equal learning alone, a row per method."""
     rows = equal_rows(contents, domain, text_name)
-    levels = _levels(rows)
+    levels = _descending_levels(rows)
     at = {(row.method, row.level): row for row in rows}
     lines = [
         [
@@ -84,7 +84,7 @@ def equal(contents: Comparison, domain: str, text_name: str) -> Table:
     return table_of(["method", *_titles(levels)], lines)
 
 
-def _levels(rows: Sequence[EqualLearning]) -> list[float]:
+def _descending_levels(rows: Sequence[EqualLearning]) -> list[float]:
     return sorted({row.level for row in rows}, reverse=True)
 
 
@@ -176,14 +176,14 @@ def runs(contents: Comparison) -> Table:
         "run",
     ]
     lines = [
-        [*_about(contents, run), *_of_point(point, texts, tasks), *_end(run)]
+        [*_run_cells(contents, run), *_of_point(point, texts, tasks), *_end(run)]
         for run in contents.runs
         for point in run.points or [TrialPoint()]
     ]
     return table_of(titles, lines)
 
 
-def _about(contents: Comparison, run: TrialRun) -> list[Cell]:
+def _run_cells(contents: Comparison, run: TrialRun) -> list[Cell]:
     """The cells that say which run it is."""
     return [
         Cell(label(contents, run.method), mark=run.method),
@@ -251,19 +251,21 @@ def before(contents: Comparison) -> Table:
             text_cell(kind),
             number_cell(each.documents, show=numbers.whole),
         ]
-        lines.append([*about, number_cell(each.tokens, show=numbers.whole), *_lost(each.before)])
+        lines.append(
+            [*about, number_cell(each.tokens, show=numbers.whole), *_base_cells(each.before)]
+        )
     for domain in contents.domains:
         about = [
             text_cell(domain.name),
             text_cell("domain"),
             number_cell(domain.rows, show=numbers.whole),
         ]
-        lines.append([*about, Cell(numbers.MISSING), *_lost(domain.before)])
+        lines.append([*about, Cell(numbers.MISSING), *_base_cells(domain.before)])
     titles = ["text", "kind", "documents", "tokens", "loss of the base", "perplexity", "accuracy"]
     return table_of(titles, lines)
 
 
-def _lost(before: TextBefore | DomainBefore | None) -> list[Cell]:
+def _base_cells(before: TextBefore | DomainBefore | None) -> list[Cell]:
     found = before or TextBefore()
     return [
         number_cell(found.nats, found.standard_error),

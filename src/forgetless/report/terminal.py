@@ -35,7 +35,7 @@ from forgetless.report.numbers import MISSING
 # A cell is a number where it begins as one: '12.3 MiB', '-0.013 ± 0.002', '84.5 %', '16 x 24'.
 NUMBER = re.compile(r"[+-]?(\d|\.\d|inf\b|nan\b)")
 # What stands where nothing was measured; it says nothing about its column.
-NOTHING = ("", "-", MISSING)
+NOT_MEASURED = ("", "-", MISSING)
 # Seconds between two drawings of a bar: often enough to look alive, too seldom to cost anything.
 REDRAWN = 0.1
 
@@ -70,7 +70,7 @@ def table(
 
 
 def _is_of_numbers(cells: Sequence[str]) -> bool:
-    known = [cell for cell in cells if cell not in NOTHING]
+    known = [cell for cell in cells if cell not in NOT_MEASURED]
     return bool(known) and all(NUMBER.match(cell) for cell in known)
 
 

@@ -12,7 +12,7 @@ from forgetless.report.contents import label, reported_part
 from forgetless.report.drawing import Figure, Looks, Trace, axis, pair, safe
 
 # What is drawn over the steps of training, a panel each.
-LOGGED = ("loss", "energy", "strength")
+PANELS = ("loss", "energy", "strength")
 # Of a method's runs, as many are drawn: more of them hide each other.
 SEEDS_SHOWN = 3
 # The part of the height that stays free between two panels.
@@ -42,14 +42,14 @@ def shown_runs(contents: Comparison, domain: str) -> list[TrialRun]:
     return shown
 
 
-def curves(contents: Comparison, looks: Looks, domain: str) -> Figure | None:
+def training_curves(contents: Comparison, looks: Looks, domain: str) -> Figure | None:
     """Loss, energy and strength over the steps of training, one panel each where any run logged it,
     a line per run.
     """
     runs = [run for run in shown_runs(contents, domain) if run.log]
     panels = [
         key
-        for key in LOGGED
+        for key in PANELS
         if any(numbers.known(entry.get(key)) is not None for run in runs for entry in run.log)
     ]
     by_panel = [
@@ -61,19 +61,19 @@ def curves(contents: Comparison, looks: Looks, domain: str) -> Figure | None:
     steps = axis("optimizer step", anchor=f"y{len(panels)}" if len(panels) > 1 else "y")
     layout = {"xaxis": steps}
     for panel, key in enumerate(panels, 1):
-        layout[f"yaxis{_number(panel)}"] = _panel_axis(
-            key, by_panel[panel - 1], _place(panel, len(panels))
+        layout[f"yaxis{_axis_number(panel)}"] = _panel_axis(
+            key, by_panel[panel - 1], _panel_place(panel, len(panels))
         )
     traces = [trace for traces in by_panel for trace in traces]
     return {"traces": traces, "layout": layout, "height": 90 + 190 * len(panels)}
 
 
-def _number(panel: int) -> str:
+def _axis_number(panel: int) -> str:
     """How Plotly counts axes: y, y2, y3."""
     return str(panel) if panel > 1 else ""
 
 
-def _place(panel: int, panels: int) -> list[float]:
+def _panel_place(panel: int, panels: int) -> list[float]:
     """Where a panel begins and ends; the first one is on top."""
     tall = (1 - GAP * (panels - 1)) / panels
     top = 1 - (panel - 1) * (tall + GAP)
@@ -101,7 +101,7 @@ def _curve(
         "meta": run.method,
         "name": shown,
         "xaxis": "x",
-        "yaxis": f"y{_number(panel)}",
+        "yaxis": f"y{_axis_number(panel)}",
         "line": {"color": pair(look), "width": 1.75, "dash": look.dash},
         "opacity": 0.85,
         "hoverinfo": "text",
@@ -120,7 +120,7 @@ def _panel_axis(key: str, traces: Sequence[Trace], place: list[float]) -> dict[s
     )
 
 
-def movement(contents: Comparison, looks: Looks, domain: str) -> Figure | None:
+def movement_figure(contents: Comparison, looks: Looks, domain: str) -> Figure | None:
     """How far each weight moved over how much it matters, a mark per weight and method, both on log
     scales. Methods have importance in units of their own, so it is relative to its mean over the
     weights that a method moves.
@@ -132,7 +132,7 @@ def movement(contents: Comparison, looks: Looks, domain: str) -> Figure | None:
     }
     traces: dict[str, Trace] = {}
     for run in shown_runs(contents, domain):
-        points = list(_points(run, safe(label(contents, run.method)), norms))
+        points = list(_weight_marks(run, safe(label(contents, run.method)), norms))
         if points and run.method not in traces:
             traces[run.method] = _marks(contents, looks, run, points)
     if not traces:
@@ -150,9 +150,9 @@ def movement(contents: Comparison, looks: Looks, domain: str) -> Figure | None:
 Mark = tuple[float, float, str]  # importance, movement, what is said on hovering
 
 
-def _points(run: TrialRun, shown: str, norms: dict[Any, float | None]) -> Iterator[Mark]:
+def _weight_marks(run: TrialRun, shown: str, norms: dict[Any, float | None]) -> Iterator[Mark]:
     for weight in run.moved or []:
-        importance = _importance(weight, norms)
+        importance = _importance_of(weight, norms)
         if importance > 0 and weight.movement and weight.movement > 0:
             yield (
                 importance,
@@ -162,7 +162,7 @@ def _points(run: TrialRun, shown: str, norms: dict[Any, float | None]) -> Iterat
             )
 
 
-def _importance(weight: MovedWeight, norms: dict[Any, float | None]) -> float:
+def _importance_of(weight: MovedWeight, norms: dict[Any, float | None]) -> float:
     """How much a weight matters to the run that moved it, else by the comparison's first file that
     knows it; 0 where nothing does.
     """
