@@ -311,7 +311,7 @@ def stepped(tier, full, when=None, optimizer=torch.optim.SGD):
         }
     )
     return (
-        {name: shards.whole(p).detach() for name, p in parameters.items()},
+        {name: shards.gathered(p).detach() for name, p in parameters.items()},
         penalty.energy(together=True),
         penalty.logs(),
         kept,

@@ -30,7 +30,7 @@ from forgetless.files.untrusted import DEPTH, check_name, load_json
 from forgetless.files.untrusted_yaml import load_yaml
 from forgetless.importance.entries import DenseEntry, FactoredEntry
 from forgetless.importance.importance import Importance, describe_file
-from forgetless.model.adapter_files import checked, with_adapter
+from forgetless.model.adapter_files import checked_adapter, with_adapter
 from forgetless.options.model import ModelOptions
 from forgetless.options.option import read_yaml
 from forgetless.options.tune import TuneOptions
@@ -669,7 +669,7 @@ def test_an_adapter_without_all_of_its_tensors_is_refused(tiny, adapter):
     save_file(dict(list(tensors.items())[1:]), adapter / "adapter_model.safetensors")
     refused(with_adapter, tiny(), adapter, match="lacks tensors of the adapter")
     (adapter / "adapter_model.safetensors").write_bytes(b"half")
-    refused(checked, adapter, match="not a whole safetensors file")
+    refused(checked_adapter, adapter, match="not a whole safetensors file")
 
 
 def test_no_pickle_is_opened_in_an_adapter(tiny, adapter, tmp_path):

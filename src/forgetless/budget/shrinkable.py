@@ -13,7 +13,7 @@ from typing import Any
 from forgetless.budget.budget import parse
 from forgetless.errors import OptionError
 from forgetless.files.room import check_output_folder
-from forgetless.model.adapter_files import checked
+from forgetless.model.adapter_files import checked_adapter
 from forgetless.model.targets import MOVES_THE_BASE
 from forgetless.options.verbs import ShrinkOptions
 
@@ -73,7 +73,7 @@ def adapter_config(folder: str) -> dict[str, Any]:
 
     Raises ValueError with the reason otherwise.
     """
-    config = checked(folder)
+    config = checked_adapter(folder)
     kind = config.get("peft_type")
     if kind != "LORA":
         raise ValueError(

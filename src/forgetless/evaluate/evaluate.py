@@ -29,7 +29,7 @@ from forgetless.evaluate.rise import Rise
 from forgetless.files.atomic import write_json
 from forgetless.files.provenance import environment
 from forgetless.files.room import check_output_folder
-from forgetless.model.adapter_files import checked, with_adapter
+from forgetless.model.adapter_files import checked_adapter, with_adapter
 from forgetless.model.loading import load_model, load_tokenizer
 from forgetless.model.update import AdapterUpdate
 from forgetless.options.finished import EvalOptions
@@ -245,7 +245,7 @@ def _check_evaluated(options: EvalOptions) -> None:
     if options.scale != 1.0 and not options.adapter:
         raise OptionError("--scale scales an adapter's update; give --adapter")
     if options.adapter:
-        checked(options.adapter)
+        checked_adapter(options.adapter)
     if options.tuned and not Path(options.tuned).is_dir():
         raise ValueError(
             f"'{options.tuned}' is not a folder; give --tuned the final/ folder of a run with "

@@ -1,6 +1,6 @@
 """Adapters from strangers: a folder is checked before PEFT makes anything of what stands in it.
 
-    config = checked(folder)              # adapter_config.json as a mapping, fit to be loaded
+    config = checked_adapter(folder)      # adapter_config.json as a mapping, fit to be loaded
     model = with_adapter(base, folder)    # PEFT's model
 
 PEFT allocates what the configuration claims before it reads a weight, matches its patterns as
@@ -33,7 +33,7 @@ logger = logging.getLogger("forgetless")
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 # PEFT's methods whose adapter is weights of layers; prompts bring tokenizers and code.
-KINDS = ("LORA", "OFT", "OSF", "BOFT", "LOHA", "LOKR", "IA3", "VERA")
+ADAPTER_KINDS = ("LORA", "OFT", "OSF", "BOFT", "LOHA", "LOKR", "IA3", "VERA")
 # Settings that are not taken from a file, beside configurations of other things (`*_config`).
 REFUSED = ("layer_replication", "trainable_token_indices", "alora_invocation_tokens")
 # Settings that PEFT matches against module names.
@@ -55,7 +55,7 @@ MOST_REPEATS = 4
 LONGEST_PATTERN = 2000
 
 
-def checked(folder: str | Path) -> dict[str, Any]:
+def checked_adapter(folder: str | Path) -> dict[str, Any]:
     """The configuration of the adapter in `folder`.
 
     Raises FileError where it is none, or asks for more than its tensors need.
@@ -63,7 +63,7 @@ def checked(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / CONFIG
     _check_files(folder)
     config = check_mapping(cleaned(read_json(path)), str(path))
-    _check_settings(config, path)
+    _check_method(config, path)
     for key in PATTERNS:
         for pattern in _strings(config.get(key), f"{path}: {key}"):
             _check_pattern(pattern, f"{path}: {key}")
@@ -71,7 +71,7 @@ def checked(folder: str | Path) -> dict[str, Any]:
     # LoRA's factors have the rank as their smaller side; others keep blocks and ranks elsewhere.
     widest = _widest(Path(folder) / WEIGHTS, of=min if config["peft_type"] == "LORA" else max)
     for key, value in config.items():
-        for number in _numbers(key, value):
+        for number in _numbers_of(key, value):
             _check_size(number, key, widest, str(path))
     return config
 
@@ -90,11 +90,13 @@ def _check_files(folder: str | Path) -> None:
         )
 
 
-def _check_settings(config: dict[str, Any], path: Path) -> None:
+def _check_method(config: dict[str, Any], path: Path) -> None:
     """Raise FileError for a method that is not taken, or settings that bring more than weights."""
     kind = config.get("peft_type")
-    if kind not in KINDS:
-        raise FileError(f"{path}: peft_type is {brief(kind)}; expected one of {', '.join(KINDS)}")
+    if kind not in ADAPTER_KINDS:
+        raise FileError(
+            f"{path}: peft_type is {brief(kind)}; expected one of {', '.join(ADAPTER_KINDS)}"
+        )
     given = [
         key
         for key in config
@@ -111,7 +113,7 @@ def _check_settings(config: dict[str, Any], path: Path) -> None:
         )
 
 
-def _numbers(key: str, value: Any) -> Collection[Any]:
+def _numbers_of(key: str, value: Any) -> Collection[Any]:
     """The numbers that a setting of an adapter's configuration gives."""
     if isinstance(value, dict) and key in ("rank_pattern", "alpha_pattern"):
         return value.values()
@@ -125,7 +127,7 @@ def with_adapter(model: nn.Module, folder: str | Path) -> Any:
     """
     from peft import PeftModel
 
-    checked(folder)
+    checked_adapter(folder)
     try:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
@@ -166,11 +168,11 @@ def _check_kinds(config: dict[str, Any], where: str) -> None:
 
     for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[config["peft_type"]]):
         if field.name in config:
-            _check_kind(field.name, config[field.name], field.default, where)
+            _check_value_kind(field.name, config[field.name], field.default, where)
             _check_iterations(field.name, config[field.name], where)
 
 
-def _check_kind(name: str, value: Any, default: Any, where: str) -> None:
+def _check_value_kind(name: str, value: Any, default: Any, where: str) -> None:
     """Raise FileError for a value of another kind than PEFT's default for it."""
     is_number = isinstance(default, (int, float)) and not isinstance(default, bool)
     unfit: tuple[type, ...] = ()

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor, nn
 
 # Elements of a weight that are compared at a time: 16 MiB in f32.
-CHUNK = 1 << 22
+COMPARED_AT_A_TIME = 1 << 22
 
 
-class Base(Protocol):
+class BaseWeight(Protocol):
     """A weight as it was, of which parts can be read."""
 
     def read(self, part: tuple[slice, ...]) -> Tensor: ...
@@ -84,7 +84,7 @@ def stored_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str,
         if len(readers) == len(weights):
             break
         stamp = _stamp(path)
-        file = _opened(path)
+        file = _safetensors_handle(path)
         for key, name in _renamed(model, sorted(file.keys())):
             reader = StoredWeight(path, key, file, stamp)
             for target in aliases.get(name, (name,)):
@@ -126,7 +126,7 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / shard for shard in shards if (folder / shard).is_file()]
 
 
-def _opened(path: Path) -> Any:
+def _safetensors_handle(path: Path) -> Any:
     """safetensors' handle of a file."""
     from safetensors import safe_open
 
@@ -180,7 +180,7 @@ def _same(stored: StoredWeight, live: Tensor) -> bool:
     shape = stored.file.get_slice(stored.key).get_shape()
     if tuple(shape) != tuple(live.shape) or live.ndim != 2:
         return False
-    rows = max(1, CHUNK // max(live.shape[1], 1))
+    rows = max(1, COMPARED_AT_A_TIME // max(live.shape[1], 1))
     for first in range(0, live.shape[0], rows):
         part = (slice(first, first + rows), slice(None))
         if not torch.equal(stored.read(part).to(live.dtype), live.detach()[part].cpu()):

@@ -131,7 +131,7 @@ def _check_kinds_exist(model: nn.Module, wanted: set[str], kinds: set[str]) -> N
         )
 
 
-def placed(model: nn.Module, names: str) -> list[Place]:
+def places_of(model: nn.Module, names: str) -> list[Place]:
     """The places that `names` choose in a bare model (see `matching`)."""
     return [Place(path + ".weight", *place_of(path)) for path, _ in matching(model, names)]
 

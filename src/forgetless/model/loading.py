@@ -50,7 +50,9 @@ def load_model(options: ModelOptions, name: str | None = None) -> nn.Module:
     if options.quantize != "none":
         settings["quantization_config"] = _quantization(options)
         settings["device_map"] = {"": device_of(options)}
-    model: nn.Module = _load(AutoModelForCausalLM, name or options.model, options, settings)
+    model: nn.Module = _from_pretrained(
+        AutoModelForCausalLM, name or options.model, options, settings
+    )
     if options.quantize == "none":
         model = model.to(device_of(options))
     return model.eval()
@@ -63,7 +65,7 @@ def load_empty(options: ModelOptions) -> nn.Module:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = _load(AutoConfig, options.model, options, {})
+    config = _from_pretrained(AutoConfig, options.model, options, {})
     if options.dtype == "auto":
         dtype = getattr(config, "dtype", None) or torch.float32
     else:
@@ -83,7 +85,7 @@ def load_tokenizer(options: ModelOptions, name: str | None = None) -> Any:
     """
     from transformers import AutoTokenizer
 
-    tokenizer = _load(AutoTokenizer, name or options.model, options, {})
+    tokenizer = _from_pretrained(AutoTokenizer, name or options.model, options, {})
     if tokenizer.pad_token is None:
         tokenizer.pad_token = (
             tokenizer.eos_token or tokenizer.bos_token or tokenizer.convert_ids_to_tokens(0)
@@ -125,7 +127,7 @@ def context_length(model: nn.Module) -> int:
     return 2048
 
 
-def _load(kind: Any, name: str, options: ModelOptions, settings: dict[str, Any]) -> Any:
+def _from_pretrained(kind: Any, name: str, options: ModelOptions, settings: dict[str, Any]) -> Any:
     """What `kind`, an Auto class of transformers, loads. Raises ValueError where it cannot."""
     folder = _model_folder(name)
     try:

@@ -40,11 +40,10 @@ def before_step(
     first: bool = False,
     closure_once: bool = False,
 ) -> Any:
-    """Run `action` when the gradients of a step are there and nothing has moved; returns the handle
-    to remove.
+    """Run `action` when the gradients of a step are there and nothing has moved.
 
-    `first` puts it before all other pre-hooks. `closure_once` raises ValueError when the optimizer
-    calls its closure twice in one step, as LBFGS does.
+    Returns the handle to remove. `first` puts the action before all other pre-hooks. `closure_once`
+    raises ValueError when the optimizer calls its closure twice in one step, as LBFGS does.
     """
 
     def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

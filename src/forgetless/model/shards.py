@@ -24,7 +24,7 @@ def is_sharded(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def whole(tensor: Any) -> Any:
+def gathered(tensor: Any) -> Any:
     """`tensor` gathered, together, where it is sharded; for small ones."""
     return tensor.detach().full_tensor() if is_sharded(tensor) else tensor
 

@@ -29,7 +29,7 @@ from forgetless.model.targets import target_weights
 from forgetless.model.weights import LowRankWeight
 from forgetless.options.model import ModelOptions
 
-Factors = tuple[Tensor, Tensor]  # L (out, r), R (r, in)
+ThinFactors = tuple[Tensor, Tensor]  # L (out, r), R (r, in)
 
 
 def stack(
@@ -45,7 +45,7 @@ def stack(
         save_whole(Path(adapters[0]), tokenizer, out, shutil.copytree)
         return 0.0
     base: Any = load_model(options)
-    summands: dict[str, list[Factors]] = {}
+    summands: dict[str, list[ThinFactors]] = {}
     for adapter in adapters:
         base = _collect(base, adapter, summands)
     summed = {
@@ -64,7 +64,7 @@ def stack(
     return error
 
 
-def _fill(model: nn.Module, summed: dict[str, Factors]) -> None:
+def _fill(model: nn.Module, summed: dict[str, ThinFactors]) -> None:
     """Write factors into a fresh adapter of scale 1; of narrower ones the other rows are zero."""
     with torch.no_grad():
         for weight in target_weights(model):
@@ -76,19 +76,19 @@ def _fill(model: nn.Module, summed: dict[str, Factors]) -> None:
             weight.B[:, : L.shape[1]] = L.to(weight.B)
 
 
-def _cut(summed: dict[str, Factors], rank: int) -> float:
+def _cut(summed: dict[str, ThinFactors], rank: int) -> float:
     """Replace every update by the nearest one of `rank`; the relative error of all together."""
     lost = 0.0
     total = 0.0
     for name, (L, R) in summed.items():
-        near_L, near_R, squared, squared_lost = _nearest(L, R, rank)
+        near_L, near_R, squared, squared_lost = _nearest_of_rank(L, R, rank)
         summed[name] = near_L, near_R
         lost += squared_lost
         total += squared
     return math.sqrt(lost / total) if total > 0 else 0.0
 
 
-def _nearest(L: Tensor, R: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
+def _nearest_of_rank(L: Tensor, R: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
     """L' (out, rank), R' (rank, in) nearest to L @ R, its squared norm, and what of it is lost.
 
     It works in f64, without an (out, in) matrix.
@@ -105,7 +105,7 @@ def _nearest(L: Tensor, R: Tensor, rank: int) -> tuple[Tensor, Tensor, float, fl
     )
 
 
-def _collect(base: Any, adapter: str, summands: dict[str, list[Factors]]) -> Any:
+def _collect(base: Any, adapter: str, summands: dict[str, list[ThinFactors]]) -> Any:
     """Add the factors of one adapter to `summands`; returns `base` without it again."""
     model: Any = with_adapter(base, adapter)
     for weight in target_weights(model):

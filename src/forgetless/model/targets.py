@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 
 from forgetless.model import shards
-from forgetless.model.checkpoint import Base, KeptWeight, StoredWeight, stored_weights
+from forgetless.model.checkpoint import BaseWeight, KeptWeight, StoredWeight, stored_weights
 from forgetless.model.linear import (
     FUSED_EXPERTS,
     LinearModule,
@@ -246,7 +246,7 @@ def _log_bases(weights: dict[str, Any], stored: dict[str, StoredWeight]) -> None
 def _full_weight(path: str, module: LinearModule, stored: StoredWeight | None) -> FullWeight:
     W = module.weight
     transposed = is_conv1d(module)
-    base: Base = stored or KeptWeight(shards.local(W).detach().clone())
+    base: BaseWeight = stored or KeptWeight(shards.local(W).detach().clone())
     block, kind = place_of(path)
     return FullWeight(
         name=path + ".weight",

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from forgetless.model.checkpoint import Base
+from forgetless.model.checkpoint import BaseWeight
 from forgetless.model.linear import LinearModule
 
 # Elements of the base that are in memory at a time: 16 MiB in f32.
@@ -98,7 +98,7 @@ class FullWeight:
     kind: str
     module: LinearModule
     W: nn.Parameter  # (out, in), or (in, out) where transposed
-    base: Base  # as W
+    base: BaseWeight  # as W
     transposed: bool
 
     @property

@@ -32,7 +32,7 @@ from forgetless.importance import codec
 # The largest rank of the factors: wider ones would not fit into a program's registers.
 MAX_RANK = 128
 # The tiers that the kernel reads, and the dtype of their numbers or codes.
-TIERS = {"f32": torch.float32, "bf16": torch.bfloat16, "u8": torch.uint8, "u4": torch.uint8}
+KERNEL_TIERS = {"f32": torch.float32, "bf16": torch.bfloat16, "u8": torch.uint8, "u4": torch.uint8}
 # About how many programs run, which keeps every multiprocessor busy.
 PROGRAMS = 512
 # The warps of a program: at 4, ptxas spills registers on sm_90.
@@ -74,7 +74,27 @@ def pull(
     above 128, tensors on a CPU outside of the interpreter.
     """
     _check_importance(A, B, omega, block_scale, tier)
-    _check_factors(A, B, anchor)
+    _check_kernel_takes(A, B, anchor)
+    partial_A, partial_B, partial_energy = _launch(A, B, scale, omega, block_scale, tier, anchor)
+    rank = A.shape[0]
+    factor = 2 * k * scale
+    return (
+        partial_A.sum(0)[:rank].mul_(factor),
+        partial_B.sum(0)[:, :rank].mul(factor),
+        partial_energy.sum(),
+    )
+
+
+def _launch(
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    omega: Tensor,
+    block_scale: Tensor | None,
+    tier: str,
+    anchor: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the kernel; its partial sums, as it describes them."""
     from forgetless.penalty.kernel import pull_kernel  # Triton is not installed everywhere
 
     (rank, into), out = A.shape, B.shape[0]
@@ -116,12 +136,7 @@ def pull(
         PRECISION="ieee",
         num_warps=WARPS,
     )
-    factor = 2 * k * scale
-    return (
-        partial_A.sum(0)[:rank].mul_(factor),
-        partial_B.sum(0)[:, :rank].mul(factor),
-        partial_energy.sum(),
-    )
+    return partial_A, partial_B, partial_energy
 
 
 def _padded(rank: int) -> int:
@@ -141,10 +156,10 @@ def _check_importance(
     A: Tensor, B: Tensor, omega: Tensor, block_scale: Tensor | None, tier: str
 ) -> None:
     """Raise ValueError for importance that the kernel does not read, or of another weight."""
-    if tier not in TIERS or omega.dtype != TIERS[tier]:
+    if tier not in KERNEL_TIERS or omega.dtype != KERNEL_TIERS[tier]:
         raise ValueError(
-            f"the kernel reads {', '.join(TIERS)}, found tier '{tier}' as {omega.dtype}; use the "
-            "dense pull, or convert the importance"
+            f"the kernel reads {', '.join(KERNEL_TIERS)}, found tier '{tier}' as {omega.dtype}; "
+            "use the dense pull, or convert the importance"
         )
     out, into = B.shape[0], A.shape[1]
     if tier in codec.BITS:
@@ -157,7 +172,7 @@ def _check_importance(
         )
 
 
-def _check_factors(A: Tensor, B: Tensor, anchor: tuple[Tensor, Tensor] | None) -> None:
+def _check_kernel_takes(A: Tensor, B: Tensor, anchor: tuple[Tensor, Tensor] | None) -> None:
     """Raise ValueError for factors that the kernel does not take."""
     factors = (A, B) if anchor is None else (A, B, *anchor)
     if any(t.dtype not in (torch.float32, torch.bfloat16, torch.float16) for t in factors):

@@ -23,13 +23,13 @@ from torch import Tensor
 from forgetless.importance.entries import Entry, KroneckerEntry, with_tensors
 from forgetless.importance.importance import Importance
 
-Item = TypeVar("Item")
+Waiting = TypeVar("Waiting")
 Started = TypeVar("Started")
 Ready = TypeVar("Ready")
 
 
 def ahead(
-    items: Iterable[Item], start: Callable[[Item], Started], ready: Callable[[Started], Ready]
+    items: Iterable[Waiting], start: Callable[[Waiting], Started], ready: Callable[[Started], Ready]
 ) -> Iterator[Ready]:
     """ready(start(item)) of each item in order.
 

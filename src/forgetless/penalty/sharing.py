@@ -32,7 +32,7 @@ from forgetless.importance.entries import (
 )
 from forgetless.importance.importance import Importance
 from forgetless.model import distributed, shards
-from forgetless.model.checkpoint import Base, KeptWeight
+from forgetless.model.checkpoint import BaseWeight, KeptWeight
 from forgetless.model.weights import FullWeight, LowRankWeight, TargetWeight, wider
 
 
@@ -119,7 +119,7 @@ def settled(
     if sharded and isinstance(weights[0], FullWeight):
         return now, importance if before.sharded else cut_to_rows(importance, weights)
     if shard and distributed.running() and before.owner is None:
-        owner = owners(importance, [weight.name for weight in weights])
+        owner = owners_of(importance, [weight.name for weight in weights])
         mine = [name for name, process in owner.items() if process == distributed.rank()]
         kept = kept_of(importance, {name: importance[name] for name in mine})
         return replace(now, owner=owner), kept
@@ -135,7 +135,7 @@ def no_pull(weight: TargetWeight) -> tuple[Tensor, ...]:
 class BaseFrom:
     """The base of some rows of a weight: its row 0 is row `first` of `base`."""
 
-    base: Base
+    base: BaseWeight
     first: int
 
     def read(self, part: tuple[slice, ...]) -> Tensor:
@@ -153,7 +153,7 @@ def seen(weight: TargetWeight) -> TargetWeight:
     if isinstance(weight, LowRankWeight):
         if not shards.is_sharded(weight.A):
             return weight
-        return replace(weight, A=shards.whole(weight.A), B=shards.whole(weight.B))
+        return replace(weight, A=shards.gathered(weight.A), B=shards.gathered(weight.B))
     if not shards.is_sharded(weight.W):
         return weight
     first, count = shards.rows_here(weight.W)
@@ -161,7 +161,7 @@ def seen(weight: TargetWeight) -> TargetWeight:
     return replace(weight, W=shards.local(weight.W), shape=(count, weight.shape[1]), base=base)
 
 
-def _of_these_rows(base: Base, count: int) -> bool:
+def _of_these_rows(base: BaseWeight, count: int) -> bool:
     """Whether a copied base has been cut to the rows that are here."""
     return isinstance(base, KeptWeight) and len(base.tensor) == count
 
@@ -204,7 +204,7 @@ def current(weight: TargetWeight) -> TargetWeight:
     return live
 
 
-def rows_here(weight: TargetWeight) -> slice:
+def slice_here(weight: TargetWeight) -> slice:
     """The rows of a full weight that are here."""
     first, count = shards.rows_here(weight.parameters[0])
     return slice(first, first + count)
@@ -212,7 +212,7 @@ def rows_here(weight: TargetWeight) -> slice:
 
 def cut_to_rows(importance: Importance, weights: Sequence[TargetWeight]) -> Importance:
     """The importance of the rows of each full weight that are here."""
-    rows = {weight.name: rows_here(weight) for weight in weights}
+    rows = {weight.name: slice_here(weight) for weight in weights}
     return kept_of(
         importance, {name: rows_of(importance[name], here) for name, here in rows.items()}, rows
     )
@@ -229,7 +229,7 @@ def rows_of(entry: Entry, rows: slice) -> Entry:
     return DenseEntry(entry.values[rows].clone())
 
 
-def owners(importance: Importance, names: list[str]) -> dict[str, int]:
+def owners_of(importance: Importance, names: list[str]) -> dict[str, int]:
     """Weight -> the process that keeps its importance.
 
     Weights that share an input covariance stay together.

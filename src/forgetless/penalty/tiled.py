@@ -25,11 +25,11 @@ from torch import Tensor
 # Elements of a tile, on a CPU per thread: 1 MiB of f32 stays in a core's cache, and a GPU wants few
 # launches.
 TILE = {"cpu": 1 << 18, "cuda": 1 << 24}
-Rows = Callable[[slice], Tensor]
+RowReader = Callable[[slice], Tensor]
 
 
 def pull(
-    A: Tensor, B: Tensor, scale: float, omega: Rows, L: Tensor, R: Tensor, k: float
+    A: Tensor, B: Tensor, scale: float, omega: RowReader, L: Tensor, R: Tensor, k: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(pull on A (r, in), pull on B (out, r), energy) for D = U - U* = L @ R, (out, q) and (q, in).
 
@@ -53,7 +53,7 @@ def pull(
     return pull_A.mul_(2 * k * scale), pull_B.mul_(2 * k * scale), energy
 
 
-def full_pull(update: Rows, omega: Rows, into: Tensor, k: float) -> Tensor:
+def full_pull(update: RowReader, omega: RowReader, into: Tensor, k: float) -> Tensor:
     """Full fine-tuning: write the pull 2 k Omega D on W into `into` (out, in); returns the energy.
 
     `update` gives rows of D = W - W(base) - U*, `omega` rows of the importance, both (rows, in).

@@ -24,7 +24,7 @@ from forgetless.importance.importance import Importance
 from forgetless.methods.method import Steps
 from forgetless.methods.table import chosen
 from forgetless.model import distributed
-from forgetless.model.linear import placed
+from forgetless.model.linear import places_of
 from forgetless.model.stages import Earlier
 from forgetless.options.option import several
 from forgetless.options.tune import TuneOptions
@@ -74,7 +74,7 @@ def check_model(
     options: TuneOptions, model: nn.Module, importance: Importance | None, layers: Any
 ) -> None:
     """Refuse everything that can be refused with the bare model at hand."""
-    places = placed(model, options.targets)
+    places = places_of(model, options.targets)
     names = [place.name for place in places]
     if importance is not None:
         check_fit(model, importance, names, options.anchor)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from forgetless.errors import FileError
 from forgetless.files.room import check_output_folder
-from forgetless.model.adapter_files import checked, load_tuned
+from forgetless.model.adapter_files import checked_adapter, load_tuned
 from forgetless.model.loading import load_tokenizer, save_whole
 from forgetless.options.model import ModelOptions
 from forgetless.options.verbs import resolve
@@ -20,7 +20,7 @@ def merge(adapter: str, out: str, *, dtype: str | None = None) -> None:
     """Merge a PEFT adapter into its base model and save the result, a plain transformers model, to
     `out`.
     """
-    base = checked(adapter).get("base_model_name_or_path")
+    base = checked_adapter(adapter).get("base_model_name_or_path")
     if not base:
         raise FileError(
             f"'{adapter}' does not say which model it belongs to: base_model_name_or_path in its "
