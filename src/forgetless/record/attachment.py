@@ -1,4 +1,14 @@
-"""TODO record.attachment."""
+"""Hooks of a path recorder on an optimizer and on the layers that it trains.
+
+Around every optimizer step an attachment hands the recorder the parameters before the step and a
+gradient of each weight's effective update U. The hooks are removed by `close()`, or on leaving the
+`with` block, whatever happened in it.
+
+    with Attachment(recorder, optimizer, scaler=None):
+        ...train...
+
+It knows of a recorder no more than `Recorder` says, so that recorders can stand on it.
+"""
 
 from __future__ import annotations
 
@@ -83,13 +93,11 @@ class Attachment:
 
         def forward(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
             attachment = mine()
-            # Here, not in the backward pass: a module may be called several times before it. Checkpointing calls
-            # it again within one: that begins nothing.
-            if (
-                attachment is not None
-                and torch._C._current_graph_task_id() == -1
-                and _fresh(weight)
-            ):
+            # What was pending is dropped here and not in the backward pass, since a module may be
+            # called several times before that. Checkpointing calls it again within one, which
+            # begins nothing.
+            in_backward = torch._C._current_graph_task_id() != -1
+            if attachment is not None and not in_backward and _is_fresh(weight):
                 attachment._pending.pop(weight.name, None)
             if not (torch.is_grad_enabled() and output.requires_grad):
                 return
@@ -114,18 +122,12 @@ class Attachment:
         """Parameters and gradients right before the optimizer moves them."""
         weights = self.recorder.weights
         self._before = {w.name: tuple(p.detach().clone() for p in w.parameters) for w in weights}
-        if self.recorder.gradient == "effective":
-            self._gradients = {
-                w.name: g for w in weights if (g := self._from_factors(w)) is not None
-            }
-        else:
-            self._gradients = {w.name: g for w in weights if (g := self._exact(w)) is not None}
-            if (
-                not self._gradients
-                and self.recorder.steps == self.recorder.skipped == 0
-                and not distributed.running()
-            ):
-                _check_unseen(weights)
+        is_exact = self.recorder.gradient == "exact"
+        gradient_of = self._exact if is_exact else self._from_factors
+        self._gradients = {w.name: g for w in weights if (g := gradient_of(w)) is not None}
+        is_first = self.recorder.steps == self.recorder.skipped == 0
+        if is_exact and is_first and not self._gradients and not distributed.running():
+            _check_unseen(weights)
         self._pending = {}
 
     def _exact(self, weight: TargetWeight) -> Any:
@@ -137,11 +139,9 @@ class Attachment:
         if isinstance(weight, LowRankWeight):
             g = self._pending.get(weight.name)
             return None if g is None else _divided(g, self._scale())
-        return (
-            None
-            if weight.W.grad is None
-            else weight.oriented(weight.W.grad) / pending_scale(self.optimizer)
-        )
+        if weight.W.grad is None:
+            return None
+        return weight.oriented(weight.W.grad) / pending_scale(self.optimizer)
 
     def _from_factors(self, weight: TargetWeight) -> Any:
         assert isinstance(weight, LowRankWeight)
@@ -149,26 +149,22 @@ class Attachment:
             return None
         dtype = wider(weight.A.dtype)
         A, B = weight.A.detach().to(dtype), weight.B.detach().to(dtype)
-        gA = (
-            torch.zeros_like(A)
-            if weight.A.grad is None
-            else weight.A.grad.to(dtype) / pending_scale(self.optimizer)
-        )
-        gB = (
-            torch.zeros_like(B)
-            if weight.B.grad is None
-            else weight.B.grad.to(dtype) / pending_scale(self.optimizer)
-        )
-        return self.recorder.from_factors(
-            *effective_gradient(A, B, gA, gB, weight.scale, float(self._rates[weight.name]["lr"]))
-        )
+        gA, gB = self._gradient_of(weight.A, dtype), self._gradient_of(weight.B, dtype)
+        eta = float(self._rates[weight.name]["lr"])
+        left, right = effective_gradient(A, B, gA, gB, weight.scale, eta)
+        return self.recorder.from_factors(left, right)
+
+    def _gradient_of(self, parameter: nn.Parameter, dtype: torch.dtype) -> Tensor:
+        """A parameter's gradient in nats; zeros where it has none."""
+        if parameter.grad is None:
+            return torch.zeros_like(parameter, dtype=dtype)
+        return parameter.grad.to(dtype) / pending_scale(self.optimizer)
 
     def _scale(self) -> float:
-        return (
-            float(self.scaler.get_scale())
-            if self.scaler is not None and self.scaler.is_enabled()
-            else pending_scale(self.optimizer)
-        )
+        """By what backward hooks see gradients multiplied."""
+        if self.scaler is not None and self.scaler.is_enabled():
+            return float(self.scaler.get_scale())
+        return pending_scale(self.optimizer)
 
     def _post(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if will_skip(self.optimizer):
@@ -178,7 +174,7 @@ class Attachment:
         self._before, self._gradients = {}, {}
 
 
-def _fresh(weight: LowRankWeight) -> bool:
+def _is_fresh(weight: LowRankWeight) -> bool:
     """Whether a new accumulation begins: gradients were cleared since the last step (a GradScaler
     that skips a step leaves no other sign).
     """
@@ -204,11 +200,9 @@ def _check_unseen(weights: list[TargetWeight]) -> None:
 def _divided(gradient: Any, scale: float) -> Any:
     if scale == 1.0:
         return gradient
-    return (
-        gradient / scale
-        if isinstance(gradient, Tensor)
-        else [(left / scale, right) for left, right in gradient]
-    )
+    if isinstance(gradient, Tensor):
+        return gradient / scale
+    return [(left / scale, right) for left, right in gradient]
 
 
 def _check_optimizer(
@@ -221,38 +215,50 @@ def _check_optimizer(
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     rates = {}
     for weight in recorder.weights:
-        if any(shards.is_sharded(p) for p in weight.parameters):
-            raise ValueError(
-                f"'{weight.name}' is sharded by FSDP2, where no process sees all of its movement "
-                "or gradient; record in one process "
-                "or with DDP, or by an estimator that observes the bare model (fisher, kronecker)"
-            )
         trained = [p for p in weight.parameters if p.requires_grad]
-        if not trained:
-            raise ValueError(
-                f"'{weight.name}' is frozen, so nothing would move; unfreeze the adapter (for "
-                "PEFT: is_trainable=True)"
-            )
-        if any(id(p) not in groups for p in trained):
-            raise ValueError(
-                f"'{weight.name}' is not among this optimizer's parameters; attach the recorder "
-                "to the optimizer that trains it"
-            )
-        if any(getattr(p, "_post_accumulate_grad_hooks", None) for p in trained):
-            raise ValueError(
-                f"'{weight.name}' has a hook that runs inside the backward pass, as optimizers "
-                "that step there have; use one that steps afterwards"
-            )
+        _check_trained(weight, trained, groups)
         if recorder.gradient == "effective":
-            if isinstance(weight, FullWeight):
-                raise OptionError(
-                    "gradient='effective' is defined for LoRA factors only; use gradient='exact' "
-                    "for full fine-tuning"
-                )
-            if len({float(groups[id(p)]["lr"]) for p in trained}) > 1:
-                raise OptionError(
-                    f"'{weight.name}' has different learning rates for A and B; the paper's "
-                    "effective gradient needs one: use gradient='exact'"
-                )
+            _check_effective(weight, {float(groups[id(p)]["lr"]) for p in trained})
         rates[weight.name] = groups[id(trained[0])]
     return rates
+
+
+def _check_trained(
+    weight: TargetWeight, trained: list[nn.Parameter], groups: dict[int, dict[str, Any]]
+) -> None:
+    """Raise ValueError where the optimizer's steps of a weight cannot be seen."""
+    if any(shards.is_sharded(p) for p in weight.parameters):
+        raise ValueError(
+            f"'{weight.name}' is sharded by FSDP2, where no process sees all of its movement "
+            "or gradient; record in one process "
+            "or with DDP, or by an estimator that observes the bare model (fisher, kronecker)"
+        )
+    if not trained:
+        raise ValueError(
+            f"'{weight.name}' is frozen, so nothing would move; unfreeze the adapter (for "
+            "PEFT: is_trainable=True)"
+        )
+    if any(id(p) not in groups for p in trained):
+        raise ValueError(
+            f"'{weight.name}' is not among this optimizer's parameters; attach the recorder "
+            "to the optimizer that trains it"
+        )
+    if any(getattr(p, "_post_accumulate_grad_hooks", None) for p in trained):
+        raise ValueError(
+            f"'{weight.name}' has a hook that runs inside the backward pass, as optimizers "
+            "that step there have; use one that steps afterwards"
+        )
+
+
+def _check_effective(weight: TargetWeight, rates: set[float]) -> None:
+    """Raise OptionError where the paper's effective gradient is not defined."""
+    if isinstance(weight, FullWeight):
+        raise OptionError(
+            "gradient='effective' is defined for LoRA factors only; use gradient='exact' "
+            "for full fine-tuning"
+        )
+    if len(rates) > 1:
+        raise OptionError(
+            f"'{weight.name}' has different learning rates for A and B; the paper's "
+            "effective gradient needs one: use gradient='exact'"
+        )

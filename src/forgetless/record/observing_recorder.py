@@ -1,8 +1,10 @@
-"""What recorders see that only watch: each target layer's inputs x and output gradients d, over one
-forward and backward pass of the bare base model.
+"""Recorders that only watch the bare base model over some text: what they share.
 
-    recorder.observe(input_ids, attention_mask, labels)     # adapters are switched off, parameters
-        stay frozen, nothing gets a .grad
+An observing recorder is shown each target layer's inputs x and output gradients d, over one forward
+and backward pass of the bare base model for each batch. Adapters are switched off, parameters stay
+frozen, and nothing gets a .grad.
+
+    recorder.observe(input_ids, attention_mask, labels)
     importance = recorder.finish()
 
 The loss is the sum of cross-entropy (nats) over scored tokens, so d is what one token's output does
@@ -20,35 +22,36 @@ of the text, whatever the batch size.
 
 Where the sums of all weights do not fit, `divide` splits the weights into groups, each seen in a
 pass of its own over the same text. What a finished group amounts to waits on the CPU. The result is
-the same bit for bit: a pass differs from the whole only in which layers are watched.
-
-In several processes (torchrun), each observes its share of the text and `skip`s the rest;
-`end_pass` and `finish` add up what all have seen, so every process calls them.
+the same bit for bit: the passes differ only in which layers are watched.
 
     recorder.look(input_ids)                 # which weights read the same input: they stay together
     for _ in range(recorder.divide(4)):
         for batch in batches: recorder.observe(**batch)
         recorder.end_pass()
+
+In several processes (torchrun), each observes its shard of the text and `skip`s the rest;
+`end_pass` and `finish` add up what all have seen, so every process calls them.
 """
 
 from __future__ import annotations
 
 import abc
-import contextlib
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from forgetless.errors import OptionError
-from forgetless.importance.entries import Entry, from_plain, to_plain, with_tensors
+from forgetless.importance.entries import Entry, from_plain, tier_of, to_plain, with_tensors
 from forgetless.importance.importance import Importance
+from forgetless.importance.info import EnergyErrors, Estimate
 from forgetless.model import distributed, shards
 from forgetless.model.adapters import bare
 from forgetless.model.targets import BaseLayer, base_layers
 from forgetless.model.weights import wider
+from forgetless.record.passes import add_up_sums, in_groups
+from forgetless.record.watching import counting, drawn_labels, scored, watched
 
 LABELS = ("empirical", "sampled")
 
@@ -90,21 +93,22 @@ class ObservingRecorder(abc.ABC):
                 "record in one process or with DDP, "
                 "on the model as it was loaded, before it is sharded"
             )
-        self.observed = self.layers  # of these, what the current pass sees
-        self.group = 0
-        self._groups = [self.layers]
-        self._done: dict[str, Entry] = {}  # of the groups before
-        self.errors: dict[
-            str, tuple[float, float]
-        ] = {}  # of the energy, where what was summed is cut (energy_errors.py)
-        self._first_pass: int | None = None  # tokens that it saw
         self.leaders: dict[str, str] = {}  # weight -> the first weight that reads the same input
-        self.tokens = self.positions = self.sequences = (
-            0  # scored; that count as inputs; rows with a scored token
-        )
+        # Relative errors of each weight's energy, where what was summed is cut (energy_errors.py).
+        self.errors: dict[str, tuple[float, float]] = {}
+        # The groups of weights, each for a pass of its own, and what the current one sees.
+        self._groups = [self.layers]
+        self.group = 0
+        self.observed = self.layers
+        self._done: dict[str, Entry] = {}  # of the groups before
+        self._first_pass: int | None = None  # tokens that the first pass saw
+        # What the current pass has seen so far.
+        self.tokens = 0  # scored
+        self.positions = 0  # tokens that count as inputs
+        self.sequences = 0  # rows with a scored token
         self._nats = 0.0
         self._random = torch.Generator().manual_seed(seed)
-        self._added_up = False
+        self._added_up = False  # over the processes
 
     @property
     def cuts(self) -> bool:
@@ -149,36 +153,45 @@ class ObservingRecorder(abc.ABC):
                 "the processes' sums have been added up, so nothing more can be observed; make a "
                 "new recorder"
             )
-        mask, targets = _scored(input_ids, attention_mask, labels)
-        scored = targets != -100
-        counts = torch.zeros_like(input_ids, dtype=torch.bool)
-        counts[:, :-1] = scored.flip(1).cumsum(1).flip(1) > 0
-        counts &= mask != 0
-        if not bool(scored.any()):
+        mask, targets = scored(input_ids, attention_mask, labels)
+        is_scored = targets != -100
+        counts = counting(mask, targets)
+        if not bool(is_scored.any()):
             return 0.0
         with (
             bare(self.model) as base,
             torch.set_grad_enabled(self.needs_gradients),
-            self._watched(base, counts, self._see),
+            watched(
+                base,
+                self.observed,
+                counts,
+                self._see,
+                self.leaders,
+                gradients=self.needs_gradients,
+            ),
         ):
             logits = base(input_ids=input_ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-            logits = logits[scored].to(wider(logits.dtype))  # (scored, vocabulary)
-            text = nn.functional.cross_entropy(logits.detach(), targets[scored], reduction="sum")
-            if not bool(torch.isfinite(text)):
-                raise ValueError(
-                    f"the loss on the general text is {float(text)} after {self.tokens} tokens; "
-                    "use --dtype float32, or another model"
-                )
-            if self.needs_gradients:
-                drawn = (
-                    targets[scored] if self.labels == "empirical" else self._draw(logits.detach())
-                )
-                nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
-        self.tokens += int(scored.sum())
+            logits = logits[is_scored].to(wider(logits.dtype))  # (scored, vocabulary)
+            nats = self._propagate(logits, targets[is_scored])
+        self.tokens += int(is_scored.sum())
         self.positions += int(counts.sum())
-        self.sequences += int(scored.any(1).sum())
-        self._nats += float(text)
-        return float(text) / int(scored.sum())
+        self.sequences += int(is_scored.any(1).sum())
+        self._nats += nats
+        return nats / int(is_scored.sum())
+
+    def _propagate(self, logits: Tensor, targets: Tensor) -> float:
+        """Go backward from logits (scored, vocabulary); the summed loss on the text itself."""
+        text = nn.functional.cross_entropy(logits.detach(), targets, reduction="sum")
+        if not bool(torch.isfinite(text)):
+            raise ValueError(
+                f"the loss on the general text is {float(text)} after {self.tokens} tokens; "
+                "use --dtype float32, or another model"
+            )
+        if self.needs_gradients:
+            if self.labels == "sampled":
+                targets = drawn_labels(logits.detach(), self._random)
+            nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
+        return float(text)
 
     def skip(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
@@ -187,30 +200,29 @@ class ObservingRecorder(abc.ABC):
         process that sees all of the text.
         """
         if self.needs_gradients and self.labels == "sampled":
-            torch.rand(
-                int((_scored(input_ids, attention_mask, labels)[1] != -100).sum()),
-                generator=self._random,
-                dtype=torch.float64,
-            )
+            _, targets = scored(input_ids, attention_mask, labels)
+            count = int((targets != -100).sum())
+            torch.rand(count, generator=self._random, dtype=torch.float64)
 
     def look(self, input_ids: Tensor) -> None:
         """Find out which weights read the same input, by one forward pass over a row of token ids
         (1, tokens).
         """
         row = input_ids[:1]
+        counts = torch.ones_like(row, dtype=torch.bool)
         with (
             bare(self.model) as base,
             torch.no_grad(),
-            self._watched(base, torch.ones_like(row, dtype=torch.bool), None),
+            watched(base, self.layers, counts, None, self.leaders, gradients=self.needs_gradients),
         ):
             base(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False)
 
     def bytes(self, groups: int = 1) -> int:
-        """Bytes of the sums of the largest of so many groups: what has to fit into memory at once."""
-        return max(
-            sum(self._size(layer) * wider(layer.module.weight.dtype).itemsize for layer in group)
-            for group in self._division(groups)
-        )
+        """Bytes of the sums of the largest of so many groups: what has to fit into memory."""
+        return max(sum(map(self._bytes_of, group)) for group in self._division(groups))
+
+    def _bytes_of(self, layer: BaseLayer) -> int:
+        return self._size(layer) * wider(layer.module.weight.dtype).itemsize
 
     def divide(self, groups: int) -> int:
         """Split the weights into so many groups of similar size, those that read the same input
@@ -232,18 +244,8 @@ class ObservingRecorder(abc.ABC):
         return len(self._groups)
 
     def _division(self, groups: int) -> list[list[BaseLayer]]:
-        together: dict[str, list[BaseLayer]] = {}
-        for layer in self.layers:
-            together.setdefault(self.leaders.get(layer.name, layer.name), []).append(layer)
-        total, before = sum(self._size(layer) for layer in self.layers), 0
-        found: dict[int, list[BaseLayer]] = {}
-        for layers in together.values():
-            size = sum(self._size(layer) for layer in layers)
-            found.setdefault(int(groups * (before + size / 2) / total), []).extend(
-                layers
-            )  # by where its middle lies among all
-            before += size
-        return list(found.values())
+        """The weights in so many groups of similar size, those that share an input together."""
+        return in_groups(self.layers, self.leaders, self._size, groups)
 
     def end_pass(self) -> None:
         """End a pass over the text: the next group begins.
@@ -258,14 +260,9 @@ class ObservingRecorder(abc.ABC):
                 "give every pass the same text"
             )
         self._first_pass = self.tokens
-        made: dict[int, Any] = {}
-        entries = self._entries()
-        self._done.update(
-            {
-                name: with_tensors(entry, lambda tensor: tensor.cpu(), made)
-                for name, entry in entries.items()
-            }
-        )
+        moved: dict[int, Any] = {}
+        for name, entry in self._entries().items():
+            self._done[name] = with_tensors(entry, lambda tensor: tensor.cpu(), moved)
         for sums in self._sums().values():
             sums.clear()
         self.group += 1
@@ -284,21 +281,13 @@ class ObservingRecorder(abc.ABC):
         """
         if self._added_up or not distributed.running():
             return
-        for leaders in distributed.collect(
-            self.leaders
-        ):  # a process without a batch knows neither these nor shapes
+        # A process without a batch knows neither which weights share an input nor the shapes.
+        for leaders in distributed.collect(self.leaders):
             self.leaders.update(leaders)
         device = self.layers[0].module.weight.device
+        names = [layer.name for layer in self.observed]
         for sums in self._sums().values():
-            kinds: dict[str, tuple[Any, Any]] = {}
-            for found in distributed.collect(
-                {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in sums.items()}
-            ):
-                kinds.update(found)
-            for name in (layer.name for layer in self.observed if layer.name in kinds):
-                if name not in sums:
-                    sums[name] = torch.zeros(kinds[name][0], dtype=kinds[name][1], device=device)
-                distributed.add_up(sums[name])
+            add_up_sums(sums, names, device)
         counted = distributed.add_up_numbers(
             [self.tokens, self.positions, self.sequences, self._nats], device
         )
@@ -331,8 +320,12 @@ class ObservingRecorder(abc.ABC):
             )
         if len(self._groups) > 1 and self.group < len(self._groups):
             self.end_pass()
-        found = self._done or self._entries()
-        entries = {layer.name: found[layer.name] for layer in self.layers}
+        recorded = self._done or self._entries()
+        entries = {layer.name: recorded[layer.name] for layer in self.layers}
+        return Importance(entries, {}, self._estimate(entries).info())
+
+    def _estimate(self, entries: dict[str, Entry]) -> Estimate:
+        """What the file says about the importance. Raises ValueError where it is not finite."""
         norms = {name: entry.norm() for name, entry in entries.items()}
         for name, norm in norms.items():
             if not math.isfinite(norm):
@@ -344,19 +337,18 @@ class ObservingRecorder(abc.ABC):
             "sequences": self.sequences,
             "nats": self._nats / self.tokens,
         }
-        info = {
-            "estimator": self.estimator,
-            "unit": self.unit,
-            "settings": {**self._settings(), **counted},
-            "norms": norms,
-        }
+        errors = None
         if self.errors:
-            info["energy_error"] = {
-                "against": self.estimator,
-                "weights": {name: list(self.errors[name]) for name in entries},
-            }
-        importance = Importance(entries, {}, info)
-        return Importance(entries, {}, {**info, "tier": importance.tier})
+            by_weight = {name: list(self.errors[name]) for name in entries}
+            errors = EnergyErrors(against=self.estimator, weights=by_weight)
+        return Estimate(
+            estimator=self.estimator,
+            unit=self.unit,
+            tier=tier_of(entries),
+            settings={**self._settings(), **counted},
+            norms=norms,
+            energy_error=errors,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on later: tensors and plain numbers."""
@@ -389,125 +381,25 @@ class ObservingRecorder(abc.ABC):
 
         Raises ValueError if it belongs to other target weights or another estimator.
         """
-        if (state["estimator"], state["targets"]) != (
-            self.estimator,
-            [layer.name for layer in self.layers],
-        ):
+        layers, passes = {layer.name: layer for layer in self.layers}, state["passes"]
+        if (state["estimator"], state["targets"]) != (self.estimator, list(layers)):
             raise ValueError(
                 "the saved recorder state is for other target weights or another estimator; "
                 "start again without --resume"
             )
-        layers, passes = {layer.name: layer for layer in self.layers}, state["passes"]
         made: dict[int, Any] = {}
         self._groups = [[layers[name] for name in group] for group in passes["groups"]]
         self._done = {name: from_plain(plain, made) for name, plain in passes["done"].items()}
         self.errors = dict(passes["errors"])
         self.group, self._first_pass = passes["group"], passes["tokens"]
         self.observed = self._groups[min(self.group, len(self._groups) - 1)]
-        for key, part in self._sums().items():
-            part.update(
-                {
-                    name: tensor.to(layers[name].module.weight.device).clone()
-                    for name, tensor in state["sums"][key].items()
-                }
-            )
+        for key, sums in self._sums().items():
+            for name, tensor in state["sums"][key].items():
+                sums[name] = tensor.to(layers[name].module.weight.device).clone()
         numbers = state["numbers"]
-        self.tokens, self.positions, self.sequences, self._nats = (
-            numbers["tokens"],
-            numbers["positions"],
-            numbers["sequences"],
-            numbers["nats"],
-        )
+        self.tokens = numbers["tokens"]
+        self.positions = numbers["positions"]
+        self.sequences = numbers["sequences"]
+        self._nats = numbers["nats"]
         self.leaders = dict(state["leaders"])
         self._random.set_state(state["random"])
-
-    def _draw(self, logits: Tensor) -> Tensor:
-        """One label per row of logits (scored, vocabulary) from the model's distribution, by
-        inverting its cumulative sum in f64 at uniform numbers.
-        """
-        uniform = torch.rand(len(logits), generator=self._random, dtype=torch.float64).to(
-            logits.device
-        )
-        drawn = [
-            torch.searchsorted(part.double().softmax(1).cumsum(1), u[:, None]).squeeze(1)
-            for part, u in zip(logits.split(256), uniform.split(256), strict=True)
-        ]
-        return torch.cat(drawn).clamp(max=logits.shape[1] - 1)
-
-    @contextlib.contextmanager
-    def _watched(self, base: nn.Module, counts: Tensor, see: Any) -> Iterator[None]:
-        """Hooks on the embeddings and on every layer observed, or on all where `see` is None, for
-        one pass; removed on leaving, whatever happens.
-        """
-        inputs: dict[
-            int, tuple[Tensor, str]
-        ] = {}  # by identity: input, its first reader; held, so that identities stay apart
-        seen: set[str] = set()
-        handles = []
-        if self.needs_gradients:
-            # A copy, not the leaf itself: some models scale embeddings in place.
-            start = lambda module, args, output: output.detach().requires_grad_(True).clone()
-            handles.append(base.get_input_embeddings().register_forward_hook(start))
-
-        def watch(layer: BaseLayer) -> Any:
-            def forward(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-                _check_use(layer, args[0], counts, layer.name in seen)
-                seen.add(layer.name)
-                self._follow(layer.name, inputs.setdefault(id(args[0]), (args[0], layer.name))[1])
-                x = args[0].detach()
-                if see is None:
-                    return
-                if not self.needs_gradients:
-                    see(layer, x.to(wider(x.dtype)), None, counts)
-                elif output.requires_grad:
-                    output.register_hook(
-                        lambda d: see(
-                            layer, x.to(wider(x.dtype)), d.detach().to(wider(d.dtype)), counts
-                        )
-                    )
-
-            return forward
-
-        handles += [
-            layer.module.register_forward_hook(watch(layer))
-            for layer in (self.layers if see is None else self.observed)
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _follow(self, name: str, leader: str) -> None:
-        if self.leaders.setdefault(name, leader) != leader:
-            raise ValueError(
-                f"'{name}' shares its input with '{self.leaders[name]}' in one batch and with "
-                f"'{leader}' in another; leave it out of --targets"
-            )
-
-
-def _scored(
-    input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """(attention mask (batch, tokens), what follows each token (batch, tokens - 1) or -100 where
-    that is not scored).
-    """
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    # Nothing is predicted from padding, as the first token after left padding would be.
-    return mask, (input_ids if labels is None else labels)[:, 1:].masked_fill(
-        (mask[:, 1:] == 0) | (mask[:, :-1] == 0), -100
-    )
-
-
-def _check_use(layer: BaseLayer, x: Tensor, counts: Tensor, again: bool) -> None:
-    if again:
-        raise ValueError(
-            f"'{layer.name}' is used twice in one forward pass; its gradient is a sum that "
-            "cannot be seen in one place: leave it out of --targets"
-        )
-    if x.ndim != 3 or x.shape[:2] != counts.shape:
-        raise ValueError(
-            f"'{layer.name}' reads {tuple(x.shape)}, expected (batch, tokens, in) = "
-            f"({counts.shape[0]}, {counts.shape[1]}, {layer.shape[1]}); "
-            "leave layers that see only some tokens (experts, encoders) out of --targets"
-        )
