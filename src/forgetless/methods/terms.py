@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from forgetless.data.encoding import Encoded, batches, collate
 from forgetless.methods.divergence import kl_gradient
 from forgetless.methods.method import Setup
-from forgetless.model.adapters import bare
+from forgetless.model.adapters import bare, has_adapter
 from forgetless.model.weights import wider
 
 
@@ -84,7 +84,7 @@ class KL:
         )
         self.pad_id, self.batch_size = pad_id, batch_size or sequences
         self._seen: list[float] = []  # KL of the steps since the last log
-        adapted = hasattr(model, "peft_config")
+        adapted = has_adapter(model)
         self._copies = (
             []
             if adapted

@@ -144,6 +144,11 @@ def active_lora_layers(model: nn.Module) -> Iterator[tuple[Any, str]]:
                     yield module, adapter
 
 
+def has_adapter(model: nn.Module) -> bool:
+    """Whether PEFT has put an adapter around a model, of any kind."""
+    return hasattr(model, "peft_config")
+
+
 def has_lora(model: nn.Module) -> bool:
     """Whether an adapter's update is plain LoRA's, of any kind of layer."""
     from peft.tuners.lora import LoraLayer

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from forgetless.importance.importance import Importance
+from forgetless.model.adapters import has_adapter
 from forgetless.model.targets import target_weights
 from forgetless.model.weights import LowRankWeight
 
@@ -26,7 +27,7 @@ def moved(
 
     None for updates that are not LoRA's, whose base is not at hand.
     """
-    if not hasattr(model, "peft_config"):
+    if not has_adapter(model):
         return None
     try:
         weights = target_weights(model)
