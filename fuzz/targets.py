@@ -342,7 +342,7 @@ def data(folder: Path) -> Target:
 def report(folder: Path) -> Target:
     """compare.json and run.json, shown as a page and as markdown."""
     from forgetless.report import page as pages
-    from forgetless.report.contents import load
+    from forgetless.report.contents import load_contents
     from forgetless.report.markdown import markdown
 
     pages.plotly = lambda: ""  # 5 MB in every page
@@ -428,7 +428,7 @@ def report(folder: Path) -> Target:
         for other in path.parent.glob("*.json"):
             if other != path:
                 other.unlink()
-        contents = load(path.parent)
+        contents = load_contents(path.parent)
         html = pages.page(contents)
         assert html.count("<script") == 3 and "<script>alert" not in html, "data became a tag"
         return markdown(contents).split("\n")

@@ -10,7 +10,7 @@ import pytest
 
 import browser
 from comparisons import RUN, comparison, kept_budget
-from forgetless.report.contents import completed, load
+from forgetless.report.contents import completed, load_contents
 from forgetless.report.page import write_report
 
 pytestmark = pytest.mark.skipif(
@@ -312,7 +312,7 @@ def test_a_run_with_a_budget_shows_its_figures(chromium, tmp_path, theme):
     chromium.system_theme(theme)
     chromium.size(1200, 900)
     chromium.problems.clear()
-    chromium.open(write_report(load(tmp_path), tmp_path / "report.html"))
+    chromium.open(write_report(load_contents(tmp_path), tmp_path / "report.html"))
     drawn = chromium.run(
         "[...document.querySelectorAll('.figure')].map(one => [one.dataset.figure, "
         "one.querySelectorAll('svg.main-svg').length > 0])"

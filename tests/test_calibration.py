@@ -37,7 +37,7 @@ from forgetless.record.cost import Point, parabola
 from forgetless.record.gradient import gradient
 from forgetless.record.kept_apart import apart, divided
 from forgetless.report.budget import sentences
-from forgetless.report.contents import load as report_contents
+from forgetless.report.contents import load_contents
 from forgetless.tune import tune as training
 
 STEPS = 12  # of a training that calibrates, here
@@ -578,7 +578,7 @@ def test_a_budget_without_general_text_is_predicted_and_never_met(
     assert "predicted, not measured" in card
     assert any(
         "No general text was looked at" in sentence
-        for sentence in report_contents(tmp_path / "run").verdict
+        for sentence in load_contents(tmp_path / "run").verdict
     )
     assert run("report", tmp_path / "run") == 0
 

@@ -35,7 +35,7 @@ from forgetless.options.model import ModelOptions
 from forgetless.options.option import read_yaml
 from forgetless.options.tune import TuneOptions
 from forgetless.options.verbs import resolve
-from forgetless.report.contents import load as report_contents
+from forgetless.report.contents import load_contents
 from forgetless.report.markdown import markdown
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the fuzzer's limits are those of Linux")
@@ -580,7 +580,7 @@ def test_a_small_parquet_file_that_claims_a_billion_rows_is_refused(tmp_path, mo
 )
 def test_comparisons_of_another_shape_are_refused(tmp_path, key, value):
     (tmp_path / "compare.json").write_text(json.dumps({**comparison(), key: value}))
-    refused(report_contents, tmp_path, match=f"compare.json.*{key}")
+    refused(load_contents, tmp_path, match=f"compare.json.*{key}")
 
 
 @pytest.mark.parametrize(
@@ -597,14 +597,14 @@ def test_comparisons_of_another_shape_are_refused(tmp_path, key, value):
 )
 def test_runs_of_another_shape_are_refused(tmp_path, change):
     (tmp_path / "run.json").write_text(json.dumps({"configuration": {}, "before": {}, **change}))
-    refused(report_contents, tmp_path, match="run.json")
+    refused(load_contents, tmp_path, match="run.json")
 
 
 def test_control_characters_of_a_comparison_are_not_shown(tmp_path):
     (tmp_path / "compare.json").write_text(
         json.dumps({**comparison(), "title": ESCAPE, "verdict": [ESCAPE]})
     )
-    assert "\x1b" not in markdown(report_contents(tmp_path))
+    assert "\x1b" not in markdown(load_contents(tmp_path))
 
 
 def test_json_that_nests_without_end_is_refused(tmp_path):
@@ -613,7 +613,7 @@ def test_json_that_nests_without_end_is_refused(tmp_path):
         json.dumps({"a": 1})[:-1] + ', "b": ' + "[" * (DEPTH + 5) + "]" * (DEPTH + 5) + "}",
     ):
         (tmp_path / "compare.json").write_text(text)
-        refused(report_contents, tmp_path, match="nested deeper")
+        refused(load_contents, tmp_path, match="nested deeper")
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from forgetless import Importance
 from forgetless.cli import main
 from forgetless.errors import OptionError
 from forgetless.files.atomic import read_json
-from forgetless.files.hub import FILE, hub_name, importance_path, shareable
+from forgetless.files.hub import IMPORTANCE_FILE, hub_name, importance_path, shareable
 from forgetless.files.provenance import sha256_file
 from forgetless.importance.entries import DenseEntry
 from forgetless.options.option import as_dict
@@ -109,7 +109,7 @@ def test_push_and_from_pretrained_bring_back_the_same_importance(hub, recorded):
         ("upload", "me/llama-importance", "Upload importance", "secret"),
     ]
     back = Importance.from_pretrained("me/llama-importance", revision="v1")
-    assert hub.asked[-1] == ("download", "me/llama-importance", FILE, "v1")
+    assert hub.asked[-1] == ("download", "me/llama-importance", IMPORTANCE_FILE, "v1")
     for name in importance:
         torch.testing.assert_close(back[name].dense(), importance[name].dense(), rtol=0, atol=0)
     assert (
@@ -216,7 +216,7 @@ def test_a_local_file_comes_before_the_hub(hub, recorded, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     shutil.copytree(model := tmp_path / "model", tmp_path / "other")
     Importance.load(recorded).save_pretrained("me/it")
-    assert importance_path("me/it") == Path("me/it") / FILE
+    assert importance_path("me/it") == Path("me/it") / IMPORTANCE_FILE
     assert importance_path("i.safetensors") == Path("i.safetensors")
     assert not hub.asked
     with pytest.raises(
@@ -308,7 +308,7 @@ def test_record_and_tune_push_and_take_names(hub, model_folder, text_file, tmp_p
     run = read_json(tmp_path / "run" / "run.json")
     assert run["importance"] == {
         "file": "me/imp",
-        "sha256": sha256_file(hub.root / "me/imp" / FILE),
+        "sha256": sha256_file(hub.root / "me/imp" / IMPORTANCE_FILE),
     }
     pushed = hub.root / "me" / "adapter"
     assert {"README.md", "adapter_model.safetensors", "adapter_config.json", "tokenizer.json"} <= {

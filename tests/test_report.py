@@ -20,7 +20,7 @@ from forgetless.files.schema import from_json
 from forgetless.report import numbers, sequence_tables, tables
 from forgetless.report.budget import budget_table
 from forgetless.report.budget_figures import control, trade_off
-from forgetless.report.contents import completed, load
+from forgetless.report.contents import completed, load_contents
 from forgetless.report.frontier_figures import equal_learning, frontier
 from forgetless.report.importance_figure import heat_map
 from forgetless.report.markdown import markdown
@@ -245,7 +245,7 @@ def test_what_was_not_measured_is_a_dash_and_never_a_zero():
         and numbers.nats(-1e-5) == "0.0000"
         and numbers.accuracy(0.845, 0.004) == "84.5 % ± 0.4 %"
     )
-    assert (numbers.size(1_513_768), numbers.duration(125), numbers.duration(None)) == (
+    assert (numbers.byte_size(1_513_768), numbers.duration(125), numbers.duration(None)) == (
         "1.44 MiB",
         "2 min 5 s",
         numbers.MISSING,
@@ -505,7 +505,7 @@ def test_an_unfinished_comparison_says_so_and_needs_no_result_yet(tmp_path):
     assert "Not finished: 3 of 48 runs are done, 1 failed" in words(
         (tmp_path / "report.html").read_text()
     )
-    assert "##" in markdown(load(tmp_path))
+    assert "##" in markdown(load_contents(tmp_path))
 
 
 def test_a_budget_shows_what_was_kept_what_others_buy_and_what_the_controller_did(tmp_path):
@@ -516,7 +516,7 @@ def test_a_budget_shows_what_was_kept_what_others_buy_and_what_the_controller_di
         "budget": kept_budget(),
     }
     (tmp_path / "run.json").write_text(json.dumps(run))
-    made = load(tmp_path)
+    made = load_contents(tmp_path)
     assert any(
         "173 documents that nothing was chosen on the loss rose by 0.0003 to 0.0063" in sentence
         for sentence in made.verdict
@@ -545,9 +545,9 @@ def test_a_budget_shows_what_was_kept_what_others_buy_and_what_the_controller_di
     assert "The budget" in words(page(made)) and "| 1% | 0.0100 |" in markdown(made)
     bare = {**kept_budget(), "curve": [], "trajectory": [], "others": None, "check": None}
     (tmp_path / "run.json").write_text(json.dumps({**run, "budget": bare}))
-    assert len(budget_table(load(tmp_path).budget).rows) == 1 and "The budget of 1%: met." in words(
-        page(load(tmp_path))
-    )
+    assert len(
+        budget_table(load_contents(tmp_path).budget).rows
+    ) == 1 and "The budget of 1%: met." in words(page(load_contents(tmp_path)))
 
 
 def test_sequences_show_the_matrix_and_its_transfers():
@@ -705,7 +705,7 @@ def test_the_experiment_is_shown_as_it_was_written(folder):
         {"max_steps": 77},
     )
     (folder / "compare.json").write_text(json.dumps(found))
-    shown = page(load(folder))
+    shown = page(load_contents(folder))
     assert "title: Methods\nmodel:\n  model: some/model" in html.unescape(
         shown
     ) and "77 steps" in words(shown)

@@ -415,7 +415,7 @@ def text(found: dict[str, Any], options: PlanOptions) -> str:
         f"importance file, {found['estimator']}:",
     ]
     lines += [
-        f"  {name:<14}{numbers.size(size):>11}  {100 * share[name]:8.3f} % of the model in "
+        f"  {name:<14}{numbers.byte_size(size):>11}  {100 * share[name]:8.3f} % of the model in "
         f"f32{'   <- tuned with' if name == found['tier'] else ''}"
         for name, size in found["files"].items()
     ]
@@ -424,9 +424,11 @@ def text(found: dict[str, Any], options: PlanOptions) -> str:
         lines += [
             "",
             f"memory while {what}{n}, {tokens:,} tokens per forward pass: "
-            f"{numbers.size(total(parts))}",
+            f"{numbers.byte_size(total(parts))}",
             "  "
-            + ", ".join(f"{key} {numbers.size(value)}" for key, value in parts.items() if value),
+            + ", ".join(
+                f"{key} {numbers.byte_size(value)}" for key, value in parts.items() if value
+            ),
         ]
     tokens = found["general_tokens"]
     lines += [

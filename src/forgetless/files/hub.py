@@ -31,7 +31,7 @@ LOCAL_ENDINGS = (".safetensors", ".jsonl", ".json", ".csv", ".parquet", ".txt")
 # The folders in a path, also of one behind 'sciq=' or a comma.
 FOLDERS = re.compile(r"(^|[=,])(?:[~/]|[A-Za-z]:\\)[^,=]*[/\\]")
 # The files of a repository.
-FILE, CARD = "importance.safetensors", "README.md"
+IMPORTANCE_FILE, CARD = "importance.safetensors", "README.md"
 
 
 def hub_name(name: Any) -> str | None:
@@ -84,7 +84,7 @@ def importance_path(
         return Path(
             hf_hub_download(
                 text,
-                FILE,
+                IMPORTANCE_FILE,
                 revision=revision,
                 token=token,
                 cache_dir=cache_dir,
@@ -96,7 +96,7 @@ def importance_path(
         mode = " (offline mode is on: HF_HUB_OFFLINE)" if offline else ""
         raise ValueError(
             f"'{text}' is no file here, and cannot be had from the Hub{mode}: "
-            f"{_first_line(error)}; expected a repository with {FILE}, made by "
+            f"{_first_line(error)}; expected a repository with {IMPORTANCE_FILE}, made by "
             "Importance.push_to_hub or forgetless record --push-to-hub. For a private one: hf "
             "auth login"
         ) from error
@@ -104,11 +104,11 @@ def importance_path(
 
 def _in_folder(folder: Path, name: str) -> Path:
     """The importance file in a folder of `save_pretrained`."""
-    if (folder / FILE).is_file():
-        return folder / FILE
+    if (folder / IMPORTANCE_FILE).is_file():
+        return folder / IMPORTANCE_FILE
     others = sorted(path.name for path in folder.glob("*.safetensors"))
     raise ValueError(
-        f"'{name}' is a folder without {FILE} (found "
+        f"'{name}' is a folder without {IMPORTANCE_FILE} (found "
         f"{', '.join(others) or 'no .safetensors file'}); give the file itself, or a folder of "
         "Importance.save_pretrained"
     )

@@ -22,7 +22,14 @@ from torch import Tensor
 
 from forgetless.errors import FileError, nearest
 from forgetless.files.atomic import write_text
-from forgetless.files.hub import CARD, FILE, importance_path, push_folder, ready, shareable
+from forgetless.files.hub import (
+    CARD,
+    IMPORTANCE_FILE,
+    importance_path,
+    push_folder,
+    ready,
+    shareable,
+)
 from forgetless.files.room import check_output_file, free_memory
 from forgetless.importance import file
 from forgetless.importance.calibration import Calibration
@@ -202,14 +209,14 @@ def save_pretrained(importance: Importance, folder: str | Path, *, repo: str | N
     folder = Path(folder)
     if folder.is_file():
         raise ValueError(
-            f"'{folder}' is a file; expected a folder for {FILE} and {CARD} (Importance.save "
-            "writes a single file)"
+            f"'{folder}' is a file; expected a folder for {IMPORTANCE_FILE} and {CARD} "
+            "(Importance.save writes a single file)"
         )
     info = shareable({key: value for key, value in importance.info.items() if key != "path"})
     shared = Importance(importance.entries, importance.anchors, info, importance.calibration)
-    shared.save(folder / FILE)
+    shared.save(folder / IMPORTANCE_FILE)
     elements = sum(entry.shape[0] * entry.shape[1] for entry in importance.entries.values())
-    size = (folder / FILE).stat().st_size
+    size = (folder / IMPORTANCE_FILE).stat().st_size
     card = folder / CARD
     existing = card.read_text(encoding="utf-8") if card.is_file() else ""
     about = importance_card(
@@ -222,7 +229,7 @@ def save_pretrained(importance: Importance, folder: str | Path, *, repo: str | N
         repo=repo,
     )
     write_text(card, extended(existing, *about))
-    return folder / FILE
+    return folder / IMPORTANCE_FILE
 
 
 def push_importance(

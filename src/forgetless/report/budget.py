@@ -36,7 +36,10 @@ LOUD = {"met": "met", "not shown": "NOT SHOWN", "exceeded": "EXCEEDED"}
 def sentences(report: BudgetReport) -> list[str]:
     """The report in plain English, a line each."""
     predicted = report.verdict == "predicted"
-    lines = [*(_predicted(report) if predicted else _checked(report)), _what_is_kept(report)]
+    lines = [
+        *(_predicted_lines(report) if predicted else _checked_lines(report)),
+        _what_is_kept(report),
+    ]
     if report.learning is not None:
         lines.append(_learning_line(report, report.learning))
     if len(report.each) > 1:
@@ -50,7 +53,7 @@ def sentences(report: BudgetReport) -> list[str]:
     return [*lines, f"  you would get: {'; '.join(others)}"] if others else lines
 
 
-def _checked(report: BudgetReport) -> Iterator[str]:
+def _checked_lines(report: BudgetReport) -> Iterator[str]:
     """What the check said."""
     check = report.check or BudgetCheck()
     among = ""
@@ -77,7 +80,7 @@ def _checked(report: BudgetReport) -> Iterator[str]:
         )
 
 
-def _predicted(report: BudgetReport) -> Iterator[str]:
+def _predicted_lines(report: BudgetReport) -> Iterator[str]:
     """What was predicted, how well that is known, and how to find out."""
     rise = report.predicted or PredictedRise()
     known = report.calibration or CalibrationUsed()

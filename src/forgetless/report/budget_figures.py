@@ -5,21 +5,29 @@ controller did while training.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from forgetless.files.budget_json import BudgetReport, ControllerLook, CurvePoint
 from forgetless.report import numbers
 from forgetless.report.budget import fraction_in_words
-from forgetless.report.drawing import DOTTED, GREY, OURS, Figure, Trace, axis, safe
+from forgetless.report.drawing import (
+    DOTTED,
+    GREY_COLOURS,
+    OUR_COLOURS,
+    Figure,
+    Part,
+    Trace,
+    axis,
+    safe,
+)
 from forgetless.report.palette import HUES
 
 # Each way of making an update smaller: its name, colour and symbol.
 WAYS = {
-    "shrink": ("shrunk along importance", OURS, "circle"),
-    "scale": ("scaled", GREY, "square"),
+    "shrink": ("shrunk along importance", OUR_COLOURS, "circle"),
+    "scale": ("scaled", GREY_COLOURS, "square"),
 }
 # The colour of what single probes measured.
-PROBED = "|".join(HUES[0])
+PROBE_COLOURS = "|".join(HUES[0])
 # A strength below this holds nothing, and has no place on a log scale.
 NO_STRENGTH = 1e-9
 # The titles of the axis of rises.
@@ -102,7 +110,7 @@ def _curve_hover(name: str, point: CurvePoint) -> str:
     return "<br>".join(lines)
 
 
-def _budget_note(report: BudgetReport, limit: float) -> dict[str, Any]:
+def _budget_note(report: BudgetReport, limit: float) -> Part:
     return {
         "x": limit,
         "yref": "paper",
@@ -130,17 +138,17 @@ def control(report: BudgetReport) -> Figure | None:
             looks,
             lambda look: _product(look.rise, of_budget),
             f"{known}, share of the budget",
-            OURS,
+            OUR_COLOURS,
             mode="lines",
         ),
         _look_trace(
             looks,
             lambda look: _product(look.probe, of_budget),
             "one probe, share of the budget",
-            PROBED,
+            PROBE_COLOURS,
             mode="markers",
         ),
-        _look_trace(looks, _strength, "strength", OURS, mode="lines", yaxis="y2"),
+        _look_trace(looks, _strength, "strength", OUR_COLOURS, mode="lines", yaxis="y2"),
     ]
     return {
         "traces": [trace for trace in traces if trace["x"]],
@@ -190,7 +198,7 @@ def _look_trace(
     }
 
 
-def _line(across: str, at: float) -> dict[str, Any]:
+def _line(across: str, at: float) -> Part:
     """A dotted line at a value of one axis."""
     other = "y" if across == "x" else "x"
     return {

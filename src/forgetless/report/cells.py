@@ -62,7 +62,7 @@ def table_of(titles: Sequence[str], rows: Sequence[Sequence[Cell]]) -> Table:
 
 def number_cell(value: Any, error: Any = None, show: Callable[..., str] = numbers.nats) -> Cell:
     """A cell with a number, as `show` shows it."""
-    known, spread = numbers.known(value), numbers.known(error)
+    known, spread = numbers.finite(value), numbers.finite(error)
     shown = show(known) if spread is None else show(known, spread)
     return Cell(shown, known, spread)
 
@@ -78,7 +78,7 @@ def mean_cell(
     show: Callable[..., str] = numbers.nats,
 ) -> Cell:
     """The mean of what is known with its standard error; `error` is that of a lone value."""
-    known = [value for value in map(numbers.known, values) if value is not None]
+    known = [value for value in map(numbers.finite, values) if value is not None]
     if not known:
         return Cell(numbers.MISSING)
     average = sum(known) / len(known)

@@ -1,8 +1,8 @@
 """What a report shows, as a comparison, whichever folder it comes from.
 
-    contents = load("out/lab")      # of `forgetless compare` or `demo`: its compare.json
-    contents = load("run")          # of `forgetless tune`, `eval` or `shrink`: its run.json as a
-                                    # comparison of one run, whose kind is "run"
+    load_contents("out/lab")    # of `forgetless compare` or `demo`: its compare.json
+    load_contents("run")        # of `forgetless tune`, `eval` or `shrink`: its run.json as a
+                                # comparison of one run, whose kind is "run"
 
 Nothing is computed here that a writer measured; what a folder does not have is empty, so that the
 page leaves its section out.
@@ -25,7 +25,7 @@ from forgetless.report.one_run import as_comparison
 COMPARISON_FORMAT = 1
 
 
-def load(folder: str | Path) -> Comparison:
+def load_contents(folder: str | Path) -> Comparison:
     """The contents of a folder.
 
     Raises ValueError where it holds nothing to report, or something of another format.

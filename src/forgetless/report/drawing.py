@@ -15,11 +15,13 @@ from typing import Any
 
 from forgetless.report.palette import ACCENT, NEUTRAL, Look
 
-Figure = dict[str, Any]
-Trace = dict[str, Any]
+# A part of a trace or layout, such as an axis or a note; a trace; traces with their layout.
+Part = dict[str, Any]
+Trace = Part
+Figure = Part
 Looks = Mapping[str, Look]
 # The colours of what belongs to no method.
-OURS, GREY = "|".join(ACCENT), "|".join(NEUTRAL)
+OUR_COLOURS, GREY_COLOURS = "|".join(ACCENT), "|".join(NEUTRAL)
 DOTTED = {"width": 1, "dash": "dot"}
 
 
@@ -34,6 +36,6 @@ def pair(look: Look) -> str:
     return f"{look.light}|{look.dark}"
 
 
-def axis(title: str, **more: Any) -> dict[str, Any]:
+def axis(title: str, **more: Any) -> Part:
     """An axis with a title."""
     return {"title": {"text": title}, **more}

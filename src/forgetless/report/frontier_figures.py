@@ -17,7 +17,17 @@ from forgetless.files.compare_json import (
 )
 from forgetless.report import numbers
 from forgetless.report.contents import label
-from forgetless.report.drawing import DOTTED, GREY, Figure, Looks, Trace, axis, pair, safe
+from forgetless.report.drawing import (
+    DOTTED,
+    GREY_COLOURS,
+    Figure,
+    Looks,
+    Part,
+    Trace,
+    axis,
+    pair,
+    safe,
+)
 from forgetless.report.palette import Look
 from forgetless.report.summary import equal_rows
 
@@ -47,7 +57,7 @@ def frontier(contents: Comparison, looks: Looks, domain: str, text: str) -> Figu
         return None
     title = f"forgetting: rise of the loss on {safe(text, 40)}, nats per token"
     learning = f"learning: fall of the loss on {safe(domain, 40)}, nats per token"
-    layout: dict[str, Any] = {
+    layout: Part = {
         "xaxis": axis(title, rangemode="tozero"),
         "yaxis": axis(learning, rangemode="tozero"),
         "shapes": [],
@@ -66,7 +76,7 @@ def frontier(contents: Comparison, looks: Looks, domain: str, text: str) -> Figu
 
 def _base_model() -> Trace:
     """A small cross where nothing is learned and nothing forgotten."""
-    cross = {"symbol": "x-thin", "size": 9, "line": {"width": 2, "color": GREY}}
+    cross = {"symbol": "x-thin", "size": 9, "line": {"width": 2, "color": GREY_COLOURS}}
     return {
         "type": "scatter",
         "mode": "markers",
@@ -93,12 +103,12 @@ def _levels_in_nats(rows: Sequence[EqualLearning]) -> list[tuple[float, float]]:
     return sorted({(row.level, row.learning_nats) for row in rows if row.learning_nats is not None})
 
 
-def _level_line(nats: float) -> dict[str, Any]:
+def _level_line(nats: float) -> Part:
     ends = {"x0": 0, "x1": 1, "y0": nats, "y1": nats}
     return {"type": "line", "xref": "paper", **ends, "line": DOTTED}
 
 
-def _level_note(level: float, nats: float) -> dict[str, Any]:
+def _level_note(level: float, nats: float) -> Part:
     return {
         "xref": "paper",
         "x": 1,
@@ -170,7 +180,7 @@ def _points_trace(
     }
 
 
-def _whiskers(values: Sequence[float | None], look: Look) -> dict[str, Any]:
+def _whiskers(values: Sequence[float | None], look: Look) -> Part:
     array = [value or 0 for value in values]
     return {"type": "data", "array": array, "thickness": 1, "width": 0, "color": pair(look)}
 
@@ -236,7 +246,7 @@ def _bar(row: EqualLearning, shown: str, colour: str) -> Trace:
     }
 
 
-def _bar_note(row: EqualLearning, shown: str) -> dict[str, Any]:
+def _bar_note(row: EqualLearning, shown: str) -> Part:
     """The number beside a bar, or why there is none."""
     return {
         "x": max((row.forgetting or 0) + (row.standard_error or 0), 0),

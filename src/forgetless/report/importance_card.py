@@ -59,7 +59,7 @@ def importance_card(
         "tags": ["forgetless", "importance", "continual-learning", "catastrophic-forgetting"],
         "datasets": [dataset] if dataset else None,
     }
-    stored = f"{weights} weights with {elements:,} elements in {numbers.size(size)}"
+    stored = f"{weights} weights with {elements:,} elements in {numbers.byte_size(size)}"
     rows = [
         *_origin(info),
         ("tier", f"{code(tier)}: {stored}"),
@@ -91,8 +91,8 @@ def _origin(info: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _general_text(data: Mapping[str, Any]) -> str:
     return (
-        f"{code(data.get('source', '?'))}: {numbers.whole(data.get('documents'))} documents, "
-        f"{numbers.whole(data.get('tokens'))} tokens, "
+        f"{code(data.get('source', '?'))}: {numbers.integer(data.get('documents'))} documents, "
+        f"{numbers.integer(data.get('tokens'))} tokens, "
         f"sha256 {code(str(data.get('sha256', '?'))[:16])}"
     )
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from forgetless.files.compare_json import ImportanceFile, WeightImportance
-from forgetless.report.drawing import GREY, Figure, Trace, axis, safe
+from forgetless.report.drawing import GREY_COLOURS, Figure, Part, Trace, axis, safe
 
 # Made for colour-blind eyes too.
 HEAT = "Cividis"
@@ -27,7 +26,7 @@ def heat_map(item: ImportanceFile) -> Figure | None:
     for weight in weights:
         cells.setdefault((_layer_label(weight.layer), str(weight.kind)), []).append(weight)
     kinds = list(dict.fromkeys(str(weight.kind) for weight in weights))
-    layout: dict[str, Any] = {
+    layout: Part = {
         "xaxis": {"type": "category", "showgrid": False},
         "yaxis": axis("layer", type="category", autorange="reversed", showgrid=False),
     }
@@ -63,7 +62,7 @@ def _heat(
         "y": list(layers),
         "z": [[math.log10(norm) if norm > 0 else None for norm in row] for row in norms],
         "hovertext": [
-            [_words(at, kind, cells.get((at, kind), [])) for kind in kinds] for at in layers
+            [_cell_words(at, kind, cells.get((at, kind), [])) for kind in kinds] for at in layers
         ],
         "hoverinfo": "text",
         "xgap": 2,
@@ -95,7 +94,7 @@ def _coefficients(layers: Sequence[str], means: Sequence[float | None]) -> Trace
         "meta": None,
         "hoverinfo": "text",
         "width": 0.7,
-        "marker": {"color": GREY},
+        "marker": {"color": GREY_COLOURS},
         "hovertext": [
             "" if mean is None else f"layer {at}: coefficient {mean:.4g}"
             for at, mean in zip(layers, means, strict=True)
@@ -108,7 +107,7 @@ def _joint_norm(weights: Weights) -> float:
     return math.hypot(*(weight.norm or 0.0 for weight in weights))
 
 
-def _words(at: str, kind: str, weights: Weights) -> str:
+def _cell_words(at: str, kind: str, weights: Weights) -> str:
     if not weights:
         return f"layer {at}, {safe(kind)}: not recorded"
     named = safe(weights[0].name) if len(weights) == 1 else f"{len(weights)} weights"

@@ -6,11 +6,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-MISSING = "\u2013"  # an en dash, read out as "not measured" by the page
+# An en dash, which the page reads out as "not measured".
+MISSING = "\u2013"
 TIMES = "\u00d7"
 
 
-def known(value: Any) -> float | None:
+def finite(value: Any) -> float | None:
     """`value` as a finite float; None where it is missing or no number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return None
@@ -22,18 +23,20 @@ def nats(value: Any, error: Any = None, *, digits: int | None = None) -> str:
 
     One digit more below 0.01, where methods that forget little differ.
     """
-    number, spread = known(value), known(error)
+    number, spread = finite(value), finite(error)
     if number is None:
         return MISSING
-    digits = digits if digits is not None else 4 if 0 < abs(number) < 0.01 else 3
+    if digits is None:
+        digits = 4 if 0 < abs(number) < 0.01 else 3
     shown = f"{number:.{digits}f}"
-    shown = shown[1:] if float(shown) == 0 and shown.startswith("-") else shown
+    if float(shown) == 0:
+        shown = shown.removeprefix("-")
     return shown if spread is None else f"{shown} ± {spread:.{digits}f}"
 
 
 def accuracy(value: Any, error: Any = None) -> str:
     """'84.5 % ± 0.4 %'."""
-    number, spread = known(value), known(error)
+    number, spread = finite(value), finite(error)
     if number is None:
         return MISSING
     return f"{100 * number:.1f} %" + ("" if spread is None else f" ± {100 * spread:.1f} %")
@@ -49,9 +52,9 @@ def percent(value: float) -> str:
     return f"{100 * value:g} %"
 
 
-def size(value: Any) -> str:
+def byte_size(value: Any) -> str:
     """Bytes in the unit that suits them."""
-    number = known(value)
+    number = finite(value)
     if number is None:
         return MISSING
     for unit, step in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
@@ -62,7 +65,7 @@ def size(value: Any) -> str:
 
 def duration(value: Any) -> str:
     """Seconds as '48 s', '3 min 20 s', '2 h 5 min'."""
-    number = known(value)
+    number = finite(value)
     if number is None:
         return MISSING
     seconds = round(number)
@@ -73,9 +76,9 @@ def duration(value: Any) -> str:
     return f"{seconds // 3600} h {seconds % 3600 // 60} min"
 
 
-def whole(value: Any) -> str:
+def integer(value: Any) -> str:
     """'78,848'."""
-    number = known(value)
+    number = finite(value)
     return MISSING if number is None else f"{number:,.0f}"
 
 

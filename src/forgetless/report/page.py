@@ -1,6 +1,6 @@
 """The page: one HTML file that opens from disk and asks the network for nothing.
 
-    write_report(load("out/lab"), "report.html")     # or: forgetless report out/lab
+    write_report(load_contents("out/lab"), "report.html")     # or: forgetless report out/lab
 
 Styles, script and Plotly's own script are written into it. Jinja escapes all text; what scripts
 read is JSON in which no tag can begin; a Content-Security-Policy forbids every request and every
@@ -30,7 +30,7 @@ from forgetless.options.compare import ReportOptions
 from forgetless.report import numbers, sequence_tables, tables
 from forgetless.report.budget import budget_table
 from forgetless.report.budget_figures import control, trade_off
-from forgetless.report.contents import label, load, recorded_text
+from forgetless.report.contents import label, load_contents, recorded_text
 from forgetless.report.drawing import Figure
 from forgetless.report.frontier_figures import equal_learning, frontier
 from forgetless.report.importance_figure import heat_map
@@ -50,7 +50,7 @@ def report(options: ReportOptions) -> None:
     where no file is named.
     """
     folder = Path(options.folder)
-    contents = load(folder)
+    contents = load_contents(folder)
     if options.title:
         contents = replace(contents, title=options.title)
     if options.format == "markdown" and not options.out:

@@ -93,7 +93,7 @@ def _data(run: Run) -> str:
     if run.data is None:
         return source
     sha256 = code(str(run.data.sha256)[:16])
-    return f"{source}, {numbers.whole(run.data.rows)} rows, sha256 {sha256}"
+    return f"{source}, {numbers.integer(run.data.rows)} rows, sha256 {sha256}"
 
 
 def _measured_table(run: Run) -> list[str]:

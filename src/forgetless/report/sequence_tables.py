@@ -34,10 +34,10 @@ def _matrix(sequence: ComparedSequence) -> Table:
         lines.append(
             [
                 text_cell(name),
-                *(number_cell(value) for value in _padded(matrix[step], len(domains))),
+                *(number_cell(value) for value in _to_width(matrix[step], len(domains))),
                 *(
                     number_cell(value, show=numbers.accuracy)
-                    for value in _padded(scores, len(domains))
+                    for value in _to_width(scores, len(domains))
                 ),
                 *(number_cell(rise) for rise in rises),
             ]
@@ -45,7 +45,7 @@ def _matrix(sequence: ComparedSequence) -> Table:
     return table_of(titles, lines)
 
 
-def _padded(row: Sequence[Any], width: int) -> list[Any]:
+def _to_width(row: Sequence[Any], width: int) -> list[Any]:
     """A row of a matrix with as many places as there are domains."""
     return [*row, *[None] * width][:width]
 
@@ -94,7 +94,7 @@ def _ends(contents: Comparison, sequences: Sequence[ComparedSequence]) -> Table:
                 *_transfers(ended),
                 *(mean_cell([_last(sequence, name) for sequence in ended]) for name in texts),
                 *_transfers([each.accuracy_transfer or Transfer() for each in ended], of_one=True),
-                number_cell(len(ended), show=numbers.whole),
+                number_cell(len(ended), show=numbers.integer),
             ]
         )
     lines.sort(key=lambda line: (line[1].value is None, line[1].value or 0.0))

@@ -59,7 +59,7 @@ def methods(contents: Comparison, domain: str, text_name: str) -> Table:
                 *_of_whole_update(runs, text_name),
                 number_cell(curve.area, curve.area_error),
                 *_costs(runs),
-                number_cell(method.trials, show=numbers.whole),
+                number_cell(method.trials, show=numbers.integer),
                 text_cell(method.needs),
             ]
         )
@@ -145,9 +145,9 @@ def _costs(runs: Sequence[TrialRun]) -> list[Cell]:
     first = some[0] if some else None
     return [
         number_cell(seconds, show=numbers.duration),
-        number_cell(memory, show=numbers.size),
+        number_cell(memory, show=numbers.byte_size),
         text_cell(first and first.extra_data),
-        number_cell(first and first.file_bytes, show=numbers.size),
+        number_cell(first and first.file_bytes, show=numbers.byte_size),
     ]
 
 
@@ -189,7 +189,7 @@ def _run_cells(contents: Comparison, run: TrialRun) -> list[Cell]:
         Cell(label(contents, run.method), mark=run.method),
         text_cell(run.domain),
         text_cell(run.part),
-        number_cell(run.seed, show=numbers.whole),
+        number_cell(run.seed, show=numbers.integer),
         text_cell(numbers.settings(run.settings)),
     ]
 
@@ -215,7 +215,7 @@ def _end(run: TrialRun) -> list[Cell]:
     return [
         number_cell(run.energy, show=numbers.text),
         number_cell(run.seconds, show=numbers.duration),
-        number_cell(run.peak_memory_bytes, show=numbers.size),
+        number_cell(run.peak_memory_bytes, show=numbers.byte_size),
         text_cell(bool(run.chosen)),
         text_cell(status),
         text_cell(str(run.id)[:12]),
@@ -227,7 +227,7 @@ def measures(contents: Comparison) -> Table:
     lines = []
     for measure in contents.measures:
         show = numbers.accuracy if measure.unit == OF_ONE else numbers.nats
-        first, second = numbers.known(measure.before), numbers.known(measure.after)
+        first, second = numbers.finite(measure.before), numbers.finite(measure.after)
         change = None if first is None or second is None else second - first
         unit = "" if measure.unit in ("", OF_ONE) else f" ({measure.unit})"
         lines.append(
@@ -249,16 +249,16 @@ def before(contents: Comparison) -> Table:
         about = [
             text_cell(each.name),
             text_cell(kind),
-            number_cell(each.documents, show=numbers.whole),
+            number_cell(each.documents, show=numbers.integer),
         ]
         lines.append(
-            [*about, number_cell(each.tokens, show=numbers.whole), *_base_cells(each.before)]
+            [*about, number_cell(each.tokens, show=numbers.integer), *_base_cells(each.before)]
         )
     for domain in contents.domains:
         about = [
             text_cell(domain.name),
             text_cell("domain"),
-            number_cell(domain.rows, show=numbers.whole),
+            number_cell(domain.rows, show=numbers.integer),
         ]
         lines.append([*about, Cell(numbers.MISSING), *_base_cells(domain.before)])
     titles = ["text", "kind", "documents", "tokens", "loss of the base", "perplexity", "accuracy"]

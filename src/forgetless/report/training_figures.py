@@ -9,7 +9,7 @@ from forgetless.files.compare_json import Comparison, TrialRun
 from forgetless.files.measured_json import MovedWeight
 from forgetless.report import numbers
 from forgetless.report.contents import label, reported_part
-from forgetless.report.drawing import Figure, Looks, Trace, axis, pair, safe
+from forgetless.report.drawing import Figure, Looks, Part, Trace, axis, pair, safe
 
 # What is drawn over the steps of training, a panel each.
 PANELS = ("loss", "energy", "strength")
@@ -35,7 +35,7 @@ def shown_runs(contents: Comparison, domain: str) -> list[TrialRun]:
     chosen = [run for run in runs if run.chosen] or runs
     counted: dict[str, int] = {}
     shown = []
-    for run in sorted(chosen, key=lambda run: numbers.known(run.seed) or 0):
+    for run in sorted(chosen, key=lambda run: numbers.finite(run.seed) or 0):
         counted[run.method] = counted.get(run.method, 0) + 1
         if counted[run.method] <= SEEDS_SHOWN:
             shown.append(run)
@@ -50,7 +50,7 @@ def training_curves(contents: Comparison, looks: Looks, domain: str) -> Figure |
     panels = [
         key
         for key in PANELS
-        if any(numbers.known(entry.get(key)) is not None for run in runs for entry in run.log)
+        if any(numbers.finite(entry.get(key)) is not None for run in runs for entry in run.log)
     ]
     by_panel = [
         [trace for run in runs for trace in _curve(contents, looks, run, key, panel)]
@@ -87,7 +87,7 @@ def _curve(
     entries = [
         (entry["step"], entry[key])
         for entry in run.log
-        if None not in (numbers.known(entry.get(key)), numbers.known(entry.get("step")))
+        if None not in (numbers.finite(entry.get(key)), numbers.finite(entry.get("step")))
     ]
     if not entries:
         return
@@ -109,7 +109,7 @@ def _curve(
     }
 
 
-def _panel_axis(key: str, traces: Sequence[Trace], place: list[float]) -> dict[str, Any]:
+def _panel_axis(key: str, traces: Sequence[Trace], place: list[float]) -> Part:
     values = [value for trace in traces for value in trace["y"]]
     wide = key == "energy" and min(values, default=0) > 0 and max(values) > WIDE * min(values)
     return axis(
