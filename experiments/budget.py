@@ -46,7 +46,7 @@ from frontier import prepare
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from forgetless.budget.budget import parse
-from forgetless.evaluate.paired import Part
+from forgetless.evaluate.paired import PairedText
 from forgetless.files.atomic import read_json, write_json, write_text
 from forgetless.files.provenance import environment
 from forgetless.options.model import ModelOptions
@@ -399,7 +399,7 @@ def stopped(
 
 
 @dataclasses.dataclass(frozen=True)
-class Remembered(Part):
+class Remembered(PairedText):
     """A part that measures each fraction of the update once: four budgets scan the same ones."""
 
     now: list[Any] = dataclasses.field(default_factory=list)  # (way, share) that the model carries

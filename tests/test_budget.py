@@ -15,7 +15,7 @@ from forgetless.budget.budget import (
     parse,
     planned_bound,
     split,
-    verdict,
+    verdict_on,
 )
 from forgetless.budget.controller import Controller
 from forgetless.data.duplicates import overlap
@@ -121,9 +121,9 @@ def test_the_choice_on_the_control_part_makes_met_the_normal_outcome(shares, doc
             for part in (side, ~side)
         )
         planned.append(
-            verdict(check, planned_bound(control, check.documents, error=0.025)) == "met"
+            verdict_on(check, planned_bound(control, check.documents, error=0.025)) == "met"
         )
-        naive.append(verdict(check, control.high) == "met")
+        naive.append(verdict_on(check, control.high) == "met")
     assert np.mean(planned) > 0.92 and 0.35 < np.mean(naive) < 0.65
 
 
@@ -131,9 +131,9 @@ def test_verdicts_and_how_many_documents_would_decide():
     rng = np.random.default_rng(2)
     few = paired_rise(*simulated(rng, [1.0], [40], 0.0))
     assert (
-        verdict(few, few.high + 0.1) == "met"
-        and verdict(few, few.low - 0.1) == "exceeded"
-        and verdict(few, few.nats + 0.1) == "not shown"
+        verdict_on(few, few.high + 0.1) == "met"
+        and verdict_on(few, few.low - 0.1) == "exceeded"
+        and verdict_on(few, few.nats + 0.1) == "not shown"
     )
     budget = few.nats + (few.high - few.nats) / 2
     assert (
@@ -141,7 +141,7 @@ def test_verdicts_and_how_many_documents_would_decide():
         and documents_to_decide(few, few.nats) is None
     )
     nothing = paired_rise(np.ones(9), np.ones(9), np.ones(9), ["a"] * 9)
-    assert verdict(nothing, 1e-9) == "met"
+    assert verdict_on(nothing, 1e-9) == "met"
 
 
 def test_text_that_cannot_show_a_budget_is_refused_with_the_size_that_could():

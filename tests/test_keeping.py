@@ -17,7 +17,7 @@ from forgetless.budget import open as opening
 from forgetless.budget.baseline import Baseline, measure_baseline
 from forgetless.budget.budget import parse
 from forgetless.budget.finish import keep_budget
-from forgetless.budget.probe import Probe, plan
+from forgetless.budget.probe import Probe, plan_probes
 from forgetless.cli import main
 from forgetless.data import documents
 from forgetless.data.documents import load_documents
@@ -357,7 +357,7 @@ def test_what_a_trainer_does_not_score_is_no_learning():
 def test_the_probe_stays_within_its_share_of_tokens():
     for per_step in (10, 64, 1024, 50_000):
         for piece in (8, 60, 128):
-            every, count = plan(per_step, piece)
+            every, count = plan_probes(per_step, piece)
             assert every >= 5 and 1 <= count <= 64
             assert count * piece <= 0.0801 * per_step * every
             assert count >= 2 or per_step * 0.08 * every >= piece
@@ -396,7 +396,7 @@ def test_the_spread_is_that_of_an_update_which_costs_the_budget_where_pieces_mis
     noise = np.random.default_rng(0).normal(1, 0.3, len(baseline.control))
     rise = lambda part: 1e3 * size[-1] ** 2 * (noise if part is baseline.control else 3.0)
     monkeypatch.setattr(
-        "forgetless.evaluate.paired.Part.losses",
+        "forgetless.evaluate.paired.PairedText.losses",
         lambda part, model: part.nats + part.tokens * rise(part),
     )
     found, at = baseline.spread(model, update, error=0.05)
@@ -422,7 +422,7 @@ def test_the_scan_finds_the_budget_where_the_loss_is_not_monotone(
     )
     rise = lambda x: 0.002 if 0.6 <= x <= 0.75 else 0.2 * x * x
     monkeypatch.setattr(
-        "forgetless.evaluate.paired.Part.losses",
+        "forgetless.evaluate.paired.PairedText.losses",
         lambda part, model: part.nats + part.tokens * (rise(share[0]) + noise[id(part)]),
     )
     report = to_json(
@@ -445,7 +445,7 @@ def test_where_nothing_fits_any_way_leads_to_the_base(tiny, tokenizer, general, 
         [1.0],
     )
     monkeypatch.setattr(
-        "forgetless.evaluate.paired.Part.losses",
+        "forgetless.evaluate.paired.PairedText.losses",
         lambda part, model: (
             part.nats + part.tokens * (tried[-1] > 0) * np.linspace(0.5, 1.5, len(part))
         ),
@@ -471,7 +471,7 @@ def test_the_scan_ends_where_less_buys_nothing_and_the_fallback_goes_below_its_e
     noise = lambda part: np.random.default_rng(0).normal(0, 1e-5, len(part))
     rise = lambda part: 0.004 * tried[-1] ** 2 * (worse if part is baseline.check else 1.0)
     monkeypatch.setattr(
-        "forgetless.evaluate.paired.Part.losses",
+        "forgetless.evaluate.paired.PairedText.losses",
         lambda part, model: part.nats + part.tokens * (rise(part) + noise(part)),
     )
     report = to_json(keep_budget(baseline, tiny(), {"scale": tried.append}, None))

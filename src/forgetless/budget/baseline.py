@@ -23,8 +23,8 @@ from torch import nn
 from forgetless.budget.budget import Budget, planned_bound, split
 from forgetless.data.documents import Document
 from forgetless.data.encoding import Encoded
-from forgetless.evaluate.losses import WINDOW
-from forgetless.evaluate.paired import Part, content, encoded_each, measured
+from forgetless.evaluate.losses import LONGEST_WINDOW
+from forgetless.evaluate.paired import PairedText, content, encoded_each, pair_with
 from forgetless.evaluate.rise import FEW_DOCUMENTS, Rise
 from forgetless.files.schema import GENERAL
 from forgetless.model.loading import context_length
@@ -36,7 +36,7 @@ PIECE = 128
 SPREAD_PIECES = 48
 
 
-class Planned(NamedTuple):
+class PlannedBound(NamedTuple):
     """The rise of the control part, the value that the check's upper end is expected to stay below
     on every source of text, and the source for which it is largest.
     """
@@ -60,8 +60,8 @@ class Guard:
     """
 
     name: str
-    control: Part
-    check: Part
+    control: PairedText
+    check: PairedText
 
 
 @dataclass(frozen=True)
@@ -74,13 +74,13 @@ class Baseline:
     """
 
     budget: Budget
-    control: Part
-    check: Part
-    pieces: Part
+    control: PairedText
+    check: PairedText
+    pieces: PairedText
     guards: tuple[Guard, ...] = ()
     moved: bool = False
 
-    def few_pieces(self) -> Part:
+    def few_pieces(self) -> PairedText:
         """As many pieces as say roughly how much the loss rose."""
         return self.pieces.some(range(min(SPREAD_PIECES, len(self.pieces))))
 
@@ -89,7 +89,7 @@ class Baseline:
         few = self.few_pieces()
         return few.rise_without_interval(few.losses(model))
 
-    def planned(self, model: nn.Module, *, error: float) -> Planned:
+    def planned(self, model: nn.Module, *, error: float) -> PlannedBound:
         """What is to be expected of the check at this state of the model, measured on the control
         parts alone. Costs one evaluation of each.
         """
@@ -99,7 +99,7 @@ class Baseline:
             own = guard.control.rise(model, error=error)
             bounds[guard.name] = planned_bound(own, len(guard.check), error=error)
         worst = max(bounds, key=lambda name: bounds[name])
-        return Planned(rise, bounds[worst], worst)
+        return PlannedBound(rise, bounds[worst], worst)
 
     def checked(self, model: nn.Module, *, error: float) -> dict[str, Rise]:
         """The rise of every source's check part.
@@ -179,13 +179,13 @@ def measure_baseline(
             "different ones, since half of them are kept for the check; give more (a blank line "
             "ends a document of a .txt file)"
         )
-    window = min(WINDOW, context_length(model))
+    window = min(LONGEST_WINDOW, context_length(model))
     control, check = (
-        measured(model, [encoded[i] for i in side], [sources[i] for i in side], window)
+        pair_with(model, [encoded[i] for i in side], [sources[i] for i in side], window)
         for side in sides
     )
     cut = _shuffled_pieces(control.encoded, seed)[:pieces]
-    probed = measured(model, cut, [""] * len(cut), min(PIECE, window))
+    probed = pair_with(model, cut, [""] * len(cut), min(PIECE, window))
     return Baseline(budget, control, check, probed)
 
 
@@ -211,7 +211,7 @@ def guard_of(model: nn.Module, name: str, encoded: list[Encoded], window: int) -
     contents = [str(ids) for ids, _ in encoded]
     check_held_out(name, len(set(contents)))
     control, check = (
-        measured(model, [encoded[i] for i in side], [name] * len(side), window)
+        pair_with(model, [encoded[i] for i in side], [name] * len(side), window)
         for side in split(contents, [name] * len(encoded))
     )
     return Guard(name, control, check)

@@ -10,7 +10,7 @@ can show of it. Pure numbers, no model.
 The interval itself is evaluate/rise.py's, how hard to hold is controller.py's.
 
     budget = parse("1%")                               # Budget(nats=0.00995, text="1%")
-    verdict(rise, budget.nats)                         # "met"
+    verdict_on(rise, budget.nats)                      # "met"
     planned_bound(rise, check_documents=150, error=0.025)
 """
 
@@ -82,7 +82,7 @@ def split(texts: Sequence[str], sources: Sequence[str]) -> tuple[list[int], list
     return sorted(parts[0]), sorted(parts[1])
 
 
-def verdict(rise: Rise, budget: float) -> str:
+def verdict_on(rise: Rise, budget: float) -> str:
     """What an interval says of a budget: "met", "exceeded" or "not shown"."""
     if rise.high <= budget:
         return "met"

@@ -29,9 +29,18 @@ from typing import Protocol
 from torch import nn
 
 from forgetless.budget.baseline import Baseline
-from forgetless.budget.budget import Budget, documents_to_decide, verdict
+from forgetless.budget.budget import Budget, documents_to_decide, verdict_on
 from forgetless.budget.learning import Learning
-from forgetless.budget.scan import EACH, NOTHING, OTHERS, Planner, Point, Scan, bought, choose
+from forgetless.budget.scan import (
+    EACH,
+    NO_UPDATE,
+    OTHERS,
+    Planner,
+    Scan,
+    ScanPoint,
+    bought,
+    choose_point,
+)
 from forgetless.budget.ways import Ways
 from forgetless.evaluate.rise import Rise
 from forgetless.files.budget_json import (
@@ -76,8 +85,8 @@ def keep_budget(
     scans = _scanned(baseline, model, ways, learning)
     points = [point for way in among or ways for point in scans[way].points]
     nothing = _nothing(baseline, model, ways)
-    chosen = choose(points, limit, nothing)
-    rises, check = _checked(baseline, model, ways, chosen)
+    chosen = choose_point(points, limit, nothing)
+    rises, check = _check_point(baseline, model, ways, chosen)
     checks = [check]
     if check.verdict != "met":
         logger.warning(
@@ -88,8 +97,8 @@ def keep_budget(
         )
         # As much smaller as the check missed by, and a tenth.
         aim = 0.9 * limit * limit / rises[str(check.on)].high
-        chosen = choose(scans[chosen.way].below(chosen.fraction), aim, nothing)
-        rises, check = _checked(baseline, model, ways, chosen)
+        chosen = choose_point(scans[chosen.way].below(chosen.fraction), aim, nothing)
+        rises, check = _check_point(baseline, model, ways, chosen)
         checks.append(check)
     rise = rises[str(check.on)]
     undecided = check.verdict == "not shown"
@@ -113,7 +122,7 @@ def keep_predicted(
     """
     scans = _scanned(forecast, model, ways, learning)
     points = [point for scan in scans.values() for point in scan.points]
-    chosen = choose(points, forecast.budget.nats, replace(NOTHING, way=list(ways)[-1]))
+    chosen = choose_point(points, forecast.budget.nats, replace(NO_UPDATE, way=list(ways)[-1]))
     ways[chosen.way](chosen.fraction)
     nats = chosen.rise.nats
     report = BudgetReport(
@@ -131,18 +140,18 @@ def _scanned(
 ) -> dict[str, Scan]:
     """Every way, each from the same whole update, which is measured once."""
     scans: dict[str, Scan] = {}
-    whole: Point | None = None
+    whole: ScanPoint | None = None
     for way, apply in ways.items():
         scans[way] = Scan(planner, model, way, apply, learning, whole)
         whole = whole or scans[way].points[0]
     return scans
 
 
-def _nothing(baseline: Baseline, model: nn.Module, ways: Ways) -> Point:
+def _nothing(baseline: Baseline, model: nn.Module, ways: Ways) -> ScanPoint:
     """The model without the update, along the last way. In a sequence, the steps before have spent
     some of the budget.
     """
-    nothing = replace(NOTHING, way=list(ways)[-1])
+    nothing = replace(NO_UPDATE, way=list(ways)[-1])
     if not baseline.moved:
         return nothing
     ways[nothing.way](0.0)
@@ -150,8 +159,8 @@ def _nothing(baseline: Baseline, model: nn.Module, ways: Ways) -> Point:
     return replace(nothing, rise=rise, bound=bound, worst=worst)
 
 
-def _checked(
-    baseline: Baseline, model: nn.Module, ways: Ways, chosen: Point
+def _check_point(
+    baseline: Baseline, model: nn.Module, ways: Ways, chosen: ScanPoint
 ) -> tuple[dict[str, Rise], BudgetCheck]:
     """The rise of every source's check part at the chosen point, and what the worst of them says of
     the budget.
@@ -159,16 +168,18 @@ def _checked(
     limit = baseline.budget.nats
     ways[chosen.way](chosen.fraction)
     rises = baseline.checked(model, error=EACH)
-    on = max(rises, key=lambda name: (WORSE.index(verdict(rises[name], limit)), rises[name].high))
+    on = max(
+        rises, key=lambda name: (WORSE.index(verdict_on(rises[name], limit)), rises[name].high)
+    )
     each: dict[str, SourceCheck | None] | None = None
     if baseline.guards:
         each = {
-            name: SourceCheck(**vars(rise.record()), verdict=verdict(rise, limit))
+            name: SourceCheck(**vars(rise.record()), verdict=verdict_on(rise, limit))
             for name, rise in rises.items()
         }
     check = BudgetCheck(
         **vars(rises[on].record()),
-        verdict=verdict(rises[on], limit),
+        verdict=verdict_on(rises[on], limit),
         way=chosen.way,
         fraction=chosen.fraction,
         on=on,
@@ -180,9 +191,9 @@ def _checked(
 def _with_choice(
     report: BudgetReport,
     budget: Budget,
-    chosen: Point,
+    chosen: ScanPoint,
     scans: Mapping[str, Scan],
-    points: Sequence[Point],
+    points: Sequence[ScanPoint],
     learning: Learning | None,
 ) -> BudgetReport:
     """The part of the report that is the same whether the rise was measured or predicted."""
@@ -203,6 +214,6 @@ def _with_choice(
     )
 
 
-def _per_nat(point: Point, rise: float) -> float | None:
+def _per_nat(point: ScanPoint, rise: float) -> float | None:
     """Learning for each nat of forgetting; None where nothing was learned or lost."""
     return point.learning.nats / rise if point.learning is not None and rise > 0 else None

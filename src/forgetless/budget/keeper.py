@@ -8,14 +8,13 @@ after             the finish scales the update to the most learning that keeps t
                   checks it
 
     keeper = Keeper(baseline, learning, shared, tokens_per_step)
-    keeper.bind(trainer, importance, start=None, layers=None, anchor="base", names=None)
+    keeper.bind(trainer, importance, Holding(anchor="base"))
     trainer.train()
     report = keeper.finish(trainer)          # a BudgetReport
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 from dataclasses import replace
 from typing import Any
@@ -26,18 +25,18 @@ from forgetless.budget.baseline import PIECE, Baseline, Spread
 from forgetless.budget.budget import check_reach
 from forgetless.budget.controller import Controller
 from forgetless.budget.finish import keep_budget
+from forgetless.budget.held import Holding, steer
 from forgetless.budget.learning import Learning
-from forgetless.budget.probe import Probe, Rolling, plan
+from forgetless.budget.probe import Probe, Rolling, plan_probes
 from forgetless.budget.scan import EACH
 from forgetless.budget.ways import ways_of
 from forgetless.data.duplicates import Overlap
 from forgetless.files.budget_json import BudgetReport
 from forgetless.importance.importance import Importance
-from forgetless.model import distributed
 from forgetless.model.update import Update
 from forgetless.model.weights import FullWeight
 from forgetless.options.estimators import known
-from forgetless.penalty.callback import PenaltyCallback, add_penalty
+from forgetless.penalty.callback import PenaltyCallback
 from forgetless.penalty.pull import Penalty
 
 logger = logging.getLogger("forgetless")
@@ -66,61 +65,37 @@ class Keeper:
             "near": len(shared.near),
             "documents": shared.documents,
         }
-        self.every, self.count = plan(tokens_per_step, _tokens_probed(baseline))
+        self.every, self.count = plan_probes(tokens_per_step, _tokens_probed(baseline))
 
     def bind(
         self,
         trainer: Any,
         importance: Importance,
+        holding: Holding,
         *,
-        start: float | None,
-        layers: Any,
-        anchor: str,
-        names: str | None,
-        offload: bool = False,
+        start: float | None = None,
     ) -> PenaltyCallback:
         """Refuse what the text cannot show, then add penalty and probe to the trainer.
 
         `start`: the strength to begin at; None: what suits the importance.
         """
-        self.update = Update(trainer.model, names=names)
-        estimator = known(importance.info.get("estimator"))
-        only_scales = (estimator is not None and estimator.constant) or any(
-            isinstance(weight, FullWeight) for weight in self.update.weights
-        )
-        self.shrinkable = None if only_scales else importance
+        self.update = Update(trainer.model, names=holding.names)
+        self.shrinkable = importance if self._can_shrink(importance) else None
         spread: Spread | None = None
         # A random update's rise is measured from the model that training starts from.
         if not self.baseline.moved:
             spread = self.baseline.spread(trainer.model, self.update, error=EACH)
             check_reach(spread.rise, len(self.baseline.check), self.budget, error=EACH)
-        penalty = Penalty(
-            trainer.model,
-            importance,
-            strength=0.0,  # until the controller sets it
-            layers=layers,
-            anchor=anchor,
-            names=names,
-            offload=offload,
-            shard=distributed.running(),
-        )
-        callback = add_penalty(trainer, penalty)
+        held = holding.add_penalty(trainer, importance)
+        estimator = known(importance.info.get("estimator"))
         if estimator is not None and estimator.in_nats:
             unit: float | None = 1.0
             start = start or estimator.strength
         else:
-            unit = self._unit(callback.penalty, spread)
-        self.probe = Probe(
-            Controller(self.budget.nats, start, unit),
-            callback.penalty,
-            self.baseline.pieces,
-            every=self.every,
-            count=self.count,
-            guards=[Rolling(guard.control, trainer.model) for guard in self.baseline.guards],
-            offset=self.baseline.offset(trainer.model) if self.baseline.moved else 0.0,
-        )
-        trainer.callback_handler.callbacks.insert(0, self.probe)
-        callback.finishing = functools.partial(self.finish, trainer)
+            unit = self._unit(held.penalty, spread)
+        controller = Controller(self.budget.nats, start, unit)
+        self.probe = self._probe(trainer.model, controller, held.penalty)
+        steer(trainer, held, self.probe, self.finish)
         logger.info(
             "budget %s (%.4g nats): %d control and %d check documents; %d pieces probed every %d "
             "steps",
@@ -131,7 +106,28 @@ class Keeper:
             self.probe.count,
             self.every,
         )
-        return callback
+        return held
+
+    def _can_shrink(self, importance: Importance) -> bool:
+        """Whether an update can also be made smaller along importance: that of an adapter, by
+        importance which differs between weights.
+        """
+        estimator = known(importance.info.get("estimator"))
+        if estimator is not None and estimator.constant:
+            return False
+        return not any(isinstance(weight, FullWeight) for weight in self.update.weights)
+
+    def _probe(self, model: Any, controller: Controller, penalty: Penalty) -> Probe:
+        """What looks at the general text and the earlier domains while training."""
+        return Probe(
+            controller,
+            penalty,
+            self.baseline.pieces,
+            every=self.every,
+            count=self.count,
+            guards=[Rolling(guard.control, model) for guard in self.baseline.guards],
+            offset=self.baseline.offset(model) if self.baseline.moved else 0.0,
+        )
 
     def _unit(self, penalty: Penalty, spread: Spread | None) -> float | None:
         """Nats of general loss that a unit of energy costs, by the random update of which both were

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from forgetless.data.encoding import Encoded
-from forgetless.evaluate.losses import WINDOW, last_window
-from forgetless.evaluate.paired import Part, measured
-from forgetless.evaluate.rise import ERROR, Rise
+from forgetless.evaluate.losses import LONGEST_WINDOW, last_window
+from forgetless.evaluate.paired import PairedText, pair_with
+from forgetless.evaluate.rise import ERROR_LEVEL, Rise
 from forgetless.model.loading import context_length
 
 # Tokens of domain data, of an earlier domain too, that are evaluated at every fraction of a scan.
@@ -26,12 +26,12 @@ LEARNING_TOKENS = 30_000
 class Learning:
     """Domain data with the base's losses, and what to call it."""
 
-    part: Part
+    part: PairedText
     name: str
 
     def of(self, model: nn.Module) -> Rise:
         """The fall of the loss, in nats per token. Costs one evaluation."""
-        return -self.part.rise(model, error=ERROR)
+        return -self.part.rise(model, error=ERROR_LEVEL)
 
 
 def domain(model: nn.Module, rows: list[Encoded], name: str) -> Learning:
@@ -46,7 +46,7 @@ def domain(model: nn.Module, rows: list[Encoded], name: str) -> Learning:
             f"{name}: learning is measured on at least two rows of domain data, found "
             f"{len(rows)}; give more"
         )
-    return Learning(measured(model, rows, ["domain"] * len(rows), window), name)
+    return Learning(pair_with(model, rows, ["domain"] * len(rows), window), name)
 
 
 def fitting(
@@ -57,7 +57,7 @@ def fitting(
 
     Raises ValueError where no row has a token to score.
     """
-    window = min(WINDOW, context_length(model))
+    window = min(LONGEST_WINDOW, context_length(model))
     rows = [last_window(row, window) for row in rows]
     rows = [row for row in rows if any(row[1][1:])]
     if not rows:

@@ -277,10 +277,10 @@ def _token_rows(data: Any) -> list[Encoded]:
         return []
     if not len(data) or "input_ids" not in data[0]:
         return []
-    return [([int(token) for token in row["input_ids"]], _scored(row)) for row in data]
+    return [([int(token) for token in row["input_ids"]], _scored_tokens(row)) for row in data]
 
 
-def _scored(row: Any) -> list[bool]:
+def _scored_tokens(row: Any) -> list[bool]:
     """Which tokens of a trainer's row are scored: those with a label, or those that TRL's masks
     allow, both of them where both are given.
     """

@@ -12,17 +12,17 @@ verdict          predicted, never met: no general text was looked at
 
 from __future__ import annotations
 
-import functools
 import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
-from forgetless.budget.baseline import Planned
+from forgetless.budget.baseline import PlannedBound
 from forgetless.budget.budget import Budget
 from forgetless.budget.controller import Controller
 from forgetless.budget.finish import keep_predicted
+from forgetless.budget.held import Holding, steer
 from forgetless.budget.learning import Learning
 from forgetless.budget.probe import Probe
 from forgetless.errors import OptionError
@@ -31,11 +31,10 @@ from forgetless.files.budget_json import BudgetReport
 from forgetless.files.schema import GENERAL
 from forgetless.importance.calibration import COVERED, Calibration, usual_strength
 from forgetless.importance.importance import Importance
-from forgetless.model import distributed
 from forgetless.model.update import Update
 from forgetless.model.weights import FullWeight
 from forgetless.options.estimators import known
-from forgetless.penalty.callback import PenaltyCallback, add_penalty
+from forgetless.penalty.callback import PenaltyCallback
 from forgetless.penalty.pull import Penalty
 
 logger = logging.getLogger("forgetless")
@@ -56,7 +55,7 @@ class Forecast:
         """The predicted rise now, in nats per token."""
         return self.calibration.rise(self._first(), self.gauge.energy(together=True, alike=True))
 
-    def planned(self, model: nn.Module, *, error: float) -> Planned:
+    def planned(self, model: nn.Module, *, error: float) -> PlannedBound:
         """The predicted rise with the interval of one more update, and its bound; `error` is of
         measurements, and not used.
         """
@@ -76,7 +75,7 @@ class Forecast:
             effective=float(calibration.used),
             documents=0,
         )
-        return Planned(rise, bound, GENERAL)
+        return PlannedBound(rise, bound, GENERAL)
 
     def _first(self) -> float:
         return self.calibration.first(self.gauge.weights)
@@ -96,37 +95,22 @@ class Predictor:
         self,
         trainer: Any,
         importance: Importance,
+        holding: Holding,
         *,
-        start: float | None,
-        layers: Any,
-        anchor: str,
-        names: str | None,
-        offload: bool = False,
+        start: float | None = None,
     ) -> PenaltyCallback:
         """Add penalty and controller to the trainer.
 
         `start`: the strength to begin at; None: what suits the importance.
         """
-        self.update = Update(trainer.model, names=names)
-        _check_seen(trainer.model, self.update, anchor)
-        penalty = Penalty(
-            trainer.model,
-            importance,
-            strength=0.0,  # until the controller sets it
-            layers=layers,
-            anchor=anchor,
-            names=names,
-            offload=offload,
-            shard=distributed.running(),
-        )
-        callback = add_penalty(trainer, penalty)
-        self.forecast = Forecast(self.budget, self.calibration, callback.penalty)
+        self.update = Update(trainer.model, names=holding.names)
+        _check_seen(trainer.model, self.update, holding.anchor)
+        held = holding.add_penalty(trainer, importance)
+        self.forecast = Forecast(self.budget, self.calibration, held.penalty)
         start = start or usual_strength(importance.info, self.calibration.cost)
-        self.probe = Probe(
-            Controller(self.budget.nats, start, 1.0), callback.penalty, cost=self.forecast.rise
-        )
-        trainer.callback_handler.callbacks.insert(0, self.probe)
-        callback.finishing = functools.partial(self.finish, trainer)
+        controller = Controller(self.budget.nats, start, 1.0)
+        self.probe = Probe(controller, held.penalty, cost=self.forecast.rise)
+        steer(trainer, held, self.probe, self.finish)
         estimator = known(importance.info.get("estimator"))
         if estimator is None or not estimator.predicts:
             logger.warning(
@@ -141,7 +125,7 @@ class Predictor:
             self.budget.nats,
             self.calibration.describe(),
         )
-        return callback
+        return held
 
     def finish(self, trainer: Any) -> BudgetReport:
         """Scale the model's update to what the prediction allows; what run.json has under

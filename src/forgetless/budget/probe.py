@@ -9,7 +9,7 @@ used; base losses of the pieces are known. In a sequence of domains the worst of
 earlier domains counts. Without pieces nothing is measured, and `cost` alone says what the update
 would. Everything that the next step depends on is in the trainer's checkpoint.
 
-    every, count = plan(tokens_per_step, piece=128)
+    every, count = plan_probes(tokens_per_step, piece=128)
     probe = Probe(controller, penalty, baseline.pieces, every=every, count=count)
     trainer.callback_handler.callbacks.insert(0, probe)
 """
@@ -29,34 +29,34 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from forgetless.budget.controller import Controller
-from forgetless.evaluate.paired import Part
+from forgetless.evaluate.paired import PairedText
 from forgetless.files.budget_json import ControllerLook, ProbeCosts
 from forgetless.model import distributed
 from forgetless.penalty.pull import Penalty
 
 logger = logging.getLogger("forgetless")
 # Tokens that are probed, as a fraction of those that are trained: see above what they cost.
-PROBED = 0.08
+PROBED_FRACTION = 0.08
 # Steps between looks at the energy, and at least between probes.
 EVERY = 5
 # The fewest and the most pieces of a probe: many small probes rather than few large ones, since the
 # controller pools them.
-FEWEST = 2
-MOST = 64
+FEWEST_PIECES = 2
+MOST_PIECES = 64
 
 
-def plan(tokens_per_step: float, piece: float) -> tuple[int, int]:
-    """(steps between probes, pieces per probe) within PROBED for steps of so many tokens and pieces
-    of so many.
+def plan_probes(tokens_per_step: float, piece: float) -> tuple[int, int]:
+    """(steps between probes, pieces per probe) within PROBED_FRACTION, for steps of so many tokens
+    and pieces of so many.
     """
-    allowed = PROBED * max(tokens_per_step, 1.0) / max(piece, 1.0)  # pieces per step
-    every = max(EVERY, int(-(-FEWEST // allowed)))
-    return every, max(1, min(MOST, int(allowed * every)))
+    allowed = PROBED_FRACTION * max(tokens_per_step, 1.0) / max(piece, 1.0)  # pieces per step
+    every = max(EVERY, int(-(-FEWEST_PIECES // allowed)))
+    return every, max(1, min(MOST_PIECES, int(allowed * every)))
 
 
 def most_pieces(steps: int) -> int:
     """Pieces that a run of so many steps can probe at most."""
-    return MOST * steps // EVERY + MOST
+    return MOST_PIECES * steps // EVERY + MOST_PIECES
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Rolling:
     # Rows that are followed: as many as a probe has pieces at most.
     ROWS = 64
 
-    def __init__(self, part: Part, model: nn.Module):
+    def __init__(self, part: PairedText, model: nn.Module):
         self.part = part.some(range(min(self.ROWS, len(part))))
         self.nats = self.part.losses(model)
         self.offset = self.part.rise_without_interval(self.nats)
@@ -101,7 +101,7 @@ class Probe(TrainerCallback, ExportableState):
         self,
         controller: Controller,
         penalty: Penalty,
-        pieces: Part | None = None,
+        pieces: PairedText | None = None,
         *,
         every: int = EVERY,
         count: int = 0,
@@ -141,7 +141,7 @@ class Probe(TrainerCallback, ExportableState):
         self.penalty.strength = self.controller.update(state.global_step, self.cost(), rise)
         self.seconds += time.perf_counter() - started
 
-    def _measured(self, model: Any, pieces: Part) -> float:
+    def _measured(self, model: Any, pieces: PairedText) -> float:
         """The rise on the pieces whose turn it is."""
         part = pieces.some([(self.cursor + i) % len(pieces) for i in range(self.count)])
         self.cursor = (self.cursor + self.count) % len(pieces)

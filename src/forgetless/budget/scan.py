@@ -2,7 +2,7 @@
 way of making it smaller, and the choice among them.
 
     points = Scan(baseline, model, "scale", update.scale, learning).points
-    choose(points, budget.nats)          # the most learning among those that keep the budget
+    choose_point(points, budget.nats)          # the most learning among those that keep the budget
 
 A fraction keeps a budget where its planned bound is within it: the value below which the check's
 upper end will be 19 times in 20. Costs 2 to 12 evaluations of the control part and of the domain
@@ -18,11 +18,11 @@ from typing import Protocol
 
 from torch import nn
 
-from forgetless.budget.baseline import Planned
+from forgetless.budget.baseline import PlannedBound
 from forgetless.budget.budget import Budget
 from forgetless.budget.learning import Learning
 from forgetless.budget.ways import mu_of
-from forgetless.evaluate.rise import ERROR, Rise
+from forgetless.evaluate.rise import ERROR_LEVEL, Rise
 from forgetless.files.budget_json import Bought, CurvePoint
 from forgetless.files.schema import GENERAL
 
@@ -30,8 +30,8 @@ from forgetless.files.schema import GENERAL
 FRACTIONS = (1.0, 0.85, 0.7, 0.55, 0.4, 0.3, 0.2, 0.1, 0.05)
 # Fractions tried between the best one that keeps the budget and the next larger one.
 REFINED = 3
-# The error probability of one check: the first one and that of the fallback share ERROR.
-EACH = ERROR / 2
+# The error probability of one check: the first one and that of the fallback share ERROR_LEVEL.
+EACH = ERROR_LEVEL / 2
 # Other budgets, in per cent of perplexity, of which it is said what they would have bought.
 OTHERS = (0.5, 1.0, 2.0, 5.0)
 
@@ -41,11 +41,11 @@ class Planner(Protocol):
 
     @property
     def budget(self) -> Budget: ...
-    def planned(self, model: nn.Module, *, error: float) -> Planned: ...
+    def planned(self, model: nn.Module, *, error: float) -> PlannedBound: ...
 
 
 @dataclass(frozen=True)
-class Point:
+class ScanPoint:
     """One fraction of the update: its rise on the control part, what the check's upper end is
     expected to stay below on the source `worst`, and its learning.
     """
@@ -83,7 +83,9 @@ class Point:
 
 
 # The base model: none of the update, which costs nothing and gains nothing.
-NOTHING = Point("scale", 0.0, Rise(0.0, 0.0, 0.0, 0.0, EACH, "document", 0, 0.0, 0), 0.0, None)
+NO_UPDATE = ScanPoint(
+    "scale", 0.0, Rise(0.0, 0.0, 0.0, 0.0, EACH, "document", 0, 0.0, 0), 0.0, None
+)
 
 
 class Scan:
@@ -101,7 +103,7 @@ class Scan:
         way: str,
         apply: Callable[[float], None],
         learning: Learning | None,
-        whole: Point | None = None,
+        whole: ScanPoint | None = None,
     ):
         self.planner = planner
         self.model = model
@@ -115,13 +117,13 @@ class Scan:
             if self._enough():
                 break
         for _ in range(REFINED):
-            best = choose(self.points, planner.budget.nats)
+            best = choose_point(self.points, planner.budget.nats)
             larger = [point.fraction for point in self.points if point.fraction > best.fraction]
             if not larger:
                 break
             self._measure((best.fraction + min(larger)) / 2)
 
-    def below(self, fraction: float) -> list[Point]:
+    def below(self, fraction: float) -> list[ScanPoint]:
         """All points below a fraction, those included that were left out."""
         end = min(fraction, self.points[-1].fraction)
         for lower in [lower for lower in FRACTIONS if lower < end]:
@@ -132,7 +134,7 @@ class Scan:
         self.apply(fraction)
         rise, bound, worst = self.planner.planned(self.model, error=EACH)
         learned = None if self.learning is None else self.learning.of(self.model)
-        point = Point(self.way, fraction, rise, bound, learned, worst)
+        point = ScanPoint(self.way, fraction, rise, bound, learned, worst)
         self.points = sorted([*self.points, point], key=lambda each: -each.fraction)
 
     def _enough(self) -> bool:
@@ -146,7 +148,9 @@ class Scan:
         )
 
 
-def choose(points: Sequence[Point], limit: float, nothing: Point = NOTHING) -> Point:
+def choose_point(
+    points: Sequence[ScanPoint], limit: float, nothing: ScanPoint = NO_UPDATE
+) -> ScanPoint:
     """The point with the largest gain among those whose bound is within `limit`; `nothing`, the
     model before training, where none gains anything.
     """
@@ -154,10 +158,10 @@ def choose(points: Sequence[Point], limit: float, nothing: Point = NOTHING) -> P
     return max(within, key=lambda point: point.gain, default=nothing)
 
 
-def bought(points: Sequence[Point], limit: float) -> Bought:
+def bought(points: Sequence[ScanPoint], limit: float) -> Bought:
     """What a budget of `limit` nats buys along `points`."""
-    point = choose(points, limit)
-    if point is NOTHING:
+    point = choose_point(points, limit)
+    if point is NO_UPDATE:
         learning: float | None = 0.0
     else:
         learning = None if point.learning is None else point.learning.nats

@@ -37,7 +37,7 @@ from forgetless.budget.ways import Ways, fraction_of, ways_of
 from forgetless.data.inputs import HeldOut, read_held_out
 from forgetless.data.tasks import encode_rows
 from forgetless.errors import OptionError
-from forgetless.evaluate.evaluate import changes, measure, table
+from forgetless.evaluate.evaluate import changes, changes_table, measure
 from forgetless.files.atomic import write_json
 from forgetless.files.budget_json import BudgetReport
 from forgetless.files.hub import importance_path
@@ -72,7 +72,7 @@ class Loaded:
 
 
 @dataclass(frozen=True)
-class Base:
+class BaseLosses:
     """What the bare base model loses: on everything that is measured, and where a budget is to be
     kept, on the parts that it is kept by.
     """
@@ -98,7 +98,7 @@ def shrink(options: ShrinkOptions) -> dict[str, Any]:
     started = time.perf_counter()
     out = Path(options.out)
     held_out = _held_out(options)
-    loaded = _load(options, importance)
+    loaded = _load_adapter(options, importance)
     base = _measure_base(options, loaded, held_out)
     report = _shrunk(options, loaded, base)
     save_whole(loaded.model, loaded.tokenizer, out / "final")
@@ -119,7 +119,7 @@ def shrink(options: ShrinkOptions) -> dict[str, Any]:
     write_card(out / "final", "shrink", as_record(run, Run))
     write_json(out / "run.json", run)
     if held_out.anything:
-        print(table(base.before, after))
+        print(changes_table(base.before, after))
     if report is not None:
         print("\n".join([curve_table(report), *sentences(report)]))
     logger.info("wrote %s in %.0f s", out / "final", run["seconds"])
@@ -145,7 +145,7 @@ def _held_out(options: ShrinkOptions) -> HeldOut:
     )
 
 
-def _load(options: ShrinkOptions, importance: Importance | None) -> Loaded:
+def _load_adapter(options: ShrinkOptions, importance: Importance | None) -> Loaded:
     """The adapter on its base model. Raises ValueError where the importance does not fit it, or the
     result does not fit on the disk.
     """
@@ -166,7 +166,7 @@ def _load(options: ShrinkOptions, importance: Importance | None) -> Loaded:
     return Loaded(tokenizer, model, update, importance, ways_of(update, importance))
 
 
-def _measure_base(options: ShrinkOptions, loaded: Loaded, held_out: HeldOut) -> Base:
+def _measure_base(options: ShrinkOptions, loaded: Loaded, held_out: HeldOut) -> BaseLosses:
     """Measure the bare base model, under the adapter that is switched off for as long."""
     tokenizer = loaded.tokenizer
     with bare(loaded.model) as base:
@@ -177,10 +177,10 @@ def _measure_base(options: ShrinkOptions, loaded: Loaded, held_out: HeldOut) -> 
         if options.budget and held_out.general:
             budget = parse(options.budget)
             baseline = measure_baseline(base, tokenizer, held_out.general, budget)
-    return Base(before, learning, baseline)
+    return BaseLosses(before, learning, baseline)
 
 
-def _shrunk(options: ShrinkOptions, loaded: Loaded, base: Base) -> BudgetReport | None:
+def _shrunk(options: ShrinkOptions, loaded: Loaded, base: BaseLosses) -> BudgetReport | None:
     """Make the update smaller: by what the budget allows, measured or predicted, and the report on
     that; else by the mu that was given.
     """

@@ -19,7 +19,7 @@ from forgetless.options.verbs import ShrinkOptions
 
 # What in an adapter's configuration moves the model by more than scale * B @ A, and so stays when
 # that is shrunk.
-BEYOND = {
+MORE_THAN_FACTORS = {
     "use_dora": "DoRA",
     "modules_to_save": "whole modules trained beside it",
     "trainable_token_indices": "trained token embeddings",
@@ -80,7 +80,7 @@ def adapter_config(folder: str) -> dict[str, Any]:
             f"'{folder}' is a {kind} adapter; shrinking needs an update that is a product of two "
             "factors: LoRA or rsLoRA"
         )
-    beyond = [what for key, what in BEYOND.items() if config.get(key)]
+    beyond = [what for key, what in MORE_THAN_FACTORS.items() if config.get(key)]
     if config.get("bias", "none") != "none":
         beyond.append("trained biases")
     initial = config.get("init_lora_weights", True)

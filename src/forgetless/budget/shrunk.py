@@ -14,11 +14,14 @@ mu is in units of the `typical` importance, sum of E(U) over sum of ||U||^2 (the
 update meets): a direction of typical importance is halved at mu = 1, whatever the unit of the file,
 and uniform importance only scales, by 1 / (1 + mu). Nothing published is followed.
 
-Cost per weight and sweep, in f64 (rank r, covariance rank k):  kronecker:k  O((out + in)(k + r) r),
-    no (out, in) tensor;  whole covariances
-O(out^2 r + in^2 r) after one eigendecomposition each, O(n^3);  factored  O((out + in) k r^2);  by
-    element  O(out in r^2). Memory O((out + in) r^2); by element
-and factored, the start holds one (out, in) tensor.
+Cost per weight and sweep, in f64 (rank r, covariance rank k):
+
+    kronecker:k         O((out + in)(k + r) r), no (out, in) tensor
+    whole covariances   O(out^2 r + in^2 r), after one eigendecomposition each, O(n^3)
+    factored            O((out + in) k r^2)
+    by element          O(out in r^2)
+
+Memory is O((out + in) r^2). By element and factored, the start holds one (out, in) tensor.
 
     form = prepared(importance[name], device, {})
     L, R = refactored(form, L, R, mu=2.0 / typical([(form, L, R)]))
@@ -43,10 +46,14 @@ from forgetless.importance.entries import (
     KroneckerEntry,
 )
 
+# The most sweeps of the fit.
 SWEEPS = 20
-SETTLED = 1e-5  # a sweep that lowers the objective by less than this part ends the fit
-EXACT_BELOW = 512  # smaller sides get a whole SVD
-ROWS = 1 << 22  # elements of importance widened at a time
+# A sweep that lowers the objective by less than this fraction of it ends the fit.
+SETTLED = 1e-5
+# A matrix with a side that is no longer than this gets a whole singular value decomposition.
+EXACT_BELOW = 512
+# Elements of importance that are widened to f64 at a time.
+ROWS = 1 << 22
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +85,7 @@ class Elements:
 
     def energy(self, L: Tensor, R: Tensor) -> Tensor:
         """E(L R), through products of pairs of directions."""
-        i, j = _pairs(R.shape[0], R.device)
+        i, j = _index_pairs(R.shape[0], R.device)
         weight = torch.where(i == j, 1.0, 2.0).to(R)
         return (L[:, i] * L[:, j] * weight * self.times(R.T[:, i] * R.T[:, j])).sum()
 
@@ -86,7 +93,7 @@ class Elements:
         """The X that minimises ||X Q - L R||^2 + mu E(X Q) for orthonormal rows Q (r, in): one r x
         r system per row of X, (out, r).
         """
-        i, j = _pairs(Q.shape[0], Q.device)
+        i, j = _index_pairs(Q.shape[0], Q.device)
         sums = self.times(Q.T[:, i] * Q.T[:, j])  # (out, pairs)
         grams = sums.new_empty(len(sums), Q.shape[0], Q.shape[0])
         grams[:, i, j] = grams[:, j, i] = mu * sums
@@ -153,35 +160,34 @@ class Covariances:
         directions first, then what of U lies outside of them.
         """
         out, into = self.out, self.into
-        inside, within = out.vectors.T @ L, R @ into.vectors  # (k, r), (r, k')
+        inside = out.vectors.T @ L  # (k, r)
+        within = R @ into.vectors  # (r, k')
         P, outside = torch.linalg.qr(L - out.vectors @ inside)
         Q, without = torch.linalg.qr((R - within @ into.vectors.T).T)
-        left, right = torch.cat([inside, outside]), torch.cat([within, without.T], 1)
+        left = torch.cat([inside, outside])
+        right = torch.cat([within, without.T], 1)
         g = torch.cat([out.values, out.values.new_full((len(outside),), out.floor)])
         a = torch.cat([into.values, into.values.new_full((len(without),), into.floor)])
-        return (
-            torch.cat([out.vectors, P], 1),
-            (left @ right) / (1 + mu * torch.outer(g, a)),
-            torch.cat([into.vectors, Q], 1).T,
-        )
+        core = (left @ right) / (1 + mu * torch.outer(g, a))
+        return torch.cat([out.vectors, P], 1), core, torch.cat([into.vectors, Q], 1).T
 
 
 Form = Elements | Covariances
 
 
 def prepared(
-    entry: Entry, device: torch.device, made: dict[int, tuple[AnyCovariance, Basis]]
+    entry: Entry, device: torch.device, bases: dict[int, tuple[AnyCovariance, Basis]]
 ) -> Form:
-    """The form of one weight's importance, on `device`; eigenbases are kept in `made`, by identity,
-    so that a shared covariance is decomposed once.
+    """The form of one weight's importance, on `device`; eigenbases are kept in `bases`, by
+    identity, so that a shared covariance is decomposed once.
 
     The covariance is kept beside its basis: once it were gone, another could have its identity.
     """
     if isinstance(entry, KroneckerEntry):
         for cov in (entry.out_cov, entry.in_cov):
-            if id(cov) not in made:
-                made[id(cov)] = (cov, basis(cov.to(device, torch.float64)))
-        return Covariances(made[id(entry.out_cov)][1], made[id(entry.in_cov)][1])
+            if id(cov) not in bases:
+                bases[id(cov)] = (cov, basis(cov.to(device, torch.float64)))
+        return Covariances(bases[id(entry.out_cov)][1], bases[id(entry.in_cov)][1])
     assert isinstance(entry, (DenseEntry, CodedEntry, FactoredEntry)), type(entry)
     return Elements(entry.to(device, torch.float64, {}))
 
@@ -229,22 +235,23 @@ def refactored(
     L, R = L.double(), R.double()
     if mu == 0 or not bool(L.any()) or not bool(R.any()):
         return L, R
-    found = truncated(form, L, R, mu)
-    best = objective(form, L, R, *found, mu)
-    if best > (whole := objective(form, L, R, L, R, mu)):
-        found, best = (L, R), whole
+    best = truncated(form, L, R, mu)
+    least = objective(form, L, R, *best, mu)
+    unchanged = objective(form, L, R, L, R, mu)
+    if least > unchanged:
+        best, least = (L, R), unchanged
     for _ in range(sweeps):
-        Q = torch.linalg.qr(found[1].T)[0].T
+        Q = torch.linalg.qr(best[1].T)[0].T
         P = torch.linalg.qr(form.fit(L, R, Q, mu))[0]
-        new = P, form.T.fit(R.T, L.T, P.T, mu).T
-        value = objective(form, L, R, *new, mu)
-        if not value < best:  # at the minimum, up to rounding
+        fitted = P, form.T.fit(R.T, L.T, P.T, mu).T
+        value = objective(form, L, R, *fitted, mu)
+        if not value < least:  # at the minimum, up to rounding
             break
-        done = best - value < SETTLED * best
-        found, best = new, value
-        if done:
+        settled = least - value < SETTLED * least
+        best, least = fitted, value
+        if settled:
             break
-    return balanced(*found, rank=R.shape[0])
+    return balanced(*best, rank=R.shape[0])
 
 
 def balanced(L: Tensor, R: Tensor, *, rank: int) -> tuple[Tensor, Tensor]:
@@ -267,7 +274,7 @@ def typical(parts: Sequence[tuple[Form, Tensor, Tensor]]) -> float:
     size = sum(
         float(((L.double().T @ L.double()) * (R.double() @ R.double().T)).sum())
         for _, L, R in parts
-    )
+    )  # ||L R||^2 from r x r matrices
     if not (size > 0 and energy > 0 and math.isfinite(energy / size)):
         what = "the update is zero" if not size > 0 else f"its energy is {energy:g}"
         raise ValueError(
@@ -277,7 +284,7 @@ def typical(parts: Sequence[tuple[Form, Tensor, Tensor]]) -> float:
     return energy / size
 
 
-def _pairs(rank: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _index_pairs(rank: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Indices i <= j of all pairs of `rank` directions."""
     i, j = torch.triu_indices(rank, rank, device=device)
     return i, j

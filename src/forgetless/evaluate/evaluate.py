@@ -5,7 +5,7 @@ and accuracies on tasks.
     before = measure(base, tokenizer, held_out)
     after = measure(tuned, tokenizer, held_out)
     changes(before, after)["forgetting"]     # {"nats": 0.056, "low": 0.049, "high": 0.063, ...}
-    print(table(before, after))
+    print(changes_table(before, after))
 
 "Before" is always the bare base model. Perplexity is exp(nats). The standard error of a loss is
 over documents, as of a ratio, since documents differ in length. A change is paired by document,
@@ -34,7 +34,7 @@ from forgetless.model.loading import load_model, load_tokenizer
 from forgetless.model.update import AdapterUpdate
 from forgetless.options.finished import EvalOptions
 from forgetless.options.option import as_dict
-from forgetless.report.terminal import table as terminal_table
+from forgetless.report.terminal import table
 
 # What a label of the table says of a loss.
 UNIT = "(nats/token)"
@@ -132,7 +132,7 @@ class Line:
         ]
 
 
-def table(
+def changes_table(
     before: dict[str, Any], after: dict[str, Any] | None, *, authors_perplexity: bool = False
 ) -> str:
     """What was measured, as text: what, before, after, change, standard error.
@@ -148,7 +148,7 @@ def table(
     for name, scores in before["tasks"].items():
         lines += _task_lines(name, scores, later["tasks"].get(name))
     columns = ["", "before", "after", "change", "std.err."]
-    return terminal_table(columns, [line.cells() for line in lines])
+    return table(columns, [line.cells() for line in lines])
 
 
 def _or_dash(value: float | None, digits: str) -> str:
@@ -232,7 +232,7 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
         "after": after,
         **(changes(before, after) if after else {"forgetting": None, "learning": None}),
     }
-    print(table(before, after, authors_perplexity=options.authors_perplexity))
+    print(changes_table(before, after, authors_perplexity=options.authors_perplexity))
     if options.out:
         write_json(Path(options.out) / "run.json", run)
     return run

@@ -26,7 +26,7 @@ from forgetless.data.documents import Document
 from forgetless.data.encoding import Encoded, collate, encode_whole
 from forgetless.data.tasks import encode_rows
 from forgetless.errors import OptionError
-from forgetless.evaluate.rise import ERROR, Rise, alone, numbered, paired_rise
+from forgetless.evaluate.rise import ERROR_LEVEL, Rise, alone, numbered, paired_rise
 from forgetless.model.loading import context_length
 from forgetless.report.terminal import progress
 
@@ -36,7 +36,7 @@ BATCH_TOKENS = 4096
 # of 1,024 on the lab model.
 BATCH_TOKENS_CPU = 1024
 # Tokens of the window where no length is given; a model with a smaller context has a smaller one.
-WINDOW = 2048
+LONGEST_WINDOW = 2048
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class TextLoss:
         sources = numbers.get("source_by_document")
         return cls(np.array(nats), np.array(tokens), sources=sources)
 
-    def rise(self, after: TextLoss, *, error: float = ERROR) -> Rise:
+    def rise(self, after: TextLoss, *, error: float = ERROR_LEVEL) -> Rise:
         """How much more the same documents lose in `after`; one document alone has no interval."""
         before, counts = self.nats_by_document, self.tokens_by_document
         if len(before) < 2:
@@ -179,13 +179,13 @@ def text_loss(
     has one, and OptionError for a window or stride that cannot be.
     """
     stride = stride or max(1, window // 2)
-    device = next(model.parameters()).device
-    batch_tokens = batch_tokens or (BATCH_TOKENS_CPU if device.type == "cpu" else BATCH_TOKENS)
     if not window >= 2 or not 1 <= stride < window:
         raise OptionError(
             f"expected 1 <= stride < window and window >= 2, found window {window} and stride "
             f"{stride}"
         )
+    device = next(model.parameters()).device
+    batch_tokens = batch_tokens or (BATCH_TOKENS_CPU if device.type == "cpu" else BATCH_TOKENS)
     # The longest first, so that the windows of one batch are of nearly one length.
     windows = sorted(_windows(encoded, window, stride), key=lambda each: -len(each.ids))
     nats = np.zeros(len(encoded))
@@ -237,7 +237,7 @@ def general_loss(
     batch_tokens: int | None = None,
 ) -> TextLoss:
     """Loss on general text. Bits per byte are known only where every document is plain text."""
-    window = min(length or WINDOW, context_length(model))
+    window = min(length or LONGEST_WINDOW, context_length(model))
     plain = all(document.text is not None for document in documents)
     size = sum(len((document.text or "").encode()) for document in documents) if plain else None
     encoded, with_tokens = encode_whole(documents, tokenizer)
@@ -266,7 +266,7 @@ def completion_loss(
 
     A prompt too long for the window loses its beginning.
     """
-    window = min(length or WINDOW, context_length(model))
+    window = min(length or LONGEST_WINDOW, context_length(model))
     encoded = encode_rows(data, tokenizer)
     if "prompt" in data.column_names:
         encoded = [last_window(pair, window) for pair in encoded]

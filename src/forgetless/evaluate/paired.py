@@ -1,7 +1,7 @@
 """Documents with the base model's loss on each, so that a model can be paired with the base again
 and again while the base is measured once.
 
-    part = measured(base, encoded, sources, window)       # costs one evaluation
+    part = pair_with(base, encoded, sources, window)      # costs one evaluation
     part.rise(tuned, error=0.05)                          # costs one more
     part.some([0, 3]).losses(tuned)                       # of two documents alone
 
@@ -25,7 +25,7 @@ from forgetless.evaluate.rise import Rise, paired_rise
 
 
 @dataclass(frozen=True)
-class Part:
+class PairedText:
     """Encoded documents with the base model's loss on each: `nats` and `tokens`, (documents,).
 
     `sources` says where each document comes from, for the interval of a rise.
@@ -56,7 +56,7 @@ class Part:
         """
         return float((losses - self.nats).sum() / self.tokens.sum())
 
-    def some(self, chosen: Sequence[int]) -> Part:
+    def some(self, chosen: Sequence[int]) -> PairedText:
         """Some of the documents."""
         at = list(chosen)
         return replace(
@@ -68,10 +68,12 @@ class Part:
         )
 
 
-def measured(model: nn.Module, encoded: list[Encoded], sources: list[str], window: int) -> Part:
+def pair_with(
+    model: nn.Module, encoded: list[Encoded], sources: list[str], window: int
+) -> PairedText:
     """A part with the losses that `model` has now."""
     loss = text_loss(model, encoded, window=window, stride=window - 1, label="general text")
-    return Part(encoded, sources, loss.nats_by_document, loss.tokens_by_document, window)
+    return PairedText(encoded, sources, loss.nats_by_document, loss.tokens_by_document, window)
 
 
 def encoded_each(

@@ -34,7 +34,7 @@ from forgetless.report.numbers import perplexity_percent
 
 # The probability that a verdict is wrong, over both tails and all checks of a run together: the
 # usual 95 % interval.
-ERROR = 0.05
+ERROR_LEVEL = 0.05
 # The fewest documents that a part of a general text may have: below them no interval is worth its
 # name.
 FEW_DOCUMENTS = 10
@@ -104,7 +104,7 @@ class Rise:
         )
 
 
-def alone(nats: float, *, error: float = ERROR) -> Rise:
+def alone(nats: float, *, error: float = ERROR_LEVEL) -> Rise:
     """The rise of a single document, about which no interval can be said."""
     unknown = math.nan
     return Rise(nats, unknown, unknown, unknown, error, "document", 1, 1.0, 1, within=unknown)
@@ -121,7 +121,7 @@ def paired_rise(
     tokens: np.ndarray,
     sources: Sequence[Hashable],
     *,
-    error: float = ERROR,
+    error: float = ERROR_LEVEL,
 ) -> Rise:
     """The rise of documents whose summed losses were `before` and are `after`, all (documents,),
     with its interval.

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from forgetless.budget.held import Holding
 from forgetless.budget.open import of_trainer
 from forgetless.errors import OptionError
 from forgetless.importance.importance import Importance
@@ -101,15 +102,8 @@ def hold(
     )
     if budget is not None:
         keeper = of_trainer(trainer, budget, general, loaded, names)
-        return keeper.bind(
-            trainer,
-            loaded,
-            start=strength,
-            layers=layers,
-            anchor=anchor,
-            names=names,
-            offload=offload,
-        )
+        holding = Holding(layers=layers, anchor=anchor, names=names, offload=offload)
+        return keeper.bind(trainer, loaded, holding, start=strength)
     strength = default_strength(loaded.info.get("estimator", "?")) if strength is None else strength
     penalty = Penalty(
         trainer.model,

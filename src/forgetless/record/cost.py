@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
-from forgetless.evaluate.paired import Part
+from forgetless.evaluate.paired import PairedText
 from forgetless.model.update import Update
 
 # Nats per token that an update is scaled to cost; the first guess is the best in the middle.
@@ -54,7 +54,7 @@ class Point:
         }
 
 
-def measured_points(model: nn.Module, update: Update, part: Part, cost: float) -> list[Point]:
+def measured_points(model: nn.Module, update: Update, part: PairedText, cost: float) -> list[Point]:
     """Measured rises at fractions of an update where it costs about AIMS.
 
     `cost`: what all of it should cost, in nats per token; 0 where that is not known. The update is

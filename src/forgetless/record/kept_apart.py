@@ -20,7 +20,7 @@ from torch import nn
 from forgetless.data.documents import Document
 from forgetless.data.encoding import Encoded
 from forgetless.errors import OptionError
-from forgetless.evaluate.paired import Part, content, encoded_each, measured
+from forgetless.evaluate.paired import PairedText, content, encoded_each, pair_with
 from forgetless.evaluate.rise import FEW_DOCUMENTS
 from forgetless.model.loading import context_length
 
@@ -69,7 +69,7 @@ def apart(documents: Sequence[Document], tokenizer: Any) -> tuple[list[Document]
 
 def divided(
     base: nn.Module, tokenizer: Any, kept: Sequence[Document]
-) -> tuple[list[list[Encoded]], Part]:
+) -> tuple[list[list[Encoded]], PairedText]:
     """(three pieces of text to train on; the part to measure on, with the losses of the base).
 
     Documents stay whole, but for what is cut from long ones. About half of the tokens are trained
@@ -81,7 +81,7 @@ def divided(
     pieces = [encoded[first:last] for first, last in itertools.pairwise(edges)]
     sources = [document.source for document in documents[edges[-1] :]]
     window = min(WINDOW, context_length(base))
-    return pieces, measured(base, encoded[edges[-1] :], sources, window)
+    return pieces, pair_with(base, encoded[edges[-1] :], sources, window)
 
 
 def _edges(lengths: Sequence[int]) -> list[int]:

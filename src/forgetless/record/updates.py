@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from forgetless.data.encoding import Encoded, batches
-from forgetless.evaluate.paired import Part
+from forgetless.evaluate.paired import PairedText
 from forgetless.importance.calibration import MeasuredUpdate, usual_strength
 from forgetless.importance.importance import Importance
 from forgetless.model.adapters import add_adapter, without_adapter
@@ -60,7 +60,7 @@ def measured_updates(
     tokenizer: Any,
     importance: Importance,
     trained: Sequence[Sequence[Encoded]],
-    part: Part,
+    part: PairedText,
     done: Sequence[MeasuredUpdate] = (),
 ) -> Iterator[tuple[Update, MeasuredUpdate]]:
     """Each update that is not `done`, while `model` carries it, with what was measured of it.

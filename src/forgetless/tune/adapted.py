@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from transformers import set_seed
 
+from forgetless.budget.held import Holding
 from forgetless.files.room import check_free_space
 from forgetless.importance.importance import Importance
 from forgetless.methods.callback import add_term
@@ -130,15 +131,13 @@ def attach(trainer: Any, adapted: Adapted, start: Start) -> Importance | None:
         add_penalty(trainer, penalty)
         importance = getattr(penalty, "importance", importance)
     if start.keeper is not None and importance is not None:
-        start.keeper.bind(
-            trainer,
-            importance,
-            start=options.strength,
+        holding = Holding(
             layers=start.setup.layers,
             anchor=options.anchor,
             names=options.targets if options.full else None,
             offload=options.offload_importance,
         )
+        start.keeper.bind(trainer, importance, holding, start=options.strength)
     return importance
 
 

@@ -22,7 +22,7 @@ from torch import nn
 from forgetless.budget.keeper import Keeper
 from forgetless.budget.predicted import Predictor
 from forgetless.data.inputs import Inputs
-from forgetless.evaluate.evaluate import changes, table
+from forgetless.evaluate.evaluate import changes, changes_table
 from forgetless.files.atomic import write_json
 from forgetless.files.budget_json import BudgetReport
 from forgetless.files.hub import push_folder, ready
@@ -144,7 +144,7 @@ def write_result(run: dict[str, Any], options: TuneOptions) -> None:
     if not distributed.first():
         return
     if any(run["before"].values()):
-        print(table(run["before"], run["after"]))
+        print(changes_table(run["before"], run["after"]))
     if run["budget"] is not None:
         print("\n".join(sentences(as_record(run["budget"], BudgetReport))))
     logger.info("wrote %s in %.0f s", out / "final", run["train_seconds"])
