@@ -152,7 +152,7 @@ def observed():
             recorder.divide(3)
         for group in range(recorder.passes):
             for k, batch in enumerate(text()):
-                if k % distributed.size() == distributed.rank():
+                if k % distributed.world_size() == distributed.rank():
                     recorder.observe(**batch)
                 else:
                     recorder.skip(**batch)
@@ -183,7 +183,7 @@ def trained(estimator, gradient, full=False):
     with recorder.attach(optimizer):
         for _ in range(3):
             ids = torch.randint(3, 48, (4, 8), generator=g)[
-                distributed.rank() :: distributed.size()
+                distributed.rank() :: distributed.world_size()
             ]
             wrapped(input_ids=ids, labels=ids).loss.backward()
             optimizer.step()
@@ -298,7 +298,7 @@ def stepped(tier, full, when=None, optimizer=torch.optim.SGD):
     with penalty.attach(made):
         for _ in range(3):
             ids = torch.randint(3, 48, (4, 8), generator=g)[
-                distributed.rank() :: distributed.size()
+                distributed.rank() :: distributed.world_size()
             ]
             model(input_ids=ids, labels=ids).loss.backward()
             made.step()
@@ -527,7 +527,7 @@ def test_the_verbs_refuse_engines_that_spread_the_model(monkeypatch, tmp_path, v
 
 
 def test_steps_are_shared_out_evenly_or_refused(monkeypatch):
-    monkeypatch.setattr(distributed, "size", lambda: 4)
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
     assert (
         distributed.split_batch(3, 8) == (3, 2)
         and distributed.split_batch(4, 6) == (2, 3)
@@ -538,7 +538,7 @@ def test_steps_are_shared_out_evenly_or_refused(monkeypatch):
 
 
 def test_memory_is_shared_out_evenly_and_what_is_shared_stays_together(monkeypatch):
-    monkeypatch.setattr(distributed, "size", lambda: 3)
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
     sizes = {
         "q": ("x", 5),
         "k": ("x", 5),

@@ -69,7 +69,7 @@ def running() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def size() -> int:
+def world_size() -> int:
     """How many processes there are."""
     return dist.get_world_size() if running() else 1
 
@@ -97,7 +97,7 @@ def barrier() -> None:
 
 def shard(items: Sequence[Item]) -> list[Item]:
     """This process's shard of `items`: every Nth, from its rank on."""
-    return list(items[rank() :: size()])
+    return list(items[rank() :: world_size()])
 
 
 def split_batch(batch: int, accumulation: int) -> tuple[int, int]:
@@ -106,7 +106,7 @@ def split_batch(batch: int, accumulation: int) -> tuple[int, int]:
     Together the processes make batch * accumulation sequences per step. Raises OptionError where
     these cannot be divided evenly.
     """
-    n = size()
+    n = world_size()
     # Forward passes are divided first, so that each stays as large as it was.
     fewer_passes = math.gcd(accumulation, n)
     smaller_batch = n // fewer_passes
@@ -138,7 +138,7 @@ def collect(thing: Any) -> list[Any]:
     """A small plain thing of every process, in the order of their ranks, together."""
     if not running():
         return [thing]
-    things: list[Any] = [None] * size()
+    things: list[Any] = [None] * world_size()
     dist.all_gather_object(things, thing)
     return things
 
@@ -194,7 +194,7 @@ def average_gradients(parameters: Sequence[Tensor]) -> None:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
         gradients.append(p.grad)
-    flat = add_up(torch.cat([gradient.flatten() for gradient in gradients])).div_(size())
+    flat = add_up(torch.cat([gradient.flatten() for gradient in gradients])).div_(world_size())
     means = flat.split([gradient.numel() for gradient in gradients])
     for gradient, mean in zip(gradients, means, strict=True):
         gradient.copy_(mean.view_as(gradient))
@@ -212,7 +212,7 @@ def owners(
     groups: dict[Hashable, int] = {}
     for together, amount in sizes.values():
         groups[together] = groups.get(together, 0) + amount
-    load = [0] * (processes or size())
+    load = [0] * (processes or world_size())
     where: dict[Hashable, int] = {}
     # The sort is stable, so among equals the order of the model stays.
     for together in sorted(groups, key=lambda key: -groups[key]):

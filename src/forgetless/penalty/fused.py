@@ -99,8 +99,8 @@ def _launch(
 
     (rank, into), out = A.shape, B.shape[0]
     A0, B0 = (A, B) if anchor is None else anchor
-    padded = _padded(rank)
-    side = _side(max(padded, _padded(A0.shape[0])))
+    padded = _padded_rank(rank)
+    side = _side(max(padded, _padded_rank(A0.shape[0])))
     row_tiles, column_tiles = -(-out // side), -(-into // side)
     steps = max(1, column_tiles * row_tiles // PROGRAMS)
     groups = -(-column_tiles // steps)
@@ -132,14 +132,14 @@ def _launch(
         BM=side,
         BN=side,
         R=padded,
-        R0=_padded(A0.shape[0]),
+        R0=_padded_rank(A0.shape[0]),
         PRECISION="ieee",
         num_warps=WARPS,
     )
     return partial_A, partial_B, partial_energy
 
 
-def _padded(rank: int) -> int:
+def _padded_rank(rank: int) -> int:
     """The rank that the kernel works with: a power of two, at least 16."""
     return max(16, 1 << (rank - 1).bit_length())
 

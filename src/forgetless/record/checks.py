@@ -35,8 +35,8 @@ def _check_calibrate(estimator: str) -> None:
             f"--calibrate measures what energy costs, which with --estimator {estimator} "
             "is the size of the update alone; use another estimator"
         )
-    if distributed.size() > 1:
+    if distributed.world_size() > 1:
         raise OptionError(
-            f"--calibrate trains in one process, found {distributed.size()}; record without "
+            f"--calibrate trains in one process, found {distributed.world_size()}; record without "
             "torchrun"
         )

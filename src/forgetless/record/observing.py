@@ -100,7 +100,7 @@ def _passes(
     ) as bar:
         while done < total:
             batch = pieces[done % len(pieces)]
-            if done % len(pieces) % distributed.size() == distributed.rank():
+            if done % len(pieces) % distributed.world_size() == distributed.rank():
                 loss = recorder.observe(**{key: value.to(device) for key, value in batch.items()})
             else:
                 recorder.skip(**batch)

@@ -311,7 +311,7 @@ class PathRecorder(abc.ABC):
             else tuple(part.to(device) for part in self._zeros(weight))
         )
         if local:
-            shares = tuple(share.div(distributed.size()).contiguous() for share in shares)
+            shares = tuple(share.div(distributed.world_size()).contiguous() for share in shares)
             for share in shares:
                 distributed.add_up_at(share, self._owner[weight.name])
         return shares if self._keeps(weight) else None

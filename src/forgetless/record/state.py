@@ -82,7 +82,7 @@ def comparable(options: RecordOptions) -> dict[str, Any]:
 
 def write(options: RecordOptions, state: State) -> None:
     """Save `state`, whole or not at all."""
-    plain = {"options": comparable(options), **vars(state), "processes": distributed.size()}
+    plain = {"options": comparable(options), **vars(state), "processes": distributed.world_size()}
     with atomic_path(place(options)) as temporary:
         torch.save(plain, temporary)
         distributed.barrier()  # all states are renamed at about the same moment
@@ -147,9 +147,9 @@ def _read(path: Path) -> Any:
 def _check_processes(options: RecordOptions, path: Path, plain: dict[str, Any]) -> None:
     """Raise unless as many processes saved it as there are now, all after the same step."""
     then = plain.get("processes", 1)
-    if then != distributed.size():
+    if then != distributed.world_size():
         raise OptionError(
-            f"{path} was made by {then} process(es), found {distributed.size()}; use as "
+            f"{path} was made by {then} process(es), found {distributed.world_size()}; use as "
             "many, or no --resume"
         )
     if len(set(distributed.collect(plain["done"]))) > 1:

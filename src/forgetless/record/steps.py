@@ -29,7 +29,7 @@ def step(
     """
     device = next(model.parameters()).device
     tokens = scored_tokens(group)
-    loss, processes = 0.0, distributed.size()
+    loss, processes = 0.0, distributed.world_size()
     for batch in _of_this_process(group):
         # The gradients' mean over processes is then that of all tokens.
         nats = backward(model, batch, processes / max(tokens, 1))
@@ -68,9 +68,9 @@ def _of_this_process(group: Sequence[Batch]) -> Sequence[Batch]:
     """What this process takes of a step: whole micro-batches where they go round, else some rows of
     each.
     """
-    if len(group) % distributed.size() == 0:
+    if len(group) % distributed.world_size() == 0:
         return distributed.shard(group)
-    rows = slice(distributed.rank(), None, distributed.size())
+    rows = slice(distributed.rank(), None, distributed.world_size())
     return [
         {key: value[rows] for key, value in batch.items()}
         for batch in group

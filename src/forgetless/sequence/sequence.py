@@ -183,9 +183,9 @@ def _planned(options: TuneOptions) -> Plan:
 def _check(options: TuneOptions) -> None:
     parse_rule(options.consolidate or "sum")
     distributed.start(options.device)
-    if distributed.size() > 1:
+    if distributed.world_size() > 1:
         raise OptionError(
-            f"several domains are tuned in one process, found {distributed.size()}; start one "
+            f"several domains are tuned in one process, found {distributed.world_size()}; start one "
             "process, or tune on all of the data at once"
         )
     for spec in (*several(options.data), *several(options.eval_data)):

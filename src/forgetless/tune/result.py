@@ -114,7 +114,7 @@ def make_run(
             "rows_trained": len(rows.training),
             "sha256": inputs.hashes["training data"],
         },
-        "processes": distributed.size(),
+        "processes": distributed.world_size(),
         "method": list(methods),
         "finished": finished.notes,
         "budget": to_json(finished.budget),

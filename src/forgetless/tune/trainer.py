@@ -124,7 +124,7 @@ def whole_steps(trainer: Any) -> None:
     if not distributed.running():
         return
     data, args = trainer.train_dataset, trainer.args
-    per_step = args.train_batch_size * args.gradient_accumulation_steps * distributed.size()
+    per_step = args.train_batch_size * args.gradient_accumulation_steps * distributed.world_size()
     blank = {**data[0], "labels": [-100] * len(data[0]["labels"])}
     seed = args.seed if args.data_seed is None else args.data_seed
     trainer.train_dataset = data.add_item(blank)
