@@ -130,7 +130,7 @@ def plan(options: PlanOptions) -> dict[str, Any]:
 def sketched(options: PlanOptions) -> Sketch:
     """The model on the meta device, looked at."""
     model = load_empty(options)
-    base = unwrapped(model)
+    base: Any = unwrapped(model)
     layers = base_layers(model, options.targets)
     length = next(
         (n for n in PROBES if n < (getattr(base.config, "max_position_embeddings", None) or 2048)),
@@ -204,11 +204,10 @@ def kept_per_token(model: nn.Module, length: int, *, through_embeddings: bool = 
         return tensor
 
     start = lambda module, args, output: output.detach().requires_grad_(True).clone()
-    handle = (
-        unwrapped(model).get_input_embeddings().register_forward_hook(start)
-        if through_embeddings
-        else None
-    )
+    base: Any = unwrapped(model)
+    handle = None
+    if through_embeddings:
+        handle = base.get_input_embeddings().register_forward_hook(start)
     ids = torch.zeros(1, length, dtype=torch.long, device="meta")
     model.train()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

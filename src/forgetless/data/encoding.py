@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from forgetless.data.documents import Document
 from forgetless.errors import FileError, OptionError
@@ -202,7 +202,7 @@ def collate(pieces: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:
 
 
 def sample_documents(
-    model: nn.Module, tokenizer: Any, count: int, length: int, seed: int, *, batch_size: int = 16
+    model: Any, tokenizer: Any, count: int, length: int, seed: int, *, batch_size: int = 16
 ) -> list[Document]:
     """`count` documents of at most `length` tokens, sampled from the model at temperature 1.
 

@@ -211,7 +211,7 @@ class Exam:
             setting,
         )
 
-    def says(self, model: nn.Module, prompt: str) -> str:
+    def says(self, model: Any, prompt: str) -> str:
         """The likeliest continuation of a prompt, up to the end of its sentence."""
         ids = self.tokenizer(prompt, return_tensors="pt").input_ids
         made = model.generate(

@@ -136,7 +136,7 @@ def main() -> None:
     random.seed(given.seed)
     world = build()
     tokenizer = make_tokenizer(documents(world.general + world.domain, SEED, 3000))
-    model = make_model(len(tokenizer))
+    model: Any = make_model(len(tokenizer))
     started = time.perf_counter()
     loss = train(model, tokenizer, given.steps, given.seed)
     model = model.to(torch.bfloat16)

@@ -244,7 +244,8 @@ def with_tensors(part: Part, change: Callable[[Tensor], Tensor], made: dict[int,
     keeps shared parts shared across calls.
     """
     if isinstance(part, Tensor):
-        return change(part)
+        changed: Any = change(part)
+        return changed
     if not is_dataclass(part) or isinstance(part, type):
         return part
     if id(part) not in made:

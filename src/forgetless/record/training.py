@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -208,7 +209,7 @@ def _check_loss(loss: float, number: int) -> None:
 
 def _adapted(options: RecordOptions, model: nn.Module) -> nn.Module:
     """`model` with the fresh adapter that is trained."""
-    adapted = add_adapter(
+    adapted: Any = add_adapter(
         model,
         names=options.targets,
         rank=options.rank,

@@ -61,7 +61,7 @@ def drawn_labels(logits: Tensor, random: torch.Generator) -> Tensor:
 
 @contextlib.contextmanager
 def watched(
-    base: nn.Module,
+    base: Any,
     layers: Sequence[BaseLayer],
     counts: Tensor,
     see: See | None,
