@@ -161,10 +161,11 @@ def test_a_reader_that_goes_away_ends_the_output_quietly(tmp_path):
     }
     Importance(rows).save(tmp_path / "i.safetensors")
     command = [sys.executable, "-m", "forgetless", "inspect", str(tmp_path / "i.safetensors")]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert running.stdout.readline().startswith("file")
-    running.stdout.close()  # as head does
-    assert running.stderr.read() == "" and running.wait() == 141
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, **pipes) as running:
+        assert running.stdout.readline().startswith("file")
+        running.stdout.close()  # as head does
+        assert running.stderr.read() == "" and running.wait() == 141
 
 
 @pytest.mark.parametrize("text", ["a: [", "- 1", "1: 2"])
