@@ -324,13 +324,13 @@ def test_path_factored_keeps_the_sums_of_the_credits(tiny, batch, gradient, full
         PathIntegral(twin, gradient=gradient, clamp="end"),
     )
     shares = {w.name: [] for w in dense.weights}
-    original = dense._shares
+    original = dense._credits
 
     def kept(weight, g, before):
         shares[weight.name].append(original(weight, g, before)[0])
         return (shares[weight.name][-1],)
 
-    dense._shares = kept
+    dense._credits = kept
     expected = {w.name: torch.zeros(w.shape, dtype=torch.float64) for w in dense.weights}
     optimizers = [
         torch.optim.AdamW([p for w in r.weights for p in w.parameters], lr=1e-2)

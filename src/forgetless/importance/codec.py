@@ -1,9 +1,9 @@
 """Block codes for importance: non-negative numbers over many orders of magnitude in 8 or 4 bits,
 with one scale per 128 of them along the input dimension.
 
-    value = scale * table[code]         u8: table[c] = (c / 256)^4                  top : smallest step = 4e9 : 1
-                                        u4: table[c] = 2^(c - 15), table[0] = 0     top : smallest
-                                            step = 2^14 : 1
+    value = scale * table[code]
+            u8: table[c] = (c / 256)^4                   top : smallest step = 4e9 : 1
+            u4: table[c] = 2^(c - 15), table[0] = 0      top : smallest step = 2^14 : 1
     code  = the table entry nearest to value / (largest value of the block) * table[top]
     scale = sum of the block's values / sum of its table entries, in bf16
 
@@ -14,16 +14,16 @@ twice. The fourth power beats geometric steps of equal reach (half the error of 
 levels, steps of 2 are the finest that reach far enough for an update that evades important
 elements.
 
-| tier | bytes per weight | finished update: energy, pull | update that evades importance: energy, pull |
-|------|------------------|-------------------------------|---------------------------------------------|
-| u8   | 1.016            | 0.01 %, 0.4 %                 | 0.07 %, 2 %                                 |
-| u4   | 0.516            | 0.15 %, 9 %                   | 1.9 %, 20 %                                 |
+| tier | bytes per weight | finished update: energy, pull | evading update: energy, pull |
+|------|------------------|-------------------------------|------------------------------|
+| u8   | 1.016            | 0.01 %, 0.4 %                 | 0.07 %, 2 %                  |
+| u4   | 0.516            | 0.15 %, 9 %                   | 1.9 %, 20 %                  |
 
-(relative errors on recorded path and Fisher importance of a 5M Llama, the worse of the two, all
-weights together; evading: U / (1 + 100 Omega / mean)). Rounding moves one element by at most 2 / c
-of itself in u8 (0.8 % at the top, 4 % at a thousandth of it) and by a third in u4, before the scale
-evens out the block's sum. Blocks whose largest value is below 1e-37 lose precision with the scale;
-values above 3.3e38 are cut there.
+These are relative errors on recorded path and Fisher importance of a 5M Llama, the worse of the
+two, all weights together. The evading update is U / (1 + 100 Omega / mean). Rounding moves one
+element by at most 2 / c of itself in u8 (0.8 % at the top, 4 % at a thousandth of it) and by a
+third in u4, before the scale evens out the block's sum. Blocks whose largest value is below 1e-37
+lose precision with the scale; values above 3.3e38 are cut there.
 
     codes, scale = encode(omega, "u8")
     decode(codes, scale, omega.shape, "u8")           # (out, in) f32; or rows of it
@@ -42,14 +42,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BLOCK = 128  # values per scale
+# Values per scale: a scale in bf16 then costs an eighth of a bit a value.
+BLOCK = 128
 BITS = {"u8": 8, "u4": 4}
+# The value of each code, relative to its block's scale, exactly as f32 has it.
 TABLES = {
     "u8": [struct.unpack("f", struct.pack("f", (c / 256) ** 4))[0] for c in range(256)],
     "u4": [0.0] + [2.0 ** (c - 15) for c in range(1, 16)],
 }
-LARGEST = float(torch.finfo(torch.bfloat16).max)
-CHUNK = 1 << 20  # values encoded at a time: the f64 buffers stay small
+# The largest scale that bf16 holds.
+LARGEST_SCALE = float(torch.finfo(torch.bfloat16).max)
+# Values encoded at a time: the f64 buffers stay small.
+CHUNK = 1 << 20
 
 
 def encode(values: Tensor, tier: str) -> tuple[Tensor, Tensor]:
@@ -84,14 +88,13 @@ def encode(values: Tensor, tier: str) -> tuple[Tensor, Tensor]:
 def _encode_rows(values: Tensor, table: Tensor, tier: str) -> tuple[Tensor, Tensor]:
     rows, into = values.shape
     width = blocks(into) * BLOCK
-    x = torch.nn.functional.pad(values.double(), (0, width - into)).view(
-        rows, -1, BLOCK
-    )  # f64: sums and quotients as in the reference
+    # In f64, so that sums and quotients are those of the reference.
+    x = torch.nn.functional.pad(values.double(), (0, width - into)).view(rows, -1, BLOCK)
     top = x.amax(-1, keepdim=True)
-    share = torch.where(top > 0, x / top, 0.0) * table[-1]
-    codes = torch.bucketize(share, (table[1:] + table[:-1]) / 2)  # ties go down
+    relative = torch.where(top > 0, x / top, 0.0) * table[-1]
+    codes = torch.bucketize(relative, (table[1:] + table[:-1]) / 2)  # ties go down
     used = table[codes].sum(-1)
-    scale = torch.where(used > 0, x.sum(-1) / used, 0.0).clamp(max=LARGEST).float().bfloat16()
+    scale = torch.where(used > 0, x.sum(-1) / used, 0.0).clamp(max=LARGEST_SCALE).float().bfloat16()
     codes = codes.to(torch.uint8).view(rows, width)
     if tier == "u4":
         codes = codes[:, 0::2] | (codes[:, 1::2] << 4)
@@ -106,19 +109,13 @@ def decode(
     """
     codes, scale, into = codes[rows], scale[rows].float(), shape[1]
     if tier == "u8":
-        x = codes.to(torch.float32).mul_(
-            1 / 256
-            # (c / 256)^4 as two squarings: the table's entries to the bit, three times as fast as
-            # looking them up
-        )
+        # (c / 256)^4 as two squarings: the table's entries to the bit, and three times as fast as
+        # looking them up.
+        x = codes.to(torch.float32).mul_(1 / 256)
         x.mul_(x).mul_(x)
     else:
-        x = (
-            _pairs(tier, codes.device)
-            .index_select(0, codes.reshape(-1).int())
-            .view(torch.float32)
-            .view(codes.shape[0], -1)[:, :into]
-        )
+        both = _pairs(tier, codes.device).index_select(0, codes.reshape(-1).int())
+        x = both.view(torch.float32).view(codes.shape[0], -1)[:, :into]
     whole = into - into % BLOCK
     head = x[:, :whole].unflatten(1, (-1, BLOCK)) if whole else None
     if head is not None:
@@ -191,20 +188,20 @@ def _table(tier: str) -> list[float]:
 
 
 def encode_reference(row: Sequence[float], tier: str) -> tuple[list[int], list[float]]:
-    """`encode` of one row, number by number, unpacked:
+    """`encode` of one row, number by number: (unpacked codes, one scale per block).
 
-    (codes, one scale per block). The specification.
+    This is the specification.
     """
     table, codes, scales = _table(tier), [], []
     midpoints = [(low + high) / 2 for low, high in itertools.pairwise(table)]
     for first in range(0, len(row), BLOCK):
         block = row[first : first + BLOCK]
         top = max(block)
-        shares = [value / top * table[-1] if top > 0 else 0.0 for value in block]
-        mine = [bisect.bisect_left(midpoints, share) for share in shares]
+        relative = [value / top * table[-1] if top > 0 else 0.0 for value in block]
+        mine = [bisect.bisect_left(midpoints, value) for value in relative]
         used = math.fsum(table[c] for c in mine)
         codes += mine
-        scales.append(_bf16(min(math.fsum(block) / used, LARGEST)) if used > 0 else 0.0)
+        scales.append(_bf16(min(math.fsum(block) / used, LARGEST_SCALE)) if used > 0 else 0.0)
     return codes, scales
 
 

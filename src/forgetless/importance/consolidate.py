@@ -20,8 +20,8 @@ quadratic form) in `info["consolidated"]`:
 Cost: a pass over the tensors; for whole covariances one product of sums, for rank k one QR of 2 k
 columns.
 
-    consolidated(general, sciq, "sum").info["consolidated"][-1]["error"]    # {'median': ..,
-        'largest': ..}
+    both = consolidated(general, sciq, "sum")
+    both.info["consolidated"][-1]["error"]          # {'median': .., 'largest': ..}
 """
 
 from __future__ import annotations
@@ -34,7 +34,13 @@ import torch
 from torch import Tensor
 
 from forgetless.importance.covariance import AnyCovariance, Covariance, LowRankCovariance, low_rank
-from forgetless.importance.entries import DenseEntry, Entry, FactoredEntry, KroneckerEntry
+from forgetless.importance.entries import (
+    DenseEntry,
+    Entry,
+    FactoredEntry,
+    KroneckerEntry,
+    tier_of,
+)
 from forgetless.importance.importance import Importance
 from forgetless.importance.tiers import converted
 from forgetless.options.option import parse_rule
@@ -48,7 +54,37 @@ def consolidated(before: Importance, last: Importance, rule: str = "sum") -> Imp
 
     Raises ValueError where they do not fit together.
     """
-    shares = parse_rule(rule)
+    factors = parse_rule(rule)
+    pairs = _pairs_of(before, last)
+    entries: dict[str, Entry] = {}
+    errors: dict[str, float] = {}
+    for group in _sharing(pairs):
+        if isinstance(pairs[group[0]][0], KroneckerEntry):
+            sums = _nearest({name: pairs[name] for name in group}, factors)
+        else:
+            sums = {name: _added(*pairs[name], factors) for name in group}
+        for name, (entry, error) in sums.items():
+            entries[name], errors[name] = entry, error
+    entries = {name: entries[name] for name in before}
+    step = {
+        "rule": rule,
+        "data": last.info.get("data"),
+        "error": {"median": statistics.median(errors.values()), "largest": max(errors.values())},
+    }
+    info = {key: value for key, value in before.info.items() if key not in ("path", "energy_error")}
+    info |= {
+        "norms": {name: entry.norm() for name, entry in entries.items()},
+        "consolidated": [*info.get("consolidated", []), step],
+        "tier": tier_of(entries),
+    }
+    return Importance(entries, {}, info)
+
+
+def _pairs_of(before: Importance, last: Importance) -> dict[str, Pair]:
+    """The entries of each weight so far and in the last domain.
+
+    Raises ValueError where they do not fit together.
+    """
     missing = [name for name in before if name not in last]
     if missing:
         raise ValueError(
@@ -62,27 +98,7 @@ def consolidated(before: Importance, last: Importance, rule: str = "sum") -> Imp
                 f"'{name}' is {old.tier} {old.shape} so far and {new.tier} {new.shape} in the "
                 "last domain; record both in one tier on one base model"
             )
-    entries, errors = {}, {}
-    for group in _sharing(pairs):
-        if isinstance(pairs[group[0]][0], KroneckerEntry):
-            made = _nearest({name: pairs[name] for name in group}, shares)
-        else:
-            made = {name: _added(*pairs[name], shares) for name in group}
-        entries.update({name: entry for name, (entry, _) in made.items()})
-        errors.update({name: error for name, (_, error) in made.items()})
-    entries = {name: entries[name] for name in before}
-    step = {
-        "rule": rule,
-        "data": last.info.get("data"),
-        "error": {"median": statistics.median(errors.values()), "largest": max(errors.values())},
-    }
-    info = {key: value for key, value in before.info.items() if key not in ("path", "energy_error")}
-    info |= {
-        "norms": {name: entry.norm() for name, entry in entries.items()},
-        "consolidated": [*info.get("consolidated", []), step],
-    }
-    made_of = Importance(entries, {}, info)
-    return Importance(entries, {}, {**info, "tier": made_of.tier})
+    return pairs
 
 
 def _sharing(pairs: dict[str, Pair]) -> list[list[str]]:
@@ -95,26 +111,25 @@ def _sharing(pairs: dict[str, Pair]) -> list[list[str]]:
     return list(groups.values())
 
 
-def _added(old: Entry, new: Entry, shares: tuple[float, float]) -> tuple[Entry, float]:
-    """Element-wise and factored importance: the sum in the tier of `old`, and its relative error."""
+def _added(old: Entry, new: Entry, factors: tuple[float, float]) -> tuple[Entry, float]:
+    """The sum in the tier of `old`, element-wise or factored, and its relative error."""
     if isinstance(old, FactoredEntry) and isinstance(new, FactoredEntry):
-        return FactoredEntry(
-            torch.cat([shares[0] * old.row, shares[1] * new.row], 1),
-            torch.cat([old.col, new.col], 1),
-        ), 0.0
-    exact = shares[0] * old.dense() + shares[1] * new.dense()
-    made = converted({"": DenseEntry(exact)}, old.tier)[""]
-    return made, float(
-        (made.dense() - exact).norm() / exact.norm().clamp(min=torch.finfo(exact.dtype).tiny)
-    )
+        row = torch.cat([factors[0] * old.row, factors[1] * new.row], 1)
+        return FactoredEntry(row, torch.cat([old.col, new.col], 1)), 0.0
+    exact = factors[0] * old.dense() + factors[1] * new.dense()
+    entry = converted({"": DenseEntry(exact)}, old.tier)[""]
+    size = exact.norm().clamp(min=torch.finfo(exact.dtype).tiny)
+    return entry, float((entry.dense() - exact).norm() / size)
 
 
-def _nearest(pairs: dict[str, Pair], shares: tuple[float, float]) -> dict[str, tuple[Entry, float]]:
+def _nearest(
+    pairs: dict[str, Pair], factors: tuple[float, float]
+) -> dict[str, tuple[Entry, float]]:
     """The nearest G (x) A of each weight with one A for all of them, and its relative error.
 
     A = sum_t alpha_t A_t with alpha the leading eigenvector of H K: K the inner products of the
-    A_t, H those of the weighted G_t, summed over weights. Given A, G = sum_t share_t (A_t . A) / (A
-    . A) G_t is the best for each weight. All of these are sums with weights above zero, so
+    A_t, H those of the weighted G_t, summed over weights. The best G for each weight, given A, is
+    sum_t factor_t (A_t . A) / (A . A) G_t. All of these are sums with weights above zero, so
     covariances again.
     """
     both = {
@@ -123,11 +138,9 @@ def _nearest(pairs: dict[str, Pair], shares: tuple[float, float]) -> dict[str, t
     }
     inputs = [entry.in_cov for entry in next(iter(both.values()))]
     K = _gram(inputs)
+    weighted = torch.tensor(factors, dtype=torch.float64)
     grams = {
-        name: torch.outer(
-            torch.tensor(shares, dtype=torch.float64), torch.tensor(shares, dtype=torch.float64)
-        )
-        * _gram([e.out_cov for e in entries])
+        name: torch.outer(weighted, weighted) * _gram([e.out_cov for e in entries])
         for name, entries in both.items()
     }
     values, vectors = torch.linalg.eig(torch.stack(list(grams.values())).sum(0) @ K)
@@ -136,22 +149,18 @@ def _nearest(pairs: dict[str, Pair], shares: tuple[float, float]) -> dict[str, t
     square = float(alpha @ K @ alpha)
     weights = (K @ alpha / square).tolist() if square > 0 else [0.0, 0.0]
     A = _sum(list(zip(alpha.tolist(), inputs, strict=True)))
-    made: dict[str, tuple[Entry, float]] = {}
+    nearest: dict[str, tuple[Entry, float]] = {}
     for name, entries in both.items():
-        G = _sum(
-            [
-                (share * weight, entry.out_cov)
-                for share, weight, entry in zip(shares, weights, entries, strict=True)
-            ]
-        )
+        terms = zip(factors, weights, entries, strict=True)
+        G = _sum([(factor * weight, entry.out_cov) for factor, weight, entry in terms])
         exact = float((grams[name] * K).sum())
         crossed = sum(
-            share * _inner(e.out_cov, G) * _inner(e.in_cov, A)
-            for share, e in zip(shares, entries, strict=True)
+            factor * _inner(entry.out_cov, G) * _inner(entry.in_cov, A)
+            for factor, entry in zip(factors, entries, strict=True)
         )
         off = max(0.0, exact - 2 * crossed + _inner(G, G) * _inner(A, A))
-        made[name] = KroneckerEntry(G, A), math.sqrt(off / exact) if exact > 0 else 0.0
-    return made
+        nearest[name] = KroneckerEntry(G, A), math.sqrt(off / exact) if exact > 0 else 0.0
+    return nearest
 
 
 def _gram(covariances: Sequence[AnyCovariance]) -> Tensor:

@@ -1,9 +1,9 @@
 """Controls that any estimate of importance must beat: the same for every element, and the right
 values in the wrong places.
 
-uniform(model, "all-linear")        Omega = 1: L2 to the anchor; arbitrary unit, no text needed
-shuffled(importance, seed=0)        each weight's values in a random order: same norm and
-                                    distribution, no knowledge of which element
+    uniform(model, "all-linear")     Omega = 1: L2 to the anchor; arbitrary unit, no text needed
+    shuffled(importance, seed=0)     each weight's values in a random order: same norm and
+                                     distribution, no knowledge of which element
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from forgetless.importance.covariance import AnyCovariance, Covariance, LowRankCovariance
 from forgetless.importance.entries import DenseEntry, Entry, FactoredEntry, KroneckerEntry
 from forgetless.importance.importance import Importance
+from forgetless.importance.info import Estimate
 from forgetless.model.targets import base_layers
 
 
@@ -26,11 +27,8 @@ def uniform(model: nn.Module, names: str = "all-linear") -> Importance:
         for layer in base_layers(model, names)
     }
     norms = {name: entry.norm() for name, entry in entries.items()}
-    return Importance(
-        entries,
-        {},
-        {"estimator": "uniform", "tier": "factored", "unit": "1", "settings": {}, "norms": norms},
-    )
+    about = Estimate(estimator="uniform", unit="1", tier="factored", settings={}, norms=norms)
+    return Importance(entries, {}, about.info())
 
 
 def shuffled(importance: Importance, seed: int = 0) -> Importance:
@@ -54,9 +52,9 @@ def shuffled(importance: Importance, seed: int = 0) -> Importance:
 def _shuffled(entry: Entry, g: torch.Generator, moved: dict[int, AnyCovariance]) -> Entry:
     order = lambda n, like: torch.randperm(n, generator=g).to(like.device)
     if isinstance(entry, FactoredEntry):
-        return FactoredEntry(
-            entry.row[order(entry.shape[0], entry.row)], entry.col[order(entry.shape[1], entry.col)]
-        )
+        row = entry.row[order(entry.shape[0], entry.row)]
+        col = entry.col[order(entry.shape[1], entry.col)]
+        return FactoredEntry(row, col)
     if isinstance(entry, KroneckerEntry):
         for cov in (entry.out_cov, entry.in_cov):
             if id(cov) not in moved:

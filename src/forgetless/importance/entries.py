@@ -1,9 +1,11 @@
 """Entries: the importance of one weight, in one of several forms with one contract.
 
-    dense       Omega element by element                                       energy  sum_ij Omega_ij U_ij^2
-    coded       the same in 8 or 4 bits, decoded a few rows at a time           the same
-    factored    Omega = row @ col^T, (out, k) and (in, k)                      the same, without an (out, in) tensor
-    kronecker   G (out, out) and A (in, in), which also know directions        energy  tr(G U A U^T)
+    dense       Omega element by element                   energy  sum_ij Omega_ij U_ij^2
+    coded       the same in 8 or 4 bits, decoded a few     the same
+                rows at a time
+    factored    Omega = row @ col^T, (out, k), (in, k)     the same, without an (out, in) tensor
+    kronecker   G (out, out) and A (in, in), which also    energy  tr(G U A U^T)
+                know directions
 
 Each has `shape` (out, in), `tier` (how it is stored), `dense()` -> (out, in), `rows(slice)` of it,
 `energy(U)`, `norm()` (Frobenius norm of the quadratic form, so that coefficients of layers compare
@@ -60,9 +62,8 @@ class DenseEntry:
 
     @property
     def tier(self) -> str:
-        return {torch.float32: "f32", torch.bfloat16: "bf16"}.get(
-            self.values.dtype, str(self.values.dtype)
-        )
+        names = {torch.float32: "f32", torch.bfloat16: "bf16"}
+        return names.get(self.values.dtype, str(self.values.dtype))
 
     def dense(self) -> Tensor:
         """(out, in), f32 (f64 stays f64)."""
@@ -110,11 +111,9 @@ class CodedEntry:
 
     def to(self, device: torch.device, dtype: torch.dtype, moved: dict[Any, Any]) -> CodedEntry:
         """On a device, still in codes."""
-        return (
-            self
-            if self.codes.device == device
-            else CodedEntry(self.codes.to(device), self.scale.to(device), self.shape, self.tier)
-        )
+        if self.codes.device == device:
+            return self
+        return CodedEntry(self.codes.to(device), self.scale.to(device), self.shape, self.tier)
 
     def energy(self, U: Tensor) -> Tensor:
         """sum_ij Omega_ij U_ij^2, a scalar; U is (out, in)."""
@@ -219,13 +218,12 @@ class KroneckerEntry:
 
     def tensors(self) -> dict[str, Tensor]:
         """What a file holds, by suffix."""
-        parts = {f".out_cov{suffix}": tensor for suffix, tensor in self.out_cov.tensors().items()}
-        return {
-            **parts,
-            **{f".in_cov{suffix}": tensor for suffix, tensor in self.in_cov.tensors().items()},
-        }
+        outs = {f".out_cov{suffix}": part for suffix, part in self.out_cov.tensors().items()}
+        ins = {f".in_cov{suffix}": part for suffix, part in self.in_cov.tensors().items()}
+        return {**outs, **ins}
 
 
+# What `to_plain` and `from_plain` know, by the name that a saved state gives it.
 FORMS: dict[str, Any] = {
     form.__name__: form
     for form in (
@@ -249,13 +247,8 @@ def with_tensors(part: Part, change: Callable[[Tensor], Tensor], made: dict[int,
     if not is_dataclass(part) or isinstance(part, type):
         return part
     if id(part) not in made:
-        made[id(part)] = replace(
-            part,
-            **{
-                field.name: with_tensors(getattr(part, field.name), change, made)
-                for field in fields(part)
-            },
-        )
+        changed = {f.name: with_tensors(getattr(part, f.name), change, made) for f in fields(part)}
+        made[id(part)] = replace(part, **changed)
     new: Part = made[id(part)]
     return new
 
@@ -287,12 +280,12 @@ def from_plain(plain: Any, made: dict[int, Any]) -> Any:
 
 
 def tier_of(entries: Mapping[str, Entry]) -> str:
-    """The tier that all entries share, with the largest rank among them; 'mixed' where they differ."""
+    """The tier that all entries share; 'mixed' where they differ.
+
+    Of ranks the largest is given, since small weights may have less than was asked for.
+    """
     tiers = {entry.tier for entry in entries.values()}
     kinds = {tier.partition(":")[0] for tier in tiers}
-    # Small weights may have less than the rank asked for.
-    return (
-        max(tiers, key=lambda tier: int(tier.partition(":")[2] or 0))
-        if len(kinds) == 1
-        else "mixed"
-    )
+    if len(kinds) != 1:
+        return "mixed"
+    return max(tiers, key=lambda tier: int(tier.partition(":")[2] or 0))

@@ -4,12 +4,14 @@ weights alone. Nothing is loaded or recorded.
 With k the rank of a form, r that of the adapter, and n standing for out and for in (numbers; f32
 unless said):
 
-    tier           in the file                                  a pull on LoRA, operations         on full fine-tuning
-    f32, bf16      out in                                       6 r out in + out in                3 out in
-    u8, u4         out in (/ 2) codes, out in / 128 in bf16     the same                           the same
-    factored:k     k (out + in)                                 k (6 r^2 + 2 r) (out + in)         4 k out in
-    kronecker      out^2 + in^2                                 2 r (out^2 + in^2) + 6 r^2 n       2 out in (out + in)
-    kronecker:k    (k + 1) n + 1                                4 k r n + 6 r^2 n                  4 k out in n / n
+    tier           in the file             a pull on LoRA,                 a pull on full
+                                           operations                      fine-tuning, operations
+    f32, bf16      out in                  6 r out in + out in             3 out in
+    u8, u4         out in (/ 2) codes,     the same                        the same
+                   out in / 128 in bf16
+    factored:k     k (out + in)            k (6 r^2 + 2 r) (out + in)      4 k out in
+    kronecker      out^2 + in^2            2 r (out^2 + in^2) + 6 r^2 n    2 out in (out + in)
+    kronecker:k    (k + 1) n + 1           4 k r n + 6 r^2 n               4 k out in n / n
 
 An input covariance that several weights read is stored once. `bytes_of_file` adds the header: exact
 for the tensors, and for the metadata as many characters as `record` writes for so many weights.
@@ -36,7 +38,7 @@ HASH = "0" * 64
 
 @dataclass(frozen=True)
 class Planned:
-    """A target weight that is not there: its shape, and the first weight that reads the same input."""
+    """A target weight that is not loaded: its shape, and the first weight that reads its input."""
 
     name: str
     shape: tuple[int, int]  # (out, in)

@@ -1,4 +1,9 @@
-"""TODO record.callback."""
+"""A path recorder under a transformers Trainer, or one that is built on it.
+
+trainer.add_callback(RecorderCallback(recorder, trainer=trainer))
+trainer.train()
+importance = recorder.finish()
+"""
 
 from __future__ import annotations
 
@@ -12,8 +17,9 @@ from forgetless.record.path_recorder import PathRecorder
 
 
 class RecorderCallback(TrainerCallback):
-    """Records importance under a Trainer: attaches the recorder, ends its epochs with the
-    trainer's, hands it the GradScaler.
+    """Records importance under a Trainer.
+
+    It attaches the recorder, ends its epochs with the trainer's, and hands it the GradScaler.
 
     Raises OptionError when the trainer clips gradients (max_grad_norm > 0) and the recorder reads
     the factors' gradients (gradient="effective"): by the time of the step they have been clipped.

@@ -1,7 +1,5 @@
-"""Kronecker-factored Fisher (K-FAC:
-
-Martens and Grosse 2015, arXiv 1503.05671) of the base model's weights: which directions the general
-loss is sensitive to.
+"""Kronecker-factored Fisher of the base model's weights: which directions the general loss is
+sensitive to (K-FAC, Martens and Grosse 2015, arXiv 1503.05671).
 
     A = mean over tokens of x x^T         inputs, one per layer input: q, k and v (gate and up)
                                           share theirs
@@ -14,10 +12,11 @@ tokens of a sequence. labels="sampled" takes the d of the true Fisher, "empirica
 of the text. Unlike a diagonal it knows that an update may move along directions that general text
 never uses.
 
-`rank=k` keeps rank k + constant diagonal of each covariance (see covariance.py). Cost: one f32 (n,
-n) matrix per input and per weight's output, n^2 operations per token: 92 GB for all linear weights
-of an 8B Llama, until they are cut. `divide` (observing.py) sees one group of weights per pass over
-the text, so that only a group's matrices are there at once; N passes, the same result.
+`rank=k` keeps rank k + constant diagonal of each covariance (see covariance.py). It costs one f32
+(n, n) matrix per input and per weight's output, and n^2 operations per token: 92 GB for all linear
+weights of an 8B Llama, until they are cut. `divide` (observing_recorder.py) sees one group of
+weights per pass over the text, so that only a group's matrices are there at once: N passes, the
+same result.
 
     recorder = Kronecker(model, "all-linear", rank=16)
     for batch in batches: recorder.observe(**batch)
@@ -42,7 +41,7 @@ from forgetless.record.observing_recorder import ObservingRecorder
 class Kronecker(ObservingRecorder):
     """Recorder of Kronecker factors; see the module, and `ObservingRecorder` for the arguments.
 
-    `rank`: of the low-rank form; None keeps whole matrices.
+    `rank`: that of the low-rank form; None keeps whole matrices.
     """
 
     estimator = "kronecker"
@@ -78,15 +77,14 @@ class Kronecker(ObservingRecorder):
     def _add(sums: dict[str, Tensor], name: str, rows: Tensor) -> None:
         """sums[name] += rows^T rows; rows (tokens, n)."""
         if name not in sums:
-            sums[name] = torch.zeros(
-                rows.shape[1], rows.shape[1], dtype=rows.dtype, device=rows.device
-            )
+            n = rows.shape[1]
+            sums[name] = torch.zeros(n, n, dtype=rows.dtype, device=rows.device)
         sums[name].addmm_(rows.T, rows)
 
     def _size(self, layer: BaseLayer) -> int:
-        return layer.shape[0] ** 2 + (
-            layer.shape[1] ** 2 if self.leaders.get(layer.name, layer.name) == layer.name else 0
-        )
+        out, into = layer.shape
+        leads = self.leaders.get(layer.name, layer.name) == layer.name
+        return out**2 + into**2 if leads else out**2
 
     def _entries(self) -> dict[str, Entry]:
         missing = [layer.name for layer in self.observed if layer.name not in self._out]
@@ -95,19 +93,19 @@ class Kronecker(ObservingRecorder):
                 f"'{missing[0]}' got no gradient from the general text; leave it out of --targets"
             )
         entries: dict[str, Entry] = {}
-        for (
-            leader,
-            total,
-        ) in self._in.items():  # one whole input covariance and one of an output at a time
+        # One whole covariance of an input and one of an output are there at a time.
+        for leader, total in self._in.items():
             whole_in = Covariance(total / self.positions)
             cut_in = self._cut(whole_in)
-            for layer in (layer for layer in self.observed if self.leaders[layer.name] == leader):
+            for layer in self.observed:
+                if self.leaders[layer.name] != leader:
+                    continue
                 whole_out = Covariance(self._out[layer.name] / self.tokens)
-                entries[layer.name] = KroneckerEntry(self._cut(whole_out), cut_in)
+                entry = KroneckerEntry(self._cut(whole_out), cut_in)
+                entries[layer.name] = entry
                 if self.rank is not None:
-                    self.errors[layer.name] = energy_errors(
-                        KroneckerEntry(whole_out, whole_in), entries[layer.name]
-                    )
+                    whole = KroneckerEntry(whole_out, whole_in)
+                    self.errors[layer.name] = energy_errors(whole, entry)
         return entries
 
     def _cut(self, covariance: Covariance) -> AnyCovariance:

@@ -35,7 +35,7 @@ from forgetless.record.path_recorder import PathRecorder
 
 
 def normalise(w: Tensor, U: Tensor, xi: float) -> Tensor:
-    """One epoch's share of Omega: max(0, w) / (U^2 + xi), (out, in)."""
+    """What one epoch adds to Omega: max(0, w) / (U^2 + xi), (out, in)."""
     return w.clamp(min=0) / (U * U + xi)
 
 
@@ -55,7 +55,7 @@ class PathIntegral(PathRecorder):
     def from_factors(self, left: Tensor, right: Tensor) -> Tensor:
         return left @ right
 
-    def _shares(
+    def _credits(
         self, weight: TargetWeight, gradient: Tensor, before: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...]:
         move = movement(weight, before)

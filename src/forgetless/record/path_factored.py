@@ -51,8 +51,9 @@ def product_sums(g: tuple[Tensor, Tensor], d: tuple[Tensor, Tensor]) -> tuple[Te
 def normalise_sums(
     row: Tensor, col: Tensor, u: Tensor, v: Tensor, xi: float
 ) -> tuple[Tensor, Tensor]:
-    """One epoch's share of Omega as a row (out,) and a column (in,); u, v are the sums of U^2 over
-    columns and over rows.
+    """What one epoch adds to Omega, as a row (out,) and a column (in,).
+
+    u, v are the sums of U^2 over columns and over rows.
     """
     total = math.sqrt(float(row.sum()) * float(col.sum()))
     if not total > 0:
@@ -79,7 +80,7 @@ class PathFactored(PathRecorder):
     def from_factors(self, left: Tensor, right: Tensor) -> Products:
         return [(left, right)]
 
-    def _shares(
+    def _credits(
         self, weight: TargetWeight, gradient: Tensor | Products, before: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...]:
         move = movement(weight, before)
@@ -87,9 +88,9 @@ class PathFactored(PathRecorder):
             product = gradient.to(move[0]) * move[0]  # full fine-tuning: both are there anyway
             return -product.sum(1), -product.sum(0)
         sums = [product_sums(g, (move[0], move[1])) for g in gradient]
-        return -torch.stack([row for row, _ in sums]).sum(0), -torch.stack(
-            [col for _, col in sums]
-        ).sum(0)
+        row = torch.stack([row for row, _ in sums]).sum(0)
+        col = torch.stack([col for _, col in sums]).sum(0)
+        return -row, -col
 
     def _normalised(self, weight: TargetWeight, credit: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if isinstance(weight, LowRankWeight):
@@ -102,9 +103,9 @@ class PathFactored(PathRecorder):
         return normalise_sums(row, col, u.to(row).clamp(min=0), v.to(row).clamp(min=0), self.xi)
 
     def _add(self, omega: tuple[Tensor, ...], more: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        row, col = factors_of_sums(
-            torch.stack([omega[0], more[0]], 1), torch.stack([omega[1], more[1]], 1)
-        )
+        rows = torch.stack([omega[0], more[0]], 1)
+        columns = torch.stack([omega[1], more[1]], 1)
+        row, col = factors_of_sums(rows, columns)
         return row[:, 0], col[:, 0]
 
     def _entry(self, omega: tuple[Tensor, ...]) -> Entry:

@@ -1,16 +1,18 @@
-"""Watching an optimizer: what path estimators share.
+"""Recorders that watch an optimizer: what path estimators share.
 
-Subclasses say what one step is worth and what remains of it.
-
-Around every optimizer step an `Attachment` hands the recorder the parameters before it and a
-gradient of each weight's effective update U:
+A subclass says what one optimizer step is worth, and what remains of it at the end of an epoch.
+Around every step an `Attachment` hands the recorder the parameters before it and a gradient of each
+weight's effective update U:
 
     exact       dL/dU = (output gradients)^T @ (inputs), from the backward pass: neither clipped nor
                 divided by anything; .grad for full fine-tuning
     effective   s (B gA + gB A - eta gB gA), from the factors' gradients (Song et al. 2025, arXiv
                 2501.13669)
 
-The hooks are removed by `close()`, or on leaving the `with` block, whatever happened in it.
+    with recorder.attach(optimizer):
+        ...train...
+        recorder.end_epoch()
+    importance = recorder.finish()
 """
 
 from __future__ import annotations
@@ -25,12 +27,15 @@ from torch import Tensor, nn
 from forgetless.errors import OptionError
 from forgetless.importance.entries import Entry
 from forgetless.importance.importance import Importance
+from forgetless.importance.info import Estimate
 from forgetless.model import distributed
 from forgetless.model.targets import target_weights
 from forgetless.model.weights import LowRankWeight, TargetWeight, wider
 from forgetless.record.attachment import Attachment
 
-Sums = dict[str, tuple[Tensor, ...]]
+# The unit of the importance, by the gradient that credits are made of.
+UNITS = {"exact": "nats per squared weight", "effective": "arbitrary (effective gradient)"}
+Kept = tuple[Tensor, ...]  # the credit, or Omega, of one weight, in the form of its estimator
 
 
 class PathRecorder(abc.ABC):
@@ -38,17 +43,18 @@ class PathRecorder(abc.ABC):
     its final subclasses.
 
     Args:
-        model: a PEFT model with LoRA, or a bare model for full fine-tuning. gradient: "exact"
-        (dL/dU, default) or "effective" (the paper's). xi: added to U^2, in squared weight units.
+        model: a PEFT model with LoRA, or a bare model for full fine-tuning.
+        gradient: "exact" (dL/dU, default) or "effective" (the paper's).
+        xi: added to U^2, in squared weight units.
         clamp: "step" clamps credits at zero after every step (the paper), "end" once per epoch.
-        names: target weights for full fine-tuning, as in `weights.matching`. offload: keep credits
-        and Omega in CPU memory while the model is on a GPU, at the price of one transfer of each
-        weight's credits per step.
+        names: target weights for full fine-tuning, as in `targets.matching`.
+        offload: keep credits and Omega in CPU memory while the model is on a GPU, at the price of
+            one transfer of each weight's credits per step.
 
-    In several processes that train one model (DDP) each keeps the credits of its share of the
-    weights; `finish` brings them together, in every process.
+    In several processes that train one model (DDP) each keeps the credits of some of the weights;
+    `finish` brings them together, in every process.
 
-    Raises ValueError for models that cannot be recorded (see `weights.target_weights`).
+    Raises ValueError for models that cannot be recorded (see `targets.target_weights`).
     """
 
     estimator: str
@@ -75,8 +81,8 @@ class PathRecorder(abc.ABC):
         self.decrease = 0.0  # nats: sum over steps and elements of -g * d, before clamping
         self._steps_in_epoch = 0
         self._owner: dict[str, int] = {}  # weight -> process, once there are several
-        self._credit: Sums = {}
-        self._omega: Sums = {}
+        self._credit: dict[str, Kept] = {}
+        self._omega: dict[str, Kept] = {}
         self._divide()
 
     def _divide(self) -> None:
@@ -85,13 +91,9 @@ class PathRecorder(abc.ABC):
             self._owner = distributed.owners(
                 {weight.name: (weight.name, math.prod(weight.shape)) for weight in self.weights}
             )
-        kept = [weight for weight in self.weights if self._keeps(weight)]
-        self._credit = {
-            weight.name: self._credit.get(weight.name) or self._zeros(weight) for weight in kept
-        }
-        self._omega = {
-            weight.name: self._omega.get(weight.name) or self._zeros(weight) for weight in kept
-        }
+        mine = [weight for weight in self.weights if self._keeps(weight)]
+        self._credit = {w.name: self._credit.get(w.name) or self._zeros(w) for w in mine}
+        self._omega = {w.name: self._omega.get(w.name) or self._zeros(w) for w in mine}
 
     def _keeps(self, weight: TargetWeight) -> bool:
         return self._owner.get(weight.name, 0) == distributed.rank()
@@ -99,12 +101,11 @@ class PathRecorder(abc.ABC):
     def _new(self, weight: TargetWeight, *shape: int) -> Tensor:
         """Zeros where credits are kept, in f32 or wider."""
         first = weight.parameters[0]
-        return torch.zeros(
-            shape, dtype=wider(first.dtype), device="cpu" if self.offload else first.device
-        )
+        device = torch.device("cpu") if self.offload else first.device
+        return torch.zeros(shape, dtype=wider(first.dtype), device=device)
 
     @abc.abstractmethod
-    def _zeros(self, weight: TargetWeight) -> tuple[Tensor, ...]:
+    def _zeros(self, weight: TargetWeight) -> Kept:
         """What the credit (and Omega) of one weight is kept in."""
 
     @abc.abstractmethod
@@ -118,21 +119,19 @@ class PathRecorder(abc.ABC):
         """A gradient given as a product, (out, q) @ (q, in)."""
 
     @abc.abstractmethod
-    def _shares(
-        self, weight: TargetWeight, gradient: Any, before: tuple[Tensor, ...]
-    ) -> tuple[Tensor, ...]:
+    def _credits(self, weight: TargetWeight, gradient: Any, before: tuple[Tensor, ...]) -> Kept:
         """-g * d of one step, in the form of `_zeros`."""
 
     @abc.abstractmethod
-    def _normalised(self, weight: TargetWeight, credit: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """One epoch's share of Omega, credit / (U^2 + xi), in the form of `_zeros`."""
+    def _normalised(self, weight: TargetWeight, credit: Kept) -> Kept:
+        """What one epoch adds to Omega, credit / (U^2 + xi), in the form of `_zeros`."""
 
     @abc.abstractmethod
-    def _add(self, omega: tuple[Tensor, ...], more: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def _add(self, omega: Kept, more: Kept) -> Kept:
         """The sum of two epochs' Omega."""
 
     @abc.abstractmethod
-    def _entry(self, omega: tuple[Tensor, ...]) -> Entry:
+    def _entry(self, omega: Kept) -> Entry:
         """The entry of one weight."""
 
     def attach(self, optimizer: Any, *, scaler: Any = None) -> Attachment:
@@ -155,11 +154,9 @@ class PathRecorder(abc.ABC):
         for weight in self.weights:
             if not self._keeps(weight):
                 continue
-            credit = self._credit[weight.name]
-            self._omega[weight.name] = self._add(
-                self._omega[weight.name],
-                self._normalised(weight, tuple(part.clamp(min=0) for part in credit)),
-            )
+            credit, omega = self._credit[weight.name], self._omega[weight.name]
+            more = self._normalised(weight, tuple(part.clamp(min=0) for part in credit))
+            self._omega[weight.name] = self._add(omega, more)
             for part in credit:
                 part.zero_()
         self.epochs += 1
@@ -176,16 +173,17 @@ class PathRecorder(abc.ABC):
                 "trains these weights, then train"
             )
         entries = {weight.name: self._entry(self._whole(weight)) for weight in self.weights}
-        [decrease] = distributed.add_up_numbers(
-            [self.decrease], self.weights[0].parameters[0].device
-        )
-        info = {
-            "estimator": self.estimator,
-            "tier": next(iter(entries.values())).tier,
-            "unit": "nats per squared weight"
-            if self.gradient == "exact"
-            else "arbitrary (effective gradient)",
-            "settings": {
+        return Importance(entries, _anchors(self.weights), self._estimate(entries).info())
+
+    def _estimate(self, entries: dict[str, Entry]) -> Estimate:
+        """What the file says about the importance."""
+        device = self.weights[0].parameters[0].device
+        [decrease] = distributed.add_up_numbers([self.decrease], device)
+        return Estimate(
+            estimator=self.estimator,
+            unit=UNITS[self.gradient],
+            tier=next(iter(entries.values())).tier,
+            settings={
                 "gradient": self.gradient,
                 "xi": self.xi,
                 "clamp": self.clamp,
@@ -194,16 +192,14 @@ class PathRecorder(abc.ABC):
                 "epochs": self.epochs,
                 "decrease_nats": decrease,
             },
-            "norms": {name: entry.norm() for name, entry in entries.items()},
-        }
-        return Importance(entries, _anchors(self.weights), info)
+            norms={name: entry.norm() for name, entry in entries.items()},
+        )
 
-    def _whole(self, weight: TargetWeight) -> tuple[Tensor, ...]:
+    def _whole(self, weight: TargetWeight) -> Kept:
         """Omega of one weight, in several processes as its owner has it."""
         omega = self._omega[weight.name] if self._keeps(weight) else self._zeros(weight)
-        return tuple(
-            distributed.from_owner(part, self._owner.get(weight.name, 0)) for part in omega
-        )
+        owner = self._owner.get(weight.name, 0)
+        return tuple(distributed.from_owner(part, owner) for part in omega)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on later: tensors and plain numbers; of several processes, what
@@ -234,18 +230,16 @@ class PathRecorder(abc.ABC):
                 "the saved recorder state is for other target weights or another estimator; "
                 "start again without --resume"
             )
-        for mine, theirs in ((self._credit, state["credit"]), (self._omega, state["omega"])):
-            for name, parts in theirs.items():
-                mine[name] = tuple(
-                    part.to(old.device).clone() for part, old in zip(parts, mine[name], strict=True)
-                )
+        for mine, saved in ((self._credit, state["credit"]), (self._omega, state["omega"])):
+            for name, parts in saved.items():
+                pairs = zip(parts, mine[name], strict=True)
+                mine[name] = tuple(part.to(old.device).clone() for part, old in pairs)
         numbers = state["numbers"]
-        self.steps, self.skipped, self.epochs = (
-            numbers["steps"],
-            numbers["skipped"],
-            numbers["epochs"],
-        )
-        self.decrease, self._steps_in_epoch = numbers["decrease"], numbers["in_epoch"]
+        self.steps = numbers["steps"]
+        self.skipped = numbers["skipped"]
+        self.epochs = numbers["epochs"]
+        self.decrease = numbers["decrease"]
+        self._steps_in_epoch = numbers["in_epoch"]
 
     def record_step(self, before: dict[str, tuple[Tensor, ...]], gradients: dict[str, Any]) -> None:
         """Credit one optimizer step, given the parameters before it and a gradient of U for each
@@ -265,9 +259,25 @@ class PathRecorder(abc.ABC):
         if all(torch.equal(now, old) for now, old in pairs):
             self.skipped += 1  # a GradScaler skipped the step, or the learning rate was zero
             return
-        if not all(bool(torch.isfinite(now).all()) for now, _ in pairs) or not all(
-            _finite(gradient) for gradient in gradients.values()
-        ):
+        self._check_step(pairs, gradients)
+        for weight in stepped:
+            earned = self._earned(weight, gradients.get(weight.name), before[weight.name])
+            if earned is None:
+                continue
+            self.decrease += float(earned[0].sum())
+            for credit, more in zip(self._credit[weight.name], earned, strict=True):
+                credit.add_(more.to(credit.device))
+                if self.clamp == "step":
+                    credit.clamp_(min=0)
+        self.steps += 1
+        self._steps_in_epoch += 1
+
+    def _check_step(self, pairs: list[tuple[Tensor, Tensor]], gradients: dict[str, Any]) -> None:
+        """Raise ValueError where a step is not finite, or where the processes train different
+        models. `pairs`: each parameter now and before the step.
+        """
+        finite = all(bool(torch.isfinite(now).all()) for now, _ in pairs)
+        if not finite or not all(map(_is_finite, gradients.values())):
             raise ValueError(
                 f"non-finite gradient or weight at recorded step {self.steps + 1}; lower the "
                 "learning rate or record in f32"
@@ -279,21 +289,10 @@ class PathRecorder(abc.ABC):
                 moved,
                 "recording in several processes wants them to train one model (DDP)",
             )
-        for weight in stepped:
-            shares = self._shared(weight, gradients.get(weight.name), before[weight.name])
-            if shares is None:
-                continue
-            self.decrease += float(shares[0].sum())
-            for credit, share in zip(self._credit[weight.name], shares, strict=True):
-                credit.add_(share.to(credit.device))
-                if self.clamp == "step":
-                    credit.clamp_(min=0)
-        self.steps += 1
-        self._steps_in_epoch += 1
 
-    def _shared(
+    def _earned(
         self, weight: TargetWeight, gradient: Any, before: tuple[Tensor, ...]
-    ) -> tuple[Tensor, ...] | None:
+    ) -> Kept | None:
         """-g * d of one step, in several processes only at the weight's owner, with g their mean.
 
         The movement is the same everywhere, and parameter gradients are once they have been
@@ -304,24 +303,23 @@ class PathRecorder(abc.ABC):
         local = self._owner and self.gradient == "exact" and isinstance(weight, LowRankWeight)
         if not self._keeps(weight) and not local:
             return None
-        device = weight.parameters[0].device
-        shares = (
-            self._shares(weight, gradient, before)
-            if gradient is not None
-            else tuple(part.to(device) for part in self._zeros(weight))
-        )
+        if gradient is not None:
+            earned = self._credits(weight, gradient, before)
+        else:
+            device = weight.parameters[0].device
+            earned = tuple(part.to(device) for part in self._zeros(weight))
         if local:
-            shares = tuple(share.div(distributed.world_size()).contiguous() for share in shares)
-            for share in shares:
-                distributed.add_up_at(share, self._owner[weight.name])
-        return shares if self._keeps(weight) else None
+            earned = tuple(part.div(distributed.world_size()).contiguous() for part in earned)
+            for part in earned:
+                distributed.add_up_at(part, self._owner[weight.name])
+        return earned if self._keeps(weight) else None
 
 
-def _finite(gradient: Any) -> bool:
-    parts = (
-        [gradient] if isinstance(gradient, Tensor) else [part for pair in gradient for part in pair]
-    )
-    return all(bool(torch.isfinite(part).all()) for part in parts)
+def _is_finite(gradient: Any) -> bool:
+    """Whether a gradient is, given as one tensor or as pairs of factors."""
+    if isinstance(gradient, Tensor):
+        return bool(torch.isfinite(gradient).all())
+    return all(bool(torch.isfinite(factor).all()) for pair in gradient for factor in pair)
 
 
 def _anchors(weights: list[TargetWeight]) -> dict[str, tuple[Tensor, Tensor]]:
