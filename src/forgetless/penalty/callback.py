@@ -109,11 +109,11 @@ class PenaltyCallback(TrainerCallback):
         self._attachment = None
 
 
-def write_logs(mine: dict[str, float], logs: dict[str, Any], state: TrainerState) -> None:
+def write_logs(numbers: dict[str, float], logs: dict[str, Any], state: TrainerState) -> None:
     """Write numbers of ours into what reporters get, and into the trainer's history."""
-    logs.update(mine)
+    logs.update(numbers)
     if state.log_history:
-        state.log_history[-1].update(mine)
+        state.log_history[-1].update(numbers)
 
 
 def add_penalty(trainer: Any, penalty: Penalty) -> PenaltyCallback:
