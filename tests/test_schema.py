@@ -4,6 +4,7 @@ keys in order.
 
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from forgetless.files.schema import (
     REST,
     Level,
     Text,
+    as_record,
     from_json,
     key,
     read_record,
@@ -190,3 +192,10 @@ def test_a_budget_holds_what_was_checked_or_what_was_predicted():
     assert list(to_json(predicted))[:3] == ["verdict", "predicted", "calibration"]
     assert list(to_json(predicted))[-2:] == ["trajectory", "probe"]
     assert list(to_json(report))[-3:] == ["trajectory", "probe", "overlap"]
+
+
+def test_data_of_a_training_that_diverged_is_read_with_its_numbers_missing():
+    loss = {"nats": 300.0, "perplexity": 1e130, "standard_error": float("nan")}
+    run = as_record({"before": {"general": loss}, "configuration": {"out": Path("x")}}, Run)
+    assert (run.before.general.nats, run.before.general.perplexity) == (300.0, None)
+    assert run.configuration == {"out": "x"} and run.before.general.standard_error is None

@@ -119,8 +119,20 @@ def from_json(data: Any, kind: type[T], where: str) -> T:
 
 
 def as_record(data: Mapping[str, Any], kind: type[T]) -> T:
-    """What would be read from a file if `data` were written to it."""
-    return from_json(json_ready(to_json(data)), kind, kind.__name__)
+    """What would be read from a file if `data` were written to it; a number that is too large for a
+    reader is missing, as that of a training that diverged.
+    """
+    return from_json(_without_giants(json_ready(to_json(data))), kind, kind.__name__)
+
+
+def _without_giants(data: Any) -> Any:
+    """Plain data with null for each number whose square is not finite."""
+    if isinstance(data, dict):
+        return {name: _without_giants(value) for name, value in data.items()}
+    if isinstance(data, list):
+        return [_without_giants(value) for value in data]
+    giant = isinstance(data, (int, float)) and not isinstance(data, bool) and not is_number(data)
+    return None if giant else data
 
 
 def to_json(value: Any) -> Any:

@@ -62,7 +62,7 @@ def _checked_lines(report: BudgetReport) -> Iterator[str]:
     verdict = LOUD.get(str(report.verdict), str(report.verdict))
     yield f"budget {report.budget} ({_limit(report)} nats per token of general text): {verdict}"
     yield (
-        f"  checked on {numbers.text(check.documents)} documents{among} kept for this: rise "
+        f"  checked on {numbers.shown(check.documents)} documents{among} kept for this: rise "
         f"{_perplexity_rise(check.nats)} of perplexity ({_signed(check.nats)} nats), between "
         f"{_signed(check.low)} and {_signed(check.high)}; promised at most "
         f"{_signed(report.promised)}"
@@ -94,7 +94,7 @@ def _predicted_lines(report: BudgetReport) -> Iterator[str]:
         f"{_signed(rise.bound)}"
     )
     yield (
-        f"  (calibrated on {numbers.text(known.updates)} updates: what energy costs is off by a "
+        f"  (calibrated on {numbers.shown(known.updates)} updates: what energy costs is off by a "
         f"factor of {_formatted(known.error, '.2g')} typically, "
         f"{_formatted(known.factor, '.2g')} at most 19 times in 20, for training and text like "
         "theirs)"
@@ -161,7 +161,7 @@ def kept_in_words(run: Run) -> str:
     if check.low is None or check.high is None:
         return verdict
     return (
-        f"{verdict} On {numbers.text(check.documents)} documents that nothing was chosen on the "
+        f"{verdict} On {numbers.shown(check.documents)} documents that nothing was chosen on the "
         f"loss rose by {check.low:.4f} to {check.high:.4f} nats per token; the budget is "
         f"{report.budget_nats:.4f}."
     )
@@ -178,7 +178,7 @@ def in_one_line(report: BudgetReport) -> str:
         )
     check = report.check or BudgetCheck()
     return (
-        f"{budget}: {report.verdict}; on {numbers.text(check.documents)} documents that nothing "
+        f"{budget}: {report.verdict}; on {numbers.shown(check.documents)} documents that nothing "
         f"was chosen on, the loss rose by {_formatted(check.nats, '.4f')}, between "
         f"{_formatted(check.low, '.4f')} and {_formatted(check.high, '.4f')}"
     )
@@ -205,7 +205,7 @@ def curve_table(report: BudgetReport) -> str:
 def budget_table(report: BudgetReport) -> Table:
     """What a smaller or a larger budget would have bought, beside this one."""
     own = Bought(fraction=report.fraction, mu=report.mu)
-    rows = [(numbers.text(report.budget), report.budget_nats, own, "this one")]
+    rows = [(numbers.shown(report.budget), report.budget_nats, own, "this one")]
     for name, bought in report.others.items():
         if bought is not None and name != str(report.budget):
             rows.append((name, _budget_in_nats(name), bought, ""))

@@ -14,7 +14,7 @@ from forgetless.report.drawing import (
     GREY_COLOURS,
     OUR_COLOURS,
     Figure,
-    Part,
+    FigurePart,
     Trace,
     axis,
     safe,
@@ -110,7 +110,7 @@ def _curve_hover(name: str, point: CurvePoint) -> str:
     return "<br>".join(lines)
 
 
-def _budget_note(report: BudgetReport, limit: float) -> Part:
+def _budget_note(report: BudgetReport, limit: float) -> FigurePart:
     return {
         "x": limit,
         "yref": "paper",
@@ -198,7 +198,7 @@ def _look_trace(
     }
 
 
-def _line(across: str, at: float) -> Part:
+def _line(across: str, at: float) -> FigurePart:
     """A dotted line at a value of one axis."""
     other = "y" if across == "x" else "x"
     return {

@@ -69,7 +69,7 @@ def number_cell(value: Any, error: Any = None, show: Callable[..., str] = number
 
 def text_cell(value: Any) -> Cell:
     """A cell with any plain value as text."""
-    return Cell(numbers.text(value))
+    return Cell(numbers.shown(value))
 
 
 def mean_cell(

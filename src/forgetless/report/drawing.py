@@ -16,9 +16,9 @@ from typing import Any
 from forgetless.report.palette import ACCENT, NEUTRAL, Look
 
 # A part of a trace or layout, such as an axis or a note; a trace; traces with their layout.
-Part = dict[str, Any]
-Trace = Part
-Figure = Part
+FigurePart = dict[str, Any]
+Trace = FigurePart
+Figure = FigurePart
 Looks = Mapping[str, Look]
 # The colours of what belongs to no method.
 OUR_COLOURS, GREY_COLOURS = "|".join(ACCENT), "|".join(NEUTRAL)
@@ -36,6 +36,6 @@ def pair(look: Look) -> str:
     return f"{look.light}|{look.dark}"
 
 
-def axis(title: str, **more: Any) -> Part:
+def axis(title: str, **more: Any) -> FigurePart:
     """An axis with a title."""
     return {"title": {"text": title}, **more}

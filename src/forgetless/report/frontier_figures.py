@@ -21,8 +21,8 @@ from forgetless.report.drawing import (
     DOTTED,
     GREY_COLOURS,
     Figure,
+    FigurePart,
     Looks,
-    Part,
     Trace,
     axis,
     pair,
@@ -57,7 +57,7 @@ def frontier(contents: Comparison, looks: Looks, domain: str, text: str) -> Figu
         return None
     title = f"forgetting: rise of the loss on {safe(text, 40)}, nats per token"
     learning = f"learning: fall of the loss on {safe(domain, 40)}, nats per token"
-    layout: Part = {
+    layout: FigurePart = {
         "xaxis": axis(title, rangemode="tozero"),
         "yaxis": axis(learning, rangemode="tozero"),
         "shapes": [],
@@ -103,12 +103,12 @@ def _levels_in_nats(rows: Sequence[EqualLearning]) -> list[tuple[float, float]]:
     return sorted({(row.level, row.learning_nats) for row in rows if row.learning_nats is not None})
 
 
-def _level_line(nats: float) -> Part:
+def _level_line(nats: float) -> FigurePart:
     ends = {"x0": 0, "x1": 1, "y0": nats, "y1": nats}
     return {"type": "line", "xref": "paper", **ends, "line": DOTTED}
 
 
-def _level_note(level: float, nats: float) -> Part:
+def _level_note(level: float, nats: float) -> FigurePart:
     return {
         "xref": "paper",
         "x": 1,
@@ -180,7 +180,7 @@ def _points_trace(
     }
 
 
-def _whiskers(values: Sequence[float | None], look: Look) -> Part:
+def _whiskers(values: Sequence[float | None], look: Look) -> FigurePart:
     array = [value or 0 for value in values]
     return {"type": "data", "array": array, "thickness": 1, "width": 0, "color": pair(look)}
 
@@ -246,7 +246,7 @@ def _bar(row: EqualLearning, shown: str, colour: str) -> Trace:
     }
 
 
-def _bar_note(row: EqualLearning, shown: str) -> Part:
+def _bar_note(row: EqualLearning, shown: str) -> FigurePart:
     """The number beside a bar, or why there is none."""
     return {
         "x": max((row.forgetting or 0) + (row.standard_error or 0), 0),

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from forgetless.files.compare_json import ImportanceFile, WeightImportance
-from forgetless.report.drawing import GREY_COLOURS, Figure, Part, Trace, axis, safe
+from forgetless.report.drawing import GREY_COLOURS, Figure, FigurePart, Trace, axis, safe
 
 # Made for colour-blind eyes too.
 HEAT = "Cividis"
@@ -26,7 +26,7 @@ def heat_map(item: ImportanceFile) -> Figure | None:
     for weight in weights:
         cells.setdefault((_layer_label(weight.layer), str(weight.kind)), []).append(weight)
     kinds = list(dict.fromkeys(str(weight.kind) for weight in weights))
-    layout: Part = {
+    layout: FigurePart = {
         "xaxis": {"type": "category", "showgrid": False},
         "yaxis": axis("layer", type="category", autorange="reversed", showgrid=False),
     }

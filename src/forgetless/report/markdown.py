@@ -102,7 +102,7 @@ def _settings_section(contents: Comparison) -> Iterator[str]:
     yield from ("<details><summary>Settings</summary>", "")
     for name, value in _setting_pairs(contents):
         if value not in (None, "", False):
-            yield f"* {plain(name)}: {plain(numbers.text(value))}"
+            yield f"* {plain(name)}: {plain(numbers.shown(value))}"
     yield from ("", "</details>")
 
 

@@ -28,10 +28,10 @@ def nats(value: Any, error: Any = None, *, digits: int | None = None) -> str:
         return MISSING
     if digits is None:
         digits = 4 if 0 < abs(number) < 0.01 else 3
-    shown = f"{number:.{digits}f}"
-    if float(shown) == 0:
-        shown = shown.removeprefix("-")
-    return shown if spread is None else f"{shown} ± {spread:.{digits}f}"
+    rounded = f"{number:.{digits}f}"
+    if float(rounded) == 0:
+        rounded = rounded.removeprefix("-")
+    return rounded if spread is None else f"{rounded} ± {spread:.{digits}f}"
 
 
 def accuracy(value: Any, error: Any = None) -> str:
@@ -82,7 +82,7 @@ def integer(value: Any) -> str:
     return MISSING if number is None else f"{number:,.0f}"
 
 
-def text(value: Any) -> str:
+def shown(value: Any) -> str:
     """Any plain value on one line: numbers short, lists with commas, mappings as 'key: value', None
     and '' as missing.
     """
@@ -93,9 +93,9 @@ def text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, Mapping):
-        return "; ".join(f"{key}: {text(inner)}" for key, inner in value.items()) or MISSING
+        return "; ".join(f"{key}: {shown(inner)}" for key, inner in value.items()) or MISSING
     if isinstance(value, (list, tuple)):
-        return ", ".join(map(text, value)) or MISSING
+        return ", ".join(map(shown, value)) or MISSING
     return str(value)
 
 
@@ -106,5 +106,7 @@ def exact(value: float) -> str:
 
 def settings(values: Mapping[str, Any] | None) -> str:
     """'learning rate 0.004, strength 10': the settings that say something."""
-    shown = {key: value for key, value in (values or {}).items() if value not in (None, "", False)}
-    return ", ".join(f"{key.replace('_', ' ')} {text(value)}" for key, value in shown.items())
+    telling = {
+        key: value for key, value in (values or {}).items() if value not in (None, "", False)
+    }
+    return ", ".join(f"{key.replace('_', ' ')} {shown(value)}" for key, value in telling.items())

@@ -114,7 +114,7 @@ def _templates() -> jinja2.Environment:
     )
     environment.filters |= {
         "nats": numbers.nats,
-        "line": lambda value: numbers.text(value or None),
+        "line": lambda value: numbers.shown(value or None),
         "duration": numbers.duration,
         "exact": numbers.exact,
     }

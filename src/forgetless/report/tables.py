@@ -200,7 +200,7 @@ def _of_point(point: TrialPoint, texts: Sequence[str], tasks: Sequence[str]) -> 
     forgetting = [point.forgetting.get(name) or Change() for name in texts]
     others = [(point.accuracy_general or {}).get(name) or Score() for name in tasks]
     return [
-        number_cell(point.scale, show=numbers.text),
+        number_cell(point.scale, show=numbers.shown),
         number_cell(learning.nats, learning.standard_error),
         *(number_cell(change.nats, change.standard_error) for change in forgetting),
         number_cell(accuracy.before, show=numbers.accuracy),
@@ -213,7 +213,7 @@ def _end(run: TrialRun) -> list[Cell]:
     """The cells of what a run cost and how it ended."""
     status = str(run.status or "done") + (f": {run.error}" if run.error else "")
     return [
-        number_cell(run.energy, show=numbers.text),
+        number_cell(run.energy, show=numbers.shown),
         number_cell(run.seconds, show=numbers.duration),
         number_cell(run.peak_memory_bytes, show=numbers.byte_size),
         text_cell(bool(run.chosen)),

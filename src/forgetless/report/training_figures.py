@@ -9,7 +9,7 @@ from forgetless.files.compare_json import Comparison, TrialRun
 from forgetless.files.measured_json import MovedWeight
 from forgetless.report import numbers
 from forgetless.report.contents import label, reported_part
-from forgetless.report.drawing import Figure, Looks, Part, Trace, axis, pair, safe
+from forgetless.report.drawing import Figure, FigurePart, Looks, Trace, axis, pair, safe
 
 # What is drawn over the steps of training, a panel each.
 PANELS = ("loss", "energy", "strength")
@@ -109,7 +109,7 @@ def _curve(
     }
 
 
-def _panel_axis(key: str, traces: Sequence[Trace], place: list[float]) -> Part:
+def _panel_axis(key: str, traces: Sequence[Trace], place: list[float]) -> FigurePart:
     values = [value for trace in traces for value in trace["y"]]
     wide = key == "energy" and min(values, default=0) > 0 and max(values) > WIDE * min(values)
     return axis(
