@@ -34,7 +34,7 @@ from forgetless.importance.importance import Importance
 from forgetless.model.adapters import add_adapter
 from forgetless.options.plan import PlanOptions
 from forgetless.penalty.pull import Penalty
-from forgetless.plan import plan
+from forgetless.plan.plan import plan
 from forgetless.record.kronecker import Kronecker
 
 MIB = 2**20

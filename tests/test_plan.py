@@ -22,7 +22,9 @@ from forgetless.importance.sizes import (
 from forgetless.model.adapters import add_adapter
 from forgetless.model.targets import base_layers
 from forgetless.options.plan import PlanOptions
-from forgetless.plan import kept_per_token, operations, plan, shared_inputs, sketched
+from forgetless.plan.plan import plan
+from forgetless.plan.sketch import kept_per_token, shared_inputs, sketched
+from forgetless.plan.time import operations, random_entry
 from forgetless.record.kronecker import Kronecker
 
 KINDS = ("llama", "mistral", "qwen", "gemma", "phi3", "gpt2", "gptj")
@@ -164,11 +166,10 @@ def test_a_pulls_operations_are_those_that_torch_counts(tier):
     """Products only: torch counts nothing else."""
     from forgetless.penalty import dense
     from forgetless.penalty.algebra import low_rank_pull
-    from forgetless.plan import _entry
 
     weight, r = Planned("w", (96, 160), "w"), 4
     A, B = torch.randn(r, 160), torch.randn(96, r)
-    entry = _entry(weight, tier, torch.device("cpu"))
+    entry = random_entry(weight, tier, torch.device("cpu"))
     with FlopCounterMode(display=False) as counted:
         if tier == "f32":  # the twin: torch does not count products into a given tensor
             dense.pull(A, B, 1.0, entry.values, None, 1.0)

@@ -134,7 +134,7 @@ VERBS: dict[str, Verb] = {
         example="forgetless plan MODEL --tier kronecker:16 --processes 4",
         options=PlanOptions,
         needed=("model",),
-        run="forgetless.plan:plan",
+        run="forgetless.plan.plan:plan",
     ),
     "tune": Verb(
         help="fine-tune on domain data while holding it",
