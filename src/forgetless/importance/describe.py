@@ -14,6 +14,7 @@ import math
 import statistics
 import textwrap
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,33 +23,44 @@ from torch import Tensor
 from forgetless.errors import printable
 from forgetless.importance.entries import Entry, tier_of
 from forgetless.importance.file import Stored
+from forgetless.report.terminal import table
 
-COLUMNS, DECADES = 24, 12.0
-LOOKED, CHUNK = 1 << 26, 1 << 22  # elements of a weight that are looked at; of them at a time
+# Columns of a histogram.
+COLUMNS = 24
+# Decades below the largest value that a histogram reaches; smaller values are in its first column.
+DECADES = 12.0
+# Elements of a weight that are looked at, at most: enough for a histogram, whatever a file claims.
+LOOKED = 1 << 26
+# Elements that are looked at at a time.
+AT_A_TIME = 1 << 22
+# How full a column is, from empty to full.
 BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
 def describe(importance: Stored) -> str:
     """Where importance comes from, the error of its tier, and a line for each weight: shape, size,
-    norm, mean, largest value, share of zeros, histogram.
+    norm, mean, largest value, how many are zero, histogram.
     """
     low, high = _decades(importance)
-    width = max(len(name) for name in importance.entries)
     axis = f"{low:<+8.1f}{'log10':^{COLUMNS - 16}}{high:>+8.1f}"
-    rows = [
-        f"{'weight':<{width}}  {'shape':>14}  {'KiB':>9}  {'norm':>9}  {'mean':>9}  {'max':>9}  "
-        f"{'zero':>6}  {axis}"
-    ]
     met: set[int] = set()
+    rows = []
     for name, entry in importance.entries.items():
-        shape = f"{entry.shape[0]} x {entry.shape[1]}"
-        mean, top, zero, counts = _statistics(entry, low, high)
+        seen = _statistics(entry, low, high)
         rows.append(
-            f"{name:<{width}}  {shape:>14}  {_bytes({name: entry}, met) / 1024:>9.1f}  "
-            f"{entry.norm():>9.3g}  {mean:>9.3g}  "
-            f"{top:>9.3g}  {zero:>6.1%}  {_blocks(counts)}".rstrip()
+            [
+                name,
+                f"{entry.shape[0]} x {entry.shape[1]}",
+                f"{_bytes({name: entry}, met) / 1024:.1f}",
+                f"{entry.norm():.3g}",
+                f"{seen.mean:.3g}",
+                f"{seen.largest:.3g}",
+                f"{seen.zeros:.1%}",
+                _blocks(seen.counts),
+            ]
         )
-    return "\n".join([*_head(importance), "", *rows])
+    columns = ["weight", "shape", "KiB", "norm", "mean", "max", "zero", axis]
+    return "\n".join([*_head(importance), "", table(columns, rows)])
 
 
 def histogram(values: Tensor, low: float, high: float) -> str:
@@ -78,23 +90,31 @@ def _parts(entry: Entry) -> Iterator[Tensor]:
     """
     out, into = entry.shape
     step = -(-out * into // LOOKED)
-    rows = max(1, CHUNK // into) * step
+    rows = max(1, AT_A_TIME // into) * step
     for first in range(0, out, rows):
         yield entry.rows(slice(first, first + rows, step)).float()
 
 
-def _statistics(entry: Entry, low: float, high: float) -> tuple[float, float, float, Tensor]:
-    """(mean, largest, share of zeros, counts of the histogram)."""
-    total, top, zeros, seen, counts = 0.0, 0.0, 0, 0, torch.zeros(COLUMNS)
+@dataclass(frozen=True)
+class _Statistics:
+    """What is shown of one weight's elements."""
+
+    mean: float
+    largest: float
+    zeros: float  # which fraction of them is zero
+    counts: Tensor  # (COLUMNS,), of the histogram
+
+
+def _statistics(entry: Entry, low: float, high: float) -> _Statistics:
+    total, largest, zeros, seen = 0.0, 0.0, 0, 0
+    counts = torch.zeros(COLUMNS)
     for part in _parts(entry):
-        total, top, zeros, seen = (
-            total + float(part.double().sum()),
-            max(top, float(part.max())),
-            zeros + int((part == 0).sum()),
-            seen + part.numel(),
-        )
+        total += float(part.double().sum())
+        largest = max(largest, float(part.max()))
+        zeros += int((part == 0).sum())
+        seen += part.numel()
         counts += _counts(part, low, high)
-    return total / seen, top, zeros / seen, counts
+    return _Statistics(total / seen, largest, zeros / seen, counts)
 
 
 def _decades(importance: Stored) -> tuple[float, float]:
@@ -128,8 +148,7 @@ def _head(importance: Stored) -> list[str]:
         f"data         {data.get('source', '?')}: {data.get('documents', '?')} documents, "
         f"{data.get('tokens', '?')} tokens, "
         f"sha256 {str(data.get('sha256', '?'))[:12]}",
-        "anchor       "
-        f"{'recorded adapter, rank ' + str(next(iter(importance.anchors.values()))[0].shape[0]) if importance.anchors else 'none'}",
+        f"anchor       {_anchor(importance)}",
         f"calibration  {importance.calibration.describe() if importance.calibration else 'none'}",
         f"weights      {len(importance.entries)} with "
         f"{sum(e.shape[0] * e.shape[1] for e in importance.entries.values()):,} elements, "
@@ -148,6 +167,13 @@ def _head(importance: Stored) -> list[str]:
     return [line if line == lines[1] else printable(line) for line in lines]
 
 
+def _anchor(importance: Stored) -> str:
+    if not importance.anchors:
+        return "none"
+    A, _ = next(iter(importance.anchors.values()))
+    return f"recorded adapter, rank {A.shape[0]}"
+
+
 def _errors(info: Mapping[str, Any]) -> list[str]:
     """One line on what the tier did to the energy, where the file says it."""
     stored = info.get("energy_error", {})
@@ -163,8 +189,8 @@ def _errors(info: Mapping[str, Any]) -> list[str]:
     return [f"energy error {'; '.join(words)} (per weight, against {stored.get('against', '?')})"]
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.2g} %"
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.2g} %"
 
 
 def _bytes(entries: Mapping[str, Entry], met: set[int] | None = None) -> int:

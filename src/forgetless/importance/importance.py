@@ -10,6 +10,7 @@ adapter on those weights and full fine-tuning.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import tempfile
@@ -36,17 +37,16 @@ from forgetless.importance.calibration import Calibration
 from forgetless.importance.describe import describe
 from forgetless.importance.energy_errors import energy_errors
 from forgetless.importance.entries import Entry, tier_of
+from forgetless.importance.info import EnergyErrors
 from forgetless.importance.tiers import converted, parse_tier
 from forgetless.report.cards import extended
 from forgetless.report.importance_card import importance_card
 
 logger = logging.getLogger("forgetless")
-BY_ELEMENT = {
-    "f32",
-    "bf16",
-    "u8",
-    "u4",
-}  # tiers that have the same energy, to the precision of their codes: a few per cent
+# Tiers that have the same energy, to the precision of their codes: a few per cent.
+BY_ELEMENT = {"f32", "bf16", "u8", "u4"}
+# Bytes of memory that an element takes while it is converted: f32 before and after.
+BYTES_TO_CONVERT = 8
 
 
 @dataclass(frozen=True)
@@ -97,20 +97,19 @@ class Importance:
         """The same importance in another form (see `forgetless.importance.tiers`): f32, bf16, u8,
         u4, factored, factored:4, kronecker:16.
 
-        What it does to the energy of each weight (see `forgetless.importance.energy_errors`) goes into
-        `info`, for `forgetless inspect`. Raises OptionError for an unknown tier, ValueError where
-        this importance cannot be brought there.
+        What it does to the energy of each weight (importance/energy_errors.py) goes into `info`,
+        for `forgetless inspect`. Raises OptionError for an unknown tier, ValueError where this
+        importance cannot be brought there.
         """
-        entries = converted(dict(self.entries), tier)
+        entries = converted(self.entries, tier)
         errors = {name: energy_errors(self.entries[name], entry) for name, entry in entries.items()}
-        norms = (
-            {"norms": {name: entry.norm() for name, entry in entries.items()}}
-            if "norms" in self.info
-            else {}
-        )
-        calibration = (
-            self.calibration if tier == self.tier or {self.tier, tier} <= BY_ELEMENT else None
-        )  # other forms have another energy
+        info = dict(self.info)
+        if "norms" in info:
+            info["norms"] = {name: entry.norm() for name, entry in entries.items()}
+        info["energy_error"] = dataclasses.asdict(EnergyErrors(self.tier, errors))
+        info["tier"] = tier
+        same_energy = tier == self.tier or {self.tier, tier} <= BY_ELEMENT
+        calibration = self.calibration if same_energy else None
         if calibration is not self.calibration:
             logger.warning(
                 "the calibration was measured with tier %s, and is left out of tier %s: record "
@@ -119,17 +118,7 @@ class Importance:
                 tier,
                 tier,
             )
-        return Importance(
-            entries,
-            self.anchors,
-            {
-                **self.info,
-                **norms,
-                "energy_error": {"against": self.tier, "weights": errors},
-                "tier": tier,
-            },
-            calibration,
-        )
+        return Importance(entries, self.anchors, info, calibration)
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; a temporary name first, then renamed."""
@@ -260,41 +249,36 @@ def push_importance(
 def describe_file(path: str | Path) -> str:
     """`describe` of the file that `path` means (files/hub.py), with its size."""
     path = importance_path(path)
-    importance = Importance.load(path)
-    return (
-        f"file         {path} ({Path(path).stat().st_size / 2**20:.2f} MiB)\n"
-        + importance.describe()
-    )
+    size = Path(path).stat().st_size / 2**20
+    return f"file         {path} ({size:.2f} MiB)\n" + Importance.load(path).describe()
 
 
 def convert(path: str | Path, tier: str, out: str | Path) -> Importance:
-    """The importance of the file that `path` means (files/hub.py) in another tier, written to `out`.
+    """The importance of the file that `path` means (files/hub.py) in another tier.
 
-    Raises OptionError or ValueError before anything is written.
+    It is written to `out`. Raises OptionError or ValueError before anything is written.
     """
     check_output_file(out)
     path = importance_path(path)
     importance = Importance.load(path)
-    needed, free = (
-        sum(8 * math.prod(entry.shape) for entry in importance.entries.values()),
-        free_memory(),
-    )
+    elements = sum(math.prod(entry.shape) for entry in importance.entries.values())
+    needed, free = BYTES_TO_CONVERT * elements, free_memory()
     if parse_tier(tier)[0] != "kronecker" and free is not None and needed > free:
         raise FileError(
-            f"{path} stands for {needed / 8:.3g} elements, which take about {needed / 2**20:.0f} "
+            f"{path} stands for {elements:.3g} elements, which take about {needed / 2**20:.0f} "
             f"MiB in tier {tier}, found {free / 2**20:.0f} MiB "
             "free; convert on a larger machine"
         )
-    converted = importance.to_tier(tier)
-    converted.save(out)
+    changed = importance.to_tier(tier)
+    changed.save(out)
     before, after = Path(path).stat().st_size, Path(out).stat().st_size
     logger.info(
         "wrote %s: %d weights, tier %s, %.2f MiB (%s: %.2f MiB)",
         out,
-        len(converted),
-        converted.tier,
+        len(changed),
+        changed.tier,
         after / 2**20,
         importance.tier,
         before / 2**20,
     )
-    return converted
+    return changed
