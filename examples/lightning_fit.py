@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import forgetless
-from forgetless.integrations.lightning import PenaltyCallback
+from forgetless.integrations.lightning import LightningCallback
 
 
 class Tuned(L.LightningModule):
@@ -69,7 +69,7 @@ def main():
     )
     trainer = L.Trainer(
         max_steps=given.steps,
-        callbacks=[PenaltyCallback(penalty)],
+        callbacks=[LightningCallback(penalty)],
         logger=CSVLogger(given.out),
         log_every_n_steps=1,
         gradient_clip_val=1.0,

@@ -240,7 +240,7 @@ def test_lightning_does_what_a_plain_loop_does(adapted, batch, tmp_path, accumul
     """Clipped gradient, then the pull, once per optimizer step."""
     import lightning as L
 
-    from forgetless.integrations.lightning import PenaltyCallback
+    from forgetless.integrations.lightning import LightningCallback
 
     class Module(L.LightningModule):
         def __init__(self, model):
@@ -257,7 +257,7 @@ def test_lightning_does_what_a_plain_loop_does(adapted, batch, tmp_path, accumul
 
     twin, rows = copy.deepcopy(adapted), list(batch) * 3
     module = Module(adapted)
-    callback = PenaltyCallback(Penalty(adapted, ones(adapted), strength=0.5))
+    callback = LightningCallback(Penalty(adapted, ones(adapted), strength=0.5))
     trainer = L.Trainer(
         accelerator="cpu",
         max_steps=3,

@@ -1,3 +1,3 @@
-"""Hosts other than transformers and TRL; each file imports its host, and nothing else in the
-package imports these (docs/integrations.md).
+"""Holding a model in other people's trainers: hold.py for transformers and TRL, one file for each
+further host, which it imports at its top and which nothing else imports (docs/integrations.md).
 """

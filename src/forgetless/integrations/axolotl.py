@@ -2,9 +2,10 @@
 
     plugins:
       - forgetless.integrations.axolotl.ForgetlessPlugin
-    forgetless_importance: model.importance.safetensors     # or its folder, or a Hub name
-    forgetless_strength: 10                                 # optional, as are forgetless_anchor:
-        base | recorded, forgetless_offload: true
+    forgetless_importance: model.importance.safetensors   # or its folder, or a Hub name
+    forgetless_strength: 10       # default: what suits the importance's estimator
+    forgetless_anchor: base       # or recorded
+    forgetless_offload: false     # whether importance stays in CPU memory
 
 Its numbers (energy, pull norm, pull/gradient ratio) reach every reporter of the run. A forgetting
 budget scales the finished update before it is saved, for which Axolotl has no place: run
@@ -32,10 +33,10 @@ class ForgetlessArgs(BaseModel):  # type: ignore[misc, unused-ignore]
 
 
 class ForgetlessPlugin(BasePlugin):  # type: ignore[misc, unused-ignore]
-    """See the module.
+    """Holds the model of an Axolotl run, by the settings above.
 
     Raises OptionError without `forgetless_importance`, ValueError where it does not fit the model,
-    before training starts.
+    both before training starts.
     """
 
     def get_input_args(self) -> str:
@@ -45,15 +46,12 @@ class ForgetlessPlugin(BasePlugin):  # type: ignore[misc, unused-ignore]
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
         """Hold `trainer`.
 
-        Nothing is returned to be added: our callback goes first, so that the reporters see its
-        numbers.
+        Axolotl would add callbacks that are returned behind the reporters. Ours is added by `hold`
+        and goes first, so that they see its numbers; nothing is returned.
         """
+        values = {name: cfg.get(name) for name in ForgetlessArgs.model_fields}
         given = ForgetlessArgs(
-            **{
-                name: value
-                for name in ForgetlessArgs.model_fields
-                if (value := cfg.get(name)) is not None
-            }
+            **{name: value for name, value in values.items() if value is not None}
         )
         if not given.forgetless_importance:
             raise OptionError(

@@ -1,4 +1,16 @@
-"""TODO integrations.hold."""
+"""hold(): one line before `trainer.train()`, and the model is held by what importance marks.
+
+    importance = forgetless.Importance.load("model.importance.safetensors")
+    callback = forgetless.hold(trainer, importance)      # any transformers or TRL trainer
+    trainer.train()
+    callback.penalty.energy()                            # how far important weights moved, in nats
+
+    callback = forgetless.hold(trainer, importance, budget="1%", general="general.jsonl")
+    trainer.train()
+    callback.finish()["verdict"]                         # met, not shown, exceeded
+
+`HoldCallback` does the first of the two where there is no trainer yet to give it.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +30,12 @@ from forgetless.penalty.pull import Penalty
 
 
 class HoldCallback(PenaltyCallback):
-    """`hold` as a callback, for hosts that take callbacks before there is a trainer (LLaMA-Factory,
-    or a list in a configuration): the penalty is made of the trainer's model when training begins.
-    The arguments are those of `hold`, without a budget, which needs the trainer.
+    """`hold` as a callback, for hosts that take callbacks before there is a trainer, such as
+    LLaMA-Factory or a list in a configuration.
 
-    Raises, when training begins, ValueError where importance does not fit the model, OptionError
-    for wrong settings.
+    The penalty is made of the trainer's model when training begins. The arguments are those of
+    `hold` but a budget, which needs the trainer. Raises, when training begins, ValueError where
+    importance does not fit the model, OptionError for wrong settings.
     """
 
     penalty: Penalty
@@ -38,16 +50,8 @@ class HoldCallback(PenaltyCallback):
         names: str | None = None,
         offload: bool = False,
     ):
-        self.importance = (
-            importance
-            if isinstance(importance, Importance)
-            else Importance.from_pretrained(importance)
-        )
-        self.strength = (
-            default_strength(self.importance.info.get("estimator", "?"))
-            if strength is None
-            else strength
-        )
+        self.importance = _loaded(importance)
+        self.strength = _suitable(strength, self.importance)
         self.settings: dict[str, Any] = dict(
             layers=layers, anchor=anchor, names=names, offload=offload
         )
@@ -74,19 +78,44 @@ def hold(
     budget: str | None = None,
     general: str | None = None,
 ) -> PenaltyCallback:
-    """Hold `trainer.model` while it trains: builds the penalty, and puts its callback first so that
-    TensorBoard and the console show its numbers.
+    """Hold `trainer.model` while it trains; returns the callback that does it.
 
-    `strength` None takes what suits the importance's estimator (options/estimators.py); the rest is as
-    in `Penalty`. Returns the callback; its `.penalty` tells the energy. With `budget` ("1%" of
-    perplexity on the text `general`, or "0.01nats") the strength is controlled from there on, and
-    `finish()` of the callback scales, checks and reports after `trainer.train()` (docs/budget.md);
-    without `general` the rise is predicted by the importance's calibration, and the verdict is
-    `predicted`. In several processes each keeps its share of the importance (docs/scaling.md);
-    every process calls `hold`. Raises ValueError when importance does not fit the model, the text
-    cannot show the budget or the engine cannot be held under (DeepSpeed, FSDP 1), OptionError for
-    wrong settings.
+    The callback comes first among the trainer's, so that TensorBoard and the console show its
+    numbers; its `.penalty` tells the energy. Without `strength` it is what suits the importance's
+    estimator (options/estimators.py). `layers`, `anchor`, `names` and `offload` are as in
+    `Penalty`.
+
+    With `budget` ("1%" of perplexity on the text `general`, or "0.01nats") the strength is
+    controlled while training, and after `trainer.train()` the callback's `finish()` scales the
+    update, checks it and reports (docs/budget.md). Without `general` the rise is predicted by the
+    importance's calibration, and the verdict is `predicted`.
+
+    In several processes every one calls `hold` and keeps its shard of the importance
+    (docs/scaling.md). Raises ValueError where importance does not fit the model, the text cannot
+    show the budget or the engine cannot be held under (DeepSpeed, FSDP 1), OptionError for wrong
+    settings.
     """
+    _check_trainer(trainer, budget, general)
+    loaded = _loaded(importance)
+    if budget is not None:
+        keeper = of_trainer(trainer, budget, general, loaded, names)
+        holding = Holding(layers=layers, anchor=anchor, names=names, offload=offload)
+        return keeper.bind(trainer, loaded, holding, start=strength)
+    penalty = Penalty(
+        trainer.model,
+        loaded,
+        strength=_suitable(strength, loaded),
+        layers=layers,
+        anchor=anchor,
+        names=names,
+        offload=offload,
+        shard=distributed.running(),
+    )
+    return add_penalty(trainer, penalty)
+
+
+def _check_trainer(trainer: Any, budget: str | None, general: str | None) -> None:
+    """Refuse text without a budget, and engines under which nothing can be held or measured."""
     if general is not None and budget is None:
         raise OptionError(
             f"general text is for a budget (budget='1%'), found general={general!r} and no budget"
@@ -97,22 +126,17 @@ def hold(
             "a budget measures general text beside the trainer, which FSDP does not allow; train "
             "in one process or with DDP, or give a strength"
         )
-    loaded = (
-        importance if isinstance(importance, Importance) else Importance.from_pretrained(importance)
-    )
-    if budget is not None:
-        keeper = of_trainer(trainer, budget, general, loaded, names)
-        holding = Holding(layers=layers, anchor=anchor, names=names, offload=offload)
-        return keeper.bind(trainer, loaded, holding, start=strength)
-    strength = default_strength(loaded.info.get("estimator", "?")) if strength is None else strength
-    penalty = Penalty(
-        trainer.model,
-        loaded,
-        strength=strength,
-        layers=layers,
-        anchor=anchor,
-        names=names,
-        offload=offload,
-        shard=distributed.running(),
-    )
-    return add_penalty(trainer, penalty)
+
+
+def _loaded(importance: Importance | str | Path) -> Importance:
+    """The importance, read from a file, a folder or the Hub where it is a name."""
+    if isinstance(importance, Importance):
+        return importance
+    return Importance.from_pretrained(importance)
+
+
+def _suitable(strength: float | None, importance: Importance) -> float:
+    """The strength, or where None is given what suits the importance's estimator."""
+    if strength is not None:
+        return strength
+    return default_strength(importance.info.get("estimator", "?"))

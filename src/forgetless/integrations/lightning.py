@@ -1,12 +1,12 @@
 """Lightning: a callback that attaches a penalty to the optimizer of a fit, and logs what it does.
 
-    penalty = forgetless.Penalty(module.model, "model.importance.safetensors", strength=10.0)   #
-        module.model: a PEFT model inside the LightningModule
-    L.Trainer(callbacks=[PenaltyCallback(penalty)]).fit(module, data)
+    # module.model is a PEFT model inside the LightningModule
+    penalty = forgetless.Penalty(module.model, "model.importance.safetensors", strength=10.0)
+    L.Trainer(callbacks=[LightningCallback(penalty)]).fit(module, data)
 
-Lightning runs forward, backward and clipping in the optimizer's closure; the pull comes after it,
-right before the optimizer moves anything. Gradient accumulation needs nothing special. Several
-optimizers: the one that trains the target weights is found.
+Lightning runs forward, backward and clipping in the optimizer's closure. The pull comes after it,
+right before the optimizer moves anything, so gradient accumulation needs nothing special. Among
+several optimizers the one that trains the target weights is found.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ except ImportError:  # the package under its older name
     from pytorch_lightning import Callback
 
 
-class PenaltyCallback(Callback):
-    """Holds while fitting: see the module.
+class LightningCallback(Callback):
+    """Holds the model while it is fitted.
 
     Raises ValueError when fitting begins where no optimizer trains the target weights.
     """

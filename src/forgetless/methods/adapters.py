@@ -1,6 +1,4 @@
-"""Methods that train something other than plain LoRA, each by PEFT's own implementation:
-
-`oft`, `osf`, `corda`, `lora-fa`.
+"""Methods that train something other than plain LoRA, each by PEFT's own implementation.
 
     oft       W' = W R with R orthogonal in blocks: keeps the angles between neurons (arXiv
               2306.07280); block size 4 x --rank, so that the number of trained parameters is about
@@ -13,7 +11,7 @@
               activation memory
 
 `rslora` and `full` only set options (options/methods.py). corda takes those directions out of the
-base weight and trains them; its final adapter is saved as plain LoRA of twice the rank, the
+base weight and trains them. Its final adapter is saved as plain LoRA of twice the rank, the
 difference to the start, so that it loads on the untouched base as any other does.
 """
 
@@ -33,12 +31,12 @@ from forgetless.model.linear import base_shapes, matching
 from forgetless.options.tune import TuneOptions
 
 logger = logging.getLogger("forgetless")
-# folder in --out: corda's adapter before training, against which the final one is saved
+# The folder in --out with corda's adapter before training, against which the final one is saved.
 INITIAL = "initial"
 
 
 def check_osf(options: TuneOptions) -> None:
-    """osf has no dropout."""
+    """Refuse a quantised base and dropout, which osf does not know."""
     _check_base(options, "osf")
     if options.dropout:
         raise OptionError(
@@ -47,7 +45,7 @@ def check_osf(options: TuneOptions) -> None:
 
 
 def check_corda(options: TuneOptions) -> None:
-    """corda takes the base weights apart."""
+    """Refuse a quantised base, whose weights corda could not take apart."""
     _check_base(options, "corda")
 
 
@@ -61,19 +59,21 @@ def _check_base(options: TuneOptions, name: str) -> None:
 
 
 def oft(setup: Setup, model: nn.Module) -> nn.Module:
-    """`model` with PEFT's OFT: starts as the identity, bit for bit up to the arithmetic of a
-    product with it.
+    """`model` with PEFT's OFT, which starts as the identity, up to the rounding of one product.
+
+    Raises OptionError where the blocks do not divide a weight's inputs.
     """
     from peft import OFTConfig, get_peft_model
 
     o = setup.options
-    block, shapes = 4 * o.rank, base_shapes(model)
+    block = 4 * o.rank
+    shapes = base_shapes(model)
     for path, _ in matching(model, o.targets):
-        if shapes[path + ".weight"][1] % block:
+        inputs = shapes[path + ".weight"][1]
+        if inputs % block:
             raise OptionError(
-                f"--method oft: '{path}' has {shapes[path + '.weight'][1]} inputs, not divisible "
-                f"by the block size of 4 x --rank = {block}; "
-                "give another --rank"
+                f"--method oft: '{path}' has {inputs} inputs, not divisible "
+                f"by the block size of 4 x --rank = {block}; give another --rank"
             )
     modules, conv1d = peft_targets(model, o.targets)
     return get_peft_model(
@@ -88,8 +88,10 @@ def oft(setup: Setup, model: nn.Module) -> nn.Module:
 
 
 def osf(setup: Setup, model: nn.Module) -> nn.Module:
-    """`model` with PEFT's OSF: all but the --rank smallest singular directions of each target are
-    kept as they are.
+    """`model` with PEFT's OSF, which freezes all but the --rank smallest singular directions of a
+    target weight.
+
+    Raises OptionError where PEFT's OSF cannot do that to the model.
     """
     from peft import OSFConfig, get_peft_model
 
@@ -101,29 +103,31 @@ def osf(setup: Setup, model: nn.Module) -> nn.Module:
             "use another method for this model"
         )
     shapes = base_shapes(model)
-    kept = {
+    frozen = {
         rf"(^|\.){path.replace('.', chr(92) + '.')}$": min(shapes[path + ".weight"]) - o.rank
         for path, _ in matching(model, o.targets)
     }
-    if min(kept.values()) < 0:
+    if min(frozen.values()) < 0:
         raise OptionError(
             f"--method osf: --rank {o.rank} is more than the smallest target has; give a smaller "
             "one"
         )
     return get_peft_model(
-        model, OSFConfig(target_modules=modules, rank_pattern=kept, task_type="CAUSAL_LM")
+        model, OSFConfig(target_modules=modules, rank_pattern=frozen, task_type="CAUSAL_LM")
     )
 
 
 def corda(setup: Setup, model: nn.Module) -> nn.Module:
-    """`model` with LoRA by PEFT's CorDA from --replay's text; keeps the adapter before training in
-    DIR/initial.
+    """`model` with LoRA by PEFT's CorDA from --replay's text.
+
+    The adapter as it is before training is saved in DIR/initial.
     """
     from peft import LoraConfig, get_peft_model
     from peft.tuners.lora.config import CordaConfig
     from peft.tuners.lora.corda import preprocess_corda
 
-    o, device = setup.options, next(model.parameters()).device
+    o = setup.options
+    device = next(model.parameters()).device
     modules, conv1d = peft_targets(model, o.targets)
     config = LoraConfig(
         r=o.rank,
@@ -152,9 +156,8 @@ def corda(setup: Setup, model: nn.Module) -> nn.Module:
 
 def save_as_lora(setup: Setup, model: Any, folder: Path) -> None:
     """Save corda's adapter as plain LoRA: the difference to DIR/initial, of twice the rank."""
-    model.save_pretrained(
-        str(folder), path_initial_model_for_weight_conversion=str(Path(setup.options.out) / INITIAL)
-    )
+    initial = Path(setup.options.out) / INITIAL
+    model.save_pretrained(str(folder), path_initial_model_for_weight_conversion=str(initial))
 
 
 def lora_fa(setup: Setup, model: Any) -> torch.optim.Optimizer:

@@ -1,4 +1,10 @@
-"""TODO methods.callback."""
+"""Terms of the loss in somebody's trainer, such as replayed text or the divergence from the base.
+
+    term = forgetless.KL(trainer.model, encode(documents, tokenizer), weight=1.0)
+    forgetless.add_term(trainer, term)      # before trainer.train()
+
+The callback only delegates: what a term computes stands in methods/terms.py.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +17,12 @@ from forgetless.penalty.callback import write_logs
 
 
 class TermCallback(TrainerCallback):
-    """Adds a term's gradient once per optimizer step, before that of the data, so that clipping
-    sees the sum; logs what the term says.
+    """Adds a term's gradient once per optimizer step, before that of the data, and logs what the
+    term says.
 
-    A term is anything with `add(step, scale=...)` and `logs()`, as `forgetless.KL`. In several
-    processes each adds the whole term; their mean is the term.
+    Clipping then sees the sum. A term is anything with `add(step, scale=...)` and `logs()`, such as
+    `forgetless.KL`. In several processes each adds the full term, and the mean of their gradients
+    is that of the term.
     """
 
     def __init__(self, term: Any, *, trainer: Any):
@@ -52,8 +59,9 @@ class TermCallback(TrainerCallback):
 
 
 def add_term(trainer: Any, term: Any) -> TermCallback:
-    """Add `term` (as `forgetless.KL`) to what `trainer` minimises; its callback comes first, so
-    that TensorBoard and the console show its numbers.
+    """Add `term` (such as `forgetless.KL`) to what `trainer` minimises.
+
+    Its callback comes first, so that TensorBoard and the console show its numbers.
     """
     callback = TermCallback(term, trainer=trainer)
     trainer.callback_handler.callbacks.insert(0, callback)

@@ -2,8 +2,8 @@
 
 The adapter is trained on general text as `record --estimator path` trains it (cross-entropy, AdamW,
 constant learning rate, no clipping), then tuned plainly on the domain. What it forgets less than
-`plain` comes from having seen general text, not from any penalty. One pass over --replay's text, or
---general-steps.
+`plain` comes from having seen general text, not from any penalty. It makes one pass over --replay's
+text, or --general-steps optimizer steps.
 """
 
 from __future__ import annotations
@@ -27,9 +27,8 @@ def general_steps(setup: Setup, model: nn.Module) -> None:
     training = model.training
     model.train()
     for step in range(steps):
-        pieces = [
-            text[i] for i in places(len(text), step * per_step, (step + 1) * per_step, o.seed)
-        ]
+        seen = places(len(text), step * per_step, (step + 1) * per_step, o.seed)
+        pieces = [text[i] for i in seen]
         for batch in batches(pieces, batch_size=o.batch_size, pad_id=setup.tokenizer.pad_token_id):
             (cross_entropy(model, batch) / scored_tokens(pieces)).backward()
         optimizer.step()

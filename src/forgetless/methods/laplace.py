@@ -1,12 +1,13 @@
 """`la-lora`: a Laplace penalty on the factors themselves (arXiv 2512.17720), where everything else
 here holds their product.
 
-    penalty = strength * sum over entries of  F_A (A - A0)^2 + F_B (B - B0)^2,    F = (1 / scored tokens) sum over sequences of (gradient of its summed loss)^2
+    penalty = strength * sum over entries of  F_A (A - A0)^2 + F_B (B - B0)^2
+    with  F = (1 / scored tokens) * sum over sequences of (gradient of its summed loss)^2
 
 F is the diagonal empirical Fisher of A and of B at the start of tuning, on --replay's text, in the
 unit of our `fisher`. A fresh adapter has B = 0, so the gradient of A and with it F_A vanish
-exactly: then only B is held, and A turns freely. Cost: one backward pass per general sequence, two
-tensors per factor.
+exactly: then only B is held, and A turns freely. It costs one backward pass per general sequence
+and two tensors per factor.
 """
 
 from __future__ import annotations
@@ -25,18 +26,18 @@ from forgetless.penalty.attachment import PenaltyAttachment
 
 
 class FactorPenalty:
-    """The penalty above, with the interface of `Penalty` that attachments and callbacks use.
+    """The penalty on the factors, with what attachments and callbacks use of `Penalty`.
 
     Raises ValueError where there is no LoRA.
     """
 
     def __init__(self, model: nn.Module, text: list[Encoded], *, strength: float, pad_id: int = 0):
-        self.weights, self.strength = target_weights(model), strength
+        self.weights = target_weights(model)
+        self.strength = strength
         factors = [p for weight in self.weights for p in weight.parameters if p.requires_grad]
-        self._starts = [p.detach().clone() for p in factors]
-        self._factors = list(
-            zip(factors, self._starts, curvature(model, factors, text, pad_id), strict=True)
-        )
+        starts = [p.detach().clone() for p in factors]
+        fisher = curvature(model, factors, text, pad_id)
+        self._factors = list(zip(factors, starts, fisher, strict=True))
         self._logs: dict[str, float] = {}
 
     def attach(self, optimizer: object) -> PenaltyAttachment[FactorPenalty]:
@@ -45,19 +46,21 @@ class FactorPenalty:
 
     @torch.no_grad()
     def pull(self, *, scale: float = 1.0) -> None:
-        """Add the gradient of the penalty to `.grad`; `scale` multiplies it where gradients still
-        carry a GradScaler's factor.
+        """Add the gradient of the penalty to `.grad`.
+
+        `scale` multiplies it where gradients still carry a GradScaler's factor. Raises ValueError
+        where the pull is not finite.
         """
-        energy, pulled, gradient = 0.0, 0.0, 0.0
+        energy = pulled = gradient = 0.0  # the last two are squared norms
         for p, start, F in self._factors:
             moved = p.to(F.dtype) - start.to(F.dtype)
-            part = 2 * self.strength * F * moved
+            pull = 2 * self.strength * F * moved
             energy += float((F * moved.square()).sum())
-            pulled += float(part.square().sum())
+            pulled += float(pull.square().sum())
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
             gradient += float(p.grad.to(F.dtype).square().sum()) / scale**2
-            p.grad.add_(part, alpha=scale)
+            p.grad.add_(pull, alpha=scale)
         ratio = math.sqrt(pulled / gradient) if gradient > 0 else 0.0
         self._logs = {"energy": energy, "pull_norm": math.sqrt(pulled), "pull_ratio": ratio}
         if not math.isfinite(pulled):
@@ -74,8 +77,9 @@ class FactorPenalty:
 def curvature(
     model: nn.Module, factors: list[nn.Parameter], text: list[Encoded], pad_id: int
 ) -> list[Tensor]:
-    """The diagonal empirical Fisher of each factor on `text`, in f32 or wider, shaped like the
-    factor; nats per token and squared unit of the factor.
+    """The diagonal empirical Fisher of each factor on `text`, shaped like the factor.
+
+    In f32 or wider; its unit is nats per token and squared unit of the factor.
     """
     sums = [torch.zeros_like(p, dtype=wider(p.dtype)) for p in factors]
     with undisturbed(model):

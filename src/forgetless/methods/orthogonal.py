@@ -1,14 +1,16 @@
 """`o-lora`: each adapter learns in directions of its own, orthogonal to those of the adapters
 before it (arXiv 2310.14152).
 
-    loss = CE(domain) + weight * sum over weights and earlier adapters i of ||A_i A^T||_F^2,    A
-        (r, in): what a weight's update reads
+    loss = CE(domain) + weight * sum over weights and earlier adapters i of ||A_i A^T||_F^2
+    where A (r, in) is what a weight's update reads
 
 Where A_i A^T = 0, the new update reads nothing of what the earlier one reads. MODEL is the base
-with the earlier adapters merged into it, `--earlier` names them: only their A is read. The paper's
-text squares the products as we do, its code sums absolute values; its weight is 0.5. On the first
-domain there is no earlier adapter: plain fine-tuning. The gradient in closed form is 2 weight A G
-with G = sum_i A_i^T A_i: once per optimizer step, two thin products per weight.
+with the earlier adapters merged into it, and `--earlier` names them: only their A is read. The
+paper's text squares the products as we do, its code sums absolute values; its weight is 0.5. The
+first domain has no earlier adapter and is tuned plainly.
+
+The gradient in closed form is 2 weight A G with G = sum_i A_i^T A_i. It costs two thin products per
+weight in each optimizer step.
 
     forgetless merge first/final --out merged
     forgetless tune merged --data second.jsonl --method o-lora --earlier first/final --out second
@@ -31,18 +33,19 @@ from forgetless.options.tune import TuneOptions
 
 
 class Orthogonality:
-    """The term above on every LoRA weight of `model` that an earlier adapter adapts too.
+    """The term on every LoRA weight of `model` that an earlier adapter adapts too.
 
-    `earlier`: base weight name -> the A of each adapter, (r_i, in).
+    `earlier` maps the name of a base weight to the A of each adapter, (r_i, in). Raises ValueError
+    where they do not fit the model, or share no weight with it.
     """
 
     def __init__(
         self, model: nn.Module, earlier: Mapping[str, Sequence[Tensor]], *, weight: float = 0.5
     ):
-        self.weight, self._last = weight, 0.0
-        self._pairs: list[
-            tuple[nn.Parameter, Tensor]
-        ] = []  # A (r, in), rows of all earlier A (sum of r_i, in)
+        self.weight = weight
+        self._last = 0.0
+        # A (r, in), and the rows of all earlier A (sum of r_i, in).
+        self._pairs: list[tuple[nn.Parameter, Tensor]] = []
         for target in target_weights(model):
             if not isinstance(target, LowRankWeight) or target.name not in earlier:
                 continue
@@ -53,9 +56,8 @@ class Orthogonality:
                         f"{A.shape[1]} inputs there and {target.shape[1]} here; "
                         "--earlier wants adapters of the same base model"
                     )
-            rows = torch.cat(
-                [A.to(target.A.device, wider(target.A.dtype)) for A in earlier[target.name]]
-            )
+            device, dtype = target.A.device, wider(target.A.dtype)
+            rows = torch.cat([A.to(device, dtype) for A in earlier[target.name]])
             self._pairs.append((target.A, rows))
         if not self._pairs:
             raise ValueError(
@@ -78,14 +80,14 @@ class Orthogonality:
         return {"orthogonality": self._last}
 
 
-def check(options: TuneOptions) -> None:
-    """Adapters that are there."""
+def check_earlier(options: TuneOptions) -> None:
+    """Refuse earlier adapters that are not there."""
     if options.earlier:
         _folders(options.earlier)
 
 
 def o_lora(setup: Setup, model: nn.Module) -> Orthogonality | None:
-    """The term that the options ask for; None where its weight is 0."""
+    """The `Orthogonality` that the options ask for; None where its weight is 0."""
     o = setup.options
     assert o.earlier is not None and o.orthogonality is not None
     if o.orthogonality == 0:
@@ -98,6 +100,7 @@ def o_lora(setup: Setup, model: nn.Module) -> Orthogonality | None:
 
 
 def _folders(earlier: str) -> list[Path]:
+    """The adapter folders that --earlier names. Raises OptionError where one is none."""
     folders = [Path(part.strip()) for part in earlier.split(",") if part.strip()]
     for folder in folders:
         if not (folder / "adapter_config.json").is_file():

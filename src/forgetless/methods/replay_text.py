@@ -1,5 +1,8 @@
-"""The general text that methods use while tuning, --replay: from a file or data set, sampled from
+"""The general text that methods read while tuning, --replay: from a file or data set, sampled from
 the base model (`self`), or the training rows (`domain`).
+
+    pieces, source = replay_text(options, inputs.replay, base_model, tokenizer, rows)
+    source["sequences"]       # how many there are; for run.json
 """
 
 from __future__ import annotations
@@ -24,7 +27,9 @@ from forgetless.model.loading import context_length
 from forgetless.options.tune import TuneOptions
 
 logger = logging.getLogger("forgetless")
-SELF_DOCUMENTS, SELF_LENGTH = 256, 256
+# Documents to sample from the model where --replay-documents does not say, and their most tokens.
+SELF_DOCUMENTS = 256
+SELF_LENGTH = 256
 
 
 def replay_text(
@@ -34,11 +39,11 @@ def replay_text(
     tokenizer: Any,
     rows: Any,
 ) -> tuple[list[Encoded], dict[str, Any] | None]:
-    """(sequences of at most --length tokens with something scored, where they came from for
-    run.json); ([], None) without --replay.
+    """(Sequences of at most --length tokens with something scored, where they came from).
 
-    `model` is the bare base, `rows` the encoded training rows. Sampled text is kept in
-    DIR/self.jsonl, so that a resumed run sees the same.
+    `documents` are those of --replay where it names a text, `model` is the bare base, `rows` are
+    the encoded training rows. ([], None) without --replay. Text that is sampled is written to
+    DIR/self.jsonl, so that a resumed run sees the same. Raises ValueError where nothing is scored.
     """
     if options.replay is None:
         return [], None
@@ -60,8 +65,9 @@ def replay_text(
 def _self_documents(
     options: TuneOptions, model: nn.Module, tokenizer: Any, length: int
 ) -> list[Document]:
-    """Documents of at most `length` tokens that the base model says, or said before the run was
-    interrupted.
+    """Documents of at most `length` tokens that the base model says.
+
+    In a resumed run they are those that it said before the run was interrupted.
     """
     sampled = Path(options.out) / "self.jsonl"
     if options.resume and sampled.is_file():
@@ -82,6 +88,7 @@ def _self_documents(
 
 
 def _source(options: TuneOptions, pieces: Sequence[Encoded], sha256: str) -> dict[str, Any]:
+    """What run.json says of the text."""
     return {
         "source": options.replay,
         "sequences": len(pieces),

@@ -9,17 +9,20 @@ The text is `--replay TEXT`: a file or data set, `self` (sampled from the base m
 needed), or for kl `domain` (the training rows themselves, as the anchor of arXiv 2509.23753, here
 without that paper's reweighting of the cross-entropy).
 
-Which sequences step t sees depends on the seed and t alone: they are read once per optimizer step,
-whatever the accumulation, before the data's gradients, so that clipping sees the sum as with one
-loss; and again from the same place after a resume. All sequences are seen before any is seen twice.
+Which sequences step t sees depends on the seed and t alone. They are read once per optimizer step,
+whatever the accumulation, and before the data's gradients are there, so that clipping sees the sum
+as with one loss. A resumed run goes on from the same place. All sequences are seen before any is
+seen twice.
 
-Cost of kl per step: a forward pass without gradient and a forward and backward pass over
-`--kl-sequences` sequences (with 2 beside 16: 1.2 times the compute), and the logits of
-`--batch-size` of them twice; with full fine-tuning one copy of what is trained, else the adapter is
-just switched off. Of replay: its share.
+kl costs, per step, a forward pass without gradient and a forward and backward pass over
+`--kl-sequences` sequences (2 beside 16 make 1.2 times the compute), and the logits of
+`--batch-size` of them twice. With full fine-tuning it keeps one copy of what is trained; an adapter
+is just switched off. replay costs what its tokens cost.
 
-    forgetless tune MODEL --data domain.jsonl --method kl --replay self --out run term =
-    KL(trainer.model, encode(documents, tokenizer), weight=1.0); forgetless.add_term(trainer, term)
+    forgetless tune MODEL --data domain.jsonl --method kl --replay self --out run
+
+    term = KL(trainer.model, encode(documents, tokenizer), weight=1.0)
+    forgetless.add_term(trainer, term)
 """
 
 from __future__ import annotations
@@ -41,12 +44,14 @@ from forgetless.model.weights import wider
 
 @functools.lru_cache(maxsize=2)
 def _order(count: int, seed: int, turn: int) -> tuple[int, ...]:
+    """The order in which the indices below `count` are seen for the turn-th time."""
     return tuple(random.Random(f"{seed} {turn}").sample(range(count), count))
 
 
 def places(count: int, start: int, stop: int, seed: int) -> list[int]:
-    """Places `start` to `stop` of an endless list of indices below `count`: all of them in an order
-    drawn from the seed, then all in another, and so on.
+    """Places `start` to `stop` of an endless list of indices below `count`.
+
+    The list has all of them in an order drawn from the seed, then all in another, and so on.
     """
     return [_order(count, seed, place // count)[place % count] for place in range(start, stop)]
 
@@ -57,10 +62,9 @@ def scored_tokens(pieces: Sequence[Encoded]) -> int:
 
 
 class KL:
-    """KL(base || tuned) on `sequences` of `text` in every step, times `weight` (nats per token);
-    see the module.
+    """KL(base || tuned) in nats per token on `sequences` of `text` in every step, times `weight`.
 
-    `text` is what `texts.encode` returns; sequences without a scored token must not be in it. At
+    `text` is what `data.encoding.encode` returns; every sequence in it must have a scored token. At
     most `batch_size` of them go through the model at once.
     """
 
@@ -75,39 +79,35 @@ class KL:
         pad_id: int = 0,
         batch_size: int | None = None,
     ):
-        self.model, self.text, self.weight, self.sequences, self.seed = (
-            model,
-            list(text),
-            weight,
-            sequences,
-            seed,
-        )
-        self.pad_id, self.batch_size = pad_id, batch_size or sequences
+        self.model = model
+        self.text = list(text)
+        self.weight = weight
+        self.sequences = sequences
+        self.seed = seed
+        self.pad_id = pad_id
+        self.batch_size = batch_size or sequences
         self._seen: list[float] = []  # KL of the steps since the last log
-        adapted = has_adapter(model)
-        self._copies = (
-            []
-            if adapted
-            else [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
-        )
+        # What the base has in place of what is trained, where there is no adapter to switch off.
+        self._copies: list[tuple[nn.Parameter, Tensor]] = []
+        if not has_adapter(model):
+            trained = [p for p in model.parameters() if p.requires_grad]
+            self._copies = [(p, p.detach().clone()) for p in trained]
 
     def add(self, step: int, *, scale: float = 1.0) -> None:
         """Add the gradient of `scale * weight * KL` on the sequences of `step` to `.grad`."""
-        pieces = [
-            self.text[i]
-            for i in places(
-                len(self.text), step * self.sequences, (step + 1) * self.sequences, self.seed
-            )
-        ]
-        tokens, nats = scored_tokens(pieces), 0.0
+        first = step * self.sequences
+        seen = places(len(self.text), first, first + self.sequences, self.seed)
+        pieces = [self.text[i] for i in seen]
+        tokens = scored_tokens(pieces)
+        nats = 0.0
         for batch in batches(pieces, batch_size=self.batch_size, pad_id=self.pad_id):
             with torch.no_grad(), self._base():
                 base = scored_logits(self.model, batch)
             with undisturbed(self.model):
                 tuned = scored_logits(self.model, batch)
-                found, gradient = kl_gradient(tuned.detach(), base)
+                divergence, gradient = kl_gradient(tuned.detach(), base)
                 tuned.backward(gradient.mul_(scale * self.weight / tokens))  # type: ignore[no-untyped-call]
-            nats += found
+            nats += divergence
         self._seen.append(nats / tokens)
 
     def logs(self) -> dict[str, float]:
@@ -130,10 +130,10 @@ class KL:
 
 
 class Replay:
-    """Cross-entropy of general sequences in every step: on average `share` times the domain's
-    tokens, each counting as one of the domain's.
+    """Cross-entropy of general sequences: for each token of the domain `share` tokens of them on
+    average, each counting as one of the domain's.
 
-    `tokens_per_step` are the domain's scored tokens of an average step. Where the share is less
+    `tokens_per_step` are the domain's scored tokens of an average step. Where `share` makes less
     than a sequence per step, most steps see none.
     """
 
@@ -148,31 +148,24 @@ class Replay:
         pad_id: int = 0,
         batch_size: int = 1,
     ):
-        self.model, self.text, self.seed, self.pad_id, self.batch_size = (
-            model,
-            list(text),
-            seed,
-            pad_id,
-            batch_size,
-        )
+        self.model = model
+        self.text = list(text)
+        self.seed = seed
+        self.pad_id = pad_id
+        self.batch_size = batch_size
         self.tokens_per_step = tokens_per_step
-        self.rate = (
-            share * tokens_per_step / (scored_tokens(self.text) / len(self.text))
-        )  # sequences per step
-        self._nats, self._tokens = 0.0, 0
+        tokens_per_sequence = scored_tokens(self.text) / len(self.text)
+        self.rate = share * tokens_per_step / tokens_per_sequence  # sequences per step
+        self._nats = 0.0
+        self._tokens = 0
 
     def add(self, step: int, *, scale: float = 1.0) -> None:
         """Add the gradient of the sequences of `step` to `.grad`."""
-        pieces = [
-            self.text[i]
-            for i in places(
-                len(self.text), int(step * self.rate), int((step + 1) * self.rate), self.seed
-            )
-        ]
+        first, stop = int(step * self.rate), int((step + 1) * self.rate)
+        pieces = [self.text[i] for i in places(len(self.text), first, stop, self.seed)]
         for start in range(0, len(pieces), self.batch_size):
-            nats = cross_entropy(
-                self.model, collate(pieces[start : start + self.batch_size], self.pad_id)
-            )
+            batch = collate(pieces[start : start + self.batch_size], self.pad_id)
+            nats = cross_entropy(self.model, batch)
             (nats * (scale / self.tokens_per_step)).backward()
             self._nats += float(nats.detach())
         self._tokens += scored_tokens(pieces)
@@ -181,14 +174,16 @@ class Replay:
         """Loss in nats per token of the sequences since the last call, and how many tokens they
         had.
         """
-        nats, tokens, self._nats, self._tokens = self._nats, self._tokens, 0.0, 0
+        nats, tokens = self._nats, self._tokens
+        self._nats, self._tokens = 0.0, 0
         return {"replay_loss": nats / tokens, "replay_tokens": tokens} if tokens else {}
 
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode, so that dropout neither adds noise nor draws random numbers; not with gradient
-    checkpointing, which only works while training.
+    """Eval mode, so that dropout neither adds noise nor draws random numbers.
+
+    With gradient checkpointing, which only works in training mode, the mode stays.
     """
     training = model.training
     model.train(training and bool(getattr(model, "is_gradient_checkpointing", False)))
@@ -220,7 +215,7 @@ def cross_entropy(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def kl_term(setup: Setup, model: nn.Module) -> KL | None:
-    """The term that the options ask for; None where its weight is 0."""
+    """The `KL` that the options ask for; None where its weight is 0."""
     o = setup.options
     assert o.kl_weight is not None and o.kl_sequences is not None
     if o.kl_weight == 0:
@@ -237,7 +232,7 @@ def kl_term(setup: Setup, model: nn.Module) -> KL | None:
 
 
 def replay_term(setup: Setup, model: nn.Module) -> Replay | None:
-    """The term that the options ask for; None where its share is 0."""
+    """The `Replay` that the options ask for; None where --replay-share is 0."""
     o = setup.options
     assert o.replay_share is not None
     if o.replay_share == 0:

@@ -165,7 +165,7 @@ METHODS: dict[str, Method] = {
         reads=("orthogonality",),
         settings={"orthogonality": 0.5},
         lora=True,
-        check="forgetless.methods.orthogonal:check",
+        check="forgetless.methods.orthogonal:check_earlier",
         loss="forgetless.methods.orthogonal:o_lora",
         refuses={"lora-fa": "it freezes A, the factor that o-lora turns"},
     ),
