@@ -648,7 +648,7 @@ def test_resuming_a_predicted_budget_equals_an_uninterrupted_run(tuning, tmp_pat
 def test_predictions_that_cannot_be_made_are_refused_before_training(
     tuning, taught, domain, general, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(training, "train", lambda *args: pytest.fail("trained"))
+    monkeypatch.setattr(training, "train_from", lambda *args: pytest.fail("trained"))
     bare = tmp_path / "bare.safetensors"
     assert run("record", taught, "--general", general, "--device", "cpu", "--out", bare) == 0
     without = [

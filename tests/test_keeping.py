@@ -232,7 +232,7 @@ def test_full_fine_tuning_keeps_a_budget(words, tmp_path):
 def test_wrong_budgets_and_texts_are_refused_before_training(
     words, domain, general, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(training, "train", lambda *a: pytest.fail("trained"))
+    monkeypatch.setattr(training, "train_from", lambda *a: pytest.fail("trained"))
 
     def fails(code, message, *more):
         capsys.readouterr()
@@ -289,7 +289,7 @@ def test_resuming_with_other_data_is_refused(words, domain, general, tmp_path, c
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "train", interrupted)
+    monkeypatch.setattr(training, "train_from", interrupted)
     held = tmp_path / "held.jsonl"
     held.write_text(domain.read_text())
     made = (*words, "--budget", "5%", "--eval-data", held)
@@ -337,7 +337,7 @@ def test_everything_is_read_once(words, domain, general, tmp_path, monkeypatch):
 
 
 def test_a_single_held_out_row_is_refused_before_training(words, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(training, "train", lambda *a: pytest.fail("trained"))
+    monkeypatch.setattr(training, "train_from", lambda *a: pytest.fail("trained"))
     (tmp_path / "one.jsonl").write_text(json.dumps({"prompt": "a ?", "completion": " b"}))
     assert run(words, "--budget", "5%", "--eval-data", tmp_path / "one.jsonl") == 1
     assert "at least two rows of domain data, found 1" in capsys.readouterr().err

@@ -339,8 +339,8 @@ def test_replay_mixes_in_its_share(tiny, share):
     sequences = sum(
         len(terms.places(4, int(t * term.rate), int((t + 1) * term.rate), 0)) for t in range(400)
     )
-    assert sequences * terms.scored_tokens(text) / 4 == pytest.approx(
-        share * 400 * 100, abs=terms.scored_tokens(text) / 4
+    assert sequences * terms.count_scored(text) / 4 == pytest.approx(
+        share * 400 * 100, abs=terms.count_scored(text) / 4
     )
 
 

@@ -25,7 +25,7 @@ from forgetless.errors import FileError, OptionError, brief, nearest
 # A row of a task's data set, with the fields that the Hub's has.
 TaskRow = dict[str, Any]
 # Columns of domain data; the first group that is there is what is learned.
-COLUMNS = (("prompt", "completion"), ("messages",), ("text",))
+DOMAIN_COLUMNS = (("prompt", "completion"), ("messages",), ("text",))
 # Within the length that `truncation_report` advises, this fraction of the rows keeps its end.
 ADVISED = 0.95
 
@@ -171,7 +171,7 @@ def load_training_data(spec: str, *, split: str | None = "train", limit: int | N
         if spec.isidentifier():  # a bare word may be a misspelt task
             raise FileError(f"{error}; as a task: {nearest(spec, TASKS)}") from error
         raise
-    for columns in COLUMNS:
+    for columns in DOMAIN_COLUMNS:
         if all(column in rows[0] for column in columns):
             for number, row in enumerate(rows, 1):
                 _check_domain_row(row, columns, f"'{spec}', row {number}")

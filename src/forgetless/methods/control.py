@@ -13,7 +13,7 @@ from torch import nn
 
 from forgetless.data.encoding import batches
 from forgetless.methods.method import Setup
-from forgetless.methods.terms import cross_entropy, places, scored_tokens
+from forgetless.methods.terms import count_scored, cross_entropy, places
 
 
 def general_steps(setup: Setup, model: nn.Module) -> None:
@@ -30,7 +30,7 @@ def general_steps(setup: Setup, model: nn.Module) -> None:
         seen = places(len(text), step * per_step, (step + 1) * per_step, o.seed)
         pieces = [text[i] for i in seen]
         for batch in batches(pieces, batch_size=o.batch_size, pad_id=setup.tokenizer.pad_token_id):
-            (cross_entropy(model, batch) / scored_tokens(pieces)).backward()
+            (cross_entropy(model, batch) / count_scored(pieces)).backward()
         optimizer.step()
         optimizer.zero_grad()
     model.train(training)

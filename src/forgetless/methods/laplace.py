@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from forgetless.data.encoding import Encoded, collate
 from forgetless.methods.method import Setup
-from forgetless.methods.terms import cross_entropy, scored_tokens, undisturbed
+from forgetless.methods.terms import count_scored, cross_entropy, undisturbed
 from forgetless.model.targets import target_weights
 from forgetless.model.weights import wider
 from forgetless.penalty.attachment import PenaltyAttachment
@@ -87,7 +87,7 @@ def curvature(
             nats = cross_entropy(model, collate([piece], pad_id))
             for total, g in zip(sums, torch.autograd.grad(nats, factors), strict=True):
                 total.add_(g.to(total.dtype).square())
-    return [total.div_(scored_tokens(text)) for total in sums]
+    return [total.div_(count_scored(text)) for total in sums]
 
 
 def la_lora(setup: Setup, model: nn.Module) -> FactorPenalty | None:

@@ -56,7 +56,7 @@ def places(count: int, start: int, stop: int, seed: int) -> list[int]:
     return [_order(count, seed, place // count)[place % count] for place in range(start, stop)]
 
 
-def scored_tokens(pieces: Sequence[Encoded]) -> int:
+def count_scored(pieces: Sequence[Encoded]) -> int:
     """How many tokens of `pieces` are predicted: scored, and not the first of a sequence."""
     return sum(sum(scored[1:]) for _, scored in pieces)
 
@@ -98,7 +98,7 @@ class KL:
         first = step * self.sequences
         seen = places(len(self.text), first, first + self.sequences, self.seed)
         pieces = [self.text[i] for i in seen]
-        tokens = scored_tokens(pieces)
+        tokens = count_scored(pieces)
         nats = 0.0
         for batch in batches(pieces, batch_size=self.batch_size, pad_id=self.pad_id):
             with torch.no_grad(), self._base():
@@ -106,7 +106,8 @@ class KL:
             with undisturbed(self.model):
                 tuned = scored_logits(self.model, batch)
                 divergence, gradient = kl_gradient(tuned.detach(), base)
-                tuned.backward(gradient.mul_(scale * self.weight / tokens))  # type: ignore[no-untyped-call]
+                gradient.mul_(scale * self.weight / tokens)
+                tuned.backward(gradient)  # type: ignore[no-untyped-call]
             nats += divergence
         self._seen.append(nats / tokens)
 
@@ -154,7 +155,7 @@ class Replay:
         self.pad_id = pad_id
         self.batch_size = batch_size
         self.tokens_per_step = tokens_per_step
-        tokens_per_sequence = scored_tokens(self.text) / len(self.text)
+        tokens_per_sequence = count_scored(self.text) / len(self.text)
         self.rate = share * tokens_per_step / tokens_per_sequence  # sequences per step
         self._nats = 0.0
         self._tokens = 0
@@ -168,7 +169,7 @@ class Replay:
             nats = cross_entropy(self.model, batch)
             (nats * (scale / self.tokens_per_step)).backward()
             self._nats += float(nats.detach())
-        self._tokens += scored_tokens(pieces)
+        self._tokens += count_scored(pieces)
 
     def logs(self) -> dict[str, float]:
         """Loss in nats per token of the sequences since the last call, and how many tokens they

@@ -1,7 +1,7 @@
 """The bare base model: loaded as it is, and measured before an adapter is on it.
 
     base = load_base(options, importance)
-    start = measure_base(options, base, inputs, rows, earlier)
+    start = measure_start(options, base, inputs, rows, earlier)
     start.before["general"]["nats"]      # what the base loses on general text
 
 What was forgotten or learned is counted from here. With a budget, the keeper makes its own
@@ -42,7 +42,7 @@ logger = logging.getLogger("forgetless")
 
 
 @dataclass(frozen=True)
-class Base:
+class LoadedBase:
     """The model as it was loaded, what it is held by, and how hard layer by layer."""
 
     model: nn.Module
@@ -89,7 +89,7 @@ def with_strength(options: TuneOptions, importance: Importance | None) -> TuneOp
     return replace(options, strength=default_strength(importance.info.get("estimator", "?")))
 
 
-def load_base(options: TuneOptions, importance: Importance | None) -> Base:
+def load_base(options: TuneOptions, importance: Importance | None) -> LoadedBase:
     """Load the model and refuse what does not fit it.
 
     With a budget and without importance, all weights are held alike.
@@ -114,11 +114,11 @@ def load_base(options: TuneOptions, importance: Importance | None) -> Base:
         model = prepare_model_for_kbit_training(
             model, use_gradient_checkpointing=options.gradient_checkpointing
         )
-    return Base(model, tokenizer, importance, layers)
+    return LoadedBase(model, tokenizer, importance, layers)
 
 
-def measure_base(
-    options: TuneOptions, base: Base, inputs: Inputs, rows: Rows, earlier: Earlier | None
+def measure_start(
+    options: TuneOptions, base: LoadedBase, inputs: Inputs, rows: Rows, earlier: Earlier | None
 ) -> Start:
     """Measure the model that training starts from: the base, or with `earlier` the base with the
     updates of a sequence's earlier steps merged into it.

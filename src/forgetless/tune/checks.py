@@ -1,7 +1,7 @@
 """What tune refuses before it trains: options that do not go together, a model that the options do
 not fit, a disk that is too small.
 
-    methods = check_options(options)              # before anything is loaded
+    methods = check_tuning(options)              # before anything is loaded
     check_model(options, model, importance, layers)   # with the bare model at hand
     check_free_space(out, disk_needed(options, model))
 
@@ -31,7 +31,7 @@ from forgetless.options.tune import TuneOptions
 from forgetless.penalty.fit import check_fit
 
 
-def check_options(options: TuneOptions) -> dict[str, Steps]:
+def check_tuning(options: TuneOptions) -> dict[str, Steps]:
     """Refuse everything that can be refused without a model; returns the methods that the options
     name.
     """

@@ -1,4 +1,7 @@
-"""TODO tune.merge."""
+"""merge(): an adapter and its base model as one plain transformers model, for who wants no adapter.
+
+merge("run/final", "merged")       # loads with transformers alone, without PEFT
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,10 @@ logger = logging.getLogger("forgetless")
 
 
 def merge(adapter: str, out: str, *, dtype: str | None = None) -> None:
-    """Merge a PEFT adapter into its base model and save the result, a plain transformers model, to
-    `out`.
+    """Merge a PEFT adapter into the base model that it names, and save the result to `out`.
+
+    `dtype` None keeps the base's. Raises FileError where the adapter names no base model,
+    ValueError where `out` is not empty.
     """
     base = checked_adapter(adapter).get("base_model_name_or_path")
     if not base:

@@ -1,11 +1,11 @@
 """What moved beside what matters: for each target weight of a tuned model, the norm of its update,
 its importance, and how strongly it was held.
 
-    moved(peft_model, importance, layers)    # [{"weight", "layer", "kind", "movement",
-                                             "importance", "coefficient"}, ...]
+    moved(peft_model, importance, layers)
+    # [{"weight", "layer", "kind", "movement", "importance", "coefficient"}, ...]
 
-movement is ||U||_F. For LoRA, U = L R with thin factors, and ||L R||_F^2 = sum((L^T L) * (R R^T)):
-nothing of the weight's size is made.
+The movement is ||U||_F. For LoRA, U = L R with thin factors, and
+||L R||_F^2 = sum((L^T L) * (R R^T)), so nothing of the weight's size is made.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from forgetless.model.weights import LowRankWeight
 def moved(
     model: nn.Module, importance: Importance | None = None, layers: Any = None
 ) -> list[dict[str, Any]] | None:
-    """A row per LoRA weight; importance and coefficient are None without a file.
+    """A row for each LoRA weight; its importance and coefficient are None without a file.
 
-    None for updates that are not LoRA's, whose base is not at hand.
+    None instead of rows where the update is not LoRA's, since its base is not at hand.
     """
     if not has_adapter(model):
         return None
@@ -33,19 +33,19 @@ def moved(
         weights = target_weights(model)
     except ValueError:  # another kind of adapter
         return None
-    # The file's norms cover weights whose importance another process keeps.
-    norms = (
-        {**importance.info.get("norms", {}), **importance.norms()} if importance is not None else {}
-    )
-    coefficients = (
-        layers.coefficients(norms, weights) if importance is not None and layers is not None else {}
-    )
+    norms: dict[str, float] = {}
+    coefficients: dict[str, float] = {}
+    if importance is not None:
+        # The file's norms cover weights whose importance another process keeps.
+        norms = {**importance.info.get("norms", {}), **importance.norms()}
+    if importance is not None and layers is not None:
+        coefficients = layers.coefficients(norms, weights)
     return [
         {
             "weight": weight.name,
             "layer": weight.layer,
             "kind": weight.kind,
-            "movement": _norm(weight),
+            "movement": _update_norm(weight),
             "importance": norms.get(weight.name),
             "coefficient": coefficients.get(weight.name),
         }
@@ -54,9 +54,11 @@ def moved(
     ]
 
 
-def _norm(weight: LowRankWeight) -> float:
-    """||U||_F, accumulated in f64: squares of the factors' products are added up, and may cancel
-    where an initial product was taken away.
+def _update_norm(weight: LowRankWeight) -> float:
+    """||U||_F, accumulated in f64.
+
+    Squares of the factors' products are added up, and may cancel where an initial product was taken
+    away.
     """
     L, R = (factor.cpu().double() for factor in weight.factors())  # (out, q), (q, in)
     return float(((L.T @ L) * (R @ R.T)).sum().clamp(min=0).sqrt())

@@ -44,7 +44,7 @@ logger = logging.getLogger("forgetless")
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedModel:
     """What training left.
 
     `setup` holds the importance that the model was held by. `prepare_seconds` are what the methods
@@ -67,7 +67,7 @@ class Finished:
 
 
 def finish(
-    trained: Trained, methods: Mapping[str, Steps], keeper: Keeper | Predictor | None
+    trained: TrainedModel, methods: Mapping[str, Steps], keeper: Keeper | Predictor | None
 ) -> Finished:
     """Let the methods and the budget change the trained update, and save it to DIR/final.
 
@@ -89,7 +89,7 @@ def finish(
 
 def make_run(
     start: Start,
-    trained: Trained,
+    trained: TrainedModel,
     finished: Finished,
     after: dict[str, Any],
     *,

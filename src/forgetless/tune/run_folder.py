@@ -26,9 +26,10 @@ INPUTS = "inputs.json"
 
 
 def check_folder(options: TuneOptions, out: Path) -> None:
-    """Refuse a folder that holds another run.
+    """Refuse a folder that holds another run; remove what is not to be gone on with.
 
-    What a kill left of a checkpoint is removed; with --overwrite, all checkpoints.
+    What a kill left of a checkpoint is removed, and with --overwrite all checkpoints. Raises
+    ValueError, or OptionError where the run in it was started with other options.
     """
     if options.resume:
         check_resumed(options, out)
@@ -49,7 +50,9 @@ def check_folder(options: TuneOptions, out: Path) -> None:
 
 def check_resumed(options: TuneOptions, out: Path, *, measured: bool = False) -> None:
     """Raise OptionError where the options that decide the result are not those that the interrupted
-    run was started with; `measured`: nor those that decide what it is measured on.
+    run was started with.
+
+    With `measured`, neither may those change that decide what it is measured on.
     """
     path = out / "config.yaml"
     if not path.is_file():
@@ -100,9 +103,10 @@ def begin(options: TuneOptions, hashes: Mapping[str, str], out: Path) -> None:
 
 
 def last_checkpoint(out: Path) -> str | None:
-    """The newest whole checkpoint."""
-    whole = [folder for folder in (out / "checkpoints").glob("checkpoint-*") if _is_whole(folder)]
-    return str(max(whole, key=lambda folder: int(folder.name.split("-")[-1]))) if whole else None
+    """The newest checkpoint that was written to its end; None where there is none."""
+    folders = [path for path in (out / "checkpoints").glob("checkpoint-*") if _is_whole(path)]
+    newest = max(folders, key=lambda path: int(path.name.split("-")[-1]), default=None)
+    return None if newest is None else str(newest)
 
 
 def clear_checkpoints(folder: Path) -> None:
@@ -113,8 +117,9 @@ def clear_checkpoints(folder: Path) -> None:
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written to its end: the trainer writes trainer_state.json last, and
-    not at once.
+    """Whether a checkpoint was written to its end.
+
+    The trainer writes trainer_state.json last, and may be killed in the middle of it.
     """
     with contextlib.suppress(ValueError):
         return isinstance(read_json(checkpoint / "trainer_state.json"), dict)

@@ -3,7 +3,7 @@
 Nothing in it knows of the penalty, which is attached from outside (tune/adapted.py).
 
     trainer = make_trainer(options, peft_model, tokenizer, rows)
-    train(trainer, last_checkpoint(out) if options.resume else None)
+    train_from(trainer, last_checkpoint(out) if options.resume else None)
 
 Rows come encoded and cut. A step of several processes is the same sequences as in one.
 """
@@ -200,7 +200,7 @@ def _config(options: TuneOptions, base: nn.Module, *, evaluates: bool) -> Any:
     return config
 
 
-def train(trainer: Any, checkpoint: str | None) -> float:
+def train_from(trainer: Any, checkpoint: str | None) -> float:
     """Train, from `checkpoint` where there is one; returns the seconds that it took.
 
     A finished checkpoint is only loaded: transformers 5.23 would take one more step from there.

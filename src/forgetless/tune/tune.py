@@ -31,10 +31,10 @@ from forgetless.model import distributed
 from forgetless.model.stages import Earlier
 from forgetless.options.tune import TuneOptions
 from forgetless.tune.adapted import adapt, announce, attach
-from forgetless.tune.base import load_base, load_importance, measure_base, with_strength
-from forgetless.tune.checks import check_one_domain, check_options
+from forgetless.tune.base import load_base, load_importance, measure_start, with_strength
+from forgetless.tune.checks import check_one_domain, check_tuning
 from forgetless.tune.result import (
-    Trained,
+    TrainedModel,
     finish,
     make_run,
     push_result,
@@ -43,7 +43,7 @@ from forgetless.tune.result import (
 )
 from forgetless.tune.rows import encode_inputs
 from forgetless.tune.run_folder import begin, check_folder, check_inputs, last_checkpoint
-from forgetless.tune.trainer import make_trainer, train
+from forgetless.tune.trainer import make_trainer, train_from
 
 
 def tune(options: TuneOptions, *, earlier: Earlier | None = None) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def tune(options: TuneOptions, *, earlier: Earlier | None = None) -> dict[str, A
     before training starts.
     """
     distributed.start(options.device)
-    methods = check_options(options)
+    methods = check_tuning(options)
     check_one_domain(options, earlier)
     repository = repository_of(options)
     importance, file = load_importance(options)
@@ -67,7 +67,7 @@ def tune(options: TuneOptions, *, earlier: Earlier | None = None) -> dict[str, A
             check_inputs(inputs.hashes, out)
         base = load_base(options, importance)
         rows = encode_inputs(options, inputs, base.model, base.tokenizer)
-        start = measure_base(options, base, inputs, rows, earlier)
+        start = measure_start(options, base, inputs, rows, earlier)
 
         started = time.perf_counter()
         adapted = adapt(start, methods)
@@ -77,10 +77,10 @@ def tune(options: TuneOptions, *, earlier: Earlier | None = None) -> dict[str, A
 
         announce(options, adapted.model, importance, len(rows.training))
         begin(options, inputs.hashes, out)
-        train_seconds = train(trainer, last_checkpoint(out) if options.resume else None)
+        train_seconds = train_from(trainer, last_checkpoint(out) if options.resume else None)
 
         setup = replace(start.setup, importance=importance)
-        trained = Trained(adapted.model, trainer, setup, prepare_seconds, train_seconds)
+        trained = TrainedModel(adapted.model, trainer, setup, prepare_seconds, train_seconds)
         finished = finish(trained, methods, start.keeper)
         after = measure(adapted.model, base.tokenizer, inputs.held_out)
         run = make_run(
