@@ -7,12 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from comparisons import RUN, comparison, kept_budget
 from forgetless.errors import FileError
+from forgetless.evaluate.losses import TextLoss
+from forgetless.evaluate.rise import paired_rise
 from forgetless.files.budget_json import BudgetReport, ControllerLook, PredictedRise, ProbeCosts
 from forgetless.files.compare_json import Comparison, TrialRun
+from forgetless.files.measured_json import Interval, Loss
 from forgetless.files.run_json import EvaluatedRun, Run, SequenceRun, ShrunkRun, TunedRun
 from forgetless.files.schema import (
     LEFT_OUT,
@@ -180,6 +184,15 @@ def test_each_verb_writes_its_own_keys():
         "budget",
         "verdict",
     ]
+
+
+def test_what_was_forgotten_and_learned_is_written_with_its_interval():
+    rise = paired_rise(np.zeros(4), np.arange(4.0), np.ones(4), list("aabb"))
+    for numbers in (rise.numbers(), (-rise).numbers(percent=False)):
+        read = from_json(numbers, Interval, "forgetting")
+        assert json.dumps(to_json(read)) == json.dumps(numbers)
+    losses = TextLoss(np.ones(4), np.ones(4), sources=list("aabb")).numbers()
+    assert json.dumps(to_json(from_json(losses, Loss, "general"))) == json.dumps(losses)
 
 
 def test_a_budget_holds_what_was_checked_or_what_was_predicted():
