@@ -151,9 +151,11 @@ def _guard(options: TuneOptions, model: nn.Module, tokenizer: Any, held: Learned
 
 def trained_on(documents: Sequence[Document], data: Any) -> Overlap:
     """Which general documents are in the rows that are trained on."""
-    return overlap(
-        [row_text(asdict(document)) for document in documents], [row_text(row) for row in data]
-    )
+    return overlap(_texts_of(documents), [row_text(row) for row in data])
+
+
+def _texts_of(documents: Sequence[Document]) -> list[str]:
+    return [row_text(asdict(document)) for document in documents]
 
 
 def _measured_baseline(
@@ -232,10 +234,8 @@ def of_trainer(
     if baseline is None:
         assert calibration is not None
         return Predictor(limit, calibration, learning)
-    shared = overlap(
-        [row_text(asdict(document)) for document in documents],
-        tokenizer.batch_decode([ids for ids, _ in rows], skip_special_tokens=True),
-    )
+    trained = tokenizer.batch_decode([ids for ids, _ in rows], skip_special_tokens=True)
+    shared = overlap(_texts_of(documents), trained)
     # Of rows in another form than token ids, the length is not known.
     length = sum(len(ids) for ids, _ in rows) / len(rows) if rows else PIECE
     return Keeper(baseline, learning, shared, _rows_per_step(trainer) * length)

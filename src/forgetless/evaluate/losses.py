@@ -179,11 +179,7 @@ def text_loss(
     has one, and OptionError for a window or stride that cannot be.
     """
     stride = stride or max(1, window // 2)
-    if not window >= 2 or not 1 <= stride < window:
-        raise OptionError(
-            f"expected 1 <= stride < window and window >= 2, found window {window} and stride "
-            f"{stride}"
-        )
+    _check_window(window, stride)
     device = next(model.parameters()).device
     batch_tokens = batch_tokens or (BATCH_TOKENS_CPU if device.type == "cpu" else BATCH_TOKENS)
     # The longest first, so that the windows of one batch are of nearly one length.
@@ -209,6 +205,15 @@ def text_loss(
     if sources is not None:
         sources = [source for source, some in zip(sources, scored, strict=True) if some]
     return TextLoss(nats[scored], tokens[scored], utf8_bytes, sources)
+
+
+def _check_window(window: int, stride: int) -> None:
+    """Raise OptionError for a window that holds no target, or that would leave tokens out."""
+    if not window >= 2 or not 1 <= stride < window:
+        raise OptionError(
+            f"expected 1 <= stride < window and window >= 2, found window {window} and stride "
+            f"{stride}"
+        )
 
 
 def _scored_sums(
