@@ -1,4 +1,4 @@
-# Two commands: `make demo` and `make test`; each does all set-up in .venv from pinned constraints.
+# Each target does all set-up in .venv from pinned constraints, the first time.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
@@ -9,7 +9,7 @@ export MALLOC_TRIM_THRESHOLD_ = 17179869184
 export MALLOC_TOP_PAD_ = 268435456
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test check bench bench-gpu clean
+.PHONY: demo test quick check bench bench-gpu clean
 
 demo: $(READY)
 	$(BIN)/forgetless demo
@@ -17,6 +17,15 @@ demo: $(READY)
 # One thread: tiny models gain nothing from more, and where cores are shared they wait for each other.
 test: $(READY)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+# The inner loop, in less than 90 seconds: form, options, importance files and the pull, without the
+# tests that train end to end.
+QUICK := $(addprefix tests/test_,$(addsuffix .py,form imports contributing schema terminal cli \
+	codec tiers storage inspection consolidation layers weights moved frontier \
+	penalty tiled forms path numerics shrink))
+
+quick: $(READY)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -x $(QUICK)
 
 check: $(READY)
 	$(BIN)/ruff check .
