@@ -17,7 +17,7 @@ from forgetless.methods.method import Steps
 from forgetless.methods.table import loaded
 from forgetless.model.loading import load_model
 from forgetless.model.update import Update
-from forgetless.options.estimators import ESTIMATORS, TRAINING, Estimator, default_strength
+from forgetless.options.estimators import ESTIMATORS, TRAINING_OPTIONS, Estimator, default_strength
 from forgetless.options.methods import FAMILIES, METHODS, Method
 from forgetless.options.model import ModelOptions
 from forgetless.options.option import RUNNING, option
@@ -36,7 +36,7 @@ def test_the_row_of_an_estimator_says_what_its_recorder_is(name):
     assert recorder.estimator == name
     assert issubclass(recorder, PathRecorder if row.trains else ObservingRecorder)
     assert set(row.reads) <= {*RecordOptions.__dataclass_fields__}
-    assert row.trains == (set(TRAINING) <= set(row.reads))
+    assert row.trains == (set(TRAINING_OPTIONS) <= set(row.reads))
     taken = set(inspect.signature(recorder).parameters)
     for name_of_option, argument in (("labels", "labels"), ("cov_rank", "rank")):
         assert (name_of_option in row.reads) == (argument in taken)

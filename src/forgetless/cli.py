@@ -77,14 +77,14 @@ def _failed(name: str, error: Exception, *, debug: bool) -> int:
         return 128 + 13  # as a shell names the end by SIGPIPE
     if debug:
         traceback.print_exc()
-    told = shown(error)
+    told = terminal_text(error)
     if not isinstance(error, (ValueError, OSError)) and not debug:
         told += f" ({type(error).__name__}; run again with --debug for the traceback)"
     print(f"forgetless {name}: {told}", file=sys.stderr)
     return 2 if isinstance(error, OptionError) else 1
 
 
-def shown(text: object) -> str:
+def terminal_text(text: object) -> str:
     """What goes to a terminal: lines without control characters, since they may quote what stands
     in files.
     """
@@ -92,10 +92,10 @@ def shown(text: object) -> str:
 
 
 class Printable(logging.Formatter):
-    """Messages as `shown` makes them."""
+    """Messages as `terminal_text` makes them."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return shown(super().format(record))
+        return terminal_text(super().format(record))
 
 
 def _log_to_terminal(level: int) -> None:

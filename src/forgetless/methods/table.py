@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from forgetless.errors import OptionError, nearest
 from forgetless.methods.method import Steps
-from forgetless.options.methods import METHODS, PLACES, Method, named
+from forgetless.options.methods import METHODS, PLACES, Method, method_names
 from forgetless.options.option import flag
 from forgetless.options.reference import resolved
 from forgetless.options.tune import TuneOptions
@@ -23,10 +23,10 @@ def chosen(options: TuneOptions) -> dict[str, Steps]:
     Raises OptionError for unknown names, combinations that cannot be, missing needs and unused
     options.
     """
-    for name in named(options.method):
+    for name in method_names(options.method):
         if name not in METHODS:
             raise OptionError(f"unknown method '{name}'; {nearest(name, METHODS)}")
-    picked = {name: METHODS[name] for name in named(options.method)}
+    picked = {name: METHODS[name] for name in method_names(options.method)}
     _check_combination(picked)
     for name, method in picked.items():
         _check_options(options, name, method)

@@ -53,7 +53,7 @@ class Estimator:
 
 
 # Options of `record` that only estimators which train an adapter use.
-TRAINING = (
+TRAINING_OPTIONS = (
     "rank",
     "alpha",
     "dropout",
@@ -79,7 +79,7 @@ ESTIMATORS: dict[str, Estimator] = {
         recorder="forgetless.record.path:PathIntegral",
         tier="f32",
         trains=True,
-        reads=TRAINING,
+        reads=TRAINING_OPTIONS,
         # Chosen like NATS_STRENGTH; its unit depends on the training that records it.
         strength=0.01,
     ),
@@ -88,7 +88,7 @@ ESTIMATORS: dict[str, Estimator] = {
         recorder="forgetless.record.path_factored:PathFactored",
         tier="factored",
         trains=True,
-        reads=TRAINING,
+        reads=TRAINING_OPTIONS,
     ),
     "fisher": Estimator(
         help="squared gradients of each weight",

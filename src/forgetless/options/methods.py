@@ -212,7 +212,7 @@ METHODS: dict[str, Method] = {
 }
 
 
-def named(spec: str | None) -> list[str]:
+def method_names(spec: str | None) -> list[str]:
     """The names in `--method a,b`."""
     return [name.strip() for name in (spec or "").split(",") if name.strip()]
 
@@ -225,7 +225,7 @@ def method_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     holds = given.get("importance") or given.get("after")
     method = given.get("method") or ("hold" if holds else "plain")
     settings = {"method": method}
-    for name in named(method):
+    for name in method_names(method):
         if name in METHODS:
             settings.update(METHODS[name].settings)
     return settings
@@ -233,5 +233,5 @@ def method_settings(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def family(method: str) -> str:
     """The family of the first method that `--method a,b` names."""
-    first = next(iter(named(method)), "")
+    first = next(iter(method_names(method)), "")
     return METHODS[first].family if first in METHODS else "baseline"

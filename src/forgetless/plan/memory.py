@@ -14,7 +14,7 @@ from forgetless.plan.sketch import Sketch
 
 # Bytes per weight that bitsandbytes quantises: four or eight bits, and for NF4 a scale per block,
 # which is quantised too.
-QUANTISED = {"4bit": 0.516, "8bit": 1.0}
+QUANTISED_BYTES = {"4bit": 0.516, "8bit": 1.0}
 # Bytes per trained parameter of an adapter, all in f32: itself, its gradient, two moments of AdamW.
 TRAINED = 16
 
@@ -68,7 +68,7 @@ def _model_bytes(options: PlanOptions, sketch: Sketch) -> float:
     if options.quantize == "none":
         return sketch.parameters * sketch.itemsize
     rest = sketch.parameters - sketch.linear
-    return sketch.linear * QUANTISED[options.quantize] + rest * 4
+    return sketch.linear * QUANTISED_BYTES[options.quantize] + rest * 4
 
 
 def _activations(options: PlanOptions, sketch: Sketch, kept: float, tokens: int) -> float:

@@ -71,7 +71,7 @@ def sketched(options: PlanOptions) -> Sketch:
     itemsize = next(base.parameters()).element_size()
     linear = _linear_parameters(base)
     kept_bare = kept_per_token(base.requires_grad_(False), length, through_embeddings=True)
-    trained, lora = _trained(options, model, layers)
+    trained, lora = _as_tuned(options, model, layers)
     return Sketch(
         weights=[Planned(layer.name, layer.shape, leaders[layer.name]) for layer in layers],
         parameters=parameters,
@@ -86,7 +86,7 @@ def sketched(options: PlanOptions) -> Sketch:
     )
 
 
-def _trained(
+def _as_tuned(
     options: PlanOptions, model: nn.Module, layers: list[BaseLayer]
 ) -> tuple[nn.Module, int]:
     """The model as it is tuned, and how many parameters its adapter has."""

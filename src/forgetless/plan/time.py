@@ -36,9 +36,9 @@ from forgetless.plan.sketch import Sketch
 
 # Rows of the product whose rate is measured: few, so that a call is over before the machine turns
 # to something else.
-ROWS = 256
+PRODUCT_ROWS = 256
 # The weight whose pull is measured is cut to this many rows and columns, so that it takes no room.
-LARGEST = 2048
+LARGEST_PULLED = 2048
 DTYPES_BY_SIZE = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
 
 
@@ -87,15 +87,16 @@ def seconds(
 def rates(options: PlanOptions, sketch: Sketch, tier: str) -> dict[str, Any]:
     """Operations per second of the model and of the pull, given or measured here.
 
-    Measured are a product like the model's, and the pull on the commonest weight, cut to LARGEST.
+    Measured are a product like that of the model, and the pull on the commonest weight, which is
+    cut to LARGEST_PULLED.
     """
     if options.flops:
         return {"source": "given", "step": options.flops, "pull": options.flops}
     device, dtype = device_of(options), DTYPES_BY_SIZE[sketch.itemsize]
     (out, into), _ = Counter(weight.shape for weight in sketch.weights).most_common(1)[0]
-    x = torch.randn(min(options.tokens, ROWS), into, dtype=dtype, device=device)
+    x = torch.randn(min(options.tokens, PRODUCT_ROWS), into, dtype=dtype, device=device)
     W = torch.randn(into, out, dtype=dtype, device=device)
-    small = Planned("", (min(out, LARGEST), min(into, LARGEST)), "")
+    small = Planned("", (min(out, LARGEST_PULLED), min(into, LARGEST_PULLED)), "")
     A = torch.randn(options.rank, small.shape[1], device=device)
     B = torch.randn(small.shape[0], options.rank, device=device)
     entry = random_entry(small, tier, device)
@@ -115,12 +116,14 @@ def random_entry(weight: Planned, tier: str, device: torch.device) -> Entry:
         rows = torch.rand(out, k or 1, device=device)
         return FactoredEntry(rows, torch.rand(into, k or 1, device=device))
     if kind == "kronecker":
-        return KroneckerEntry(_covariance(out, k, device), _covariance(into, k, device))
+        return KroneckerEntry(
+            _random_covariance(out, k, device), _random_covariance(into, k, device)
+        )
     entry: Entry = DenseEntry(torch.rand(out, into))
     return converted({"": entry}, kind)[""].to(device, torch.float32, {})
 
 
-def _covariance(n: int, rank: int | None, device: torch.device) -> AnyCovariance:
+def _random_covariance(n: int, rank: int | None, device: torch.device) -> AnyCovariance:
     """A covariance (n, n), whole or of this rank."""
     if rank is None:
         return Covariance(torch.eye(n, device=device))

@@ -7,7 +7,7 @@ from typing import Any
 from forgetless.importance.importance import Importance
 from forgetless.importance.info import Origin
 from forgetless.model import distributed
-from forgetless.options.estimators import ESTIMATORS, TRAINING
+from forgetless.options.estimators import ESTIMATORS, TRAINING_OPTIONS
 from forgetless.options.option import RUNNING, as_dict, deciding
 from forgetless.options.record import RecordOptions
 from forgetless.record import state as recording_state
@@ -47,6 +47,6 @@ def _settings(options: RecordOptions) -> dict[str, Any]:
     """The options that made the importance what it is."""
     left_out = set(NOT_IN_THE_FILE)
     if not ESTIMATORS[options.estimator].trains:
-        left_out |= set(TRAINING)
+        left_out |= set(TRAINING_OPTIONS)
     given = as_dict(options).items()
     return {name: value for name, value in given if name not in left_out and value is not None}
