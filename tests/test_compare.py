@@ -28,6 +28,7 @@ from forgetless.errors import OptionError
 from forgetless.evaluate.accuracy import answers
 from forgetless.files.lock import only_writer
 from forgetless.importance.importance import Importance
+from forgetless.model.adapter_files import with_adapter
 from forgetless.model.adapters import add_adapter
 from forgetless.model.loading import load_model, load_tokenizer
 from forgetless.options.model import ModelOptions
@@ -290,18 +291,16 @@ def test_a_sequence_goes_on_from_the_merged_result_of_each_domain(
     assert any(
         "way, one after another (domain, second, third)" in line for line in summary["verdict"]
     )
-    assert len(list(out.glob("sequences/way/*/*/model"))) == 3  # of the last step alone
-    kept = (out / "sequences/way/forgetless-1/keep-3.jsonl").read_text()
+    assert len(list(out.glob("sequences/way/*/*/adapter"))) == 3  # of the last step alone
+    kept = (out / "sequences/way/hold-1/keep-3.jsonl").read_text()
     assert all(word in kept for word in ("Question", "second", "cat")) and "third" not in kept
-    held_by = Importance.load(
-        out / "sequences/way/forgetless-1/3-third/importance.safetensors"
-    ).info
+    held_by = Importance.load(out / "sequences/way/hold-1/3-third/importance.safetensors").info
     assert [Path(step["data"]["source"]).parent.name for step in held_by["consolidated"]] == [
         "domain",
         "second",
     ]
     assert held_by["data"]["source"].endswith("wide/record.jsonl")
-    monkeypatch.setattr(sequence, "_take", lambda *arguments: pytest.fail("ran again"))
+    monkeypatch.setattr(sequence, "take", lambda *arguments: pytest.fail("ran again"))
     assert run(path, out) == 0
     assert json.loads((out / "compare.json").read_text())["sequences"] == summary["sequences"]
 
@@ -334,12 +333,11 @@ def test_a_sequence_answers_the_questions_of_its_domains_after_each_step(success
         "backward_transfer": scores[3] - 1.0,
         "forward_transfer": scores[1] - scores[0],
     }
-    last = out / "sequences/way/plain-1/3-third/model"
+    last = out / "sequences/way/plain-1/3-third/adapter"
     task, rows = load_task(spec, split=None)
-    options = resolve(ModelOptions, {"model": str(last)})
-    assert answers(load_model(options), load_tokenizer(options), task, rows)[
-        "acc"
-    ] == pytest.approx(scores[3])
+    options = resolve(ModelOptions, {"model": summary["model"]})
+    whole = with_adapter(load_model(options), last)  # as anybody would load it
+    assert answers(whole, load_tokenizer(options), task, rows)["acc"] == pytest.approx(scores[3])
 
 
 def test_a_sequence_is_held_by_the_domains_before_by_a_rule(succession, tmp_path):
@@ -364,15 +362,15 @@ def test_an_interrupted_sequence_goes_on_and_a_changed_step_finds_the_model_befo
     succession, tmp_path, monkeypatch
 ):
     spec = {"way": {"domains": ["domain", "second", "third"], "methods": ["plain"]}}
-    path, out, original, calls = succession(sequences=spec), tmp_path / "out", sequence._take, []
+    path, out, original, calls = succession(sequences=spec), tmp_path / "out", sequence.take, []
 
     def interrupted(*arguments):
         calls.append(arguments)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        original(*arguments)
+        return original(*arguments)
 
-    monkeypatch.setattr(sequence, "_take", interrupted)
+    monkeypatch.setattr(sequence, "take", interrupted)
     assert run(path, out) == 130 and run(path, out) == 0
     assert len(calls) == 4  # the second step twice
     whole = json.loads((out / "sequences.json").read_text())
@@ -408,14 +406,14 @@ def test_the_verdict_names_no_ratio_where_plain_forgets_nothing(experiment, tmp_
 
 
 def test_a_sequence_that_fails_is_told(succession, tmp_path, monkeypatch):
-    original = sequence._take
+    original = sequence.take
 
-    def failing(campaign, options, *rest):
-        if options.method == "o-lora":
+    def failing(steps, number):
+        if steps.each[number - 1].options.method == "o-lora":
             raise RuntimeError("broken")
-        original(campaign, options, *rest)
+        return original(steps, number)
 
-    monkeypatch.setattr(sequence, "_take", failing)
+    monkeypatch.setattr(sequence, "take", failing)
     assert run(succession(), tmp_path / "out") == 0
     summary = json.loads((tmp_path / "out" / "compare.json").read_text())
     apart = next(s for s in summary["sequences"] if s["method"] == "apart")
@@ -794,7 +792,7 @@ def test_an_experiment_may_differ_from_another_one(experiment, tmp_path):
     path = experiment()
     other = tmp_path / "other.yaml"
     other.write_text(
-        "base: experiment.yaml\nmethods: {forgetless: null}\ntraining: {max_steps: 5}\nseeds: "
+        "base: experiment.yaml\nmethods: {hold: null}\ntraining: {max_steps: 5}\nseeds: "
         "{validation: [0, 7]}\n"
     )
     found = read(other)
@@ -808,7 +806,7 @@ def test_an_experiment_may_differ_from_another_one(experiment, tmp_path):
     ] == read(path).seeds["test"]
     other.write_text(
         "base: experiment.yaml\ntitle: null\nsequences: {way: {domains: [domain, two], methods: "
-        "{plain: , forgetless: }}}\n"
+        "{plain: , hold: }}}\n"
         "domains: {two: second.jsonl}\n"
     )
     assert list(read(other).sequences["way"].methods) == [
@@ -866,7 +864,8 @@ def test_near_duplicates_fall_into_one_part_whatever_the_order():
 
 def test_reading_results_needs_no_torch():
     code = (
-        "import sys, forgetless.compare, forgetless.frontier, forgetless.experiment_file; "
+        "import sys, forgetless.compare.summary, forgetless.compare.frontier, "
+        "forgetless.compare.experiment_file; "
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -33,6 +33,7 @@ from forgetless.record.record import record
 from forgetless.sequence import importance as domain_importance
 from forgetless.sequence import matrix
 from forgetless.sequence import sequence as succession
+from forgetless.sequence import steps as engine
 from forgetless.sequence.domains import earlier_of
 from forgetless.sequence.transfer import transfer
 from forgetless.tune import adapted
@@ -291,7 +292,7 @@ PHASES = {
     "recording a domain": (recording, "by_observing", 1),
     "consolidating": (domain_importance, "consolidated", 1),
     "saving a step": (tune_result, "save_whole", 2),
-    "stacking": (succession, "stack", 2),
+    "stacking": (engine, "stack", 2),
     "measuring": (matrix, "measure", 2),
     "at the end": (succession, "_finish", 1),
     "copying the end": (succession, "write_json", 2),
@@ -779,8 +780,8 @@ def test_a_sequence_whose_data_changed_is_not_gone_on_with(
     def interrupted(*arguments, **more):
         raise KeyboardInterrupt
 
-    original = succession.tune
-    monkeypatch.setattr(succession, "tune", interrupted)
+    original = engine.tune
+    monkeypatch.setattr(engine, "tune", interrupted)
     assert run(made) == 130
     before = Path(held[1]).read_text()
     Path(held[1]).write_text(before.replace("dog", "cat"))
@@ -789,7 +790,7 @@ def test_a_sequence_whose_data_changed_is_not_gone_on_with(
         and "changed are the held-out rows of second" in capsys.readouterr().err
     )
     Path(held[1]).write_text(before)
-    monkeypatch.setattr(succession, "tune", original)
+    monkeypatch.setattr(engine, "tune", original)
     assert run(made, "--resume") == 0
 
 

@@ -17,11 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from forgetless.model.adapter_files import with_adapter
+from forgetless.model.adapter_files import CONFIG, with_adapter
 from forgetless.model.adapters import forget_adapters
 
 
@@ -68,10 +69,22 @@ def walk(model: nn.Module, earlier: Earlier) -> Iterator[tuple[int, nn.Module]]:
 def merged(model: nn.Module, adapter: str) -> nn.Module:
     """`model` with a PEFT adapter's update in its weights, in place.
 
-    No trace of the adapter is left.
+    No trace of the adapter is left. Where `adapter` is the folder of a fully fine-tuned model, its
+    weights take the place of those of `model`.
     """
+    folder = Path(adapter)
+    if (folder / "config.json").is_file() and not (folder / CONFIG).is_file():
+        return _replaced(model, adapter)
     plain: Any = with_adapter(model, adapter).merge_and_unload()
     forget_adapters(plain)
     plain.requires_grad_(True)  # as it was loaded
     tuned: nn.Module = plain.eval()
     return tuned
+
+
+def _replaced(model: nn.Module, folder: str) -> nn.Module:
+    """`model` with the weights of the one in `folder`."""
+    kind: Any = type(model)
+    trained = kind.from_pretrained(folder, dtype=next(model.parameters()).dtype)
+    model.load_state_dict(trained.state_dict())
+    return model

@@ -38,8 +38,6 @@ def consolidate(
     model: Callable[[], nn.Module],
     options: TuneOptions,
     out: Path,
-    *,
-    saved: bool = False,
 ) -> str:
     """The file that the next step is held by:
 
@@ -47,9 +45,8 @@ def consolidate(
     `out`.
 
     `split` of a Hub dataset (None: that of the options). `model` gives the model that has learned
-    them; `saved`: the next step loads that model itself (options.model), not the base. Uniform
-    importance is the same whatever was learned, and is given back as it is. The domain's own
-    importance stays beside `out` as domain.safetensors, where it is found again.
+    them. Uniform importance is the same whatever was learned, and is given back as it is. The
+    domain's own importance stays beside `out` as domain.safetensors, where it is found again.
     """
     rule = options.consolidate or "sum"
     if rule == "none":
@@ -67,8 +64,6 @@ def consolidate(
         out.with_name("domain.safetensors"),
     )
     both = consolidated(old, last, rule)
-    if saved:
-        both.info["model"] = last.info["model"]
     error = both.info["consolidated"][-1]["error"]
     logger.info(
         "importance of %s consolidated with that before (%s): relative error %.3f at the median "

@@ -7,8 +7,10 @@ domains are learned in the order of the columns. As for accuracies (Lopez-Paz & 
 1706.08840), with the sign turned so that positive is good:
 
     average             mean over j of L[n][j]
-    backward transfer   mean over j < n of L[j][j] - L[n][j]        what later domains did to earlier ones; negative: forgotten
-    forward transfer    mean over j > 1 of L[0][j] - L[j-1][j]      what earlier domains did for later ones, before these were learned
+    backward transfer   mean over j < n of L[j][j] - L[n][j]
+                        what later domains did to earlier ones; negative: forgotten
+    forward transfer    mean over j > 1 of L[0][j] - L[j-1][j]
+                        what earlier domains did for later ones, before these were learned
 
 Where several domains are learned in one step, or some before the first that is measured, `learned`
 says for each domain after which row it is; where some domains are left out, `steps` says how many

@@ -1,0 +1,237 @@
+"""What a sequence is started with: everything that can be refused before a model is loaded, and the
+domains with their held-out rows written.
+
+    plan = planned(options)      # OptionError or ValueError, or a Plan
+
+It writes DIR/config.yaml, DIR/inputs.json and DIR/data/, and with --overwrite removes what an
+earlier run left.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import yaml
+
+from forgetless.budget.baseline import check_held_out
+from forgetless.budget.open import check_budget
+from forgetless.data.documents import fingerprint_documents, fingerprint_rows, load_documents
+from forgetless.data.tasks import find_task, load_training_data, row_text
+from forgetless.errors import OptionError
+from forgetless.files.atomic import discard, write_json, write_text
+from forgetless.files.hub import importance_path
+from forgetless.methods.table import chosen
+from forgetless.model import distributed
+from forgetless.options.option import as_dict, parse_rule, several
+from forgetless.options.tune import TuneOptions
+from forgetless.sequence.domains import Domain, earlier_of, named
+from forgetless.sequence.steps import IMPORTANCE, Step, Steps
+from forgetless.tune.run_folder import INPUTS, check_inputs, check_resumed
+
+logger = logging.getLogger("forgetless")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all steps share.
+
+    `before`: the domains of the run that is gone on from, learned at once as far as this one can
+    tell; `start`: its adapter.
+    """
+
+    options: TuneOptions
+    out: Path
+    domains: tuple[Domain, ...]
+    before: tuple[Domain, ...] = ()
+    start: str | None = None
+
+    @property
+    def all(self) -> tuple[Domain, ...]:
+        return (*self.before, *self.domains)
+
+    @property
+    def first(self) -> int:
+        """The row of the measurements that this command starts from: 0 is the bare base, 1 the run
+        that is gone on from.
+        """
+        return 1 if self.start else 0
+
+    @property
+    def learned(self) -> list[int]:
+        """After which row each domain is learned."""
+        return [1] * len(self.before) + [self.first + i for i in range(1, len(self.domains) + 1)]
+
+    def step(self, row: int) -> Path:
+        return self.out / "steps" / str(row)
+
+    def steps(self) -> Steps:
+        """The same as the engine takes it."""
+        each = [
+            Step(domain, self._options(domain), self.step(self.first + number))
+            for number, domain in enumerate(self.domains, 1)
+        ]
+        return Steps(tuple(each), self.start, self.before)
+
+    def _options(self, domain: Domain) -> TuneOptions:
+        return replace(
+            self.options,
+            data=domain.train,
+            eval_data=domain.held,
+            eval_split=domain.held_split,
+            after=None,
+            final_rank=None,
+            keep_all=False,
+        )
+
+
+def planned(options: TuneOptions) -> Plan:
+    """Everything that can be refused before a model is loaded, and the domains with their held-out
+    rows written.
+    """
+    out = Path(options.out)
+    options, before, start = _gone_on_from(options)
+    parse_rule(options.consolidate or "sum")
+    _check_processes(options)
+    _check_names(options)
+    _check_methods(options)
+    _check_importance(options, out)
+    _check_folder(options, out)
+    domains = named(options, out, taken=[domain.name for domain in before])
+    given = _check_rows(options, before, domains, out)
+    write_json(out / INPUTS, given)
+    write_text(out / "config.yaml", yaml.safe_dump(as_dict(options), sort_keys=False))
+    if options.importance:
+        options = replace(options, importance=str(importance_path(options.importance)))
+    return Plan(replace(options, push_to_hub=None, private=None), out, domains, before, start)
+
+
+def _gone_on_from(options: TuneOptions) -> tuple[TuneOptions, tuple[Domain, ...], str | None]:
+    """(options, the domains of the run that --after names, its adapter); that run's importance is
+    gone on with, where no other is given.
+    """
+    if not options.after:
+        return options, (), None
+    before, start, importance = earlier_of(options)
+    options = replace(options, importance=options.importance or importance)
+    if options.importance is None and options.method == "hold":  # the default beside --after
+        logger.warning(
+            "%s was tuned without importance, and none is given: nothing but a budget holds "
+            "it; --importance FILE does",
+            options.after,
+        )
+        options = replace(options, method="plain")
+    return options, before, start
+
+
+def _check_processes(options: TuneOptions) -> None:
+    distributed.start(options.device)
+    if distributed.world_size() > 1:
+        raise OptionError(
+            f"several domains are tuned in one process, found {distributed.world_size()}; start one "
+            "process, or tune on all of the data at once"
+        )
+
+
+def _check_names(options: TuneOptions) -> None:
+    """Raise OptionError for a misspelt task, before the rows of another are written, and for
+    held-out rows that do not go with the domains.
+    """
+    for spec in (*several(options.data), *several(options.eval_data)):
+        find_task(spec)
+    given = several(options.eval_data)
+    if given and len(given) != len(several(options.data)):
+        raise OptionError(
+            "--eval-data is given for each --data in its order: expected "
+            f"{len(several(options.data))} of it, found {len(given)}"
+        )
+
+
+def _check_methods(options: TuneOptions) -> None:
+    """Raise OptionError for what does not end as one LoRA adapter for the base."""
+    wrong = None
+    if options.full:
+        wrong = "--full"
+    elif options.anchor == "recorded":
+        wrong = "--anchor recorded"
+    elif options.quantize != "none":
+        wrong = f"--quantize {options.quantize}"
+    if wrong:
+        raise OptionError(
+            f"{wrong} cannot be used with several domains or --after: each step stands on the "
+            "updates before it, merged into the base, and the "
+            "result is one LoRA adapter; leave it out"
+        )
+    methods = chosen(options)
+    for name, method in methods.items():
+        if method.adapter or method.save or name == "o-lora":
+            raise OptionError(
+                f"--method {name} cannot be used with several domains or --after: the steps' "
+                "updates are added up as plain LoRA"
+            )
+    check_budget(options, list(methods))
+    if options.final_rank is not None and options.budget:
+        raise OptionError(
+            "--final-rank changes the result after the budget was checked; leave out one of them"
+        )
+
+
+def _check_importance(options: TuneOptions, out: Path) -> None:
+    if options.importance and Path(options.importance).resolve() == (out / IMPORTANCE).resolve():
+        raise OptionError(
+            f"--importance '{options.importance}' lies where this run writes what its last step "
+            "was held by; copy it to another place"
+        )
+
+
+def _check_folder(options: TuneOptions, out: Path) -> None:
+    """Refuse a folder that holds another run; with --overwrite, remove what it left."""
+    if options.resume:
+        # What the earlier domains were measured on must not change for the later ones.
+        check_resumed(options, out, measured=True)
+        return
+    if not (out / "config.yaml").exists():
+        return
+    if not options.overwrite:
+        run = "an unfinished run; go on with --resume"
+        if (out / "run.json").exists():
+            run = "a finished run"
+        raise ValueError(f"'{out}' holds {run}; give another --out, or --overwrite")
+    for name in ("run.json", "steps", "data", "final", IMPORTANCE, INPUTS):
+        discard(out / name)
+
+
+def _check_rows(
+    options: TuneOptions, before: tuple[Domain, ...], domains: tuple[Domain, ...], out: Path
+) -> dict[str, str]:
+    """Hashes of the data.
+
+    Raises ValueError where it is not what an interrupted run was started with, and with a budget
+    for too few held-out rows.
+    """
+    every = (*before, *domains)
+    held = [
+        load_training_data(domain.held, split=domain.held_split, limit=options.limit)
+        for domain in every
+    ]
+    if options.budget:
+        for domain, rows in zip(every[:-1], held, strict=False):
+            check_held_out(domain.name, len({row_text(row) for row in rows}))
+    given = {}
+    for domain, rows in zip(every, held, strict=True):
+        given[f"held-out rows of {domain.name}"] = fingerprint_rows(list(rows))
+    for domain in domains:
+        trained = load_training_data(domain.train, split=domain.split or options.data_split)
+        given[f"rows of {domain.name}"] = fingerprint_rows(list(trained))
+    if options.general and options.general != "self":
+        documents = load_documents(
+            options.general,
+            column=options.text_column,
+            split=options.general_split,
+            limit=options.limit,
+        )
+        given["general text"] = fingerprint_documents(documents)
+    if options.resume:
+        check_inputs(given, out)
+    return given
