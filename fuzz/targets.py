@@ -203,9 +203,9 @@ seed: 0
 
 def config(folder: Path) -> Target:
     """Experiments and options of tune and record in YAML, resolved, with every trial addressed."""
-    from forgetless.compare.compare import _plan
     from forgetless.compare.experiment import identity, tune_options, validation_trials
     from forgetless.compare.experiment_file import read
+    from forgetless.compare.plan import plan_text
     from forgetless.options.option import as_dict, read_yaml
     from forgetless.options.record import RECORD_PRESETS, RecordOptions
     from forgetless.options.tune import TUNE_PRESETS, TuneOptions
@@ -253,7 +253,7 @@ def config(folder: Path) -> Target:
         assert all((folder / name).resolve().parent == folder.resolve() for name in names), (
             f"a name leaves its folder: {names}"
         )
-        return _plan(experiment, "both").split("\n")
+        return plan_text(experiment, "both").split("\n")
 
     return Target(
         {name: text.encode() for name, text in seeds.items()},

@@ -17,8 +17,8 @@ import torch
 from conftest import PLAIN
 from forgetless.cli import main
 from forgetless.compare import compare as campaign
+from forgetless.compare import samples, trial
 from forgetless.compare import sequences as sequence
-from forgetless.compare import trial
 from forgetless.compare.experiment import identity, validation_trials
 from forgetless.compare.experiment_file import read
 from forgetless.data import encoding
@@ -186,7 +186,7 @@ def test_interrupted_and_gone_on_with_is_the_same(experiment, tmp_path, monkeypa
     path, original, calls = experiment(), trial._trained, []
 
     def interrupted(job):
-        calls.append(job["id"])
+        calls.append(job.id)
         if len(calls) == 3:
             raise KeyboardInterrupt
         return original(job)
@@ -391,7 +391,7 @@ def test_the_verdict_names_no_ratio_where_plain_forgets_nothing(experiment, tmp_
         for point in result["points"]:
             point["learning"]["nats"] = point["scale"]
             point["forgetting"]["wide"]["nats"] = (
-                -0.01 * point["scale"] * (2 if job["trial"].method == "hold" else 1)
+                -0.01 * point["scale"] * (2 if job.trial.method == "hold" else 1)
             )
         return result
 
@@ -469,13 +469,13 @@ def test_updates_that_are_not_loras_are_scaled_too(experiment, tmp_path, method)
 
 def test_what_is_answered_is_of_the_chosen_settings(experiment, tmp_path, monkeypatch):
     """Also where nothing is tested."""
-    loaded, original = [], campaign.load_tuned
+    loaded, original = [], samples.load_tuned
 
     def noted(options, folder, **more):
         loaded.append(Path(folder).parent.name)
         return original(options, folder, **more)
 
-    monkeypatch.setattr(campaign, "load_tuned", noted)
+    monkeypatch.setattr(samples, "load_tuned", noted)
     for part in ("validation", "both"):
         loaded.clear()
         assert run(experiment(), tmp_path / "out", "--part", part) == 0
@@ -544,7 +544,7 @@ def test_until_every_method_is_tested_the_verdict_is_of_the_validation_part(
     path, out, original = experiment(), tmp_path / "out", trial._trained
 
     def interrupted(job):
-        if job["trial"].part == "test" and job["trial"].method == "hold":
+        if job.trial.part == "test" and job.trial.method == "hold":
             raise KeyboardInterrupt
         return original(job)
 
@@ -613,7 +613,7 @@ def test_answers_to_chats_come_through_the_chat_template(
         return encoding.templated(tokenizer, messages, prompt=prompt)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(campaign, "templated", noted)
+        patch.setattr(samples, "templated", noted)
         assert (
             run(
                 experiment(domains={"domain": str(chats)}, seeds={"validation": [0], "test": []}),
@@ -631,7 +631,7 @@ def test_out_of_memory_is_a_result_and_a_failure_is_tried_again(experiment, tmp_
     failing = {"hold": MemoryError("no room"), "plain": None}
 
     def trained(job):
-        if (error := failing[job["trial"].method]) is not None:
+        if (error := failing[job.trial.method]) is not None:
             raise error
         return original(job)
 

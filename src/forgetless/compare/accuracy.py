@@ -19,12 +19,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from forgetless.compare.experiment import Experiment
+from forgetless.compare.job import Job
 from forgetless.compare.processes import running
 from forgetless.data.tasks import load_task
 from forgetless.evaluate.accuracy import answers
@@ -35,7 +37,16 @@ from forgetless.options.model import ModelOptions
 from forgetless.options.verbs import resolve
 
 logger = logging.getLogger("forgetless")
+# What is kept of a task's numbers.
 KEPT = ("acc", "acc_stderr", "acc_norm", "questions")
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A run, and the tasks that it is to be scored on: name -> task."""
+
+    job: Job
+    wanted: dict[str, str]
 
 
 def check_questions(experiment: Experiment) -> None:
@@ -56,45 +67,48 @@ def check_questions(experiment: Experiment) -> None:
             raise type(error)(f"{where}: {error}") from None
 
 
-def score_all(
-    experiment: Experiment, jobs: Sequence[Mapping[str, Any]], out: Path, processes: int = 1
-) -> None:
+def score_all(experiment: Experiment, jobs: Sequence[Job], out: Path, processes: int = 1) -> None:
     """Measure what is not measured yet.
 
-    `jobs`: the runs of the campaign; those on the test part that are done are scored, `processes`
-    at a time.
+    `jobs`: the runs of the campaign; those on the test part (on the validation part, where the
+    experiment has no test seeds) that are done are scored, `processes` at a time.
     """
-    own = domain_tasks(experiment)
-    if not own and not experiment.tasks:
+    if not domain_tasks(experiment) and not experiment.tasks:
         return
     score_base(experiment, out)
-    waiting = []
-    for job in {job["id"]: job for job in jobs}.values():  # methods may share a run
-        trial, path = job["trial"], job["folder"] / "accuracy.json"
-        wanted = {
-            **({trial.domain: own[trial.domain]} if trial.domain in own else {}),
-            **experiment.tasks,
-        }
-        if (
-            trial.part != "test"
-            or not wanted
-            or read_json(job["folder"] / "run.json")["status"] != "done"
-            or _known(path, experiment, wanted) is not None
-        ):
-            continue
-        if not (job["folder"] / "adapter").is_dir():
-            logger.warning(
-                "%s on %s, seed %d: its adapter is gone, so its accuracy cannot be measured",
-                trial.method,
-                trial.domain,
-                trial.seed,
-            )
-            continue
-        waiting.append({**job, "wanted": wanted})
-    for done, _ in enumerate(
-        running(_score_run, waiting, processes, killed=_was_killed, spread=spread(experiment)), 1
-    ):
+    # Methods may share a run.
+    asked = [_Asked(job, _wanted(job)) for job in {job.id: job for job in jobs}.values()]
+    waiting = [one for one in asked if _is_waiting(one) and _has_adapter(one.job)]
+    ending = running(_score_run, waiting, processes, killed=_was_killed, spread=spread(experiment))
+    for done, _ in enumerate(ending, 1):
         logger.info("accuracy of %d of %d runs", done, len(waiting))
+
+
+def _wanted(job: Job) -> dict[str, str]:
+    """The tasks that a run is scored on: the questions of its domain, and the other tasks."""
+    own, domain = domain_tasks(job.experiment), job.trial.domain
+    return {**({domain: own[domain]} if domain in own else {}), **job.experiment.tasks}
+
+
+def _is_waiting(asked: _Asked) -> bool:
+    job = asked.job
+    if job.trial.part != job.experiment.last_part or not asked.wanted:
+        return False
+    if read_json(job.folder / "run.json")["status"] != "done":
+        return False
+    return _known(job.folder / "accuracy.json", job.experiment, asked.wanted) is None
+
+
+def _has_adapter(job: Job) -> bool:
+    if (job.folder / "adapter").is_dir():
+        return True
+    logger.warning(
+        "%s on %s, seed %d: its adapter is gone, so its accuracy cannot be measured",
+        job.trial.method,
+        job.trial.domain,
+        job.trial.seed,
+    )
+    return False
 
 
 def spread(experiment: Experiment) -> bool:
@@ -110,14 +124,14 @@ def domain_tasks(experiment: Experiment) -> dict[str, str]:
 
 
 def score_base(experiment: Experiment, out: Path) -> dict[str, float]:
-    """The base model's accuracy on every task, measured once: name -> share of right answers."""
+    """The base model's accuracy on every task, measured once: name -> fraction of right answers."""
     wanted = {**domain_tasks(experiment), **experiment.tasks}
     if not wanted:
         return {}
     found = _known(out / "accuracy.json", experiment, wanted)
     if found is None:
         options = resolve(ModelOptions, experiment.model)
-        found = _score(load_model(options), load_tokenizer(options), experiment, wanted)
+        found = score(load_model(options), load_tokenizer(options), experiment, wanted)
         write_json(out / "accuracy.json", found)
     return {name: task["acc"] for name, task in found["tasks"].items()}
 
@@ -127,7 +141,7 @@ def score_domains(
 ) -> dict[str, float]:
     """The accuracy of one state of a model on those of `domains` that have questions."""
     own = domain_tasks(experiment)
-    found = _score(
+    found = score(
         model, tokenizer, experiment, {domain: own[domain] for domain in domains if domain in own}
     )
     return {name: task["acc"] for name, task in found["tasks"].items()}
@@ -138,14 +152,12 @@ def question_limit(experiment: Experiment) -> int | None:
     return experiment.limit.get("questions", experiment.limit.get("test"))
 
 
-def _score_run(job: Mapping[str, Any]) -> None:
-    options, trial = job["options"], job["trial"]
+def _score_run(asked: _Asked) -> None:
+    job, options, trial = asked.job, asked.job.options, asked.job.trial
     try:
-        model = load_tuned(options, job["folder"] / "adapter", full=options.full)
-        write_json(
-            job["folder"] / "accuracy.json",
-            _score(model, load_tokenizer(options), job["experiment"], job["wanted"]),
-        )
+        model = load_tuned(options, job.folder / "adapter", full=options.full)
+        scored = score(model, load_tokenizer(options), job.experiment, asked.wanted)
+        write_json(job.folder / "accuracy.json", scored)
     except Exception as error:  # one run without an accuracy must not cost the comparison
         logger.warning(
             "%s on %s, seed %d: its accuracy was not measured (%s: %s); the same command tries "
@@ -158,12 +170,13 @@ def _score_run(job: Mapping[str, Any]) -> None:
         )
 
 
-def _was_killed(job: Mapping[str, Any]) -> None:
+def _was_killed(asked: _Asked) -> None:
+    trial = asked.job.trial
     logger.warning(
         "%s on %s: its process was killed, so its accuracy was not measured; the same command "
         "tries again",
-        job["trial"].method,
-        job["trial"].domain,
+        trial.method,
+        trial.domain,
     )
 
 
@@ -183,12 +196,14 @@ def _known(path: Path, experiment: Experiment, wanted: Mapping[str, str]) -> dic
     )
 
 
-def _score(
+def score(
     model: nn.Module, tokenizer: Any, experiment: Experiment, wanted: Mapping[str, str]
 ) -> dict[str, Any]:
-    limit, found = question_limit(experiment), {}
+    """What accuracy.json holds of one state of a model; `wanted`: name -> task."""
+    limit = question_limit(experiment)
+    tasks = {}
     for name, spec in wanted.items():
         task, rows = load_task(spec, split=None)
         measured = answers(model, tokenizer, task, rows[:limit])
-        found[name] = {"task": spec, **{key: measured[key] for key in KEPT}}
-    return {"model": experiment.model["model"], "limit": limit, "tasks": found}
+        tasks[name] = {"task": spec, **{key: measured[key] for key in KEPT}}
+    return {"model": experiment.model["model"], "limit": limit, "tasks": tasks}

@@ -118,6 +118,11 @@ class Experiment:
         """The general text that importance is recorded on."""
         return next(iter(self.general))
 
+    @property
+    def last_part(self) -> str:
+        """The part that the result is of: without test seeds the validation part."""
+        return "test" if self.seeds.get("test") else "validation"
+
     def texts(self, part: str) -> list[str]:
         """The general texts that a run on this part is measured on.
 

@@ -25,11 +25,12 @@ import hashlib
 import itertools
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from forgetless.compare.accuracy import domain_tasks, question_limit, score_domains
+from forgetless.compare.base import evaluate
 from forgetless.compare.experiment import Experiment, SequenceSpec, identity, tune_options
 from forgetless.data.documents import load_documents
 from forgetless.data.tasks import load_training_data, row_text
@@ -50,15 +51,13 @@ class Campaign:
     """What every sequence shares: the experiment, its files and recipes, and the base's numbers on
     the test parts.
 
-    `evaluate` measures a model: (model, tokenizer, domains) -> {general: {text: numbers}, domains:
-    {domain: numbers}}. `accuracy` is the base's, of each domain with questions.
+    `accuracy` is the base's, of each domain with questions.
     """
 
     experiment: Experiment
     files: Mapping[str, str]
     recipes: Mapping[str, dict[str, Any]]
     base: Mapping[str, Any]
-    evaluate: Callable[[Any, Any, list[str]], dict[str, Any]]
     accuracy: Mapping[str, float]
     out: Path
 
@@ -308,7 +307,7 @@ def _measured(campaign: Campaign, steps: Steps, number: int) -> dict[str, Any]:
     domains = [step.domain.name for step in steps.each]
     tokenizer = load_tokenizer(steps.each[0].options)
     model = model_after(steps, number)
-    losses = campaign.evaluate(model, tokenizer, domains)
+    losses = evaluate(campaign.experiment, model, tokenizer, campaign.files, "test", domains)
     accuracy = score_domains(campaign.experiment, model, tokenizer, domains)
     return {**losses, "accuracy": accuracy}
 

@@ -213,7 +213,7 @@ def _with_accuracy(run: Run, folder: Path, base: dict[str, Any] | None) -> None:
 
 
 def _with_coefficients(recorded: dict[str, Any], runs: Sequence[Run]) -> dict[str, Any]:
-    """Put c_l into the weights of an importance file: those of a run that was held by it, if any."""
+    """Put c_l into the weights of an importance file: those of a run that was held by it."""
     held: list[dict[str, Any]] = next(
         (
             run["moved"]
@@ -358,7 +358,7 @@ def _texts_of(runs: Sequence[Run], experiment: Experiment) -> list[str]:
 
 
 def _noise(experiment: Experiment, runs: Sequence[Run]) -> dict[str, Any]:
-    """How much plain fine-tuning at one setting varies over seeds: data order and initialisation."""
+    """How much plain fine-tuning at one setting varies over seeds (data order, initialisation)."""
     part = _part(experiment, runs)
     group = max(
         by_setting(

@@ -18,17 +18,16 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from forgetless.compare.experiment import Experiment, Trial
-from forgetless.data.documents import load_documents
-from forgetless.data.tasks import load_training_data
-from forgetless.evaluate.losses import TextLoss, completion_loss, general_loss
+from forgetless.compare.base import evaluate
+from forgetless.compare.job import Job
+from forgetless.evaluate.losses import TextLoss
 from forgetless.evaluate.rise import Rise
 from forgetless.files.atomic import discard, read_json, write_json
 from forgetless.model.adapter_files import load_tuned
@@ -36,59 +35,58 @@ from forgetless.model.adapters import has_lora
 from forgetless.model.loading import load_model, load_tokenizer
 from forgetless.model.update import AdapterUpdate, ModelUpdate
 from forgetless.options.tune import TuneOptions
+from forgetless.tune.tune import tune
 
 logger = logging.getLogger("forgetless")
+# What is kept of each entry of the trainer's log: what a report draws.
 LOGGED = ("step", "loss", "energy", "pull_ratio", "strength", "kl")
+# What the words of --replay stand for, as tables say it.
+EXTRA_DATA = {"self": "text sampled from the model", "domain": "the domain text again"}
 
 
-def run(job: dict[str, Any]) -> None:
+def run(job: Job) -> None:
     """One trial: its run.json says how it ended. What it prints goes into its folder."""
-    folder: Path = job["folder"]
-    folder.mkdir(parents=True, exist_ok=True)
-    trial: Trial = job["trial"]
+    job.folder.mkdir(parents=True, exist_ok=True)
+    trial = job.trial
     result, started = _about(job), time.perf_counter()
     try:
         with (
-            open(folder / "log.txt", "w", encoding="utf-8") as log,
+            open(job.folder / "log.txt", "w", encoding="utf-8") as log,
             contextlib.redirect_stdout(log),
             contextlib.redirect_stderr(log),
         ):
             result |= {"status": "done", "error": None, **_trained(job)}
     except Exception as error:
-        memory = (
-            isinstance(error, MemoryError | torch.OutOfMemoryError)
-            or "out of memory" in str(error).lower()
-        )
-        result |= _ended(
-            "out of memory" if memory else "failed", f"{type(error).__name__}: {error}"
-        )
-        logger.warning(
-            "%s on %s, %s: %s", trial.method, trial.domain, result["status"], result["error"]
-        )
+        status = "out of memory" if _of_memory(error) else "failed"
+        result |= _ended(status, f"{type(error).__name__}: {error}")
+        logger.warning("%s on %s, %s: %s", trial.method, trial.domain, status, result["error"])
     finally:
-        shutil.rmtree(folder / "work", ignore_errors=True)
-    write_json(folder / "run.json", {**result, "wall_seconds": time.perf_counter() - started})
+        shutil.rmtree(job.folder / "work", ignore_errors=True)
+    write_json(job.folder / "run.json", {**result, "wall_seconds": time.perf_counter() - started})
 
 
-def was_killed(job: dict[str, Any]) -> None:
+def _of_memory(error: Exception) -> bool:
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or "out of memory" in str(error).lower()
+
+
+def was_killed(job: Job) -> None:
     """Note the end of a run whose process was killed from outside, as the system does where memory
     runs out.
     """
-    folder: Path = job["folder"]
-    folder.mkdir(parents=True, exist_ok=True)
+    job.folder.mkdir(parents=True, exist_ok=True)
     error = (
         "killed: its process was ended from outside, as the system does where memory runs "
         "out; give fewer --jobs, or smaller batches"
     )
-    logger.warning("%s on %s, %s", job["trial"].method, job["trial"].domain, error)
-    shutil.rmtree(folder / "work", ignore_errors=True)
-    write_json(
-        folder / "run.json", {**_about(job), **_ended("failed", error), "wall_seconds": None}
-    )
+    logger.warning("%s on %s, %s", job.trial.method, job.trial.domain, error)
+    shutil.rmtree(job.folder / "work", ignore_errors=True)
+    result = {**_about(job), **_ended("failed", error), "wall_seconds": None}
+    write_json(job.folder / "run.json", result)
 
 
-def _about(job: dict[str, Any]) -> dict[str, Any]:
-    return {"id": job["id"], **dataclasses.asdict(job["trial"])}
+def _about(job: Job) -> dict[str, Any]:
+    return {"id": job.id, **dataclasses.asdict(job.trial)}
 
 
 def _ended(status: str, error: str) -> dict[str, Any]:
@@ -96,67 +94,57 @@ def _ended(status: str, error: str) -> dict[str, Any]:
     return {"status": status, "error": error, "points": [], "log": [], "moved": None}
 
 
-def _trained(job: dict[str, Any]) -> dict[str, Any]:
+def _trained(job: Job) -> dict[str, Any]:
     """Train, then evaluate the finished update at every scale."""
-    from forgetless.tune.tune import tune
-
-    experiment, trial, folder, options = (
-        job["experiment"],
-        job["trial"],
-        job["folder"],
-        job["options"],
-    )
     _forget_peak()
-    finished = tune(options)
-    discard(folder / "adapter")
-    os.replace(folder / "work" / "final", folder / "adapter")
-    base = read_json(job["base"])[trial.part]
-    tokenizer, points = load_tokenizer(options), []
-    for scale, model in _scaled(options, folder / "adapter", experiment.scales):
-        after = evaluate(
-            experiment,
-            model,
-            tokenizer,
-            job["files"],
-            trial.part,
-            [trial.domain],
-            experiment.texts(trial.part),
-        )
-        learned = -_rise(base["domains"][trial.domain], after["domains"][trial.domain])
-        lost = {
-            name: _rise(base["general"][name], numbers)
-            for name, numbers in after["general"].items()
-        }
-        if not all(math.isfinite(change.nats) for change in (learned, *lost.values())):
-            raise ValueError(
-                f"the loss of the update at scale {scale:g} is not a number: training diverged; "
-                "give a smaller learning rate"
-            )
-        points.append(
-            {
-                "scale": scale,
-                "learning": learned.estimate(),
-                "accuracy": None,
-                "accuracy_general": None,
-                "forgetting": {name: change.estimate() for name, change in lost.items()},
-            }
-        )
-    extra = {"self": "text sampled from the model", "domain": "the domain text again"}.get(
-        str(trial.settings.get("replay")), trial.settings.get("replay")
-    )
+    finished = tune(job.options)
+    adapter = job.folder / "adapter"
+    discard(adapter)
+    os.replace(job.folder / "work" / "final", adapter)
+    base, tokenizer = read_json(job.base)[job.trial.part], load_tokenizer(job.options)
+    points = []
+    for scale, model in _scaled(job.options, adapter, job.experiment.scales):
+        points.append(_point(job, base, scale, model, tokenizer))
+    replay = job.trial.settings.get("replay")
+    logged = [entry for entry in finished["log"] if "loss" in entry]
     return {
         "points": points,
         "energy": finished["energy"],
         "seconds": finished["prepare_seconds"] + finished["train_seconds"],
         "peak_memory_bytes": _peak(),
-        "extra_data": extra,
-        "file_bytes": job["file_bytes"],
+        "extra_data": EXTRA_DATA.get(str(replay), replay),
+        "file_bytes": job.file_bytes,
         "trainable_parameters": finished["trainable_parameters"],
         "moved": finished.get("moved"),
-        "log": [
-            {key: entry.get(key) for key in LOGGED} for entry in finished["log"] if "loss" in entry
-        ],
+        "log": [{key: entry.get(key) for key in LOGGED} for entry in logged],
         "environment": finished["environment"],
+    }
+
+
+def _point(
+    job: Job, base: Mapping[str, Any], scale: float, model: nn.Module, tokenizer: Any
+) -> dict[str, Any]:
+    """What the update has learned and lost at one scale.
+
+    Raises ValueError where a loss is not a number.
+    """
+    trial, texts = job.trial, job.experiment.texts(job.trial.part)
+    after = evaluate(job.experiment, model, tokenizer, job.files, trial.part, [trial.domain], texts)
+    learned = -_rise(base["domains"][trial.domain], after["domains"][trial.domain])
+    lost = {
+        name: _rise(base["general"][name], numbers) for name, numbers in after["general"].items()
+    }
+    if not all(math.isfinite(change.nats) for change in (learned, *lost.values())):
+        raise ValueError(
+            f"the loss of the update at scale {scale:g} is not a number: training diverged; "
+            "give a smaller learning rate"
+        )
+    return {
+        "scale": scale,
+        "learning": learned.estimate(),
+        "accuracy": None,
+        "accuracy_general": None,
+        "forgetting": {name: change.estimate() for name, change in lost.items()},
     }
 
 
@@ -205,34 +193,3 @@ def _peak() -> int | None:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     return None
-
-
-def evaluate(
-    experiment: Experiment,
-    model: nn.Module,
-    tokenizer: Any,
-    files: dict[str, str],
-    part: str,
-    domains: Iterable[str],
-    texts: Iterable[str] | None = None,
-) -> dict[str, Any]:
-    """{general: {text: numbers}, domains: {domain: numbers}} of one state of a model; `texts`:
-    every general text.
-    """
-    limit = experiment.limit.get(part)
-    found: dict[str, Any] = {"general": {}, "domains": {}}
-    for name in experiment.general if texts is None else texts:
-        documents = load_documents(files[f"general/{name}/{part}"], limit=limit)
-        if experiment.characters:
-            documents = [
-                dataclasses.replace(d, text=d.text[: experiment.characters])
-                if d.text is not None
-                else d
-                for d in documents
-            ]
-        found["general"][name] = general_loss(model, tokenizer, documents).numbers()
-    for name in domains:
-        found["domains"][name] = completion_loss(
-            model, tokenizer, load_training_data(files[f"domain/{name}/{part}"], limit=limit)
-        ).numbers()
-    return found

@@ -1,0 +1,90 @@
+"""Losses of one state of a model on the texts and domains of an experiment, and those of the bare
+base model on every part, which are measured once.
+
+    DIR/base.json
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from forgetless.compare.experiment import Experiment
+from forgetless.compare.parts import PARTS
+from forgetless.data.documents import Document, load_documents
+from forgetless.data.tasks import load_training_data
+from forgetless.evaluate.losses import completion_loss, general_loss
+from forgetless.files.atomic import read_json, write_json
+from forgetless.files.provenance import environment, sha256_file
+from forgetless.model.loading import load_model, load_tokenizer
+from forgetless.options.model import ModelOptions
+from forgetless.options.verbs import resolve
+
+
+def evaluate(
+    experiment: Experiment,
+    model: nn.Module,
+    tokenizer: Any,
+    files: Mapping[str, str],
+    part: str,
+    domains: Iterable[str],
+    texts: Iterable[str] | None = None,
+) -> dict[str, Any]:
+    """{general: {text: numbers}, domains: {domain: numbers}} of one state of a model; without
+    `texts` on every general text.
+    """
+    limit = experiment.limit.get(part)
+    losses: dict[str, Any] = {"general": {}, "domains": {}}
+    for name in experiment.general if texts is None else texts:
+        documents = load_documents(files[f"general/{name}/{part}"], limit=limit)
+        documents = [_cut(document, experiment.characters) for document in documents]
+        losses["general"][name] = general_loss(model, tokenizer, documents).numbers()
+    for name in domains:
+        rows = load_training_data(files[f"domain/{name}/{part}"], limit=limit)
+        losses["domains"][name] = completion_loss(model, tokenizer, rows).numbers()
+    return losses
+
+
+def _cut(document: Document, characters: int | None) -> Document:
+    if not characters or document.text is None:
+        return document
+    return dataclasses.replace(document, text=document.text[:characters])
+
+
+def measure_base(experiment: Experiment, files: Mapping[str, str], out: Path) -> dict[str, Any]:
+    """The bare base model on every part, measured once."""
+    held = {
+        key: sha256_file(path)
+        for key, path in sorted(files.items())
+        if key.rsplit("/", 1)[1] in PARTS
+    }
+    mark = {
+        "model": experiment.model,
+        "files": held,
+        "limit": experiment.limit,
+        "characters": experiment.characters,
+    }
+    path = out / "base.json"
+    if path.exists() and read_json(path)["made_from"] == json.loads(json.dumps(mark)):
+        return dict(read_json(path))
+    options = resolve(ModelOptions, experiment.model)
+    model, tokenizer = load_model(options), load_tokenizer(options)
+    base = {}
+    for part in PARTS:
+        base[part] = evaluate(experiment, model, tokenizer, files, part, experiment.domains)
+    rows = {}
+    for name in experiment.domains:
+        lines = Path(files[f"domain/{name}/train"]).read_text(encoding="utf-8").splitlines()
+        rows[name] = len(lines)
+    about = {
+        "made_from": mark,
+        "environment": environment(str(next(model.parameters()).device)),
+        "rows_trained": rows,
+    }
+    write_json(path, {**about, **base})
+    return dict(read_json(path))

@@ -1,0 +1,106 @@
+"""What models say to a few held-out prompts of each domain, for people to read.
+
+DIR/samples.json      the base, plain fine-tuning, and each method that holds by importance
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from forgetless.compare.experiment import Experiment
+from forgetless.compare.job import Job
+from forgetless.data.encoding import templated
+from forgetless.data.tasks import load_training_data
+from forgetless.files.atomic import write_json
+from forgetless.model.adapter_files import load_tuned
+from forgetless.model.loading import context_length, load_model, load_tokenizer
+from forgetless.model.linear import unwrapped
+from forgetless.options.model import ModelOptions
+from forgetless.options.verbs import resolve
+
+# Prompts of each domain that are answered, and tokens of an answer: as much as a page can show.
+SAMPLES, SAMPLE_TOKENS = 3, 40
+Turns = list[dict[str, str]]
+
+
+def answer(
+    experiment: Experiment, jobs: Sequence[Job], files: Mapping[str, str], out: Path
+) -> None:
+    """Greedy answers to a few held-out prompts by the base, plain and each method of the family
+    `hold`. `jobs` are the runs that stand for their methods.
+    """
+    samples: list[dict[str, Any]] = []
+    options = resolve(ModelOptions, experiment.model)
+    for domain in experiment.domains:
+        rows = load_training_data(files[f"domain/{domain}/test"], limit=SAMPLES)
+        prompts = [_prompt_of(row) for row in rows]
+        answered: list[dict[str, Any]] = [
+            {"domain": domain, "prompt": said, "reference": reference, "outputs": {}}
+            for said, reference, _ in prompts
+        ]
+        shown = _shown(experiment, jobs, domain)
+        for method in ("base", *shown):
+            model = (
+                load_model(options)
+                if method == "base"
+                else load_tuned(options, shown[method].folder / "adapter")
+            )
+            for sample, (said, _, turns) in zip(answered, prompts, strict=True):
+                sample["outputs"][method] = _continued(model, load_tokenizer(options), said, turns)
+        samples += answered
+    write_json(out / "samples.json", samples)
+
+
+def _shown(experiment: Experiment, jobs: Sequence[Job], domain: str) -> dict[str, Job]:
+    """The run of each method whose answers are shown: the last of its seeds."""
+    wanted = {experiment.reference}
+    wanted |= {label for label, method in experiment.methods.items() if method.family == "hold"}
+    return {
+        job.trial.method: job
+        for job in jobs
+        if job.trial.domain == domain
+        and job.trial.method in wanted
+        and not job.options.full
+        and (job.folder / "adapter").is_dir()
+    }
+
+
+def _prompt_of(row: Mapping[str, Any]) -> tuple[str, str, Turns]:
+    """(prompt, what should follow, turns of a chat) of a row of domain data; running text is cut in
+    the middle, a chat before its last turn.
+    """
+    if "prompt" in row:
+        return row["prompt"], row["completion"], []
+    if "text" in row:
+        words = row["text"].split(" ")
+        middle = max(1, len(words) // 2)
+        return " ".join(words[:middle]), " ".join(words[middle:]), []
+    *turns, last = row["messages"]
+    return "\n".join(turn["content"] for turn in turns), last["content"], turns
+
+
+def _continued(model: nn.Module, tokenizer: Any, prompt: str, turns: Turns) -> str:
+    """What the model says next: after `turns` of a chat, as its template has them, or after
+    `prompt`.
+    """
+    context = context_length(unwrapped(model))
+    new = min(SAMPLE_TOKENS, context // 2)
+    given = templated(tokenizer, turns, prompt=True) if turns else tokenizer(prompt)["input_ids"]
+    if not given:
+        return ""
+    ids = torch.tensor([given[new - context :]], device=next(model.parameters()).device)
+    generate: Any = model.generate
+    with torch.no_grad():
+        made = generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    return str(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
