@@ -4,15 +4,21 @@ end to end.
 
 import json
 import re
-from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 
 from forgetless.cli import main
-from forgetless.demo import run as demo
-from forgetless.demo import summary
+from forgetless.compare import trial
+from forgetless.compare.experiment import validation_trials
+from forgetless.compare.frontier import at_learning
+from forgetless.compare.job import job_of
+from forgetless.compare.parts import prepare
+from forgetless.compare.summary import curve
+from forgetless.data.tasks import TASKS
+from forgetless.demo import experiment, run
+from forgetless.demo.table import ROWS
 from forgetless.demo.world import build, documents, multiple_choice
+from forgetless.evaluate.accuracy import answers
 from forgetless.model.loading import load_model, load_tokenizer
 from forgetless.options.model import ModelOptions
 
@@ -48,26 +54,36 @@ def test_questions_have_four_different_choices_and_the_right_one_is_the_fact():
 
 
 def test_the_embedded_model_knows_its_world_and_not_the_herbal():
-    options = ModelOptions(model=str(demo.MODEL), dtype="float32", device="cpu")
+    options = ModelOptions(model=str(experiment.MODEL), dtype="float32", device="cpu")
     model, tokenizer = load_model(options), load_tokenizer(options)
-    assert demo.accuracy(model, tokenizer, multiple_choice(build().general)) >= 0.9
-    assert demo.accuracy(model, tokenizer, multiple_choice(build().domain)) < 0.5
-    assert sum(path.stat().st_size for path in demo.MODEL.iterdir()) < 10e6
+    known = lambda facts: answers(model, tokenizer, TASKS["choices"], multiple_choice(facts))
+    assert known(build().general)["acc_norm"] >= 0.9
+    assert known(build().domain)["acc_norm"] < 0.5
+    assert sum(path.stat().st_size for path in experiment.MODEL.iterdir()) < 10e6
 
 
-def test_the_demo_writes_table_picture_and_everything_to_repeat_it(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "TRAINING", {**demo.TRAINING, "max_steps": 3, "batch_size": 4})
-    monkeypatch.setattr(demo, "RATES", (2e-3,))
-    monkeypatch.setattr(demo, "SCALES", (0.5, 1.0))
-    monkeypatch.setattr(demo, "PROMPTS", 1)
+@pytest.fixture
+def short(monkeypatch):
+    """A demo of a few steps."""
+    monkeypatch.setattr(
+        experiment, "TRAINING", {**experiment.TRAINING, "max_steps": 3, "batch_size": 4}
+    )
+    monkeypatch.setattr(run, "PROMPTS", 1)
+
+
+def test_the_demo_writes_table_picture_and_everything_to_repeat_it(
+    tmp_path, short, monkeypatch, capsys
+):
+    monkeypatch.setattr(experiment, "RATES", (2e-3,))
     out = tmp_path / "demo"
     assert main(["demo", "--out", str(out), "--quiet"]) == 0
     printed = capsys.readouterr().out
-    for name in demo.METHODS:
+    for name in ROWS:
         assert f"| {name} " in printed
     assert "forgetless record MODEL --general" in printed and "importance file:" in printed
     result = json.loads((out / "demo.json").read_text())
-    base, plain = result["seeds"][0]["base"], result["seeds"][0]["plain"]
+    rows = result["seeds"][0]
+    base, plain = rows["base"], rows["plain"]
     assert (
         base["general_accuracy"] >= 0.9
         and plain["domain_loss"] < base["domain_loss"]
@@ -80,103 +96,62 @@ def test_the_demo_writes_table_picture_and_everything_to_repeat_it(tmp_path, mon
         and "questions about its world" in (out / "report.html").read_text()
     )
     compared = json.loads((out / "compare.json").read_text())
-    scales = {
-        (run["method"], point["scale"])
-        for run in compared["runs"]
-        if run["chosen"]
-        for point in run["points"]
-    }
-    assert scales == {
-        (name, scale) for name in ("plain", "hold") for scale in (0.25, 0.5, 0.75, 1.0)
-    }
-    whole = next(run for run in compared["runs"] if run["method"] == "plain" and run["chosen"])[
-        "points"
-    ][0]
+    chosen = {made["method"]: made for made in compared["runs"] if made["chosen"]}
+    assert set(chosen) == {"plain", "smaller", "hold"}
+    for made in chosen.values():
+        assert {point["scale"] for point in made["points"]} == {0.25, 0.5, 0.75, 1.0}
+    whole = chosen["plain"]["points"][0]
     assert whole["learning"]["nats"] == pytest.approx(
         base["domain_loss"] - plain["domain_loss"], abs=1e-4
     )
     assert whole["forgetting"]["world"]["nats"] == pytest.approx(
         plain["general_loss"] - base["general_loss"], abs=1e-4
     )
-    assert all(
-        row["movement"] > 0 and row["importance"] > 0
-        for run in compared["runs"]
-        if run["method"] == "hold"
-        for row in run["moved"]
-    )
+    assert whole["accuracy"]["after"] == plain["domain_accuracy"]
+    assert all(row["movement"] > 0 and row["importance"] > 0 for row in chosen["hold"]["moved"])
     assert {weight["kind"] for weight in compared["importance"][0]["weights"]} >= {
         "q_proj",
         "down_proj",
     } and len(compared["samples"]) == 2
-    assert main(["inspect", str(out / "importance.safetensors")]) == 0
-    assert (
-        main(
-            [
-                "eval",
-                str(demo.MODEL),
-                "--adapter",
-                str(out / "forgetless-0/final"),
-                "--general",
-                str(out / "general-test.jsonl"),
-                "--limit",
-                "5",
-            ]
-        )
-        == 0
-    )
+    assert main(["inspect", result["importance"]["path"]]) == 0
+    words = ["eval", str(experiment.MODEL), "--general", str(out / "general-test.jsonl")]
+    words += ["--adapter", str(out / "runs" / chosen["hold"]["id"] / "adapter"), "--limit", "5"]
+    assert main(words) == 0
+    check_equal_learning(compared, rows)
+    # The same command again has nothing left to train.
+    monkeypatch.setattr(trial, "_trained", lambda job: pytest.fail("trained again"))
+    assert main(["demo", "--out", str(out), "--quiet"]) == 0
 
 
-def test_the_demo_trains_no_rate_twice(tmp_path, monkeypatch):
-    """The smaller rate is one of those that were tried, where it is among them."""
-    score = demo.Score(0.5, 4.0, 0.8, 2.0)
-    exam = SimpleNamespace(
-        paths={"domain": tmp_path},
-        base=score,
-        adapted=lambda folder: None,
-        losses=lambda model: {},
-        at_scales=lambda folder: {},
-        score=lambda model, losses, seconds, setting: replace(
-            score, setting=setting, domain_loss=1 / float(setting.split()[-1])
-        ),
-        scaled=lambda folder, reached: score,
-    )
-    tried = []
-    monkeypatch.setattr(
-        demo,
-        "tune",
-        lambda options: (
-            tried.append((options.importance, options.learning_rate)) or {"train_seconds": 1.0}
-        ),
-    )
-    scores, trained = demo.one_seed(exam, tmp_path, tmp_path / "i.safetensors", 0)
-    assert tried == [
-        (None, 2e-3),
-        (None, 4e-3),
-        (None, 8e-3),
-        (str(tmp_path / "i.safetensors"), 8e-3),
+def check_equal_learning(compared, rows):
+    """Equal learning is that of `compare`: where the curve of scales first reaches it."""
+    of_plain = [
+        row
+        for row in compared["equal_learning"]["herbal"]["world"]
+        if row["method"] == "plain" and row["share"] == 0.95
     ]
-    assert scores["plain, smaller rate"].setting == "rate 0.002"
-    assert [one.score.setting for one in trained["plain"]] == [
-        "rate 0.008",
-        "rate 0.002",
-        "rate 0.004",
-    ]
-    monkeypatch.setattr(demo, "RATES", (4e-3, 8e-3))
-    tried.clear()
-    demo.one_seed(exam, tmp_path, tmp_path / "i.safetensors", 0)
-    assert (None, 2e-3) in tried and len(tried) == 4
-
-
-def test_forgetting_at_equal_learning_is_read_off_the_frontier():
-    points = [(1.0, 0.4), (0.5, 0.1), (0.8, 0.5), (0.4, 0.2)]  # the last two are bettered
-    assert summary.frontier(points) == [(0.0, 0.0), (0.5, 0.1), (1.0, 0.4)]
-    assert summary.at_learning(points, 0.25) == pytest.approx(0.05) and summary.at_learning(
-        points, 0.75
-    ) == pytest.approx(0.25)
-    assert (
-        summary.at_learning(points, 1.0) == pytest.approx(0.4)
-        and summary.at_learning(points, 1.01) is None
+    plain = next(made for made in compared["runs"] if made["method"] == "plain")
+    assert of_plain[0]["forgetting"] == pytest.approx(
+        at_learning(curve(plain, "world"), of_plain[0]["learning_nats"])
     )
+    back = rows["plain, scaled back"]
+    assert re.fullmatch(r"update x 0\.[5-9]\d: 95% of its learning", back["setting"])
+    assert rows["base"]["domain_loss"] - back["domain_loss"] == pytest.approx(
+        of_plain[0]["learning_nats"], rel=0.05
+    )
+
+
+def test_the_demo_trains_no_rate_twice(tmp_path):
+    """The smaller rate is one of those that are tried, and the held run has a rate of those."""
+    asked = experiment.experiment(experiment.write_texts(tmp_path / "texts"), 2)
+    files = prepare(asked, tmp_path)
+    recipes = {"default": {"path": "i.safetensors", "mark": ["made up"], "bytes": 1}}
+    jobs = [job_of(asked, one, files, recipes, tmp_path) for one in validation_trials(asked)]
+    trained = {job.id: (job.options.importance, job.options.learning_rate) for job in jobs}
+    assert sorted(rate for file, rate in trained.values() if file is None) == sorted(
+        2 * experiment.RATES
+    )
+    assert [rate for file, rate in trained.values() if file is not None] == [8e-3, 8e-3]
 
 
 def test_the_demo_keeps_out_of_folders_that_are_not_its_own(tmp_path, capsys):

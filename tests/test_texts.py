@@ -114,6 +114,7 @@ ROWS = {
     },
     "piqa": {"goal": "open a jar", "sol1": "twist", "sol2": "cry", "label": 0},
     "medmcqa": {"question": "Q?", "opa": "w", "opb": "x", "opc": "y", "opd": "z", "cop": 2},
+    "choices": {"prompt": "Q? Answer:", "choices": ["no", "yes", "perhaps"], "gold": 1},
 }
 
 
@@ -123,7 +124,7 @@ def test_tasks_from_local_files(name, tmp_path):
     path.write_text(json.dumps(ROWS[name]) + "\n")
     task, rows = load_task(f"{name}={path}")
     answer = task.choices(rows[0])[task.gold(rows[0])]
-    assert answer == {"sciq": "yes", "piqa": "twist", "medmcqa": "C"}[name]
+    assert answer == {"sciq": "yes", "piqa": "twist", "medmcqa": "C", "choices": "yes"}[name]
     data = load_training_data(f"{name}={path}")
     assert data[0] == {"prompt": task.prompt(rows[0]), "completion": " " + answer} and data[0][
         "prompt"

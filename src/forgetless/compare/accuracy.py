@@ -206,4 +206,6 @@ def score(
         task, rows = load_task(spec, split=None)
         measured = answers(model, tokenizer, task, rows[:limit])
         tasks[name] = {"task": spec, **{key: measured[key] for key in KEPT}}
+        if task.per_byte:
+            tasks[name] |= {"acc": measured["acc_norm"], "acc_stderr": measured["acc_norm_stderr"]}
     return {"model": experiment.model["model"], "limit": limit, "tasks": tasks}

@@ -30,48 +30,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from forgetless.compare.experiment import (
-    Experiment,
-    MethodSpec,
-    SequenceSpec,
-    record_options,
-    tune_options,
-)
+from forgetless.compare.experiment import Experiment, MethodSpec, SequenceSpec
+from forgetless.compare.experiment_checks import OURS, check_experiment
 from forgetless.errors import FileError, OptionError, brief, nearest
 from forgetless.files.untrusted import check_mapping, check_name
 from forgetless.options.methods import FAMILIES
 from forgetless.options.methods import family as family_of
-from forgetless.options.option import MEASURED, deciding, parse_rule, read_yaml
-from forgetless.options.tune import TuneOptions
+from forgetless.options.option import read_yaml
 
-# Options of `tune` that the experiment itself sets: its model, data and seeds, what is measured,
-# and the folders of its runs.
-OURS = {
-    "model",
-    "data",
-    "seed",
-    "earlier",
-    "eval_steps",
-    "out",
-    "resume",
-    "overwrite",
-    "push_to_hub",
-    "private",
-    *deciding(TuneOptions, MEASURED),
-}
-# How general text is read: said once for --replay too, which is a method's own.
-OURS -= {"text_column", "general_split"}
-SETTINGS = {"importance", "method", "replay"}  # what makes a method
-MOST_SETTINGS = 10_000  # of one method
-KNOWN = {f.name for f in dataclasses.fields(Experiment)} | {
-    "base",
-    "dtype",
-    "device",
-    "revision",
-    "quantize",
-    "threads",
-    "trust_remote_code",
-}
+# The most settings of one method: more are a mistake in a grid, and would be listed for minutes.
+MOST_SETTINGS = 10_000
+# The parts of an experiment whose keys become names of files and folders.
+NAMED = ("general", "domains", "methods", "importance", "sequences", "tasks")
+# The keys that say which model is loaded, and how.
+MODEL = ("model", "dtype", "device", "revision", "quantize", "threads", "trust_remote_code")
+KNOWN = {field.name for field in dataclasses.fields(Experiment)} | {"base", *MODEL}
 
 
 def read(path: str | Path) -> Experiment:
@@ -87,30 +60,16 @@ def read(path: str | Path) -> Experiment:
 
 
 def _read(path: str | Path) -> Experiment:
-    given = _with_base(Path(path))
-    for key in given:
-        if key not in KNOWN:
-            raise OptionError(f"{path}: unknown key '{key}'; {nearest(key, KNOWN)}")
-    for key in ("model", "general", "domains", "methods"):
-        if not given.get(key):
-            raise OptionError(f"{path}: missing '{key}'; see docs/compare.md")
-    model = {
-        key: given[key]
-        for key in (
-            "model",
-            "dtype",
-            "device",
-            "revision",
-            "quantize",
-            "threads",
-            "trust_remote_code",
-        )
-        if given.get(key) is not None
-    }
-    parts = {
-        key: _named_parts(f"{path}: {key}", given.get(key))
-        for key in ("general", "domains", "methods", "importance", "sequences", "tasks")
-    }
+    return experiment_of(_with_base(Path(path)), path)
+
+
+def experiment_of(given: dict[str, Any], path: str | Path) -> Experiment:
+    """The experiment that a mapping says; `path` stands in messages.
+
+    Raises FileError, most often an OptionError, where it does not make one.
+    """
+    _check_keys(path, given)
+    parts = {key: _named_parts(f"{path}: {key}", given.get(key)) for key in NAMED}
     importance = {
         label: check_mapping(recipe, f"{path}: importance: {label}")
         for label, recipe in parts["importance"].items()
@@ -119,45 +78,44 @@ def _read(path: str | Path) -> Experiment:
         label: _method(label, check_mapping(spec, f"{path}: methods: {label}"), importance)
         for label, spec in parts["methods"].items()
     }
-    rest: dict[str, Any] = {
-        key: given[key] for key in ("trials", "characters") if given.get(key) is not None
-    }
-    rest["training"] = check_mapping(given.get("training"), f"{path}: training")
-    rest.update(
-        {
-            key: tuple(map(float, _numbers(given[key], f"{path}: {key}")))
-            for key in ("scales", "shares")
-            if given.get(key) is not None
-        }
-    )
-    rest["sequences"] = {
-        name: _sequence(path, name, spec) for name, spec in parts["sequences"].items()
-    }
-    known = {"seeds": ("validation", "test"), "limit": ("validation", "test", "questions")}
-    rest.update(
-        {
-            key: check_mapping(given[key], f"{path}: {key}", names)
-            for key, names in known.items()
-            if given.get(key) is not None
-        }
-    )
-    rest["tasks"] = {name: str(spec) for name, spec in parts["tasks"].items()}
-    found = Experiment(
+    experiment = Experiment(
         title=str(given.get("title") or Path(path).stem),
-        model=model,
+        model={key: given[key] for key in MODEL if given.get(key) is not None},
         importance=importance,
         methods=methods,
-        general={
-            name: _place(path, "general", name, value, "text")
-            for name, value in parts["general"].items()
-        },
-        domains={
-            name: _place(path, "domains", name, value, "data")
-            for name, value in parts["domains"].items()
-        },
-        **rest,
+        general=_places(path, "general", parts["general"], "text"),
+        domains=_places(path, "domains", parts["domains"], "data"),
+        training=check_mapping(given.get("training"), f"{path}: training"),
+        sequences={name: _sequence(path, name, spec) for name, spec in parts["sequences"].items()},
+        tasks={name: str(spec) for name, spec in parts["tasks"].items()},
+        **_given_numbers(path, given),
     )
-    _check(path, found)
+    check_experiment(path, experiment)
+    return experiment
+
+
+def _check_keys(path: Any, given: Mapping[str, Any]) -> None:
+    for key in given:
+        if key not in KNOWN:
+            raise OptionError(f"{path}: unknown key '{key}'; {nearest(key, KNOWN)}")
+    for key in ("model", "general", "domains", "methods"):
+        if not given.get(key):
+            raise OptionError(f"{path}: missing '{key}'; see docs/compare.md")
+
+
+def _given_numbers(path: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What is given of seeds, limits and the like; the others have their defaults."""
+    found: dict[str, Any] = {}
+    for key in ("trials", "characters"):
+        if given.get(key) is not None:
+            found[key] = given[key]
+    for key in ("scales", "shares"):
+        if given.get(key) is not None:
+            found[key] = tuple(map(float, _numbers(given[key], f"{path}: {key}")))
+    known = {"seeds": ("validation", "test"), "limit": ("validation", "test", "questions")}
+    for key, names in known.items():
+        if given.get(key) is not None:
+            found[key] = check_mapping(given[key], f"{path}: {key}", names)
     return found
 
 
@@ -196,18 +154,27 @@ def _merged(
     return merged
 
 
+def _places(
+    path: Any, where: str, given: Mapping[str, Any], main: str
+) -> dict[str, dict[str, str]]:
+    return {name: _place(path, where, name, value, main) for name, value in given.items()}
+
+
 def _place(path: Any, where: str, name: str, value: Any, main: str) -> dict[str, str]:
-    """{main, test} of a text or a domain, which may be given as the one file alone."""
-    given = (
-        {main: value}
-        if isinstance(value, str)
-        else check_mapping(value, f"{path}: {where}: {name}")
-    )
-    known = (main, "test", "task") if where == "domains" else (main, "test")
+    """The files of a text or a domain, which may be given as the one file alone."""
+    given = {main: value}
+    if not isinstance(value, str):
+        given = check_mapping(value, f"{path}: {where}: {name}")
+    known = (main, "test", "validation", *(("task",) if where == "domains" else ()))
     if set(given) - set(known) or not given.get(main):
         raise OptionError(
             f"{path}: {where}: {name} expects {main} (and {', '.join(known[1:])}), found "
             f"{', '.join(map(str, given)) or 'nothing'}"
+        )
+    if "validation" in given and "test" not in given:
+        raise OptionError(
+            f"{path}: {where}: {name} has a validation file and no test file: the rows that are "
+            "trained on would be carved for one and not for the other; give both, or test alone"
         )
     if not all(isinstance(item, str) for item in given.values()):
         raise OptionError(
@@ -244,10 +211,10 @@ def _method(label: str, spec: dict[str, Any], importance: Mapping[str, Any]) -> 
         key.replace("-", "_"): list(values) if isinstance(values, (list, tuple)) else [values]
         for key, values in lists.items()
     }
-    if not 0 < math.prod(map(len, grid.values())) <= MOST_SETTINGS:
+    count = math.prod(map(len, grid.values()))
+    if not 0 < count <= MOST_SETTINGS:
         raise OptionError(
-            f"methods: {label}: the grid has {math.prod(map(len, grid.values()))} settings, "
-            f"expected 1 to {MOST_SETTINGS}"
+            f"methods: {label}: the grid has {count} settings, expected 1 to {MOST_SETTINGS}"
         )
     options = {key.replace("-", "_"): value for key, value in spec.items()}
     options.setdefault("method", "hold" if options.get("importance") else "plain")
@@ -281,155 +248,11 @@ def _sequence(path: Any, name: str, spec: Any) -> SequenceSpec:
             f"{path}: sequences: {name} expects domains (a list) and methods (a list, or label: "
             f"options), found {brief(spec)}"
         )
-    methods = (
-        given["methods"]
-        if isinstance(given["methods"], Mapping)
-        else dict.fromkeys(map(str, given["methods"]))
-    )
-    laid = {
-        label: {
-            key.replace("-", "_"): value
-            for key, value in check_mapping(over, f"{path}: sequences: {name}: {label}").items()
-        }
-        for label, over in _named_parts(f"{path}: sequences: {name}: methods", methods).items()
-    }
+    methods = given["methods"]
+    if not isinstance(methods, Mapping):
+        methods = dict.fromkeys(map(str, methods))
+    laid = {}
+    for label, over in _named_parts(f"{path}: sequences: {name}: methods", methods).items():
+        options = check_mapping(over, f"{path}: sequences: {name}: {label}")
+        laid[label] = {key.replace("-", "_"): value for key, value in options.items()}
     return SequenceSpec(tuple(map(str, given["domains"])), laid)
-
-
-def _check_sequence(path: Any, experiment: Experiment, name: str, spec: SequenceSpec) -> None:
-    """Raise OptionError for domains and methods that the experiment does not have, and for what a
-    sequence cannot be run with.
-    """
-    where = f"{path}: sequences: {name}"
-    if len(spec.domains) < 2 or len(set(spec.domains)) < len(spec.domains):
-        raise OptionError(
-            f"{where}: expected two or more different domains, found "
-            f"{', '.join(spec.domains) or 'none'}"
-        )
-    for domain in spec.domains:
-        if domain not in experiment.domains:
-            raise OptionError(
-                f"{where}: unknown domain '{domain}'; {nearest(domain, experiment.domains)}"
-            )
-    for label, over in spec.methods.items():
-        if (like := str(over.get("like", label))) not in experiment.methods:
-            raise OptionError(
-                f"{where}: unknown method '{like}'; {nearest(like, experiment.methods)}, or "
-                f"`{label}: {{like: plain, method: ...}}`"
-            )
-        if wrong := [key for key in over if key in OURS]:
-            raise OptionError(
-                f"{where}: {label}: '{wrong[0]}' is set by the experiment itself; leave it out"
-            )
-        settings = {
-            **experiment.methods[like].settings()[0],
-            **{key: value for key, value in over.items() if key != "like"},
-        }
-        made = lambda settings=settings: tune_options(
-            experiment, settings, data="x", replay="x", importance="x", out="x", seed=0
-        )
-        _named(path, f"sequences: {name}: {label}", made)
-        if settings.get("consolidate"):
-            _named(
-                path,
-                f"sequences: {name}: {label}",
-                lambda settings=settings: parse_rule(settings["consolidate"]),
-            )
-    if experiment.model.get("quantize", "none") != "none":
-        raise OptionError(
-            f"{where}: each step is merged into the weights, which quantize does not allow; "
-            "leave out one of them"
-        )
-    if not experiment.seeds.get("test"):
-        raise OptionError(f"{where}: sequences are measured on the test parts; give test seeds")
-
-
-def _check(path: Any, experiment: Experiment) -> None:
-    if len(experiment.general) < 2:
-        raise OptionError(
-            f"{path}: general: expected at least two texts, of the recorded kind and of another, "
-            f"found {len(experiment.general)}: "
-            "what is kept may be just what was recorded"
-        )
-    if not any(method.options["method"] == "plain" for method in experiment.methods.values()):
-        raise OptionError(
-            f"{path}: methods: none is plain fine-tuning, which learning is measured by; add "
-            f"`plain: {{grid: {{learning_rate: [...]}}}}`"
-        )
-    for part, seeds in experiment.seeds.items():
-        if not isinstance(seeds, list) or not all(_is_count(seed, 0) for seed in seeds):
-            raise OptionError(
-                f"{path}: seeds: {part} expects a list of whole numbers from 0, found "
-                f"{brief(seeds)}"
-            )
-    for what, value in (
-        *((f"limit: {part}", limit) for part, limit in experiment.limit.items()),
-        ("characters", experiment.characters),
-    ):
-        if value is not None and not _is_count(value, 1):
-            raise OptionError(
-                f"{path}: {what} expects a whole number above 0, found {brief(value)}"
-            )
-    if not experiment.seeds.get("validation"):
-        raise OptionError(
-            f"{path}: seeds: settings are chosen on the validation part, which needs at least "
-            "one seed; add `validation: [0]`"
-        )
-    if not experiment.shares or not all(0 < share <= 1 for share in experiment.shares):
-        raise OptionError(
-            f"{path}: shares are of plain fine-tuning's learning: expected some between 0 and 1, "
-            f"found {list(experiment.shares)}"
-        )
-    if wrong := [key for key in experiment.training if key in (OURS | SETTINGS)]:
-        raise OptionError(
-            f"{path}: training: '{wrong[0]}' is set by the "
-            f"{'experiment itself' if wrong[0] in OURS else 'methods'}; leave it out"
-        )
-    if set(experiment.seeds.get("validation", [])) & set(experiment.seeds.get("test", [])):
-        raise OptionError(
-            f"{path}: seeds: the test part needs fresh seeds, found {experiment.seeds}"
-        )
-    if not all(0 < scale < 1 for scale in experiment.scales):
-        raise OptionError(
-            f"{path}: scales lie between 0 and 1 (1 is always evaluated), found "
-            f"{list(experiment.scales)}"
-        )
-    counts = {label: len(method.settings()) for label, method in experiment.methods.items()}
-    if experiment.trials != "free" and len(set(counts.values())) > 1:
-        raise OptionError(
-            f"{path}: methods have unequal numbers of trials "
-            f"({', '.join(f'{k} {n}' for k, n in counts.items())}): the one with more tries has "
-            "an advantage. Give each as many, or `trials: free`, which the verdict will say"
-        )
-    if both := set(experiment.tasks) & set(experiment.domains):
-        raise OptionError(
-            f"{path}: tasks: '{min(both)}' is a domain; put its questions there, as `task`"
-        )
-    for name, spec in experiment.sequences.items():
-        _check_sequence(path, experiment, name, spec)
-    for label, recipe in experiment.importance.items():
-        _named(
-            path,
-            f"importance: {label}",
-            lambda recipe=recipe: record_options(experiment, recipe, general="x", out="x"),
-        )
-    for label, method in experiment.methods.items():
-        for settings in method.settings():
-            _named(
-                path,
-                f"methods: {label}",
-                lambda settings=settings: tune_options(
-                    experiment, settings, data="x", replay="x", importance="x", out="x", seed=0
-                ),
-            )
-
-
-def _is_count(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 1 << 32
-
-
-def _named(path: Any, where: str, make: Any) -> None:
-    try:
-        make()
-    except OptionError as error:
-        raise OptionError(f"{path}: {where}: {error}") from None

@@ -18,8 +18,8 @@ from forgetless.data.encoding import templated
 from forgetless.data.tasks import load_training_data
 from forgetless.files.atomic import write_json
 from forgetless.model.adapter_files import load_tuned
-from forgetless.model.loading import context_length, load_model, load_tokenizer
 from forgetless.model.linear import unwrapped
+from forgetless.model.loading import context_length, load_model, load_tokenizer
 from forgetless.options.model import ModelOptions
 from forgetless.options.verbs import resolve
 

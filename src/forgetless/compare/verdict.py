@@ -61,9 +61,7 @@ def verdict(experiment: Experiment, summary: dict[str, Any]) -> list[str]:
                 "" if gap["ratio"] is None else f"{gap['ratio']:.2f}x, "
             )  # none where plain forgets nothing
             text += f"; {experiment.reference} scaled back forgets {_nats(plain)} ({times}{noise})"
-        lines.append(
-            text + ("" if best["part"] == "test" else " (validation part, not yet tested)") + "."
-        )
+        lines.append(f"{text}{_measured_on(experiment, best['part'])}.")
         lines += _next(
             domain,
             [row for row in reached if row is best or row is not plain],
@@ -85,6 +83,16 @@ def verdict(experiment: Experiment, summary: dict[str, Any]) -> list[str]:
     failed = summary["progress"]["failed"]
     return lines + (
         [f"{failed} run{'s' * (failed != 1)} failed or ran out of memory."] if failed else []
+    )
+
+
+def _measured_on(experiment: Experiment, part: str) -> str:
+    if part == "test":
+        return ""
+    return (
+        " (validation part, not yet tested)"
+        if experiment.last_part == "test"
+        else (" (on the part that settings were chosen by)")
     )
 
 

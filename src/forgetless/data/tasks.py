@@ -6,7 +6,8 @@
 
 A task is a record of small functions over a row with the Hub dataset's fields. The prompts have the
 form that lm-eval uses, with which the paper (Song et al. 2025, arXiv 2501.13669) measures its
-accuracies. `sciq=train.jsonl` reads the same fields from a local file.
+accuracies. `sciq=train.jsonl` reads the same fields from a local file; `choices=questions.jsonl`
+reads rows of a prompt, its choices (a list) and the number of the right one (gold, from 0).
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class Task:
 
     `choices` are what is ranked after the prompt, without the leading space; `gold` is the index of
     the right one. `held_out` is the split of the Hub dataset with published answers that lm-eval
-    measures on.
+    measures on; without a Hub dataset (`hub`) a file is needed. `per_byte`: a comparison's accuracy
+    ranks choices by likelihood per byte, since they differ in length.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Task:
     prompt: Callable[[TaskRow], str]
     choices: Callable[[TaskRow], list[str]]
     gold: Callable[[TaskRow], int]
+    per_byte: bool = False
 
 
 def _sciq_order(row: TaskRow) -> list[int]:
@@ -72,6 +75,12 @@ def _medmcqa_prompt(row: TaskRow) -> str:
         for letter, key in zip("ABCD", ("opa", "opb", "opc", "opd"), strict=True)
     )
     return f"Question: {row['question']}\nChoices:\n{options}\nAnswer:"
+
+
+def _own_choices(row: TaskRow) -> list[str]:
+    if not isinstance(row["choices"], list):
+        raise TypeError
+    return [str(choice) for choice in row["choices"]]
 
 
 TASKS = {
@@ -101,6 +110,16 @@ TASKS = {
         _medmcqa_prompt,
         lambda row: ["A", "B", "C", "D"],
         lambda row: int(row["cop"]),
+    ),
+    "choices": Task(
+        "choices",
+        "",
+        "",
+        ("prompt", "choices", "gold"),
+        lambda row: str(row["prompt"]),
+        _own_choices,
+        lambda row: int(row["gold"]),
+        per_byte=True,
     ),
 }
 
@@ -133,6 +152,8 @@ def load_task(spec: str, *, split: str | None = "train") -> tuple[Task, list[Tas
     if known is None:
         raise OptionError(f"unknown task '{spec}'; {nearest(spec, TASKS)}")
     task, file = known
+    if not file and not task.hub:
+        raise OptionError(f"task {task.name} has no data of its own; give {task.name}=FILE")
     rows = load_rows(file or task.hub, split=split or task.held_out)
     for number, row in enumerate(rows, 1):
         _check_task_row(task, row, f"{file or task.hub}, row {number}")

@@ -457,7 +457,7 @@ def documents(
 
 
 def multiple_choice(facts: tuple[Fact, ...], seed: int = SEED) -> list[dict[str, Any]]:
-    """One row per fact: prompt, four choices (values of the same relation), index of the right one."""
+    """A row for each fact: prompt, four choices of the same relation, index of the right one."""
     rng = random.Random(seed)
     rows = []
     for fact in facts:
