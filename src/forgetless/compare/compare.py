@@ -31,6 +31,7 @@ import yaml
 
 from forgetless.compare.accuracy import check_questions, score_all, score_base, spread
 from forgetless.compare.base import measure_base
+from forgetless.compare.choice import choose
 from forgetless.compare.experiment import Experiment, Trial, final_trials, validation_trials
 from forgetless.compare.experiment_file import read
 from forgetless.compare.job import ENDED, Job, job_of
@@ -40,7 +41,7 @@ from forgetless.compare.processes import running
 from forgetless.compare.recipes import record_all
 from forgetless.compare.samples import answer
 from forgetless.compare.sequences import Campaign, run_sequences
-from forgetless.compare.summary import choose, ended, summarise
+from forgetless.compare.summary import ended, summarise
 from forgetless.compare.trial import run, was_killed
 from forgetless.compare.verdict import progress_line
 from forgetless.files.atomic import read_json, write_text

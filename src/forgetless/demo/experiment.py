@@ -5,9 +5,9 @@
     OUT/answers.jsonl                            the world's questions with their answers, as text
     OUT/general-questions.jsonl, domain-questions.jsonl    four choices each
 
-Learning rates are tried by plain fine-tuning alone, and every setting is run with every seed: the
-texts in other phrasings are what settings are chosen by and what is shown, so that the whole demo
-is as few trainings as possible. A comparison that is to be believed keeps a test part apart.
+Every setting is run with every seed, and the texts in other phrasings are both what settings are
+chosen by and what is shown, so that the whole demo is five trainings a seed. A comparison that is
+to be believed keeps a test part apart.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from forgetless.files.atomic import write_text
 MODEL = Path(__file__).parent / "model"
 # The names of the domain and of the general text, as the report shows them.
 DOMAIN, TEXT = "herbal", "world"
-# The learning rates that plain fine-tuning tries: half and twice the best of them learn less.
+# The learning rates that plain fine-tuning tries. The two larger ones learn the herbal nearly
+# equally well: which of them is better differs between processors.
 RATES = (2e-3, 4e-3, 8e-3)
-# Plain fine-tuning at a quarter of the rate that learns best, which is tried already.
+# Plain fine-tuning at a smaller rate than the best, which is tried already.
 SMALLER = 2e-3
-# The rate at which the model is held: the one that plain fine-tuning learns best with.
-HELD = 8e-3
+# The rates at which the model is held: those that plain fine-tuning learns well with.
+HELD = (4e-3, 8e-3)
 TRAINING = {
     "max_steps": 150,
     "batch_size": 16,
@@ -94,7 +95,7 @@ def experiment(paths: Mapping[str, str], seeds: int) -> Experiment:
         "methods": {
             "plain": {"grid": {"learning_rate": list(RATES)}},
             "smaller": {"learning_rate": SMALLER},
-            "hold": {"importance": "default", "learning_rate": HELD},
+            "hold": {"importance": "default", "grid": {"learning_rate": list(HELD)}},
         },
         "trials": "free",
         "seeds": {"validation": list(range(seeds)), "test": []},

@@ -2,8 +2,8 @@
 
 An experiment that `compare` runs (experiment.py): importance is recorded on text about the world,
 and the model is taught a herbal of new facts, plainly at three learning rates and held by
-importance. Measured is what it still knows: accuracy on questions about the world, and loss on text
-about it in phrasings that it never saw.
+importance at two. Measured is what it still knows: accuracy on questions about the world, and loss
+on text about it in phrasings that it never saw.
 
 Two rivals cost no method at all and are shown beside it: plain fine-tuning at a smaller learning
 rate, and the plain update scaled back to 95 % of what it learns, the highest level of learning at
@@ -26,11 +26,11 @@ from torch import nn
 
 from forgetless.compare.accuracy import domain_tasks, score
 from forgetless.compare.base import evaluate
+from forgetless.compare.choice import curve
 from forgetless.compare.compare import check_any_done, run_experiment
 from forgetless.compare.experiment import Experiment
 from forgetless.compare.frontier import at_learning
 from forgetless.compare.parts import prepare
-from forgetless.compare.summary import curve
 from forgetless.data.documents import load_rows
 from forgetless.demo.experiment import DOMAIN, TEXT, experiment, write_texts
 from forgetless.demo.table import ROWS, Row, plot, table
