@@ -444,7 +444,8 @@ def adapter(folder: Path) -> Target:
 
     from forgetless.budget.shrinkable import adapter_config
     from forgetless.model.adapter_files import CONFIG, WEIGHTS, with_adapter
-    from forgetless.model.adapters import adapter_inputs, scale_update
+    from forgetless.model.adapters import adapter_inputs
+    from forgetless.model.update import AdapterUpdate
 
     base = tiny()
     kinds = {
@@ -504,7 +505,7 @@ def adapter(folder: Path) -> Target:
             errors.append(error)
         model = with_adapter(copy.deepcopy(base), place)
         if not errors:
-            scale_update(model, 0.5)
+            AdapterUpdate(model).scale(0.5)
         model.merge_and_unload()
         return [str(error) for error in errors]
 

@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 from conftest import interrupt_after
-from forgetless.demo.run import MODEL
+from forgetless.demo.experiment import MODEL
 from forgetless.demo.world import build, documents
 from forgetless.errors import OptionError
 from forgetless.evaluate.evaluate import evaluate

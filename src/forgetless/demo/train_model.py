@@ -20,7 +20,9 @@ from torch import nn
 
 from forgetless.data.documents import Document
 from forgetless.data.encoding import batches, encode
+from forgetless.data.tasks import TASKS
 from forgetless.demo.world import SEED, build, documents, multiple_choice
+from forgetless.evaluate.accuracy import answers
 from forgetless.files.provenance import environment
 
 MODEL = Path(__file__).parent / "model"
@@ -123,8 +125,6 @@ def train(
 
 
 def main() -> None:
-    from forgetless.demo.run import accuracy
-
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -142,13 +142,15 @@ def main() -> None:
     model = model.to(torch.bfloat16)
     model.save_pretrained(given.out)
     tokenizer.save_pretrained(given.out)
+    questions = multiple_choice(build().general)
+    known = answers(model.float(), tokenizer, TASKS["choices"], questions)
     reached = {
         "seed": given.seed,
         "steps": given.steps,
         "loss_nats": loss,
         "seconds": time.perf_counter() - started,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "general_accuracy": accuracy(model.float(), tokenizer, multiple_choice(build().general)),
+        "general_accuracy": known["acc_norm"],
         "versions": environment("cpu")["versions"],
     }
     (given.out / "training.json").write_text(json.dumps(reached, indent=1) + "\n")

@@ -32,7 +32,7 @@ from typing import Any
 from torch import nn
 
 from forgetless.files.atomic import discard, read_json
-from forgetless.model.adapter_files import CONFIG, checked
+from forgetless.model.adapter_files import CONFIG, checked_adapter
 from forgetless.model.loading import load_model
 from forgetless.model.stack import stack
 from forgetless.model.stages import Earlier, LearnedDomain, Stage, merged
@@ -164,4 +164,4 @@ def _learned(domain: Domain) -> LearnedDomain:
 
 def _is_lora(folder: str) -> bool:
     """Whether a run left a LoRA adapter there: not another kind, and not a whole model."""
-    return (Path(folder) / CONFIG).is_file() and checked(folder)["peft_type"] == "LORA"
+    return (Path(folder) / CONFIG).is_file() and checked_adapter(folder)["peft_type"] == "LORA"
