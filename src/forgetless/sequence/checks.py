@@ -127,9 +127,10 @@ def _gone_on_from(options: TuneOptions) -> tuple[TuneOptions, tuple[Domain, ...]
 
 def _check_processes(options: TuneOptions) -> None:
     distributed.start(options.device)
-    if distributed.world_size() > 1:
+    processes = distributed.world_size()
+    if processes > 1:
         raise OptionError(
-            f"several domains are tuned in one process, found {distributed.world_size()}; start one "
+            f"several domains are tuned in one process, found {processes}; start one "
             "process, or tune on all of the data at once"
         )
 
