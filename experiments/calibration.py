@@ -40,7 +40,7 @@ from forgetless.options.model import ModelOptions
 from forgetless.options.record import RECORD_PRESETS, RecordOptions
 from forgetless.options.tune import TUNE_PRESETS
 from forgetless.options.verbs import resolve
-from forgetless.record.cost import Point, parabola
+from forgetless.record.cost import MeasuredPoint, parabola
 from forgetless.record.gradient import gradient
 
 HERE = Path(__file__).parent
@@ -309,7 +309,7 @@ def featured(folder: Path, known: dict[str, Any], gradients: dict[str, Any]) -> 
 
 def fitted(points: Sequence[dict[str, float]]) -> tuple[float, float, float]:
     """The parabola through a run's points."""
-    return parabola([Point(p["scale"], p["nats"], p["standard_error"]) for p in points])
+    return parabola([MeasuredPoint(p["scale"], p["nats"], p["standard_error"]) for p in points])
 
 
 def calibration_of(results: Sequence[dict[str, Any]], label: str) -> Calibration:

@@ -33,7 +33,7 @@ from forgetless.model.targets import target_weights
 from forgetless.model.update import Update
 from forgetless.record import state as recording_state
 from forgetless.record import updates as calibrating
-from forgetless.record.cost import Point, parabola
+from forgetless.record.cost import MeasuredPoint, parabola
 from forgetless.record.gradient import gradient
 from forgetless.record.kept_apart import apart, divided
 from forgetless.report.budget import sentences
@@ -213,7 +213,7 @@ def test_a_calibration_of_nothing_is_refused():
 
 
 def test_a_parabola_is_found_through_its_points_and_not_through_far_ones():
-    at = lambda s, error=0.001: Point(s, -0.01 * s + 0.05 * s**2, error)
+    at = lambda s, error=0.001: MeasuredPoint(s, -0.01 * s + 0.05 * s**2, error)
     near = [at(0.2), at(0.5), at(1.0)]
     assert parabola(near)[:2] == pytest.approx((-0.01, 0.05)) and parabola(
         [*near, at(3.0)]
@@ -226,7 +226,9 @@ def test_the_error_of_a_parabola_is_that_of_its_points():
     rng, share, found = np.random.default_rng(0), np.array([0.2, 0.3, 0.5, 1.0]), []
     for _ in range(400):
         nats = -0.01 * share + 0.05 * share**2 + rng.normal(0, 0.002, 4)
-        found.append(parabola([Point(s, n, 0.002) for s, n in zip(share, nats, strict=True)]))
+        found.append(
+            parabola([MeasuredPoint(s, n, 0.002) for s, n in zip(share, nats, strict=True)])
+        )
     seconds, errors = np.array(found)[:, 1], np.array(found)[:, 2]
     assert np.median(errors) == pytest.approx(seconds.std(), rel=0.25)
 

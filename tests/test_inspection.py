@@ -5,7 +5,7 @@ import torch
 
 from forgetless.cli import main
 from forgetless.importance.covariance import Covariance
-from forgetless.importance.describe import BLOCKS, COLUMNS, histogram
+from forgetless.importance.describe import BLOCKS, HISTOGRAM_COLUMNS, histogram
 from forgetless.importance.energy_errors import UPDATE_RANK, energy_errors
 from forgetless.importance.entries import DenseEntry, KroneckerEntry
 from forgetless.importance.importance import Importance
@@ -70,7 +70,7 @@ def test_histogram_places_values_by_their_decades():
     values = torch.tensor([0.0, 1e-6, 1e-3, 1e-3, 1e-3, 1e-3, 1.0])
     picture = histogram(values, -3.0, 0.0)
     assert (
-        len(picture) == COLUMNS
+        len(picture) == HISTOGRAM_COLUMNS
         and picture[0] == "█"
         and picture[-1] == "▂"
         and set(picture[1:-1]) == {" "}

@@ -114,7 +114,7 @@ def decode(
         x = codes.to(torch.float32).mul_(1 / 256)
         x.mul_(x).mul_(x)
     else:
-        both = _pairs(tier, codes.device).index_select(0, codes.reshape(-1).int())
+        both = _both_values(tier, codes.device).index_select(0, codes.reshape(-1).int())
         x = both.view(torch.float32).view(codes.shape[0], -1)[:, :into]
     whole = into - into % BLOCK
     head = x[:, :whole].unflatten(1, (-1, BLOCK)) if whole else None
@@ -126,7 +126,7 @@ def decode(
 
 
 @functools.lru_cache(maxsize=8)
-def _pairs(tier: str, device: torch.device) -> Tensor:
+def _both_values(tier: str, device: torch.device) -> Tensor:
     """Both values of each u4 byte, side by side in 8 bytes: one look-up for two values."""
     table = torch.tensor(_table(tier), dtype=torch.float32, device=device)
     byte = torch.arange(256, device=device)

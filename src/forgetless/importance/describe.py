@@ -26,7 +26,7 @@ from forgetless.importance.file import Stored
 from forgetless.report.terminal import table
 
 # Columns of a histogram.
-COLUMNS = 24
+HISTOGRAM_COLUMNS = 24
 # Decades below the largest value that a histogram reaches; smaller values are in its first column.
 DECADES = 12.0
 # Elements of a weight that are looked at, at most: enough for a histogram, whatever a file claims.
@@ -42,7 +42,7 @@ def describe(importance: Stored) -> str:
     norm, mean, largest value, how many are zero, histogram.
     """
     low, high = _decades(importance)
-    axis = f"{low:<+8.1f}{'log10':^{COLUMNS - 16}}{high:>+8.1f}"
+    axis = f"{low:<+8.1f}{'log10':^{HISTOGRAM_COLUMNS - 16}}{high:>+8.1f}"
     met: set[int] = set()
     rows = []
     for name, entry in importance.entries.items():
@@ -64,8 +64,9 @@ def describe(importance: Stored) -> str:
 
 
 def histogram(values: Tensor, low: float, high: float) -> str:
-    """The non-zero values over log10, from `low` to `high`, as COLUMNS blocks; values below `low`
-    are in the first one. A column that is not empty shows.
+    """The non-zero values over log10, from `low` to `high`, as HISTOGRAM_COLUMNS blocks.
+
+    Values below `low` are in the first one. A column that is not empty shows.
     """
     return _blocks(_counts(values, low, high))
 
@@ -73,7 +74,7 @@ def histogram(values: Tensor, low: float, high: float) -> str:
 def _counts(values: Tensor, low: float, high: float) -> Tensor:
     return torch.histc(
         values[values > 0].float().log10().clamp(low, high),
-        bins=COLUMNS,
+        bins=HISTOGRAM_COLUMNS,
         min=low,
         max=max(high, low + 1e-3),
     )
@@ -102,12 +103,12 @@ class _Statistics:
     mean: float
     largest: float
     zeros: float  # which fraction of them is zero
-    counts: Tensor  # (COLUMNS,), of the histogram
+    counts: Tensor  # (HISTOGRAM_COLUMNS,), of the histogram
 
 
 def _statistics(entry: Entry, low: float, high: float) -> _Statistics:
     total, largest, zeros, seen = 0.0, 0.0, 0, 0
-    counts = torch.zeros(COLUMNS)
+    counts = torch.zeros(HISTOGRAM_COLUMNS)
     for part in _parts(entry):
         total += float(part.double().sum())
         largest = max(largest, float(part.max()))
@@ -135,7 +136,7 @@ def _head(importance: Stored) -> list[str]:
     lines = [
         f"estimator    {info.get('estimator', '?')}",
         textwrap.fill(
-            f"settings     {printable(_settings(info), longest=4000)}",
+            f"settings     {printable(_shown_settings(info), longest=4000)}",
             120,
             subsequent_indent=" " * 13,
             break_on_hyphens=False,
@@ -205,7 +206,7 @@ def _bytes(entries: Mapping[str, Entry], met: set[int] | None = None) -> int:
     return total
 
 
-def _settings(info: dict[str, Any]) -> str:
+def _shown_settings(info: dict[str, Any]) -> str:
     """The settings that say something: not the options left at nothing, off or automatic."""
     shown = {
         key: value

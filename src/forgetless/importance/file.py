@@ -102,14 +102,14 @@ def load(path: str | Path) -> Stored:
 
     Raises ValueError: missing, not safetensors, truncated, foreign, non-finite or negative values.
     """
-    info, tensors = _read(Path(path))
+    info, tensors = _read_file(Path(path))
     check_info(path, info)
     shared = info.pop("shared_in_cov", {})
     coded = info.pop("coded", {})
     calibration = info.pop("calibration", None)
     parts = _by_weight(path, tensors)
-    anchors = _pairs(path, parts, "recorded adapter", ANCHOR)
-    gradients = _pairs(path, parts, "gradient", GRADIENT)
+    anchors = _factor_pairs(path, parts, "recorded adapter", ANCHOR)
+    gradients = _factor_pairs(path, parts, "gradient", GRADIENT)
     entries = _entries(path, parts, shared, coded)
     for name, entry in entries.items():
         check_extent(f"{path}: '{name}'", entry)
@@ -172,7 +172,7 @@ def _tensors(entries: Mapping[str, Entry], where: str) -> tuple[dict[str, Tensor
     return tensors, shared
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(metadata, tensors) of a file of ours, its entries not checked yet."""
     if not path.is_file():
         raise FileError(
@@ -219,7 +219,7 @@ def _by_weight(path: str | Path, tensors: Mapping[str, Tensor]) -> Parts:
     return parts
 
 
-def _pairs(path: str | Path, parts: Parts, what: str, suffixes: tuple[str, str]) -> Pairs:
+def _factor_pairs(path: str | Path, parts: Parts, what: str, suffixes: tuple[str, str]) -> Pairs:
     """Take two factors of each weight that has them out of `parts`."""
     pairs: Pairs = {}
     for name, part in parts.items():
@@ -264,8 +264,8 @@ def _entry(where: str, parts: dict[str, Tensor], in_cov: AnyCovariance | None) -
         return DenseEntry(parts[""])
     if set(parts) == {".row", ".col"}:
         return _factored_entry(where, parts[".row"], parts[".col"])
-    out_cov = _covariance(parts, ".out_cov")
-    in_cov = in_cov if in_cov is not None else _covariance(parts, ".in_cov")
+    out_cov = _stored_covariance(parts, ".out_cov")
+    in_cov = in_cov if in_cov is not None else _stored_covariance(parts, ".in_cov")
     if out_cov is None or in_cov is None:
         raise FileError(
             f"{where} is made of {', '.join(sorted(parts)) or 'nothing'}, which is no whole "
@@ -297,7 +297,7 @@ def _coded_entry(where: str, parts: dict[str, Tensor], listed: list[Any]) -> Cod
     return CodedEntry(parts[".codes"], parts[".scale"], (shape[0], shape[1]), tier)
 
 
-def _covariance(parts: dict[str, Tensor], kind: str) -> AnyCovariance | None:
+def _stored_covariance(parts: dict[str, Tensor], kind: str) -> AnyCovariance | None:
     """The covariance of this kind, whole or of low rank; None where it is not all there."""
     if kind in parts:
         return Covariance(parts[kind])

@@ -34,7 +34,7 @@ from forgetless.options.record import RecordOptions
 from forgetless.record import state as recording_state
 from forgetless.record.gradient import gradient
 from forgetless.record.kept_apart import divided
-from forgetless.record.state import Calibrated, State
+from forgetless.record.state import CalibratedState, State
 from forgetless.record.text import RecordingText
 from forgetless.record.updates import measured_updates, rows_of_batch
 
@@ -44,7 +44,9 @@ logger = logging.getLogger("forgetless")
 GRADIENT_RANK = 32
 
 
-def written_before(options: RecordOptions, text: RecordingText, state: Calibrated) -> Importance:
+def written_before(
+    options: RecordOptions, text: RecordingText, state: CalibratedState
+) -> Importance:
     """The importance that an interrupted calibration is about: it was written before.
 
     Raises ValueError where the text is another one now, OptionError where the tier is.
@@ -75,10 +77,10 @@ def add_calibration(
     def save(updates: Sequence[MeasuredUpdate]) -> None:
         plain = [update.plain() for update in updates]
         hash_of_text = text.hash_of_kept_apart()
-        recording_state.write(options, Calibrated(hash_of_text, len(updates), plain))
+        recording_state.write(options, CalibratedState(hash_of_text, len(updates), plain))
 
     done: list[MeasuredUpdate] = []
-    if isinstance(state, Calibrated):
+    if isinstance(state, CalibratedState):
         done = [MeasuredUpdate.of(plain) for plain in state.calibrated]
     save(done)
     if ESTIMATORS[options.estimator].trains:  # which left their adapter in the model

@@ -9,7 +9,7 @@ from forgetless.options.estimators import ESTIMATORS
 from forgetless.options.record import RecordOptions
 
 
-def check_options(options: RecordOptions) -> None:
+def check_record_options(options: RecordOptions) -> None:
     """Raise OptionError where an option cannot be had with the others, or with the processes that
     were started.
     """

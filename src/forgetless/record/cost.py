@@ -28,7 +28,7 @@ TRIES = 3
 # Fractions that differ by less than this part of themselves are one measurement.
 SAME = 0.05
 # No update is scaled to more than so many times what was trained.
-LARGEST = 8.0
+LARGEST_FRACTION = 8.0
 # Nats per token that no usual budget allows: further out the loss rises faster than by squares.
 BEYOND = 0.08
 # A parabola may be off by this part of a rise, beside the noise of the documents.
@@ -38,7 +38,7 @@ ERROR = 0.05
 
 
 @dataclass(frozen=True)
-class Point:
+class MeasuredPoint:
     """The measured rise at a fraction of an update."""
 
     fraction: float
@@ -54,27 +54,29 @@ class Point:
         }
 
 
-def measured_points(model: nn.Module, update: Update, part: PairedText, cost: float) -> list[Point]:
+def measured_points(
+    model: nn.Module, update: Update, part: PairedText, cost: float
+) -> list[MeasuredPoint]:
     """Measured rises at fractions of an update where it costs about AIMS.
 
     `cost`: what all of it should cost, in nats per token; 0 where that is not known. The update is
     left at the last fraction.
     """
-    points: list[Point] = []
+    points: list[MeasuredPoint] = []
     for aim in AIMS:
         for _ in range(TRIES):
-            fraction = min(LARGEST, _next_fraction(points, aim, cost))
+            fraction = min(LARGEST_FRACTION, _next_fraction(points, aim, cost))
             if any(abs(fraction / point.fraction - 1) < SAME for point in points):
                 break
             update.scale(fraction)
             rise = part.rise(model, error=ERROR)
-            points.append(Point(fraction, rise.nats, rise.within or rise.standard_error))
+            points.append(MeasuredPoint(fraction, rise.nats, rise.within or rise.standard_error))
             if aim / NEAR < rise.nats < NEAR * aim:
                 break
     return points
 
 
-def _next_fraction(points: Sequence[Point], aim: float, cost: float) -> float:
+def _next_fraction(points: Sequence[MeasuredPoint], aim: float, cost: float) -> float:
     """Where the rise should be `aim`: between the measured fractions around it, in logs; outside of
     them by its square.
     """
@@ -95,7 +97,7 @@ def _next_fraction(points: Sequence[Point], aim: float, cost: float) -> float:
     return float(below.fraction * (above.fraction / below.fraction) ** between)
 
 
-def parabola(points: Sequence[Point]) -> tuple[float, float, float]:
+def parabola(points: Sequence[MeasuredPoint]) -> tuple[float, float, float]:
     """(f, q, standard error of q) of f s + q s^2 through measured rises, by least squares, weighted
     by their standard errors and 5 % of themselves.
 

@@ -25,12 +25,12 @@ from forgetless.options.record import RecordOptions
 from forgetless.options.reference import resolved
 from forgetless.record import state as recording_state
 from forgetless.record.observing_recorder import ObservingRecorder
-from forgetless.record.state import Observed
+from forgetless.record.state import ObservedState
+from forgetless.record.steps import Batch
 from forgetless.record.text import RecordingText
 from forgetless.report.terminal import progress
 
 logger = logging.getLogger("forgetless")
-Batch = dict[str, Tensor]
 
 
 def by_observing(
@@ -38,7 +38,7 @@ def by_observing(
     model: nn.Module,
     text: RecordingText,
     pad_id: int,
-    state: Observed | None,
+    state: ObservedState | None,
 ) -> tuple[Importance, float]:
     """Importance by an estimator that observes `model`, going on from `state` where there is one.
 
@@ -52,7 +52,7 @@ def by_observing(
         _divide(options, recorder, pieces[0]["input_ids"].to(device))
     else:
         recorder.load_state_dict(state.recorder)
-    check_free_space(options.out, _disk_needed(options, recorder, len(pieces)))
+    check_free_space(options.out, _bytes_of_observing(options, recorder, len(pieces)))
     logger.info(
         "recording %s on %s: %d documents, %s tokens, %d pass(es); %d weights; %s; seed %d",
         options.model,
@@ -86,7 +86,7 @@ def _passes(
     options: RecordOptions,
     recorder: ObservingRecorder,
     pieces: Sequence[Batch],
-    state: Observed | None,
+    state: ObservedState | None,
     sha256: str,
 ) -> float:
     """Observe all batches in every pass; the seconds that an earlier run spent on some of them."""
@@ -111,7 +111,7 @@ def _passes(
             if done % options.save_steps == 0 and done < total:
                 seconds = spent + time.perf_counter() - started
                 recording_state.write(
-                    options, Observed(sha256, recorder.state_dict(), done, seconds)
+                    options, ObservedState(sha256, recorder.state_dict(), done, seconds)
                 )
     return spent
 
@@ -155,7 +155,9 @@ def _free_memory(recorder: ObservingRecorder, device: torch.device) -> int | Non
     return free_memory() if recorder.cuts else None
 
 
-def _disk_needed(options: RecordOptions, recorder: ObservingRecorder, batch_count: int) -> int:
+def _bytes_of_observing(
+    options: RecordOptions, recorder: ObservingRecorder, batch_count: int
+) -> int:
     """Bytes of the file, and of two states while one replaces the other."""
     file = 4 * _numbers_in_file(options, [layer.shape for layer in recorder.layers])
     if recorder.passes * batch_count <= options.save_steps:

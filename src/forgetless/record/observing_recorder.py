@@ -53,7 +53,7 @@ from forgetless.model.weights import wider
 from forgetless.record.passes import add_up_sums, in_groups
 from forgetless.record.watching import counting, drawn_labels, scored, watched
 
-LABELS = ("empirical", "sampled")
+LABEL_KINDS = ("empirical", "sampled")
 
 
 class ObservingRecorder(abc.ABC):
@@ -83,7 +83,7 @@ class ObservingRecorder(abc.ABC):
         labels: str = "empirical",
         seed: int = 0,
     ):
-        if labels not in LABELS:
+        if labels not in LABEL_KINDS:
             raise OptionError(f"labels expects 'empirical' or 'sampled', found '{labels}'")
         self.model, self.labels, self.seed = model, labels, seed
         self.layers = base_layers(model, names)

@@ -37,10 +37,10 @@ from forgetless.options.estimators import ESTIMATORS
 from forgetless.options.record import RecordOptions
 from forgetless.record import state as recording_state
 from forgetless.record.calibrate import add_calibration, written_before
-from forgetless.record.checks import check_options
+from forgetless.record.checks import check_record_options
 from forgetless.record.observing import by_observing
 from forgetless.record.saving import save, with_origin
-from forgetless.record.state import Calibrated, Observed, Trained
+from forgetless.record.state import CalibratedState, ObservedState, TrainedState
 from forgetless.record.text import RecordingText, check_text, general_text
 from forgetless.record.training import by_training
 
@@ -53,7 +53,7 @@ def record(options: RecordOptions) -> Importance:
     Raises ValueError or OptionError before anything long begins.
     """
     distributed.start(options.device)
-    check_options(options)
+    check_record_options(options)
     repository = _repository(options)
     with only_writer(options.out, folder=False):
         state = recording_state.load(options)
@@ -62,7 +62,7 @@ def record(options: RecordOptions) -> Importance:
             torch.set_num_threads(options.threads)
         tokenizer, model = load_tokenizer(options), load_model(options)
         text = general_text(options, model, tokenizer)
-        if isinstance(state, Calibrated):
+        if isinstance(state, CalibratedState):
             importance = written_before(options, text, state)
         else:
             importance = record_on(options, model, tokenizer, text, state)
@@ -78,7 +78,7 @@ def record_on(
     model: nn.Module,
     tokenizer: Any,
     text: RecordingText,
-    state: Trained | Observed | None,
+    state: TrainedState | ObservedState | None,
 ) -> Importance:
     """Record on text that is encoded already, going on from `state` where there is one; writes
     `options.out`.
@@ -113,13 +113,13 @@ def _estimated(
     model: nn.Module,
     pad_id: int,
     text: RecordingText,
-    state: Trained | Observed | None,
+    state: TrainedState | ObservedState | None,
 ) -> tuple[Importance, float]:
     """Importance by the estimator that `options` name, and the seconds that it took."""
     if ESTIMATORS[options.estimator].trains:
-        assert not isinstance(state, Observed)  # which another estimator saves
+        assert not isinstance(state, ObservedState)  # which another estimator saves
         return by_training(options, model, text, pad_id, state)
-    assert not isinstance(state, Trained)
+    assert not isinstance(state, TrainedState)
     return by_observing(options, model, text, pad_id, state)
 
 

@@ -23,7 +23,7 @@ NOT_IN_THE_FILE = {"model", "general", *deciding(RecordOptions, RUNNING)} - {
 
 def with_origin(options: RecordOptions, recorded: Importance, origin: Origin) -> Importance:
     """What a recorder made, with where it comes from, in the tier that `options` ask for."""
-    settings = {**_settings(options), **recorded.info["settings"]}
+    settings = {**_deciding_settings(options), **recorded.info["settings"]}
     info = {**recorded.info, **origin.info(), "settings": settings}
     anchors = recorded.anchors if options.keep_anchor else {}
     importance = Importance(recorded.entries, anchors, info)
@@ -43,7 +43,7 @@ def save(options: RecordOptions, importance: Importance) -> None:
     distributed.barrier()  # and none is left once any process returns
 
 
-def _settings(options: RecordOptions) -> dict[str, Any]:
+def _deciding_settings(options: RecordOptions) -> dict[str, Any]:
     """The options that made the importance what it is."""
     left_out = set(NOT_IN_THE_FILE)
     if not ESTIMATORS[options.estimator].trains:

@@ -4,7 +4,7 @@ A state lies beside the file to write: FILE.state, and with several processes FI
 for the others. There are three kinds, since a recording trains an adapter or observes the bare
 model, and calibrates when its importance is written:
 
-    write(options, Observed(...))        # atomic; all processes at about the same moment
+    write(options, ObservedState(...))        # atomic; all processes at about the same moment
     state = load(options)                # None without --resume, or where there is no state
 
 A state is read with weights_only, so that no code in it can run, and it is refused where it was
@@ -33,7 +33,7 @@ logger = logging.getLogger("forgetless")
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedState:
     """A path estimator's training after some of its steps."""
 
     data: str  # sha256 of the text
@@ -47,7 +47,7 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Observed:
+class ObservedState:
     """An observing estimator's passes after some of their batches."""
 
     data: str  # sha256 of the text
@@ -57,7 +57,7 @@ class Observed:
 
 
 @dataclass(frozen=True)
-class Calibrated:
+class CalibratedState:
     """A calibration after some of its updates; the importance itself is written already."""
 
     data: str  # sha256 of the documents kept apart
@@ -65,8 +65,8 @@ class Calibrated:
     calibrated: list[dict[str, Any]]  # the updates, as the importance file holds them
 
 
-State = Trained | Observed | Calibrated
-KINDS: tuple[type[State], ...] = (Trained, Observed, Calibrated)
+State = TrainedState | ObservedState | CalibratedState
+KINDS: tuple[type[State], ...] = (TrainedState, ObservedState, CalibratedState)
 
 
 def place(options: RecordOptions) -> Path:
@@ -100,10 +100,10 @@ def load(options: RecordOptions) -> State | None:
     if not any(distributed.collect(path.is_file())):
         logger.info("no saved state beside %s: starting from the beginning", options.out)
         return None
-    plain = _read(path)
+    plain = _read_state(path)
     state = state_of(path, plain)
     _check_processes(options, path, plain)
-    _check_options(options, path, plain["options"])
+    _check_same_options(options, path, plain["options"])
     return state
 
 
@@ -133,7 +133,7 @@ def check_same_text(options: RecordOptions, state: State, sha256: str) -> None:
         )
 
 
-def _read(path: Path) -> Any:
+def _read_state(path: Path) -> Any:
     try:
         return torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:
@@ -159,7 +159,7 @@ def _check_processes(options: RecordOptions, path: Path, plain: dict[str, Any]) 
         )
 
 
-def _check_options(options: RecordOptions, path: Path, then: dict[str, Any]) -> None:
+def _check_same_options(options: RecordOptions, path: Path, then: dict[str, Any]) -> None:
     now = comparable(options)
     different = sorted(key for key in now if now[key] != then.get(key))
     if different:

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from forgetless.model import distributed
 
+# Each epoch shuffles by a seed of its own: so many epochs are apart from those of the next seed.
+EPOCH_SEEDS = 1000
+
 Batch = dict[str, Tensor]  # input_ids, attention_mask and labels, each (batch, tokens)
 
 

@@ -27,31 +27,29 @@ from forgetless.options.record import RecordOptions
 from forgetless.options.reference import resolved
 from forgetless.record import state as recording_state
 from forgetless.record.path_recorder import PathRecorder
-from forgetless.record.state import Trained
-from forgetless.record.steps import Batch, step
+from forgetless.record.state import TrainedState
+from forgetless.record.steps import EPOCH_SEEDS, Batch, step
 from forgetless.record.text import RecordingText
 from forgetless.report.terminal import progress
 
-# Each epoch shuffles by a seed of its own: so many epochs are apart from those of the next seed.
-EPOCH_SEEDS = 1000
 logger = logging.getLogger("forgetless")
 
 
 @dataclass(frozen=True)
-class Steps:
+class StepCount:
     """How many optimizer steps a training takes."""
 
     in_epoch: int
     total: int
 
     @staticmethod
-    def of(options: RecordOptions, pieces: int) -> Steps:
+    def of(options: RecordOptions, pieces: int) -> StepCount:
         """Those on so many pieces of text."""
         in_epoch = math.ceil(pieces / (options.batch_size * options.accumulation))
         total = in_epoch * options.epochs
         if options.max_steps is not None:
             total = min(options.max_steps, total)
-        return Steps(in_epoch, total)
+        return StepCount(in_epoch, total)
 
 
 def by_training(
@@ -59,7 +57,7 @@ def by_training(
     model: nn.Module,
     text: RecordingText,
     pad_id: int,
-    state: Trained | None,
+    state: TrainedState | None,
 ) -> tuple[Importance, float]:
     """Importance by an estimator that trains an adapter, going on from `state` where there is one.
 
@@ -67,10 +65,10 @@ def by_training(
     stays in `model`.
     """
     assert text.source is not None
-    steps = Steps.of(options, len(text.pieces))
+    steps = StepCount.of(options, len(text.pieces))
     adapted = _adapted(options, model)
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    check_free_space(options.out, _disk_needed(options, adapted, trainable, steps.total))
+    check_free_space(options.out, _bytes_of_training(options, adapted, trainable, steps.total))
     logger.info(
         "recording %s on %s: %d documents, %s tokens, %d steps; %s trainable parameters; path "
         "integral, %s gradient; seed %d",
@@ -111,7 +109,7 @@ class Training:
         model: nn.Module,
         recorder: PathRecorder,
         options: RecordOptions,
-        steps: Steps,
+        steps: StepCount,
         data: str,
     ):
         self.model, self.recorder, self.options = model, recorder, options
@@ -127,7 +125,7 @@ class Training:
     def save(self, seconds: float) -> None:
         """Save the state, with the seconds spent so far."""
         trained = {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
-        state = Trained(
+        state = TrainedState(
             data=self.data,
             adapter=trained,
             recorder=self.recorder.state_dict(),
@@ -139,7 +137,7 @@ class Training:
         )
         recording_state.write(self.options, state)
 
-    def restore(self, state: Trained) -> None:
+    def restore(self, state: TrainedState) -> None:
         """Be where `state` was saved."""
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
@@ -181,7 +179,7 @@ def train(training: Training, pieces: list[Encoded], pad_id: int) -> None:
                     training.save(training.seconds + time.perf_counter() - started)
 
 
-def _rate_factor(options: RecordOptions, steps: Steps) -> Callable[[int], float]:
+def _rate_factor(options: RecordOptions, steps: StepCount) -> Callable[[int], float]:
     """By what the learning rate is multiplied after so many steps."""
     if options.schedule == "linear":
         return lambda done: 1.0 - done / steps.total
@@ -225,7 +223,7 @@ def _adapted(options: RecordOptions, model: nn.Module) -> nn.Module:
     return adapted
 
 
-def _disk_needed(options: RecordOptions, model: nn.Module, trainable: int, total: int) -> int:
+def _bytes_of_training(options: RecordOptions, model: nn.Module, trainable: int, total: int) -> int:
     """Bytes of the file with its anchor (f32), and of two states while one replaces the other:
     credit, Omega, adapter and AdamW's moments, all f32.
     """

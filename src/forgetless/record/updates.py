@@ -32,7 +32,7 @@ from forgetless.options.record import RecordOptions
 from forgetless.options.tune import TUNE_PRESETS
 from forgetless.penalty.pull import Penalty
 from forgetless.record.cost import measured_points, parabola
-from forgetless.record.steps import Batch, step
+from forgetless.record.steps import EPOCH_SEEDS, Batch, step
 from forgetless.report.terminal import progress
 
 # Optimizer steps of one training.
@@ -50,8 +50,6 @@ HELD = ((1.0, 2 * RATE), (3.0, 2 * RATE), (1.0, RATE / 2))
 FIRST_COST = 2.0
 # Tokens of a piece of a document, at most.
 LONGEST = 2048
-# Each epoch shuffles by a seed of its own: so many epochs are apart from those of the next seed.
-EPOCH_SEEDS = 1000
 
 
 def measured_updates(

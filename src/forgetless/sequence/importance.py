@@ -25,7 +25,7 @@ from forgetless.options.tune import TuneOptions
 from forgetless.options.verbs import resolve
 from forgetless.record import state as recording_state
 from forgetless.record.record import record_on
-from forgetless.record.state import Calibrated
+from forgetless.record.state import CalibratedState
 from forgetless.record.text import RecordingText
 
 logger = logging.getLogger("forgetless")
@@ -112,7 +112,7 @@ def _recorded(
         tokens=sum(len(ids) for ids, _ in encoded),
         sha256=fingerprint_rows(rows),
     )
-    assert not isinstance(state, Calibrated)  # the recipe does not calibrate
+    assert not isinstance(state, CalibratedState)  # the recipe does not calibrate
     return record_on(recipe, taught, tokenizer, RecordingText(encoded, source), state)
 
 
