@@ -26,7 +26,7 @@ from torch import nn
 
 from forgetless.compare.accuracy import domain_tasks, score
 from forgetless.compare.base import evaluate
-from forgetless.compare.choice import curve
+from forgetless.compare.choice import Run, curve
 from forgetless.compare.compare import check_any_done, run_experiment
 from forgetless.compare.experiment import Experiment
 from forgetless.compare.frontier import at_learning
@@ -49,7 +49,6 @@ from forgetless.report.page import write_report
 PROMPTS, WORDS = 3, 14
 # The methods of the experiment behind the rows of the table.
 METHODS = {"plain": "plain", "plain, smaller rate": "smaller", "hold": "hold"}
-Run = Mapping[str, Any]  # of compare.json
 
 
 def demo(options: DemoOptions) -> dict[str, Any]:
