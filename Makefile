@@ -14,9 +14,11 @@ export TOKENIZERS_PARALLELISM = false
 demo: $(READY)
 	$(BIN)/forgetless demo
 
-# One thread: tiny models gain nothing from more, and where cores are shared they wait for each other.
+# Two processes of one thread each: tiny models gain nothing from more threads, and where cores are
+# shared threads wait for each other. A process needs about a GiB.
+JOBS ?= 2
 test: $(READY)
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 # The inner loop, in less than 90 seconds: form, options, importance files and the pull, without the
 # tests that train end to end.

@@ -42,12 +42,9 @@ LATE_OWN = {
     "penalty/fused.py": "the kernel imports Triton, which may not be installed",
 }
 # Lines of more than 100 columns in a file.
-LONG_LINES: dict[str, int] = {
-    "src/forgetless/importance/consolidate.py": 1,
-}
+LONG_LINES: dict[str, int] = {}
 # Files of more than 350 lines, and functions of more than 60, with what they have today.
 LONG_FILES: dict[str, int] = {
-    "demo/world.py": 468,
     "record/observing_recorder.py": 405,
 }
 LONG_FUNCTIONS: dict[str, int] = {

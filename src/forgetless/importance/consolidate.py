@@ -105,8 +105,9 @@ def _sharing(pairs: dict[str, Pair]) -> list[list[str]]:
     """Names in groups: weights whose inputs share their covariances, all others alone."""
     groups: dict[object, list[str]] = {}
     for name, (old, new) in pairs.items():
-        shared = isinstance(old, KroneckerEntry) and isinstance(new, KroneckerEntry)
-        key: object = (id(old.in_cov), id(new.in_cov)) if shared else name  # type: ignore[attr-defined]
+        key: object = name
+        if isinstance(old, KroneckerEntry) and isinstance(new, KroneckerEntry):
+            key = (id(old.in_cov), id(new.in_cov))
         groups.setdefault(key, []).append(name)
     return list(groups.values())
 
