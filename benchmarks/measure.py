@@ -97,11 +97,11 @@ def row(
         else None
     )
     env = environment()
-    commit = (env["commit"] or "")[:10] + ("+" if env["dirty"] else "")
+    commit = str(env.commit or "")[:10] + ("+" if env.dirty else "")
     versions = " ".join(
-        f"{name} {env['versions'][name]}"
+        f"{name} {env.versions[name]}"
         for name in ("torch", "transformers", "peft")
-        if name in env["versions"]
+        if name in env.versions
     )
     return Row(
         what,

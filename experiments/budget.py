@@ -49,6 +49,7 @@ from forgetless.budget.budget import parse
 from forgetless.evaluate.paired import PairedText
 from forgetless.files.atomic import read_json, write_json, write_text
 from forgetless.files.provenance import environment
+from forgetless.files.schema import to_json
 from forgetless.options.model import ModelOptions
 from forgetless.options.record import RECORD_PRESETS, RecordOptions
 from forgetless.options.tune import TUNE_PRESETS, TuneOptions
@@ -359,8 +360,9 @@ class Lab:
             "seconds": seconds,
             "train_seconds": train_seconds,
             **{key: report[key] for key in KEPT if key in report},
+            "environment": to_json(environment("cpu")),
         }
-        write_json(self.place(method, budget, seed), {**result, "environment": environment("cpu")})
+        write_json(self.place(method, budget, seed), result)
 
 
 @contextlib.contextmanager

@@ -40,6 +40,8 @@ from typing import Any
 from forgetless.data.inputs import read_held_out
 from forgetless.data.tasks import TASKS
 from forgetless.files.atomic import read_json, write_json
+from forgetless.files.measured_json import Measured
+from forgetless.files.schema import as_record, to_json
 from forgetless.options.estimators import ESTIMATORS
 from forgetless.options.model import ModelOptions
 from forgetless.options.record import RECORD_PRESETS, RecordOptions
@@ -281,7 +283,8 @@ class Lab:
         adapter = self.out / "adapters" / target.stem
         adapter.parent.mkdir(exist_ok=True)
         (folder / "final").rename(adapter)
-        scales = {"1.0": changes(finished["before"], finished["after"])}
+        start = as_record(finished["before"], Measured)
+        scales = {"1.0": to_json(changes(start, as_record(finished["after"], Measured)))}
         tokenizer = load_tokenizer(ModelOptions(model=self.model))
         model = self.load(adapter)
         update = AdapterUpdate(model)
@@ -289,7 +292,7 @@ class Lab:
         for scale in SCALES:
             update.scale(scale)
             after = measure(model, tokenizer, held_out)
-            scales[str(scale)] = changes(finished["before"], after)
+            scales[str(scale)] = to_json(changes(start, after))
         before = {key: finished["before"][key]["nats"] for key in ("general", "domain")}
         write_json(
             target,

@@ -30,6 +30,7 @@ from budget import BUDGETS, RECORDING, SEEDS, Lab
 from forgetless.evaluate.rise import paired_rise
 from forgetless.files.atomic import read_json, write_json
 from forgetless.files.provenance import environment
+from forgetless.files.schema import to_json
 from forgetless.options.record import RECORD_PRESETS, RecordOptions
 from forgetless.options.verbs import resolve
 from forgetless.report.numbers import perplexity_percent
@@ -89,7 +90,7 @@ class Predicted(Lab):
                 "seed": seed,
                 "measured": measured.numbers(),
                 **report,
-                "environment": environment("cpu"),
+                "environment": to_json(environment("cpu")),
             },
         )
 

@@ -337,7 +337,8 @@ def test_a_sequence_answers_the_questions_of_its_domains_after_each_step(success
     task, rows = load_task(spec, split=None)
     options = resolve(ModelOptions, {"model": summary["model"]})
     whole = with_adapter(load_model(options), last)  # as anybody would load it
-    assert answers(whole, load_tokenizer(options), task, rows)["acc"] == pytest.approx(scores[3])
+    whole_scores = answers(whole, load_tokenizer(options), task, rows)
+    assert whole_scores.numbers["acc"] == pytest.approx(scores[3])
 
 
 def test_a_sequence_is_held_by_the_domains_before_by_a_rule(succession, tmp_path):

@@ -154,12 +154,13 @@ def test_own_ranking_and_prompts_agree_with_lm_eval_on_local_rows(tiny, tokenize
     model = tiny().eval()
     torch.nn.init.normal_(model.lm_head.weight, std=1.0)  # clear preferences: no ties
     task, loaded = load_task(f"{name}={path}")
-    ours = answers(model, tokenizer, task, loaded)
-    theirs = lm_eval_accuracy(model, tokenizer, name, file=str(path))
+    scores = answers(model, tokenizer, task, loaded)
+    ours = scores.numbers
+    theirs = lm_eval_accuracy(model, tokenizer, name, file=str(path)).numbers
     assert ours["acc"] == pytest.approx(theirs["acc"]) and ours["acc_norm"] == pytest.approx(
         theirs["acc_norm"]
     )
-    assert ours["questions"] == 12 and ours["answer_loss"]["nats"] > 0
+    assert ours["questions"] == 12 and scores.answer_loss.nats > 0
 
 
 def test_unknown_tasks_and_broken_task_files_are_named_before_a_model_is_loaded(tmp_path):

@@ -343,7 +343,7 @@ def test_an_adapter_that_broke_its_budget_is_not_pushed(hub, verdict, tmp_path, 
 
     (tmp_path / "final").mkdir()
     (hub.root / "me").mkdir(parents=True)
-    push_result("me/adapter", tmp_path / "final", {"verdict": verdict})
+    push_result("me/adapter", tmp_path / "final", verdict)
     assert (hub.root / "me/adapter").exists() == (verdict in (None, "met"))
     assert ("nothing is pushed" in caplog.text) == (verdict in ("not shown", "exceeded"))
 

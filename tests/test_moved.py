@@ -21,14 +21,14 @@ def lora(tiny, kind="llama"):
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_movement_is_the_norm_of_the_update(tiny, kind):
     model = lora(tiny, kind)
-    rows = {row["weight"]: row for row in moved(model)}
+    rows = {row.weight: row for row in moved(model)}
     for weight in target_weights(model):
         row = rows.pop(weight.name)
-        assert row["movement"] == pytest.approx(float(weight.update().norm()), rel=1e-5) and (
-            row["layer"],
-            row["kind"],
+        assert row.movement == pytest.approx(float(weight.update().norm()), rel=1e-5) and (
+            row.layer,
+            row.kind,
         ) == (weight.layer, weight.kind)
-        assert row["importance"] is None and row["coefficient"] is None
+        assert row.importance is None and row.coefficient is None
     assert not rows
 
 
@@ -38,8 +38,8 @@ def test_importance_and_coefficient_stand_beside_it(tiny):
         {weight.name: DenseEntry(torch.full(weight.shape, 2.0)) for weight in target_weights(model)}
     )
     rows = moved(model, importance, PerKind({"q_proj": 3.0}))
-    assert all(row["importance"] == pytest.approx(importance[row["weight"]].norm()) for row in rows)
-    held = {row["kind"]: row["coefficient"] for row in rows}
+    assert all(row.importance == pytest.approx(importance[row.weight].norm()) for row in rows)
+    held = {row.kind: row.coefficient for row in rows}
     assert held["q_proj"] == pytest.approx(3 * held["v_proj"])
 
 

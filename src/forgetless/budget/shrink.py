@@ -38,13 +38,13 @@ from forgetless.data.inputs import HeldOut, read_held_out
 from forgetless.data.tasks import encode_rows
 from forgetless.errors import OptionError
 from forgetless.evaluate.evaluate import changes, changes_table, measure
-from forgetless.files.atomic import write_json
 from forgetless.files.budget_json import BudgetReport
 from forgetless.files.hub import importance_path
+from forgetless.files.measured_json import Measured
 from forgetless.files.provenance import environment, sha256_file
 from forgetless.files.room import check_free_space
-from forgetless.files.run_json import Run
-from forgetless.files.schema import as_record, to_json
+from forgetless.files.run_json import ImportanceUsed, Run, ShrunkRun
+from forgetless.files.schema import as_record, plain_of, write_record
 from forgetless.importance.importance import Importance
 from forgetless.model.adapter_files import load_tuned
 from forgetless.model.adapters import bare
@@ -77,7 +77,7 @@ class BaseLosses:
     kept, on the parts that it is kept by.
     """
 
-    before: dict[str, Any]
+    before: Measured
     learning: Learning | None
     baseline: Baseline | None
 
@@ -103,27 +103,27 @@ def shrink(options: ShrinkOptions) -> dict[str, Any]:
     report = _shrunk(options, loaded, base)
     save_whole(loaded.model, loaded.tokenizer, out / "final")
     after = measure(loaded.model, loaded.tokenizer, held_out)
-    budget: dict[str, Any] = {}
-    if report is not None:
-        budget = {"budget": to_json(report), "verdict": report.verdict}
-    run = {
-        "configuration": as_dict(options),
-        "environment": environment(str(next(loaded.model.parameters()).device)),
-        "importance": {"file": options.importance, "sha256": sha256_file(file)} if file else None,
-        "before": base.before,
-        "after": after,
-        **changes(base.before, after),
-        **budget,
-        "seconds": time.perf_counter() - started,
-    }
+    change = changes(base.before, after)
+    run = ShrunkRun(
+        configuration=as_dict(options),
+        environment=environment(str(next(loaded.model.parameters()).device)),
+        importance=ImportanceUsed(options.importance, sha256_file(file)) if file else None,
+        before=base.before,
+        after=after,
+        forgetting=change.forgetting,
+        learning=change.learning,
+        budget=report,
+        verdict=None if report is None else report.verdict,
+        seconds=time.perf_counter() - started,
+    )
     write_card(out / "final", "shrink", as_record(run, Run))
-    write_json(out / "run.json", run)
+    write_record(out / "run.json", run)
     if held_out.anything:
         print(changes_table(base.before, after))
     if report is not None:
         print("\n".join([curve_table(report), *sentences(report)]))
-    logger.info("wrote %s in %.0f s", out / "final", run["seconds"])
-    return run
+    logger.info("wrote %s in %.0f s", out / "final", run.seconds)
+    return plain_of(run)
 
 
 def _with_model(options: ShrinkOptions, config: dict[str, Any]) -> ShrinkOptions:

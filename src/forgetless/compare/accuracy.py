@@ -204,7 +204,7 @@ def score(
     tasks = {}
     for name, spec in wanted.items():
         task, rows = load_task(spec, split=None)
-        measured = answers(model, tokenizer, task, rows[:limit])
+        measured = answers(model, tokenizer, task, rows[:limit]).numbers
         tasks[name] = {"task": spec, **{key: measured[key] for key in KEPT}}
         if task.per_byte:
             tasks[name] |= {"acc": measured["acc_norm"], "acc_stderr": measured["acc_norm_stderr"]}

@@ -21,6 +21,7 @@ from forgetless.data.tasks import load_training_data
 from forgetless.evaluate.losses import completion_loss, general_loss
 from forgetless.files.atomic import read_json, write_json
 from forgetless.files.provenance import environment, sha256_file
+from forgetless.files.schema import to_json
 from forgetless.model.loading import load_model, load_tokenizer
 from forgetless.options.model import ModelOptions
 from forgetless.options.verbs import resolve
@@ -83,7 +84,7 @@ def measure_base(experiment: Experiment, files: Mapping[str, str], out: Path) ->
         rows[name] = len(lines)
     about = {
         "made_from": mark,
-        "environment": environment(str(next(model.parameters()).device)),
+        "environment": to_json(environment(str(next(model.parameters()).device))),
         "rows_trained": rows,
     }
     write_json(path, {**about, **base})

@@ -150,8 +150,8 @@ def main() -> None:
         "loss_nats": loss,
         "seconds": time.perf_counter() - started,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "general_accuracy": known["acc_norm"],
-        "versions": environment("cpu")["versions"],
+        "general_accuracy": known.numbers["acc_norm"],
+        "versions": environment("cpu").versions,
     }
     (given.out / "training.json").write_text(json.dumps(reached, indent=1) + "\n")
     print(json.dumps(reached, indent=1))

@@ -1,8 +1,8 @@
 """Accuracies on multiple-choice tasks: of the named tasks (sciq, piqa, medmcqa) by our own ranking
 of the choices, of every other task by lm-eval.
 
-    answers(model, tokenizer, *load_task("sciq=test.jsonl"))     # {"acc": 0.62, ...}
-    lm_eval_accuracy(model, tokenizer, "hellaswag", limit=200)   # needs forgetless[tasks]
+    answers(model, tokenizer, *load_task("sciq=test.jsonl")).numbers     # {"acc": 0.62, ...}
+    lm_eval_accuracy(model, tokenizer, "hellaswag", limit=200)           # needs forgetless[tasks]
 
 Both give the accuracy by likelihood (acc) and by likelihood per byte of the choice (acc_norm); the
 prompts of the named tasks are those of lm-eval, and the tests compare the two. lm-eval brings 40
@@ -25,6 +25,7 @@ from forgetless.data.encoding import Encoded, encode_prompted
 from forgetless.data.tasks import TASKS, Task, TaskRow, find_task, load_task, task_specs
 from forgetless.errors import OptionError, nearest
 from forgetless.evaluate.losses import TextLoss, evaluating, last_window, text_loss
+from forgetless.files.measured_json import Scores
 from forgetless.model.loading import context_length
 
 
@@ -35,7 +36,7 @@ def answers(
     rows: Sequence[TaskRow],
     *,
     batch_tokens: int | None = None,
-) -> dict[str, Any]:
+) -> Scores:
     """Loss on the right answers, and accuracy by ranking the choices by likelihood (acc) and by
     likelihood per byte (acc_norm), with standard errors over questions.
 
@@ -58,9 +59,7 @@ def answers(
     return _ranked(task, rows, loss, np.array(sizes))
 
 
-def _ranked(
-    task: Task, rows: Sequence[TaskRow], loss: TextLoss, sizes: np.ndarray
-) -> dict[str, Any]:
+def _ranked(task: Task, rows: Sequence[TaskRow], loss: TextLoss, sizes: np.ndarray) -> Scores:
     """Whether the right choice of each question is the likeliest; `loss` and `sizes` have the
     choices of all questions one after another, (choices,).
     """
@@ -77,14 +76,14 @@ def _ranked(
         answered.append(first + gold)
         first += count
     answer = TextLoss(loss.nats_by_document[answered], loss.tokens_by_document[answered])
-    return {
+    accuracies = {
         "acc": float(np.mean(right)),
         "acc_stderr": _standard_error(right),
         "acc_norm": float(np.mean(right_per_byte)),
         "acc_norm_stderr": _standard_error(right_per_byte),
         "questions": len(rows),
-        "answer_loss": answer.numbers(),
     }
+    return Scores(accuracies, answer.record())
 
 
 def _standard_error(values: Sequence[float]) -> float | None:
@@ -102,7 +101,7 @@ def lm_eval_accuracy(
     file: str | None = None,
     shots: int = 0,
     limit: int | None = None,
-) -> dict[str, Any]:
+) -> Scores:
     """One lm-eval task on the live model, from the Hub or with its data replaced by a local JSONL
     file; `shots` examples stand before each question.
 
@@ -134,11 +133,12 @@ def lm_eval_accuracy(
             bootstrap_iters=0,
         )
     numbers = next(iter(result["results"].values()))
-    return {
+    accuracies: dict[str, float | None] = {
         key.replace(",none", ""): value
         for key, value in numbers.items()
         if isinstance(value, (int, float))
     }
+    return Scores(accuracies)
 
 
 def check_tasks(specs: str | None, *, shots: int = 0) -> None:

@@ -4,7 +4,7 @@ and accuracies on tasks.
     held_out = read_held_out(general="wide.jsonl", data="domain.jsonl", tasks="sciq")
     before = measure(base, tokenizer, held_out)
     after = measure(tuned, tokenizer, held_out)
-    changes(before, after)["forgetting"]     # {"nats": 0.056, "low": 0.049, "high": 0.063, ...}
+    changes(before, after).forgetting     # Interval(nats=0.056, low=0.049, high=0.063, ...)
     print(changes_table(before, after))
 
 "Before" is always the bare base model. Perplexity is exp(nats). The standard error of a loss is
@@ -26,9 +26,11 @@ from forgetless.errors import OptionError
 from forgetless.evaluate.accuracy import answers, check_tasks, lm_eval_accuracy
 from forgetless.evaluate.losses import TextLoss, completion_loss, general_loss
 from forgetless.evaluate.rise import Rise
-from forgetless.files.atomic import write_json
+from forgetless.files.measured_json import Changes, Loss, Measured, Scores
 from forgetless.files.provenance import environment
 from forgetless.files.room import check_output_folder
+from forgetless.files.run_json import EvaluatedRun
+from forgetless.files.schema import plain_of, write_record
 from forgetless.model.adapter_files import checked_adapter, with_adapter
 from forgetless.model.loading import load_model, load_tokenizer
 from forgetless.model.update import AdapterUpdate
@@ -48,10 +50,8 @@ def measure(
     length: int | None = None,
     stride: int | None = None,
     batch_tokens: int | None = None,
-) -> dict[str, Any]:
-    """The numbers of one state of a model: {"general": ..., "domain": ..., "tasks": {...}}; what
-    was not asked for is None.
-    """
+) -> Measured:
+    """The numbers of one state of a model; what was not asked for is None."""
     general = domain = None
     if held_out.general:
         general = general_loss(
@@ -61,21 +61,21 @@ def measure(
             length=length,
             stride=stride,
             batch_tokens=batch_tokens,
-        ).numbers()
+        ).record()
     if held_out.domain is not None:
         domain = completion_loss(
             model, tokenizer, held_out.domain, length=length, batch_tokens=batch_tokens
-        ).numbers()
-    tasks = {
+        ).record()
+    tasks: dict[str, Scores | None] = {
         questions.name: _answered(model, tokenizer, questions, batch_tokens)
         for questions in held_out.tasks
     }
-    return {"general": general, "domain": domain, "tasks": tasks}
+    return Measured(general, domain, tasks)
 
 
 def _answered(
     model: nn.Module, tokenizer: Any, questions: Questions, batch_tokens: int | None
-) -> dict[str, Any]:
+) -> Scores:
     """The accuracy of one task: by our own ranking where it is ours, else by lm-eval."""
     if questions.task is not None:
         return answers(model, tokenizer, questions.task, questions.rows, batch_tokens=batch_tokens)
@@ -89,25 +89,23 @@ def _answered(
     )
 
 
-def changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+def changes(before: Measured, after: Measured) -> Changes:
     """Forgetting (rise of the general loss) and learning (fall of the domain loss), in nats per
     token, paired by document; None where not measured.
     """
-    lost = rise_between(before["general"], after["general"])
-    unlearned = rise_between(before["domain"], after["domain"])
-    return {
-        "forgetting": None if lost is None else lost.numbers(),
-        "learning": None if unlearned is None else (-unlearned).numbers(percent=False),
-    }
+    lost = rise_between(before.general, after.general)
+    unlearned = rise_between(before.domain, after.domain)
+    return Changes(
+        forgetting=None if lost is None else lost.record(),
+        learning=None if unlearned is None else (-unlearned).record(percent=False),
+    )
 
 
-def rise_between(before: dict[str, Any] | None, after: dict[str, Any] | None) -> Rise | None:
-    """The rise from one loss to another of the same documents, each as a file has it; None where
-    one was not measured.
-    """
-    if not before or not after:
+def rise_between(before: Loss | None, after: Loss | None) -> Rise | None:
+    """The rise from one loss to another of the same documents; None where one was not measured."""
+    if before is None or after is None:
         return None
-    return TextLoss.read(before).rise(TextLoss.read(after))
+    return TextLoss.of(before).rise(TextLoss.of(after))
 
 
 @dataclass(frozen=True)
@@ -117,15 +115,17 @@ class Line:
     """
 
     label: str
-    before: float
+    before: float | None
     after: float | None
     error: float | None = None
 
     def cells(self) -> list[str]:
-        change = None if self.after is None else self.after - self.before
+        change = None
+        if self.before is not None and self.after is not None:
+            change = self.after - self.before
         return [
             self.label,
-            f"{self.before:.4f}",
+            _or_dash(self.before, ".4f"),
             _or_dash(self.after, ".4f"),
             _or_dash(change, "+.4f"),
             _or_dash(self.error, ".4f"),
@@ -133,20 +133,20 @@ class Line:
 
 
 def changes_table(
-    before: dict[str, Any], after: dict[str, Any] | None, *, authors_perplexity: bool = False
+    before: Measured, after: Measured | None, *, authors_perplexity: bool = False
 ) -> str:
     """What was measured, as text: what, before, after, change, standard error.
 
     `authors_perplexity`: also 2^nats, which the paper's code calls perplexity.
     """
-    later = after or {"general": None, "domain": None, "tasks": {}}
+    later = after or Measured()
     lines: list[Line] = []
-    if before["general"]:
-        lines += _general_lines(before["general"], later["general"], authors_perplexity)
-    if before["domain"]:
-        lines.append(_loss_line("domain loss", before["domain"], later["domain"]))
-    for name, scores in before["tasks"].items():
-        lines += _task_lines(name, scores, later["tasks"].get(name))
+    if before.general:
+        lines += _general_lines(before.general, later.general, authors_perplexity)
+    if before.domain:
+        lines.append(_loss_line("domain loss", before.domain, later.domain))
+    for name, scores in before.tasks.items():
+        lines += _task_lines(name, scores or Scores(), later.tasks.get(name))
     columns = ["", "before", "after", "change", "std.err."]
     return table(columns, [line.cells() for line in lines])
 
@@ -155,41 +155,40 @@ def _or_dash(value: float | None, digits: str) -> str:
     return "-" if value is None else format(value, digits)
 
 
-def _loss_line(label: str, before: dict[str, Any], after: dict[str, Any] | None) -> Line:
-    """A loss, as `TextLoss.numbers` has it, before and after."""
+def _loss_line(label: str, before: Loss, after: Loss | None) -> Line:
+    """A loss before and after."""
     change = rise_between(before, after)
-    error = before["standard_error"] if change is None else change.estimate()["standard_error"]
-    return Line(f"{label} {UNIT}", before["nats"], after["nats"] if after else None, error)
+    error = before.standard_error if change is None else change.estimate()["standard_error"]
+    return Line(f"{label} {UNIT}", before.nats, after.nats if after else None, error)
 
 
-def _general_lines(
-    before: dict[str, Any], after: dict[str, Any] | None, authors_perplexity: bool
-) -> list[Line]:
+def _general_lines(before: Loss, after: Loss | None, authors_perplexity: bool) -> list[Line]:
     """General text in nats, and what other people would call it."""
+    later = after or Loss()
     lines = [_loss_line("general loss", before, after)]
-    for key, label in (
-        ("perplexity", "general perplexity"),
-        ("bits_per_byte", "general bits per byte"),
+    for label, first, last in (
+        ("general perplexity", before.perplexity, later.perplexity),
+        ("general bits per byte", before.bits_per_byte, later.bits_per_byte),
     ):
-        if before[key] is not None:
-            lines.append(Line(label, before[key], after[key] if after else None))
-    if authors_perplexity:
-        later = 2 ** after["nats"] if after else None
-        lines.append(Line("2^nats (as the paper's code)", 2 ** before["nats"], later))
+        if first is not None:
+            lines.append(Line(label, first, last))
+    if authors_perplexity and before.nats is not None:
+        power = None if later.nats is None else 2**later.nats
+        lines.append(Line("2^nats (as the paper's code)", 2**before.nats, power))
     return lines
 
 
-def _task_lines(name: str, before: dict[str, Any], after: dict[str, Any] | None) -> list[Line]:
+def _task_lines(name: str, before: Scores, after: Scores | None) -> list[Line]:
     """The loss on the right answers of one task, where it is known, and the accuracies."""
     lines = []
-    if "answer_loss" in before:
-        answered = after["answer_loss"] if after else None
-        lines.append(_loss_line(f"{name} answer loss", before["answer_loss"], answered))
+    if before.answer_loss is not None:
+        answered = after.answer_loss if after else None
+        lines.append(_loss_line(f"{name} answer loss", before.answer_loss, answered))
     for metric in ("acc", "acc_norm"):
-        if metric in before:
-            error = (after or before).get(f"{metric}_stderr")
-            later = after[metric] if after else None
-            lines.append(Line(f"{name} {metric}", before[metric], later, error))
+        if metric in before.numbers:
+            error = (after or before).numbers.get(f"{metric}_stderr")
+            later = after.numbers[metric] if after else None
+            lines.append(Line(f"{name} {metric}", before.numbers[metric], later, error))
     return lines
 
 
@@ -225,17 +224,19 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
         after = measure(model, tokenizer, held_out, **windows)
     elif options.tuned:
         after = measure(load_model(options, options.tuned), tokenizer, held_out, **windows)
-    run = {
-        "configuration": as_dict(options),
-        "environment": environment(str(next(model.parameters()).device)),
-        "before": before,
-        "after": after,
-        **(changes(before, after) if after else {"forgetting": None, "learning": None}),
-    }
+    change = changes(before, after) if after else Changes()
+    run = EvaluatedRun(
+        configuration=as_dict(options),
+        environment=environment(str(next(model.parameters()).device)),
+        before=before,
+        after=after,
+        forgetting=change.forgetting,
+        learning=change.learning,
+    )
     print(changes_table(before, after, authors_perplexity=options.authors_perplexity))
     if options.out:
-        write_json(Path(options.out) / "run.json", run)
-    return run
+        write_record(Path(options.out) / "run.json", run)
+    return plain_of(run)
 
 
 def _check_evaluated(options: EvalOptions) -> None:

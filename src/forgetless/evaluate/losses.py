@@ -27,6 +27,8 @@ from forgetless.data.encoding import Encoded, collate, encode_whole
 from forgetless.data.tasks import encode_rows
 from forgetless.errors import OptionError
 from forgetless.evaluate.rise import ERROR_LEVEL, Rise, alone, numbered, paired_rise
+from forgetless.files.measured_json import Loss
+from forgetless.files.schema import plain_of
 from forgetless.model.loading import context_length
 from forgetless.report.terminal import progress
 
@@ -52,8 +54,14 @@ class TextLoss:
     sources: Sequence[Hashable] | None = None
 
     @classmethod
+    def of(cls, loss: Loss) -> TextLoss:
+        """What `record` made, to pair another loss with; without the size of the text."""
+        nats, tokens = np.array(loss.nats_by_document), np.array(loss.tokens_by_document)
+        return cls(nats, tokens, sources=loss.source_by_document)
+
+    @classmethod
     def read(cls, numbers: Mapping[str, Any]) -> TextLoss:
-        """What `numbers` wrote, to pair another loss with; without the size of the text."""
+        """The same of what `numbers` wrote."""
         nats, tokens = numbers["nats_by_document"], numbers["tokens_by_document"]
         sources = numbers.get("source_by_document")
         return cls(np.array(nats), np.array(tokens), sources=sources)
@@ -92,21 +100,25 @@ class TextLoss:
             return None
         return float(self.nats_by_document.sum() / math.log(2) / self.utf8_bytes)
 
-    def numbers(self) -> dict[str, Any]:
-        """For run.json."""
-        return {
-            "nats": self.nats,
-            "standard_error": self.standard_error,
-            "perplexity": self.perplexity,
-            "bits_per_byte": self.bits_per_byte,
-            "tokens": self.tokens,
-            "documents": len(self.tokens_by_document),
-            "nats_by_document": self.nats_by_document.tolist(),
-            "tokens_by_document": self.tokens_by_document.tolist(),
-            "source_by_document": self._source_numbers(),
-        }
+    def record(self) -> Loss:
+        """As a file has it."""
+        return Loss(
+            nats=self.nats,
+            standard_error=self.standard_error,
+            perplexity=self.perplexity,
+            bits_per_byte=self.bits_per_byte,
+            tokens=self.tokens,
+            documents=len(self.tokens_by_document),
+            nats_by_document=self.nats_by_document.tolist(),
+            tokens_by_document=self.tokens_by_document.tolist(),
+            source_by_document=self._source_numbers(),
+        )
 
-    def _source_numbers(self) -> list[int] | None:
+    def numbers(self) -> dict[str, Any]:
+        """`record` as plain data."""
+        return plain_of(self.record())
+
+    def _source_numbers(self) -> list[int | None] | None:
         """Each document's source as a number; None where all come from one source."""
         if self.sources is None or len(set(self.sources)) < 2:
             return None

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from forgetless.files.measured_json import Interval
-from forgetless.files.schema import to_json
+from forgetless.files.schema import plain_of
 from forgetless.report.numbers import perplexity_percent
 
 # The probability that a verdict is wrong, over both tails and all checks of a run together: the
@@ -92,8 +92,7 @@ class Rise:
 
     def numbers(self, *, percent: bool = True) -> dict[str, Any]:
         """`record` as plain data."""
-        numbers: dict[str, Any] = to_json(self.record(percent=percent))
-        return numbers
+        return plain_of(self.record(percent=percent))
 
     def how(self) -> str:
         """How the interval was made, for people."""

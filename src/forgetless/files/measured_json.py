@@ -85,6 +85,33 @@ class Measured:
     domain: Loss | None = None
     tasks: dict[str, Scores | None] = field(default_factory=dict)
 
+    @property
+    def anything(self) -> bool:
+        """Whether anything was measured."""
+        return bool(self.general or self.domain or self.tasks)
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What a run has lost of general text and learned of its domain; None where not measured."""
+
+    forgetting: Interval | None = None
+    learning: Interval | None = None
+
+
+@dataclass(frozen=True)
+class MeasuredDomain(Loss):
+    """The loss on one domain of a sequence, and the accuracy where the domain is a task."""
+
+    accuracy: Scores | None = None
+
+
+@dataclass(frozen=True)
+class MeasuredRow(Measured):
+    """What is measured after a step of a sequence: the loss on every domain is in `domains`."""
+
+    domains: dict[str, MeasuredDomain] = field(default_factory=dict)
+
 
 class MeasuredInTurn(Measured):
     """The same of a sequence, whose domains stand in its matrix."""

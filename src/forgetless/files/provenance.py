@@ -10,7 +10,9 @@ import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+
+from forgetless.files.run_json import Environment
+from forgetless.files.schema import Text
 
 # Packages whose version may change a number.
 PACKAGES = (
@@ -28,23 +30,23 @@ PACKAGES = (
 GIT_SECONDS = 10
 
 
-def environment(device: str | None = None) -> dict[str, Any]:
+def environment(device: str | None = None) -> Environment:
     """Versions, platform, device, and the commit of the source tree where that is a git checkout
-    (null otherwise): the fields of `run_json.Environment`.
+    (None otherwise).
     """
-    versions = {}
+    versions: dict[str, Text | None] = {}
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     commit, dirty = _commit()
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "versions": versions,
-        "device": device,
-        "commit": commit,
-        "dirty": dirty,
-    }
+    return Environment(
+        python=platform.python_version(),
+        platform=platform.platform(),
+        versions=versions,
+        device=device,
+        commit=commit,
+        dirty=dirty,
+    )
 
 
 def _commit() -> tuple[str | None, bool | None]:

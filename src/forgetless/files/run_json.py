@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from forgetless.files.budget_json import BudgetReport
-from forgetless.files.measured_json import Change, Interval, Measured, MovedWeight
+from forgetless.files.measured_json import Interval, Measured, MeasuredInTurn, MovedWeight
 from forgetless.files.schema import LEFT_OUT, Text
 
 # What every verb measures, in this order.
@@ -104,7 +104,8 @@ class SequenceMatrix:
     accuracy_domains: list[str]  # those with questions, the columns of `accuracy`
     accuracy: list[list[float | None]] | None = None
     accuracy_transfer: Transfer | None = None
-    general: list[Change] | None = None  # the rise of general loss since the base model, a row each
+    # The rise of general loss since the base model, a row each.
+    general: list[Interval] | None = None
     general_nats: list[float | None] | None = None
     held: dict[str, Any] = field(default_factory=dict)  # the held-out rows of each domain
     steps: list[SequenceStep] = field(default_factory=list)
@@ -183,8 +184,12 @@ class ShrunkRun(Run):
         return ("configuration", "environment", "importance", *MEASURED_KEYS, *kept, "seconds")
 
 
+@dataclass(frozen=True, kw_only=True)
 class SequenceRun(Run):
     """A run of `forgetless tune` on several domains in turn."""
+
+    before: MeasuredInTurn | None = None
+    after: MeasuredInTurn | None = None
 
     def keys(self) -> tuple[str, ...]:
         return (

@@ -118,9 +118,9 @@ def from_json(data: Any, kind: type[T], where: str) -> T:
         raise FileError(f"{where}{error.place}: {error.why}; {DAMAGED}") from None
 
 
-def as_record(data: Mapping[str, Any], kind: type[T]) -> T:
-    """What would be read from a file if `data` were written to it; a number that is too large for a
-    reader is missing, as that of a training that diverged.
+def as_record(data: Any, kind: type[T]) -> T:
+    """What would be read from a file if `data`, plain or a dataclass, were written to it; a number
+    that is too large for a reader is missing, as that of a training that diverged.
     """
     return from_json(_without_giants(json_ready(to_json(data))), kind, kind.__name__)
 
@@ -138,10 +138,15 @@ def _without_giants(data: Any) -> Any:
 def to_json(value: Any) -> Any:
     """Plain data for a JSON file: dataclasses become mappings, all through lists and mappings."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dict(_written(value))
+        return plain_of(value)
     if isinstance(value, Mapping):
         return {name: to_json(inner) for name, inner in value.items()}
     return [to_json(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def plain_of(record: Any) -> dict[str, Any]:
+    """A dataclass as the mapping that its file holds."""
+    return dict(_written(record))
 
 
 def _written(value: Any) -> Iterator[tuple[str, Any]]:

@@ -12,6 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from forgetless.files.run_json import Environment
+from forgetless.files.schema import to_json
+
 
 @dataclass(frozen=True)
 class EnergyErrors:
@@ -66,7 +69,7 @@ class Origin:
     model: BaseModel
     data: TextSource | None  # None: no text was needed
     seconds: float  # of recording
-    environment: Mapping[str, Any]
+    environment: Environment
 
     def info(self) -> dict[str, Any]:
         """As plain data."""
@@ -75,5 +78,5 @@ class Origin:
             "model": dataclasses.asdict(self.model),
             "data": dataclasses.asdict(self.data) if self.data else {},
             "timings": {"train_seconds": self.seconds, "tokens_per_second": rate},
-            "versions": dict(self.environment),
+            "versions": to_json(self.environment),
         }

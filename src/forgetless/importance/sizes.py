@@ -25,6 +25,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from forgetless.files.provenance import environment
+from forgetless.files.schema import to_json
 from forgetless.importance import codec
 from forgetless.importance.tiers import parse_tier
 from forgetless.model.distributed import owners
@@ -151,7 +152,7 @@ def _metadata(weights: list[Planned], tier: str, estimator: str) -> dict[str, ob
         "data": {"source": "general-text.jsonl", "sha256": HASH},
         "settings": {"text": "x" * 500},
         "timings": {"train_seconds": ANY, "tokens_per_second": ANY},
-        "versions": environment("cpu"),
+        "versions": to_json(environment("cpu")),
     }
 
 

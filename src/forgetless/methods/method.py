@@ -7,7 +7,7 @@ places; any number of terms adds up.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from forgetless.data.encoding import Encoded
+from forgetless.files.measured_json import Measured
 from forgetless.importance.importance import Importance
 from forgetless.options.tune import TuneOptions
 
@@ -45,7 +46,7 @@ class Setup:
     tokens_per_step: float
     importance: Importance | None = None
     layers: Any = None
-    before: Mapping[str, Any] | None = None
+    before: Measured | None = None
 
 
 @dataclass(frozen=True)

@@ -15,29 +15,40 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from forgetless.data.inputs import read_held_out
 from forgetless.data.tasks import find_task, load_task
 from forgetless.evaluate.accuracy import answers
 from forgetless.evaluate.evaluate import measure
 from forgetless.evaluate.losses import TextLoss
-from forgetless.files.atomic import read_json, write_json
+from forgetless.files.measured_json import (
+    Interval,
+    Loss,
+    MeasuredDomain,
+    MeasuredRow,
+    Scores,
+)
+from forgetless.files.run_json import Refactored, SequenceMatrix, SequenceStep, Transfer
+from forgetless.files.schema import as_record, read_plain, write_record
 from forgetless.model.adapter_files import with_adapter
 from forgetless.model.loading import load_model, load_tokenizer
 from forgetless.options.tune import TuneOptions
 from forgetless.sequence.domains import Domain
 from forgetless.sequence.transfer import of_accuracy, transfer
 
+# What is kept of the accuracies on a domain that is a task.
+ACCURACIES = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
+
 
 def measured(
     options: TuneOptions, domains: Sequence[Domain], adapter: str | None, path: Path
-) -> dict[str, Any]:
+) -> MeasuredRow:
     """General text, tasks and every domain, of the base with one adapter as anybody would load it;
     read from `path` where this was measured before.
     """
     if path.exists():
-        found: dict[str, Any] = read_json(path)
-        return found
+        return as_record(read_plain(path), MeasuredRow)
     torch.manual_seed(options.seed)
     tokenizer, model = load_tokenizer(options), load_model(options)
     if adapter:
@@ -49,108 +60,138 @@ def measured(
         general_split=options.general_split,
         limit=options.limit,
     )
-    numbers = measure(model, tokenizer, held_out)
-    numbers["domains"] = {}
-    for domain in domains:
-        split = domain.held_split
-        held_out = read_held_out(data=domain.held, data_split=split, limit=options.limit)
-        losses = measure(model, tokenizer, held_out)["domain"]
-        accuracy = None
-        if find_task(domain.held) is not None:
-            task, rows = load_task(domain.held, split=split)
-            scored = answers(model, tokenizer, task, rows[: options.limit])
-            accuracy = {
-                key: scored[key] for key in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
-            }
-        numbers["domains"][domain.name] = {**losses, "accuracy": accuracy}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, numbers)
-    return numbers
+    state = measure(model, tokenizer, held_out)
+    every = {domain.name: _measured_domain(options, model, tokenizer, domain) for domain in domains}
+    row = MeasuredRow(state.general, state.domain, state.tasks, every)
+    write_record(path, row)
+    return row
+
+
+def _measured_domain(
+    options: TuneOptions, model: nn.Module, tokenizer: Any, domain: Domain
+) -> MeasuredDomain:
+    """The loss on the held-out rows of one domain, and the accuracy where it is a task."""
+    split = domain.held_split
+    held_out = read_held_out(data=domain.held, data_split=split, limit=options.limit)
+    loss = measure(model, tokenizer, held_out).domain
+    assert loss is not None
+    accuracy = None
+    if find_task(domain.held) is not None:
+        task, rows = load_task(domain.held, split=split)
+        scored = answers(model, tokenizer, task, rows[: options.limit]).numbers
+        accuracy = Scores({key: scored[key] for key in ACCURACIES})
+    return MeasuredDomain(**vars(loss), accuracy=accuracy)
 
 
 def sequence_of(
-    rows: Sequence[Mapping[str, Any]], domains: Sequence[str], learned: Sequence[int]
-) -> dict[str, Any]:
+    rows: Sequence[MeasuredRow],
+    domains: Sequence[str],
+    learned: Sequence[int],
+    *,
+    held: Mapping[str, Any] | None = None,
+    steps: Sequence[SequenceStep] = (),
+) -> SequenceMatrix:
     """The matrices, transfer and the rise of general loss (from the base) after each row of
     measurements.
+
+    `held` and `steps` are told along with them: the held-out rows of each domain, and each step.
     """
-    cells = [[row["domains"][name] for name in domains] for row in rows]
-    matrix = [[cell["nats"] for cell in row] for row in cells]
-    scored: list[list[Any]] = [
-        [(cell["accuracy"] or {}).get("acc") for cell in row] for row in cells
-    ]
-    chosen_from = [
-        j for j in range(len(domains)) if scored[0][j] is not None
-    ]  # domains where choices exist
-    accuracy = [[float(row[j]) for j in chosen_from] for row in scored] if chosen_from else None
-    moved = (
-        of_accuracy(accuracy, [learned[j] for j in chosen_from], steps=max(learned))
-        if accuracy
-        else None
-    )
-    general = None
-    if rows[0]["general"]:
-        base = TextLoss.read(rows[0]["general"])
-        general = [base.rise(TextLoss.read(row["general"])).numbers() for row in rows]
+    cells = [[row.domains[name] for name in domains] for row in rows]
+    matrix: Any = [[cell.nats for cell in row] for row in cells]
+    scored = [[_accuracy_on(cell) for cell in row] for row in cells]
+    total = Transfer(**transfer(matrix, learned))
+    with_choices = [j for j in range(len(domains)) if scored[0][j] is not None]
+    accuracy: Any = None
+    accuracy_transfer = None
+    if with_choices:
+        accuracy = [[row[j] for j in with_choices] for row in scored]
+        at = [learned[j] for j in with_choices]
+        accuracy_transfer = Transfer(**of_accuracy(accuracy, at, steps=max(learned)))
     after = [
         ", ".join(name for name, at in zip(domains, learned, strict=True) if at == row)
         for row in range(1, len(rows))
     ]
-    return {
-        "domains": list(domains),
-        "learned": list(learned),
-        "rows": ["base model", *after],
-        "matrix": matrix,
-        "standard_error": [[cell["standard_error"] for cell in row] for row in cells],
-        **transfer(matrix, learned),
-        "accuracy_domains": [domains[j] for j in chosen_from],
-        "accuracy": accuracy,
-        "accuracy_transfer": moved,
-        "general": general,
-        "general_nats": [row["general"]["nats"] for row in rows] if rows[0]["general"] else None,
-    }
-
-
-def lines(sequence: Mapping[str, Any]) -> list[str]:
-    """The matrix and what follows from it, as text."""
-    names, labels = (
-        sequence["domains"],
-        ["base model", *("after " + name for name in sequence["rows"][1:])],
+    general = [row.general for row in rows if row.general is not None]
+    return SequenceMatrix(
+        domains=list(domains),
+        learned=list(learned),
+        rows=["base model", *after],
+        matrix=matrix,
+        standard_error=[[cell.standard_error for cell in row] for row in cells],
+        average=total.average,
+        backward_transfer=total.backward_transfer,
+        forward_transfer=total.forward_transfer,
+        accuracy_domains=[domains[j] for j in with_choices],
+        accuracy=accuracy,
+        accuracy_transfer=accuracy_transfer,
+        general=_rises(general) if general else None,
+        general_nats=[loss.nats for loss in general] if general else None,
+        held=dict(held or {}),
+        steps=list(steps),
     )
+
+
+def _accuracy_on(domain: MeasuredDomain) -> float | None:
+    """The accuracy on a domain that is a task."""
+    return domain.accuracy.numbers["acc"] if domain.accuracy else None
+
+
+def _rises(losses: Sequence[Loss]) -> list[Interval]:
+    """How much each loss has risen since the first one."""
+    base = TextLoss.of(losses[0])
+    return [base.rise(TextLoss.of(loss)).record() for loss in losses]
+
+
+def lines(sequence: SequenceMatrix) -> list[str]:
+    """The matrix and what follows from it, as text."""
+    names = sequence.domains
+    labels = ["base model", *(f"after {name}" for name in sequence.rows[1:])]
     width = max(map(len, [*labels, "nats per token"])) + 2
     wide = max(10, *(len(name) + 2 for name in names))
-    found = []
 
     def table(
-        title: str, columns: Sequence[str], rows: Sequence[Sequence[float]], number: str
-    ) -> None:
-        found.append(f"{title:<{width}}" + "".join(f"{name:>{wide}}" for name in columns))
-        found.extend(
-            f"{labels[i]:<{width}}" + "".join(f"{value:>{wide}{number}}" for value in row)
-            for i, row in enumerate(rows)
-        )
+        title: str, columns: Sequence[str], rows: Sequence[Sequence[float | None]], number: str
+    ) -> list[str]:
+        head = f"{title:<{width}}" + "".join(f"{name:>{wide}}" for name in columns)
+        return [
+            head,
+            *(
+                f"{labels[i]:<{width}}" + "".join(f"{value:>{wide}{number}}" for value in row)
+                for i, row in enumerate(rows)
+            ),
+        ]
 
-    general = sequence["general_nats"]
-    matrix = [
-        [*row, *([general[i]] if general else [])] for i, row in enumerate(sequence["matrix"])
-    ]
-    table("nats per token", [*names, *(["general"] if general else [])], matrix, ".4f")
-    if sequence["accuracy"]:
-        table("accuracy", sequence["accuracy_domains"], sequence["accuracy"], ".3f")
-    said = [
-        f"{key.replace('_', ' ')} {sequence[key]:+.4f}"
-        for key in ("backward_transfer", "forward_transfer")
-        if sequence[key] is not None
-    ]
-    rises = f"; general loss {sequence['general'][-1]['nats']:+.4f}" if general else ""
-    if smaller := sequence.get("refactored"):
-        found.append(
-            f"the final adapter at rank {smaller['rank']}: relative error {smaller['error']:.3f} "
-            "of the update; "
-            + ", ".join(f"{name} {loss:.4f}" for name, loss in smaller["losses"].items())
-        )
-    found.append(
-        f"average {sequence['average']:.4f}{''.join('; ' + one for one in said)} (above 0 is "
-        f"good){rises}, in nats per token"
+    general = sequence.general_nats
+    if general:
+        matrix = [[*row, general[i]] for i, row in enumerate(sequence.matrix)]
+        result = table("nats per token", [*names, "general"], matrix, ".4f")
+    else:
+        result = table("nats per token", names, sequence.matrix, ".4f")
+    if sequence.accuracy:
+        result += table("accuracy", sequence.accuracy_domains, sequence.accuracy, ".3f")
+    if sequence.refactored is not None:
+        result.append(_smaller(sequence.refactored))
+    return [*result, _in_a_line(sequence)]
+
+
+def _smaller(adapter: Refactored) -> str:
+    """What the final adapter at a smaller rank is worth."""
+    losses = ", ".join(f"{name} {loss:.4f}" for name, loss in adapter.losses.items())
+    return (
+        f"the final adapter at rank {adapter.rank}: relative error {adapter.error:.3f} "
+        f"of the update; {losses}"
     )
-    return found
+
+
+def _in_a_line(sequence: SequenceMatrix) -> str:
+    """Where the sequence ends on average, its transfer, and the rise of general loss."""
+    said = "".join(
+        f"; {name} {value:+.4f}"
+        for name, value in (
+            ("backward transfer", sequence.backward_transfer),
+            ("forward transfer", sequence.forward_transfer),
+        )
+        if value is not None
+    )
+    rise = f"; general loss {sequence.general[-1].nats:+.4f}" if sequence.general else ""
+    return f"average {sequence.average:.4f}{said} (above 0 is good){rise}, in nats per token"

@@ -25,14 +25,18 @@ import dataclasses
 import logging
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from forgetless.evaluate.evaluate import changes
-from forgetless.files.atomic import atomic_path, read_json, write_json
+from forgetless.files.atomic import atomic_path
 from forgetless.files.hub import ready
 from forgetless.files.lock import only_writer
+from forgetless.files.measured_json import MeasuredInTurn, MeasuredRow
 from forgetless.files.provenance import environment, sha256_file
+from forgetless.files.run_json import ImportanceUsed, Refactored, SequenceRun, SequenceStep
+from forgetless.files.schema import plain_of, read_record, write_record
 from forgetless.importance.importance import Importance
 from forgetless.model.stack import stack
 from forgetless.options.option import as_dict
@@ -53,113 +57,110 @@ def tune_in_turn(options: TuneOptions) -> dict[str, Any]:
     with only_writer(options.out):
         run = _in_turn(options)
     if repo:
-        push_result(repo, Path(options.out) / "final", run)
-    return run
+        push_result(repo, Path(options.out) / "final", run.verdict)
+    return plain_of(run)
 
 
-def _in_turn(options: TuneOptions) -> dict[str, Any]:
+def _in_turn(options: TuneOptions) -> SequenceRun:
     started = time.perf_counter()
     plan = planned(options)
     if options.resume and (plan.out / "run.json").exists():
-        run: dict[str, Any] = read_json(plan.out / "run.json")
+        run = read_record(plan.out / "run.json", SequenceRun)
     else:
         run = _run_all(plan, started)
     _clear(plan)
-    print("\n".join(lines(run["sequence"])))
+    assert run.sequence is not None
+    print("\n".join(lines(run.sequence)))
     logger.info("wrote %s", plan.out / "final")
     return run
 
 
-def _run_all(plan: Plan, started: float) -> dict[str, Any]:
+def _run_all(plan: Plan, started: float) -> SequenceRun:
     """Every step that is not finished, and the result; what run.json then holds."""
     steps = plan.steps()
     rows = [_measured(plan, steps, row) for row in range(plan.first + 1)]
-    verdict = None
     for number, step in enumerate(steps.each, 1):
         logger.info("domain %d of %d: %s", number, len(steps.each), step.domain.name)
-        verdict = take(steps, number)["verdict"]
+        take(steps, number)
         rows.append(_measured(plan, steps, plan.first + number))
-    run = _run(plan, rows, verdict, time.perf_counter() - started)
-    _finish(plan, run)
-    return run
+    run = _run(plan, rows, time.perf_counter() - started)
+    return _finish(plan, run)
 
 
-def _measured(plan: Plan, steps: Steps, row: int) -> dict[str, Any]:
+def _measured(plan: Plan, steps: Steps, row: int) -> MeasuredRow:
     """What is measured after a row's step; row 0 is the bare base."""
     adapters = updates(steps, row - plan.first) if row else ()
     path = plan.step(row) / "measured.json"
     return measured(plan.options, plan.all, adapters[0] if adapters else None, path)
 
 
-def _run(
-    plan: Plan, rows: list[dict[str, Any]], verdict: str | None, seconds: float
-) -> dict[str, Any]:
+def _run(plan: Plan, rows: list[MeasuredRow], seconds: float) -> SequenceRun:
     """What run.json holds."""
     options = plan.options
     steps = [_step_of(plan, number) for number in range(1, len(plan.domains) + 1)]
     before, after = (
-        {key: row[key] for key in ("general", "tasks")} | {"domain": None}
-        for row in (rows[0], rows[-1])
+        MeasuredInTurn(general=row.general, tasks=row.tasks) for row in (rows[0], rows[-1])
     )
+    change = changes(before, after)
     importance = None
     if options.importance:
-        importance = {"file": options.importance, "sha256": sha256_file(options.importance)}
-    return {
-        "configuration": as_dict(options),
-        "environment": environment(),
-        "method": (options.method or "plain").split(","),
-        "sequence": {
-            **sequence_of(rows, [domain.name for domain in plan.all], plan.learned),
-            "held": {domain.name: dataclasses.asdict(domain) for domain in plan.all},
-            "steps": steps,
-        },
-        "importance": importance,
-        "budget": steps[-1]["budget"],
-        "verdict": verdict,
-        "before": before,
-        "after": after,
-        **changes(before, after),
-        "train_seconds": sum(step["train_seconds"] for step in steps),
-        "seconds": seconds,
-    }
+        importance = ImportanceUsed(options.importance, sha256_file(options.importance))
+    sequence = sequence_of(
+        rows,
+        [domain.name for domain in plan.all],
+        plan.learned,
+        held={domain.name: dataclasses.asdict(domain) for domain in plan.all},
+        steps=steps,
+    )
+    return SequenceRun(
+        configuration=as_dict(options),
+        environment=environment(),
+        method=(options.method or "plain").split(","),
+        sequence=sequence,
+        importance=importance,
+        budget=steps[-1].budget,
+        verdict=steps[-1].verdict,
+        before=before,
+        after=after,
+        forgetting=change.forgetting,
+        learning=change.learning,
+        train_seconds=sum(step.train_seconds or 0.0 for step in steps),
+        seconds=seconds,
+    )
 
 
-def _step_of(plan: Plan, number: int) -> dict[str, Any]:
-    """What run.json tells of one step."""
-    run = read_json(plan.step(plan.first + number) / "run.json")
-    file = (run["importance"] or {}).get("file")
-    return {
-        "domain": plan.domains[number - 1].name,
-        "budget": run["budget"],
-        "verdict": run["verdict"],
-        "energy": run["energy"],
-        "data": run["data"],
-        "train_seconds": run["train_seconds"],
-        "importance": run["importance"],
-        "consolidated": Importance.load(file).info.get("consolidated") if file else None,
-    }
+def _step_of(plan: Plan, number: int) -> SequenceStep:
+    """What run.json tells of one step: a part of the step's own run.json, and how what it was held
+    by was consolidated.
+    """
+    step = read_record(plan.step(plan.first + number) / "run.json", SequenceStep)
+    file = step.importance.file if step.importance else None
+    consolidated = Importance.load(str(file)).info.get("consolidated") if file else None
+    return replace(step, domain=plan.domains[number - 1].name, consolidated=consolidated)
 
 
-def _finish(plan: Plan, run: dict[str, Any]) -> None:
-    """The final adapter, the importance for a later step, run.json."""
-    last, rank = plan.step(plan.first + len(plan.domains)), plan.options.final_rank
-    error = stack(plan.options, [str(last / "adapter")], plan.out / "final", rank=rank)
+def _finish(plan: Plan, run: SequenceRun) -> SequenceRun:
+    """The final adapter, the importance for a later step, run.json; what that holds."""
+    sequence, rank = run.sequence, plan.options.final_rank
+    assert sequence is not None
+    last, final = plan.step(plan.first + len(plan.domains)), plan.out / "final"
+    error = stack(plan.options, [str(last / "adapter")], final, rank=rank)
     if rank is not None:
-        smaller = measured(
-            plan.options, plan.all, str(plan.out / "final"), plan.out / "steps" / "final.json"
+        path = plan.out / "steps" / "final.json"
+        smaller = measured(plan.options, plan.all, str(final), path)
+        refactored = Refactored(
+            rank=rank,
+            error=error,
+            losses={name: smaller.domains[name].nats for name in sequence.domains},
+            general_nats=smaller.general.nats if smaller.general else None,
         )
-        losses = {name: smaller["domains"][name]["nats"] for name in run["sequence"]["domains"]}
-        run["sequence"]["refactored"] = {
-            "rank": rank,
-            "error": error,
-            "losses": losses,
-            "general_nats": (smaller["general"] or {}).get("nats"),
-        }
-    held_by = run["sequence"]["steps"][-1]["importance"]
+        run = replace(run, sequence=replace(sequence, refactored=refactored))
+    held_by = sequence.steps[-1].importance
     if held_by is not None:
         with atomic_path(plan.out / IMPORTANCE) as temporary:
-            shutil.copyfile(held_by["file"], temporary)
-    write_json(plan.out / "run.json", run)
+            shutil.copyfile(str(held_by.file), temporary)
+    write_record(plan.out / "run.json", run)
+    return run
 
 
 def _clear(plan: Plan) -> None:

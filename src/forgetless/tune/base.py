@@ -2,7 +2,7 @@
 
     base = load_base(options, importance)
     start = measure_start(options, base, inputs, rows, earlier)
-    start.before["general"]["nats"]      # what the base loses on general text
+    start.setup.before.general.nats      # what the base loses on general text
 
 What was forgotten or learned is counted from here. With a budget, the keeper makes its own
 measurements on the same base, and methods that replay text sample or read it here.

@@ -2,7 +2,7 @@
 its importance, and how strongly it was held.
 
     moved(peft_model, importance, layers)
-    # [{"weight", "layer", "kind", "movement", "importance", "coefficient"}, ...]
+    # [MovedWeight(weight, layer, kind, movement, importance, coefficient), ...]
 
 The movement is ||U||_F. For LoRA, U = L R with thin factors, and
 ||L R||_F^2 = sum((L^T L) * (R R^T)), so nothing of the weight's size is made.
@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from forgetless.files.measured_json import MovedWeight
 from forgetless.importance.importance import Importance
 from forgetless.model.adapters import has_adapter
 from forgetless.model.targets import target_weights
@@ -22,7 +23,7 @@ from forgetless.model.weights import LowRankWeight
 
 def moved(
     model: nn.Module, importance: Importance | None = None, layers: Any = None
-) -> list[dict[str, Any]] | None:
+) -> list[MovedWeight] | None:
     """A row for each LoRA weight; its importance and coefficient are None without a file.
 
     None instead of rows where the update is not LoRA's, since its base is not at hand.
@@ -41,14 +42,14 @@ def moved(
     if importance is not None and layers is not None:
         coefficients = layers.coefficients(norms, weights)
     return [
-        {
-            "weight": weight.name,
-            "layer": weight.layer,
-            "kind": weight.kind,
-            "movement": _update_norm(weight),
-            "importance": norms.get(weight.name),
-            "coefficient": coefficients.get(weight.name),
-        }
+        MovedWeight(
+            weight=weight.name,
+            layer=weight.layer,
+            kind=weight.kind,
+            movement=_update_norm(weight),
+            importance=norms.get(weight.name),
+            coefficient=coefficients.get(weight.name),
+        )
         for weight in weights
         if isinstance(weight, LowRankWeight)
     ]

@@ -23,12 +23,12 @@ from forgetless.budget.keeper import Keeper
 from forgetless.budget.predicted import Predictor
 from forgetless.data.inputs import Inputs
 from forgetless.evaluate.evaluate import changes, changes_table
-from forgetless.files.atomic import write_json
 from forgetless.files.budget_json import BudgetReport
 from forgetless.files.hub import push_folder, ready
+from forgetless.files.measured_json import Measured
 from forgetless.files.provenance import environment, sha256_file
-from forgetless.files.run_json import Run
-from forgetless.files.schema import as_record, to_json
+from forgetless.files.run_json import ImportanceUsed, Run, TrainedData, TunedRun
+from forgetless.files.schema import Text, as_record, write_record
 from forgetless.methods.method import Setup, Steps
 from forgetless.model import distributed
 from forgetless.model.loading import save_whole
@@ -91,13 +91,13 @@ def make_run(
     start: Start,
     trained: TrainedModel,
     finished: Finished,
-    after: dict[str, Any],
+    after: Measured,
     *,
     methods: Mapping[str, Steps],
     inputs: Inputs,
     rows: Rows,
     file: Path | None,
-) -> dict[str, Any]:
+) -> TunedRun:
     """What run.json holds.
 
     `after` are the numbers of the finished model, `file` is where the importance lies.
@@ -105,49 +105,51 @@ def make_run(
     setup, model, log = trained.setup, trained.model, trained.trainer.state.log_history
     options, before = setup.options, start.setup.before
     assert before is not None
-    return {
-        "configuration": as_dict(options),
-        "environment": environment(str(next(model.parameters()).device)),
-        "data": {
-            "source": options.data,
-            "rows": len(inputs.training),
-            "rows_trained": len(rows.training),
-            "sha256": inputs.hashes["training data"],
-        },
-        "processes": distributed.world_size(),
-        "method": list(methods),
-        "finished": finished.notes,
-        "budget": to_json(finished.budget),
-        "verdict": None if finished.budget is None else finished.budget.verdict,
-        "replay": start.replayed,
-        "importance": {"file": options.importance, "sha256": sha256_file(file)} if file else None,
-        "before": before,
-        "after": after,
-        **changes(dict(before), after),
-        "energy": last_logged(log, "energy"),
-        "moved": moved(model, setup.importance, setup.layers),
-        "train_seconds": trained.train_seconds,
-        "prepare_seconds": trained.prepare_seconds,
-        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "log": log,
-    }
+    change = changes(before, after)
+    return TunedRun(
+        configuration=as_dict(options),
+        environment=environment(str(next(model.parameters()).device)),
+        data=TrainedData(
+            source=options.data,
+            rows=len(inputs.training),
+            rows_trained=len(rows.training),
+            sha256=inputs.hashes["training data"],
+        ),
+        processes=distributed.world_size(),
+        method=list(methods),
+        finished=finished.notes,
+        budget=finished.budget,
+        verdict=None if finished.budget is None else finished.budget.verdict,
+        replay=start.replayed,
+        importance=ImportanceUsed(options.importance, sha256_file(file)) if file else None,
+        before=before,
+        after=after,
+        forgetting=change.forgetting,
+        learning=change.learning,
+        energy=last_logged(log, "energy"),
+        moved=moved(model, setup.importance, setup.layers),
+        train_seconds=trained.train_seconds,
+        prepare_seconds=trained.prepare_seconds,
+        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        log=log,
+    )
 
 
-def write_result(run: dict[str, Any], options: TuneOptions) -> None:
+def write_result(run: TunedRun, options: TuneOptions) -> None:
     """Write the model card and run.json, and print what was learned and lost."""
     out = Path(options.out)
     if distributed.first():
         what = "model" if options.full else "adapter"
         write_card(out / "final", "tune", as_record(run, Run), what=what)
-        write_json(out / "run.json", run)
+        write_record(out / "run.json", run)
     distributed.barrier()
     if not distributed.first():
         return
-    if any(run["before"].values()):
-        print(changes_table(run["before"], run["after"]))
-    if run["budget"] is not None:
-        print("\n".join(sentences(as_record(run["budget"], BudgetReport))))
-    logger.info("wrote %s in %.0f s", out / "final", run["train_seconds"])
+    if run.before is not None and run.before.anything:
+        print(changes_table(run.before, run.after))
+    if run.budget is not None:
+        print("\n".join(sentences(run.budget)))
+    logger.info("wrote %s in %.0f s", out / "final", run.train_seconds)
 
 
 def repository_of(options: TuneOptions) -> str | None:
@@ -159,12 +161,12 @@ def repository_of(options: TuneOptions) -> str | None:
     return ready(options.push_to_hub, private=options.private)
 
 
-def push_result(repository: str, folder: Path, run: dict[str, Any]) -> None:
+def push_result(repository: str, folder: Path, verdict: Text | None) -> None:
     """Upload the result, unless it was to keep a budget and is not known to."""
-    if run["verdict"] not in (None, "met"):
+    if verdict not in (None, "met"):
         logger.warning(
             "the budget is %s: nothing is pushed; where you want it all the same: hf upload %s %s",
-            run["verdict"],
+            verdict,
             repository,
             folder,
         )

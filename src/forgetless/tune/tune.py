@@ -27,6 +27,7 @@ from typing import Any
 from forgetless.data.inputs import read_inputs
 from forgetless.evaluate.evaluate import measure
 from forgetless.files.lock import only_writer
+from forgetless.files.schema import plain_of
 from forgetless.model import distributed
 from forgetless.model.stages import Earlier
 from forgetless.options.tune import TuneOptions
@@ -88,5 +89,5 @@ def tune(options: TuneOptions, *, earlier: Earlier | None = None) -> dict[str, A
         )
         write_result(run, options)
     if repository is not None:
-        push_result(repository, out / "final", run)
-    return run
+        push_result(repository, out / "final", run.verdict)
+    return plain_of(run)
