@@ -295,7 +295,7 @@ PHASES = {
     "stacking": (engine, "stack", 2),
     "measuring": (matrix, "measure", 2),
     "at the end": (succession, "_finish", 1),
-    "copying the end": (succession, "write_json", 2),
+    "copying the end": (succession, "write_record", 1),
 }
 
 
