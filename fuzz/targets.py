@@ -42,7 +42,7 @@ def importance(folder: Path) -> Target:
     """
     import torch
 
-    from forgetless.importance.calibration import Calibration
+    from forgetless.importance.calibration import Calibration, MeasuredUpdate
     from forgetless.importance.covariance import Covariance, LowRankCovariance
     from forgetless.importance.entries import CodedEntry, DenseEntry, FactoredEntry, KroneckerEntry
     from forgetless.importance.importance import Importance
@@ -64,13 +64,13 @@ def importance(folder: Path) -> Target:
     }
     anchors = {name: (torch.rand(2, 6), torch.rand(4, 2)) for name in names}
     updates = [
-        {
-            "energy": 0.01 * n,
-            "first": -0.001,
-            "second": 0.03 * n,
-            "second_error": 1e-4,
-            "points": [{"share": 0.5, "nats": 0.01}],
-        }
+        MeasuredUpdate(
+            energy=0.01 * n,
+            first=-0.001,
+            second=0.03 * n,
+            second_error=1e-4,
+            points=[{"share": 0.5, "nats": 0.01}],
+        )
         for n in range(1, 7)
     ]
     calibration = Calibration(

@@ -70,8 +70,9 @@ def test_lines_keep_to_the_columns():
 
 
 def test_a_name_has_one_meaning():
-    repeated = set(form.repeated_names()) - set(ONE_MEANING)
-    new = {name: form.repeated_names()[name] for name in sorted(repeated - SEVERAL_MEANINGS)}
+    where = form.repeated_names()
+    repeated = set(where) - set(ONE_MEANING)
+    new = {name: where[name] for name in sorted(repeated - SEVERAL_MEANINGS)}
     assert not new, f"defined in several modules; give each a name that says what it is: {new}"
     gone = sorted(SEVERAL_MEANINGS - repeated)
     assert not gone, f"strike these off SEVERAL_MEANINGS: {gone}"

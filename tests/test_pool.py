@@ -53,7 +53,7 @@ def test_workers_end_with_a_parent_that_was_killed(tmp_path):
         textwrap.dedent("""
         import os, sys, time
         from pathlib import Path
-        from forgetless.pool import running
+        from forgetless.compare.processes import running
 
         def work(place):
             Path(place).write_text(str(os.getpid()))

@@ -249,8 +249,9 @@ def push_importance(
 def describe_file(path: str | Path) -> str:
     """`describe` of the file that `path` means (files/hub.py), with its size."""
     path = importance_path(path)
+    importance = Importance.load(path)
     size = Path(path).stat().st_size / 2**20
-    return f"file         {path} ({size:.2f} MiB)\n" + Importance.load(path).describe()
+    return f"file         {path} ({size:.2f} MiB)\n" + importance.describe()
 
 
 def convert(path: str | Path, tier: str, out: str | Path) -> Importance:
