@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -389,12 +390,14 @@ def test_the_verdict_names_no_ratio_where_plain_forgets_nothing(experiment, tmp_
 
     def trained(job):
         result = original(job)
-        for point in result["points"]:
-            point["learning"]["nats"] = point["scale"]
-            point["forgetting"]["wide"]["nats"] = (
-                -0.01 * point["scale"] * (2 if job.trial.method == "hold" else 1)
-            )
-        return result
+        points = []
+        for point in result.points:
+            lost = -0.01 * point.scale * (2 if job.trial.method == "hold" else 1)
+            learning = replace(point.learning, nats=point.scale)
+            wide = replace(point.forgetting["wide"], nats=lost)
+            forgetting = {**point.forgetting, "wide": wide}
+            points.append(replace(point, learning=learning, forgetting=forgetting))
+        return replace(result, points=points)
 
     monkeypatch.setattr(trial, "_trained", trained)
     assert run(experiment(), tmp_path / "out") == 0

@@ -19,6 +19,8 @@ from forgetless.demo import experiment, run
 from forgetless.demo.table import ROWS
 from forgetless.demo.world import build, documents, multiple_choice
 from forgetless.evaluate.accuracy import answers
+from forgetless.files.compare_json import TrialRun
+from forgetless.files.schema import from_json
 from forgetless.model.loading import load_model, load_tokenizer
 from forgetless.options.model import ModelOptions
 
@@ -131,7 +133,8 @@ def check_equal_learning(compared, rows):
         for row in compared["equal_learning"]["herbal"]["world"]
         if row["method"] == "plain" and row["share"] == 0.95
     ]
-    plain = next(made for made in compared["runs"] if made["method"] == "plain")
+    runs = [from_json(made, TrialRun, "compare.json") for made in compared["runs"]]
+    plain = next(made for made in runs if made.method == "plain")
     assert of_plain[0]["forgetting"] == pytest.approx(
         at_learning(curve(plain, "world"), of_plain[0]["learning_nats"])
     )

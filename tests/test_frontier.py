@@ -1,8 +1,11 @@
 """Equal learning, area and differences on points written by hand."""
 
+from dataclasses import replace
+
 import pytest
 
 from forgetless.compare.frontier import area, at_learning, at_share, difference, on_frontier, rank
+from forgetless.files.compare_json import EqualLearning
 from forgetless.sequence.transfer import of_accuracy, transfer
 
 CURVE = [(0.4, 0.01), (0.8, 0.05), (1.0, 0.25)]  # a run at scales 0.5, 0.75 and 1
@@ -23,13 +26,13 @@ def test_over_seeds_a_number_needs_every_seed():
     other = [(0.4, 0.03), (0.8, 0.07), (1.0, 0.35)]
     found = at_share([CURVE, other], 0.8)
     assert (
-        found["forgetting"] == pytest.approx(0.06)
-        and found["standard_error"] == pytest.approx(0.01)
-        and found["status"] == "reached"
+        found.forgetting == pytest.approx(0.06)
+        and found.standard_error == pytest.approx(0.01)
+        and found.status == "reached"
     )
     lost = at_share([CURVE, [(0.3, 0.0)]], 0.8)
-    assert lost["forgetting"] is None and lost["status"] == "reached by 1 of 2"
-    assert at_share([[(0.3, 0.0)]], 0.8)["status"] == "not reached"
+    assert lost.forgetting is None and lost.status == "reached by 1 of 2"
+    assert at_share([[(0.3, 0.0)]], 0.8).status == "not reached"
 
 
 def test_settings_that_reach_the_learning_come_before_those_that_learn_more_nearly():
@@ -55,30 +58,30 @@ def test_points_that_are_beaten_are_not_on_the_frontier():
 
 def test_a_difference_is_beyond_the_noise_outside_of_welchs_interval():
     a, b = (
-        {"forgetting": f, "standard_error": e, "seeds": 3}
+        EqualLearning(method="any", level=0.95, forgetting=f, standard_error=e, seeds=3)
         for f, e in ((0.10, 0.003), (0.20, 0.004))
     )
     gap = difference(a, b, noise=None)
     assert (
-        gap["ratio"] == pytest.approx(0.5)
-        and gap["standard_error"] == pytest.approx(0.005)
-        and gap["beyond_noise"]
+        gap.ratio == pytest.approx(0.5)
+        and gap.standard_error == pytest.approx(0.005)
+        and gap.beyond_noise
     )
     # 3.7 degrees of freedom (Welch 1947: 25^2 / (9^2 / 2 + 16^2 / 2), in units of 1e-6): t = 2.87,
     # half a width of 0.01436.
     assert (
-        not difference(a, {**b, "forgetting": 0.1143}, noise=None)["beyond_noise"]
-        and difference(a, {**b, "forgetting": 0.1145}, noise=None)["beyond_noise"]
+        not difference(a, replace(b, forgetting=0.1143), noise=None).beyond_noise
+        and difference(a, replace(b, forgetting=0.1145), noise=None).beyond_noise
     )
-    one = {"forgetting": 0.1, "standard_error": None, "seeds": 1}
+    one = EqualLearning(method="any", level=0.95, forgetting=0.1, standard_error=None, seeds=1)
     assert (
-        difference(one, {**one, "forgetting": 0.2}, noise=None)["beyond_noise"] is None
+        difference(one, replace(one, forgetting=0.2), noise=None).beyond_noise is None
     )  # one seed and nothing known of the noise
     assert (
-        difference(one, {**one, "forgetting": 0.2}, noise=0.04)["beyond_noise"]
-        and not difference(one, {**one, "forgetting": 0.2}, noise=0.06)["beyond_noise"]
+        difference(one, replace(one, forgetting=0.2), noise=0.04).beyond_noise
+        and not difference(one, replace(one, forgetting=0.2), noise=0.06).beyond_noise
     )
-    assert difference({**one, "forgetting": None}, one, noise=None) is None
+    assert difference(replace(one, forgetting=None), one, noise=None) is None
 
 
 def test_transfer_on_a_matrix_written_by_hand():

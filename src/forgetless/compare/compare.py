@@ -45,7 +45,9 @@ from forgetless.compare.summary import ended, summarise
 from forgetless.compare.trial import run, was_killed
 from forgetless.compare.verdict import progress_line
 from forgetless.files.atomic import read_json, write_text
+from forgetless.files.compare_json import Comparison, TrialRun
 from forgetless.files.lock import only_writer
+from forgetless.files.schema import read_record, to_json
 from forgetless.options.compare import CompareOptions
 
 logger = logging.getLogger("forgetless")
@@ -64,14 +66,15 @@ def compare(options: CompareOptions) -> dict[str, Any]:
         print(plan_text(experiment, options.part))
         return {}
     summary = run_experiment(experiment, Path(options.out), part=options.part, jobs=options.jobs)
-    print("\n".join(summary["verdict"]))
+    print("\n".join(map(str, summary.verdict)))
     check_any_done(summary)
-    return summary
+    plain: dict[str, Any] = to_json(summary)
+    return plain
 
 
 def run_experiment(
     experiment: Experiment, out: Path, *, part: str = "both", jobs: int = 1
-) -> dict[str, Any]:
+) -> Comparison:
     """Everything that is not finished, in `jobs` processes; returns what is in DIR/compare.json.
 
     `part`: "validation" leaves the test part for later. Raises OptionError or ValueError for what
@@ -126,7 +129,8 @@ def _run_all(
         left = len(waiting) - done + later
         summary = summarise(out, every, pending=left)
         seconds = (time.perf_counter() - started) / done * left
-        logger.info("%s", progress_line(read_json(job.folder / "run.json"), summary, seconds))
+        ended_now = read_record(job.folder / "run.json", TrialRun)
+        logger.info("%s", progress_line(ended_now, summary, seconds))
 
 
 def _to_test(experiment: Experiment, out: Path) -> int:
@@ -162,10 +166,8 @@ def _shown(chosen: Mapping[tuple[str, str], dict[str, Any]], jobs: Sequence[Job]
     return [job for job in picked if job.trial.part == "test"] or picked
 
 
-def check_any_done(summary: Mapping[str, Any]) -> None:
+def check_any_done(comparison: Comparison) -> None:
     """Raise ValueError where no run succeeded."""
-    runs = summary["runs"]
-    if not any(run["status"] == "done" for run in runs):
-        raise ValueError(
-            f"no run of {len(runs)} succeeded; the first error was: {runs[0]['error']}"
-        )
+    runs = comparison.runs
+    if not any(run.status == "done" for run in runs):
+        raise ValueError(f"no run of {len(runs)} succeeded; the first error was: {runs[0].error}")

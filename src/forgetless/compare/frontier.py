@@ -20,15 +20,37 @@ import itertools
 import math
 import statistics
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
 from forgetless.evaluate.rise import t_quantile
+from forgetless.files.compare_json import EqualLearning
 
-Curve = Sequence[
-    tuple[float, float]
-]  # (learning, forgetting) by rising scale, without the base's (0, 0)
+# (learning, forgetting) by rising scale, without the base's (0, 0).
+Curve = Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AtLearning:
+    """Forgetting at a given learning, over the seeds of one setting."""
+
+    learning_nats: float
+    forgetting: float | None  # None unless every seed reached it
+    standard_error: float | None  # over seeds; None for one seed
+    seeds: int
+    reached: int  # by how many seeds
+    status: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gap:
+    """Forgetting of one method minus that of another at equal learning."""
+
+    difference: float
+    standard_error: float | None
+    ratio: float | None  # None where the other forgets nothing
+    beyond_noise: bool | None  # None where nothing is known of the noise
 
 
 def at_learning(curve: Curve, wanted: float) -> float | None:
@@ -47,7 +69,7 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
     return statistics.fmean(values), error
 
 
-def at_share(curves: Sequence[Curve], wanted: float) -> dict[str, Any]:
+def at_share(curves: Sequence[Curve], wanted: float) -> AtLearning:
     """Forgetting at `wanted` learning over the seeds of one setting; a number only where every seed
     reached it.
     """
@@ -55,21 +77,15 @@ def at_share(curves: Sequence[Curve], wanted: float) -> dict[str, Any]:
     reached = [value for value in found if value is not None]
     whole = bool(found) and len(reached) == len(found)
     mean, error = mean_and_error(reached) if whole else (None, None)
-    status = (
-        "reached"
-        if whole
-        else "not reached"
-        if not reached
-        else f"reached by {len(reached)} of {len(found)}"
+    status = f"reached by {len(reached)} of {len(found)}" if reached else "not reached"
+    return AtLearning(
+        learning_nats=wanted,
+        forgetting=mean,
+        standard_error=error,
+        seeds=len(found),
+        reached=len(reached),
+        status="reached" if whole else status,
     )
-    return {
-        "learning_nats": wanted,
-        "forgetting": mean,
-        "standard_error": error,
-        "seeds": len(found),
-        "reached": len(reached),
-        "status": status,
-    }
 
 
 def rank(curves: Sequence[Curve], wanted: float) -> float:
@@ -77,8 +93,8 @@ def rank(curves: Sequence[Curve], wanted: float) -> float:
     by how much is lacking.
     """
     found = at_share(curves, wanted)
-    if found["forgetting"] is not None:
-        return float(found["forgetting"])
+    if found.forgetting is not None:
+        return float(found.forgetting)
     return 1e3 - statistics.fmean(max(x for x, _ in curve) for curve in curves)
 
 
@@ -107,7 +123,9 @@ def on_frontier(points: Sequence[tuple[float, float]]) -> list[bool]:
     return [not any(beaten(point, other) for other in points) for point in points]
 
 
-def difference(a: dict[str, Any], b: dict[str, Any], noise: float | None) -> dict[str, Any] | None:
+def difference(
+    a: AtLearning | EqualLearning, b: AtLearning | EqualLearning, noise: float | None
+) -> Gap | None:
     """Forgetting of `a` minus that of `b` (two results of `at_share`); None unless both were
     reached.
 
@@ -115,24 +133,27 @@ def difference(a: dict[str, Any], b: dict[str, Any], noise: float | None) -> dic
     standard errors); with one seed each, more than twice the spread of plain over seeds where that
     is known. No correction for the number of comparisons.
     """
-    if a["forgetting"] is None or b["forgetting"] is None:
+    if a.forgetting is None or b.forgetting is None:
         return None
-    gap = a["forgetting"] - b["forgetting"]
-    errors = [a["standard_error"], b["standard_error"]]
-    error = math.sqrt(sum(e * e for e in errors)) if None not in errors else None
-    bound = _half_width(a, b) if error is not None else None if noise is None else 2 * noise
-    ratio = a["forgetting"] / b["forgetting"] if b["forgetting"] > 0 else None
-    return {
-        "difference": gap,
-        "standard_error": error,
-        "ratio": ratio,
-        "beyond_noise": None if bound is None else abs(gap) > bound,
-    }
+    gap = a.forgetting - b.forgetting
+    error, bound = None, None
+    if a.standard_error is not None and b.standard_error is not None:
+        errors = (a.standard_error, b.standard_error)
+        error = math.sqrt(sum(e * e for e in errors))
+        bound = _half_width(errors, (a.seeds or 0, b.seeds or 0))
+    elif noise is not None:
+        bound = 2 * noise
+    return Gap(
+        difference=gap,
+        standard_error=error,
+        ratio=a.forgetting / b.forgetting if b.forgetting > 0 else None,
+        beyond_noise=None if bound is None else abs(gap) > bound,
+    )
 
 
-def _half_width(a: dict[str, Any], b: dict[str, Any]) -> float:
+def _half_width(errors: tuple[float, float], seeds: tuple[int, int]) -> float:
     """Half of Welch's 95 % interval of a difference of means over seeds."""
-    parts = [(row["standard_error"] ** 2, row["seeds"] - 1) for row in (a, b)]
+    parts = [(error**2, count - 1) for error, count in zip(errors, seeds, strict=True)]
     square = sum(part for part, _ in parts)
     if square == 0:
         return 0.0

@@ -1,6 +1,6 @@
-"""From finished runs to one table:
+"""From finished runs to one table: DIR/compare.json, all that a report needs.
 
-DIR/compare.json, all that a report needs. Reads files only; no model, no torch.
+It reads files only, and needs no model and no torch.
 
 For each domain and general text: the points of every method (mean over seeds; each setting and
 scale is a point), forgetting at equal learning, the area under the frontier, the noise floor, the
@@ -11,86 +11,117 @@ where they were run, of the validation parts until then (said so).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from forgetless.compare.choice import Run, choose
+from forgetless.compare.choice import choose
 from forgetless.compare.domain import compare_domain
 from forgetless.compare.experiment import Experiment, Trial, from_resolved
 from forgetless.compare.verdict import verdict
-from forgetless.files.atomic import read_json, write_json
-from forgetless.files.compare_json import TrialRun
-from forgetless.files.schema import from_json, read_plain
+from forgetless.files.atomic import read_json
+from forgetless.files.compare_json import (
+    ComparedMethod,
+    ComparedSequence,
+    Comparison,
+    DomainBefore,
+    DomainData,
+    GeneralText,
+    ImportanceFile,
+    Progress,
+    Sample,
+    Score,
+    TextBefore,
+    TrialPoint,
+    TrialRun,
+)
+from forgetless.files.run_json import Environment
+from forgetless.files.schema import T, from_json, read_record, write_record
 from forgetless.options.option import read_yaml
 
 # Label of a recipe -> the file that describes its importance file.
 CURRENT = "current.json"
 
 
-def ended(out: Path, trials: Sequence[tuple[str, Trial]]) -> list[Run]:
+def ended(out: Path, trials: Sequence[tuple[str, Trial]]) -> list[TrialRun]:
     """What the runs of these (ID, trial) left below `out`, those that have not ended left out.
 
     Method and settings are the trial's: an ID does not depend on labels, so methods may share a
     run, and it outlives another label.
     """
     runs = []
-    for run, trial in {
-        (run, repr(trial)): (run, trial) for run, trial in trials
-    }.values():  # each once
+    each_once = {(run, repr(trial)): (run, trial) for run, trial in trials}
+    for run, trial in each_once.values():
         path = out / "runs" / run / "run.json"
         if path.exists():
-            found = read_plain(path)
-            from_json(found, TrialRun, str(path))
-            runs.append({**found, **dataclasses.asdict(trial)})
+            runs.append(replace(read_record(path, TrialRun), **dataclasses.asdict(trial)))
     return runs
 
 
-def summarise(
-    out: Path, trials: Sequence[tuple[str, Trial]], *, pending: int = 0
-) -> dict[str, Any]:
+def summarise(out: Path, trials: Sequence[tuple[str, Trial]], *, pending: int = 0) -> Comparison:
     """Read the runs of these (ID, trial) below `out`, write out/compare.json and return it.
 
     Runs that are not finished are left out.
     """
     experiment = read_experiment_back(out)
     base = read_json(out / "base.json")
+    accuracy = _read_or(out / "accuracy.json", None)
     runs = ended(out, trials)
     chosen = choose(experiment, runs)
-    accuracy = _read_or(out / "accuracy.json", None)
-    for run in runs:
-        _with_accuracy(run, out / "runs" / run["id"], accuracy)
-        run["chosen"] = chosen.get((run["method"], run["domain"])) == run["settings"]
-    sequences = _read_or(out / "sequences.json", []) if experiment.sequences else []
-    summary: dict[str, Any] = {
-        "format": 1,
-        "title": experiment.title,
-        "model": experiment.model["model"],
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": base["environment"],
-        "experiment": (out / "experiment.yaml").read_text(encoding="utf-8"),
-        "settings": _settings(experiment),
-        "progress": _progress(runs, pending),
-        "reference": experiment.reference,
-        "texts": _texts(experiment, base),
-        "domains": _domains(experiment, base, accuracy),
-        "methods": _methods(experiment, chosen),
-        "runs": runs,
-        "frontier": {},
-        "equal_learning": {},
-        "noise": {},
-        "differences": [],
-        "importance": _importance(out, runs),
-        "samples": _read_or(out / "samples.json", []),
-        "sequences": sequences or None,
-    }
+    runs = [_with_accuracy(run, out, accuracy) for run in runs]
+    runs = [
+        replace(run, chosen=chosen.get((run.method, str(run.domain))) == run.settings)
+        for run in runs
+    ]
+    comparison = Comparison(
+        format=1,
+        title=experiment.title,
+        model=experiment.model["model"],
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        environment=from_json(base["environment"], Environment, "base.json.environment"),
+        experiment=(out / "experiment.yaml").read_text(encoding="utf-8"),
+        settings=_settings(experiment),
+        progress=_progress(runs, pending),
+        reference=experiment.reference,
+        texts=list(_texts(experiment, base)),
+        domains=list(_domains(experiment, base, accuracy)),
+        methods=list(_methods(experiment, chosen)),
+        runs=runs,
+        importance=_importance(out, runs),
+        samples=_records(out / "samples.json", Sample),
+        sequences=_sequences(experiment, out),
+    )
     for domain in experiment.domains:
-        here = [run for run in runs if run["domain"] == domain]
-        compare_domain(experiment, summary, here, domain)
-    summary["verdict"] = verdict(experiment, summary)
-    write_json(out / "compare.json", summary)
-    return summary
+        _put_in(comparison, experiment, domain)
+    comparison = replace(comparison, verdict=[*verdict(experiment, comparison)])
+    write_record(out / "compare.json", comparison)
+    return comparison
+
+
+def _put_in(comparison: Comparison, experiment: Experiment, domain: str) -> None:
+    """Put what the runs on a domain say into the comparison."""
+    runs = [run for run in comparison.runs if run.domain == domain]
+    compared = compare_domain(experiment, runs, domain)
+    comparison.frontier[domain] = {text: {**each} for text, each in compared.frontier.items()}
+    comparison.equal_learning[domain] = {**compared.equal_learning}
+    if compared.noise is not None:
+        comparison.noise[domain] = compared.noise
+    comparison.differences.extend(compared.differences)
+
+
+def _sequences(experiment: Experiment, out: Path) -> list[ComparedSequence] | None:
+    if not experiment.sequences:
+        return None
+    return _records(out / "sequences.json", ComparedSequence) or None
+
+
+def _records(path: Path, kind: type[T]) -> list[T]:
+    """A file that holds a list; nothing where it is not there."""
+    return [
+        from_json(each, kind, f"{path}[{number}]") for number, each in enumerate(_read_or(path, []))
+    ]
 
 
 def _read_or(path: Path, otherwise: Any) -> Any:
@@ -108,68 +139,69 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
     }
 
 
-def _progress(runs: Sequence[Run], pending: int) -> dict[str, Any]:
-    own = list({run["id"]: run for run in runs}.values())  # methods may share a run
-    return {
-        "done": sum(run["status"] == "done" for run in own),
-        "of": len(own) + pending,
-        "failed": sum(run["status"] != "done" for run in own),
-        "seconds": sum(run.get("wall_seconds") or 0.0 for run in own),
-    }
+def _progress(runs: Sequence[TrialRun], pending: int) -> Progress:
+    own = list({run.id: run for run in runs}.values())  # methods may share a run
+    return Progress(
+        done=sum(run.status == "done" for run in own),
+        of=len(own) + pending,
+        failed=sum(run.status != "done" for run in own),
+        seconds=sum(run.wall_seconds or 0.0 for run in own),
+    )
 
 
-def _importance(out: Path, runs: Sequence[Run]) -> list[dict[str, Any]]:
+def _importance(out: Path, runs: Sequence[TrialRun]) -> list[ImportanceFile]:
     """The importance files of the experiment as it is now; those of recipes that were changed since
     lie there too.
     """
     names = _read_or(out / "importance" / CURRENT, {}).values()
-    return [_with_coefficients(read_json(out / "importance" / name), runs) for name in names]
+    files = [out / "importance" / name for name in names]
+    recorded = [from_json(read_json(path), ImportanceFile, str(path)) for path in files]
+    return [_with_coefficients(each, runs) for each in recorded]
 
 
-def _with_accuracy(run: Run, folder: Path, base: dict[str, Any] | None) -> None:
-    """Put what was measured into the run's point of the whole update:
+def _with_accuracy(run: TrialRun, out: Path, base: dict[str, Any] | None) -> TrialRun:
+    """The run with what was measured in its point of the whole update:
 
     `accuracy` of its domain, `accuracy_general` of the other tasks.
     """
-    path = folder / "accuracy.json"
+    path = out / "runs" / str(run.id) / "accuracy.json"
     if base is None or not path.exists():
-        return
-    now, before = read_json(path)["tasks"], base["tasks"]
-    change = {
-        name: {
-            "before": before[name]["acc"],
-            "after": found["acc"],
-            "standard_error": found["acc_stderr"],
-            "questions": found["questions"],
-        }
-        for name, found in now.items()
-        if name in before
-    }
-    for point in run.get("points") or []:
-        if point["scale"] == 1.0:
-            point["accuracy"] = change.get(run["domain"])
-            point["accuracy_general"] = {
-                name: value for name, value in change.items() if name != run["domain"]
-            } or None
+        return run
+    scores = _scores(base["tasks"], read_json(path)["tasks"])
+    return replace(run, points=[_scored(point, run.domain, scores) for point in run.points])
 
 
-def _with_coefficients(recorded: dict[str, Any], runs: Sequence[Run]) -> dict[str, Any]:
-    """Put c_l into the weights of an importance file: those of a run that was held by it."""
-    held: list[dict[str, Any]] = next(
-        (
-            run["moved"]
-            for run in runs
-            if run["settings"].get("importance") == recorded["name"] and run.get("moved")
-        ),
-        [],
-    )
-    found = {row["weight"]: row["coefficient"] for row in held}
-    return {
-        **recorded,
-        "weights": [
-            {**weight, "coefficient": found.get(weight["name"])} for weight in recorded["weights"]
-        ],
+def _scores(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Score]:
+    """The accuracy on each task that was measured before and after."""
+    scores = {}
+    for name, measured in after.items():
+        if name in before:
+            scores[name] = Score(
+                before=before[name]["acc"],
+                after=measured["acc"],
+                standard_error=measured["acc_stderr"],
+                questions=measured["questions"],
+            )
+    return scores
+
+
+def _scored(point: TrialPoint, domain: Any, scores: Mapping[str, Score]) -> TrialPoint:
+    if point.scale != 1.0:
+        return point
+    general: dict[str, Score | None] = {
+        name: score for name, score in scores.items() if name != domain
     }
+    return replace(point, accuracy=scores.get(domain), accuracy_general=general or None)
+
+
+def _with_coefficients(recorded: ImportanceFile, runs: Sequence[TrialRun]) -> ImportanceFile:
+    """The importance file with c_l in its weights: those of a run that was held by it."""
+    by_it = (run for run in runs if run.settings.get("importance") == recorded.name and run.moved)
+    held = next(by_it, None)
+    moved = held.moved if held and held.moved else []
+    known = {row.weight: row.coefficient for row in moved}
+    weights = [replace(each, coefficient=known.get(each.name)) for each in recorded.weights]
+    return replace(recorded, weights=weights)
 
 
 def read_experiment_back(out: Path) -> Experiment:
@@ -177,51 +209,50 @@ def read_experiment_back(out: Path) -> Experiment:
     return from_resolved(read_yaml(out / "experiment.yaml"))
 
 
-def _texts(experiment: Experiment, base: dict[str, Any]) -> list[dict[str, Any]]:
-    numbers = base["test"]["general"]
-    return [
-        {
-            "name": name,
-            "kind": "recorded" if name == experiment.recorded else "other",
-            "documents": numbers[name]["documents"],
-            "tokens": numbers[name]["tokens"],
-            "before": {key: numbers[name][key] for key in ("nats", "standard_error", "perplexity")},
-        }
-        for name in experiment.general
-    ]
+def _texts(experiment: Experiment, base: Mapping[str, Any]) -> Iterator[GeneralText]:
+    for name in experiment.general:
+        numbers = base["test"]["general"][name]
+        yield GeneralText(
+            name=name,
+            kind="recorded" if name == experiment.recorded else "other",
+            documents=numbers["documents"],
+            tokens=numbers["tokens"],
+            before=TextBefore(
+                nats=numbers["nats"],
+                standard_error=numbers["standard_error"],
+                perplexity=numbers["perplexity"],
+            ),
+        )
 
 
 def _domains(
-    experiment: Experiment, base: dict[str, Any], accuracy: dict[str, Any] | None
-) -> list[dict[str, Any]]:
-    numbers, known = base["test"]["domains"], (accuracy or {"tasks": {}})["tasks"]
-    return [
-        {
-            "name": name,
-            "rows": numbers[name]["documents"],
-            "rows_trained": base["rows_trained"][name],
-            "before": {
-                **{key: numbers[name][key] for key in ("nats", "standard_error")},
-                "accuracy": known[name]["acc"] if name in known else None,
-            },
-        }
-        for name in experiment.domains
-    ]
+    experiment: Experiment, base: Mapping[str, Any], accuracy: Mapping[str, Any] | None
+) -> Iterator[DomainData]:
+    known = (accuracy or {"tasks": {}})["tasks"]
+    for name in experiment.domains:
+        numbers = base["test"]["domains"][name]
+        yield DomainData(
+            name=name,
+            rows=numbers["documents"],
+            rows_trained=base["rows_trained"][name],
+            before=DomainBefore(
+                nats=numbers["nats"],
+                standard_error=numbers["standard_error"],
+                accuracy=known[name]["acc"] if name in known else None,
+            ),
+        )
 
 
 def _methods(
-    experiment: Experiment, chosen: dict[tuple[str, str], dict[str, Any]]
-) -> list[dict[str, Any]]:
-    return [
-        {
-            "name": label,
-            "label": label,
-            "family": method.family,
-            "needs": method.needs,
-            "trials": len(method.settings()),
-            "chosen": {
-                domain: settings for (name, domain), settings in chosen.items() if name == label
-            },
-        }
-        for label, method in experiment.methods.items()
-    ]
+    experiment: Experiment, chosen: Mapping[tuple[str, str], dict[str, Any]]
+) -> Iterator[ComparedMethod]:
+    for label, method in experiment.methods.items():
+        mine = {domain: settings for (name, domain), settings in chosen.items() if name == label}
+        yield ComparedMethod(
+            name=label,
+            label=label,
+            family=method.family,
+            needs=method.needs,
+            trials=len(method.settings()),
+            chosen=mine,
+        )

@@ -19,6 +19,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,11 @@ from forgetless.compare.base import evaluate
 from forgetless.compare.job import Job
 from forgetless.evaluate.losses import TextLoss
 from forgetless.evaluate.rise import Rise
-from forgetless.files.atomic import discard, read_json, write_json
+from forgetless.files.atomic import discard, read_json
+from forgetless.files.compare_json import TrialPoint, TrialRun
+from forgetless.files.measured_json import Change
+from forgetless.files.run_json import Run
+from forgetless.files.schema import as_record, write_record
 from forgetless.model.adapter_files import load_tuned
 from forgetless.model.adapters import has_lora
 from forgetless.model.loading import load_model, load_tokenizer
@@ -48,21 +53,23 @@ def run(job: Job) -> None:
     """One trial: its run.json says how it ended. What it prints goes into its folder."""
     job.folder.mkdir(parents=True, exist_ok=True)
     trial = job.trial
-    result, started = _about(job), time.perf_counter()
+    result = _about(job)
+    started = time.perf_counter()
     try:
         with (
             open(job.folder / "log.txt", "w", encoding="utf-8") as log,
             contextlib.redirect_stdout(log),
             contextlib.redirect_stderr(log),
         ):
-            result |= {"status": "done", "error": None, **_trained(job)}
+            result = _trained(job)
     except Exception as error:
         status = "out of memory" if _of_memory(error) else "failed"
-        result |= _ended(status, f"{type(error).__name__}: {error}")
-        logger.warning("%s on %s, %s: %s", trial.method, trial.domain, status, result["error"])
+        result = replace(result, status=status, error=f"{type(error).__name__}: {error}")
+        logger.warning("%s on %s, %s: %s", trial.method, trial.domain, status, result.error)
     finally:
         shutil.rmtree(job.folder / "work", ignore_errors=True)
-    write_json(job.folder / "run.json", {**result, "wall_seconds": time.perf_counter() - started})
+    result = replace(result, wall_seconds=time.perf_counter() - started)
+    write_record(job.folder / "run.json", result)
 
 
 def _of_memory(error: Exception) -> bool:
@@ -81,20 +88,14 @@ def was_killed(job: Job) -> None:
     )
     logger.warning("%s on %s, %s", job.trial.method, job.trial.domain, error)
     shutil.rmtree(job.folder / "work", ignore_errors=True)
-    result = {**_about(job), **_ended("failed", error), "wall_seconds": None}
-    write_json(job.folder / "run.json", result)
+    write_record(job.folder / "run.json", replace(_about(job), status="failed", error=error))
 
 
-def _about(job: Job) -> dict[str, Any]:
-    return {"id": job.id, **dataclasses.asdict(job.trial)}
+def _about(job: Job) -> TrialRun:
+    return TrialRun(id=job.id, **dataclasses.asdict(job.trial))
 
 
-def _ended(status: str, error: str) -> dict[str, Any]:
-    """What is in the run.json of a run without a result."""
-    return {"status": status, "error": error, "points": [], "log": [], "moved": None}
-
-
-def _trained(job: Job) -> dict[str, Any]:
+def _trained(job: Job) -> TrialRun:
     """Train, then evaluate the finished update at every scale."""
     _forget_peak()
     finished = tune(job.options)
@@ -107,23 +108,26 @@ def _trained(job: Job) -> dict[str, Any]:
         points.append(_point(job, base, scale, model, tokenizer))
     replay = job.trial.settings.get("replay")
     logged = [entry for entry in finished["log"] if "loss" in entry]
-    return {
-        "points": points,
-        "energy": finished["energy"],
-        "seconds": finished["prepare_seconds"] + finished["train_seconds"],
-        "peak_memory_bytes": _peak(),
-        "extra_data": EXTRA_DATA.get(str(replay), replay),
-        "file_bytes": job.file_bytes,
-        "trainable_parameters": finished["trainable_parameters"],
-        "moved": finished.get("moved"),
-        "log": [{key: entry.get(key) for key in LOGGED} for entry in logged],
-        "environment": finished["environment"],
-    }
+    known = as_record(finished, Run)
+    return replace(
+        _about(job),
+        status="done",
+        points=points,
+        energy=finished["energy"],
+        seconds=finished["prepare_seconds"] + finished["train_seconds"],
+        peak_memory_bytes=_peak(),
+        extra_data=EXTRA_DATA.get(str(replay), replay),
+        file_bytes=job.file_bytes,
+        trainable_parameters=finished["trainable_parameters"],
+        moved=known.moved,
+        log=[{key: entry.get(key) for key in LOGGED} for entry in logged],
+        environment=known.environment,
+    )
 
 
 def _point(
     job: Job, base: Mapping[str, Any], scale: float, model: nn.Module, tokenizer: Any
-) -> dict[str, Any]:
+) -> TrialPoint:
     """What the update has learned and lost at one scale.
 
     Raises ValueError where a loss is not a number.
@@ -139,13 +143,11 @@ def _point(
             f"the loss of the update at scale {scale:g} is not a number: training diverged; "
             "give a smaller learning rate"
         )
-    return {
-        "scale": scale,
-        "learning": learned.estimate(),
-        "accuracy": None,
-        "accuracy_general": None,
-        "forgetting": {name: change.estimate() for name, change in lost.items()},
-    }
+    return TrialPoint(
+        scale=scale,
+        learning=Change(**learned.estimate()),
+        forgetting={name: Change(**change.estimate()) for name, change in lost.items()},
+    )
 
 
 def _rise(before: dict[str, Any], after: dict[str, Any]) -> Rise:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch import nn
 
 from forgetless.compare.accuracy import domain_tasks, score
 from forgetless.compare.base import evaluate
-from forgetless.compare.choice import Run, curve
+from forgetless.compare.choice import curve, nats_of
 from forgetless.compare.compare import check_any_done, run_experiment
 from forgetless.compare.experiment import Experiment
 from forgetless.compare.frontier import at_learning
@@ -35,7 +35,9 @@ from forgetless.data.documents import load_rows
 from forgetless.demo.experiment import DOMAIN, TEXT, experiment, write_texts
 from forgetless.demo.table import ROWS, Row, plot, table
 from forgetless.files.atomic import atomic_path, write_json
+from forgetless.files.compare_json import Comparison, Sample, TrialPoint, TrialRun
 from forgetless.files.room import check_output_folder
+from forgetless.files.schema import T, to_json, write_record
 from forgetless.model.adapter_files import load_tuned
 from forgetless.model.loading import load_model, load_tokenizer
 from forgetless.model.update import AdapterUpdate
@@ -71,70 +73,81 @@ def demo(options: DemoOptions) -> dict[str, Any]:
     shown = table(seeds)
     with atomic_path(out / "demo.md") as temporary:
         temporary.write_text(shown + "\n", encoding="utf-8")
-    summary |= {
-        "model": "the demo's own model",
-        "verdict": [*_verdict(result), *summary["verdict"]],
-        "samples": _samples(asked, summary, paths, out),
-    }
-    write_json(out / "compare.json", summary)
+    summary = replace(
+        summary,
+        model="the demo's own model",
+        verdict=[*_verdict(result), *summary.verdict],
+        samples=list(_samples(asked, summary, paths, out)),
+    )
+    write_record(out / "compare.json", summary)
     report = write_report(completed(summary), out / "report.html")
     print(shown)
     print(_closing(out, result, plot(seeds, out / "demo.png"), report))
     return result
 
 
-def _rows(asked: Experiment, summary: Run, out: Path, seed: int) -> dict[str, Row]:
+def _rows(asked: Experiment, summary: Comparison, out: Path, seed: int) -> dict[str, Row]:
     """The rows of the table for one seed."""
     rows = {"base": _base(summary)}
     for name, method in METHODS.items():
         run = _run(summary, method, seed)
-        whole = next(point for point in run["points"] if point["scale"] == 1.0)
+        whole = _whole(run)
+        known, learned = _there(_there(whole.accuracy_general)[TEXT]), _there(whole.accuracy)
         rows[name] = Row(
-            whole["accuracy_general"][TEXT]["after"],
-            rows["base"].general_loss + whole["forgetting"][TEXT]["nats"],
-            whole["accuracy"]["after"],
-            rows["base"].domain_loss - whole["learning"]["nats"],
-            run["seconds"],
-            f"rate {run['settings']['learning_rate']:g}",
+            _there(known.after),
+            rows["base"].general_loss + nats_of(whole.forgetting[TEXT]),
+            _there(learned.after),
+            rows["base"].domain_loss - nats_of(whole.learning),
+            run.seconds,
+            f"rate {run.settings['learning_rate']:g}",
         )
     rows["plain, scaled back"] = _scaled_back(asked, summary, out, seed)
     return {name: rows[name] for name in ROWS}
 
 
-def _base(summary: Run) -> Row:
-    text, domain = summary["texts"][0]["before"], summary["domains"][0]["before"]
-    whole = next(point for point in summary["runs"][0]["points"] if point["scale"] == 1.0)
-    known = whole["accuracy_general"][TEXT]["before"]
-    return Row(known, text["nats"], domain["accuracy"], domain["nats"])
-
-
-def _run(summary: Run, method: str, seed: int) -> Run:
-    """The run of a method at its chosen setting."""
-    found: Run = next(
-        run
-        for run in summary["runs"]
-        if run["method"] == method and run["seed"] == seed and run["chosen"]
+def _base(summary: Comparison) -> Row:
+    text, domain = _there(summary.texts[0].before), _there(summary.domains[0].before)
+    known = _there(_there(_whole(summary.runs[0]).accuracy_general)[TEXT])
+    return Row(
+        _there(known.before), _there(text.nats), _there(domain.accuracy), _there(domain.nats)
     )
-    return found
 
 
-def _scaled_back(asked: Experiment, summary: Run, out: Path, seed: int) -> Row:
+def _run(summary: Comparison, method: str, seed: int) -> TrialRun:
+    """The run of a method at its chosen setting."""
+    return next(
+        run for run in summary.runs if run.method == method and run.seed == seed and run.chosen
+    )
+
+
+def _whole(run: TrialRun) -> TrialPoint:
+    """What the whole update of a run does."""
+    return next(point for point in run.points if point.scale == 1.0)
+
+
+def _there(value: T | None) -> T:
+    """A value that every demo measures. Raises ValueError where a run of it lacks one."""
+    if value is None:
+        raise ValueError("a run of the demo lacks a number; delete the folder, and run it again")
+    return value
+
+
+def _scaled_back(asked: Experiment, summary: Comparison, out: Path, seed: int) -> Row:
     """Plain fine-tuning's update at the scale at which it has learned the highest level of what
     plain learns, by the straight lines between the scales that were measured; whole, where it
     never does.
     """
     level = max(asked.shares)
     wanted = next(
-        row["learning_nats"]
-        for row in summary["equal_learning"][DOMAIN][TEXT]
-        if row["method"] == asked.reference and row["share"] == level
+        _there(row.learning_nats)
+        for row in _there(_there(summary.equal_learning[DOMAIN])[TEXT])
+        if row.method == asked.reference and row.level == level
     )
     run = _run(summary, asked.reference, seed)
-    points = sorted(run["points"], key=lambda point: point["scale"])
     learned = [nats for nats, _ in curve(run, TEXT)]
-    scales = [point["scale"] for point in points]
+    scales = sorted(_there(point.scale) for point in run.points)
     scale = at_learning(list(zip(learned, scales, strict=True)), wanted) or 1.0
-    model = load_tuned(_loading(asked), out / "runs" / run["id"] / "adapter")
+    model = load_tuned(_loading(asked), out / "runs" / str(run.id) / "adapter")
     AdapterUpdate(model).scale(scale)
     return _measured(asked, model, out, f"update x {scale:.2f}: {level:.0%} of its learning")
 
@@ -159,16 +172,16 @@ def _loading(asked: Experiment) -> ModelOptions:
 
 
 def _result(
-    summary: Run, out: Path, seeds: Sequence[Mapping[str, Row]], seconds: float
+    summary: Comparison, out: Path, seeds: Sequence[Mapping[str, Row]], seconds: float
 ) -> dict[str, Any]:
     """What is in demo.json."""
-    recorded = summary["importance"][0]
+    recorded = summary.importance[0]
     return {
-        "environment": summary["environment"],
+        "environment": to_json(summary.environment),
         "importance": {
-            "path": str(out / "importance" / recorded["file"]),
-            "mib": recorded["bytes"] / 2**20,
-            "record_seconds": recorded["seconds"],
+            "path": str(out / "importance" / str(recorded.file)),
+            "mib": _there(recorded.bytes) / 2**20,
+            "record_seconds": recorded.seconds,
         },
         "seconds": seconds,
         "seeds": [{name: asdict(row) for name, row in rows.items()} for rows in seeds],
@@ -198,24 +211,21 @@ def _verdict(result: Mapping[str, Any]) -> list[str]:
 
 
 def _samples(
-    asked: Experiment, summary: Run, paths: Mapping[str, str], out: Path
-) -> list[dict[str, Any]]:
+    asked: Experiment, summary: Comparison, paths: Mapping[str, str], out: Path
+) -> Iterator[Sample]:
     """What the base model and the two tuned ones answer to a few questions of the domain and of the
     world.
     """
     models = {"base": load_model(_loading(asked))}
     for method in ("plain", "hold"):
-        folder = out / "runs" / _run(summary, method, 0)["id"] / "adapter"
+        folder = out / "runs" / str(_run(summary, method, 0).id) / "adapter"
         models[method] = load_tuned(_loading(asked), folder)
     tokenizer = load_tokenizer(_loading(asked))
-    samples = []
     for about, row in _questions(paths):
-        said = {name: _says(model, tokenizer, row["prompt"]) for name, model in models.items()}
-        reference = row["choices"][row["gold"]]
-        samples.append(
-            {"domain": about, "prompt": row["prompt"], "reference": reference, "outputs": said}
-        )
-    return samples
+        said: dict[str, Any] = {
+            name: _says(model, tokenizer, row["prompt"]) for name, model in models.items()
+        }
+        yield Sample(about, row["prompt"], row["choices"][row["gold"]], said)
 
 
 def _questions(paths: Mapping[str, str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
