@@ -124,7 +124,7 @@ def shared_inputs(base: nn.Module, layers: list[BaseLayer], length: int) -> dict
 
     def watch(name: str) -> Any:
         def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            _, leader = inputs.setdefault(id(args[0]), (args[0], name))
+            leader = inputs.setdefault(id(args[0]), (args[0], name))[1]
             leaders.setdefault(name, leader)
 
         return see
