@@ -170,7 +170,7 @@ def calculates(prompt: Prompt, said: Said) -> bool | None:
 
 def _calls(text: str) -> list[Mapping[str, Any]]:
     """Tool calls in an answer: JSON objects with a name and arguments, however they are wrapped."""
-    found = []
+    calls: list[Mapping[str, Any]] = []
     decoder = json.JSONDecoder()
     place = text.find("{")
     while place >= 0:
@@ -187,9 +187,9 @@ def _calls(text: str) -> list[Mapping[str, Any]]:
                     arguments = json.loads(arguments)
                 except ValueError:
                     arguments = None
-            found.append({"name": inner["name"], "arguments": arguments})
+            calls.append({"name": inner["name"], "arguments": arguments})
         place = text.find("{", end)
-    return found
+    return calls
 
 
 def calls_tool(prompt: Prompt, said: Said) -> bool | None:
