@@ -32,6 +32,7 @@ from forgetless.budget.controller import Controller
 from forgetless.evaluate.paired import PairedText
 from forgetless.files.budget_json import ControllerLook, ProbeCosts
 from forgetless.model import distributed
+from forgetless.penalty.callback import write_logs
 from forgetless.penalty.pull import Penalty
 
 logger = logging.getLogger("forgetless")
@@ -181,9 +182,7 @@ class Probe(TrainerCallback, ExportableState):
         mine = {"budget/strength": self.penalty.strength}
         if self.controller.rise is not None:
             mine["budget/rise"] = self.controller.rise
-        logs.update(mine)
-        if state.log_history:
-            state.log_history[-1].update(mine)
+        write_logs(mine, logs, state)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds."""

@@ -23,7 +23,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from forgetless.budget.baseline import Baseline, measure_baseline
@@ -48,7 +47,7 @@ from forgetless.files.schema import as_record, plain_of, write_record
 from forgetless.importance.importance import Importance
 from forgetless.model.adapter_files import load_tuned
 from forgetless.model.adapters import bare
-from forgetless.model.loading import load_tokenizer, save_whole
+from forgetless.model.loading import load_tokenizer, save_whole, seed_and_threads
 from forgetless.model.update import Update
 from forgetless.options.finished import ShrinkOptions
 from forgetless.options.option import as_dict
@@ -92,9 +91,7 @@ def shrink(options: ShrinkOptions) -> dict[str, Any]:
     importance = Importance.load(file) if file else None
     if options.budget and not options.general:
         check_calibrated(importance)
-    torch.manual_seed(options.seed)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    seed_and_threads(options)
     started = time.perf_counter()
     out = Path(options.out)
     held_out = _held_out(options)

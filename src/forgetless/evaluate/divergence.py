@@ -25,10 +25,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
+from forgetless.data.encoding import collate
 from forgetless.data.selftext import Answer
+from forgetless.evaluate.losses import evaluating
 
 # Tokens of a batch of answers: a block of logits in f32 stays within 400 MB at 100,000 words.
 ANSWER_TOKENS = 1024
@@ -79,30 +80,26 @@ def store(base: Tensor, k: int) -> StoredBase:
     return StoredBase(top.indices, top.values, rest)
 
 
-@torch.no_grad()
-def answer_logits(model: nn.Module, answers: Sequence[Answer]) -> Iterator[Tensor]:
-    """Of each answer, in order, the logits that predict its tokens: (tokens, vocabulary)."""
+def answer_logits(model: nn.Module, answers: Sequence[Answer]) -> list[Tensor]:
+    """Of each answer of a batch, the logits that predict its tokens: (tokens, vocabulary)."""
     device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    try:
-        for batch in _batches(answers):
-            width = max(len(answer.ids) for answer in batch)
-            ids = torch.zeros(len(batch), width, dtype=torch.long, device=device)
-            mask = torch.zeros_like(ids)
-            for row, answer in enumerate(batch):
-                ids[row, : len(answer.ids)] = torch.tensor(answer.ids, device=device)
-                mask[row, : len(answer.ids)] = 1
-            # Only from the first answer's beginning on: prompts are not scored.
-            first = min(answer.start for answer in batch) - 1
-            logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=width - first).logits
-            for row, answer in enumerate(batch):
-                yield logits[row, answer.start - 1 - first : len(answer.ids) - 1 - first]
-    finally:
-        model.train(training)
+    batch = collate([(list(answer.ids), [True] * len(answer.ids)) for answer in answers], pad_id=0)
+    # Only from the first answer's beginning on: prompts are not scored.
+    first = min(answer.start for answer in answers) - 1
+    with evaluating(model):
+        logits = model(
+            input_ids=batch["input_ids"].to(device),
+            attention_mask=batch["attention_mask"].to(device),
+            logits_to_keep=batch["input_ids"].shape[1] - first,
+        ).logits
+    return [
+        logits[row, answer.start - 1 - first : len(answer.ids) - 1 - first]
+        for row, answer in enumerate(answers)
+    ]
 
 
-def _batches(answers: Sequence[Answer]) -> Iterator[list[Answer]]:
+def answer_batches(answers: Sequence[Answer]) -> Iterator[list[Answer]]:
+    """The answers in their order, as many at a time as one forward pass takes."""
     batch: list[Answer] = []
     for answer in answers:
         width = max(len(one.ids) for one in [*batch, answer])
@@ -118,11 +115,12 @@ def divergence(
     base: nn.Module | Sequence[StoredBase], tuned: nn.Module, answers: Sequence[Answer]
 ) -> tuple[np.ndarray, np.ndarray]:
     """(nats of divergence, tokens) of each answer, both (answers,); by a base model exactly."""
-    sums = []
-    if isinstance(base, nn.Module):
-        pairs = zip(answer_logits(base, answers), answer_logits(tuned, answers), strict=True)
-        sums = [float(kl(p, q).double().sum()) for p, q in pairs]
-    else:
-        stored = zip(base, answer_logits(tuned, answers), strict=True)
-        sums = [float(stored_kl(p, q).double().sum()) for p, q in stored]
+    sums: list[float] = []
+    for batch in answer_batches(answers):
+        after = answer_logits(tuned, batch)
+        if isinstance(base, nn.Module):
+            each = map(kl, answer_logits(base, batch), after)
+        else:
+            each = map(stored_kl, base[len(sums) : len(sums) + len(batch)], after)
+        sums += [float(nats.double().sum()) for nats in each]
     return np.array(sums), np.array([len(answer.scored) for answer in answers], float)

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from forgetless.data.inputs import HeldOut, Questions, read_held_out
@@ -32,7 +31,7 @@ from forgetless.files.room import check_output_folder
 from forgetless.files.run_json import EvaluatedRun
 from forgetless.files.schema import plain_of, write_record
 from forgetless.model.adapter_files import checked_adapter, with_adapter
-from forgetless.model.loading import load_model, load_tokenizer
+from forgetless.model.loading import load_model, load_tokenizer, seed_and_threads
 from forgetless.model.update import AdapterUpdate
 from forgetless.options.finished import EvalOptions
 from forgetless.options.option import as_dict
@@ -199,9 +198,7 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
     Raises ValueError or OptionError before a model is loaded where the options cannot work.
     """
     _check_evaluated(options)
-    torch.manual_seed(options.seed)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    seed_and_threads(options)
     held_out = read_held_out(
         general=options.general,
         data=options.data,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from forgetless.errors import FileError
 from forgetless.model.linear import is_conv1d, linear_layers, matching, unwrapped, warn_of_experts
+from forgetless.options.model import AdapterOptions
 
 
 @contextlib.contextmanager
@@ -78,6 +79,18 @@ def peft_targets(model: nn.Module, names: str) -> tuple[list[str], bool]:
     of_these_kinds = {path for path, _ in linear_layers(model) if path.rsplit(".", 1)[-1] in kinds}
     modules = sorted(kinds) if of_these_kinds == set(paths) else paths
     return modules, any(is_conv1d(module) for _, module in layers)
+
+
+def adapter_of(model: nn.Module, options: AdapterOptions) -> nn.Module:
+    """`model` with the fresh LoRA adapter that the options describe."""
+    return add_adapter(
+        model,
+        names=options.targets,
+        rank=options.rank,
+        alpha=options.alpha,
+        dropout=options.dropout,
+        rslora=options.rslora,
+    )
 
 
 def add_adapter(

@@ -38,6 +38,13 @@ def device_of(options: ModelOptions) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def seed_and_threads(options: ModelOptions) -> None:
+    """Seed torch's random choices, and use as many CPU threads as the options say."""
+    torch.manual_seed(options.seed)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+
+
 def load_model(options: ModelOptions, name: str | None = None) -> nn.Module:
     """The causal LM `name` (default `options.model`), in eval mode.
 

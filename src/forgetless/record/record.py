@@ -32,7 +32,7 @@ from forgetless.importance.importance import Importance, push_importance
 from forgetless.importance.info import BaseModel, Origin
 from forgetless.model import distributed
 from forgetless.model.fingerprint import fingerprint
-from forgetless.model.loading import load_model, load_tokenizer
+from forgetless.model.loading import load_model, load_tokenizer, seed_and_threads
 from forgetless.options.estimators import ESTIMATORS
 from forgetless.options.record import RecordOptions
 from forgetless.record import state as recording_state
@@ -57,9 +57,7 @@ def record(options: RecordOptions) -> Importance:
     repository = _repository(options)
     with only_writer(options.out, folder=False):
         state = recording_state.load(options)
-        torch.manual_seed(options.seed)
-        if options.threads:
-            torch.set_num_threads(options.threads)
+        seed_and_threads(options)
         tokenizer, model = load_tokenizer(options), load_model(options)
         text = general_text(options, model, tokenizer)
         if isinstance(state, CalibratedState):

@@ -20,7 +20,7 @@ from forgetless.data.encoding import Encoded, batches
 from forgetless.files.room import check_free_space
 from forgetless.importance.importance import Importance
 from forgetless.model import distributed
-from forgetless.model.adapters import add_adapter
+from forgetless.model.adapters import adapter_of
 from forgetless.model.targets import target_weights
 from forgetless.options.estimators import ESTIMATORS
 from forgetless.options.record import RecordOptions
@@ -207,14 +207,7 @@ def _check_loss(loss: float, number: int) -> None:
 
 def _adapted(options: RecordOptions, model: nn.Module) -> nn.Module:
     """`model` with the fresh adapter that is trained."""
-    adapted: Any = add_adapter(
-        model,
-        names=options.targets,
-        rank=options.rank,
-        alpha=options.alpha,
-        dropout=options.dropout,
-        rslora=options.rslora,
-    )
+    adapted: Any = adapter_of(model, options)
     if options.gradient_checkpointing:
         adapted.gradient_checkpointing_enable(
             gradient_checkpointing_kwargs={"use_reentrant": False}

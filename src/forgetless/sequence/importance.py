@@ -9,7 +9,6 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from forgetless.data.documents import fingerprint_rows
@@ -17,7 +16,7 @@ from forgetless.data.tasks import encode_rows, load_training_data
 from forgetless.importance.consolidate import consolidated
 from forgetless.importance.importance import Importance
 from forgetless.importance.info import TextSource
-from forgetless.model.loading import context_length, load_tokenizer
+from forgetless.model.loading import context_length, load_tokenizer, seed_and_threads
 from forgetless.options.estimators import known, unread
 from forgetless.options.model import ModelOptions, TextOptions
 from forgetless.options.record import RECORD_PRESETS, RecordOptions
@@ -93,9 +92,7 @@ def _recorded(
     recipe = recipe_of(like, options, str(out))
     out.parent.mkdir(parents=True, exist_ok=True)
     state = recording_state.load(recipe)
-    torch.manual_seed(options.seed)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    seed_and_threads(options)
     tokenizer, taught = load_tokenizer(options), model()
     rows = list(load_training_data(learned, split=split))[: recipe.documents]
     length = min(recipe.length or 1024, context_length(taught))

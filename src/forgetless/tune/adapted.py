@@ -25,7 +25,7 @@ from forgetless.files.room import check_free_space
 from forgetless.importance.importance import Importance
 from forgetless.methods.callback import add_term
 from forgetless.methods.method import Setup, Steps, Term
-from forgetless.model.adapters import add_adapter
+from forgetless.model.adapters import adapter_of
 from forgetless.model.linear import matching, warn_of_experts
 from forgetless.model.targets import target_weights
 from forgetless.model.weights import LowRankWeight
@@ -101,14 +101,7 @@ def _unfreeze_targets(options: TuneOptions, model: nn.Module) -> None:
 def _with_lora(setup: Setup, model: nn.Module) -> nn.Module:
     """`model` with a LoRA adapter, fresh or as it was at the end of recording."""
     options, importance = setup.options, setup.importance
-    model = add_adapter(
-        model,
-        names=options.targets,
-        rank=options.rank,
-        alpha=options.alpha,
-        dropout=options.dropout,
-        rslora=options.rslora,
-    )
+    model = adapter_of(model, options)
     if options.anchor == "recorded" and importance is not None:
         for weight in target_weights(model):
             assert isinstance(weight, LowRankWeight)
