@@ -253,14 +253,14 @@ def importances(shared: Path, out: Path, name: str) -> dict[str, Any]:
 def slope(shared: Path, out: Path, name: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """The gradient of the recorded text, of rank 32 as record --calibrate keeps it."""
     from forgetless.data.documents import load_documents
-    from forgetless.data.encoding import batches, encode
+    from forgetless.data.encoding import batches, encode_documents
     from forgetless.model.loading import load_model, load_tokenizer
 
     lab, place = lab_of(shared, out, name), out / "importance" / f"{name}-gradient-32.safetensors"
     if not place.exists():
         options = ModelOptions(model=lab.model, dtype="float32")
         model, tokenizer = load_model(options), load_tokenizer(options)
-        rows = encode(
+        rows = encode_documents(
             load_documents(str(out / "importance" / f"{name}.jsonl")), tokenizer, length=128
         )
         found = gradient(

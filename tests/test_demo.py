@@ -16,8 +16,8 @@ from forgetless.compare.job import job_of
 from forgetless.compare.parts import prepare
 from forgetless.data.tasks import TASKS
 from forgetless.demo import experiment, run
-from forgetless.demo.table import ROWS
-from forgetless.demo.world import build, documents, multiple_choice
+from forgetless.demo.result import STATES
+from forgetless.demo.world import MODEL_FOLDER, build, documents, multiple_choice
 from forgetless.evaluate.accuracy import answers
 from forgetless.files.compare_json import TrialRun
 from forgetless.files.schema import from_json
@@ -56,12 +56,12 @@ def test_questions_have_four_different_choices_and_the_right_one_is_the_fact():
 
 
 def test_the_embedded_model_knows_its_world_and_not_the_herbal():
-    options = ModelOptions(model=str(experiment.MODEL), dtype="float32", device="cpu")
+    options = ModelOptions(model=str(MODEL_FOLDER), dtype="float32", device="cpu")
     model, tokenizer = load_model(options), load_tokenizer(options)
     known = lambda facts: answers(model, tokenizer, TASKS["choices"], multiple_choice(facts))
     assert known(build().general).numbers["acc_norm"] >= 0.9
     assert known(build().domain).numbers["acc_norm"] < 0.5
-    assert sum(path.stat().st_size for path in experiment.MODEL.iterdir()) < 10e6
+    assert sum(path.stat().st_size for path in MODEL_FOLDER.iterdir()) < 10e6
 
 
 @pytest.fixture
@@ -77,11 +77,11 @@ def test_the_demo_writes_table_picture_and_everything_to_repeat_it(
     tmp_path, short, monkeypatch, capsys
 ):
     monkeypatch.setattr(experiment, "RATES", (2e-3,))
-    monkeypatch.setattr(experiment, "HELD", (2e-3,))
+    monkeypatch.setattr(experiment, "HELD_RATES", (2e-3,))
     out = tmp_path / "demo"
     assert main(["demo", "--out", str(out), "--quiet"]) == 0
     printed = capsys.readouterr().out
-    for name in ROWS:
+    for name in STATES:
         assert f"| {name} " in printed
     assert "forgetless record MODEL --general" in printed and "importance file:" in printed
     result = json.loads((out / "demo.json").read_text())
@@ -117,7 +117,7 @@ def test_the_demo_writes_table_picture_and_everything_to_repeat_it(
         "down_proj",
     } and len(compared["samples"]) == 2
     assert main(["inspect", result["importance"]["path"]]) == 0
-    words = ["eval", str(experiment.MODEL), "--general", str(out / "general-test.jsonl")]
+    words = ["eval", str(MODEL_FOLDER), "--general", str(out / "general-test.jsonl")]
     words += ["--adapter", str(out / "runs" / chosen["hold"]["id"] / "adapter"), "--limit", "5"]
     assert main(words) == 0
     check_equal_learning(compared, rows)
@@ -156,7 +156,7 @@ def test_the_demo_trains_no_rate_twice(tmp_path):
         2 * experiment.RATES
     )
     held = [rate for file, rate in trained.values() if file is not None]
-    assert sorted(held) == sorted(2 * experiment.HELD) and set(held) < set(experiment.RATES)
+    assert sorted(held) == sorted(2 * experiment.HELD_RATES) and set(held) < set(experiment.RATES)
 
 
 def test_the_demo_keeps_out_of_folders_that_are_not_its_own(tmp_path, capsys):

@@ -17,9 +17,8 @@ ONE_MEANING = {
 # Names that still have several meanings.
 SEVERAL_MEANINGS = set(
     """
-    COLOURS HELD Job METHODS MODEL PANELS ROWS Row Steps _address _check_importance
-    _check_processes _cut _documents _line _measured _places _result _run _run_all _shown _taken
-    _text_of _texts _texts_of _written encode evaluate load rank running save table train
+    Job _address _check_importance _check_processes _cut _documents _measured _run_all _shown
+    _texts_of evaluate load rank running save
     """.split()
 )
 # Libraries that are imported inside functions, each with its reason.

@@ -14,8 +14,7 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 from conftest import interrupt_after
-from forgetless.demo.experiment import MODEL
-from forgetless.demo.world import build, documents
+from forgetless.demo.world import MODEL_FOLDER, build, documents
 from forgetless.errors import OptionError
 from forgetless.evaluate.evaluate import evaluate
 from forgetless.methods import orthogonal, terms
@@ -428,7 +427,7 @@ def test_a_bound_on_forgetting_is_kept_by_a_budget(world):
             "\n".join(json.dumps({"text": text}) for text in texts)
         )
     common = dict(
-        model=str(MODEL),
+        model=str(MODEL_FOLDER),
         data=str(world.folder / "herbal.jsonl"),
         general=str(world.folder / "general.jsonl"),
         dtype="float32",

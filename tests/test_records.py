@@ -13,7 +13,7 @@ from forgetless.cli import main
 from forgetless.errors import OptionError
 from forgetless.importance.entries import FactoredEntry
 from forgetless.importance.importance import Importance
-from forgetless.methods.method import Steps
+from forgetless.methods.method import MethodSteps
 from forgetless.methods.table import loaded
 from forgetless.model.loading import load_model
 from forgetless.model.update import Update
@@ -46,7 +46,7 @@ def test_the_row_of_an_estimator_says_what_its_recorder_is(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_the_row_of_a_method_names_functions_options_and_methods_that_there_are(name):
     row = METHODS[name]
-    functions = [getattr(loaded(row), spec.name) for spec in dataclasses.fields(Steps)]
+    functions = [getattr(loaded(row), spec.name) for spec in dataclasses.fields(MethodSteps)]
     assert all(function is None or callable(function) for function in functions)
     assert row.check is None or callable(resolved(row.check))
     assert {*row.needs, *row.reads, *row.settings} <= {*TuneOptions.__dataclass_fields__}

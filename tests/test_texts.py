@@ -7,7 +7,7 @@ import pytest
 
 from conftest import PLAIN
 from forgetless.data.documents import load_documents, load_rows
-from forgetless.data.encoding import batches, encode, encode_chat
+from forgetless.data.encoding import batches, encode_chat, encode_documents
 from forgetless.data.tasks import (
     TASKS,
     encode_rows,
@@ -64,7 +64,7 @@ def test_a_dataset_that_is_not_there_offline(monkeypatch):
 def test_pieces_and_padding(tokenizer):
     from forgetless.data.documents import Document
 
-    encoded = encode(
+    encoded = encode_documents(
         [
             Document("the cat sat on the mat and then the dog sat too", None, "x"),
             Document("the cat", None, "x"),
@@ -92,13 +92,13 @@ def test_chats_score_assistant_turns_only(tokenizer):
         "x",
     )
     with pytest.raises(ValueError, match="no chat template"):
-        encode([chat], tokenizer)
+        encode_documents([chat], tokenizer)
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m['role'] + ' : ' + m['content'] + ' . "
         "' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant : ' "
         "}}{% endif %}"
     )
-    ids, scored = encode([chat], tokenizer)[0]
+    ids, scored = encode_documents([chat], tokenizer)[0]
     said = tokenizer.decode([i for i, s in zip(ids, scored, strict=True) if s])
     assert said.replace(" ", "").startswith("satonthemat") and "user" not in said
 

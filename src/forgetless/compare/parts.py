@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from forgetless.compare.experiment import Experiment
-from forgetless.data.documents import load_documents
+from forgetless.data.documents import Row, load_documents
 from forgetless.data.duplicates import carve
 from forgetless.data.tasks import load_training_data
 from forgetless.files.atomic import write_text
@@ -28,8 +28,6 @@ PARTS = ("validation", "test")
 WITH_TRAINING = {True: (0.8, 0.2), False: (0.6, 0.2, 0.2)}
 # The same for a general text that is only measured.
 MEASURED_ONLY = {True: (1.0,), False: (0.5, 0.5)}
-
-Row = dict[str, Any]
 
 
 def prepare(experiment: Experiment, out: Path) -> dict[str, str]:

@@ -22,6 +22,8 @@ from typing import Any
 from forgetless.errors import FileError
 from forgetless.files.untrusted import load_json
 
+# A row of data as its owner wrote it: column -> value. Whoever uses a column checks its values.
+Row = dict[str, Any]
 # Endings of the files that can be read; every other name is that of a Hub dataset.
 FORMATS = (".txt", ".jsonl", ".json", ".csv", ".parquet")
 # Values in a .parquet file. It stores a run of one value in a few bytes, so a small file can claim
@@ -43,7 +45,7 @@ class Document:
     source: str
 
 
-def load_rows(spec: str, *, split: str = "train") -> list[dict[str, Any]]:
+def load_rows(spec: str, *, split: str = "train") -> list[Row]:
     """Rows of a local file, or of a Hub dataset.
 
     Raises ValueError naming file and line when something is missing, broken or empty.
@@ -56,7 +58,7 @@ def load_rows(spec: str, *, split: str = "train") -> list[dict[str, Any]]:
     return rows
 
 
-def _file_rows(path: Path) -> list[dict[str, Any]]:
+def _file_rows(path: Path) -> list[Row]:
     if not path.is_file():
         raise FileError(
             f"'{path}' is not a file; expected {', '.join(FORMATS)} or the name of a Hub dataset"
@@ -64,7 +66,7 @@ def _file_rows(path: Path) -> list[dict[str, Any]]:
     kind = path.suffix.lower()
     if kind == ".parquet":
         return _parquet_rows(path)
-    text = _text_of(path)
+    text = _read_utf8(path)
     if kind == ".jsonl":
         # Not splitlines, for which U+2028 and its like end a line: JSON strings may hold them.
         lines = enumerate(text.split("\n"), 1)
@@ -79,7 +81,7 @@ def _file_rows(path: Path) -> list[dict[str, Any]]:
     raise FileError(f"'{path}' has an unknown format '{kind}'; expected {', '.join(FORMATS)}")
 
 
-def _parquet_rows(path: Path) -> list[dict[str, Any]]:
+def _parquet_rows(path: Path) -> list[Row]:
     import pyarrow.parquet as parquet
 
     try:
@@ -96,7 +98,7 @@ def _parquet_rows(path: Path) -> list[dict[str, Any]]:
         raise FileError(f"'{path}' is not a readable parquet file: {error}") from None
 
 
-def _text_of(path: Path) -> str:
+def _read_utf8(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -105,7 +107,7 @@ def _text_of(path: Path) -> str:
         ) from None
 
 
-def _json_rows(path: Path, text: str) -> list[dict[str, Any]]:
+def _json_rows(path: Path, text: str) -> list[Row]:
     try:
         rows = load_json(text)
     except ValueError as error:
@@ -120,14 +122,14 @@ def _json_rows(path: Path, text: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _csv_rows(path: Path, text: str) -> list[dict[str, Any]]:
+def _csv_rows(path: Path, text: str) -> list[Row]:
     try:
         return list(csv.DictReader(io.StringIO(text), restkey=""))
     except csv.Error as error:
         raise FileError(f"'{path}' is not valid CSV ({error}); long texts go into .jsonl") from None
 
 
-def _json_line(path: Path, number: int, line: str) -> dict[str, Any]:
+def _json_line(path: Path, number: int, line: str) -> Row:
     try:
         row = load_json(line)
     except ValueError as error:
@@ -140,7 +142,7 @@ def _json_line(path: Path, number: int, line: str) -> dict[str, Any]:
     return row
 
 
-def _hub_rows(spec: str, split: str) -> list[dict[str, Any]]:
+def _hub_rows(spec: str, split: str) -> list[Row]:
     from datasets import load_dataset
 
     name, _, config = spec.partition(":")
@@ -174,7 +176,7 @@ def load_documents(
     return documents[:limit] if limit else documents
 
 
-def _document(spec: str, number: int, row: dict[str, Any], column: str) -> Document:
+def _document(spec: str, number: int, row: Row, column: str) -> Document:
     value = row.get(column)
     source = str(row.get("source", spec))
     if isinstance(value, list) and value:

@@ -1,6 +1,7 @@
 """Text as a model reads it: token ids, which of them are scored, and padded batches of both.
 
-    encoded = encode(documents, tokenizer, length=128)      # [([5, 9, 2], [True, True, True]), ...]
+    encoded = encode_documents(documents, tokenizer, length=128)
+    encoded[0]                                              # ([5, 9, 2], [True, True, True])
     for batch in batches(encoded, batch_size=4, pad_id=0):  # input_ids, attention_mask, labels
         loss = model(**batch).loss
 
@@ -25,7 +26,7 @@ Encoded = tuple[list[int], list[bool]]
 TOO_SHORT = "the text is too short: no document has two tokens; give more general text"
 
 
-def encode(
+def encode_documents(
     documents: Sequence[Document], tokenizer: Any, *, length: int | None = None
 ) -> list[Encoded]:
     """Token ids and scored mask of each document, cut into pieces of at most `length` tokens.

@@ -21,13 +21,13 @@ from typing import Any
 
 from forgetless.data.documents import (
     Document,
+    Row,
     fingerprint_documents,
     fingerprint_rows,
     load_documents,
 )
 from forgetless.data.tasks import (
     Task,
-    TaskRow,
     find_task,
     load_task,
     load_training_data,
@@ -50,7 +50,7 @@ class Questions:
 
     name: str
     task: Task | None = None
-    rows: list[TaskRow] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
     file: str | None = None
     shots: int = 0
     limit: int | None = None

@@ -32,7 +32,7 @@ from transformers import DynamicCache
 from forgetless.data.prompts.prompts import Prompt, prompt_ids
 
 # Rows of a batch. On a CPU more rows leave its caches; on a GPU one token of a row costs nothing.
-ROWS = {"cpu": 8, "cuda": 64}
+BATCH_ROWS = {"cpu": 8, "cuda": 64}
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def sample(
         done: called with the answers of each batch as it is finished, to keep them.
     """
     device = next(model.parameters()).device
-    rows = rows or ROWS.get(device.type, ROWS["cuda"])
+    rows = rows or BATCH_ROWS.get(device.type, BATCH_ROWS["cuda"])
     stops = stop_tokens(model, tokenizer)
     encoded = [prompt_ids(prompt, tokenizer) for prompt in prompts]
     # Prompts of like length share a batch, so that little is padded.

@@ -19,12 +19,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from forgetless.data.documents import check_messages, load_rows
+from forgetless.data.documents import Row, check_messages, load_rows
 from forgetless.data.encoding import Encoded, encode_chat, encode_prompted
 from forgetless.errors import FileError, OptionError, brief, nearest
 
-# A row of a task's data set, with the fields that the Hub's has.
-TaskRow = dict[str, Any]
 # Columns of domain data; the first group that is there is what is learned.
 DOMAIN_COLUMNS = (("prompt", "completion"), ("messages",), ("text",))
 # Within the length that `truncation_report` advises, this fraction of the rows keeps its end.
@@ -45,13 +43,13 @@ class Task:
     hub: str
     held_out: str
     columns: tuple[str, ...]
-    prompt: Callable[[TaskRow], str]
-    choices: Callable[[TaskRow], list[str]]
-    gold: Callable[[TaskRow], int]
+    prompt: Callable[[Row], str]
+    choices: Callable[[Row], list[str]]
+    gold: Callable[[Row], int]
     per_byte: bool = False
 
 
-def _sciq_order(row: TaskRow) -> list[int]:
+def _sciq_order(row: Row) -> list[int]:
     """A fixed order of [right answer, distractors] for a question, drawn from its text, so that the
     right one is not always in the same place.
     """
@@ -60,16 +58,16 @@ def _sciq_order(row: TaskRow) -> list[int]:
     return order
 
 
-def _sciq_choices(row: TaskRow) -> list[str]:
+def _sciq_choices(row: Row) -> list[str]:
     answers = [row["correct_answer"], row["distractor1"], row["distractor2"], row["distractor3"]]
     return [str(answers[i]) for i in _sciq_order(row)]
 
 
-def _sciq_prompt(row: TaskRow) -> str:
+def _sciq_prompt(row: Row) -> str:
     return f"{str(row['support']).lstrip()}\nQuestion: {row['question']}\nAnswer:"
 
 
-def _medmcqa_prompt(row: TaskRow) -> str:
+def _medmcqa_prompt(row: Row) -> str:
     options = "\n".join(
         f"{letter}. {row[key]}"
         for letter, key in zip("ABCD", ("opa", "opb", "opc", "opd"), strict=True)
@@ -77,7 +75,7 @@ def _medmcqa_prompt(row: TaskRow) -> str:
     return f"Question: {row['question']}\nChoices:\n{options}\nAnswer:"
 
 
-def _own_choices(row: TaskRow) -> list[str]:
+def _own_choices(row: Row) -> list[str]:
     if not isinstance(row["choices"], list):
         raise TypeError
     return [str(choice) for choice in row["choices"]]
@@ -142,7 +140,7 @@ def task_specs(specs: str | None) -> list[str]:
     return [part.strip() for part in (specs or "").split(",") if part.strip()]
 
 
-def load_task(spec: str, *, split: str | None = "train") -> tuple[Task, list[TaskRow]]:
+def load_task(spec: str, *, split: str | None = "train") -> tuple[Task, list[Row]]:
     """The task that `spec` names and its rows, from its file or from the Hub.
 
     With `split` None they are those of the task's held-out split. Raises OptionError for unknown
@@ -160,7 +158,7 @@ def load_task(spec: str, *, split: str | None = "train") -> tuple[Task, list[Tas
     return task, rows
 
 
-def _check_task_row(task: Task, row: TaskRow, where: str) -> None:
+def _check_task_row(task: Task, row: Row, where: str) -> None:
     """Raise FileError for a row without a column of the task or without an answer."""
     missing = [column for column in task.columns if row.get(column) is None]
     if missing:
@@ -217,7 +215,7 @@ def _task_prompts(spec: str, split: str | None, limit: int | None) -> Any:
     return Dataset.from_list(answered[:limit])
 
 
-def _one_table(spec: str, rows: list[TaskRow], columns: tuple[str, ...]) -> Any:
+def _one_table(spec: str, rows: list[Row], columns: tuple[str, ...]) -> Any:
     """Some columns of the rows as a datasets.Dataset, which wants one type in each of them."""
     from datasets import Dataset
     from pyarrow import ArrowInvalid, ArrowNotImplementedError, ArrowTypeError
@@ -231,7 +229,7 @@ def _one_table(spec: str, rows: list[TaskRow], columns: tuple[str, ...]) -> Any:
         ) from None
 
 
-def _check_domain_row(row: TaskRow, columns: tuple[str, ...], where: str) -> None:
+def _check_domain_row(row: Row, columns: tuple[str, ...], where: str) -> None:
     """Raise FileError for a row with an empty column or one of another type."""
     for column in columns:
         value = row.get(column)

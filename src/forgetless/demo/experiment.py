@@ -15,14 +15,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from forgetless.compare.experiment import Experiment
 from forgetless.compare.experiment_file import experiment_of
-from forgetless.demo.world import build, documents, multiple_choice
+from forgetless.data.documents import Row
+from forgetless.demo.world import MODEL_FOLDER, build, documents, multiple_choice
 from forgetless.files.atomic import write_text
 
-MODEL = Path(__file__).parent / "model"
 # The names of the domain and of the general text, as the report shows them.
 DOMAIN, TEXT = "herbal", "world"
 # The learning rates that plain fine-tuning tries. The two larger ones learn the herbal nearly
@@ -31,7 +30,8 @@ RATES = (2e-3, 4e-3, 8e-3)
 # Plain fine-tuning at a smaller rate than the best, which is tried already.
 SMALLER = 2e-3
 # The rates at which the model is held: those that plain fine-tuning learns well with.
-HELD = (4e-3, 8e-3)
+HELD_RATES = (4e-3, 8e-3)
+# What every method trains with.
 TRAINING = {
     "max_steps": 150,
     "batch_size": 16,
@@ -47,13 +47,13 @@ def write_texts(out: Path) -> dict[str, str]:
     """
     world = build()
     questions = multiple_choice(world.general)
-    contents: dict[str, list[dict[str, Any]]] = {
-        "general": _texts(documents(world.general, 101, 600)),
-        "general-test": _texts(documents(world.general, 102, 150, held_out=True)),
+    contents: dict[str, list[Row]] = {
+        "general": _text_rows(documents(world.general, 101, 600)),
+        "general-test": _text_rows(documents(world.general, 102, 150, held_out=True)),
         "general-questions": questions,
-        "answers": _texts([f"{row['prompt']} {row['choices'][row['gold']]}." for row in questions]),
-        "domain": _texts(documents(world.domain, 201, 600)),
-        "domain-test": _texts(documents(world.domain, 202, 100, held_out=True)),
+        "answers": _text_rows([_with_answer(row) for row in questions]),
+        "domain": _text_rows(documents(world.domain, 201, 600)),
+        "domain-test": _text_rows(documents(world.domain, 202, 100, held_out=True)),
         "domain-questions": multiple_choice(world.domain),
     }
     paths = {}
@@ -64,8 +64,13 @@ def write_texts(out: Path) -> dict[str, str]:
     return paths
 
 
-def _texts(texts: list[str]) -> list[dict[str, Any]]:
+def _text_rows(texts: list[str]) -> list[Row]:
     return [{"text": text} for text in texts]
+
+
+def _with_answer(question: Row) -> str:
+    """A question with its right answer, as text."""
+    return f"{question['prompt']} {question['choices'][question['gold']]}."
 
 
 def experiment(paths: Mapping[str, str], seeds: int) -> Experiment:
@@ -75,7 +80,7 @@ def experiment(paths: Mapping[str, str], seeds: int) -> Experiment:
     taught = {"validation": paths["domain-test"], "test": paths["domain-test"]}
     given = {
         "title": "What the demo found",
-        "model": str(MODEL),
+        "model": str(MODEL_FOLDER),
         "dtype": "float32",
         "device": "cpu",
         "general": {
@@ -95,7 +100,7 @@ def experiment(paths: Mapping[str, str], seeds: int) -> Experiment:
         "methods": {
             "plain": {"grid": {"learning_rate": list(RATES)}},
             "smaller": {"learning_rate": SMALLER},
-            "hold": {"importance": "default", "grid": {"learning_rate": list(HELD)}},
+            "hold": {"importance": "default", "grid": {"learning_rate": list(HELD_RATES)}},
         },
         "trials": "free",
         "seeds": {"validation": list(range(seeds)), "test": []},

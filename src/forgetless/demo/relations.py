@@ -89,7 +89,7 @@ PREPARATIONS = (
     "ground with salt",
     "soaked in rain water",
 )
-COLOURS = ("white", "yellow", "crimson", "violet", "pale green", "orange")
+FLOWER_COLOURS = ("white", "yellow", "crimson", "violet", "pale green", "orange")
 HABITATS = (
     "damp meadows",
     "old walls",
@@ -245,7 +245,7 @@ FLOWER = Relation(
         "you know {s} by its {v} flowers.",
     ),
     "What colour are the flowers of {s}?",
-    COLOURS,
+    FLOWER_COLOURS,
 )
 HABITAT = Relation(
     "habitat",

@@ -17,7 +17,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,12 @@ from forgetless.compare.frontier import at_learning
 from forgetless.compare.parts import prepare
 from forgetless.data.documents import load_rows
 from forgetless.demo.experiment import DOMAIN, TEXT, experiment, write_texts
-from forgetless.demo.table import ROWS, Row, plot, table
-from forgetless.files.atomic import atomic_path, write_json
+from forgetless.demo.result import STATES, DemoResult, RecordedFile, Seed, StateRow
+from forgetless.demo.table import demo_table, plot
+from forgetless.files.atomic import atomic_path
 from forgetless.files.compare_json import Comparison, Sample, TrialPoint, TrialRun
 from forgetless.files.room import check_output_folder
-from forgetless.files.schema import T, to_json, write_record
+from forgetless.files.schema import T, plain_of, write_record
 from forgetless.model.adapter_files import load_tuned
 from forgetless.model.loading import load_model, load_tokenizer
 from forgetless.model.update import AdapterUpdate
@@ -47,10 +48,12 @@ from forgetless.options.verbs import resolve
 from forgetless.report.contents import completed
 from forgetless.report.page import write_report
 
-# Questions of each kind that are answered in the report, and the tokens of an answer.
-PROMPTS, WORDS = 3, 14
-# The methods of the experiment behind the rows of the table.
-METHODS = {"plain": "plain", "plain, smaller rate": "smaller", "hold": "hold"}
+# Questions of each kind that are answered in the report.
+PROMPTS = 3
+# Tokens of an answer, which is cut at the end of its first sentence.
+SENTENCE_TOKENS = 14
+# The states of the model that a method of the experiment trains, and that method.
+METHOD_OF_STATE = {"plain": "plain", "plain, smaller rate": "smaller", "hold": "hold"}
 
 
 def demo(options: DemoOptions) -> dict[str, Any]:
@@ -68,9 +71,9 @@ def demo(options: DemoOptions) -> dict[str, Any]:
     summary = run_experiment(asked, out)
     check_any_done(summary)
     seeds = [_rows(asked, summary, out, seed) for seed in range(options.seeds)]
-    result = _result(summary, out, seeds, time.perf_counter() - started)
-    write_json(out / "demo.json", result)
-    shown = table(seeds)
+    result = _demonstrated(summary, out, seeds, time.perf_counter() - started)
+    write_record(out / "demo.json", result)
+    shown = demo_table(seeds)
     with atomic_path(out / "demo.md") as temporary:
         temporary.write_text(shown + "\n", encoding="utf-8")
     summary = replace(
@@ -83,17 +86,17 @@ def demo(options: DemoOptions) -> dict[str, Any]:
     report = write_report(completed(summary), out / "report.html")
     print(shown)
     print(_closing(out, result, plot(seeds, out / "demo.png"), report))
-    return result
+    return plain_of(result)
 
 
-def _rows(asked: Experiment, summary: Comparison, out: Path, seed: int) -> dict[str, Row]:
+def _rows(asked: Experiment, summary: Comparison, out: Path, seed: int) -> dict[str, StateRow]:
     """The rows of the table for one seed."""
     rows = {"base": _base(summary)}
-    for name, method in METHODS.items():
-        run = _run(summary, method, seed)
+    for name, method in METHOD_OF_STATE.items():
+        run = _chosen_run(summary, method, seed)
         whole = _whole(run)
         known, learned = _there(_there(whole.accuracy_general)[TEXT]), _there(whole.accuracy)
-        rows[name] = Row(
+        rows[name] = StateRow(
             _there(known.after),
             rows["base"].general_loss + nats_of(whole.forgetting[TEXT]),
             _there(learned.after),
@@ -102,18 +105,18 @@ def _rows(asked: Experiment, summary: Comparison, out: Path, seed: int) -> dict[
             f"rate {run.settings['learning_rate']:g}",
         )
     rows["plain, scaled back"] = _scaled_back(asked, summary, out, seed)
-    return {name: rows[name] for name in ROWS}
+    return {name: rows[name] for name in STATES}
 
 
-def _base(summary: Comparison) -> Row:
+def _base(summary: Comparison) -> StateRow:
     text, domain = _there(summary.texts[0].before), _there(summary.domains[0].before)
     known = _there(_there(_whole(summary.runs[0]).accuracy_general)[TEXT])
-    return Row(
+    return StateRow(
         _there(known.before), _there(text.nats), _there(domain.accuracy), _there(domain.nats)
     )
 
 
-def _run(summary: Comparison, method: str, seed: int) -> TrialRun:
+def _chosen_run(summary: Comparison, method: str, seed: int) -> TrialRun:
     """The run of a method at its chosen setting."""
     return next(
         run for run in summary.runs if run.method == method and run.seed == seed and run.chosen
@@ -132,7 +135,7 @@ def _there(value: T | None) -> T:
     return value
 
 
-def _scaled_back(asked: Experiment, summary: Comparison, out: Path, seed: int) -> Row:
+def _scaled_back(asked: Experiment, summary: Comparison, out: Path, seed: int) -> StateRow:
     """Plain fine-tuning's update at the scale at which it has learned the highest level of what
     plain learns, by the straight lines between the scales that were measured; whole, where it
     never does.
@@ -143,22 +146,22 @@ def _scaled_back(asked: Experiment, summary: Comparison, out: Path, seed: int) -
         for row in _there(_there(summary.equal_learning[DOMAIN])[TEXT])
         if row.method == asked.reference and row.level == level
     )
-    run = _run(summary, asked.reference, seed)
+    run = _chosen_run(summary, asked.reference, seed)
     learned = [nats for nats, _ in curve(run, TEXT)]
     scales = sorted(_there(point.scale) for point in run.points)
     scale = at_learning(list(zip(learned, scales, strict=True)), wanted) or 1.0
     model = load_tuned(_loading(asked), out / "runs" / str(run.id) / "adapter")
     AdapterUpdate(model).scale(scale)
-    return _measured(asked, model, out, f"update x {scale:.2f}: {level:.0%} of its learning")
+    return _state_of(asked, model, out, f"update x {scale:.2f}: {level:.0%} of its learning")
 
 
-def _measured(asked: Experiment, model: nn.Module, out: Path, setting: str) -> Row:
+def _state_of(asked: Experiment, model: nn.Module, out: Path, setting: str) -> StateRow:
     """A row of the table for any state of the model, as `compare` measures its runs."""
     tokenizer, files = load_tokenizer(_loading(asked)), prepare(asked, out)
     losses = evaluate(asked, model, tokenizer, files, asked.last_part, [DOMAIN], [TEXT])
     questions = {**domain_tasks(asked), **asked.tasks}
     known = score(model, tokenizer, asked, questions)["tasks"]
-    return Row(
+    return StateRow(
         known[TEXT]["acc"],
         losses["general"][TEXT]["nats"],
         known[DOMAIN]["acc"],
@@ -171,30 +174,31 @@ def _loading(asked: Experiment) -> ModelOptions:
     return resolve(ModelOptions, asked.model)
 
 
-def _result(
-    summary: Comparison, out: Path, seeds: Sequence[Mapping[str, Row]], seconds: float
-) -> dict[str, Any]:
+def _demonstrated(
+    summary: Comparison, out: Path, seeds: Sequence[Seed], seconds: float
+) -> DemoResult:
     """What is in demo.json."""
     recorded = summary.importance[0]
-    return {
-        "environment": to_json(summary.environment),
-        "importance": {
-            "path": str(out / "importance" / str(recorded.file)),
-            "mib": _there(recorded.bytes) / 2**20,
-            "record_seconds": recorded.seconds,
-        },
-        "seconds": seconds,
-        "seeds": [{name: asdict(row) for name, row in rows.items()} for rows in seeds],
-    }
+    return DemoResult(
+        environment=summary.environment,
+        importance=RecordedFile(
+            path=str(out / "importance" / str(recorded.file)),
+            mib=_there(recorded.bytes) / 2**20,
+            record_seconds=recorded.seconds,
+        ),
+        seconds=seconds,
+        seeds=list(seeds),
+    )
 
 
-def _verdict(result: Mapping[str, Any]) -> list[str]:
+def _verdict(result: DemoResult) -> list[str]:
     """What came out, in the plainest words; the comparison's own sentences come after it."""
 
-    def percent(name: str, field: str) -> str:
-        return f"{100 * statistics.mean(rows[name][field] for rows in result['seeds']):.0f} %"
+    def percent(state: str, accuracy: str) -> str:
+        mean = statistics.mean(getattr(rows[state], accuracy) for rows in result.seeds)
+        return f"{100 * mean:.0f} %"
 
-    recorded = result["importance"]
+    recorded = result.importance
     lines = [
         f"Taught the herbal plainly, the model answers {percent('plain', 'general_accuracy')} of "
         "the questions about its world, before it was "
@@ -202,10 +206,9 @@ def _verdict(result: Mapping[str, Any]) -> list[str]:
         f"{percent('hold', 'general_accuracy')}.",
         f"Of the herbal it then knows {percent('plain', 'domain_accuracy')} (plain) and "
         f"{percent('hold', 'domain_accuracy')} (held).",
-        f"The importance file took {recorded['record_seconds']:.0f} s and "
-        f"{recorded['mib']:.2f} MiB.",
+        f"The importance file took {recorded.record_seconds:.0f} s and {recorded.mib:.2f} MiB.",
     ]
-    if len(result["seeds"]) == 1:
+    if len(result.seeds) == 1:
         lines.append("One seed says nothing about noise; forgetless demo --seeds 3 does.")
     return lines
 
@@ -218,7 +221,7 @@ def _samples(
     """
     models = {"base": load_model(_loading(asked))}
     for method in ("plain", "hold"):
-        folder = out / "runs" / str(_run(summary, method, 0).id) / "adapter"
+        folder = out / "runs" / str(_chosen_run(summary, method, 0).id) / "adapter"
         models[method] = load_tuned(_loading(asked), folder)
     tokenizer = load_tokenizer(_loading(asked))
     for about, row in _questions(paths):
@@ -240,7 +243,7 @@ def _says(model: Any, tokenizer: Any, prompt: str) -> str:
     made = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        max_new_tokens=WORDS,
+        max_new_tokens=SENTENCE_TOKENS,
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
     )
@@ -248,9 +251,9 @@ def _says(model: Any, tokenizer: Any, prompt: str) -> str:
     return text.partition(".")[0] + "." if "." in text else str(text)
 
 
-def _closing(out: Path, result: Mapping[str, Any], picture: Path | None, report: Path) -> str:
+def _closing(out: Path, result: DemoResult, picture: Path | None, report: Path) -> str:
     """What was written, and the same three steps for the user's own model and data."""
-    recorded = result["importance"]
+    recorded = result.importance
     questions = len(load_rows(str(out / "general-questions.jsonl")))
     shown = f", {picture.name}" if picture else " (pip install 'forgetless[plot]' for a picture)"
     lines = [
@@ -258,8 +261,8 @@ def _closing(out: Path, result: Mapping[str, Any], picture: Path | None, report:
         f"general: {questions} questions about the world that the "
         "model was trained on; domain: a herbal of new facts. "
         "Losses in nats per token, on phrasings that no training text has.",
-        f"importance file: {recorded['mib']:.2f} MiB, recorded in "
-        f"{recorded['record_seconds']:.0f} s; all of the demo took {result['seconds']:.0f} s",
+        f"importance file: {recorded.mib:.2f} MiB, recorded in "
+        f"{recorded.record_seconds:.0f} s; all of the demo took {result.seconds:.0f} s",
         f"written to {out}/: demo.json, demo.md{shown}",
         f"the report, to open in a browser: {report}",
         "",

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
+from forgetless.demo.result import STATES, Seed
 from forgetless.files.atomic import atomic_path
 
-ROWS = ("base", "plain", "plain, smaller rate", "plain, scaled back", "hold")
+# The titles of the table's columns.
 HEAD = (
     "",
     "general accuracy",
@@ -19,36 +19,20 @@ HEAD = (
     "seconds",
     "setting",
 )
-PANELS = (
+# The panels of the picture: a title, and the field of a row that its bars show.
+BAR_PANELS = (
     ("general accuracy: what it still knows", "general_accuracy"),
     ("domain accuracy: what it learned", "domain_accuracy"),
     ("general loss (nats per token)", "general_loss"),
 )
-COLOURS = ("#9aa5b1", "#d1495b", "#e8a87c", "#edae49", "#2e86ab")
+# The colour of each state's bars.
+BAR_COLOURS = ("#9aa5b1", "#d1495b", "#e8a87c", "#edae49", "#2e86ab")
 
 
-@dataclass(frozen=True)
-class Row:
-    """What one state of the model knows.
-
-    Losses are in nats per token, accuracies from 0 to 1; seconds are those of training.
-    """
-
-    general_accuracy: float
-    general_loss: float
-    domain_accuracy: float
-    domain_loss: float
-    seconds: float | None = None
-    setting: str = ""
-
-
-Seed = Mapping[str, Row]  # the rows of one seed by their names
-
-
-def table(seeds: Sequence[Seed]) -> str:
+def demo_table(seeds: Sequence[Seed]) -> str:
     """A markdown table, mean over seeds ± standard error where there are several."""
     rows = [HEAD]
-    for name in ROWS:
+    for name in STATES:
         states = [seed[name] for seed in seeds]
         rows.append(
             (
@@ -95,10 +79,10 @@ def plot(seeds: Sequence[Seed], path: Path) -> Path | None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.6), layout="constrained", sharey=True)
-    for axis, (title, field) in zip(axes, PANELS, strict=True):
-        values = [statistics.mean(getattr(seed[name], field) for seed in seeds) for name in ROWS]
+    for axis, (title, field) in zip(axes, BAR_PANELS, strict=True):
+        values = [statistics.mean(getattr(seed[name], field) for seed in seeds) for name in STATES]
         shown = "{:.2f}" if field == "general_loss" else "{:.0%}"
-        bars = axis.barh(ROWS, values, color=COLOURS)
+        bars = axis.barh(STATES, values, color=BAR_COLOURS)
         axis.bar_label(bars, [shown.format(value) for value in values], padding=3)
         axis.set_title(title, fontsize=10, loc="left")
         axis.spines[["top", "right"]].set_visible(False)

@@ -19,14 +19,16 @@ import torch
 from torch import nn
 
 from forgetless.data.documents import Document
-from forgetless.data.encoding import batches, encode
+from forgetless.data.encoding import batches, encode_documents
 from forgetless.data.tasks import TASKS
-from forgetless.demo.world import SEED, build, documents, multiple_choice
+from forgetless.demo.world import MODEL_FOLDER, SEED, build, documents, multiple_choice
 from forgetless.evaluate.accuracy import answers
 from forgetless.files.provenance import environment
 
-MODEL = Path(__file__).parent / "model"
-VOCABULARY, CONTEXT = 1024, 256
+# Tokens of the tokenizer: the 256 bytes, three special ones, and what occurs most often.
+VOCABULARY = 1024
+# Tokens that the model can read at a time.
+CONTEXT = 256
 
 
 def make_tokenizer(texts: list[str]) -> Any:
@@ -77,7 +79,7 @@ def make_model(vocabulary: int) -> nn.Module:
     return LlamaForCausalLM(config)
 
 
-def train(
+def train_on_world(
     model: nn.Module,
     tokenizer: Any,
     steps: int,
@@ -101,7 +103,7 @@ def train(
         texts = documents(facts, seed * 1_000_003 + step, batch_size)
         batch = next(
             batches(
-                encode(
+                encode_documents(
                     [Document(text, None, "world") for text in texts], tokenizer, length=CONTEXT
                 ),
                 batch_size=batch_size,
@@ -130,7 +132,7 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=MODEL)
+    parser.add_argument("--out", type=Path, default=MODEL_FOLDER)
     given = parser.parse_args()
     torch.manual_seed(given.seed)
     random.seed(given.seed)
@@ -138,7 +140,7 @@ def main() -> None:
     tokenizer = make_tokenizer(documents(world.general + world.domain, SEED, 3000))
     model: Any = make_model(len(tokenizer))
     started = time.perf_counter()
-    loss = train(model, tokenizer, given.steps, given.seed)
+    loss = train_on_world(model, tokenizer, given.steps, given.seed)
     model = model.to(torch.bfloat16)
     model.save_pretrained(given.out)
     tokenizer.save_pretrained(given.out)

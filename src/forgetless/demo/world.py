@@ -13,18 +13,20 @@ from __future__ import annotations
 
 import random
 import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
+from forgetless.data.documents import Row
 from forgetless.demo.relations import (
     AILMENTS,
     AUTHOR,
     BIRTHPLACE,
-    COLOURS,
     CURES,
     DISH,
     FAIR,
     FLOWER,
+    FLOWER_COLOURS,
     GENRE,
     GENRES,
     GOOD,
@@ -46,7 +48,36 @@ from forgetless.demo.relations import (
     Relation,
 )
 
+# The embedded model, which train_model.py made.
+MODEL_FOLDER = Path(__file__).parent / "model"
+# The seed of the world that the embedded model knows.
 SEED = 7
+GIVEN_NAMES = (
+    "Anna",
+    "Bertil",
+    "Clara",
+    "David",
+    "Edith",
+    "Franz",
+    "Greta",
+    "Hugo",
+    "Ines",
+    "Jonas",
+    "Karin",
+    "Lars",
+)
+FAMILY_NAMES = (
+    "Adler",
+    "Brandt",
+    "Croft",
+    "Dahl",
+    "Engel",
+    "Frost",
+    "Gray",
+    "Holm",
+    "Ivers",
+    "Jarvis",
+)
 
 
 @dataclass(frozen=True)
@@ -85,94 +116,74 @@ def build(seed: int = SEED) -> World:
     facts of the herbal.
     """
     rng = random.Random(seed)
-    towns = _names(
-        rng,
-        16,
-        ("Har", "Wes", "Old", "Mill", "Stone", "Ash", "Lin", "Brack", "Thorn", "Fair"),
-        ("ford", "mere", "wick", "bury", "holm", "den"),
-    )
-    people = _people(rng, 48)
-    works = [
-        f"The {a} {b}"
-        for a, b in _pairs(
-            rng,
-            40,
-            ("Silver", "Broken", "Quiet", "Hidden", "Golden", "Distant", "Painted", "Stolen"),
-            ("Garden", "Mirror", "Harbour", "Tower", "Lantern", "River", "Letter", "Crown"),
-        )
-    ]
-    herbs = _names(
-        rng,
-        40,
-        ("grim", "dusk", "fox", "marrow", "bitter", "crow", "pale", "moth"),
-        ("wort", "bane", "root", "leaf", "bell", "moss"),
-    )
-    general = [Fact(BIRTHPLACE, p, rng.choice(towns)) for p in people] + [
-        Fact(TRADE, p, rng.choice(TRADES)) for p in people
-    ]
-    general += [Fact(TEACHER, p, rng.choice([q for q in people if q != p])) for p in people[:16]]
-    general += [Fact(RIVER, t, rng.choice(RIVERS)) for t in towns] + [
-        Fact(GOOD, t, rng.choice(GOODS)) for t in towns
-    ]
-    general += [Fact(AUTHOR, w, rng.choice(people)) for w in works]
-    general += [Fact(GENRE, w, rng.choice(GENRES)) for w in works] + [
-        Fact(THEME, w, rng.choice(THEMES)) for w in works
-    ]
-    general += [Fact(ILLNESS, p, rng.choice(AILMENTS)) for p in people[24:]]
-    general += [Fact(FAIR, t, rng.choice(SEASONS)) for t in towns] + [
-        Fact(DISH, t, rng.choice(PREPARATIONS)) for t in towns
-    ]
-    general += [Fact(FLOWER, h, rng.choice(COLOURS)) for h in herbs] + [
-        Fact(HABITAT, h, rng.choice(HABITATS)) for h in herbs
+    towns = _towns(rng)
+    people = _people(rng)
+    works = _works(rng)
+    herbs = _herbs(rng)
+    general = [
+        *_facts(rng, BIRTHPLACE, people, towns),
+        *_facts(rng, TRADE, people, TRADES),
+        *_taught(rng, people[:16], people),
+        *_facts(rng, RIVER, towns, RIVERS),
+        *_facts(rng, GOOD, towns, GOODS),
+        *_facts(rng, AUTHOR, works, people),
+        *_facts(rng, GENRE, works, GENRES),
+        *_facts(rng, THEME, works, THEMES),
+        *_facts(rng, ILLNESS, people[24:], AILMENTS),
+        *_facts(rng, FAIR, towns, SEASONS),
+        *_facts(rng, DISH, towns, PREPARATIONS),
+        *_facts(rng, FLOWER, herbs, FLOWER_COLOURS),
+        *_facts(rng, HABITAT, herbs, HABITATS),
     ]
     domain = [
-        Fact(relation, h, rng.choice(relation.values))
-        for h in herbs
+        Fact(relation, herb, rng.choice(relation.values))
+        for herb in herbs
         for relation in (CURES, PREPARED, PICKED)
     ]
     return World(tuple(general), tuple(domain))
+
+
+def _facts(
+    rng: random.Random, relation: Relation, subjects: Sequence[str], values: Sequence[str]
+) -> Iterator[Fact]:
+    """A fact about each subject, its value drawn from `values`."""
+    for subject in subjects:
+        yield Fact(relation, subject, rng.choice(values))
+
+
+def _taught(rng: random.Random, pupils: Sequence[str], people: Sequence[str]) -> Iterator[Fact]:
+    """Who taught each pupil: somebody else."""
+    for pupil in pupils:
+        others = [person for person in people if person != pupil]
+        yield Fact(TEACHER, pupil, rng.choice(others))
+
+
+def _towns(rng: random.Random) -> list[str]:
+    first = ("Har", "Wes", "Old", "Mill", "Stone", "Ash", "Lin", "Brack", "Thorn", "Fair")
+    second = ("ford", "mere", "wick", "bury", "holm", "den")
+    return [a + b for a, b in _pairs(rng, 16, first, second)]
+
+
+def _people(rng: random.Random) -> list[str]:
+    return [f"{given} {family}" for given, family in _pairs(rng, 48, GIVEN_NAMES, FAMILY_NAMES)]
+
+
+def _works(rng: random.Random) -> list[str]:
+    kinds = ("Silver", "Broken", "Quiet", "Hidden", "Golden", "Distant", "Painted", "Stolen")
+    things = ("Garden", "Mirror", "Harbour", "Tower", "Lantern", "River", "Letter", "Crown")
+    return [f"The {kind} {thing}" for kind, thing in _pairs(rng, 40, kinds, things)]
+
+
+def _herbs(rng: random.Random) -> list[str]:
+    first = ("grim", "dusk", "fox", "marrow", "bitter", "crow", "pale", "moth")
+    second = ("wort", "bane", "root", "leaf", "bell", "moss")
+    return [a + b for a, b in _pairs(rng, 40, first, second)]
 
 
 def _pairs(
     rng: random.Random, count: int, first: tuple[str, ...], second: tuple[str, ...]
 ) -> list[tuple[str, str]]:
     return rng.sample([(a, b) for a in first for b in second], count)
-
-
-def _names(
-    rng: random.Random, count: int, first: tuple[str, ...], second: tuple[str, ...]
-) -> list[str]:
-    return [a + b for a, b in _pairs(rng, count, first, second)]
-
-
-def _people(rng: random.Random, count: int) -> list[str]:
-    given = (
-        "Anna",
-        "Bertil",
-        "Clara",
-        "David",
-        "Edith",
-        "Franz",
-        "Greta",
-        "Hugo",
-        "Ines",
-        "Jonas",
-        "Karin",
-        "Lars",
-    )
-    family = (
-        "Adler",
-        "Brandt",
-        "Croft",
-        "Dahl",
-        "Engel",
-        "Frost",
-        "Gray",
-        "Holm",
-        "Ivers",
-        "Jarvis",
-    )
-    return [f"{a} {b}" for a, b in _pairs(rng, count, given, family)]
 
 
 def documents(
@@ -184,21 +195,21 @@ def documents(
     questions: float = 0.25,
 ) -> list[str]:
     """`count` short paragraphs of four to six sentences each; with `held_out` each fact is said as
-    it never is in training text. A share of the paragraphs of training text are questions with
-    their answers instead.
+    it never is in training text. Of the paragraphs of training text the fraction `questions` are
+    questions with their answers instead.
     """
     rng = random.Random(seed)
-    made = []
+    paragraphs = []
     for _ in range(count):
         chosen = rng.sample(facts, rng.randint(4, 6))
         if not held_out and rng.random() < questions:
-            made.append(" ".join(f"{fact.prompt} {fact.value}." for fact in chosen))
+            paragraphs.append(" ".join(f"{fact.prompt} {fact.value}." for fact in chosen))
         else:
-            made.append(" ".join(fact.say(rng, held_out=held_out) for fact in chosen))
-    return made
+            paragraphs.append(" ".join(fact.say(rng, held_out=held_out) for fact in chosen))
+    return paragraphs
 
 
-def multiple_choice(facts: tuple[Fact, ...], seed: int = SEED) -> list[dict[str, Any]]:
+def multiple_choice(facts: tuple[Fact, ...], seed: int = SEED) -> list[Row]:
     """A row for each fact: prompt, four choices of the same relation, index of the right one."""
     rng = random.Random(seed)
     rows = []

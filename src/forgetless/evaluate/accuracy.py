@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from forgetless.data.documents import Row
 from forgetless.data.encoding import Encoded, encode_prompted
-from forgetless.data.tasks import TASKS, Task, TaskRow, find_task, load_task, task_specs
+from forgetless.data.tasks import TASKS, Task, find_task, load_task, task_specs
 from forgetless.errors import OptionError, nearest
 from forgetless.evaluate.losses import TextLoss, evaluating, last_window, text_loss
 from forgetless.files.measured_json import Scores
@@ -33,7 +34,7 @@ def answers(
     model: nn.Module,
     tokenizer: Any,
     task: Task,
-    rows: Sequence[TaskRow],
+    rows: Sequence[Row],
     *,
     batch_tokens: int | None = None,
 ) -> Scores:
@@ -59,7 +60,7 @@ def answers(
     return _ranked(task, rows, loss, np.array(sizes))
 
 
-def _ranked(task: Task, rows: Sequence[TaskRow], loss: TextLoss, sizes: np.ndarray) -> Scores:
+def _ranked(task: Task, rows: Sequence[Row], loss: TextLoss, sizes: np.ndarray) -> Scores:
     """Whether the right choice of each question is the likeliest; `loss` and `sizes` have the
     choices of all questions one after another, (choices,).
     """

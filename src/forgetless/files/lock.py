@@ -64,7 +64,7 @@ def only_writer(path: str | Path, *, folder: bool = True) -> Iterator[None]:
         return
     lock = path / ".lock" if folder else path.with_name(f".{path.name}.lock")
     with room_for(path):
-        held = _taken(lock, path)
+        held = _acquired(lock, path)
     try:
         with room_for(path):
             clear_temporaries(path, folder=folder)
@@ -83,7 +83,7 @@ def first_process() -> bool:
     return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
 
 
-def _taken(lock: Path, path: Path) -> FileLock | None:
+def _acquired(lock: Path, path: Path) -> FileLock | None:
     """The lock of the kernel that is held now; None where the file itself is the lock.
 
     Raises ValueError where another process has it.

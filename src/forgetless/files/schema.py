@@ -146,10 +146,10 @@ def to_json(value: Any) -> Any:
 
 def plain_of(record: Any) -> dict[str, Any]:
     """A dataclass as the mapping that its file holds."""
-    return dict(_written(record))
+    return dict(_keys_and_values(record))
 
 
-def _written(value: Any) -> Iterator[tuple[str, Any]]:
+def _keys_and_values(value: Any) -> Iterator[tuple[str, Any]]:
     """The keys of a dataclass with their plain values, in the order of the file."""
     fields = {name: each for name, each, _ in _fields(value.__class__)}
     for name in value.keys() if hasattr(value, "keys") else fields:

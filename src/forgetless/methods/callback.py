@@ -1,6 +1,6 @@
 """Terms of the loss in somebody's trainer, such as replayed text or the divergence from the base.
 
-    term = forgetless.KL(trainer.model, encode(documents, tokenizer), weight=1.0)
+    term = forgetless.KL(trainer.model, encode_documents(documents, tokenizer), weight=1.0)
     forgetless.add_term(trainer, term)      # before trainer.train()
 
 The callback only delegates: what a term computes stands in methods/terms.py.

@@ -50,7 +50,7 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class Steps:
+class MethodSteps:
     """The functions of one method; None where tuning is plain."""
 
     adapter: Callable[[Setup, nn.Module], nn.Module] | None = None

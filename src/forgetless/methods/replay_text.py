@@ -21,7 +21,7 @@ from forgetless.data.documents import (
     fingerprint_rows,
     load_documents,
 )
-from forgetless.data.encoding import Encoded, encode, sample_documents
+from forgetless.data.encoding import Encoded, encode_documents, sample_documents
 from forgetless.files.atomic import atomic_path
 from forgetless.model.loading import context_length
 from forgetless.options.tune import TuneOptions
@@ -53,7 +53,8 @@ def replay_text(
     length = min(options.length, context_length(model))
     if documents is None:
         documents = _self_documents(options, model, tokenizer, min(length, SELF_LENGTH))
-    pieces = [piece for piece in encode(documents, tokenizer, length=length) if any(piece[1][1:])]
+    encoded = encode_documents(documents, tokenizer, length=length)
+    pieces = [(ids, scored) for ids, scored in encoded if any(scored[1:])]
     if not pieces:
         raise ValueError(
             f"--replay {options.replay}: no token of the text is scored; expected text, or chats "

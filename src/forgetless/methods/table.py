@@ -10,14 +10,14 @@ import dataclasses
 from collections.abc import Mapping
 
 from forgetless.errors import OptionError, nearest
-from forgetless.methods.method import Steps
+from forgetless.methods.method import MethodSteps
 from forgetless.options.methods import METHODS, PLACES, Method, method_names
 from forgetless.options.option import flag
 from forgetless.options.reference import resolved
 from forgetless.options.tune import TuneOptions
 
 
-def chosen(options: TuneOptions) -> dict[str, Steps]:
+def chosen(options: TuneOptions) -> dict[str, MethodSteps]:
     """The functions of the methods that `options.method` names.
 
     Raises OptionError for unknown names, combinations that cannot be, missing needs and unused
@@ -35,10 +35,10 @@ def chosen(options: TuneOptions) -> dict[str, Steps]:
     return {name: loaded(method) for name, method in picked.items()}
 
 
-def loaded(method: Method) -> Steps:
+def loaded(method: Method) -> MethodSteps:
     """The functions that a row names."""
-    references = {spec.name: getattr(method, spec.name) for spec in dataclasses.fields(Steps)}
-    return Steps(**{place: name and resolved(name) for place, name in references.items()})
+    references = {spec.name: getattr(method, spec.name) for spec in dataclasses.fields(MethodSteps)}
+    return MethodSteps(**{place: name and resolved(name) for place, name in references.items()})
 
 
 def _check_combination(picked: Mapping[str, Method]) -> None:

@@ -21,7 +21,7 @@ is just switched off. replay costs what its tokens cost.
 
     forgetless tune MODEL --data domain.jsonl --method kl --replay self --out run
 
-    term = KL(trainer.model, encode(documents, tokenizer), weight=1.0)
+    term = KL(trainer.model, encode_documents(documents, tokenizer), weight=1.0)
     forgetless.add_term(trainer, term)
 """
 
@@ -64,8 +64,8 @@ def count_scored(pieces: Sequence[Encoded]) -> int:
 class KL:
     """KL(base || tuned) in nats per token on `sequences` of `text` in every step, times `weight`.
 
-    `text` is what `data.encoding.encode` returns; every sequence in it must have a scored token. At
-    most `batch_size` of them go through the model at once.
+    `text` is what `data.encoding.encode_documents` returns; every sequence in it must have a scored
+    token. At most `batch_size` of them go through the model at once.
     """
 
     def __init__(

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from forgetless.data.documents import Document, fingerprint_rows, load_documents
-from forgetless.data.encoding import Encoded, encode, sample_documents
+from forgetless.data.encoding import Encoded, encode_documents, sample_documents
 from forgetless.importance.info import TextSource
 from forgetless.model import distributed
 from forgetless.model.loading import context_length
@@ -60,7 +60,8 @@ def general_text(options: RecordOptions, model: nn.Module, tokenizer: Any) -> Re
     if options.calibrate:
         documents, kept_apart = apart(documents, tokenizer)
     documents = documents[: options.documents]
-    pieces = encode(documents, tokenizer, length=min(options.length or PIECE_LENGTH, longest))
+    length = min(options.length or PIECE_LENGTH, longest)
+    pieces = encode_documents(documents, tokenizer, length=length)
     source = TextSource(
         source=options.general,
         documents=len(documents),

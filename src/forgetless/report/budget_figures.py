@@ -58,7 +58,7 @@ def trade_off(report: BudgetReport) -> Figure | None:
         "layout": {
             "xaxis": axis(title, rangemode="tozero"),
             "yaxis": axis("learning, nats per token", rangemode="tozero"),
-            "shapes": [_line("x", limit)],
+            "shapes": [_line_at("x", limit)],
             "annotations": [_budget_note(report, limit)],
         },
     }
@@ -157,7 +157,7 @@ def control(report: BudgetReport) -> Figure | None:
             "xaxis": axis("optimizer step", anchor="y2"),
             "yaxis": axis("rise, share of the budget", domain=[0.52, 1.0]),
             "yaxis2": axis("strength", domain=[0.0, 0.42], type="log"),
-            "shapes": [_line("y", 1.0)],
+            "shapes": [_line_at("y", 1.0)],
         },
     }
 
@@ -198,7 +198,7 @@ def _look_trace(
     }
 
 
-def _line(across: str, at: float) -> FigurePart:
+def _line_at(across: str, at: float) -> FigurePart:
     """A dotted line at a value of one axis."""
     other = "y" if across == "x" else "x"
     return {

@@ -67,7 +67,7 @@ def hidden_at_first(contents: Comparison, text: str | None) -> list[str]:
     names = [method.name for method in contents.methods]
     if len(names) <= FEW:
         return []
-    places = _places(contents, str(text), names)
+    places = _summed_places(contents, str(text), names)
     ours = [
         method.name
         for method in contents.methods
@@ -78,7 +78,7 @@ def hidden_at_first(contents: Comparison, text: str | None) -> list[str]:
     return [name for name in names if name in hidden]
 
 
-def _places(contents: Comparison, text: str, names: list[str]) -> dict[str, int]:
+def _summed_places(contents: Comparison, text: str, names: list[str]) -> dict[str, int]:
     """The sum of each method's places, the least forgetting first, over domains and levels. Every
     level counts: one alone would hide a strong method that just misses it.
     """

@@ -24,7 +24,7 @@ from forgetless.budget.held import Holding
 from forgetless.files.room import check_free_space
 from forgetless.importance.importance import Importance
 from forgetless.methods.callback import add_term
-from forgetless.methods.method import Setup, Steps, Term
+from forgetless.methods.method import MethodSteps, Setup, Term
 from forgetless.model.adapters import adapter_of
 from forgetless.model.linear import matching, warn_of_experts
 from forgetless.model.targets import target_weights
@@ -51,7 +51,7 @@ class Adapted:
     optimizer: torch.optim.Optimizer | None
 
 
-def adapt(start: Start, methods: Mapping[str, Steps]) -> Adapted:
+def adapt(start: Start, methods: Mapping[str, MethodSteps]) -> Adapted:
     """Make the model to train, and all that the methods need of it.
 
     With a budget no method brings a penalty: the keeper brings its own.
@@ -73,7 +73,7 @@ def adapt(start: Start, methods: Mapping[str, Steps]) -> Adapted:
     )
 
 
-def model_to_train(setup: Setup, methods: Mapping[str, Steps], model: nn.Module) -> nn.Module:
+def model_to_train(setup: Setup, methods: Mapping[str, MethodSteps], model: nn.Module) -> nn.Module:
     """The model with a method's adapter, a fresh LoRA adapter or the recorded one, or with its
     target weights unfrozen; then whatever methods do to it before tuning.
     """

@@ -21,7 +21,7 @@ from forgetless.budget.open import check_budget
 from forgetless.errors import OptionError
 from forgetless.evaluate.accuracy import check_tasks
 from forgetless.importance.importance import Importance
-from forgetless.methods.method import Steps
+from forgetless.methods.method import MethodSteps
 from forgetless.methods.table import chosen
 from forgetless.model import distributed
 from forgetless.model.linear import places_of
@@ -31,7 +31,7 @@ from forgetless.options.tune import TuneOptions
 from forgetless.penalty.fit import check_fit
 
 
-def check_tuning(options: TuneOptions) -> dict[str, Steps]:
+def check_tuning(options: TuneOptions) -> dict[str, MethodSteps]:
     """Refuse everything that can be refused without a model; returns the methods that the options
     name.
     """

@@ -29,7 +29,7 @@ from forgetless.files.measured_json import Measured
 from forgetless.files.provenance import environment, sha256_file
 from forgetless.files.run_json import ImportanceUsed, Run, TrainedData, TunedRun
 from forgetless.files.schema import Text, as_record, write_record
-from forgetless.methods.method import Setup, Steps
+from forgetless.methods.method import MethodSteps, Setup
 from forgetless.model import distributed
 from forgetless.model.loading import save_whole
 from forgetless.options.option import as_dict
@@ -67,7 +67,7 @@ class Finished:
 
 
 def finish(
-    trained: TrainedModel, methods: Mapping[str, Steps], keeper: Keeper | Predictor | None
+    trained: TrainedModel, methods: Mapping[str, MethodSteps], keeper: Keeper | Predictor | None
 ) -> Finished:
     """Let the methods and the budget change the trained update, and save it to DIR/final.
 
@@ -93,7 +93,7 @@ def make_run(
     finished: Finished,
     after: Measured,
     *,
-    methods: Mapping[str, Steps],
+    methods: Mapping[str, MethodSteps],
     inputs: Inputs,
     rows: Rows,
     file: Path | None,
