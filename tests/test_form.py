@@ -43,9 +43,7 @@ LATE_OWN = {
 # Lines of more than 100 columns in a file.
 LONG_LINES: dict[str, int] = {}
 # Files of more than 350 lines, and functions of more than 60, with what they have today.
-LONG_FILES: dict[str, int] = {
-    "record/observing_recorder.py": 405,
-}
+LONG_FILES: dict[str, int] = {}
 LONG_FUNCTIONS: dict[str, int] = {
     "penalty/kernel.py: pull_kernel": 80,
     "sequence/domains.py: earlier_of": 69,

@@ -8,12 +8,14 @@ below, so that every key stands in one place.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from forgetless.files.run_json import Environment
 from forgetless.files.schema import to_json
+from forgetless.importance.entries import Entry
 
 
 @dataclass(frozen=True)
@@ -80,3 +82,14 @@ class Origin:
             "timings": {"train_seconds": self.seconds, "tokens_per_second": rate},
             "versions": to_json(self.environment),
         }
+
+
+def finite_norms(entries: Mapping[str, Entry]) -> dict[str, float]:
+    """Weight -> the Frobenius norm of its importance. Raises ValueError where one is not finite."""
+    norms = {name: entry.norm() for name, entry in entries.items()}
+    for name, norm in norms.items():
+        if not math.isfinite(norm):
+            raise ValueError(
+                f"'{name}' has non-finite importance; record again with --dtype float32"
+            )
+    return norms

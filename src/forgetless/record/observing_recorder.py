@@ -21,8 +21,7 @@ it does not grow with the text. Sampled labels come from one stream of random nu
 of the text, whatever the batch size.
 
 Where the sums of all weights do not fit, `divide` splits the weights into groups, each seen in a
-pass of its own over the same text. What a finished group amounts to waits on the CPU. The result is
-the same bit for bit: the passes differ only in which layers are watched.
+pass of its own over the same text (division.py).
 
     recorder.look(input_ids)                 # which weights read the same input: they stay together
     for _ in range(recorder.divide(4)):
@@ -36,22 +35,24 @@ In several processes (torchrun), each observes its shard of the text and `skip`s
 from __future__ import annotations
 
 import abc
-import math
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from forgetless.errors import OptionError
-from forgetless.importance.entries import Entry, from_plain, tier_of, to_plain, with_tensors
+from forgetless.importance.entries import Entry, tier_of
 from forgetless.importance.importance import Importance
-from forgetless.importance.info import EnergyErrors, Estimate
+from forgetless.importance.info import Estimate, finite_norms
 from forgetless.model import distributed, shards
-from forgetless.model.adapters import bare
 from forgetless.model.targets import BaseLayer, base_layers
 from forgetless.model.weights import wider
-from forgetless.record.passes import add_up_sums, in_groups
-from forgetless.record.watching import counting, drawn_labels, scored, watched
+from forgetless.record.division import Division, in_groups
+from forgetless.record.observing_state import ObservingState
+from forgetless.record.seen import Seen, add_up_sums
+from forgetless.record.watching import See, counting, drawn_labels, scored, text_nats, watched
 
 LABEL_KINDS = ("empirical", "sampled")
 
@@ -94,21 +95,30 @@ class ObservingRecorder(abc.ABC):
                 "on the model as it was loaded, before it is sharded"
             )
         self.leaders: dict[str, str] = {}  # weight -> the first weight that reads the same input
-        # Relative errors of each weight's energy, where what was summed is cut (energy_errors.py).
-        self.errors: dict[str, tuple[float, float]] = {}
-        # The groups of weights, each for a pass of its own, and what the current one sees.
-        self._groups = [self.layers]
-        self.group = 0
-        self.observed = self.layers
-        self._done: dict[str, Entry] = {}  # of the groups before
-        self._first_pass: int | None = None  # tokens that the first pass saw
-        # What the current pass has seen so far.
-        self.tokens = 0  # scored
-        self.positions = 0  # tokens that count as inputs
-        self.sequences = 0  # rows with a scored token
-        self._nats = 0.0
-        self._random = torch.Generator().manual_seed(seed)
+        self._division = Division(self.layers)
+        self._seen = Seen()  # by the present pass
         self._added_up = False  # over the processes
+        self._random = torch.Generator().manual_seed(seed)
+
+    @property
+    def observed(self) -> list[BaseLayer]:
+        """The layers that the present pass sees: all, or those of one group."""
+        return self._division.observed
+
+    @property
+    def tokens(self) -> int:
+        """Scored tokens that the present pass has seen so far."""
+        return self._seen.tokens
+
+    @property
+    def positions(self) -> int:
+        """Tokens that count as inputs, of those that the present pass has seen so far."""
+        return self._seen.positions
+
+    @property
+    def errors(self) -> dict[str, tuple[float, float]]:
+        """Relative errors of each weight's energy, where an estimator cuts what it has summed."""
+        return self._division.errors
 
     @property
     def cuts(self) -> bool:
@@ -158,40 +168,21 @@ class ObservingRecorder(abc.ABC):
         counts = counting(mask, targets)
         if not bool(is_scored.any()):
             return 0.0
-        with (
-            bare(self.model) as base,
-            torch.set_grad_enabled(self.needs_gradients),
-            watched(
-                base,
-                self.observed,
-                counts,
-                self._see,
-                self.leaders,
-                gradients=self.needs_gradients,
-            ),
-        ):
+        with self._watched(self.observed, counts, self._see) as base:
             logits = base(input_ids=input_ids, attention_mask=mask, use_cache=False).logits[:, :-1]
             logits = logits[is_scored].to(wider(logits.dtype))  # (scored, vocabulary)
             nats = self._propagate(logits, targets[is_scored])
-        self.tokens += int(is_scored.sum())
-        self.positions += int(counts.sum())
-        self.sequences += int(is_scored.any(1).sum())
-        self._nats += nats
+        self._seen.add(is_scored, counts, nats)
         return nats / int(is_scored.sum())
 
     def _propagate(self, logits: Tensor, targets: Tensor) -> float:
         """Go backward from logits (scored, vocabulary); the summed loss on the text itself."""
-        text = nn.functional.cross_entropy(logits.detach(), targets, reduction="sum")
-        if not bool(torch.isfinite(text)):
-            raise ValueError(
-                f"the loss on the general text is {float(text)} after {self.tokens} tokens; "
-                "use --dtype float32, or another model"
-            )
+        nats = text_nats(logits, targets, self.tokens)
         if self.needs_gradients:
             if self.labels == "sampled":
                 targets = drawn_labels(logits.detach(), self._random)
             nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
-        return float(text)
+        return nats
 
     def skip(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
@@ -210,19 +201,19 @@ class ObservingRecorder(abc.ABC):
         """
         row = input_ids[:1]
         counts = torch.ones_like(row, dtype=torch.bool)
-        with (
-            bare(self.model) as base,
-            torch.no_grad(),
-            watched(base, self.layers, counts, None, self.leaders, gradients=self.needs_gradients),
-        ):
+        with self._watched(self.layers, counts, None) as base:
             base(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False)
+
+    def _watched(
+        self, layers: Sequence[BaseLayer], counts: Tensor, see: See | None
+    ) -> AbstractContextManager[Any]:
+        """The bare base for one pass in which these layers are watched."""
+        return watched(self.model, layers, counts, see, self.leaders, self.needs_gradients)
 
     def bytes(self, groups: int = 1) -> int:
         """Bytes of the sums of the largest of so many groups: what has to fit into memory."""
-        return max(sum(map(self._bytes_of, group)) for group in self._division(groups))
-
-    def _bytes_of(self, layer: BaseLayer) -> int:
-        return self._size(layer) * wider(layer.module.weight.dtype).itemsize
+        of_layer = lambda layer: self._size(layer) * wider(layer.module.weight.dtype).itemsize
+        return max(sum(map(of_layer, group)) for group in self._in_groups(groups))
 
     def divide(self, groups: int) -> int:
         """Split the weights into so many groups of similar size, those that read the same input
@@ -230,20 +221,19 @@ class ObservingRecorder(abc.ABC):
 
         Call it after `look`. Raises ValueError once something was observed.
         """
-        if self.tokens or self._done:
+        if self.tokens or self._division.done:
             raise ValueError(
                 "the weights are divided before anything is observed; make a new recorder"
             )
-        self._groups = self._division(groups)
-        self.observed = self._groups[0]
-        return len(self._groups)
+        self._division.divide(self._in_groups(groups))
+        return self.passes
 
     @property
     def passes(self) -> int:
         """How many passes over the text there are to be: one per group."""
-        return len(self._groups)
+        return len(self._division.groups)
 
-    def _division(self, groups: int) -> list[list[BaseLayer]]:
+    def _in_groups(self, groups: int) -> list[list[BaseLayer]]:
         """The weights in so many groups of similar size, those that share an input together."""
         return in_groups(self.layers, self.leaders, self._size, groups)
 
@@ -253,27 +243,14 @@ class ObservingRecorder(abc.ABC):
         After the last one, `finish` is all that is left. Raises ValueError if nothing was observed.
         """
         self._add_up()
-        self._check_observed()
-        if self._first_pass not in (None, self.tokens):
-            raise ValueError(
-                f"pass {self.group + 1} saw {self.tokens} tokens, the first {self._first_pass}: "
-                "give every pass the same text"
-            )
-        self._first_pass = self.tokens
-        moved: dict[int, Any] = {}
-        for name, entry in self._entries().items():
-            self._done[name] = with_tensors(entry, lambda tensor: tensor.cpu(), moved)
+        self._seen.check()
+        self._division.check_same_text(self.tokens)
+        self._division.end_pass(self._entries())
         for sums in self._sums().values():
             sums.clear()
-        self.group += 1
-        if self.group < len(self._groups):
-            self._begin(self.group)
-
-    def _begin(self, group: int) -> None:
-        self.group, self.observed = group, self._groups[group]
-        self.tokens = self.positions = self.sequences = 0
-        self._nats, self._added_up = 0.0, False
-        self._random.manual_seed(self.seed)  # every pass draws the same labels
+        if not self._division.has_ended:
+            self._seen, self._added_up = Seen(), False
+            self._random.manual_seed(self.seed)  # every pass draws the same labels
 
     def _add_up(self) -> None:
         """Add up what the processes have observed of this pass, together, one weight at a time;
@@ -288,18 +265,7 @@ class ObservingRecorder(abc.ABC):
         names = [layer.name for layer in self.observed]
         for sums in self._sums().values():
             add_up_sums(sums, names, device)
-        counted = distributed.add_up_numbers(
-            [self.tokens, self.positions, self.sequences, self._nats], device
-        )
-        self.tokens, self.positions, self.sequences = (int(number) for number in counted[:3])
-        self._nats, self._added_up = counted[3], True
-
-    def _check_observed(self) -> None:
-        if self.tokens == 0:
-            raise ValueError(
-                "nothing was observed: call recorder.observe(input_ids, attention_mask, labels) "
-                "on general text first"
-            )
+        self._seen, self._added_up = self._seen.of_all_processes(device), True
 
     def describe(self) -> str:
         """What is recorded, for people."""
@@ -310,96 +276,56 @@ class ObservingRecorder(abc.ABC):
 
         Raises ValueError if nothing was, or if something is not finite.
         """
-        if self.group < len(self._groups):
+        division = self._division
+        if not division.has_ended:
             self._add_up()
-        self._check_observed()
-        if self.group < len(self._groups) - 1:
+        self._seen.check()
+        if not division.is_last:
             raise ValueError(
-                f"{self.group} of {len(self._groups)} passes have ended: observe the same text "
+                f"{division.group} of {self.passes} passes have ended: observe the same text "
                 "again, and call end_pass() after each pass"
             )
-        if len(self._groups) > 1 and self.group < len(self._groups):
+        if self.passes > 1 and not division.has_ended:
             self.end_pass()
-        recorded = self._done or self._entries()
+        recorded = division.done or self._entries()
         entries = {layer.name: recorded[layer.name] for layer in self.layers}
         return Importance(entries, {}, self._estimate(entries).info())
 
     def _estimate(self, entries: dict[str, Entry]) -> Estimate:
         """What the file says about the importance. Raises ValueError where it is not finite."""
-        norms = {name: entry.norm() for name, entry in entries.items()}
-        for name, norm in norms.items():
-            if not math.isfinite(norm):
-                raise ValueError(
-                    f"'{name}' has non-finite importance; record again with --dtype float32"
-                )
-        counted = {
-            "tokens": self.tokens,
-            "sequences": self.sequences,
-            "nats": self._nats / self.tokens,
-        }
-        errors = None
-        if self.errors:
-            by_weight = {name: list(self.errors[name]) for name in entries}
-            errors = EnergyErrors(against=self.estimator, weights=by_weight)
         return Estimate(
             estimator=self.estimator,
             unit=self.unit,
             tier=tier_of(entries),
-            settings={**self._settings(), **counted},
-            norms=norms,
-            energy_error=errors,
+            settings={**self._settings(), **self._seen.settings()},
+            norms=finite_norms(entries),
+            energy_error=self._division.energy_errors(self.estimator, entries),
         )
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on later: tensors and plain numbers."""
-        numbers = {
-            "tokens": self.tokens,
-            "positions": self.positions,
-            "sequences": self.sequences,
-            "nats": self._nats,
-        }
-        made: dict[int, Any] = {}
-        passes = {
-            "group": self.group,
-            "tokens": self._first_pass,
-            "groups": [[layer.name for layer in group] for group in self._groups],
-            "errors": self.errors,
-            "done": {name: to_plain(entry, made) for name, entry in self._done.items()},
-        }
-        return {
-            "estimator": self.estimator,
-            "targets": [layer.name for layer in self.layers],
-            "leaders": self.leaders,
-            "passes": passes,
-            "numbers": numbers,
-            "sums": self._sums(),
-            "random": self._random.get_state(),
-        }
+        state = ObservingState(
+            estimator=self.estimator,
+            targets=[layer.name for layer in self.layers],
+            leaders=self.leaders,
+            passes=self._division.state(),
+            numbers=self._seen,
+            sums=self._sums(),
+            random=self._random.get_state(),
+        )
+        return state.plain()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, plain: Mapping[str, Any]) -> None:
         """Go on from `state_dict()`.
 
         Raises ValueError if it belongs to other target weights or another estimator.
         """
-        layers, passes = {layer.name: layer for layer in self.layers}, state["passes"]
-        if (state["estimator"], state["targets"]) != (self.estimator, list(layers)):
-            raise ValueError(
-                "the saved recorder state is for other target weights or another estimator; "
-                "start again without --resume"
-            )
-        made: dict[int, Any] = {}
-        self._groups = [[layers[name] for name in group] for group in passes["groups"]]
-        self._done = {name: from_plain(plain, made) for name, plain in passes["done"].items()}
-        self.errors = dict(passes["errors"])
-        self.group, self._first_pass = passes["group"], passes["tokens"]
-        self.observed = self._groups[min(self.group, len(self._groups) - 1)]
+        layers = {layer.name: layer for layer in self.layers}
+        state = ObservingState.of(plain, self.estimator, list(layers))
+        self._division.restore(state.passes, layers)
         for key, sums in self._sums().items():
-            for name, tensor in state["sums"][key].items():
+            for name, tensor in state.sums[key].items():
                 sums[name] = tensor.to(layers[name].module.weight.device).clone()
-        numbers = state["numbers"]
-        self.tokens = numbers["tokens"]
-        self.positions = numbers["positions"]
-        self.sequences = numbers["sequences"]
-        self._nats = numbers["nats"]
-        self.leaders = dict(state["leaders"])
-        self._random.set_state(state["random"])
+        self._seen = state.numbers
+        self.leaders = dict(state.leaders)
+        self._random.set_state(state.random)

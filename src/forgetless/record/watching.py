@@ -6,7 +6,7 @@ pass ends, whatever happens in it.
 
     mask, targets = scored(input_ids, attention_mask, labels)
     counts = counting(mask, targets)                    # tokens that a scored one can depend on
-    with watched(base, layers, counts, see, leaders, gradients=True):
+    with watched(model, layers, counts, see, leaders, gradients=True) as base:
         ...one forward and backward pass...
 """
 
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from forgetless.model.adapters import bare
 from forgetless.model.targets import BaseLayer
 from forgetless.model.weights import wider
 
@@ -47,6 +48,20 @@ def counting(mask: Tensor, targets: Tensor) -> Tensor:
     return counts & (mask != 0)
 
 
+def text_nats(logits: Tensor, targets: Tensor, seen: int) -> float:
+    """The summed loss on the text itself, in nats; logits (scored, vocabulary), targets (scored,).
+
+    Raises ValueError where it is no finite number; `seen`: tokens before these, for the message.
+    """
+    nats = nn.functional.cross_entropy(logits.detach(), targets, reduction="sum")
+    if not bool(torch.isfinite(nats)):
+        raise ValueError(
+            f"the loss on the general text is {float(nats)} after {seen} tokens; "
+            "use --dtype float32, or another model"
+        )
+    return float(nats)
+
+
 def drawn_labels(logits: Tensor, random: torch.Generator) -> Tensor:
     """One label per row of logits (scored, vocabulary) from the model's distribution, by inverting
     its cumulative sum in f64 at uniform numbers.
@@ -61,15 +76,15 @@ def drawn_labels(logits: Tensor, random: torch.Generator) -> Tensor:
 
 @contextlib.contextmanager
 def watched(
-    base: Any,
+    model: nn.Module,
     layers: Sequence[BaseLayer],
     counts: Tensor,
     see: See | None,
     leaders: dict[str, str],
-    *,
     gradients: bool,
-) -> Iterator[None]:
-    """Hooks on the embeddings and on every layer for one pass, removed on leaving.
+) -> Iterator[Any]:
+    """The bare base of `model`, with hooks on the embeddings and on every layer for one pass; they
+    are removed on leaving.
 
     `see` is handed each layer's input and, with `gradients`, its output gradient, both in f32 or
     wider; None: nothing is added up. `leaders` (weight -> the first weight that reads the same
@@ -77,17 +92,19 @@ def watched(
     """
     watch = _Watch(counts, see, leaders, gradients)
     handles = []
-    if gradients:
-        # A copy, not the leaf itself: some models scale embeddings in place.
-        start = lambda module, args, output: output.detach().requires_grad_(True).clone()
-        handles.append(base.get_input_embeddings().register_forward_hook(start))
-    for layer in layers:
-        handles.append(layer.module.register_forward_hook(watch.hook(layer)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with bare(model) as base, torch.set_grad_enabled(gradients and see is not None):
+        if gradients:
+            # A copy, not the leaf itself: some models scale embeddings in place.
+            start = lambda module, args, output: output.detach().requires_grad_(True).clone()
+            embeddings: Any = base.get_input_embeddings
+            handles.append(embeddings().register_forward_hook(start))
+        for layer in layers:
+            handles.append(layer.module.register_forward_hook(watch.hook(layer)))
+        try:
+            yield base
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 class _Watch:
