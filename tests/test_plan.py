@@ -156,7 +156,7 @@ def test_a_steps_operations_are_those_that_torch_counts(full, small):
     attention = (
         2 * 2.0 * 63 * sketch.width * sketch.blocks * ids.numel()
     )  # eager attention also does the half above the diagonal
-    assert operations(options, sketch, "kronecker:16")["step"] + attention == pytest.approx(
+    assert operations(options, sketch, "kronecker:16").step + attention == pytest.approx(
         counted.get_total_flops(), rel=0.06
     )
 

@@ -31,14 +31,15 @@ from forgetless.compare.compare import check_any_done, run_experiment
 from forgetless.compare.experiment import Experiment
 from forgetless.compare.frontier import at_learning
 from forgetless.compare.parts import prepare
-from forgetless.data.documents import load_rows
+from forgetless.data.documents import Row, load_rows
 from forgetless.demo.experiment import DOMAIN, TEXT, experiment, write_texts
 from forgetless.demo.result import STATES, DemoResult, RecordedFile, Seed, StateRow
 from forgetless.demo.table import demo_table, plot
 from forgetless.files.atomic import atomic_path
 from forgetless.files.compare_json import Comparison, Sample, TrialPoint, TrialRun
 from forgetless.files.room import check_output_folder
-from forgetless.files.schema import T, plain_of, write_record
+from forgetless.files.schema import T, Text, plain_of, write_record
+from forgetless.files.untrusted import JsonObject
 from forgetless.model.adapter_files import load_tuned
 from forgetless.model.loading import load_model, load_tokenizer
 from forgetless.model.update import AdapterUpdate
@@ -56,7 +57,7 @@ SENTENCE_TOKENS = 14
 METHOD_OF_STATE = {"plain": "plain", "plain, smaller rate": "smaller", "hold": "hold"}
 
 
-def demo(options: DemoOptions) -> dict[str, Any]:
+def demo(options: DemoOptions) -> JsonObject:
     """Run the experiment with so many seeds, print the table, write everything under `options.out`.
 
     Raises ValueError for a folder that is not the demo's.
@@ -225,13 +226,13 @@ def _samples(
         models[method] = load_tuned(_loading(asked), folder)
     tokenizer = load_tokenizer(_loading(asked))
     for about, row in _questions(paths):
-        said: dict[str, Any] = {
+        said: dict[str, Text | None] = {
             name: _says(model, tokenizer, row["prompt"]) for name, model in models.items()
         }
         yield Sample(about, row["prompt"], row["choices"][row["gold"]], said)
 
 
-def _questions(paths: Mapping[str, str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _questions(paths: Mapping[str, str]) -> Iterator[tuple[str, Row]]:
     for kind, about in (("domain", "herbal: new"), ("general", "world: known before")):
         for row in load_rows(paths[f"{kind}-questions"])[:PROMPTS]:
             yield about, row

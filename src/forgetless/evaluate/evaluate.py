@@ -30,6 +30,7 @@ from forgetless.files.provenance import environment
 from forgetless.files.room import check_output_folder
 from forgetless.files.run_json import EvaluatedRun
 from forgetless.files.schema import plain_of, write_record
+from forgetless.files.untrusted import JsonObject
 from forgetless.model.adapter_files import checked_adapter, with_adapter
 from forgetless.model.loading import load_model, load_tokenizer, seed_and_threads
 from forgetless.model.update import AdapterUpdate
@@ -191,7 +192,7 @@ def _task_lines(name: str, before: Scores, after: Scores | None) -> list[Line]:
     return lines
 
 
-def evaluate(options: EvalOptions) -> dict[str, Any]:
+def evaluate(options: EvalOptions) -> JsonObject:
     """`forgetless eval`: the bare base model, then with the adapter (its update times `scale`) or
     the tuned model. Prints the table, returns what is in its run.json.
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ from forgetless.errors import OptionError
 from forgetless.evaluate.rise import ERROR_LEVEL, Rise, alone, numbered, paired_rise
 from forgetless.files.measured_json import Loss
 from forgetless.files.schema import plain_of
+from forgetless.files.untrusted import JsonObject
 from forgetless.model.loading import context_length
 from forgetless.report.terminal import progress
 
@@ -60,7 +61,7 @@ class TextLoss:
         return cls(nats, tokens, sources=loss.source_by_document)
 
     @classmethod
-    def read(cls, numbers: Mapping[str, Any]) -> TextLoss:
+    def read(cls, numbers: JsonObject) -> TextLoss:
         """The same of what `numbers` wrote."""
         nats, tokens = numbers["nats_by_document"], numbers["tokens_by_document"]
         sources = numbers.get("source_by_document")
@@ -114,7 +115,7 @@ class TextLoss:
             source_by_document=self._source_numbers(),
         )
 
-    def numbers(self) -> dict[str, Any]:
+    def numbers(self) -> JsonObject:
         """`record` as plain data."""
         return plain_of(self.record())
 

@@ -24,12 +24,12 @@ import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
-from typing import Any
 
 import numpy as np
 
 from forgetless.files.measured_json import Interval
 from forgetless.files.schema import plain_of
+from forgetless.files.untrusted import JsonObject
 from forgetless.report.numbers import perplexity_percent
 
 # The probability that a verdict is wrong, over both tails and all checks of a run together: the
@@ -90,7 +90,7 @@ class Rise:
             documents=self.documents,
         )
 
-    def numbers(self, *, percent: bool = True) -> dict[str, Any]:
+    def numbers(self, *, percent: bool = True) -> JsonObject:
         """`record` as plain data."""
         return plain_of(self.record(percent=percent))
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from forgetless.files.measured_json import INTERVAL_KEYS, Change, Interval
 from forgetless.files.schema import Text, key
+from forgetless.files.untrusted import JsonObject
 
 # A budget whose rise was measured, and one whose rise was predicted.
 CHECKED_KEYS = (
@@ -137,7 +138,7 @@ class CalibrationUsed:
     error: float | None = None
     factor: float | None = None
     updates: int | None = None
-    data: dict[str, Any] = field(default_factory=dict)
+    data: JsonObject = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from typing import Any
 
 from forgetless.files.budget_json import BudgetReport
 from forgetless.files.measured_json import Change, MovedWeight
-from forgetless.files.run_json import Environment, Transfer
+from forgetless.files.run_json import Environment, LogEntry, Transfer
 from forgetless.files.schema import LEFT_OUT, Level, Text, key
+from forgetless.files.untrusted import JsonObject
 
 # What a run with a result holds after its points.
 RESULT_KEYS = (
@@ -65,7 +66,7 @@ class TrialRun:
     id: Text | None = None
     method: str
     domain: Text | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: JsonObject = field(default_factory=dict)
     part: Text | None = None  # of the data: "validation" or "test"
     seed: int | None = None
     status: Text | None = None
@@ -78,7 +79,7 @@ class TrialRun:
     file_bytes: int | None = None  # of the importance file
     trainable_parameters: int | None = None
     moved: list[MovedWeight] | None = None
-    log: list[dict[str, Any]] = field(default_factory=list)
+    log: list[LogEntry] = field(default_factory=list)
     environment: Environment | None = None
     wall_seconds: float | None = None  # of everything, evaluation too
     chosen: Any = field(default=None, metadata=LEFT_OUT)  # whether its settings were; by compare
@@ -155,7 +156,7 @@ class ComparedMethod:
     family: Text | None = None
     needs: Text | None = None
     trials: int | None = None
-    chosen: dict[str, Any] = field(default_factory=dict)  # the settings chosen for each domain
+    chosen: JsonObject = field(default_factory=dict)  # the settings chosen for each domain
 
 
 @dataclass(frozen=True)
@@ -297,7 +298,7 @@ class Comparison:
     created: str = ""
     environment: Environment | None = None
     experiment: Any = ""  # the text of the experiment's file, or a run's options
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: JsonObject = field(default_factory=dict)
     progress: Progress = field(default_factory=Progress)
     reference: str = "plain"
     texts: list[GeneralText] = field(default_factory=list)

@@ -27,6 +27,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,16 @@ UNSUPPORTED = {
 # Seconds after which an empty lock file counts as left by a process that was killed before it could
 # write its name.
 UNSIGNED = 10
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who wrote a lock, as its file says: anybody may have written that."""
+
+    pid: Any
+    host: Any
+    since: Any
+    began: Any
 
 
 @contextlib.contextmanager
@@ -149,7 +160,7 @@ def _claim(lock: Path, path: Path) -> None:
     raise ValueError(_refusal(path, _holder(lock), "wait for it, or give another --out"))
 
 
-def _removed(lock: Path, holder: dict[str, Any]) -> bool:
+def _removed(lock: Path, holder: Holder | None) -> bool:
     """Remove the lock that `holder` left.
 
     False where another process was faster and it is now the lock of that one.
@@ -165,38 +176,39 @@ def _removed(lock: Path, holder: dict[str, Any]) -> bool:
 
 
 def _mine() -> bytes:
-    return json.dumps(
-        {
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-            "began": _began(os.getpid()),
-        }
-    ).encode()
+    """What this process writes into a lock."""
+    holder = Holder(
+        pid=os.getpid(),
+        host=socket.gethostname(),
+        since=time.strftime("%Y-%m-%d %H:%M:%S"),
+        began=_began(os.getpid()),
+    )
+    return json.dumps(asdict(holder)).encode()
 
 
-def _holder(lock: Path) -> dict[str, Any]:
-    """Who wrote the lock; empty where that cannot be read (it was just made)."""
+def _holder(lock: Path) -> Holder | None:
+    """Who wrote the lock; None where that cannot be read (it was just made)."""
     with contextlib.suppress(OSError, ValueError):
-        holder = json.loads(lock.read_text(encoding="utf-8"))
-        return holder if isinstance(holder, dict) else {}
-    return {}
+        known = json.loads(lock.read_text(encoding="utf-8"))
+        if isinstance(known, dict) and known:
+            return Holder(*(known.get(each.name) for each in fields(Holder)))
+    return None
 
 
-def _refusal(path: Path, holder: dict[str, Any], advice: str) -> str:
+def _refusal(path: Path, holder: Holder | None, advice: str) -> str:
     who = "another process"
-    if "pid" in holder:
-        who = f"process {holder['pid']} on {holder.get('host')} (since {holder.get('since')})"
+    if holder is not None and holder.pid is not None:
+        who = f"process {holder.pid} on {holder.host} (since {holder.since})"
     return f"{who} is writing to '{path}'; {advice}"
 
 
-def _is_gone(holder: dict[str, Any], lock: Path) -> bool:
+def _is_gone(holder: Holder | None, lock: Path) -> bool:
     """Whether the writer of a lock file was a process of this host that has ended (its number may
     be another's by now), or was killed before it wrote.
     """
-    if holder:
-        here = holder.get("host") == socket.gethostname()
-        return here and _began(holder.get("pid")) != holder.get("began")
+    if holder is not None:
+        here = bool(holder.host == socket.gethostname())
+        return here and _began(holder.pid) != holder.began
     with contextlib.suppress(FileNotFoundError):
         return time.time() - lock.stat().st_mtime > UNSIGNED
     return True

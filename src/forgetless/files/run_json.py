@@ -17,7 +17,10 @@ from typing import Any
 from forgetless.files.budget_json import BudgetReport
 from forgetless.files.measured_json import Interval, Measured, MeasuredInTurn, MovedWeight
 from forgetless.files.schema import LEFT_OUT, Text
+from forgetless.files.untrusted import JsonObject
 
+# One entry of the log of training, whose keys the trainer and its callbacks choose.
+LogEntry = JsonObject
 # What every verb measures, in this order.
 MEASURED_KEYS = ("before", "after", "forgetting", "learning")
 
@@ -32,6 +35,16 @@ class Environment:
     device: Text | None = None
     commit: Text | None = None  # of the source tree; null where it is no git checkout
     dirty: Text | None = None  # whether the tree had changes beside its commit
+
+
+@dataclass(frozen=True)
+class ReplayedText:
+    """The general text that a method read while tuning, as --replay named it."""
+
+    source: Text | None = None
+    sequences: int | None = None
+    tokens: int | None = None
+    sha256: Text | None = None
 
 
 @dataclass(frozen=True)
@@ -107,7 +120,7 @@ class SequenceMatrix:
     # The rise of general loss since the base model, a row each.
     general: list[Interval] | None = None
     general_nats: list[float | None] | None = None
-    held: dict[str, Any] = field(default_factory=dict)  # the held-out rows of each domain
+    held: JsonObject = field(default_factory=dict)  # the held-out rows of each domain
     steps: list[SequenceStep] = field(default_factory=list)
     refactored: Refactored | None = field(default=None, metadata=LEFT_OUT)
 
@@ -116,7 +129,7 @@ class SequenceMatrix:
 class Run:
     """A run of any verb."""
 
-    configuration: dict[str, Any] = field(default_factory=dict)
+    configuration: JsonObject = field(default_factory=dict)
     environment: Environment | None = None
     data: TrainedData | None = None
     processes: int | None = None
@@ -125,7 +138,7 @@ class Run:
     finished: Any = None  # what each method noted at its end
     budget: BudgetReport | None = None
     verdict: Text | None = None
-    replay: Any = None
+    replay: ReplayedText | None = None
     importance: ImportanceUsed | None = None
     before: Measured | None = None
     after: Measured | None = None
@@ -137,7 +150,7 @@ class Run:
     prepare_seconds: float | None = None
     trainable_parameters: int | None = None
     peak_memory_bytes: int | None = None
-    log: list[dict[str, Any]] = field(default_factory=list)
+    log: list[LogEntry] = field(default_factory=list)
     seconds: float | None = None
 
 

@@ -45,7 +45,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_typ
 
 from forgetless.errors import FileError, brief
 from forgetless.files.atomic import json_ready, read_json, write_json
-from forgetless.files.untrusted import cleaned
+from forgetless.files.untrusted import JsonObject, cleaned
 
 # What general text is called where it stands beside the domains that were learned.
 GENERAL = "general text"
@@ -144,7 +144,7 @@ def to_json(value: Any) -> Any:
     return [to_json(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
-def plain_of(record: Any) -> dict[str, Any]:
+def plain_of(record: Any) -> JsonObject:
     """A dataclass as the mapping that its file holds."""
     return dict(_keys_and_values(record))
 
@@ -217,7 +217,7 @@ def _list(data: list[Any], entry: Callable[[Any], Any]) -> list[Any]:
     return values
 
 
-def _mapping(data: dict[str, Any], entry: Callable[[Any], Any]) -> dict[str, Any]:
+def _mapping(data: JsonObject, entry: Callable[[Any], Any]) -> JsonObject:
     values = {}
     for name, value in data.items():
         try:
@@ -227,9 +227,9 @@ def _mapping(data: dict[str, Any], entry: Callable[[Any], Any]) -> dict[str, Any
     return values
 
 
-def _record(data: dict[str, Any], kind: Any) -> Any:
+def _record(data: JsonObject, kind: Any) -> Any:
     """A mapping as a dataclass."""
-    values: dict[str, Any] = {}
+    values: JsonObject = {}
     for name, each, hint in _fields(kind):
         if each.metadata.get("rest"):
             others = {known for known, _, _ in _fields(kind)}

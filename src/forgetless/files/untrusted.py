@@ -22,6 +22,8 @@ from typing import Any
 
 from forgetless.errors import UNSAFE, UNSAFE_IN_TEXT, FileError, brief
 
+# Plain data by name, whose keys and values other people choose: users, the Hub, other libraries.
+JsonObject = dict[str, Any]
 # Levels of lists and mappings that a file may nest; an experiment has five.
 DEPTH = 40
 
@@ -97,7 +99,7 @@ def _check_depth(data: Any) -> None:
     raise ValueError(f"nested deeper than {DEPTH} levels")
 
 
-def check_mapping(value: Any, what: str, known: Collection[str] | None = None) -> dict[str, Any]:
+def check_mapping(value: Any, what: str, known: Collection[str] | None = None) -> JsonObject:
     """`value` as a mapping with text as keys, empty for None. Raises FileError."""
     if value is None:
         return {}

@@ -52,16 +52,21 @@ class HoldCallback(PenaltyCallback):
     ):
         self.importance = _loaded(importance)
         self.strength = _suitable(strength, self.importance)
-        self.settings: dict[str, Any] = dict(
-            layers=layers, anchor=anchor, names=names, offload=offload
-        )
+        self.holding = Holding(layers=layers, anchor=anchor, names=names, offload=offload)
         self.finishing = self._attachment = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        holding = self.holding
         self.penalty = Penalty(
-            kwargs["model"], self.importance, strength=self.strength, **self.settings
+            kwargs["model"],
+            self.importance,
+            strength=self.strength,
+            layers=holding.layers,
+            anchor=holding.anchor,
+            names=holding.names,
+            offload=holding.offload,
         )
         super().on_train_begin(args, state, control, **kwargs)
 

@@ -58,5 +58,5 @@ class MethodSteps:
     optimizer: Callable[[Setup, nn.Module], Any] | None = None
     loss: Callable[[Setup, nn.Module], Term | None] | None = None
     pull: Callable[[Setup, nn.Module], Any] | None = None
-    finish: Callable[[Setup, nn.Module], dict[str, Any]] | None = None
+    finish: Callable[[Setup, nn.Module], dict[str, float]] | None = None
     save: Callable[[Setup, nn.Module, Path], None] | None = None

@@ -2,7 +2,7 @@
 the base model (`self`), or the training rows (`domain`).
 
     pieces, source = replay_text(options, inputs.replay, base_model, tokenizer, rows)
-    source["sequences"]       # how many there are; for run.json
+    source.sequences          # how many there are; for run.json
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from forgetless.data.documents import (
 )
 from forgetless.data.encoding import Encoded, encode_documents, sample_documents
 from forgetless.files.atomic import atomic_path
+from forgetless.files.run_json import ReplayedText
 from forgetless.model.loading import context_length
 from forgetless.options.tune import TuneOptions
 
@@ -38,7 +39,7 @@ def replay_text(
     model: nn.Module,
     tokenizer: Any,
     rows: Any,
-) -> tuple[list[Encoded], dict[str, Any] | None]:
+) -> tuple[list[Encoded], ReplayedText | None]:
     """(Sequences of at most --length tokens with something scored, where they came from).
 
     `documents` are those of --replay where it names a text, `model` is the bare base, `rows` are
@@ -88,11 +89,11 @@ def _self_documents(
     return documents
 
 
-def _source(options: TuneOptions, pieces: Sequence[Encoded], sha256: str) -> dict[str, Any]:
+def _source(options: TuneOptions, pieces: Sequence[Encoded], sha256: str) -> ReplayedText:
     """What run.json says of the text."""
-    return {
-        "source": options.replay,
-        "sequences": len(pieces),
-        "tokens": sum(len(ids) for ids, _ in pieces),
-        "sha256": sha256,
-    }
+    return ReplayedText(
+        source=options.replay,
+        sequences=len(pieces),
+        tokens=sum(len(ids) for ids, _ in pieces),
+        sha256=sha256,
+    )

@@ -9,8 +9,6 @@ text that it was not chosen on, there is --budget.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -21,7 +19,7 @@ from forgetless.model.update import Update
 
 
 @torch.no_grad()
-def wise(setup: Setup, model: nn.Module) -> dict[str, Any]:
+def wise(setup: Setup, model: nn.Module) -> dict[str, float]:
     """Scale the trained update in place; returns the scale."""
     o = setup.options
     assert o.scale is not None

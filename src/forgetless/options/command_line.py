@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from forgetless import __version__
 from forgetless.errors import nearest
-from forgetless.options.option import GROUPS, flag
+from forgetless.options.option import GROUPS, Given, flag
 from forgetless.options.verbs import VERBS, Verb
 
 
@@ -91,7 +91,7 @@ def _add(section: Any, spec: dataclasses.Field, help: str) -> None:
 
 def _help(verb: Verb, spec: dataclasses.Field) -> str:
     """The help of an option with its default, or with what each preset sets."""
-    presets: Mapping[str, Mapping[str, Any]] = verb.presets or {}
+    presets: Mapping[str, Given] = verb.presets or {}
     decided = {name: values[spec.name] for name, values in presets.items() if spec.name in values}
     default = spec.default
     if decided:

@@ -12,12 +12,10 @@ docs/estimators.md compares them. Nothing heavy is imported: classes are named b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from forgetless.errors import OptionError
-from forgetless.options.option import flag
+from forgetless.options.option import Given, flag
 
 
 @dataclass(frozen=True)
@@ -150,7 +148,7 @@ def unread(name: str) -> list[str]:
     return [option for option in every if row is None or option not in row.reads]
 
 
-def check_estimator(given: Mapping[str, Any], name: str) -> None:
+def check_estimator(given: Given, name: str) -> None:
     """Raise OptionError where an option of `record` was given that the estimator would ignore."""
     trains = ESTIMATORS[name].trains
     wrong = [option for option in unread(name) if given.get(option) is not None]

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from forgetless.options.estimators import ESTIMATORS
+from forgetless.options.option import Given
 
 # Places that at most one method fills; the terms of several methods add up.
 PLACES = ("adapter", "optimizer", "pull", "finish")
@@ -55,7 +55,7 @@ class Method:
     family: str = "baseline"
     needs: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Given = field(default_factory=dict)
     refuses: Mapping[str, str] = field(default_factory=dict)
     lora: bool = False
     budget: bool = False
@@ -217,7 +217,7 @@ def method_names(spec: str | None) -> list[str]:
     return [name.strip() for name in (spec or "").split(",") if name.strip()]
 
 
-def method_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+def method_settings(given: Given) -> Given:
     """The method by its default, and the settings of the methods that it names.
 
     They are stronger than the preset. Unknown names are left to methods/table.py.

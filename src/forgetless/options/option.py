@@ -14,14 +14,17 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import field
 from pathlib import Path
 from typing import Any
 
 from forgetless.errors import OptionError, brief, nearest
+from forgetless.files.untrusted import JsonObject
 from forgetless.files.untrusted_yaml import load_yaml
 
+# Options by name with their values, as a command line, a file, a preset or a method gives them.
+Given = Mapping[str, Any]
 # What an option decides. An interrupted run may go on, and the command on a card may leave out what
 # is not part of the result.
 RESULT = "result"  # the result itself
@@ -155,7 +158,7 @@ def several(spec: str | None) -> list[str]:
     return [part.strip() for part in spec.split(",") if part.strip()]
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
+def read_yaml(path: str | Path) -> JsonObject:
     """The mapping in a YAML file, safe-loaded; keys may be written with - or _.
 
     Raises OptionError with the line of a syntax error.
@@ -179,7 +182,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return {key.replace("-", "_"): value for key, value in content.items()}
 
 
-def as_dict(options: Any) -> dict[str, Any]:
+def as_dict(options: Any) -> JsonObject:
     """Options as plain values, for run.json and the resolved configuration."""
     return dataclasses.asdict(options)
 

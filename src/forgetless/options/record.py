@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from forgetless.options.estimators import ESTIMATORS
 from forgetless.options.model import AdapterOptions, ModelOptions, TextOptions
-from forgetless.options.option import RUNNING, option
+from forgetless.options.option import RUNNING, Given, option
 
 PRESETS = ("default", "paper")
 
@@ -145,7 +144,7 @@ class RecordOptions(AdapterOptions, TextOptions, ModelOptions):
     )
 
 
-RECORD_PRESETS: dict[str, dict[str, Any]] = {
+RECORD_PRESETS: dict[str, Given] = {
     # Song et al. 2025, section "Experiments". Their base in 8 bit is left to --quantize 8bit, and
     # padding is masked, unlike in their released code.
     "paper": dict(

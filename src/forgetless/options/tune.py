@@ -7,7 +7,7 @@ from typing import Any
 
 from forgetless.options.methods import METHODS
 from forgetless.options.model import AdapterOptions, ModelOptions, TextOptions
-from forgetless.options.option import MEASURED, RUNNING, option
+from forgetless.options.option import MEASURED, RUNNING, Given, option
 from forgetless.options.record import PRESETS
 
 LAYERS = ("uniform", "softmax", "scale-free")
@@ -303,7 +303,7 @@ class TuneOptions(AdapterOptions, TextOptions, ModelOptions):
     )
 
 
-TUNE_PRESETS: dict[str, dict[str, Any]] = {
+TUNE_PRESETS: dict[str, Given] = {
     "paper": dict(
         targets="q_proj,v_proj",
         rank=8,

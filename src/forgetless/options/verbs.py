@@ -27,13 +27,11 @@ from forgetless.options.files import ConvertOptions, InspectOptions
 from forgetless.options.finished import EvalOptions, MergeOptions, ShrinkOptions
 from forgetless.options.methods import method_settings
 from forgetless.options.model import Options
-from forgetless.options.option import checked, flag, several
+from forgetless.options.option import Given, checked, flag, several
 from forgetless.options.plan import PlanOptions
 from forgetless.options.record import RECORD_PRESETS, RecordOptions
 from forgetless.options.reference import resolved
 from forgetless.options.tune import TUNE_PRESETS, TuneOptions
-
-Given = Mapping[str, Any]
 
 
 @dataclass(frozen=True)

@@ -12,17 +12,25 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from forgetless.errors import OptionError
+from forgetless.files.untrusted import JsonObject
 from forgetless.importance.sizes import bytes_of_file, total, usual_tiers
 from forgetless.importance.tiers import parse_tier
 from forgetless.options.estimators import ESTIMATORS
 from forgetless.options.plan import PlanOptions
 from forgetless.plan.memory import recording_memory, tuning_memory
 from forgetless.plan.sketch import sketched
-from forgetless.plan.time import operations, rates, seconds
+from forgetless.plan.time import Operations, Rates, Seconds, operations, rates, seconds
 from forgetless.report import numbers, terminal
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes per process while recording and while tuning, by what they are for."""
+
+    recording: dict[str, float]
+    tuning: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -32,9 +40,9 @@ class Resources:
     weights             how many target weights, of so many `elements`
     parameters          of the whole model, of which `trained_parameters` are tuned
     files               tier -> bytes of the importance file; `tier` is the one to tune with
-    memory              recording, tuning -> what for -> bytes per process
-    operations          step, pull, recording -> floating-point operations
-    rates, seconds      operations per second and where they come from; operations / rate
+    memory              of recording and of tuning: what for -> bytes per process
+    operations          floating-point operations of a step, of the pull and of recording
+    rates, seconds      operations per second and where they come from; how long all that takes
     """
 
     model: str
@@ -49,13 +57,13 @@ class Resources:
     files: dict[str, int]
     processes: int
     engine: str
-    memory: dict[str, dict[str, float]]
-    operations: dict[str, float]
-    rates: dict[str, Any]
-    seconds: dict[str, float]
+    memory: Memory
+    operations: Operations
+    rates: Rates
+    seconds: Seconds
 
 
-def plan(options: PlanOptions) -> dict[str, Any]:
+def plan(options: PlanOptions) -> JsonObject:
     """Print the plan and return it.
 
     Raises OptionError for a tier that the estimator cannot have.
@@ -88,10 +96,10 @@ def plan(options: PlanOptions) -> dict[str, Any]:
         files=files,
         processes=options.processes,
         engine=options.engine,
-        memory={
-            "recording": recording_memory(options, sketch),
-            "tuning": tuning_memory(options, sketch, tier),
-        },
+        memory=Memory(
+            recording=recording_memory(options, sketch),
+            tuning=tuning_memory(options, sketch, tier),
+        ),
         operations=work,
         rates=rate,
         seconds=seconds(work, rate, options),
@@ -127,7 +135,7 @@ def _files(taken: Resources) -> str:
 
 def _memory(taken: Resources, options: PlanOptions) -> str:
     """A table of memory, by what it is for."""
-    recording, tuning = taken.memory["recording"], taken.memory["tuning"]
+    recording, tuning = taken.memory.recording, taken.memory.tuning
     shown = lambda parts, name: numbers.byte_size(parts[name]) if parts.get(name) else "-"
     names = dict.fromkeys([*recording, *tuning])
     rows = [[name, shown(recording, name), shown(tuning, name)] for name in names]
@@ -144,22 +152,22 @@ def _time(taken: Resources, options: PlanOptions) -> str:
     work, spent, rate = taken.operations, taken.seconds, taken.rates
     tokens = f"{options.accumulation} x {options.tokens:,} tokens"
     rows = [
-        ["optimizer step", f"{work['step']:.3g}", numbers.duration(spent["step"]), tokens],
+        ["optimizer step", f"{work.step:.3g}", numbers.duration(spent.step), tokens],
         [
             "pull",
-            f"{work['pull']:.3g}",
-            f"{1e3 * spent['pull']:.3g} ms",
-            f"{100 * spent['share']:.2g} % of the step",
+            f"{work.pull:.3g}",
+            f"{1e3 * spent.pull:.3g} ms",
+            f"{100 * spent.share:.2g} % of the step",
         ],
         [
             "recording",
-            f"{work['recording']:.3g}",
-            numbers.duration(spent["recording"]),
+            f"{work.recording:.3g}",
+            numbers.duration(spent.recording),
             f"{taken.general_tokens:,} tokens",
         ],
     ]
     at = (
-        f"at {rate['step']:.3g} operations per second for the model and {rate['pull']:.3g} for the "
-        f"pull ({rate['source']})"
+        f"at {rate.step:.3g} operations per second for the model and {rate.pull:.3g} for the "
+        f"pull ({rate.source})"
     )
     return terminal.table(["time", "operations", "", "for"], rows) + "\n" + at

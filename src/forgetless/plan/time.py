@@ -20,6 +20,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,10 +43,38 @@ LARGEST_PULLED = 2048
 DTYPES_BY_SIZE = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
 
 
-def operations(options: PlanOptions, sketch: Sketch, tier: str) -> dict[str, float]:
+@dataclass(frozen=True)
+class Operations:
     """Floating-point operations: of an optimizer step without the pull and of the pull, per
     process; of recording, of all processes together.
     """
+
+    step: float
+    pull: float
+    recording: float
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Operations per second of the model and of the pull, and where they come from."""
+
+    source: str
+    step: float
+    pull: float
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """How long the operations take; `share` is the pull's time over that of the step."""
+
+    step: float
+    pull: float
+    share: float
+    recording: float
+
+
+def operations(options: PlanOptions, sketch: Sketch, tier: str) -> Operations:
+    """The operations of training and recording as `options` say."""
     attention = 2.0 * options.length * sketch.width * sketch.blocks
     forward = 2.0 * sketch.linear + attention  # per token
     own = 2.0 * sketch.elements if options.full else 6.0 * sketch.lora
@@ -55,7 +84,7 @@ def operations(options: PlanOptions, sketch: Sketch, tier: str) -> dict[str, flo
         sum(pull_operations(w, tier, rank=options.rank, full=options.full) for w in mine)
         for mine in shares(sketch.weights, tier, options.processes)
     )
-    return {"step": step, "pull": pull, "recording": _recording(options, sketch, forward)}
+    return Operations(step, pull, _recording(options, sketch, forward))
 
 
 def _recording(options: PlanOptions, sketch: Sketch, forward: float) -> float:
@@ -71,27 +100,22 @@ def _recording(options: PlanOptions, sketch: Sketch, forward: float) -> float:
     return (passes * forward + sums) * options.general_tokens
 
 
-def seconds(
-    work: dict[str, float], rates: dict[str, Any], options: PlanOptions
-) -> dict[str, float]:
-    """Operations / rate; `share`: of the pull in the step."""
-    step, pull = work["step"] / rates["step"], work["pull"] / rates["pull"]
-    return {
-        "step": step,
-        "pull": pull,
-        "share": pull / step,
-        "recording": work["recording"] / rates["step"] / options.processes,
-    }
+def seconds(work: Operations, rate: Rates, options: PlanOptions) -> Seconds:
+    """How long the operations take at these rates."""
+    step = work.step / rate.step
+    pull = work.pull / rate.pull
+    recording = work.recording / rate.step / options.processes
+    return Seconds(step=step, pull=pull, share=pull / step, recording=recording)
 
 
-def rates(options: PlanOptions, sketch: Sketch, tier: str) -> dict[str, Any]:
+def rates(options: PlanOptions, sketch: Sketch, tier: str) -> Rates:
     """Operations per second of the model and of the pull, given or measured here.
 
     Measured are a product like that of the model, and the pull on the commonest weight, which is
     cut to LARGEST_PULLED.
     """
     if options.flops:
-        return {"source": "given", "step": options.flops, "pull": options.flops}
+        return Rates("given", step=options.flops, pull=options.flops)
     device, dtype = device_of(options), DTYPES_BY_SIZE[sketch.itemsize]
     (out, into), _ = Counter(weight.shape for weight in sketch.weights).most_common(1)[0]
     x = torch.randn(min(options.tokens, PRODUCT_ROWS), into, dtype=dtype, device=device)
@@ -101,11 +125,11 @@ def rates(options: PlanOptions, sketch: Sketch, tier: str) -> dict[str, Any]:
     B = torch.randn(small.shape[0], options.rank, device=device)
     entry = random_entry(small, tier, device)
     pull = pull_operations(small, tier, rank=options.rank, full=False)
-    return {
-        "source": f"measured on {device}",
-        "step": 2 * x.shape[0] * into * out / _fastest(lambda: x @ W, device),
-        "pull": pull / _fastest(lambda: low_rank_pull(A, B, 1.0, entry, B, A, 1.0), device),
-    }
+    return Rates(
+        f"measured on {device}",
+        step=2 * x.shape[0] * into * out / _fastest(lambda: x @ W, device),
+        pull=pull / _fastest(lambda: low_rank_pull(A, B, 1.0, entry, B, A, 1.0), device),
+    )
 
 
 def random_entry(weight: Planned, tier: str, device: torch.device) -> Entry:

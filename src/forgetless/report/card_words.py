@@ -8,6 +8,9 @@ from typing import Any
 
 from forgetless.files.hub import hub_name
 
+# What stands between two lines of `---` at the top of a card, with the keys that the Hub knows.
+FrontMatter = dict[str, Any]
+
 
 def dataset_name(source: Any) -> str | None:
     """The Hub data set in a source ('owner/name', 'owner/name:config'); None for files, tasks and
@@ -29,6 +32,6 @@ def code(value: Any) -> str:
     return f"{ticks} {text} {ticks}" if len(ticks) > 1 else f"`{text}`"
 
 
-def versions_in_words(versions: Mapping[str, Any]) -> str:
+def versions_in_words(versions: Mapping[str, object]) -> str:
     """'forgetless 0.2.0, torch 2.13.0'."""
     return ", ".join(f"{name} {version}" for name, version in versions.items())

@@ -15,7 +15,6 @@ or data set is not claimed to be on the Hub.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ import yaml
 from forgetless.files.atomic import write_text
 from forgetless.files.hub import CARD, hub_name
 from forgetless.files.run_json import Run
+from forgetless.report.card_words import FrontMatter
 from forgetless.report.run_card import run_card
 
 BEGIN, END = "<!-- forgetless -->", "<!-- /forgetless -->"
@@ -31,7 +31,7 @@ SECTION = re.compile(rf"^{BEGIN}\n.*?^{END}$\n?", re.DOTALL | re.MULTILINE)
 TITLE = re.compile(r"\s*# [^\n]*\n")
 
 
-def extended(existing: str, front: Mapping[str, Any], section: str) -> str:
+def extended(existing: str, front: FrontMatter, section: str) -> str:
     """`existing` (may be empty) with our front matter and section: tags are joined, other keys are
     ours (None: taken away), the text around is kept.
     """
@@ -49,7 +49,7 @@ def extended(existing: str, front: Mapping[str, Any], section: str) -> str:
     return f"---\n{shown}\n---\n\n{_with_section(body, section.strip())}\n"
 
 
-def _front_and_body(card: str) -> tuple[dict[str, Any], str]:
+def _front_and_body(card: str) -> tuple[FrontMatter, str]:
     """(front matter, body); a card whose front matter is no mapping is all body."""
     from huggingface_hub import ModelCard
 
@@ -62,7 +62,7 @@ def _front_and_body(card: str) -> tuple[dict[str, Any], str]:
     return known.data.to_dict(), known.text.lstrip()
 
 
-def _tags(head: Mapping[str, Any]) -> list[Any]:
+def _tags(head: FrontMatter) -> list[Any]:
     tags = head.get("tags") or []
     return list(tags) if isinstance(tags, (list, tuple)) else [tags]
 

@@ -10,7 +10,13 @@ from typing import Any
 
 from forgetless.files.hub import hub_name, shareable
 from forgetless.report import numbers
-from forgetless.report.card_words import code, dataset_name, one_line, versions_in_words
+from forgetless.report.card_words import (
+    FrontMatter,
+    code,
+    dataset_name,
+    one_line,
+    versions_in_words,
+)
 from forgetless.report.markdown import plain
 
 # A bar that would end a cell of a table, also inside code.
@@ -46,7 +52,7 @@ def importance_card(
     size: int,
     calibration: str | None = None,
     repo: str | None = None,
-) -> tuple[dict[str, Any], str]:
+) -> tuple[FrontMatter, str]:
     """(front matter, section) of an importance file; `info` is the file's own, `size` its bytes,
     `calibration` what it says of itself, `repo` where it will be.
     """

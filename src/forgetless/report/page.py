@@ -13,7 +13,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,17 @@ import yaml
 from markupsafe import Markup
 
 from forgetless.files.atomic import atomic_path
-from forgetless.files.compare_json import Comparison, Sample
+from forgetless.files.compare_json import ComparedSequence, Comparison, Sample
 from forgetless.files.room import check_output_file
-from forgetless.files.schema import to_json
+from forgetless.files.schema import Text, to_json
+from forgetless.files.untrusted import JsonObject
 from forgetless.options.compare import ReportOptions
 from forgetless.report import numbers, sequence_tables, tables
 from forgetless.report.budget import budget_table
 from forgetless.report.budget_figures import control, trade_off
+from forgetless.report.cells import Table
 from forgetless.report.contents import label, load_contents, recorded_text
-from forgetless.report.drawing import Figure
+from forgetless.report.drawing import Figure, FigurePart
 from forgetless.report.frontier_figures import equal_learning, frontier
 from forgetless.report.importance_figure import heat_map
 from forgetless.report.markdown import markdown
@@ -196,9 +198,9 @@ FIGURES = ("frontier", "equal", "trade", "control", "curves", "heat", "movement"
 View = tuple[str, Figure | None, dict[str, str]]  # name, figure, what was chosen to see it
 
 
-def _figures(contents: Comparison) -> dict[str, list[dict[str, Any]]]:
+def _figures(contents: Comparison) -> dict[str, list[FigurePart]]:
     """Every figure in every view of it: {"frontier": [{"domain", "text", "figure"}, ...], ...}."""
-    views: dict[str, list[dict[str, Any]]] = {name: [] for name in FIGURES}
+    views: dict[str, list[FigurePart]] = {name: [] for name in FIGURES}
     for name, figure, choice in _views(contents):
         if figure is not None:
             views[name].append({**choice, "figure": figure})
@@ -223,44 +225,71 @@ def _views(contents: Comparison) -> Iterator[View]:
         yield "control", control(contents.budget), {}
 
 
-def _tables(contents: Comparison) -> dict[str, Any]:
+@dataclass(frozen=True)
+class PageTables:
+    """The tables of a page, by the names that its template knows."""
+
+    methods: list[tuple[str, str, Table]]  # of each domain, measured on each text
+    runs: Table
+    measures: Table
+    before: Table
+    budget: Table | None
+    sequences: list[tuple[ComparedSequence, Table]]
+    sequence_summary: list[tuple[str, Table]]
+
+
+def _tables(contents: Comparison) -> PageTables:
     views = [
         (domain.name, text.name, tables.methods(contents, domain.name, text.name))
         for domain in contents.domains
         for text in contents.texts
         if contents.kind != "run"
     ]
-    return {
-        "methods": views,
-        "runs": tables.runs(contents),
-        "measures": tables.measures(contents),
-        "before": tables.before(contents),
-        "budget": None if contents.budget is None else budget_table(contents.budget),
-        "sequences": sequence_tables.sequences(contents),
-        "sequence_summary": sequence_tables.sequence_summary(contents),
-    }
+    return PageTables(
+        methods=views,
+        runs=tables.runs(contents),
+        measures=tables.measures(contents),
+        before=tables.before(contents),
+        budget=None if contents.budget is None else budget_table(contents.budget),
+        sequences=sequence_tables.sequences(contents),
+        sequence_summary=sequence_tables.sequence_summary(contents),
+    )
 
 
-def _sample(contents: Comparison, sample: Sample) -> dict[str, Any]:
+@dataclass(frozen=True)
+class ShownOutput:
+    """What one model says, with the method's name and what stands above it."""
+
+    name: str
+    title: str
+    text: str
+
+
+@dataclass(frozen=True)
+class ShownSample:
+    """A sample as the page shows it."""
+
+    domain: Text | None
+    prompt: Text | None
+    reference: Text | None
+    outputs: list[ShownOutput]
+
+
+def _sample(contents: Comparison, sample: Sample) -> ShownSample:
     """A sample with its outputs in reading order: before, after plain, after holding, the rest."""
     order = [*(name for name in SPOKEN if name in sample.outputs), *sample.outputs]
     outputs = [
-        {
-            "name": name,
-            "title": SPOKEN.get(name) or f"after {label(contents, name)}",
-            "text": str(sample.outputs[name] or "").strip(),
-        }
+        ShownOutput(
+            name=name,
+            title=SPOKEN.get(name) or f"after {label(contents, name)}",
+            text=str(sample.outputs[name] or "").strip(),
+        )
         for name in dict.fromkeys(order)
     ]
-    return {
-        "domain": sample.domain,
-        "prompt": sample.prompt,
-        "reference": sample.reference,
-        "outputs": outputs,
-    }
+    return ShownSample(sample.domain, sample.prompt, sample.reference, outputs)
 
 
-def _environment(contents: Comparison) -> dict[str, Any]:
+def _environment(contents: Comparison) -> JsonObject:
     """Where the runs ran, as names with values."""
     if contents.environment is None:
         return {}

@@ -17,20 +17,26 @@ from forgetless.options.tune import TUNE_PRESETS, TuneOptions
 from forgetless.options.verbs import resolve
 from forgetless.report import numbers
 from forgetless.report.budget import in_one_line
-from forgetless.report.card_words import code, dataset_name, one_line, versions_in_words
+from forgetless.report.card_words import (
+    FrontMatter,
+    code,
+    dataset_name,
+    one_line,
+    versions_in_words,
+)
 from forgetless.report.markdown import plain
 
 NO_BUDGET = "none: nothing bounds what may be lost"
 NOTHING_MEASURED = "Nothing was measured: give `--general` and `--eval-data` to see it here."
 
 
-def run_card(verb: str, run: Run, *, what: str = "adapter") -> tuple[dict[str, Any], str]:
+def run_card(verb: str, run: Run, *, what: str = "adapter") -> tuple[FrontMatter, str]:
     """(front matter, section) of the result of `tune` or `shrink` (`verb`), from its run.json:
     what was kept, what was lost, and how to make it again.
     """
     options = run.configuration
     base, data = hub_name(options.get("model")), dataset_name(options.get("data"))
-    front: dict[str, Any] = {
+    front: FrontMatter = {
         "base_model": base,
         "datasets": [data] if data else None,
         "tags": ["forgetless"],

@@ -26,6 +26,7 @@ from forgetless.budget.predicted import Predictor, check_calibrated
 from forgetless.data.inputs import Inputs
 from forgetless.evaluate.evaluate import measure
 from forgetless.files.hub import importance_path
+from forgetless.files.run_json import ReplayedText
 from forgetless.importance.controls import uniform
 from forgetless.importance.importance import Importance
 from forgetless.methods.method import Setup
@@ -62,7 +63,7 @@ class Start:
     model: nn.Module
     setup: Setup
     keeper: Keeper | Predictor | None
-    replayed: dict[str, Any] | None
+    replayed: ReplayedText | None
     seconds: float
 
 

@@ -27,7 +27,7 @@ from forgetless.files.budget_json import BudgetReport
 from forgetless.files.hub import push_folder, ready
 from forgetless.files.measured_json import Measured
 from forgetless.files.provenance import environment, sha256_file
-from forgetless.files.run_json import ImportanceUsed, Run, TrainedData, TunedRun
+from forgetless.files.run_json import ImportanceUsed, LogEntry, Run, TrainedData, TunedRun
 from forgetless.files.schema import Text, as_record, write_record
 from forgetless.methods.method import MethodSteps, Setup
 from forgetless.model import distributed
@@ -62,7 +62,7 @@ class TrainedModel:
 class Finished:
     """What finishing the update gave: a note of each method that has one, the budget's report."""
 
-    notes: dict[str, dict[str, Any]]
+    notes: dict[str, dict[str, float]]
     budget: BudgetReport | None
 
 
@@ -174,6 +174,6 @@ def push_result(repository: str, folder: Path, verdict: Text | None) -> None:
     push_folder(folder, repository, commit_message="Upload with forgetless tune")
 
 
-def last_logged(log: list[dict[str, Any]], key: str) -> float | None:
+def last_logged(log: list[LogEntry], key: str) -> float | None:
     """The newest value of `key` in the trainer's log; None where it never stood there."""
     return next((entry[key] for entry in reversed(log) if key in entry), None)

@@ -22,12 +22,12 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from forgetless.data.inputs import read_inputs
 from forgetless.evaluate.evaluate import measure
 from forgetless.files.lock import only_writer
 from forgetless.files.schema import plain_of
+from forgetless.files.untrusted import JsonObject
 from forgetless.model import distributed
 from forgetless.model.stages import Earlier
 from forgetless.options.tune import TuneOptions
@@ -47,7 +47,7 @@ from forgetless.tune.run_folder import begin, check_folder, check_inputs, last_c
 from forgetless.tune.trainer import make_trainer, train_from
 
 
-def tune(options: TuneOptions, *, earlier: Earlier | None = None) -> dict[str, Any]:
+def tune(options: TuneOptions, *, earlier: Earlier | None = None) -> JsonObject:
     """Fine-tune as `options` say; writes `options.out` and returns what is in its run.json.
 
     With `earlier` the model stands on the updates of a sequence's earlier steps
