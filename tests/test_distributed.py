@@ -191,7 +191,7 @@ def trained(estimator, gradient, full=False):
             model.zero_grad()
         recorder.end_epoch()
     made = recorder.finish()
-    kept = sum(part.numel() for parts in recorder._credit.values() for part in parts)
+    kept = sum(part.numel() for parts in recorder._credits.credit.values() for part in parts)
     return (
         {name: entry.dense() for name, entry in made.entries.items()},
         made.info["settings"],

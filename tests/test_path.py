@@ -324,13 +324,13 @@ def test_path_factored_keeps_the_sums_of_the_credits(tiny, batch, gradient, full
         PathIntegral(twin, gradient=gradient, clamp="end"),
     )
     shares = {w.name: [] for w in dense.weights}
-    original = dense._credits
+    original = dense._earned_by
 
     def kept(weight, g, before):
         shares[weight.name].append(original(weight, g, before)[0])
         return (shares[weight.name][-1],)
 
-    dense._credits = kept
+    dense._earned_by = kept
     expected = {w.name: torch.zeros(w.shape, dtype=torch.float64) for w in dense.weights}
     optimizers = [
         torch.optim.AdamW([p for w in r.weights for p in w.parameters], lr=1e-2)
@@ -421,7 +421,7 @@ def test_clamping_at_the_end_keeps_what_steps_take_back(adapted, batch):
         with recorder.attach(optimizer):
             train(model, optimizer, batch, steps=6)
         recorders.append(recorder)
-        omegas.append({name: parts[0].clone() for name, parts in recorder._credit.items()})
+        omegas.append({name: parts[0].clone() for name, parts in recorder._credits.credit.items()})
     for name in omegas[0]:
         assert (omegas[0][name] >= omegas[1][name] - 1e-15).all()
     assert any((omegas[1][name] < 0).any() for name in omegas[1])

@@ -15,6 +15,9 @@ from typing import Any
 
 import torch
 
+# A parameter group of an optimizer, as torch has it: "params", "lr" and what else it was given.
+ParameterGroup = dict[str, Any]
+
 
 def unwrapped_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     """The torch optimizer inside accelerate's wrapper, which offers no step hooks of its own.

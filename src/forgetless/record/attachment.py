@@ -13,7 +13,7 @@ It knows of a recorder no more than `Recorder` says, so that recorders can stand
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from forgetless.errors import OptionError
 from forgetless.model import distributed, shards
 from forgetless.model.optimizer_step import (
+    ParameterGroup,
     before_step,
     pending_scale,
     unwrapped_optimizer,
     will_skip,
 )
 from forgetless.model.weights import FullWeight, LowRankWeight, TargetWeight, wider
-from forgetless.record.movement import effective_gradient
+from forgetless.record.movement import Gradient, divided_by, effective_gradient
 
 
 class Recorder(Protocol):
@@ -39,12 +40,14 @@ class Recorder(Protocol):
     steps: int  # recorded so far
     skipped: int  # steps that moved nothing
 
-    def gather(self, weight: LowRankWeight, before: Any, x: Tensor, d: Tensor) -> Any: ...
+    def gather(
+        self, weight: LowRankWeight, before: Gradient | None, x: Tensor, d: Tensor
+    ) -> Gradient: ...
 
-    def from_factors(self, left: Tensor, right: Tensor) -> Any: ...
+    def from_factors(self, left: Tensor, right: Tensor) -> Gradient: ...
 
     def record_step(
-        self, before: dict[str, tuple[Tensor, ...]], gradients: dict[str, Any]
+        self, before: Mapping[str, tuple[Tensor, ...]], gradients: Mapping[str, Gradient]
     ) -> None: ...
 
 
@@ -57,8 +60,8 @@ class Attachment:
         self.recorder, self.scaler = recorder, scaler
         self.optimizer = unwrapped_optimizer(optimizer)
         self._before: dict[str, tuple[Tensor, ...]] = {}
-        self._pending: dict[str, Any] = {}
-        self._gradients: dict[str, Any] = {}
+        self._pending: dict[str, Gradient] = {}
+        self._gradients: dict[str, Gradient] = {}
         self._handles: list[Any] = []
         self._rates = _check_optimizer(recorder, self.optimizer)
         # First of all pre-hooks: the recorder sees the gradient before any pull.
@@ -130,7 +133,7 @@ class Attachment:
             _check_unseen(weights)
         self._pending = {}
 
-    def _exact(self, weight: TargetWeight) -> Any:
+    def _exact(self, weight: TargetWeight) -> Gradient | None:
         """dL/dU in nats.
 
         Backward hooks see gradients as scaled by the GradScaler; parameter gradients may have been
@@ -138,12 +141,12 @@ class Attachment:
         """
         if isinstance(weight, LowRankWeight):
             g = self._pending.get(weight.name)
-            return None if g is None else _divided(g, self._scale())
+            return None if g is None else divided_by(g, self._scale())
         if weight.W.grad is None:
             return None
         return weight.oriented(weight.W.grad) / pending_scale(self.optimizer)
 
-    def _from_factors(self, weight: TargetWeight) -> Any:
+    def _from_factors(self, weight: TargetWeight) -> Gradient | None:
         assert isinstance(weight, LowRankWeight)
         if weight.A.grad is None and weight.B.grad is None:
             return None
@@ -166,7 +169,7 @@ class Attachment:
             return float(self.scaler.get_scale())
         return pending_scale(self.optimizer)
 
-    def _post(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _post(self, *_: object) -> None:
         if will_skip(self.optimizer):
             self.recorder.skipped += 1
         elif self._before:
@@ -197,17 +200,9 @@ def _check_unseen(weights: list[TargetWeight]) -> None:
         )
 
 
-def _divided(gradient: Any, scale: float) -> Any:
-    if scale == 1.0:
-        return gradient
-    if isinstance(gradient, Tensor):
-        return gradient / scale
-    return [(left / scale, right) for left, right in gradient]
-
-
 def _check_optimizer(
     recorder: Recorder, optimizer: torch.optim.Optimizer
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, ParameterGroup]:
     """The parameter group of each weight (read anew in every step: schedulers change its lr).
 
     Raises for what cannot be recorded.
@@ -224,7 +219,7 @@ def _check_optimizer(
 
 
 def _check_trained(
-    weight: TargetWeight, trained: list[nn.Parameter], groups: dict[int, dict[str, Any]]
+    weight: TargetWeight, trained: list[nn.Parameter], groups: dict[int, ParameterGroup]
 ) -> None:
     """Raise ValueError where the optimizer's steps of a weight cannot be seen."""
     if any(shards.is_sharded(p) for p in weight.parameters):

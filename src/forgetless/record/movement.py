@@ -14,6 +14,27 @@ from torch import Tensor
 
 from forgetless.model.weights import LowRankWeight, TargetWeight, wider
 
+# A sum of products (out, q) @ (q, in).
+Products = list[tuple[Tensor, Tensor]]
+# A gradient of U, (out, in): whole, or as products of thin factors.
+Gradient = Tensor | Products
+
+
+def is_finite(gradient: Gradient) -> bool:
+    """Whether all of a gradient is."""
+    if isinstance(gradient, Tensor):
+        return bool(torch.isfinite(gradient).all())
+    return all(bool(torch.isfinite(factor).all()) for pair in gradient for factor in pair)
+
+
+def divided_by(gradient: Gradient, scale: float) -> Gradient:
+    """gradient / scale, unchanged where the scale is 1."""
+    if scale == 1.0:
+        return gradient
+    if isinstance(gradient, Tensor):
+        return gradient / scale
+    return [(left / scale, right) for left, right in gradient]
+
 
 def effective_gradient(
     A: Tensor, B: Tensor, gA: Tensor, gB: Tensor, scale: float, eta: float

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from forgetless.importance.entries import DenseEntry, Entry
 from forgetless.model.weights import LowRankWeight, TargetWeight
-from forgetless.record.movement import movement
+from forgetless.record.movement import Gradient, movement
 from forgetless.record.path_recorder import PathRecorder
 
 
@@ -49,15 +49,21 @@ class PathIntegral(PathRecorder):
     def _zeros(self, weight: TargetWeight) -> tuple[Tensor, ...]:
         return (self._new(weight, *weight.shape),)
 
-    def gather(self, weight: LowRankWeight, before: Tensor | None, x: Tensor, d: Tensor) -> Tensor:
-        return d.T @ x if before is None else before.addmm_(d.T, x)  # (out, in)
+    def gather(
+        self, weight: LowRankWeight, before: Gradient | None, x: Tensor, d: Tensor
+    ) -> Tensor:
+        if before is None:
+            return d.T @ x  # (out, in)
+        assert isinstance(before, Tensor)
+        return before.addmm_(d.T, x)
 
     def from_factors(self, left: Tensor, right: Tensor) -> Tensor:
         return left @ right
 
-    def _credits(
-        self, weight: TargetWeight, gradient: Tensor, before: tuple[Tensor, ...]
+    def _earned_by(
+        self, weight: TargetWeight, gradient: Gradient, before: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...]:
+        assert isinstance(gradient, Tensor)
         move = movement(weight, before)
         d = move[0] @ move[1] if len(move) == 2 else move[0]
         return (-(gradient.to(d) * d),)

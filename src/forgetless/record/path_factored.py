@@ -34,10 +34,8 @@ from torch import Tensor
 from forgetless.importance.entries import Entry, FactoredEntry
 from forgetless.importance.tiers import factors_of_sums
 from forgetless.model.weights import LowRankWeight, TargetWeight
-from forgetless.record.movement import movement
+from forgetless.record.movement import Gradient, Products, movement
 from forgetless.record.path_recorder import PathRecorder
-
-Products = list[tuple[Tensor, Tensor]]  # (out, q) @ (q, in), to be added
 
 
 def product_sums(g: tuple[Tensor, Tensor], d: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -73,15 +71,16 @@ class PathFactored(PathRecorder):
         return tuple(self._new(weight, n) for n in weight.shape)
 
     def gather(
-        self, weight: LowRankWeight, before: Products | None, x: Tensor, d: Tensor
+        self, weight: LowRankWeight, before: Gradient | None, x: Tensor, d: Tensor
     ) -> Products:
+        assert not isinstance(before, Tensor)
         return [*(before or []), (d.T, x)]
 
     def from_factors(self, left: Tensor, right: Tensor) -> Products:
         return [(left, right)]
 
-    def _credits(
-        self, weight: TargetWeight, gradient: Tensor | Products, before: tuple[Tensor, ...]
+    def _earned_by(
+        self, weight: TargetWeight, gradient: Gradient, before: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...]:
         move = movement(weight, before)
         if isinstance(gradient, Tensor):

@@ -18,7 +18,7 @@ weight's effective update U:
 from __future__ import annotations
 
 import abc
-import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,10 +32,12 @@ from forgetless.model import distributed
 from forgetless.model.targets import target_weights
 from forgetless.model.weights import LowRankWeight, TargetWeight, wider
 from forgetless.record.attachment import Attachment
+from forgetless.record.credits import CreditParts, Credits
+from forgetless.record.movement import Gradient, is_finite
+from forgetless.record.path_state import PathNumbers, PathState
 
 # The unit of the importance, by the gradient that credits are made of.
 UNITS = {"exact": "nats per squared weight", "effective": "arbitrary (effective gradient)"}
-Kept = tuple[Tensor, ...]  # the credit, or Omega, of one weight, in the form of its estimator
 
 
 class PathRecorder(abc.ABC):
@@ -80,23 +82,7 @@ class PathRecorder(abc.ABC):
         self.steps = self.skipped = self.epochs = 0
         self.decrease = 0.0  # nats: sum over steps and elements of -g * d, before clamping
         self._steps_in_epoch = 0
-        self._owner: dict[str, int] = {}  # weight -> process, once there are several
-        self._credit: dict[str, Kept] = {}
-        self._omega: dict[str, Kept] = {}
-        self._divide()
-
-    def _divide(self) -> None:
-        """Credits of each weight are kept by one process; what would be another's is dropped."""
-        if distributed.running() and not self._owner:
-            self._owner = distributed.owners(
-                {weight.name: (weight.name, math.prod(weight.shape)) for weight in self.weights}
-            )
-        mine = [weight for weight in self.weights if self._keeps(weight)]
-        self._credit = {w.name: self._credit.get(w.name) or self._zeros(w) for w in mine}
-        self._omega = {w.name: self._omega.get(w.name) or self._zeros(w) for w in mine}
-
-    def _keeps(self, weight: TargetWeight) -> bool:
-        return self._owner.get(weight.name, 0) == distributed.rank()
+        self._credits = Credits(self.weights, self._zeros)
 
     def _new(self, weight: TargetWeight, *shape: int) -> Tensor:
         """Zeros where credits are kept, in f32 or wider."""
@@ -105,33 +91,37 @@ class PathRecorder(abc.ABC):
         return torch.zeros(shape, dtype=wider(first.dtype), device=device)
 
     @abc.abstractmethod
-    def _zeros(self, weight: TargetWeight) -> Kept:
+    def _zeros(self, weight: TargetWeight) -> CreditParts:
         """What the credit (and Omega) of one weight is kept in."""
 
     @abc.abstractmethod
-    def gather(self, weight: LowRankWeight, before: Any, x: Tensor, d: Tensor) -> Any:
+    def gather(
+        self, weight: LowRankWeight, before: Gradient | None, x: Tensor, d: Tensor
+    ) -> Gradient:
         """`before` (None at first) with dL/dU of one more batch: x (tokens, in) the inputs, d
         (tokens, out) the output gradients, in f32 or wider.
         """
 
     @abc.abstractmethod
-    def from_factors(self, left: Tensor, right: Tensor) -> Any:
+    def from_factors(self, left: Tensor, right: Tensor) -> Gradient:
         """A gradient given as a product, (out, q) @ (q, in)."""
 
     @abc.abstractmethod
-    def _credits(self, weight: TargetWeight, gradient: Any, before: tuple[Tensor, ...]) -> Kept:
+    def _earned_by(
+        self, weight: TargetWeight, gradient: Gradient, before: tuple[Tensor, ...]
+    ) -> CreditParts:
         """-g * d of one step, in the form of `_zeros`."""
 
     @abc.abstractmethod
-    def _normalised(self, weight: TargetWeight, credit: Kept) -> Kept:
+    def _normalised(self, weight: TargetWeight, credit: CreditParts) -> CreditParts:
         """What one epoch adds to Omega, credit / (U^2 + xi), in the form of `_zeros`."""
 
     @abc.abstractmethod
-    def _add(self, omega: Kept, more: Kept) -> Kept:
+    def _add(self, omega: CreditParts, more: CreditParts) -> CreditParts:
         """The sum of two epochs' Omega."""
 
     @abc.abstractmethod
-    def _entry(self, omega: Kept) -> Entry:
+    def _entry(self, omega: CreditParts) -> Entry:
         """The entry of one weight."""
 
     def attach(self, optimizer: Any, *, scaler: Any = None) -> Attachment:
@@ -142,7 +132,7 @@ class PathRecorder(abc.ABC):
         before the step with gradient="effective". Raises ValueError for optimizers whose steps
         cannot be seen, OptionError where the paper's gradient is not defined.
         """
-        self._divide()  # the processes may have found each other since
+        self._credits.divide()  # the processes may have found each other since
         return Attachment(self, optimizer, scaler)
 
     def end_epoch(self) -> None:
@@ -151,12 +141,11 @@ class PathRecorder(abc.ABC):
         """
         if self._steps_in_epoch == 0:
             return
-        for weight in self.weights:
-            if not self._keeps(weight):
-                continue
-            credit, omega = self._credit[weight.name], self._omega[weight.name]
+        kept = self._credits
+        for weight in filter(kept.keeps, self.weights):
+            credit, omega = kept.credit[weight.name], kept.omega[weight.name]
             more = self._normalised(weight, tuple(part.clamp(min=0) for part in credit))
-            self._omega[weight.name] = self._add(omega, more)
+            kept.omega[weight.name] = self._add(omega, more)
             for part in credit:
                 part.zero_()
         self.epochs += 1
@@ -172,7 +161,8 @@ class PathRecorder(abc.ABC):
                 "no optimizer step was recorded: attach the recorder to the optimizer that "
                 "trains these weights, then train"
             )
-        entries = {weight.name: self._entry(self._whole(weight)) for weight in self.weights}
+        omegas = {weight.name: self._credits.omega_everywhere(weight) for weight in self.weights}
+        entries = {name: self._entry(omega) for name, omega in omegas.items()}
         return Importance(entries, _anchors(self.weights), self._estimate(entries).info())
 
     def _estimate(self, entries: dict[str, Entry]) -> Estimate:
@@ -195,53 +185,35 @@ class PathRecorder(abc.ABC):
             norms={name: entry.norm() for name, entry in entries.items()},
         )
 
-    def _whole(self, weight: TargetWeight) -> Kept:
-        """Omega of one weight, in several processes as its owner has it."""
-        omega = self._omega[weight.name] if self._keeps(weight) else self._zeros(weight)
-        owner = self._owner.get(weight.name, 0)
-        return tuple(distributed.from_owner(part, owner) for part in omega)
-
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on later: tensors and plain numbers; of several processes, what
         this one keeps.
         """
-        numbers = {
-            "steps": self.steps,
-            "skipped": self.skipped,
-            "epochs": self.epochs,
-            "decrease": self.decrease,
-            "in_epoch": self._steps_in_epoch,
-        }
-        return {
-            "estimator": self.estimator,
-            "numbers": numbers,
-            "credit": self._credit,
-            "omega": self._omega,
-        }
+        numbers = PathNumbers(
+            steps=self.steps,
+            skipped=self.skipped,
+            epochs=self.epochs,
+            decrease=self.decrease,
+            in_epoch=self._steps_in_epoch,
+        )
+        kept = self._credits
+        return PathState(self.estimator, numbers, kept.credit, kept.omega).plain()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, plain: Mapping[str, Any]) -> None:
         """Go on from `state_dict()`.
 
         Raises ValueError if it belongs to other weights or another estimator.
         """
-        self._divide()
-        if state["estimator"] != self.estimator or set(state["credit"]) != set(self._credit):
-            raise ValueError(
-                "the saved recorder state is for other target weights or another estimator; "
-                "start again without --resume"
-            )
-        for mine, saved in ((self._credit, state["credit"]), (self._omega, state["omega"])):
-            for name, parts in saved.items():
-                pairs = zip(parts, mine[name], strict=True)
-                mine[name] = tuple(part.to(old.device).clone() for part, old in pairs)
-        numbers = state["numbers"]
-        self.steps = numbers["steps"]
-        self.skipped = numbers["skipped"]
-        self.epochs = numbers["epochs"]
-        self.decrease = numbers["decrease"]
-        self._steps_in_epoch = numbers["in_epoch"]
+        self._credits.divide()
+        state = PathState.of(plain, self.estimator, self._credits.credit)
+        self._credits.restore(state.credit, state.omega)
+        numbers = state.numbers
+        self.steps, self.skipped, self.epochs = numbers.steps, numbers.skipped, numbers.epochs
+        self.decrease, self._steps_in_epoch = numbers.decrease, numbers.in_epoch
 
-    def record_step(self, before: dict[str, tuple[Tensor, ...]], gradients: dict[str, Any]) -> None:
+    def record_step(
+        self, before: Mapping[str, tuple[Tensor, ...]], gradients: Mapping[str, Gradient]
+    ) -> None:
         """Credit one optimizer step, given the parameters before it and a gradient of U for each
         weight that had one.
         """
@@ -249,7 +221,7 @@ class PathRecorder(abc.ABC):
         stepped = [
             weight
             for weight in self.weights
-            if weight.name in gradients or (self._owner and weight.name in before)
+            if weight.name in gradients or (self._credits.owner and weight.name in before)
         ]
         pairs = [
             (p.detach(), old)
@@ -265,24 +237,23 @@ class PathRecorder(abc.ABC):
             if earned is None:
                 continue
             self.decrease += float(earned[0].sum())
-            for credit, more in zip(self._credit[weight.name], earned, strict=True):
-                credit.add_(more.to(credit.device))
-                if self.clamp == "step":
-                    credit.clamp_(min=0)
+            self._credits.add(weight, earned, clamp=self.clamp == "step")
         self.steps += 1
         self._steps_in_epoch += 1
 
-    def _check_step(self, pairs: list[tuple[Tensor, Tensor]], gradients: dict[str, Any]) -> None:
+    def _check_step(
+        self, pairs: list[tuple[Tensor, Tensor]], gradients: Mapping[str, Gradient]
+    ) -> None:
         """Raise ValueError where a step is not finite, or where the processes train different
         models. `pairs`: each parameter now and before the step.
         """
         finite = all(bool(torch.isfinite(now).all()) for now, _ in pairs)
-        if not finite or not all(map(_is_finite, gradients.values())):
+        if not finite or not all(map(is_finite, gradients.values())):
             raise ValueError(
                 f"non-finite gradient or weight at recorded step {self.steps + 1}; lower the "
                 "learning rate or record in f32"
             )
-        if self._owner and self.steps == 0:
+        if self._credits.owner and self.steps == 0:
             moved = sum(float((now.double() - old.double()).abs().sum()) for now, old in pairs)
             distributed.check_same(
                 "the first recorded step",
@@ -291,8 +262,8 @@ class PathRecorder(abc.ABC):
             )
 
     def _earned(
-        self, weight: TargetWeight, gradient: Any, before: tuple[Tensor, ...]
-    ) -> Kept | None:
+        self, weight: TargetWeight, gradient: Gradient | None, before: tuple[Tensor, ...]
+    ) -> CreditParts | None:
         """-g * d of one step, in several processes only at the weight's owner, with g their mean.
 
         The movement is the same everywhere, and parameter gradients are once they have been
@@ -300,26 +271,20 @@ class PathRecorder(abc.ABC):
         Its credit, which is linear in it, is averaged: row and column sums for path-factored, else
         (out, in).
         """
-        local = self._owner and self.gradient == "exact" and isinstance(weight, LowRankWeight)
-        if not self._keeps(weight) and not local:
+        owner = self._credits.owner
+        local = owner and self.gradient == "exact" and isinstance(weight, LowRankWeight)
+        if not self._credits.keeps(weight) and not local:
             return None
         if gradient is not None:
-            earned = self._credits(weight, gradient, before)
+            earned = self._earned_by(weight, gradient, before)
         else:
             device = weight.parameters[0].device
             earned = tuple(part.to(device) for part in self._zeros(weight))
         if local:
             earned = tuple(part.div(distributed.world_size()).contiguous() for part in earned)
             for part in earned:
-                distributed.add_up_at(part, self._owner[weight.name])
-        return earned if self._keeps(weight) else None
-
-
-def _is_finite(gradient: Any) -> bool:
-    """Whether a gradient is, given as one tensor or as pairs of factors."""
-    if isinstance(gradient, Tensor):
-        return bool(torch.isfinite(gradient).all())
-    return all(bool(torch.isfinite(factor).all()) for pair in gradient for factor in pair)
+                distributed.add_up_at(part, owner[weight.name])
+        return earned if self._credits.keeps(weight) else None
 
 
 def _anchors(weights: list[TargetWeight]) -> dict[str, tuple[Tensor, Tensor]]:
