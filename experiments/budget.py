@@ -325,7 +325,7 @@ class Lab:
         from forgetless.budget.baseline import measure_baseline
         from forgetless.budget.learning import domain
         from forgetless.data.documents import load_documents
-        from forgetless.data.tasks import encode_rows, load_training_data
+        from forgetless.data.domain import encode_rows, load_training_data
         from forgetless.model.loading import load_model, load_tokenizer
         from forgetless.model.update import Update
 

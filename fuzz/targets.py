@@ -268,7 +268,7 @@ def data(folder: Path) -> Target:
     import pyarrow.parquet as parquet
 
     from forgetless.data.documents import fingerprint_rows, load_documents
-    from forgetless.data.tasks import load_training_data
+    from forgetless.data.domain import load_training_data
 
     texts = [{"text": f"the cat sat on the mat {i}", "source": "a"} for i in range(3)]
     chat = [

@@ -22,7 +22,7 @@ from comparisons import comparison
 from forgetless import cli
 from forgetless.compare.experiment_file import read
 from forgetless.data.documents import load_documents
-from forgetless.data.tasks import load_training_data
+from forgetless.data.domain import load_training_data
 from forgetless.errors import UNSAFE, FileError, OptionError, printable
 from forgetless.files.compare_json import Comparison
 from forgetless.files.schema import from_json

@@ -17,7 +17,7 @@ from forgetless.budget import learning as budget_learning
 from forgetless.budget.learning import fitting
 from forgetless.budget.open import LEAST_ROWS
 from forgetless.cli import main
-from forgetless.data.tasks import load_training_data
+from forgetless.data.domain import load_training_data
 from forgetless.evaluate.losses import completion_loss
 from forgetless.importance.importance import Importance
 from forgetless.model.adapters import add_adapter

@@ -7,14 +7,9 @@ import pytest
 
 from conftest import PLAIN
 from forgetless.data.documents import load_documents, load_rows
+from forgetless.data.domain import encode_rows, load_training_data, truncation_report
 from forgetless.data.encoding import batches, encode_chat, encode_documents
-from forgetless.data.tasks import (
-    TASKS,
-    encode_rows,
-    load_task,
-    load_training_data,
-    truncation_report,
-)
+from forgetless.data.tasks import TASKS, load_task
 from forgetless.errors import OptionError
 
 

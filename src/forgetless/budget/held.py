@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from forgetless.budget.probe import Probe
 from forgetless.files.budget_json import BudgetReport
 from forgetless.importance.importance import Importance
@@ -22,26 +24,34 @@ from forgetless.penalty.pull import Penalty
 
 @dataclass(frozen=True)
 class Holding:
-    """Settings of `Penalty` that a budget leaves to whoever asks for it."""
+    """Settings of `Penalty` that hold whatever its strength is, and whoever sets that."""
 
     layers: Any = None
     anchor: str = "base"
     names: str | None = None
     offload: bool = False
 
-    def add_penalty(self, trainer: Any, importance: Importance) -> PenaltyCallback:
-        """Add the penalty to a trainer; in several processes each holds its shard of it."""
-        penalty = Penalty(
-            trainer.model,
+    def penalty(
+        self, model: nn.Module, importance: Importance, strength: float, *, shard: bool = False
+    ) -> Penalty:
+        """A penalty with these settings. Raises as `Penalty` does."""
+        return Penalty(
+            model,
             importance,
-            strength=0.0,
+            strength=strength,
             layers=self.layers,
             anchor=self.anchor,
             names=self.names,
             offload=self.offload,
-            shard=distributed.running(),
+            shard=shard,
         )
-        return add_penalty(trainer, penalty)
+
+    def add_penalty(
+        self, trainer: Any, importance: Importance, strength: float = 0.0
+    ) -> PenaltyCallback:
+        """Add the penalty to a trainer; in several processes each holds its shard of it."""
+        shard = distributed.running()
+        return add_penalty(trainer, self.penalty(trainer.model, importance, strength, shard=shard))
 
 
 def steer(

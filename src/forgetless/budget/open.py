@@ -24,10 +24,10 @@ from forgetless.budget.learning import Learning, domain, fitting
 from forgetless.budget.predicted import Predictor, check_calibrated
 from forgetless.budget.probe import most_pieces
 from forgetless.data.documents import Document, load_documents
+from forgetless.data.domain import encode_rows, load_training_data, row_text
 from forgetless.data.duplicates import Overlap, overlap
 from forgetless.data.encoding import Encoded
 from forgetless.data.inputs import HeldOut, Inputs
-from forgetless.data.tasks import encode_rows, load_training_data, row_text
 from forgetless.errors import OptionError
 from forgetless.importance.importance import Importance
 from forgetless.model.loading import context_length

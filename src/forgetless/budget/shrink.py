@@ -33,8 +33,8 @@ from forgetless.budget.predicted import Forecast, check_calibrated
 from forgetless.budget.scan import EACH
 from forgetless.budget.shrinkable import check_shrink
 from forgetless.budget.ways import Ways, fraction_of, ways_of
+from forgetless.data.domain import encode_rows
 from forgetless.data.inputs import HeldOut, read_held_out
-from forgetless.data.tasks import encode_rows
 from forgetless.errors import OptionError
 from forgetless.evaluate.evaluate import changes, changes_table, measure
 from forgetless.files.budget_json import BudgetReport

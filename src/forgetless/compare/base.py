@@ -17,7 +17,7 @@ from torch import nn
 from forgetless.compare.experiment import Experiment
 from forgetless.compare.parts import PARTS
 from forgetless.data.documents import Document, load_documents
-from forgetless.data.tasks import load_training_data
+from forgetless.data.domain import load_training_data
 from forgetless.evaluate.losses import completion_loss, general_loss
 from forgetless.files.atomic import read_json, write_json
 from forgetless.files.provenance import environment, sha256_file

@@ -18,8 +18,8 @@ from typing import Any
 
 from forgetless.compare.experiment import Experiment
 from forgetless.data.documents import Row, load_documents
+from forgetless.data.domain import load_training_data
 from forgetless.data.duplicates import carve
-from forgetless.data.tasks import load_training_data
 from forgetless.files.atomic import write_text
 
 PARTS = ("validation", "test")

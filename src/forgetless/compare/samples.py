@@ -14,8 +14,8 @@ from torch import nn
 
 from forgetless.compare.experiment import Experiment
 from forgetless.compare.job import Job
+from forgetless.data.domain import load_training_data
 from forgetless.data.encoding import templated
-from forgetless.data.tasks import load_training_data
 from forgetless.files.atomic import write_json
 from forgetless.model.adapter_files import load_tuned
 from forgetless.model.linear import unwrapped

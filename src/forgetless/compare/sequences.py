@@ -33,7 +33,7 @@ from forgetless.compare.accuracy import domain_tasks, question_limit, score_doma
 from forgetless.compare.base import evaluate
 from forgetless.compare.experiment import Experiment, SequenceSpec, identity, tune_options
 from forgetless.data.documents import load_documents
-from forgetless.data.tasks import load_training_data, row_text
+from forgetless.data.domain import load_training_data, row_text
 from forgetless.evaluate.losses import TextLoss
 from forgetless.files.atomic import discard, read_json, write_json, write_text
 from forgetless.files.provenance import sha256_file

@@ -26,13 +26,8 @@ from forgetless.data.documents import (
     fingerprint_rows,
     load_documents,
 )
-from forgetless.data.tasks import (
-    Task,
-    find_task,
-    load_task,
-    load_training_data,
-    task_specs,
-)
+from forgetless.data.domain import load_training_data
+from forgetless.data.tasks import Task, find_task, load_task, task_specs
 from forgetless.options.tune import TuneOptions
 
 # Values of --replay that name no text to read: what the model itself says, and the training rows.

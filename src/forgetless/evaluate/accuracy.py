@@ -27,6 +27,7 @@ from forgetless.data.tasks import TASKS, Task, find_task, load_task, task_specs
 from forgetless.errors import OptionError, nearest
 from forgetless.evaluate.losses import TextLoss, evaluating, last_window, text_loss
 from forgetless.files.measured_json import Scores
+from forgetless.files.untrusted import JsonObject
 from forgetless.model.loading import context_length
 
 
@@ -112,25 +113,14 @@ def lm_eval_accuracy(
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    manager = _task_manager()
-    task: Any = name
-    if file:
-        splits = {split: str(Path(file).resolve()) for split in ("train", "validation", "test")}
-        task = {
-            **manager.task_index[name].cfg,
-            "task": f"{name}-local",
-            "dataset_path": "json",
-            "dataset_name": None,
-            "dataset_kwargs": {"data_files": splits},
-        }
     with evaluating(model):
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8)
         result = lm_eval.simple_evaluate(
             model=wrapped,
-            tasks=[task],
+            tasks=[_local_task(name, file) if file else name],
             num_fewshot=shots,
             limit=limit,
-            task_manager=manager,
+            task_manager=_task_manager(),
             bootstrap_iters=0,
         )
     numbers = next(iter(result["results"].values()))
@@ -140,6 +130,18 @@ def lm_eval_accuracy(
         if isinstance(value, (int, float))
     }
     return Scores(accuracies)
+
+
+def _local_task(name: str, file: str) -> JsonObject:
+    """lm-eval's settings of a task, with its data replaced by a local JSONL file."""
+    splits = {split: str(Path(file).resolve()) for split in ("train", "validation", "test")}
+    return {
+        **_task_manager().task_index[name].cfg,
+        "task": f"{name}-local",
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": splits},
+    }
 
 
 def check_tasks(specs: str | None, *, shots: int = 0) -> None:

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from forgetless.data.documents import Document
+from forgetless.data.domain import encode_rows
 from forgetless.data.encoding import Encoded, collate, encode_whole
-from forgetless.data.tasks import encode_rows
 from forgetless.errors import OptionError
 from forgetless.evaluate.rise import ERROR_LEVEL, Rise, alone, numbered, paired_rise
 from forgetless.files.measured_json import Loss

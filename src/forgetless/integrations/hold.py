@@ -23,9 +23,9 @@ from forgetless.budget.held import Holding
 from forgetless.budget.open import of_trainer
 from forgetless.errors import OptionError
 from forgetless.importance.importance import Importance
-from forgetless.model import distributed, engine
+from forgetless.model import engine
 from forgetless.options.estimators import default_strength
-from forgetless.penalty.callback import PenaltyCallback, add_penalty
+from forgetless.penalty.callback import PenaltyCallback
 from forgetless.penalty.pull import Penalty
 
 
@@ -58,16 +58,7 @@ class HoldCallback(PenaltyCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        holding = self.holding
-        self.penalty = Penalty(
-            kwargs["model"],
-            self.importance,
-            strength=self.strength,
-            layers=holding.layers,
-            anchor=holding.anchor,
-            names=holding.names,
-            offload=holding.offload,
-        )
+        self.penalty = self.holding.penalty(kwargs["model"], self.importance, self.strength)
         super().on_train_begin(args, state, control, **kwargs)
 
 
@@ -102,21 +93,11 @@ def hold(
     """
     _check_trainer(trainer, budget, general)
     loaded = _loaded(importance)
+    holding = Holding(layers=layers, anchor=anchor, names=names, offload=offload)
     if budget is not None:
         keeper = of_trainer(trainer, budget, general, loaded, names)
-        holding = Holding(layers=layers, anchor=anchor, names=names, offload=offload)
         return keeper.bind(trainer, loaded, holding, start=strength)
-    penalty = Penalty(
-        trainer.model,
-        loaded,
-        strength=_suitable(strength, loaded),
-        layers=layers,
-        anchor=anchor,
-        names=names,
-        offload=offload,
-        shard=distributed.running(),
-    )
-    return add_penalty(trainer, penalty)
+    return holding.add_penalty(trainer, loaded, _suitable(strength, loaded))
 
 
 def _check_trainer(trainer: Any, budget: str | None, general: str | None) -> None:

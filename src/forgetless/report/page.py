@@ -12,39 +12,35 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import yaml
 from markupsafe import Markup
 
 from forgetless.files.atomic import atomic_path
-from forgetless.files.compare_json import ComparedSequence, Comparison, Sample
+from forgetless.files.compare_json import Comparison
 from forgetless.files.room import check_output_file
-from forgetless.files.schema import Text, to_json
-from forgetless.files.untrusted import JsonObject
 from forgetless.options.compare import ReportOptions
-from forgetless.report import numbers, sequence_tables, tables
-from forgetless.report.budget import budget_table
-from forgetless.report.budget_figures import control, trade_off
-from forgetless.report.cells import Table
+from forgetless.report import numbers
 from forgetless.report.contents import label, load_contents, recorded_text
-from forgetless.report.drawing import Figure, FigurePart
-from forgetless.report.frontier_figures import equal_learning, frontier
-from forgetless.report.importance_figure import heat_map
 from forgetless.report.markdown import markdown
+from forgetless.report.page_parts import (
+    choices,
+    environment_pairs,
+    experiment_text,
+    figures,
+    page_tables,
+    shown_sample,
+)
 from forgetless.report.palette import PATHS, looks
-from forgetless.report.summary import equal_rows, headlines, hidden_at_first
-from forgetless.report.training_figures import movement_figure, training_curves
+from forgetless.report.summary import headlines, hidden_at_first
 
 # Where the template, its styles and its script lie.
 HERE = Path(__file__).parent
-# Whose words a sample shows first, and what stands above them.
-SPOKEN = {"base": "before", "plain": "after plain", "hold": "after holding"}
 
 
 def report(options: ReportOptions) -> None:
@@ -74,7 +70,7 @@ def write_report(contents: Comparison, path: str | Path, *, form: str = "html") 
 def page(contents: Comparison) -> str:
     """The HTML."""
     text = recorded_text(contents)
-    figures = _figures(contents)
+    drawn = figures(contents)
     hidden = hidden_at_first(contents, text)
     scripts = [plotly(), (HERE / "page.js").read_text(encoding="utf-8")]
     return (
@@ -86,19 +82,19 @@ def page(contents: Comparison) -> str:
             headlines=headlines(contents, text),
             looks=looks(contents.methods, contents.reference),
             paths=PATHS,
-            choices=_choices(contents, text),
-            drawn={name for name, views in figures.items() if views},
-            tables=_tables(contents),
-            samples=[_sample(contents, sample) for sample in contents.samples],
+            choices=choices(contents, text),
+            drawn={name for name, views in drawn.items() if views},
+            tables=page_tables(contents),
+            samples=[shown_sample(contents, sample) for sample in contents.samples],
             failed=[run for run in contents.runs if not run.done],
             settings=numbers.settings,
-            experiment=_experiment(contents.experiment),
-            environment=_environment(contents),
+            experiment=experiment_text(contents.experiment),
+            environment=environment_pairs(contents),
             policy=policy(scripts),
             style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
             scripts=[Markup(script) for script in scripts],
             hidden=hidden,
-            data=Markup(as_json({"figures": _rounded(figures), "hidden": hidden})),
+            data=Markup(as_json({"figures": _rounded(drawn), "hidden": hidden})),
         )
     )
 
@@ -134,11 +130,10 @@ def plotly() -> str:
             "the report's figures need plotly, which is not installed; run: pip install plotly, "
             "or give --format markdown"
         )
-    found = (
-        Path(next(iter(spec.submodule_search_locations))) / "package_data" / "plotly.min.js"
-    ).read_text(encoding="utf-8")
-    assert "</script" not in found
-    return found.replace("\r", "")  # as HTML reads it, so that its hash is right
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    script = (folder / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
+    assert "</script" not in script
+    return script.replace("\r", "")  # as HTML reads it, so that its hash is right
 
 
 def policy(scripts: Iterable[str]) -> str:
@@ -159,10 +154,10 @@ def as_json(data: Any) -> str:
     """JSON that may stand inside a script element: no tag, comment or line separator can begin in
     it.
     """
-    found = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for sign in "<>&\u2028\u2029":
-        found = found.replace(sign, f"\\u{ord(sign):04x}")
-    return found
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return text
 
 
 def _rounded(data: Any) -> Any:
@@ -172,147 +167,3 @@ def _rounded(data: Any) -> Any:
     if isinstance(data, list):
         return [_rounded(value) for value in data]
     return float(f"{data:.6g}") if isinstance(data, float) else data
-
-
-def _choices(contents: Comparison, text: str | None) -> dict[str, list[str]]:
-    """What can be chosen, the first one at the start: domains, texts (the recorded kind first),
-    levels of learning, importance files.
-    """
-    levels = {
-        row.level
-        for by_text in contents.equal_learning.values()
-        for rows in (by_text or {}).values()
-        for row in rows or []
-    }
-    texts = [each.name for each in contents.texts]
-    return {
-        "domain": [domain.name for domain in contents.domains],
-        "text": sorted(texts, key=lambda name: name != text),
-        "share": [numbers.percent(level) for level in sorted(levels, reverse=True)],
-        "importance": [str(item.name) for item in contents.importance],
-    }
-
-
-# The figures of a page, in the order of its data.
-FIGURES = ("frontier", "equal", "trade", "control", "curves", "heat", "movement")
-View = tuple[str, Figure | None, dict[str, str]]  # name, figure, what was chosen to see it
-
-
-def _figures(contents: Comparison) -> dict[str, list[FigurePart]]:
-    """Every figure in every view of it: {"frontier": [{"domain", "text", "figure"}, ...], ...}."""
-    views: dict[str, list[FigurePart]] = {name: [] for name in FIGURES}
-    for name, figure, choice in _views(contents):
-        if figure is not None:
-            views[name].append({**choice, "figure": figure})
-    return views
-
-
-def _views(contents: Comparison) -> Iterator[View]:
-    look = looks(contents.methods, contents.reference)
-    for domain in (each.name for each in contents.domains):
-        for text in (each.name for each in contents.texts):
-            choice = {"domain": domain, "text": text}
-            yield "frontier", frontier(contents, look, domain, text), choice
-            for level in sorted({row.level for row in equal_rows(contents, domain, text)}):
-                bars = equal_learning(contents, look, domain, text, level)
-                yield "equal", bars, {**choice, "share": numbers.percent(level)}
-        yield "curves", training_curves(contents, look, domain), {"domain": domain}
-        yield "movement", movement_figure(contents, look, domain), {"domain": domain}
-    for item in contents.importance:
-        yield "heat", heat_map(item), {"importance": str(item.name)}
-    if contents.budget is not None:
-        yield "trade", trade_off(contents.budget), {}
-        yield "control", control(contents.budget), {}
-
-
-@dataclass(frozen=True)
-class PageTables:
-    """The tables of a page, by the names that its template knows."""
-
-    methods: list[tuple[str, str, Table]]  # of each domain, measured on each text
-    runs: Table
-    measures: Table
-    before: Table
-    budget: Table | None
-    sequences: list[tuple[ComparedSequence, Table]]
-    sequence_summary: list[tuple[str, Table]]
-
-
-def _tables(contents: Comparison) -> PageTables:
-    views = [
-        (domain.name, text.name, tables.methods(contents, domain.name, text.name))
-        for domain in contents.domains
-        for text in contents.texts
-        if contents.kind != "run"
-    ]
-    return PageTables(
-        methods=views,
-        runs=tables.runs(contents),
-        measures=tables.measures(contents),
-        before=tables.before(contents),
-        budget=None if contents.budget is None else budget_table(contents.budget),
-        sequences=sequence_tables.sequences(contents),
-        sequence_summary=sequence_tables.sequence_summary(contents),
-    )
-
-
-@dataclass(frozen=True)
-class ShownOutput:
-    """What one model says, with the method's name and what stands above it."""
-
-    name: str
-    title: str
-    text: str
-
-
-@dataclass(frozen=True)
-class ShownSample:
-    """A sample as the page shows it."""
-
-    domain: Text | None
-    prompt: Text | None
-    reference: Text | None
-    outputs: list[ShownOutput]
-
-
-def _sample(contents: Comparison, sample: Sample) -> ShownSample:
-    """A sample with its outputs in reading order: before, after plain, after holding, the rest."""
-    order = [*(name for name in SPOKEN if name in sample.outputs), *sample.outputs]
-    outputs = [
-        ShownOutput(
-            name=name,
-            title=SPOKEN.get(name) or f"after {label(contents, name)}",
-            text=str(sample.outputs[name] or "").strip(),
-        )
-        for name in dict.fromkeys(order)
-    ]
-    return ShownSample(sample.domain, sample.prompt, sample.reference, outputs)
-
-
-def _environment(contents: Comparison) -> JsonObject:
-    """Where the runs ran, as names with values."""
-    if contents.environment is None:
-        return {}
-    known = to_json(contents.environment)
-    return {
-        **{name: value for name, value in known.items() if name != "versions"},
-        **known["versions"],
-    }
-
-
-def _experiment(experiment: Any) -> str:
-    """The experiment, or a run's options, as YAML: compare.json has the text of the file."""
-    if not experiment or isinstance(experiment, str):
-        return str(experiment or "")
-    return str(
-        yaml.safe_dump(_yaml_ready(experiment), sort_keys=False, allow_unicode=True, width=100)
-    )
-
-
-def _yaml_ready(data: Any) -> Any:
-    """Plain values for YAML's safe dumper."""
-    if isinstance(data, Mapping):
-        return {str(key): _yaml_ready(value) for key, value in data.items()}
-    if isinstance(data, (list, tuple)):
-        return [_yaml_ready(value) for value in data]
-    return data if data is None or isinstance(data, (bool, int, float)) else str(data)

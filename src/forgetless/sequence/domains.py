@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forgetless.data.tasks import find_task, load_task, load_training_data
+from forgetless.data.domain import load_training_data
+from forgetless.data.tasks import find_task, load_task
 from forgetless.errors import OptionError
 from forgetless.files.atomic import read_json, write_text
 from forgetless.options.option import several

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from forgetless.data.documents import fingerprint_rows
-from forgetless.data.tasks import encode_rows, load_training_data
+from forgetless.data.domain import encode_rows, load_training_data
 from forgetless.importance.consolidate import consolidated
 from forgetless.importance.importance import Importance
 from forgetless.importance.info import TextSource

@@ -109,12 +109,7 @@ def make_run(
     return TunedRun(
         configuration=as_dict(options),
         environment=environment(str(next(model.parameters()).device)),
-        data=TrainedData(
-            source=options.data,
-            rows=len(inputs.training),
-            rows_trained=len(rows.training),
-            sha256=inputs.hashes["training data"],
-        ),
+        data=_trained_data(options, inputs, rows),
         processes=distributed.world_size(),
         method=list(methods),
         finished=finished.notes,
@@ -132,6 +127,15 @@ def make_run(
         prepare_seconds=trained.prepare_seconds,
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         log=log,
+    )
+
+
+def _trained_data(options: TuneOptions, inputs: Inputs, rows: Rows) -> TrainedData:
+    return TrainedData(
+        source=options.data,
+        rows=len(inputs.training),
+        rows_trained=len(rows.training),
+        sha256=inputs.hashes["training data"],
     )
 
 

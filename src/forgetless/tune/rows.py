@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import nn
 
+from forgetless.data.domain import encode_rows, truncation_report
 from forgetless.data.inputs import Inputs
-from forgetless.data.tasks import encode_rows, truncation_report
 from forgetless.model.linear import unwrapped
 from forgetless.model.loading import context_length
 from forgetless.options.tune import TuneOptions
