@@ -386,7 +386,7 @@ def test_an_interrupted_calibration_goes_on_without_recording_again(
         again = recording(taught, others if not words else general, out)
         monkeypatch.setattr(
             recording_state,
-            "load",
+            "load_state",
             lambda options: recording_state.state_of(
                 options.out, torch.load(tmp_path / "state", weights_only=True)
             ),

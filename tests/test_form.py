@@ -17,8 +17,8 @@ ONE_MEANING = {
 # Names that still have several meanings.
 SEVERAL_MEANINGS = set(
     """
-    Job _address _check_importance _check_processes _cut _documents _measured _run_all _shown
-    _texts_of evaluate load rank running save
+    Job _address _measured _run_all _shown
+    evaluate rank running
     """.split()
 )
 # Libraries that are imported inside functions, each with its reason.

@@ -226,7 +226,7 @@ def test_elements_read_a_few_rows_at_a_time(monkeypatch):
     for form in ("dense", "u8"):
         entry, fast, *_ = make(form, (12, 9, 3))
         X, Y = torch.randn(9, 2, dtype=torch.float64), torch.randn(12, 2, dtype=torch.float64)
-        monkeypatch.setattr(shrink, "ROWS", 27)  # three rows
+        monkeypatch.setattr(shrink, "WIDENED_AT_ONCE", 27)  # three rows
         torch.testing.assert_close(fast.times(X), entry.dense().double() @ X)
         torch.testing.assert_close(fast.T.times(Y), entry.dense().double().T @ Y)
 

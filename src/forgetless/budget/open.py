@@ -151,10 +151,10 @@ def _guard(options: TuneOptions, model: nn.Module, tokenizer: Any, held: Learned
 
 def trained_on(documents: Sequence[Document], data: Any) -> Overlap:
     """Which general documents are in the rows that are trained on."""
-    return overlap(_texts_of(documents), [row_text(row) for row in data])
+    return overlap(_document_texts(documents), [row_text(row) for row in data])
 
 
-def _texts_of(documents: Sequence[Document]) -> list[str]:
+def _document_texts(documents: Sequence[Document]) -> list[str]:
     return [row_text(asdict(document)) for document in documents]
 
 
@@ -235,7 +235,7 @@ def of_trainer(
         assert calibration is not None
         return Predictor(limit, calibration, learning)
     trained = tokenizer.batch_decode([ids for ids, _ in rows], skip_special_tokens=True)
-    shared = overlap(_texts_of(documents), trained)
+    shared = overlap(_document_texts(documents), trained)
     # Of rows in another form than token ids, the length is not known.
     length = sum(len(ids) for ids, _ in rows) / len(rows) if rows else PIECE
     return Keeper(baseline, learning, shared, _rows_per_step(trainer) * length)

@@ -53,7 +53,7 @@ SETTLED = 1e-5
 # A matrix with a side that is no longer than this gets a whole singular value decomposition.
 EXACT_BELOW = 512
 # Elements of importance that are widened to f64 at a time.
-ROWS = 1 << 22
+WIDENED_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +74,7 @@ class Elements:
             row, col = self.entry.row.to(X), self.entry.col.to(X)
             return col @ (row.T @ X) if self.transposed else row @ (col.T @ X)
         height, width = self.entry.shape
-        some = max(1, ROWS // width)
+        some = max(1, WIDENED_AT_ONCE // width)
         blocks = [slice(start, min(start + some, height)) for start in range(0, height, some)]
         if not self.transposed:
             return torch.cat([self.entry.rows(block).to(X) @ X for block in blocks])

@@ -56,7 +56,7 @@ def stack(
     error = 0.0
     if rank is not None and rank < width:
         width = rank
-        error = _cut(summed, rank)
+        error = _cut_to_rank(summed, rank)
     paths = "|".join(re.escape(name.removesuffix(".weight")) for name in summed)
     model = add_adapter(base, names=f"(?:{paths})", rank=width, alpha=width)
     _fill(model, summed)
@@ -76,7 +76,7 @@ def _fill(model: nn.Module, summed: dict[str, ThinFactors]) -> None:
             weight.B[:, : L.shape[1]] = L.to(weight.B)
 
 
-def _cut(summed: dict[str, ThinFactors], rank: int) -> float:
+def _cut_to_rank(summed: dict[str, ThinFactors], rank: int) -> float:
     """Replace every update by the nearest one of `rank`; the relative error of all together."""
     lost = 0.0
     total = 0.0

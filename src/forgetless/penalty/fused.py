@@ -73,7 +73,7 @@ def pull(
     Factors are in f32, bf16 or f16. Raises ValueError for what the kernel does not do: f64, ranks
     above 128, tensors on a CPU outside of the interpreter.
     """
-    _check_importance(A, B, omega, block_scale, tier)
+    _check_kernel_reads(A, B, omega, block_scale, tier)
     _check_kernel_takes(A, B, anchor)
     partial_A, partial_B, partial_energy = _launch(A, B, scale, omega, block_scale, tier, anchor)
     rank = A.shape[0]
@@ -152,7 +152,7 @@ def _side(padded: int) -> int:
     return 64 if padded <= 32 else 32
 
 
-def _check_importance(
+def _check_kernel_reads(
     A: Tensor, B: Tensor, omega: Tensor, block_scale: Tensor | None, tier: str
 ) -> None:
     """Raise ValueError for importance that the kernel does not read, or of another weight."""

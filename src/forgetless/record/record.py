@@ -39,7 +39,7 @@ from forgetless.record import state as recording_state
 from forgetless.record.calibrate import add_calibration, written_before
 from forgetless.record.checks import check_record_options
 from forgetless.record.observing import by_observing
-from forgetless.record.saving import save, with_origin
+from forgetless.record.saving import with_origin, write_importance
 from forgetless.record.state import CalibratedState, ObservedState, TrainedState
 from forgetless.record.text import RecordingText, check_text, general_text
 from forgetless.record.training import by_training
@@ -56,7 +56,7 @@ def record(options: RecordOptions) -> Importance:
     check_record_options(options)
     repository = _repository(options)
     with only_writer(options.out, folder=False):
-        state = recording_state.load(options)
+        state = recording_state.load_state(options)
         seed_and_threads(options)
         tokenizer, model = load_tokenizer(options), load_model(options)
         text = general_text(options, model, tokenizer)
@@ -94,7 +94,7 @@ def record_on(
         recorded, seconds = _estimated(options, model, tokenizer.pad_token_id, text, state)
     origin = Origin(base, text.source, seconds, environment(device))
     importance = with_origin(options, recorded, origin)
-    save(options, importance)
+    write_importance(options, importance)
     logger.info(
         "wrote %s: %d weights, tier %s, %.2f MiB, %.1f s",
         options.out,

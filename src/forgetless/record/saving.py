@@ -30,7 +30,7 @@ def with_origin(options: RecordOptions, recorded: Importance, origin: Origin) ->
     return importance.to_tier(options.tier) if options.tier else importance
 
 
-def save(options: RecordOptions, importance: Importance) -> None:
+def write_importance(options: RecordOptions, importance: Importance) -> None:
     """Write the file, once for all processes, then remove the saved states.
 
     A calibration that follows goes on from its own state, so then they stay.

@@ -5,7 +5,7 @@ for the others. There are three kinds, since a recording trains an adapter or ob
 model, and calibrates when its importance is written:
 
     write(options, ObservedState(...))        # atomic; all processes at about the same moment
-    state = load(options)                # None without --resume, or where there is no state
+    state = load_state(options)              # None without --resume, or where there is no state
 
 A state is read with weights_only, so that no code in it can run, and it is refused where it was
 made with other options, by another number of processes, or from other text.
@@ -88,7 +88,7 @@ def write(options: RecordOptions, state: State) -> None:
         distributed.barrier()  # all states are renamed at about the same moment
 
 
-def load(options: RecordOptions) -> State | None:
+def load_state(options: RecordOptions) -> State | None:
     """The saved state to go on from; None without --resume, or where there is none.
 
     Raises ValueError for a file that is no whole state, OptionError where it was made with other
@@ -102,7 +102,7 @@ def load(options: RecordOptions) -> State | None:
         return None
     plain = _read_state(path)
     state = state_of(path, plain)
-    _check_processes(options, path, plain)
+    _check_same_processes(options, path, plain)
     _check_same_options(options, path, plain["options"])
     return state
 
@@ -144,7 +144,7 @@ def _read_state(path: Path) -> Any:
         ) from error
 
 
-def _check_processes(options: RecordOptions, path: Path, plain: dict[str, Any]) -> None:
+def _check_same_processes(options: RecordOptions, path: Path, plain: dict[str, Any]) -> None:
     """Raise unless as many processes saved it as there are now, all after the same step."""
     then = plain.get("processes", 1)
     if then != distributed.world_size():

@@ -55,7 +55,7 @@ def general_text(options: RecordOptions, model: nn.Module, tokenizer: Any) -> Re
     if ESTIMATORS[options.estimator].constant:
         return RecordingText([], None)
     longest = context_length(model)
-    documents = _documents(options, model, tokenizer, longest)
+    documents = _usable_documents(options, model, tokenizer, longest)
     kept_apart: list[Document] = []
     if options.calibrate:
         documents, kept_apart = apart(documents, tokenizer)
@@ -71,7 +71,7 @@ def general_text(options: RecordOptions, model: nn.Module, tokenizer: Any) -> Re
     return RecordingText(pieces, source, kept_apart)
 
 
-def _documents(
+def _usable_documents(
     options: RecordOptions, model: nn.Module, tokenizer: Any, longest: int
 ) -> list[Document]:
     """All documents that may be used, before any are kept apart."""

@@ -45,7 +45,7 @@ RANK, ALPHA = 8, 32.0
 RATE = float(TUNE_PRESETS["default"]["learning_rate"])
 # (strength as a multiple of the usual one, learning rate) of the three updates on each piece: held
 # updates cost 2.1 to 4.3 nats per unit of energy on the lab model, others 1.3 to 1.5 (LOG.md).
-HELD = ((1.0, 2 * RATE), (3.0, 2 * RATE), (1.0, RATE / 2))
+STRENGTHS_AND_RATES = ((1.0, 2 * RATE), (3.0, 2 * RATE), (1.0, RATE / 2))
 # Nats that a unit of energy which is in nats costs, before any update was measured.
 FIRST_COST = 2.0
 # Tokens of a piece of a document, at most.
@@ -68,7 +68,7 @@ def measured_updates(
     """
     updates = list(done)
     length = min(options.length, LONGEST, context_length(model))
-    plans = [(rows, *how) for rows in trained for how in HELD]
+    plans = [(rows, *how) for rows in trained for how in STRENGTHS_AND_RATES]
     with progress("calibrating", len(plans), unit="update", done=len(done)) as bar:
         for number, (rows, times, rate) in enumerate(plans):
             if number < len(done):

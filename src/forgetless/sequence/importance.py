@@ -91,7 +91,7 @@ def _recorded(
         return Importance.load(out)
     recipe = recipe_of(like, options, str(out))
     out.parent.mkdir(parents=True, exist_ok=True)
-    state = recording_state.load(recipe)
+    state = recording_state.load_state(recipe)
     seed_and_threads(options)
     tokenizer, taught = load_tokenizer(options), model()
     rows = list(load_training_data(learned, split=split))[: recipe.documents]
