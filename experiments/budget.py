@@ -51,8 +51,8 @@ from forgetless.files.atomic import read_json, write_json, write_text
 from forgetless.files.provenance import environment
 from forgetless.files.schema import to_json
 from forgetless.options.model import ModelOptions
-from forgetless.options.record import RECORD_PRESETS, RecordOptions
-from forgetless.options.tune import TUNE_PRESETS, TuneOptions
+from forgetless.options.record import RecordOptions
+from forgetless.options.tune import TuneOptions
 from forgetless.options.verbs import resolve
 
 BUDGETS = ("5%", "2%", "1%", "0.5%")
@@ -181,7 +181,6 @@ class Lab:
                 resolve(
                     RecordOptions,
                     {**RECORDING, "model": self.model, "general": self.recorded, "out": str(path)},
-                    RECORD_PRESETS,
                 )
             )
         return str(path)
@@ -227,11 +226,7 @@ class Lab:
         }
         if "importance" in given:
             given["importance"] = self.importance()
-        return tune(
-            resolve(
-                TuneOptions, {**given, "out": str(self.out / "last" / self.domain)}, TUNE_PRESETS
-            )
-        )
+        return tune(resolve(TuneOptions, {**given, "out": str(self.out / "last" / self.domain)}))
 
     def ours(self, budget: str, seed: int) -> None:
         """`tune --budget`, from the start to the verdict."""

@@ -37,8 +37,7 @@ from forgetless.evaluate.rise import paired_rise
 from forgetless.files.atomic import read_json, write_json, write_text
 from forgetless.importance.calibration import Calibration, MeasuredUpdate
 from forgetless.options.model import ModelOptions
-from forgetless.options.record import RECORD_PRESETS, RecordOptions
-from forgetless.options.tune import TUNE_PRESETS
+from forgetless.options.record import RecordOptions
 from forgetless.options.verbs import resolve
 from forgetless.record.cost import MeasuredPoint, parabola
 from forgetless.record.gradient import gradient
@@ -123,7 +122,6 @@ def short_trainings(shared: Path, out: Path, name: str) -> None:
             "out": str(out / "importance" / f"{name}.safetensors"),
             "calibrate": True,
         },
-        RECORD_PRESETS,
     )
     base, tokenizer = load_model(options), load_tokenizer(options)
     recorded, kept = apart(load_documents(lab.recorded), tokenizer)
@@ -181,7 +179,6 @@ def fine_tuning(shared: Path, out: Path, domain: str, method: str, seed: int) ->
                 **differs,
                 "out": str(out / "last" / domain),
             },
-            TUNE_PRESETS,
         )
     )
     model, baseline, learning, update = lab.reload()
@@ -243,7 +240,6 @@ def importances(shared: Path, out: Path, name: str) -> dict[str, Any]:
                         "out": str(path),
                         **differs,
                     },
-                    RECORD_PRESETS,
                 )
             )
         found[label] = Importance.load(path)

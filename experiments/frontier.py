@@ -44,8 +44,8 @@ from forgetless.files.measured_json import Measured
 from forgetless.files.schema import as_record, to_json
 from forgetless.options.estimators import ESTIMATORS
 from forgetless.options.model import ModelOptions
-from forgetless.options.record import RECORD_PRESETS, RecordOptions
-from forgetless.options.tune import TUNE_PRESETS, TuneOptions
+from forgetless.options.record import RecordOptions
+from forgetless.options.tune import TuneOptions
 from forgetless.options.verbs import resolve
 
 SCALES = (0.25, 0.5, 0.75)
@@ -201,7 +201,7 @@ class Lab:
                 length=128,
                 out=str(path),
             )
-            record(resolve(RecordOptions, {**common, **RECORDINGS[method]}, RECORD_PRESETS))
+            record(resolve(RecordOptions, {**common, **RECORDINGS[method]}))
         return str(path)
 
     def settings(self, method: str, value: float) -> dict[str, Any]:
@@ -279,7 +279,7 @@ class Lab:
             "data": self.data[f"{self.domain}_train"],
             "out": str(folder),
         }
-        finished = tune(resolve(TuneOptions, {**given, "seed": seed}, TUNE_PRESETS))
+        finished = tune(resolve(TuneOptions, {**given, "seed": seed}))
         adapter = self.out / "adapters" / target.stem
         adapter.parent.mkdir(exist_ok=True)
         (folder / "final").rename(adapter)

@@ -31,7 +31,7 @@ from forgetless.evaluate.rise import paired_rise
 from forgetless.files.atomic import read_json, write_json
 from forgetless.files.provenance import environment
 from forgetless.files.schema import to_json
-from forgetless.options.record import RECORD_PRESETS, RecordOptions
+from forgetless.options.record import RecordOptions
 from forgetless.options.verbs import resolve
 from forgetless.report.numbers import perplexity_percent
 
@@ -64,7 +64,7 @@ class Predicted(Lab):
                 "calibrate": True,
                 "resume": True,
             }
-            record(resolve(RecordOptions, given, RECORD_PRESETS))
+            record(resolve(RecordOptions, given))
         return str(path)
 
     def run(self, budget: str, seed: int) -> None:

@@ -43,7 +43,7 @@ from typing import Any
 from frontier import prepare
 
 from forgetless.files.atomic import read_json, write_json, write_text
-from forgetless.options.tune import TUNE_PRESETS, TuneOptions
+from forgetless.options.tune import TuneOptions
 from forgetless.options.verbs import resolve
 from forgetless.sequence.sequence import tune_in_turn
 
@@ -162,7 +162,7 @@ def run(given: argparse.Namespace, data: dict[str, str], arm: str, seed: int) ->
         "resume": (out / "config.yaml").exists(),
     }
     try:
-        tune_in_turn(resolve(TuneOptions, options, TUNE_PRESETS))
+        tune_in_turn(resolve(TuneOptions, options))
     except ValueError as error:
         if "too short to show" not in str(error):
             raise

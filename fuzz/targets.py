@@ -207,8 +207,8 @@ def config(folder: Path) -> Target:
     from forgetless.compare.experiment_file import read
     from forgetless.compare.plan import plan_text
     from forgetless.options.option import as_dict, read_yaml
-    from forgetless.options.record import RECORD_PRESETS, RecordOptions
-    from forgetless.options.tune import TUNE_PRESETS, TuneOptions
+    from forgetless.options.record import RecordOptions
+    from forgetless.options.tune import TuneOptions
     from forgetless.options.verbs import resolve
 
     (folder / "base.yaml").write_text(EXPERIMENT, encoding="utf-8")
@@ -224,12 +224,8 @@ def config(folder: Path) -> Target:
 
     def use(path: Path) -> list[str]:
         if path.name in ("tune.yaml", "record.yaml"):
-            kind, presets = (
-                (TuneOptions, TUNE_PRESETS)
-                if path.name == "tune.yaml"
-                else (RecordOptions, RECORD_PRESETS)
-            )
-            json.dumps(as_dict(resolve(kind, {"model": "m", **read_yaml(path)}, presets)))
+            kind = TuneOptions if path.name == "tune.yaml" else RecordOptions
+            json.dumps(as_dict(resolve(kind, {"model": "m", **read_yaml(path)})))
             return []
         experiment = read(path)
         for trial in validation_trials(experiment):

@@ -13,8 +13,8 @@ from forgetless import __version__
 from forgetless.cli import main
 from forgetless.errors import OptionError
 from forgetless.options.option import GROUPS, MEASURED, RUNNING, deciding, flag, read_yaml
-from forgetless.options.record import RECORD_PRESETS, RecordOptions
-from forgetless.options.tune import TUNE_PRESETS, TuneOptions
+from forgetless.options.record import RecordOptions
+from forgetless.options.tune import TuneOptions
 from forgetless.options.verbs import VERBS, resolve
 
 
@@ -113,7 +113,7 @@ def test_bad_input_exits_with_1_without_a_traceback(tmp_path, capsys):
 def test_precedence_is_flag_then_yaml_then_preset_then_default(tmp_path):
     config = tmp_path / "c.yaml"
     config.write_text("preset: paper\nlearning-rate: 1e-4\nrank: 4\n")
-    options = resolve(TuneOptions, {**read_yaml(config), "rank": "2"}, TUNE_PRESETS)
+    options = resolve(TuneOptions, {**read_yaml(config), "rank": "2"})
     assert (options.rank, options.learning_rate, options.strength, options.weight_decay) == (
         2,
         1e-4,
@@ -124,8 +124,8 @@ def test_precedence_is_flag_then_yaml_then_preset_then_default(tmp_path):
 
 def test_the_paper_preset_holds_the_authors_settings():
     record, tune = (
-        resolve(RecordOptions, {"preset": "paper"}, RECORD_PRESETS),
-        resolve(TuneOptions, {"preset": "paper"}, TUNE_PRESETS),
+        resolve(RecordOptions, {"preset": "paper"}),
+        resolve(TuneOptions, {"preset": "paper"}),
     )
     assert (
         record.targets,
@@ -175,7 +175,7 @@ def test_broken_yaml_is_an_option_error(tmp_path, text):
     with pytest.raises(OptionError, match=r"c\.yaml"):
         read_yaml(path)
     with pytest.raises(OptionError, match="did you mean 'learning_rate'"):
-        resolve(TuneOptions, {"learnin_rate": 1}, TUNE_PRESETS)
+        resolve(TuneOptions, {"learnin_rate": 1})
 
 
 def bounds(spec):
@@ -195,7 +195,7 @@ def test_every_bound_is_kept_with_every_preset(verb):
             wrong += [value for value in (above, below) if value is not None]
             for value in [*wrong, -1]:
                 with pytest.raises(OptionError, match=f"{flag(spec.name)} must be"):
-                    resolve(kind, {**given, spec.name: value}, presets)
+                    resolve(kind, {**given, spec.name: value})
 
 
 def test_what_an_option_decides():

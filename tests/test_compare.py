@@ -33,7 +33,7 @@ from forgetless.model.adapter_files import with_adapter
 from forgetless.model.adapters import add_adapter
 from forgetless.model.loading import load_model, load_tokenizer
 from forgetless.options.model import ModelOptions
-from forgetless.options.tune import TUNE_PRESETS, TuneOptions
+from forgetless.options.tune import TuneOptions
 from forgetless.options.verbs import resolve
 
 WORDS = "the cat sat on mat and dog then too yes no one two three".split()
@@ -436,7 +436,7 @@ def test_runs_made_before_an_option_came_are_still_found():
     given = {"model": "m", "data": "d", "out": "o", "importance": "i", "strength": 3, "seed": 2}
 
     def address(**more):
-        return identity(resolve(TuneOptions, {**given, **more}, TUNE_PRESETS), more=["x", [1]])
+        return identity(resolve(TuneOptions, {**given, **more}), more=["x", [1]])
 
     assert address() == "83d9c16ba459881f"
     assert address(method="kl", replay="self") == "4fc548ebb8660d7e"
@@ -497,12 +497,12 @@ def test_updates_on_a_quantised_base_that_are_not_loras_are_measured_whole(
 ):
     """By the adapter itself: the weights are codes, of which there are no differences."""
     given = {"model": str(model_folder), "data": "d", "out": "o"}
-    quantised = resolve(TuneOptions, {**given, "quantize": "4bit", "method": "oft"}, TUNE_PRESETS)
+    quantised = resolve(TuneOptions, {**given, "quantize": "4bit", "method": "oft"})
     live = torch.nn.Linear(2, 2)
     monkeypatch.setattr(trial, "load_tuned", lambda *arguments, **more: live)
     assert list(trial._scaled(quantised, tmp_path, [0.5])) == [(1.0, live)]
     lora = add_adapter(
-        load_model(resolve(TuneOptions, given, TUNE_PRESETS)), names="all-linear", rank=2, alpha=4.0
+        load_model(resolve(TuneOptions, given)), names="all-linear", rank=2, alpha=4.0
     )
     monkeypatch.setattr(trial, "load_tuned", lambda *arguments, **more: lora)
     assert [scale for scale, _ in trial._scaled(quantised, tmp_path, [0.5, 0.25])] == [

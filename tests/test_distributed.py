@@ -27,8 +27,8 @@ from forgetless.importance.tiers import converted
 from forgetless.model import distributed, shards
 from forgetless.model.adapters import add_adapter
 from forgetless.model.fingerprint import fingerprint
-from forgetless.options.record import RECORD_PRESETS, RecordOptions
-from forgetless.options.tune import TUNE_PRESETS, TuneOptions
+from forgetless.options.record import RecordOptions
+from forgetless.options.tune import TuneOptions
 from forgetless.options.verbs import resolve
 from forgetless.penalty import sharing
 from forgetless.penalty.callback import PenaltyCallback
@@ -357,7 +357,7 @@ def tuned(folder, data, cases, name):
             "log_steps": 1,
             "device": "cpu",
         }
-        run = tune(resolve(TuneOptions, given, TUNE_PRESETS))
+        run = tune(resolve(TuneOptions, given))
         weights = load_file(
             out / "final" / ("model.safetensors" if full else "adapter_model.safetensors")
         )
@@ -517,9 +517,7 @@ def test_engines_that_keep_their_own_gradients_are_refused_before_training(kind,
 def test_the_verbs_refuse_engines_that_spread_the_model(monkeypatch, tmp_path, variable):
     monkeypatch.setenv(variable, "true")
     options = resolve(
-        TuneOptions,
-        {"model": "m", "data": "d", "out": str(tmp_path / "run"), "method": "plain"},
-        TUNE_PRESETS,
+        TuneOptions, {"model": "m", "data": "d", "out": str(tmp_path / "run"), "method": "plain"}
     )
     with pytest.raises(OptionError, match=r"ddp\.yaml"):
         tune(options)
@@ -592,7 +590,7 @@ def resumed(folder, text_file, estimator):
             if k not in ("rank", "epochs", "accumulation", "learning_rate")
         }
     )
-    whole = recording.record(resolve(RecordOptions, given, RECORD_PRESETS))
+    whole = recording.record(resolve(RecordOptions, given))
     write, calls = recording_state.write, []
 
     def stop(*arguments):
@@ -603,11 +601,11 @@ def resumed(folder, text_file, estimator):
 
     recording_state.write = stop
     with pytest.raises(KeyboardInterrupt):
-        recording.record(resolve(RecordOptions, given, RECORD_PRESETS))
+        recording.record(resolve(RecordOptions, given))
     recording_state.write = write
     # a launch ends with all of its processes: none is still writing when the next one clears up
     distributed.barrier()
-    again = recording.record(resolve(RecordOptions, {**given, "resume": True}, RECORD_PRESETS))
+    again = recording.record(resolve(RecordOptions, {**given, "resume": True}))
     return all(torch.equal(whole[name].dense(), again[name].dense()) for name in whole), sorted(
         path.name for path in folder.parent.glob("*.state*")
     )

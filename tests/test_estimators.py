@@ -13,7 +13,7 @@ from forgetless.errors import OptionError
 from forgetless.importance.importance import Importance
 from forgetless.model.adapters import add_adapter
 from forgetless.model.targets import target_weights
-from forgetless.options.record import RECORD_PRESETS, RecordOptions
+from forgetless.options.record import RecordOptions
 from forgetless.options.verbs import resolve
 from forgetless.record import record as recording
 from forgetless.record import state as recording_state
@@ -176,7 +176,7 @@ def test_an_interrupted_recording_goes_on_to_the_same_file(
     }
     given |= {"labels": "sampled"} if estimator in ("fisher", "kronecker") else {}
     given |= {"accumulation": 1} if estimator == "path-factored" else {}
-    options = lambda **more: resolve(RecordOptions, {**given, **more}, RECORD_PRESETS)
+    options = lambda **more: resolve(RecordOptions, {**given, **more})
     whole = recording.record(options(out=str(tmp_path / "whole.safetensors")))
     write, count = recording_state.write, 0
 

@@ -501,11 +501,10 @@ def test_experiments_with_other_types_are_refused(experiment, line):
 
 
 def test_null_as_the_preset_is_the_default_preset():
-    from forgetless.options.tune import TUNE_PRESETS
 
-    assert resolve(TuneOptions, {"preset": None, "data": "x"}, TUNE_PRESETS).rank == 8
+    assert resolve(TuneOptions, {"preset": None, "data": "x"}).rank == 8
     with pytest.raises(OptionError, match="expects int, found inf"):
-        resolve(TuneOptions, {"rank": float("inf")}, TUNE_PRESETS)
+        resolve(TuneOptions, {"rank": float("inf")})
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from forgetless.files.hub import IMPORTANCE_FILE, hub_name, importance_path, sha
 from forgetless.files.provenance import sha256_file
 from forgetless.importance.entries import DenseEntry
 from forgetless.options.option import as_dict
-from forgetless.options.tune import TUNE_PRESETS, TuneOptions
+from forgetless.options.tune import TuneOptions
 from forgetless.options.verbs import resolve
 from forgetless.report.card_words import code
 from forgetless.report.cards import extended, section_of
@@ -443,10 +443,10 @@ def test_the_command_in_the_card_means_the_same_options():
         learning_rate=3e-4,
         seed=5,
     )
-    options = resolve(TuneOptions, given, TUNE_PRESETS)
+    options = resolve(TuneOptions, given)
     words = shlex.split(command("tune", as_dict(options)))
     assert words[:3] == ["forgetless", "tune", "me/base"]
-    again = resolve(TuneOptions, vars(verb_parser("tune").parse_args(words[2:])), TUNE_PRESETS)
+    again = resolve(TuneOptions, vars(verb_parser("tune").parse_args(words[2:])))
     assert as_dict(again) == {**as_dict(options), "out": "run"}
     assert len(words) < 40  # only what differs
 

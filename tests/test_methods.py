@@ -25,8 +25,8 @@ from forgetless.model.adapters import add_adapter
 from forgetless.model.targets import target_weights
 from forgetless.options.finished import EvalOptions
 from forgetless.options.methods import METHODS
-from forgetless.options.record import RECORD_PRESETS, RecordOptions
-from forgetless.options.tune import TUNE_PRESETS, TuneOptions
+from forgetless.options.record import RecordOptions
+from forgetless.options.tune import TuneOptions
 from forgetless.options.verbs import resolve
 from forgetless.record.record import record
 from forgetless.tune import adapted
@@ -111,7 +111,6 @@ def world(model_folder, text_file, tmp_path, tmp_path_factory):
                         "out": files["FILE"],
                         "device": "cpu",
                     },
-                    RECORD_PRESETS,
                 )
             )
         if "EARLIER" in given.values():
@@ -133,7 +132,7 @@ def world(model_folder, text_file, tmp_path, tmp_path_factory):
             "device": "cpu",
             **given,
         }
-        return tune(resolve(TuneOptions, options, TUNE_PRESETS))
+        return tune(resolve(TuneOptions, options))
 
     def plain():
         if not (shared / "plain" / "final").exists():

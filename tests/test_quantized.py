@@ -16,8 +16,8 @@ from forgetless.model.linear import base_shapes, linear_layers
 from forgetless.model.loading import load_model
 from forgetless.model.targets import target_weights
 from forgetless.options.finished import EvalOptions
-from forgetless.options.record import RECORD_PRESETS, RecordOptions
-from forgetless.options.tune import TUNE_PRESETS, TuneOptions
+from forgetless.options.record import RecordOptions
+from forgetless.options.tune import TuneOptions
 from forgetless.options.verbs import resolve
 from forgetless.record.path import PathIntegral
 from forgetless.record.record import record
@@ -42,9 +42,7 @@ def folder(tokenizer, tmp_path):
 
 
 def loaded(folder, bits="none"):
-    return load_model(
-        resolve(TuneOptions, {"model": folder, "quantize": bits, "device": "cpu"}, TUNE_PRESETS)
-    )
+    return load_model(resolve(TuneOptions, {"model": folder, "quantize": bits, "device": "cpu"}))
 
 
 @BITS
@@ -107,7 +105,6 @@ def test_record_tune_eval_and_merge(folder, bits, text_file, tmp_path):
                 "out": str(tmp_path / "i.safetensors"),
                 "estimator": "path",
             },
-            RECORD_PRESETS,
         )
     )
     importance = Importance.load(tmp_path / "i.safetensors")
@@ -121,7 +118,7 @@ def test_record_tune_eval_and_merge(folder, bits, text_file, tmp_path):
         "importance": str(tmp_path / "i.safetensors"),
         "log_steps": 1,
     }
-    run = tune(resolve(TuneOptions, {**given, "out": str(tmp_path / "run")}, TUNE_PRESETS))
+    run = tune(resolve(TuneOptions, {**given, "out": str(tmp_path / "run")}))
     assert run["energy"] > 0
     final = str(tmp_path / "run" / "final")
     seen = evaluate(
@@ -144,7 +141,7 @@ def test_full_fine_tuning_of_a_quantised_base_is_refused(folder, text_file, tmp_
         "out": str(tmp_path / "run"),
     }
     with pytest.raises(OptionError, match="leave out --quantize"):
-        tune(resolve(TuneOptions, given, TUNE_PRESETS))
+        tune(resolve(TuneOptions, given))
     with pytest.raises(
         ValueError, match="neither a LoRA layer nor a linear layer that requires a gradient"
     ):

@@ -24,8 +24,8 @@ from forgetless.model.adapters import add_adapter
 from forgetless.model.stack import stack
 from forgetless.model.targets import target_weights
 from forgetless.options.model import ModelOptions
-from forgetless.options.record import RECORD_PRESETS, RecordOptions
-from forgetless.options.tune import TUNE_PRESETS, TuneOptions
+from forgetless.options.record import RecordOptions
+from forgetless.options.tune import TuneOptions
 from forgetless.options.verbs import resolve
 from forgetless.record import record as recording
 from forgetless.record import training as path_training
@@ -100,7 +100,7 @@ def importance(model_folder, general, tmp_path):
             "cov_rank": 4,
             **given,
         }
-        record(resolve(RecordOptions, options, RECORD_PRESETS))
+        record(resolve(RecordOptions, options))
         return str(path)
 
     return make
@@ -647,7 +647,6 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
             resolve(
                 TuneOptions,
                 {"model": str(model_folder), "data": domains[:2], "out": str(tmp_path / "bad")},
-                TUNE_PRESETS,
             )
         )
     own = (
@@ -738,9 +737,7 @@ def test_an_earlier_sequence_in_the_same_folder_holds_nothing(words, domains, im
     )
     assert run(words, "--data", domains[0], "--importance", file, "--out", out, "--overwrite") == 0
     options = resolve(
-        TuneOptions,
-        {"model": words[1], "data": [domains[1]], "after": str(out), "out": "x"},
-        TUNE_PRESETS,
+        TuneOptions, {"model": words[1], "data": [domains[1]], "after": str(out), "out": "x"}
     )
     assert earlier_of(options)[2] == file
 

@@ -16,8 +16,8 @@ from forgetless.errors import OptionError
 from forgetless.files import room
 from forgetless.importance.importance import Importance
 from forgetless.options.estimators import ESTIMATORS
-from forgetless.options.record import RECORD_PRESETS, RecordOptions
-from forgetless.options.tune import TUNE_PRESETS, TuneOptions
+from forgetless.options.record import RecordOptions
+from forgetless.options.tune import TuneOptions
 from forgetless.options.verbs import resolve
 from forgetless.record import observing
 from forgetless.record import training as path_training
@@ -45,7 +45,7 @@ def recorded(model_folder, text_file, tmp_path):
             "save_steps": 1,
             **given,
         }
-        return record(resolve(RecordOptions, options, RECORD_PRESETS))
+        return record(resolve(RecordOptions, options))
 
     return run
 
@@ -81,7 +81,7 @@ def tuned(model_folder, tmp_path):
             "device": "cpu",
             **given,
         }
-        return tune(resolve(TuneOptions, options, TUNE_PRESETS))
+        return tune(resolve(TuneOptions, options))
 
     return run
 
@@ -152,7 +152,7 @@ def test_recording_in_groups_resumes_to_the_file_of_one_pass(
             "labels": "sampled",
             **given,
         }
-        return record(resolve(RecordOptions, options, RECORD_PRESETS))
+        return record(resolve(RecordOptions, options))
 
     observe, calls = Kronecker.observe, 0
 
@@ -189,10 +189,10 @@ def test_groups_follow_from_free_memory_and_are_announced(
     )
     with caplog.at_level("INFO", "forgetless"):
         monkeypatch.setattr(observing, "free_memory", lambda: 2 * needed)
-        record(resolve(RecordOptions, options, RECORD_PRESETS))
+        record(resolve(RecordOptions, options))
         assert "--groups" not in caplog.text and "1 pass" in caplog.text
         monkeypatch.setattr(observing, "free_memory", lambda: 2 * needed - 1)
-        record(resolve(RecordOptions, {**options, "out": str(tmp_path / "l")}, RECORD_PRESETS))
+        record(resolve(RecordOptions, {**options, "out": str(tmp_path / "l")}))
     assert "--groups 2: the sums of all weights take" in caplog.text
     assert same(load_file(tmp_path / "k"), load_file(tmp_path / "l"))
 
@@ -223,11 +223,7 @@ def test_the_default_recipe_needs_neither_estimator_nor_strength(
 ):
     path = str(tmp_path / "d.safetensors")
     record(
-        resolve(
-            RecordOptions,
-            {"model": str(model_folder), "general": str(text_file), "out": path},
-            RECORD_PRESETS,
-        )
+        resolve(RecordOptions, {"model": str(model_folder), "general": str(text_file), "out": path})
     )
     run = tuned(importance=path)
     assert (
@@ -237,11 +233,7 @@ def test_the_default_recipe_needs_neither_estimator_nor_strength(
     )
     uniform = str(tmp_path / "u.safetensors")
     record(
-        resolve(
-            RecordOptions,
-            {"model": str(model_folder), "estimator": "uniform", "out": uniform},
-            RECORD_PRESETS,
-        )
+        resolve(RecordOptions, {"model": str(model_folder), "estimator": "uniform", "out": uniform})
     )
     with pytest.raises(OptionError, match="no default strength"):
         tuned(importance=uniform, out=str(tmp_path / "other"))

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import PLAIN
-from forgetless.options.record import RECORD_PRESETS, RecordOptions
-from forgetless.options.tune import TUNE_PRESETS, TuneOptions
+from forgetless.options.record import RecordOptions
+from forgetless.options.tune import TuneOptions
 from forgetless.options.verbs import resolve
 from forgetless.record.record import record
 from forgetless.tune.tune import tune
@@ -49,7 +49,7 @@ def tuned(model_folder, tmp_path):
             "device": "cpu",
             **given,
         }
-        result = tune(resolve(TuneOptions, options, TUNE_PRESETS))
+        result = tune(resolve(TuneOptions, options))
         return result, load_file(
             out
             / "final"
@@ -139,7 +139,7 @@ def test_full_fine_tuning_of_some_targets_holds_those(tuned, model_folder, text_
         "out": str(tmp_path / "i.safetensors"),
         "targets": "q_proj",
     }
-    record(resolve(RecordOptions, options, RECORD_PRESETS))
+    record(resolve(RecordOptions, options))
     held = {"importance": str(tmp_path / "i.safetensors"), "strength": 10.0}
     run, after = tuned([{"text": "the cat sat on"}] * 8, full=True, targets="q_proj", **held)
     before = load_file(model_folder / "model.safetensors")

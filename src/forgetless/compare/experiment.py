@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from forgetless.options.option import RUNNING
-from forgetless.options.record import RECORD_PRESETS, RecordOptions
-from forgetless.options.tune import TUNE_PRESETS, TuneOptions
+from forgetless.options.record import RecordOptions
+from forgetless.options.tune import TuneOptions
 from forgetless.options.verbs import resolve
 
 # Options that name files: what is in them decides a run, and their hashes are in `more`.
@@ -168,11 +168,7 @@ def record_options(
     experiment: Experiment, recipe: Mapping[str, Any], *, general: str, out: str
 ) -> RecordOptions:
     """The options of one recording."""
-    return resolve(
-        RecordOptions,
-        {**experiment.model, "general": general, **recipe, "out": out},
-        RECORD_PRESETS,
-    )
+    return resolve(RecordOptions, {**experiment.model, "general": general, **recipe, "out": out})
 
 
 def tune_options(
@@ -198,7 +194,7 @@ def tune_options(
         given["replay"] = replay
     if given.get("importance"):
         given["importance"] = importance
-    return resolve(TuneOptions, given, TUNE_PRESETS)
+    return resolve(TuneOptions, given)
 
 
 def validation_trials(experiment: Experiment) -> list[Trial]:

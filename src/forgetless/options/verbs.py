@@ -7,7 +7,7 @@ line), one help text and one default. `None` as the default of an option that is
 that the preset decides; presets hold only what differs. Strongest first: the command line,
 `--config FILE.yaml`, what a method sets, the preset, the default.
 
-    options = resolve(TuneOptions, {"model": "gpt2", "data": "d.jsonl", "out": "run"}, TUNE_PRESETS)
+    options = resolve(TuneOptions, {"model": "gpt2", "data": "d.jsonl", "out": "run"})
     VERBS["tune"].perform(options)
 
 Nothing heavy is imported, so that `--help` answers at once: functions are named by reference.
@@ -67,7 +67,7 @@ class Verb:
 
     def resolve(self, given: Given) -> Any:
         """The options from what was given, with everything checked that needs no model."""
-        options: Any = resolve(self.options, given, self.presets)
+        options: Any = resolve(self.options, given)
         missing = [name for name in self.needs(options) if not getattr(options, name)]
         if missing:
             names = ", ".join(map(self.shown, missing))
@@ -217,12 +217,8 @@ VERBS: dict[str, Verb] = {
 }
 
 
-def resolve(
-    kind: type[Options],
-    given: Given,
-    presets: Mapping[str, Given] | None = None,
-) -> Options:
-    """The frozen options of one kind from what was given, filled up from the preset.
+def resolve(kind: type[Options], given: Given) -> Options:
+    """The frozen options of one kind from what was given, filled up as their verb's row says.
 
     Raises OptionError for unknown names and wrong types.
     """
@@ -236,10 +232,10 @@ def resolve(
     verb = next((row for row in VERBS.values() if row.options is kind), None)
     if verb is not None and verb.check_given is not None:
         verb.check_given(values)
-    if presets is None:
+    if verb is None or verb.presets is None:
         return kind(**values)
-    preset = presets[str(values.get("preset") or known["preset"].default)]
-    decided = verb.settings(values) if verb is not None and verb.settings is not None else {}
+    preset = verb.presets[str(values.get("preset") or known["preset"].default)]
+    decided = {} if verb.settings is None else verb.settings(values)
     said = {
         name: value
         for name, value in values.items()

@@ -11,10 +11,8 @@ from typing import Any
 from forgetless.files.hub import hub_name, shareable
 from forgetless.files.measured_json import Interval, Loss, Measured, Scores
 from forgetless.files.run_json import Environment, Run
-from forgetless.options.finished import ShrinkOptions
 from forgetless.options.option import RUNNING, as_dict, deciding
-from forgetless.options.tune import TUNE_PRESETS, TuneOptions
-from forgetless.options.verbs import resolve
+from forgetless.options.verbs import VERBS, resolve
 from forgetless.report import numbers
 from forgetless.report.budget import in_one_line
 from forgetless.report.card_words import (
@@ -163,14 +161,13 @@ def command(verb: str, options: Mapping[str, Any]) -> str:
     """The command that makes a run again: its options as far as they differ from what preset and
     method would set, without this machine's folders.
     """
-    kind: type[TuneOptions] | type[ShrinkOptions] = TuneOptions if verb == "tune" else ShrinkOptions
-    presets = TUNE_PRESETS if verb == "tune" else None
+    kind = VERBS[verb].options
     given = {
         key: options[key]
         for key in ("preset", "method", "importance")
         if options.get(key) is not None
     }
-    usual = as_dict(resolve(kind, given, presets))  # type: ignore[type-var]
+    usual = as_dict(resolve(kind, given))
     first = "adapter" if verb == "shrink" else "model"
     words = ["forgetless", verb, str(shareable(options[first]))]
     aside = []

@@ -19,7 +19,7 @@ from forgetless.importance.info import TextSource
 from forgetless.model.loading import context_length, load_tokenizer, seed_and_threads
 from forgetless.options.estimators import known, unread
 from forgetless.options.model import ModelOptions, TextOptions
-from forgetless.options.record import RECORD_PRESETS, RecordOptions
+from forgetless.options.record import RecordOptions
 from forgetless.options.tune import TuneOptions
 from forgetless.options.verbs import resolve
 from forgetless.record import state as recording_state
@@ -138,8 +138,4 @@ def recipe_of(importance: Importance, options: TuneOptions, out: str) -> RecordO
     mine = {field.name: getattr(options, field.name) for field in dataclasses.fields(ModelOptions)}
     mine.update(quantize="none", resume=options.resume, out=out)
     keep = {"keep_anchor": False} if trains else {}
-    return resolve(
-        RecordOptions,
-        {**given, **mine, **keep, "estimator": name},
-        RECORD_PRESETS,
-    )
+    return resolve(RecordOptions, {**given, **mine, **keep, "estimator": name})
