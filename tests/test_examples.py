@@ -76,15 +76,15 @@ def test_there_is_a_file_for_each_model_and_domain_of_the_paper():
 @pytest.mark.parametrize("path", YAMLS, ids=named)
 def test_every_yaml_resolves_and_holds_only_what_differs(path):
     verb = path.stem.split("-")[0]
-    kind, presets = VERBS[verb].options, VERBS[verb].presets
+    kind = VERBS[verb].options
     given = read_yaml(path)
-    options = as_dict(resolve(kind, given, presets))
+    options = as_dict(resolve(kind, given))
     assert options["preset"] == (
         "paper" if path.is_relative_to(EXAMPLES / "paper") else "default"
-    ) and all(options[name] for name in VERBS[verb].needs(resolve(kind, given, presets)))
+    ) and all(options[name] for name in VERBS[verb].needs(resolve(kind, given)))
     for name in given:
         assert (
-            as_dict(resolve(kind, {k: v for k, v in given.items() if k != name}, presets))[name]
+            as_dict(resolve(kind, {k: v for k, v in given.items() if k != name}))[name]
             != options[name]
         ), f"{name} repeats a default"
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from forgetless.options.model import DTYPES, ModelOptions, TextOptions
-from forgetless.options.option import MEASURED, RUNNING, option
+from forgetless.options.option import MEASURED, RUNNING, option, same
+from forgetless.options.tune import TuneOptions
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,7 @@ class EvalOptions(TextOptions, ModelOptions):
         at_least=0,
         decides=MEASURED,
     )
-    limit: int | None = option(
-        None,
-        "evaluate at most this many documents or questions",
-        group="measuring",
-        at_least=1,
-        decides=MEASURED,
-    )
+    limit: int | None = same(TuneOptions, "limit")
     length: int | None = option(
         None,
         "window in tokens; default: the model's context, at most 2048",
@@ -124,12 +119,7 @@ class ShrinkOptions(TextOptions, ModelOptions):
         decides=MEASURED,
         metavar="DATA",
     )
-    data_split: str | None = option(
-        None,
-        "split of a Hub dataset given by --data; default: test, or the held-out split of a task",
-        group="data",
-        decides=MEASURED,
-    )
+    data_split: str | None = same(EvalOptions, "data_split")
     method: str = option(
         "shrink",
         "shrink along importance, or scale all of the update",

@@ -2,6 +2,7 @@
 
     learning_rate: float = option(None, "AdamW learning rate", group="training", above=0)
     checked(field, "1e-3")           # 0.001; raises OptionError for what does not fit
+    length: int = same(RecordOptions, "length")   # the row that `record` has
     deciding(TuneOptions, RUNNING)   # ("device", "threads", ...)
 
 The row of an option is the only place that says what the option is: its help, its bounds, where
@@ -85,6 +86,12 @@ def option(
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def same(kind: Any, name: str) -> Any:
+    """The field of an option that another verb has too, with the same row."""
+    spec = kind.__dataclass_fields__[name]
+    return field(default=spec.default, metadata=spec.metadata)
 
 
 def deciding(kind: Any, what: str) -> tuple[str, ...]:

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from forgetless.options.estimators import ESTIMATORS
 from forgetless.options.model import ModelOptions
-from forgetless.options.option import RUNNING, option
+from forgetless.options.option import RUNNING, option, same
+from forgetless.options.record import RecordOptions
+from forgetless.options.tune import TuneOptions
 
 
 @dataclass(frozen=True)
@@ -20,9 +22,7 @@ class PlanOptions(ModelOptions):
         metavar="NAMES",
     )
     rank: int = option(8, "LoRA rank r", group="adapter", at_least=1)
-    full: bool = option(
-        False, "train the target weights themselves instead of an adapter", group="adapter"
-    )
+    full: bool = same(TuneOptions, "full")
     estimator: str = option(
         "kronecker", "how importance is estimated", group="importance", choices=ESTIMATORS
     )
@@ -48,9 +48,7 @@ class PlanOptions(ModelOptions):
     record_tokens: int = option(
         4096, "tokens per forward pass while recording", group="data", at_least=2
     )
-    gradient_checkpointing: bool = option(
-        False, "recompute activations in the backward pass", group="training"
-    )
+    gradient_checkpointing: bool = same(RecordOptions, "gradient_checkpointing")
     processes: int = option(
         1, "processes that train together, one per device", group="training", at_least=1
     )

@@ -7,8 +7,8 @@ from typing import Any
 
 from forgetless.options.methods import METHODS
 from forgetless.options.model import AdapterOptions, ModelOptions, TextOptions
-from forgetless.options.option import MEASURED, RUNNING, Given, option
-from forgetless.options.record import PRESETS
+from forgetless.options.option import MEASURED, RUNNING, Given, option, same
+from forgetless.options.record import PRESETS, RecordOptions
 
 LAYERS = ("uniform", "softmax", "scale-free")
 REPORTERS = ("none", "tensorboard", "wandb", "trackio", "mlflow", "swanlab")
@@ -180,7 +180,7 @@ class TuneOptions(AdapterOptions, TextOptions, ModelOptions):
     full: bool = option(
         False, "train the target weights themselves instead of an adapter", group="adapter"
     )
-    learning_rate: float = option(None, "AdamW learning rate", group="training", above=0)
+    learning_rate: float = same(RecordOptions, "learning_rate")
     schedule: str = option(
         "linear",
         "learning-rate schedule",
@@ -205,25 +205,16 @@ class TuneOptions(AdapterOptions, TextOptions, ModelOptions):
     max_steps: int = option(
         -1, "stop after this many optimizer steps; -1: epochs decide", group="training"
     )
-    batch_size: int = option(None, "sequences per forward pass", group="training", at_least=1)
-    accumulation: int = option(
-        None, "forward passes per optimizer step", group="training", at_least=1
-    )
-    length: int = option(
-        None,
-        "tokens per sequence; default: preset, at most the model's context",
-        group="data",
-        at_least=2,
-    )
+    batch_size: int = same(RecordOptions, "batch_size")
+    accumulation: int = same(RecordOptions, "accumulation")
+    length: int = same(RecordOptions, "length")
     packing: bool = option(False, "pack several documents into one sequence", group="data")
     completion_only: bool | None = option(
         None,
         "score only completions or assistant turns; default: yes where the data has them",
         group="data",
     )
-    gradient_checkpointing: bool = option(
-        False, "recompute activations in the backward pass", group="training"
-    )
+    gradient_checkpointing: bool = same(RecordOptions, "gradient_checkpointing")
     eval_data: str | None = option(
         None,
         "held-out domain data, evaluated before, during and after; with several domains one for "
@@ -286,12 +277,7 @@ class TuneOptions(AdapterOptions, TextOptions, ModelOptions):
         decides=RUNNING,
         metavar="NAME",
     )
-    private: bool | None = option(
-        None,
-        "make the repository of --push-to-hub private, where it is new",
-        group="output",
-        decides=RUNNING,
-    )
+    private: bool | None = same(RecordOptions, "private")
     resume: bool = option(
         False,
         "go on from the last checkpoint in --out",
