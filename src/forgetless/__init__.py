@@ -1,7 +1,7 @@
 """forgetless: fine-tune language models without forgetting what they know.
 
-The method of Song et al. 2025 (arXiv 2501.13669) and what goes beyond it. Names load on first use,
-so that importing forgetless does not import torch.
+It has the method of Song et al. 2025 (arXiv 2501.13669) and what goes beyond it. Names load on
+first use, so that importing forgetless does not import torch.
 """
 
 from __future__ import annotations

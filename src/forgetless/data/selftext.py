@@ -3,15 +3,16 @@
     answers = sample(model, tokenizer, prompts, seed=0, length=256)
     answers[0].scored              # token ids of the answer, its end included where it ended
 
-For a chat model the answers to prompts (data/prompts/) through its chat template. Temperature 1, no
-top-k, no top-p, no penalty: what generation_config asks for is a manner of decoding, and text from
-another distribution than the model's own would make its divergence from itself look like something.
+For a chat model this is what it answers to prompts (data/prompts/), which its chat template puts
+to it. The temperature is 1, without top-k, top-p and penalties. What generation_config asks for is
+a manner of decoding, and text from another distribution than the model's own would make its
+divergence from itself look like something.
 
 Every prompt has its own stream of random numbers, which follows from the seed and the prompt, so
 its answer does not depend on what else is sampled, in which batch, or after which interruption
 (to the rounding of a batch's shape). An answer that reaches `length` tokens is kept as it is.
 
-Costs one forward pass of a batch for each token of its longest answer. The batch is made smaller as
+It costs one forward pass of a batch for each token of its longest answer. The batch is made smaller as
 answers end: once half of its rows have ended they are taken out of the cache.
 """
 

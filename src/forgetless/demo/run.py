@@ -1,9 +1,9 @@
 """forgetless demo: the whole method on a model and a world that come with the package.
 
-An experiment that `compare` runs (experiment.py): importance is recorded on text about the world,
-and the model is taught a herbal of new facts, plainly at three learning rates and held by
-importance at two. Measured is what it still knows: accuracy on questions about the world, and loss
-on text about it in phrasings that it never saw.
+The demo is an experiment that `compare` runs (experiment.py). Importance is recorded on text about
+the world, and the model is taught a herbal of new facts, plainly at three learning rates and held
+by importance at two. What it still knows is measured as its accuracy on questions about the world,
+and as its loss on text about the world in phrasings that it never saw.
 
 Two rivals cost no method at all and are shown beside it: plain fine-tuning at a smaller learning
 rate, and the plain update scaled back to 95 % of what it learns, the highest level of learning at

@@ -1,8 +1,8 @@
 """The script that made `demo/model/`: python -m forgetless.demo.train_model [--out DIR]
 
-A byte-level BPE tokenizer and a Llama of about one million parameters, trained from scratch on the
-world's text with AdamW and a cosine schedule until `--steps`. Minutes on two cores; the settings
-and what was reached are written beside the weights in training.json.
+It trains a byte-level BPE tokenizer and a Llama of about one million parameters from scratch on the
+world's text, with AdamW and a cosine schedule, for `--steps` steps. That takes minutes on two
+cores. The settings and what was reached are written beside the weights in training.json.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """A synthetic world that reads as plain English: people, towns, works and plants for general
 knowledge, and a herbal of new facts for a second domain.
 
-Everything comes from `random.Random(seed)`: the same on every machine. A fact is (relation,
-subject, value); each relation has several phrasings, one of which, for each fact another one,
-appears only in held-out text, and one question. General questions ask the world's facts, domain
-questions the herbal's. The herbal says new things with known words: the plants, ailments, ways of
+Everything comes from `random.Random(seed)`, so it is the same on every machine. A fact is a
+relation, a subject and a value. A relation has one question and several phrasings; for each fact
+one of them appears only in held-out text. General questions ask the world's facts, domain questions
+the herbal's. The herbal says new things with known words: the plants, ailments, ways of
 cooking and seasons all occur in general facts, as a language model knows the words of a domain
 before it learns the domain.
 """

@@ -3,10 +3,11 @@
     before = judged_answers(prompts, said_before)  # name -> {prompt id: True or False}
     changes = compared_behaviours(before, judged_answers(prompts, said_after))
 
-One record a behaviour: what is asked, of which prompts, and how an answer is judged. Every judge is
-a stated rule on the text, never a model. The same prompts and the same random numbers are used
-before and after, so the two are paired: the rate's change has the interval of paired differences,
-and the exact test of McNemar says how likely its changes would be if nothing had changed.
+A behaviour is a record that says what is asked, of which prompts, and how an answer is judged.
+Every judge is a stated rule on the text, never a model. The same prompts and the same random
+numbers are used before and after, so the two are paired: the rate's change has the interval of
+paired differences, and the exact test of McNemar says how likely its changes would be if nothing
+had changed.
 
 What a behaviour counts is said by `counts`; `better` says which way a user wants it, or None.
 """

@@ -4,9 +4,9 @@ At every scored position of the base's own answers
 
     KL(base || tuned) = sum_v p(v) (log p(v) - log q(v))          nats
 
-exact over the vocabulary; averaged over tokens it is forgetting in nats per token. It is zero only
-where nothing changed, it never falls below zero, and its curvature at the base is the true Fisher
-information of that text: half the energy of importance recorded there predicts it.
+is computed over the whole vocabulary; its mean over tokens is forgetting in nats per token. It is
+zero only where nothing changed, it never falls below zero, and its curvature at the base is the
+true Fisher information of that text: half the energy of importance recorded there predicts it.
 
     base = reference(model, answers)                 # the base's log-probabilities, once
     sums, tokens = divergence(model, answers, base)  # each (answers,)

@@ -6,7 +6,7 @@ push_to_hub, from_pretrained, save_pretrained.
     OWNER/NAME/README.md                  the model card (report/cards.py)
 
 Wherever forgetless takes an importance file it takes a file, a folder of `save_pretrained` or a Hub
-name, in this order: what exists locally is never looked up.
+name. They are tried in this order, so what exists locally is never looked up.
 
     importance.push_to_hub("me/llama-importance", private=True)
     importance = Importance.from_pretrained("me/llama-importance")

@@ -7,10 +7,10 @@ killed one never blocks.
         ...
 
 The kernel holds the lock (filelock, by `flock`) and lets go of it when the process ends, however it
-ends; the file names process and host for the message, and is removed at the end. Where the file
-system or the platform knows no flock, that file itself is the lock, which is said: one that a
-killed process of this host left is taken over, one of another host has to be removed by hand.
-Whoever has the lock removes the temporaries that killed processes left.
+ends. The file names the process and its host for the message, and is removed at the end. Where the
+file system or the platform has no flock, the file itself is the lock, and the log says so; one that
+a killed process of this host left is then taken over, and one of another host has to be removed by
+hand. Whoever has the lock removes the temporary files that killed processes left.
 
 The processes that torchrun starts are one run: the first (RANK 0, or LOCAL_RANK where that alone is
 set) takes the lock for all of them.

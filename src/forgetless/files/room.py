@@ -1,5 +1,5 @@
-"""Whether there is room: a folder that can be written to, space on the disk, free memory. Asked
-before long work, so that a mistake costs seconds and not a training.
+"""Whether there is room: a folder that can be written to, space on the disk, free memory. It is
+asked before long work, so that a mistake costs seconds and not a training.
 """
 
 from __future__ import annotations

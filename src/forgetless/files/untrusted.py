@@ -10,7 +10,7 @@
     check_mapping(value)     a mapping with text as keys
 
 What cannot be used is a FileError (errors.py), whose message is one printable line, whatever the
-file holds. Costs one pass over what was read.
+file holds. The checks cost one pass over what was read.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@ anything is made of them.
 
     load_yaml("a: [1, 2]")      # {"a": [1, 2]}
 
-No tags, at most DEPTH levels, and at most NODES values however often aliases repeat them. Costs one
-pass over the text.
+Tags are refused, and so are more than DEPTH levels and more than NODES values, counted as often as
+aliases repeat them. Reading costs one pass over the text.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 """PEFT adapters around a model: put on, switched off, taken out, and looked into.
 
-model = add_adapter(base, names="all-linear", rank=8, alpha=16)
-with bare(model) as base: ...           # measure the base model below the adapter
-base = without_adapter(model)
+For example:
+
+    model = add_adapter(base, names="all-linear", rank=8, alpha=16)
+    with bare(model) as base: ...           # measure the base model below the adapter
+    base = without_adapter(model)
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """A fingerprint of a base model, by which an importance file knows the model that it belongs to.
 
-fingerprint(model)      # 64 hexadecimal digits, with or without an adapter around the model
+For example:
+
+    fingerprint(model)      # 64 hexadecimal digits, with or without an adapter around the model
 """
 
 from __future__ import annotations

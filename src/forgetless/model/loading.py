@@ -1,7 +1,9 @@
 """Loading and saving models and tokenizers, with errors that say what to do.
 
-model, tokenizer = load_model(options), load_tokenizer(options)
-save_whole(model, tokenizer, Path("final"))
+For example:
+
+    model, tokenizer = load_model(options), load_tokenizer(options)
+    save_whole(model, tokenizer, Path("final"))
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@
     deciding(TuneOptions, RUNNING)   # ("device", "threads", ...)
 
 The row of an option is the only place that says what the option is: its help, its bounds, where
-`--help` shows it, and whether the result of a run depends on it. model.py, record.py, tune.py and
-verbs.py hold the rows. Nothing heavy is imported.
+`--help` shows it, and whether the result of a run depends on it. The other files of options/ hold
+the rows. Nothing heavy is imported.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Functions and classes named by text, so that a table of records imports nothing heavy.
 
-resolved("forgetless.record.kronecker:Kronecker")   # the class, its module imported now
+    resolved("forgetless.record.kronecker:Kronecker")   # the class, its module imported now
+
+A module is imported when one of its names is asked for, and not before.
 """
 
 from __future__ import annotations

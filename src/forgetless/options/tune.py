@@ -189,7 +189,7 @@ class TuneOptions(AdapterOptions, TextOptions, ModelOptions):
     )
     warmup: float = option(
         0.0,
-        "share of the steps that warm up the learning rate",
+        "fraction of the steps that warm up the learning rate",
         group="training",
         at_least=0,
     )

@@ -4,8 +4,9 @@ A verb is a frozen dataclass of options, a function that takes them, and a row h
 two together. The command line, YAML files and Python calls are all made from the dataclass: an
 option has one name everywhere (`learning_rate` in Python and YAML, `--learning-rate` on the command
 line), one help text and one default. `None` as the default of an option that is not optional means
-that the preset decides; presets hold only what differs. Strongest first: the command line,
-`--config FILE.yaml`, what a method sets, the preset, the default.
+that the preset decides; presets hold only what differs. Where several say something of an option,
+the first of these counts: the command line, `--config FILE.yaml`, what a method sets, the preset,
+the default.
 
     options = resolve(TuneOptions, {"model": "gpt2", "data": "d.jsonl", "out": "run"})
     VERBS["tune"].perform(options)

@@ -1,6 +1,8 @@
 """Whether importance fits a model: recorded on this base, and covering what is trained.
 
-check_fit(model, importance, [weight.name for weight in target_weights(model)], "base")
+For example:
+
+    check_fit(model, importance, [weight.name for weight in target_weights(model)], "base")
 """
 
 from __future__ import annotations

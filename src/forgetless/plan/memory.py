@@ -1,8 +1,8 @@
 """Bytes per process while recording and while tuning, by what they are for.
 
-What tensors take, without Python and the libraries. On one core with 16 million parameters
-(benchmarks/plan.py) peaks are within 5 % where every tensor is given back at once; glibc's heap,
-which keeps holes, makes it 1.4 to 1.7 times as much.
+Counted is what tensors take, without Python and the libraries. On one core with 16 million
+parameters (benchmarks/plan.py) peaks are within 5 % where every tensor is given back at once;
+glibc's heap, which keeps holes, makes it 1.4 to 1.7 times as much.
 """
 
 from __future__ import annotations

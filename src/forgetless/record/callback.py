@@ -1,8 +1,10 @@
 """A path recorder under a transformers Trainer, or one that is built on it.
 
-trainer.add_callback(RecorderCallback(recorder, trainer=trainer))
-trainer.train()
-importance = recorder.finish()
+For example:
+
+    trainer.add_callback(RecorderCallback(recorder, trainer=trainer))
+    trainer.train()
+    importance = recorder.finish()
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 """What one pass of an observing recorder has seen, in this process and in all of them together.
 
-seen = Seen()                        # an observing recorder counts what it is shown
-seen.of_all_processes(device)        # the counts of all processes
-add_up_sums(sums, names, device)     # and their sums, in place
+For example:
+
+    seen = Seen()                        # an observing recorder counts what it is shown
+    seen.of_all_processes(device)        # the counts of all processes
+    add_up_sums(sums, names, device)     # and their sums, in place
 """
 
 from __future__ import annotations

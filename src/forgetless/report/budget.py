@@ -188,7 +188,7 @@ def curve_table(report: BudgetReport) -> str:
     """Each way's curve on the control part, or as predicted, as a table in the terminal."""
     rise = "predicted rise" if report.verdict == "predicted" else "general perplexity"
     return terminal.table(
-        ["way", "share", "mu", rise, "learning (nats)"],
+        ["way", "fraction", "mu", rise, "learning (nats)"],
         [
             [
                 point.way,

@@ -137,14 +137,14 @@ def control(report: BudgetReport) -> Figure | None:
         _look_trace(
             looks,
             lambda look: _product(look.rise, of_budget),
-            f"{known}, share of the budget",
+            f"{known}, fraction of the budget",
             OUR_COLOURS,
             mode="lines",
         ),
         _look_trace(
             looks,
             lambda look: _product(look.probe, of_budget),
-            "one probe, share of the budget",
+            "one probe, fraction of the budget",
             PROBE_COLOURS,
             mode="markers",
         ),
@@ -155,7 +155,7 @@ def control(report: BudgetReport) -> Figure | None:
         "height": 430,
         "layout": {
             "xaxis": axis("optimizer step", anchor="y2"),
-            "yaxis": axis("rise, share of the budget", domain=[0.52, 1.0]),
+            "yaxis": axis("rise, fraction of the budget", domain=[0.52, 1.0]),
             "yaxis2": axis("strength", domain=[0.0, 0.42], type="log"),
             "shapes": [_line_at("y", 1.0)],
         },

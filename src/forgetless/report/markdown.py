@@ -67,7 +67,7 @@ def _domain_sections(contents: Comparison, text: str | None) -> Iterator[str]:
         yield from (f"### {plain(domain.name)}", "")
         yield (
             f"Forgetting on {plain(text)} at equal learning, in nats per token, ± standard error; "
-            "shares are of what plain fine-tuning learns."
+            "levels are fractions of what plain fine-tuning learns."
         )
         yield from ("", markdown_table(tables.methods(contents, domain.name, text)), "")
         for other in (each.name for each in contents.texts if each.name != text):

@@ -4,7 +4,7 @@
 
 Styles, script and Plotly's own script are written into it. Jinja escapes all text; what scripts
 read is JSON in which no tag can begin; a Content-Security-Policy forbids every request and every
-script but those whose hash it names. Costs 5 MB, nearly all of it Plotly.
+script but those whose hash it names. The file has 5 MB, nearly all of it Plotly.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""merge(): an adapter and its base model as one plain transformers model, for who wants no adapter.
+"""merge(): an adapter and its base model as one plain transformers model.
 
-merge("run/final", "merged")       # loads with transformers alone, without PEFT
+    merge("run/final", "merged")
+
+It is for whoever wants no adapter: the result loads with transformers alone, without PEFT.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The folder of a run of tune: whether it may be written, whether a run in it can be gone on with,
-and its checkpoints.
+"""The folder of a run of tune: whether it may be written, whether a run in it can be resumed, and
+its checkpoints.
 
     check_folder(options, Path("run"))        # OptionError or ValueError, before anything is loaded
     last_checkpoint(Path("run"))              # 'run/checkpoints/checkpoint-40', or None

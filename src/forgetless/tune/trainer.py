@@ -1,4 +1,5 @@
-"""The trainer of tune(): TRL's SFTTrainer with our settings, its training begun or gone on with.
+"""The trainer of tune(): TRL's SFTTrainer with our settings, trained from the start or from a
+checkpoint.
 
 Nothing in it knows of the penalty, which is attached from outside (tune/adapted.py).
 

@@ -10,7 +10,7 @@ module; a row is
     thinking    optional: true for a prompt that is asked twice, with the thinking switch on and off
     expects     optional: what a good answer looks like, as evaluate/behaviours.py judges it
 
-    prompts = load_prompts()                           # all of ours
+    prompts = load_prompts()                      # all of ours
     parts = parted(prompts)                       # {"record": ..., "control": ..., "check": ...}
     usable, left_out = supported(parts["check"], tokenizer)
 
