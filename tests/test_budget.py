@@ -4,6 +4,7 @@ the controller on a quadratic bowl.
 
 import json
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from forgetless.budget.budget import (
     split,
     verdict_on,
 )
-from forgetless.budget.controller import Controller
+from forgetless.budget.controller import Controller, ControllerState
 from forgetless.data.duplicates import overlap
 from forgetless.errors import OptionError
 from forgetless.evaluate.rise import paired_rise, t_quantile
@@ -270,7 +271,8 @@ def test_the_controller_goes_on_from_its_state():
     strengths = [whole.update(*look) for look in looks]
     for look in looks[:20]:
         first.update(*look)
-    second.load(json.loads(json.dumps(first.state())))
+    saved = json.loads(json.dumps(asdict(first.state())))
+    second.restore(ControllerState.of(saved))
     assert [second.update(*look) for look in looks[20:]] == strengths[
         20:
     ] and second.trajectory == whole.trajectory

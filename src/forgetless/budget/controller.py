@@ -14,10 +14,28 @@ numbers, no model.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 from forgetless.files.budget_json import ControllerLook
+from forgetless.files.untrusted import JsonObject
+
+
+@dataclass(frozen=True)
+class ControllerState:
+    """What changes in a controller while training, and so is kept in a checkpoint."""
+
+    start: float | None
+    integral: float
+    rise: float | None
+    rises: float
+    energies: float
+    trajectory: list[ControllerLook]
+
+    @staticmethod
+    def of(plain: JsonObject) -> ControllerState:
+        """The state that a checkpoint holds as JSON."""
+        looks = [ControllerLook(**look) for look in plain["trajectory"]]
+        return ControllerState(**{**plain, "trajectory": looks})
 
 
 @dataclass
@@ -73,8 +91,6 @@ class Controller:
     LEAST = 0.5
     # log(rise / target) below which the budget counts as unused: two thirds of it.
     UNUSED = -0.4
-    # What changes while training, and so is kept in a checkpoint beside the trajectory.
-    CHANGING = ("start", "integral", "rise", "rises", "energies")
 
     def __post_init__(self) -> None:
         if self.unit is not None:
@@ -124,13 +140,19 @@ class Controller:
         ratio = (self.rise or 0.0) / self.target
         return min(1.5, max(-4.0, -float(len(self.trajectory)), math.log(max(ratio, 1e-9))))
 
-    def state(self) -> dict[str, Any]:
-        """Plain data that a checkpoint holds."""
-        changing = {name: getattr(self, name) for name in self.CHANGING}
-        return {**changing, "trajectory": [asdict(look) for look in self.trajectory]}
+    def state(self) -> ControllerState:
+        """What a checkpoint holds."""
+        return ControllerState(
+            start=self.start,
+            integral=self.integral,
+            rise=self.rise,
+            rises=self.rises,
+            energies=self.energies,
+            trajectory=list(self.trajectory),
+        )
 
-    def load(self, state: dict[str, Any]) -> None:
+    def restore(self, state: ControllerState) -> None:
         """Go on from `state`."""
-        for name in self.CHANGING:
-            setattr(self, name, state[name])
-        self.trajectory = [ControllerLook(**look) for look in state["trajectory"]]
+        self.start, self.integral, self.rise = state.start, state.integral, state.rise
+        self.rises, self.energies = state.rises, state.energies
+        self.trajectory = list(state.trajectory)

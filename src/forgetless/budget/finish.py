@@ -46,7 +46,6 @@ from forgetless.evaluate.rise import Rise
 from forgetless.files.budget_json import (
     BudgetCheck,
     BudgetReport,
-    CalibrationUsed,
     PredictedRise,
     SourceCheck,
 )
@@ -128,7 +127,7 @@ def keep_predicted(
     report = BudgetReport(
         verdict="predicted",
         predicted=PredictedRise(nats, perplexity_percent(nats), chosen.bound),
-        calibration=CalibrationUsed(**forecast.calibration.numbers()),
+        calibration=forecast.calibration.used_record(),
         how=forecast.calibration.describe(),
         learning_per_nat=_per_nat(chosen, nats),
     )

@@ -20,7 +20,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -28,9 +28,10 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from forgetless.budget.controller import Controller
+from forgetless.budget.controller import Controller, ControllerState
 from forgetless.evaluate.paired import PairedText
 from forgetless.files.budget_json import ControllerLook, ProbeCosts
+from forgetless.files.untrusted import JsonObject
 from forgetless.model import distributed
 from forgetless.penalty.callback import write_logs
 from forgetless.penalty.pull import Penalty
@@ -184,13 +185,13 @@ class Probe(TrainerCallback, ExportableState):
             mine["budget/rise"] = self.controller.rise
         write_logs(mine, logs, state)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> JsonObject:
         """What a checkpoint holds."""
         return {
             "args": {},
             "attributes": {
                 "cursor": self.cursor,
-                "controller": self.controller.state(),
+                "controller": asdict(self.controller.state()),
                 "guards": [
                     {"cursor": guard.cursor, "nats": guard.nats.tolist()} for guard in self.guards
                 ],
@@ -222,7 +223,7 @@ class Probe(TrainerCallback, ExportableState):
                 "start again with --overwrite"
             )
         self.cursor = int(stored["attributes"]["cursor"])
-        self.controller.load(stored["attributes"]["controller"])
+        self.controller.restore(ControllerState.of(stored["attributes"]["controller"]))
         for guard, kept in zip(self.guards, stored["attributes"].get("guards", []), strict=True):
             guard.cursor, guard.nats = int(kept["cursor"]), np.array(kept["nats"])
         self.penalty.strength = self.controller.strength()

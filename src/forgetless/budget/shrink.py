@@ -44,6 +44,7 @@ from forgetless.files.provenance import environment, sha256_file
 from forgetless.files.room import check_free_space
 from forgetless.files.run_json import ImportanceUsed, Run, ShrunkRun
 from forgetless.files.schema import as_record, plain_of, write_record
+from forgetless.files.untrusted import JsonObject
 from forgetless.importance.importance import Importance
 from forgetless.model.adapter_files import load_tuned
 from forgetless.model.adapters import bare
@@ -81,7 +82,7 @@ class BaseLosses:
     baseline: Baseline | None
 
 
-def shrink(options: ShrinkOptions) -> dict[str, Any]:
+def shrink(options: ShrinkOptions) -> JsonObject:
     """Shrink as `options` say; writes `options.out` and returns what is in its run.json.
 
     Raises ValueError or OptionError before anything is written.
@@ -123,9 +124,9 @@ def shrink(options: ShrinkOptions) -> dict[str, Any]:
     return plain_of(run)
 
 
-def _with_model(options: ShrinkOptions, config: dict[str, Any]) -> ShrinkOptions:
+def _with_model(options: ShrinkOptions, base: str | None) -> ShrinkOptions:
     """The options with the base model, named by the adapter's configuration where they do not."""
-    options = replace(options, model=options.model or config.get("base_model_name_or_path") or "")
+    options = replace(options, model=options.model or base or "")
     if not options.model:
         raise OptionError(f"'{options.adapter}' does not name its base model; give --model MODEL")
     return options

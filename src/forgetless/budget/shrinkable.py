@@ -8,11 +8,11 @@ product of two factors and nothing more. All of it is checked before a model is 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from forgetless.budget.budget import parse
 from forgetless.errors import OptionError
 from forgetless.files.room import check_output_folder
+from forgetless.files.untrusted import JsonObject
 from forgetless.model.adapter_files import checked_adapter
 from forgetless.model.targets import MOVES_THE_BASE
 from forgetless.options.verbs import ShrinkOptions
@@ -29,8 +29,9 @@ MORE_THAN_FACTORS = {
 }
 
 
-def check_shrink(options: ShrinkOptions) -> dict[str, Any]:
-    """Everything that can be refused without loading a model; the adapter's configuration.
+def check_shrink(options: ShrinkOptions) -> str | None:
+    """Everything that can be refused without loading a model; returns the name of the base model
+    that the adapter's configuration gives, if it does.
 
     Raises OptionError or ValueError, and leaves an empty output folder.
     """
@@ -65,10 +66,11 @@ def check_shrink(options: ShrinkOptions) -> dict[str, Any]:
     check_output_folder(options.out)
     if any(Path(options.out).iterdir()):
         raise ValueError(f"'{options.out}' is not empty; give a new folder")
-    return config
+    base: str | None = config.get("base_model_name_or_path")
+    return base
 
 
-def adapter_config(folder: str) -> dict[str, Any]:
+def adapter_config(folder: str) -> JsonObject:
     """The configuration of a PEFT adapter that shrink can work on.
 
     Raises ValueError with the reason otherwise.

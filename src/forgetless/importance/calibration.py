@@ -30,6 +30,8 @@ from typing import Any
 from torch import Tensor
 
 from forgetless.evaluate.rise import t_quantile
+from forgetless.files.budget_json import CalibrationUsed
+from forgetless.files.untrusted import JsonObject
 from forgetless.model.weights import LowRankWeight, TargetWeight
 from forgetless.options.estimators import NATS_STRENGTH, known
 
@@ -67,7 +69,7 @@ class MeasuredUpdate:
         known = {name: plain[name] for name in names if name in plain}
         return MeasuredUpdate(**known, how={k: v for k, v in plain.items() if k not in names})
 
-    def plain(self) -> dict[str, Any]:
+    def plain(self) -> JsonObject:
         """As a file holds it."""
         found = {
             **self.how,
@@ -165,15 +167,15 @@ class Calibration:
             f"factor of {self.error:.2g} typically, {self.factor:.2g} at most 19 times in 20"
         )
 
-    def numbers(self) -> dict[str, Any]:
+    def used_record(self) -> CalibrationUsed:
         """For run.json."""
-        return {
-            "cost": self.cost,
-            "error": self.error,
-            "factor": self.factor,
-            "updates": self.used,
-            "data": dict(self.data),
-        }
+        return CalibrationUsed(
+            cost=self.cost,
+            error=self.error,
+            factor=self.factor,
+            updates=self.used,
+            data=dict(self.data),
+        )
 
 
 def usual_strength(info: Mapping[str, Any], cost: float) -> float:

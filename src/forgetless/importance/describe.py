@@ -206,7 +206,7 @@ def _bytes(entries: Mapping[str, Entry], met: set[int] | None = None) -> int:
     return total
 
 
-def _shown_settings(info: dict[str, Any]) -> str:
+def _shown_settings(info: Mapping[str, Any]) -> str:
     """The settings that say something: not the options left at nothing, off or automatic."""
     shown = {
         key: value

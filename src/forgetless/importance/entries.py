@@ -224,7 +224,7 @@ class KroneckerEntry:
 
 
 # What `to_plain` and `from_plain` know, by the name that a saved state gives it.
-FORMS: dict[str, Any] = {
+FORMS: dict[str, Callable[..., Entry | AnyCovariance]] = {
     form.__name__: form
     for form in (
         DenseEntry,

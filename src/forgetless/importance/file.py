@@ -35,7 +35,7 @@ from torch import Tensor
 
 from forgetless.errors import UNSAFE, FileError
 from forgetless.files.atomic import atomic_path
-from forgetless.files.untrusted import cleaned, load_json
+from forgetless.files.untrusted import JsonObject, cleaned, load_json
 from forgetless.importance import codec
 from forgetless.importance.calibration import Calibration
 from forgetless.importance.covariance import AnyCovariance, Covariance, LowRankCovariance
@@ -77,7 +77,7 @@ class Stored:
 
     entries: Mapping[str, Entry]  # weight name -> entry
     anchors: Pairs  # weight name -> (A, B) of the adapter at the end of recording
-    info: dict[str, Any]  # what the file says about itself, plain data
+    info: JsonObject  # what the file says about itself, plain data
     calibration: Calibration | None
 
 
@@ -126,7 +126,7 @@ def load(path: str | Path) -> Stored:
     )
 
 
-def _header(stored: Stored, shared: Mapping[str, str]) -> dict[str, Any]:
+def _header(stored: Stored, shared: Mapping[str, str]) -> JsonObject:
     """What the metadata hold: `info`, and what is needed to read the tensors."""
     header = {key: value for key, value in stored.info.items() if key != "path"}
     header["format"] = FORMAT
@@ -172,7 +172,7 @@ def _tensors(entries: Mapping[str, Entry], where: str) -> tuple[dict[str, Tensor
     return tensors, shared
 
 
-def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read_file(path: Path) -> tuple[JsonObject, dict[str, Tensor]]:
     """(metadata, tensors) of a file of ours, its entries not checked yet."""
     if not path.is_file():
         raise FileError(
@@ -191,7 +191,7 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ) from None
 
 
-def _info(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+def _info(path: Path, metadata: Mapping[str, str]) -> JsonObject:
     """Our part of a file's metadata."""
     if "forgetless" not in metadata:
         raise FileError(
@@ -204,7 +204,7 @@ def _info(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
             f"{path} has format {version!r}, this forgetless reads {FORMAT}; update "
             "forgetless or record again"
         )
-    plain: dict[str, Any] = cleaned(info)
+    plain: JsonObject = cleaned(info)
     return plain
 
 

@@ -17,7 +17,6 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -32,6 +31,7 @@ from forgetless.files.hub import (
     shareable,
 )
 from forgetless.files.room import check_output_file, free_memory
+from forgetless.files.untrusted import JsonObject
 from forgetless.importance import file
 from forgetless.importance.calibration import Calibration
 from forgetless.importance.describe import describe
@@ -61,7 +61,7 @@ class Importance:
 
     entries: Mapping[str, Entry]
     anchors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    info: dict[str, Any] = field(default_factory=dict)
+    info: JsonObject = field(default_factory=dict)
     calibration: Calibration | None = None
 
     def __getitem__(self, name: str) -> Entry:

@@ -11,11 +11,14 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from forgetless.files.run_json import Environment
 from forgetless.files.schema import to_json
+from forgetless.files.untrusted import JsonObject
 from forgetless.importance.entries import Entry
+
+# How importance was made: the options that decided it, and what was counted.
+Settings = Mapping[str, str | int | float | bool | None]
 
 
 @dataclass(frozen=True)
@@ -33,11 +36,11 @@ class Estimate:
     estimator: str
     unit: str
     tier: str
-    settings: Mapping[str, Any]
+    settings: Settings
     norms: Mapping[str, float]  # weight name -> Frobenius norm of its importance
     energy_error: EnergyErrors | None = None
 
-    def info(self) -> dict[str, Any]:
+    def info(self) -> JsonObject:
         """As plain data; `energy_error` only where there is one."""
         plain = dataclasses.asdict(self)
         if self.energy_error is None:
@@ -73,7 +76,7 @@ class Origin:
     seconds: float  # of recording
     environment: Environment
 
-    def info(self) -> dict[str, Any]:
+    def info(self) -> JsonObject:
         """As plain data."""
         rate = self.data.tokens / self.seconds if self.data else None
         return {

@@ -25,7 +25,7 @@ from torch import nn
 from forgetless.errors import FileError, brief, printable
 from forgetless.files.atomic import read_json
 from forgetless.files.schema import from_json
-from forgetless.files.untrusted import check_mapping, cleaned
+from forgetless.files.untrusted import JsonObject, check_mapping, cleaned
 from forgetless.model.loading import load_model
 from forgetless.options.model import ModelOptions
 
@@ -55,7 +55,7 @@ MOST_REPEATS = 4
 LONGEST_PATTERN = 2000
 
 
-def checked_adapter(folder: str | Path) -> dict[str, Any]:
+def checked_adapter(folder: str | Path) -> JsonObject:
     """The configuration of the adapter in `folder`.
 
     Raises FileError where it is none, or asks for more than its tensors need.
@@ -90,7 +90,7 @@ def _check_files(folder: str | Path) -> None:
         )
 
 
-def _check_method(config: dict[str, Any], path: Path) -> None:
+def _check_method(config: JsonObject, path: Path) -> None:
     """Raise FileError for a method that is not taken, or settings that bring more than weights."""
     kind = config.get("peft_type")
     if kind not in ADAPTER_KINDS:
@@ -159,7 +159,7 @@ def load_tuned(options: ModelOptions, folder: str | Path, *, full: bool = False)
     return load_model(options, str(folder)) if full else with_adapter(load_model(options), folder)
 
 
-def _check_kinds(config: dict[str, Any], where: str) -> None:
+def _check_kinds(config: JsonObject, where: str) -> None:
     """Raise FileError for a list where PEFT has a number or a switch, and for endless iterations.
 
     PEFT fails on the former late, or never.

@@ -12,11 +12,11 @@ What forgetless cannot hold is refused here, with the reason.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from forgetless.model import shards
 from forgetless.model.checkpoint import BaseWeight, KeptWeight, StoredWeight, stored_weights
@@ -222,7 +222,7 @@ def _full_weights(model: nn.Module, layers: Sequence[tuple[str, LinearModule]]) 
     return [_full_weight(path, module, stored.get(path + ".weight")) for path, module in layers]
 
 
-def _log_bases(weights: dict[str, Any], stored: dict[str, StoredWeight]) -> None:
+def _log_bases(weights: Mapping[str, Tensor], stored: dict[str, StoredWeight]) -> None:
     """Say where the bases of full fine-tuning are, and what copies of them cost."""
     copied = [name for name in weights if name not in stored]
     if not copied:

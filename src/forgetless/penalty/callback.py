@@ -21,6 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from forgetless.files.budget_json import BudgetReport
 from forgetless.files.schema import to_json
+from forgetless.files.untrusted import JsonObject
 from forgetless.model import engine, shards
 from forgetless.penalty.attachment import PenaltyAttachment
 from forgetless.penalty.pull import Penalty
@@ -88,7 +89,7 @@ class PenaltyCallback(TrainerCallback):
             return
         write_logs(self.penalty.logs(), logs, state)
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> JsonObject:
         """After training with a budget: scale the update to what keeps it, and check it.
 
         Returns the report as run.json has it, whose `["verdict"]` is met, not shown or exceeded, or
@@ -99,7 +100,7 @@ class PenaltyCallback(TrainerCallback):
                 "finish() is for a budget: expected hold(trainer, importance, budget='1%', "
                 "general='text.jsonl'), found no budget"
             )
-        report: dict[str, Any] = to_json(self.finishing())
+        report: JsonObject = to_json(self.finishing())
         return report
 
     def close(self) -> None:

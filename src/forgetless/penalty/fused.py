@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -99,16 +100,13 @@ def _launch(
 
     (rank, into), out = A.shape, B.shape[0]
     A0, B0 = (A, B) if anchor is None else anchor
-    padded = _padded_rank(rank)
-    side = _side(max(padded, _padded_rank(A0.shape[0])))
-    row_tiles, column_tiles = -(-out // side), -(-into // side)
-    steps = max(1, column_tiles * row_tiles // PROGRAMS)
-    groups = -(-column_tiles // steps)
-    partial_A = A.new_empty((row_tiles, padded, into), dtype=torch.float32)
-    partial_B = A.new_empty((groups, out, padded), dtype=torch.float32)
-    partial_energy = A.new_empty((row_tiles, groups), dtype=torch.float32)
+    padded, padded_anchor = _padded_rank(rank), _padded_rank(A0.shape[0])
+    grid = _grid(out, into, max(padded, padded_anchor))
+    partial_A = A.new_empty((grid.row_tiles, padded, into), dtype=torch.float32)
+    partial_B = A.new_empty((grid.groups, out, padded), dtype=torch.float32)
+    partial_energy = A.new_empty((grid.row_tiles, grid.groups), dtype=torch.float32)
     omega = omega.contiguous()
-    pull_kernel[(row_tiles, groups)](
+    pull_kernel[(grid.row_tiles, grid.groups)](
         omega,
         omega if block_scale is None else block_scale.contiguous(),
         A.contiguous(),
@@ -124,19 +122,36 @@ def _launch(
         rank,
         A0.shape[0],
         float(scale),
-        steps,
+        grid.steps,
         TIER=tier,
         CODED=tier in codec.BITS,
         BLOCK=codec.BLOCK,
         ANCHORED=anchor is not None,
-        BM=side,
-        BN=side,
+        BM=grid.side,
+        BN=grid.side,
         R=padded,
-        R0=_padded_rank(A0.shape[0]),
+        R0=padded_anchor,
         PRECISION="ieee",
         num_warps=WARPS,
     )
     return partial_A, partial_B, partial_energy
+
+
+class _Grid(NamedTuple):
+    """The programs of one launch: each goes through some column tiles of one row of tiles."""
+
+    side: int  # rows and columns of a tile
+    row_tiles: int
+    groups: int  # of column tiles
+    steps: int  # column tiles of one group
+
+
+def _grid(out: int, into: int, padded: int) -> _Grid:
+    """About PROGRAMS programs for a weight (out, in); `padded`: the larger padded rank."""
+    side = _side(padded)
+    row_tiles, column_tiles = -(-out // side), -(-into // side)
+    steps = max(1, column_tiles * row_tiles // PROGRAMS)
+    return _Grid(side, row_tiles, -(-column_tiles // steps), steps)
 
 
 def _padded_rank(rank: int) -> int:

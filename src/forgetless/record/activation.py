@@ -14,11 +14,10 @@ one number per input column (layers that read the same input share it).
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 
 from forgetless.importance.entries import Entry, FactoredEntry
+from forgetless.importance.info import Settings
 from forgetless.model.targets import BaseLayer
 from forgetless.record.observing_recorder import ObservingRecorder
 
@@ -54,5 +53,5 @@ class Activation(ObservingRecorder):
     def _sums(self) -> dict[str, dict[str, Tensor]]:
         return {"squares": self._squares}
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self) -> Settings:
         return {}

@@ -75,13 +75,10 @@ def add_calibration(
     """
 
     def save(updates: Sequence[MeasuredUpdate]) -> None:
-        plain = [update.plain() for update in updates]
         hash_of_text = text.hash_of_kept_apart()
-        recording_state.write(options, CalibratedState(hash_of_text, len(updates), plain))
+        recording_state.write(options, CalibratedState(hash_of_text, len(updates), list(updates)))
 
-    done: list[MeasuredUpdate] = []
-    if isinstance(state, CalibratedState):
-        done = [MeasuredUpdate.of(plain) for plain in state.calibrated]
+    done = state.calibrated if isinstance(state, CalibratedState) else []
     save(done)
     if ESTIMATORS[options.estimator].trains:  # which left their adapter in the model
         del model

@@ -23,12 +23,11 @@ weight gradient per batch.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from forgetless.importance.entries import DenseEntry, Entry
+from forgetless.importance.info import Settings
 from forgetless.model.targets import BaseLayer
 from forgetless.model.weights import wider
 from forgetless.record.observing_recorder import ObservingRecorder
@@ -75,7 +74,7 @@ class Fisher(ObservingRecorder):
     def _sums(self) -> dict[str, dict[str, Tensor]]:
         return {"squares": self._squares}
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self) -> Settings:
         return {
             "labels": self.labels,
             "fisher": "empirical" if self.labels == "empirical" else "true, one draw per token",

@@ -25,8 +25,6 @@ same result.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -34,6 +32,7 @@ from forgetless.errors import OptionError
 from forgetless.importance.covariance import AnyCovariance, Covariance
 from forgetless.importance.energy_errors import energy_errors
 from forgetless.importance.entries import Entry, KroneckerEntry
+from forgetless.importance.info import Settings
 from forgetless.model.targets import BaseLayer
 from forgetless.record.observing_recorder import ObservingRecorder
 
@@ -114,5 +113,5 @@ class Kronecker(ObservingRecorder):
     def _sums(self) -> dict[str, dict[str, Tensor]]:
         return {"out": self._out, "in": self._in}
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self) -> Settings:
         return {"labels": self.labels, "cov_rank": self.rank, "seed": self.seed}

@@ -11,7 +11,6 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +72,7 @@ def by_observing(
 def observing_recorder(options: RecordOptions, model: nn.Module) -> ObservingRecorder:
     """The recorder of the estimator that `options` name, with the options that it reads."""
     estimator = ESTIMATORS[options.estimator]
-    given: dict[str, Any] = {}
+    given: dict[str, str | int | None] = {}
     if "labels" in estimator.reads:
         given.update(labels=options.labels, seed=options.seed)
     if "cov_rank" in estimator.reads:  # a tier is cut from whole covariances

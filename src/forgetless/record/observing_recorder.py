@@ -35,7 +35,7 @@ In several processes (torchrun), each observes its shard of the text and `skip`s
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -45,13 +45,14 @@ from torch import Tensor, nn
 from forgetless.errors import OptionError
 from forgetless.importance.entries import Entry, tier_of
 from forgetless.importance.importance import Importance
-from forgetless.importance.info import Estimate, finite_norms
+from forgetless.importance.info import Estimate, Settings, finite_norms
 from forgetless.model import distributed, shards
 from forgetless.model.targets import BaseLayer, base_layers
 from forgetless.model.weights import wider
 from forgetless.record.division import Division, in_groups
 from forgetless.record.observing_state import ObservingState
 from forgetless.record.seen import Seen, add_up_sums
+from forgetless.record.state import StateDict
 from forgetless.record.watching import See, counting, drawn_labels, scored, text_nats, watched
 
 LABEL_KINDS = ("empirical", "sampled")
@@ -146,7 +147,7 @@ class ObservingRecorder(abc.ABC):
         """The dictionaries whose tensors add up, for `state_dict`; loading fills them."""
 
     @abc.abstractmethod
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self) -> Settings:
         """What the file should say about how it was made."""
 
     def observe(
@@ -302,7 +303,7 @@ class ObservingRecorder(abc.ABC):
             energy_error=self._division.energy_errors(self.estimator, entries),
         )
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Everything needed to go on later: tensors and plain numbers."""
         state = ObservingState(
             estimator=self.estimator,
@@ -315,7 +316,7 @@ class ObservingRecorder(abc.ABC):
         )
         return state.plain()
 
-    def load_state_dict(self, plain: Mapping[str, Any]) -> None:
+    def load_state_dict(self, plain: StateDict) -> None:
         """Go on from `state_dict()`.
 
         Raises ValueError if it belongs to other target weights or another estimator.

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from forgetless.record.division import DivisionState
 from forgetless.record.seen import Seen
+from forgetless.record.state import StateDict
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class ObservingState:
     sums: Mapping[str, Mapping[str, Tensor]]
     random: Tensor  # the state of the stream that sampled labels are drawn from
 
-    def plain(self) -> dict[str, Any]:
+    def plain(self) -> StateDict:
         """As dictionaries, numbers and tensors."""
         return {
             **vars(self),
@@ -37,7 +37,7 @@ class ObservingState:
         }
 
     @staticmethod
-    def of(plain: Mapping[str, Any], estimator: str, targets: list[str]) -> ObservingState:
+    def of(plain: StateDict, estimator: str, targets: list[str]) -> ObservingState:
         """The state that `plain` was made from.
 
         Raises ValueError where it is not that of this estimator and these target weights.

@@ -35,6 +35,7 @@ from forgetless.record.attachment import Attachment
 from forgetless.record.credits import CreditParts, Credits
 from forgetless.record.movement import Gradient, is_finite
 from forgetless.record.path_state import PathNumbers, PathState
+from forgetless.record.state import StateDict
 
 # The unit of the importance, by the gradient that credits are made of.
 UNITS = {"exact": "nats per squared weight", "effective": "arbitrary (effective gradient)"}
@@ -185,7 +186,7 @@ class PathRecorder(abc.ABC):
             norms={name: entry.norm() for name, entry in entries.items()},
         )
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Everything needed to go on later: tensors and plain numbers; of several processes, what
         this one keeps.
         """
@@ -199,7 +200,7 @@ class PathRecorder(abc.ABC):
         kept = self._credits
         return PathState(self.estimator, numbers, kept.credit, kept.omega).plain()
 
-    def load_state_dict(self, plain: Mapping[str, Any]) -> None:
+    def load_state_dict(self, plain: StateDict) -> None:
         """Go on from `state_dict()`.
 
         Raises ValueError if it belongs to other weights or another estimator.

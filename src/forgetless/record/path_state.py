@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from forgetless.record.credits import CreditParts
+from forgetless.record.state import StateDict
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,12 @@ class PathState:
     credit: Mapping[str, CreditParts]
     omega: Mapping[str, CreditParts]
 
-    def plain(self) -> dict[str, Any]:
+    def plain(self) -> StateDict:
         """As dictionaries, numbers and tensors."""
         return {**vars(self), "numbers": dict(vars(self.numbers))}
 
     @staticmethod
-    def of(plain: Mapping[str, Any], estimator: str, weights: Collection[str]) -> PathState:
+    def of(plain: StateDict, estimator: str, weights: Collection[str]) -> PathState:
         """The state that `plain` was made from.
 
         Raises ValueError where it is not that of this estimator and of these weights.

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from forgetless.importance.importance import Importance
-from forgetless.importance.info import Origin
+from forgetless.importance.info import Origin, Settings
 from forgetless.model import distributed
 from forgetless.options.estimators import ESTIMATORS, TRAINING_OPTIONS
 from forgetless.options.option import RUNNING, as_dict, deciding
@@ -43,7 +41,7 @@ def write_importance(options: RecordOptions, importance: Importance) -> None:
     distributed.barrier()  # and none is left once any process returns
 
 
-def _deciding_settings(options: RecordOptions) -> dict[str, Any]:
+def _deciding_settings(options: RecordOptions) -> Settings:
     """The options that made the importance what it is."""
     left_out = set(NOT_IN_THE_FILE)
     if not ESTIMATORS[options.estimator].trains:

@@ -14,7 +14,7 @@ made with other options, by another number of processes, or from other text.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from torch import Tensor
 
 from forgetless.errors import OptionError
 from forgetless.files.atomic import atomic_path
+from forgetless.files.untrusted import JsonObject
+from forgetless.importance.calibration import MeasuredUpdate
 from forgetless.model import distributed
 from forgetless.options.option import RUNNING, as_dict, deciding
 from forgetless.options.record import RecordOptions
@@ -32,15 +34,20 @@ ONLY_WRITTEN = ("tier", "keep_anchor")
 logger = logging.getLogger("forgetless")
 
 
+# What `state_dict` of a recorder, an optimizer or a schedule gives: tensors and plain data, which
+# torch.save writes and torch.load reads with weights_only.
+StateDict = dict[str, Any]
+
+
 @dataclass(frozen=True)
 class TrainedState:
     """A path estimator's training after some of its steps."""
 
     data: str  # sha256 of the text
     adapter: dict[str, Tensor]  # parameter name -> its values
-    recorder: dict[str, Any]
-    optimizer: dict[str, Any]
-    scheduler: dict[str, Any]
+    recorder: StateDict
+    optimizer: StateDict
+    scheduler: StateDict
     done: int  # optimizer steps
     seconds: float
     rng: Tensor  # torch's random state, which dropout draws from
@@ -51,7 +58,7 @@ class ObservedState:
     """An observing estimator's passes after some of their batches."""
 
     data: str  # sha256 of the text
-    recorder: dict[str, Any]
+    recorder: StateDict
     done: int  # batches
     seconds: float
 
@@ -62,7 +69,7 @@ class CalibratedState:
 
     data: str  # sha256 of the documents kept apart
     done: int  # updates
-    calibrated: list[dict[str, Any]]  # the updates, as the importance file holds them
+    calibrated: list[MeasuredUpdate]
 
 
 State = TrainedState | ObservedState | CalibratedState
@@ -74,7 +81,7 @@ def place(options: RecordOptions) -> Path:
     return Path(f"{options.out}.state" + (f".{distributed.rank()}" if distributed.rank() else ""))
 
 
-def comparable(options: RecordOptions) -> dict[str, Any]:
+def comparable(options: RecordOptions) -> JsonObject:
     """The options that decide what is recorded, as they must be again to go on."""
     free = (*deciding(RecordOptions, RUNNING), *ONLY_WRITTEN)
     return {name: value for name, value in as_dict(options).items() if name not in free}
@@ -82,7 +89,10 @@ def comparable(options: RecordOptions) -> dict[str, Any]:
 
 def write(options: RecordOptions, state: State) -> None:
     """Save `state`, whole or not at all."""
-    plain = {"options": comparable(options), **vars(state), "processes": distributed.world_size()}
+    held = dict(vars(state))
+    if isinstance(state, CalibratedState):
+        held["calibrated"] = [update.plain() for update in state.calibrated]
+    plain = {"options": comparable(options), **held, "processes": distributed.world_size()}
     with atomic_path(place(options)) as temporary:
         torch.save(plain, temporary)
         distributed.barrier()  # all states are renamed at about the same moment
@@ -102,7 +112,7 @@ def load_state(options: RecordOptions) -> State | None:
         return None
     plain = _read_state(path)
     state = state_of(path, plain)
-    _check_same_processes(options, path, plain)
+    _check_same_processes(options, path, plain.get("processes", 1), state.done)
     _check_same_options(options, path, plain["options"])
     return state
 
@@ -117,11 +127,18 @@ def state_of(path: str | Path, plain: Any) -> State:
         for kind in KINDS:
             names = {field.name for field in fields(kind)}
             if held == names:
-                return kind(**{name: plain[name] for name in names})
+                state = kind(**{name: plain[name] for name in names})
+                return _with_updates(state) if isinstance(state, CalibratedState) else state
     raise ValueError(
         f"{path} is not a saved state of forgetless record; remove it, or start again "
         "without --resume"
     )
+
+
+def _with_updates(state: CalibratedState) -> CalibratedState:
+    """The state with its updates, which the file holds as plain data."""
+    plain: list[Any] = state.calibrated
+    return replace(state, calibrated=[MeasuredUpdate.of(update) for update in plain])
 
 
 def check_same_text(options: RecordOptions, state: State, sha256: str) -> None:
@@ -144,22 +161,25 @@ def _read_state(path: Path) -> Any:
         ) from error
 
 
-def _check_same_processes(options: RecordOptions, path: Path, plain: dict[str, Any]) -> None:
-    """Raise unless as many processes saved it as there are now, all after the same step."""
-    then = plain.get("processes", 1)
+def _check_same_processes(options: RecordOptions, path: Path, then: int, done: int) -> None:
+    """Raise unless as many processes saved it as there are now, all after the same step.
+
+    `then`: how many processes saved it, `done`: after how many steps this one did.
+    """
     if then != distributed.world_size():
         raise OptionError(
             f"{path} was made by {then} process(es), found {distributed.world_size()}; use as "
             "many, or no --resume"
         )
-    if len(set(distributed.collect(plain["done"]))) > 1:
+    if len(set(distributed.collect(done))) > 1:
         raise ValueError(
             f"the processes' states beside {options.out} are of different steps, as when "
             "interrupted while writing; start again without --resume"
         )
 
 
-def _check_same_options(options: RecordOptions, path: Path, then: dict[str, Any]) -> None:
+def _check_same_options(options: RecordOptions, path: Path, then: JsonObject) -> None:
+    """Raise unless the options that decide what is recorded are those of `then`."""
     now = comparable(options)
     different = sorted(key for key in now if now[key] != then.get(key))
     if different:

@@ -15,7 +15,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -68,37 +68,56 @@ def measured_updates(
     """
     updates = list(done)
     length = min(options.length, LONGEST, context_length(model))
-    plans = [(rows, *how) for rows in trained for how in STRENGTHS_AND_RATES]
+    plans = [_Plan(rows, *how) for rows in trained for how in STRENGTHS_AND_RATES]
     with progress("calibrating", len(plans), unit="update", done=len(done)) as bar:
-        for number, (rows, times, rate) in enumerate(plans):
+        for number, plan in enumerate(plans):
             if number < len(done):
                 continue
             known = _usual_cost(updates)
             # Importance that is not in nats says nothing before an update was measured: at cost 0
             # the first one is not held.
-            strength = times * usual_strength(importance.info, known or 0.0)
+            strength = plan.times * usual_strength(importance.info, known or 0.0)
             seed = options.seed + number
             torch.manual_seed(seed)
             adapted = add_adapter(model, names=options.targets, rank=RANK, alpha=ALPHA)
             penalty = Penalty(adapted, importance, strength=strength)
-            _train(adapted, penalty, _endless(rows, length, tokenizer.pad_token_id, seed), rate)
-            update, energy = Update(adapted), penalty.energy()
+            data = _endless(plan.rows, length, tokenizer.pad_token_id, seed)
+            _train(adapted, penalty, data, plan.rate)
             if known is None:
                 known = FIRST_COST if in_nats(importance.info.get("estimator")) else 0.0
-            points = measured_points(adapted, update, part, known * energy)
-            first, second, error = parabola(points)
-            how = {
-                "documents": len(rows),
-                "strength": strength,
-                "learning_rate": rate,
-                "steps": STEPS,
-            }
-            plain = [point.plain() for point in points]
-            updates.append(MeasuredUpdate(energy, first, second, error, how, plain))
+            update = Update(adapted)
+            updates.append(_measured_update(adapted, update, penalty, part, plan, known))
             update.scale(1)
             yield update, updates[-1]
             without_adapter(adapted)
             bar.advance()
+
+
+class _Plan(NamedTuple):
+    """How one update is trained."""
+
+    rows: Sequence[Encoded]
+    times: float  # the strength, as a multiple of the usual one
+    rate: float  # the learning rate at the first step
+
+
+def _measured_update(
+    model: nn.Module, update: Update, penalty: Penalty, part: PairedText, plan: _Plan, cost: float
+) -> MeasuredUpdate:
+    """What the update that `model` carries costs; `cost`: nats that a unit of energy is taken to
+    cost, by which the sizes are chosen that it is measured at.
+    """
+    energy = penalty.energy()
+    points = measured_points(model, update, part, cost * energy)
+    first, second, error = parabola(points)
+    how = {
+        "documents": len(plan.rows),
+        "strength": penalty.strength,
+        "learning_rate": plan.rate,
+        "steps": STEPS,
+    }
+    plain = [point.plain() for point in points]
+    return MeasuredUpdate(energy, first, second, error, how, plain)
 
 
 def _usual_cost(updates: Sequence[MeasuredUpdate]) -> float | None:
