@@ -15,12 +15,7 @@ ONE_MEANING = {
     "full_pull": "the same for full fine-tuning",
 }
 # Names that still have several meanings.
-SEVERAL_MEANINGS = set(
-    """
-    Job _address _measured _run_all _shown
-    evaluate rank running
-    """.split()
-)
+SEVERAL_MEANINGS: set[str] = set()
 # Libraries that are imported inside functions, each with its reason.
 LATE = {
     "datasets": "takes a second to import, and only files of text and training rows need it",

@@ -4,7 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from forgetless.compare.frontier import area, at_learning, at_share, difference, on_frontier, rank
+from forgetless.compare.frontier import (
+    area,
+    at_learning,
+    at_share,
+    choice_key,
+    difference,
+    on_frontier,
+)
 from forgetless.files.compare_json import EqualLearning
 from forgetless.sequence.transfer import of_accuracy, transfer
 
@@ -36,7 +43,11 @@ def test_over_seeds_a_number_needs_every_seed():
 
 
 def test_settings_that_reach_the_learning_come_before_those_that_learn_more_nearly():
-    assert rank([CURVE], 0.8) < rank([[(0.79, 0.0)]], 0.8) < rank([[(0.5, 0.0)]], 0.8)
+    assert (
+        choice_key([CURVE], 0.8)
+        < choice_key([[(0.79, 0.0)]], 0.8)
+        < choice_key([[(0.5, 0.0)]], 0.8)
+    )
 
 
 def test_the_area_is_the_mean_of_the_lower_envelope():

@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 
-from forgetless.compare.processes import running, visible
+from forgetless.compare.processes import in_processes, visible
 
 
 def work(job):
@@ -26,7 +26,7 @@ def work(job):
 def test_every_job_is_done_once_and_a_killed_one_is_told(tmp_path, processes):
     jobs = [(tmp_path, number, processes > 1 and number in (0, 2)) for number in range(5)]
     killed = []
-    assert sorted(running(work, jobs, processes, killed=killed.append)) == jobs
+    assert sorted(in_processes(work, jobs, processes, killed=killed.append)) == jobs
     assert sorted(job[1] for job in killed) == [number for _, number, deadly in jobs if deadly]
     assert {int(path.name) for path in tmp_path.iterdir()} == {0, 1, 2, 3, 4} - {
         job[1] for job in killed
@@ -36,7 +36,7 @@ def test_every_job_is_done_once_and_a_killed_one_is_told(tmp_path, processes):
 def test_an_error_of_a_job_is_raised_and_ends_the_others(tmp_path):
     with pytest.raises(FileNotFoundError):
         list(
-            running(
+            in_processes(
                 work,
                 [
                     (tmp_path / "nowhere", 0, False),
@@ -53,14 +53,14 @@ def test_workers_end_with_a_parent_that_was_killed(tmp_path):
         textwrap.dedent("""
         import os, sys, time
         from pathlib import Path
-        from forgetless.compare.processes import running
+        from forgetless.compare.processes import in_processes
 
         def work(place):
             Path(place).write_text(str(os.getpid()))
             time.sleep(300)
 
         if __name__ == "__main__":
-            list(running(work, sys.argv[1:], 2, killed=print))
+            list(in_processes(work, sys.argv[1:], 2, killed=print))
         """)
     )
     places = [tmp_path / "0", tmp_path / "1"]
@@ -99,7 +99,7 @@ def test_a_process_has_its_gpu_before_cuda_is_used(tmp_path, monkeypatch, spread
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     places = [tmp_path / "0", tmp_path / "1"]
-    assert len(list(running(seen, places, 2, killed=print, spread=spread))) == 2
+    assert len(list(in_processes(seen, places, 2, killed=print, spread=spread))) == 2
     assert {place.read_text().split()[0] for place in places} <= expected and all(
         place.read_text().endswith("False") for place in places
     )

@@ -27,7 +27,7 @@ from torch import nn
 
 from forgetless.compare.experiment import Experiment
 from forgetless.compare.job import Job
-from forgetless.compare.processes import running
+from forgetless.compare.processes import in_processes
 from forgetless.data.tasks import load_task
 from forgetless.evaluate.accuracy import answers
 from forgetless.files.atomic import read_json, write_json
@@ -79,7 +79,9 @@ def score_all(experiment: Experiment, jobs: Sequence[Job], out: Path, processes:
     # Methods may share a run.
     asked = [_Asked(job, _wanted(job)) for job in {job.id: job for job in jobs}.values()]
     waiting = [one for one in asked if _is_waiting(one) and _has_adapter(one.job)]
-    ending = running(_score_run, waiting, processes, killed=_was_killed, spread=spread(experiment))
+    ending = in_processes(
+        _score_run, waiting, processes, killed=_was_killed, spread=spread(experiment)
+    )
     for done, _ in enumerate(ending, 1):
         logger.info("accuracy of %d of %d runs", done, len(waiting))
 

@@ -27,7 +27,7 @@ from forgetless.options.model import ModelOptions
 from forgetless.options.verbs import resolve
 
 
-def evaluate(
+def losses_on(
     experiment: Experiment,
     model: nn.Module,
     tokenizer: Any,
@@ -77,7 +77,7 @@ def measure_base(experiment: Experiment, files: Mapping[str, str], out: Path) ->
     model, tokenizer = load_model(options), load_tokenizer(options)
     base = {}
     for part in PARTS:
-        base[part] = evaluate(experiment, model, tokenizer, files, part, experiment.domains)
+        base[part] = losses_on(experiment, model, tokenizer, files, part, experiment.domains)
     rows = {}
     for name in experiment.domains:
         lines = Path(files[f"domain/{name}/train"]).read_text(encoding="utf-8").splitlines()

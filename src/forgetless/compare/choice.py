@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from forgetless.compare.experiment import Experiment
-from forgetless.compare.frontier import Curve, rank
+from forgetless.compare.frontier import Curve, choice_key
 from forgetless.files.compare_json import TrialRun
 from forgetless.files.measured_json import Change
 
@@ -83,7 +83,9 @@ def choose(
                     range(len(groups)), key=lambda k: statistics.fmean(c[-1][0] for c in curves[k])
                 )
             elif groups:
-                best = min(range(len(groups)), key=lambda k: rank(curves[k], CHOSEN_AT * reference))
+                best = min(
+                    range(len(groups)), key=lambda k: choice_key(curves[k], CHOSEN_AT * reference)
+                )
             else:
                 continue
             chosen[method, domain] = groups[best][0].settings

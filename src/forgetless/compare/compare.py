@@ -37,7 +37,7 @@ from forgetless.compare.experiment_file import read
 from forgetless.compare.job import ENDED, Job, job_of
 from forgetless.compare.parts import prepare
 from forgetless.compare.plan import check_methods, plan_text
-from forgetless.compare.processes import running
+from forgetless.compare.processes import in_processes
 from forgetless.compare.recipes import record_all
 from forgetless.compare.samples import answer
 from forgetless.compare.sequences import Campaign, run_sequences
@@ -90,16 +90,16 @@ def run_experiment(
         prepared = lambda trials: [job_of(experiment, t, files, recipes, out) for t in trials]
         tested = part != "validation" and bool(experiment.seeds.get("test"))
         every = prepared(validation_trials(experiment))
-        _run_all(experiment, every, jobs, out, later=_to_test(experiment, out) if tested else 0)
+        _run_waiting(experiment, every, jobs, out, later=_to_test(experiment, out) if tested else 0)
         chosen = choose(experiment, ended(out, _trials(every)))
         if tested:
             final = prepared(final_trials(experiment, chosen))
-            _run_all(experiment, final, jobs, out, before=every)
+            _run_waiting(experiment, final, jobs, out, before=every)
             every += final
             if experiment.sequences:
                 run_sequences(_campaign(experiment, files, recipes, out), chosen)
         score_all(experiment, every, out, jobs)
-        answer(experiment, _shown(chosen, every), files, out)
+        answer(experiment, _standing_for_methods(chosen, every), files, out)
         return summarise(out, _trials(every))
 
 
@@ -108,7 +108,7 @@ def _write_resolved(experiment: Experiment, out: Path) -> None:
     write_text(out / "experiment.yaml", yaml.safe_dump(plain, sort_keys=False))
 
 
-def _run_all(
+def _run_waiting(
     experiment: Experiment,
     jobs: Sequence[Job],
     processes: int,
@@ -124,7 +124,7 @@ def _run_all(
     waiting = list({job.id: job for job in jobs if not job.finished}.values())
     every = _trials((*before, *jobs))
     started = time.perf_counter()
-    ending = running(run, waiting, processes, killed=was_killed, spread=spread(experiment))
+    ending = in_processes(run, waiting, processes, killed=was_killed, spread=spread(experiment))
     for done, job in enumerate(ending, 1):
         left = len(waiting) - done + later
         summary = summarise(out, every, pending=left)
@@ -154,7 +154,9 @@ def _trials(jobs: Iterable[Job]) -> list[tuple[str, Trial]]:
     return [(job.id, job.trial) for job in jobs]
 
 
-def _shown(chosen: Mapping[tuple[str, str], dict[str, Any]], jobs: Sequence[Job]) -> list[Job]:
+def _standing_for_methods(
+    chosen: Mapping[tuple[str, str], dict[str, Any]], jobs: Sequence[Job]
+) -> list[Job]:
     """The runs that stand for their methods: on the test part, or at the chosen settings where
     nothing was tested.
     """

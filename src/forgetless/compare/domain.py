@@ -14,10 +14,10 @@ from forgetless.compare.experiment import Experiment
 from forgetless.compare.frontier import (
     area,
     at_share,
+    choice_key,
     difference,
     mean_and_error,
     on_frontier,
-    rank,
 )
 from forgetless.files.compare_json import (
     Difference,
@@ -112,7 +112,7 @@ def _levels(
     curves = [[curve(run, text) for run in group] for group in groups]
     for level in experiment.shares:
         wanted = level * reference
-        best = min(curves, key=lambda seeds: rank(seeds, wanted), default=[])
+        best = min(curves, key=lambda seeds: choice_key(seeds, wanted), default=[])
         there = at_share(best, wanted)
         yield EqualLearning(method=method, level=level, part=part, **asdict(there))
 

@@ -88,7 +88,7 @@ def at_share(curves: Sequence[Curve], wanted: float) -> AtLearning:
     )
 
 
-def rank(curves: Sequence[Curve], wanted: float) -> float:
+def choice_key(curves: Sequence[Curve], wanted: float) -> float:
     """For choosing among settings: forgetting at the wanted learning, or behind all that reach it
     by how much is lacking.
     """

@@ -63,7 +63,7 @@ def job_of(
         out="",
         seed=trial.seed,
     )
-    address = _address(experiment, trial, files, recipe.get("mark"), options)
+    address = _run_address(experiment, trial, files, recipe.get("mark"), options)
     folder = out / "runs" / address
     return Job(
         address,
@@ -77,7 +77,7 @@ def job_of(
     )
 
 
-def _address(
+def _run_address(
     experiment: Experiment,
     trial: Trial,
     files: Mapping[str, str],

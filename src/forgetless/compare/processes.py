@@ -1,8 +1,7 @@
 """Jobs over processes that may be killed: the job at hand is lost, the others go on.
 
-    for job in running(run, jobs, 4, killed=was_killed):
-        ...                                             # each job once it is done, in the order in
-                                                        which they end
+    for job in in_processes(run, jobs, 4, killed=was_killed):
+        ...        # each job once it is done, in the order in which they end
 
 Each process is a pool of its own with one worker: when the system kills it (out of memory), only
 its own job fails, and a new one takes its place. They are spawned, not forked: CUDA asks for that.
@@ -18,22 +17,23 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
 from multiprocessing.connection import wait as wait_for
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
-Job = TypeVar("Job")
+Work = TypeVar("Work")
 
 
-def running(
-    run: Callable[[Job], None],
-    jobs: Sequence[Job],
+def in_processes(
+    run: Callable[[Work], None],
+    jobs: Sequence[Work],
     processes: int,
     *,
-    killed: Callable[[Job], None],
+    killed: Callable[[Work], None],
     spread: bool = True,
-) -> Iterator[Job]:
+) -> Iterator[Work]:
     """Each job once it is done; `killed` is told of one whose process was killed.
 
     With one process, `run` is called here. `spread`: each process sees a GPU of its own, where
@@ -44,43 +44,58 @@ def running(
             run(job)
             yield job
         return
-    left, workers, pending = (
-        iter(jobs),
-        dict[int, ProcessPoolExecutor](),
-        dict[Future[None], tuple[int, Job]](),
-    )
-
-    def give(number: int) -> None:
-        for job in left:
-            pending[workers[number].submit(run, job)] = (number, job)
-            return
-
+    workers = _Workers(run, iter(jobs), spread)
     try:
         for number in range(min(processes, len(jobs))):
-            workers[number] = _worker(number, spread=spread)
-            give(number)
-        while pending:
-            for future in wait(pending, return_when=FIRST_COMPLETED).done:
-                number, job = pending.pop(future)
-                try:
-                    future.result()
-                except BrokenProcessPool:
-                    killed(job)
-                    workers[number].shutdown()
-                    workers[number] = _worker(number, spread=spread)
-                give(number)
-                yield job
+            workers.start(number)
+            workers.give_next(number)
+        while workers.at_hand:
+            for future in wait(workers.at_hand, return_when=FIRST_COMPLETED).done:
+                yield workers.finish(future, killed)
     finally:
-        for worker in workers.values():
-            worker.shutdown(wait=True, cancel_futures=True)
+        workers.stop()
 
 
-def _worker(number: int, *, spread: bool) -> ProcessPoolExecutor:
-    gpu = (
-        None
-        if not spread
-        else visible(number, torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES"))
-    )
+@dataclass
+class _Workers(Generic[Work]):
+    """Processes by their number, the jobs that no process has had yet, and those at hand."""
+
+    run: Callable[[Work], None]
+    left: Iterator[Work]
+    spread: bool
+    pools: dict[int, ProcessPoolExecutor] = field(default_factory=dict)
+    at_hand: dict[Future[None], tuple[int, Work]] = field(default_factory=dict)
+
+    def start(self, number: int) -> None:
+        self.pools[number] = _pool_of_one(number, spread=self.spread)
+
+    def give_next(self, number: int) -> None:
+        """Give a process the next job, if one is left."""
+        for job in self.left:
+            self.at_hand[self.pools[number].submit(self.run, job)] = (number, job)
+            return
+
+    def finish(self, future: Future[None], killed: Callable[[Work], None]) -> Work:
+        """The job that has ended; its process, or one in its place, has the next one."""
+        number, job = self.at_hand.pop(future)
+        try:
+            future.result()
+        except BrokenProcessPool:
+            killed(job)
+            self.pools[number].shutdown()
+            self.start(number)
+        self.give_next(number)
+        return job
+
+    def stop(self) -> None:
+        for pool in self.pools.values():
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _pool_of_one(number: int, *, spread: bool) -> ProcessPoolExecutor:
+    gpu = None
+    if spread:
+        gpu = visible(number, torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES"))
     return ProcessPoolExecutor(
         1, mp_context=multiprocessing.get_context("spawn"), initializer=_started, initargs=(gpu,)
     )
@@ -88,8 +103,10 @@ def _worker(number: int, *, spread: bool) -> ProcessPoolExecutor:
 
 def visible(number: int, gpus: int, given: str | None) -> str | None:
     """The one GPU that process `number` is to see, of those that `given` (CUDA_VISIBLE_DEVICES)
-    names; None: leave it as it is. A current device would not do: trainers choose their own, and
-    spread a batch over all that they see.
+    names; None: leave it as it is.
+
+    A current device would not do: trainers choose their own, and spread a batch over all that they
+    see.
     """
     names = given.split(",") if given else [str(gpu) for gpu in range(gpus)]
     return names[number % gpus].strip() if gpus > 1 else None

@@ -43,7 +43,7 @@ def answer(
             {"domain": domain, "prompt": said, "reference": reference, "outputs": {}}
             for said, reference, _ in prompts
         ]
-        shown = _shown(experiment, jobs, domain)
+        shown = _runs_shown(experiment, jobs, domain)
         for method in ("base", *shown):
             model = (
                 load_model(options)
@@ -56,7 +56,7 @@ def answer(
     write_json(out / "samples.json", samples)
 
 
-def _shown(experiment: Experiment, jobs: Sequence[Job], domain: str) -> dict[str, Job]:
+def _runs_shown(experiment: Experiment, jobs: Sequence[Job], domain: str) -> dict[str, Job]:
     """The run of each method whose answers are shown: the last of its seeds."""
     wanted = {experiment.reference}
     wanted |= {label for label, method in experiment.methods.items() if method.family == "hold"}

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from forgetless.compare.accuracy import domain_tasks, question_limit, score_domains
-from forgetless.compare.base import evaluate
+from forgetless.compare.base import losses_on
 from forgetless.compare.experiment import Experiment, SequenceSpec, identity, tune_options
 from forgetless.data.documents import load_documents
 from forgetless.data.domain import load_training_data, row_text
@@ -117,7 +117,7 @@ def _run_one(campaign: Campaign, course: Course, chosen: Chosen) -> dict[str, An
         steps = _steps(campaign, course, settings, keep)
         address = ""
         for number, given in enumerate(settings, 1):
-            address = _address(campaign, steps, number, given, keep[number - 1], address)
+            address = _step_address(campaign, steps, number, given, keep[number - 1], address)
             rows.append(_taken(campaign, steps, number, given, address))
     except Exception as failure:  # a result, as a failed run is
         logger.warning("sequence %s: %s", course, failure)
@@ -244,7 +244,7 @@ def _to_keep(campaign: Campaign, course: Course, number: int) -> str:
     return str(path)
 
 
-def _address(
+def _step_address(
     campaign: Campaign,
     steps: Steps,
     number: int,
@@ -294,7 +294,7 @@ def _taken(
             run = take(steps, number)
             about = {"id": address, "settings": settings, "energy": run["energy"]}
             about["seconds"] = run["train_seconds"]
-            write_json(path, about | _measured(campaign, steps, number))
+            write_json(path, about | _measured_step(campaign, steps, number))
     clear(step)
     if number > 1:
         discard(steps.each[number - 2].folder / "adapter")
@@ -302,12 +302,12 @@ def _taken(
     return measured
 
 
-def _measured(campaign: Campaign, steps: Steps, number: int) -> dict[str, Any]:
+def _measured_step(campaign: Campaign, steps: Steps, number: int) -> dict[str, Any]:
     """The losses and accuracies of the model after a step."""
     domains = [step.domain.name for step in steps.each]
     tokenizer = load_tokenizer(steps.each[0].options)
     model = model_after(steps, number)
-    losses = evaluate(campaign.experiment, model, tokenizer, campaign.files, "test", domains)
+    losses = losses_on(campaign.experiment, model, tokenizer, campaign.files, "test", domains)
     accuracy = score_domains(campaign.experiment, model, tokenizer, domains)
     return {**losses, "accuracy": accuracy}
 

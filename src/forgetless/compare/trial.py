@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from forgetless.compare.base import evaluate
+from forgetless.compare.base import losses_on
 from forgetless.compare.job import Job
 from forgetless.evaluate.losses import TextLoss
 from forgetless.evaluate.rise import Rise
@@ -133,7 +133,9 @@ def _point(
     Raises ValueError where a loss is not a number.
     """
     trial, texts = job.trial, job.experiment.texts(job.trial.part)
-    after = evaluate(job.experiment, model, tokenizer, job.files, trial.part, [trial.domain], texts)
+    after = losses_on(
+        job.experiment, model, tokenizer, job.files, trial.part, [trial.domain], texts
+    )
     learned = -_rise(base["domains"][trial.domain], after["domains"][trial.domain])
     lost = {
         name: _rise(base["general"][name], numbers) for name, numbers in after["general"].items()

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from forgetless.compare.accuracy import domain_tasks, score
-from forgetless.compare.base import evaluate
+from forgetless.compare.base import losses_on
 from forgetless.compare.choice import curve, nats_of
 from forgetless.compare.compare import check_any_done, run_experiment
 from forgetless.compare.experiment import Experiment
@@ -159,7 +159,7 @@ def _scaled_back(asked: Experiment, summary: Comparison, out: Path, seed: int) -
 def _state_of(asked: Experiment, model: nn.Module, out: Path, setting: str) -> StateRow:
     """A row of the table for any state of the model, as `compare` measures its runs."""
     tokenizer, files = load_tokenizer(_loading(asked)), prepare(asked, out)
-    losses = evaluate(asked, model, tokenizer, files, asked.last_part, [DOMAIN], [TEXT])
+    losses = losses_on(asked, model, tokenizer, files, asked.last_part, [DOMAIN], [TEXT])
     questions = {**domain_tasks(asked), **asked.tasks}
     known = score(model, tokenizer, asked, questions)["tasks"]
     return StateRow(

@@ -67,7 +67,7 @@ def _in_turn(options: TuneOptions) -> SequenceRun:
     if options.resume and (plan.out / "run.json").exists():
         run = read_record(plan.out / "run.json", SequenceRun)
     else:
-        run = _run_all(plan, started)
+        run = _take_all(plan, started)
     _clear(plan)
     assert run.sequence is not None
     print("\n".join(lines(run.sequence)))
@@ -75,19 +75,19 @@ def _in_turn(options: TuneOptions) -> SequenceRun:
     return run
 
 
-def _run_all(plan: Plan, started: float) -> SequenceRun:
+def _take_all(plan: Plan, started: float) -> SequenceRun:
     """Every step that is not finished, and the result; what run.json then holds."""
     steps = plan.steps()
-    rows = [_measured(plan, steps, row) for row in range(plan.first + 1)]
+    rows = [_measured_row(plan, steps, row) for row in range(plan.first + 1)]
     for number, step in enumerate(steps.each, 1):
         logger.info("domain %d of %d: %s", number, len(steps.each), step.domain.name)
         take(steps, number)
-        rows.append(_measured(plan, steps, plan.first + number))
+        rows.append(_measured_row(plan, steps, plan.first + number))
     run = _run(plan, rows, time.perf_counter() - started)
     return _finish(plan, run)
 
 
-def _measured(plan: Plan, steps: Steps, row: int) -> MeasuredRow:
+def _measured_row(plan: Plan, steps: Steps, row: int) -> MeasuredRow:
     """What is measured after a row's step; row 0 is the bare base."""
     adapters = updates(steps, row - plan.first) if row else ()
     path = plan.step(row) / "measured.json"
