@@ -12,8 +12,8 @@ Every prompt has its own stream of random numbers, which follows from the seed a
 its answer does not depend on what else is sampled, in which batch, or after which interruption
 (to the rounding of a batch's shape). An answer that reaches `length` tokens is kept as it is.
 
-It costs one forward pass of a batch for each token of its longest answer. The batch is made smaller as
-answers end: once half of its rows have ended they are taken out of the cache.
+It costs one forward pass of a batch for each token of its longest answer. The batch is made smaller
+as answers end: once half of its rows have ended they are taken out of the cache.
 """
 
 from __future__ import annotations
