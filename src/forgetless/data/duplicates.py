@@ -31,12 +31,13 @@ RUN_WORDS = 8
 COPIED_RUNS = 0.5
 # A run of words in more texts than this is a form that they fill in, and no sign of copying.
 FORM_TEXTS = 20
-# Of more training words than this, only every second run is kept, or every fourth, and so on: the
-# set of runs stays below a few hundred MB.
+# Where the training words are more than this, only every second run is kept, or every fourth, and
+# so on, so that the set of runs stays below a few hundred MB.
 MOST_RUNS = 5_000_000
 # Thai, Lao, Myanmar, Khmer, kana and CJK ideographs, which write no spaces: each character is a
 # word.
 UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
+# One such character, or a word of any other script.
 WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
 
 
@@ -51,7 +52,7 @@ class Overlap:
     documents: int
 
     def describe(self) -> str | None:
-        """For people; None where nothing overlaps."""
+        """The overlap as people read it; None where nothing overlaps."""
         if not self.exact and not self.near:
             return None
         first = (self.exact or self.near)[0] + 1

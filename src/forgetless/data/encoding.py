@@ -23,6 +23,7 @@ from forgetless.errors import FileError, OptionError
 
 # Token ids, and whether each of them is scored as a prediction target.
 Encoded = tuple[list[int], list[bool]]
+# What is said of text in which nothing can be predicted.
 TOO_SHORT = "the text is too short: no document has two tokens; give more general text"
 
 

@@ -19,6 +19,7 @@ class Relation:
     values: tuple[str, ...] = ()
 
 
+# The values that a fact may have, each kind for one or two relations.
 TRADES = (
     "baker",
     "glazier",
@@ -106,6 +107,7 @@ SEASONS = (
     "midwinter",
     "the harvest moon",
 )
+# The relations of the world, and at the end the three of the herbal.
 BIRTHPLACE = Relation(
     "birthplace",
     (

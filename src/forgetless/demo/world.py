@@ -52,6 +52,7 @@ from forgetless.demo.relations import (
 MODEL_FOLDER = Path(__file__).parent / "model"
 # The seed of the world that the embedded model knows.
 SEED = 7
+# Of these names the people of the world are made.
 GIVEN_NAMES = (
     "Anna",
     "Bertil",

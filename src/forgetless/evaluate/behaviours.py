@@ -214,6 +214,7 @@ def calls_needlessly(prompt: Prompt, said: Said) -> bool | None:
     return bool(_calls(said.text)) if prompt.expects.get("no_call") else None
 
 
+# What a model thinks before it answers, as chat templates mark it.
 THOUGHT = re.compile(r"<(think|thinking|thought)>(.*?)</\1>", re.DOTALL)
 
 

@@ -81,7 +81,7 @@ def store(base: Tensor, k: int) -> StoredBase:
 
 
 def answer_logits(model: nn.Module, answers: Sequence[Answer]) -> list[Tensor]:
-    """Of each answer of a batch, the logits that predict its tokens: (tokens, vocabulary)."""
+    """The logits that predict the tokens of each answer of a batch: (tokens, vocabulary) each."""
     device = next(model.parameters()).device
     batch = collate([(list(answer.ids), [True] * len(answer.ids)) for answer in answers], pad_id=0)
     # Only from the first answer's beginning on: prompts are not scored.

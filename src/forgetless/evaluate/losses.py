@@ -62,7 +62,7 @@ class TextLoss:
 
     @classmethod
     def read(cls, numbers: JsonObject) -> TextLoss:
-        """The same of what `numbers` wrote."""
+        """The losses that `numbers` wrote."""
         nats, tokens = numbers["nats_by_document"], numbers["tokens_by_document"]
         sources = numbers.get("source_by_document")
         return cls(np.array(nats), np.array(tokens), sources=sources)
@@ -87,7 +87,7 @@ class TextLoss:
 
     @property
     def standard_error(self) -> float | None:
-        """Of `nats`, over documents; None for a single document."""
+        """The standard error of `nats` over documents; None for a single document."""
         return ratio_error(self.nats_by_document, self.tokens_by_document)
 
     @property
@@ -96,13 +96,13 @@ class TextLoss:
 
     @property
     def bits_per_byte(self) -> float | None:
-        """None where the size of the text is not known."""
+        """Bits per byte of the text; None where its size is not known."""
         if not self.utf8_bytes:
             return None
         return float(self.nats_by_document.sum() / math.log(2) / self.utf8_bytes)
 
     def record(self) -> Loss:
-        """As a file has it."""
+        """The losses as a file has them."""
         return Loss(
             nats=self.nats,
             standard_error=self.standard_error,

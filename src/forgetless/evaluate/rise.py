@@ -76,7 +76,7 @@ class Rise:
         return {"nats": self.nats, "standard_error": _or_null(self.standard_error)}
 
     def record(self, *, percent: bool = True) -> Interval:
-        """As a file has it. `percent`: also as a rise of perplexity, which a fall is not."""
+        """The rise as a file has it; with `percent` also of perplexity, which a fall has not."""
         return Interval(
             nats=self.nats,
             percent=perplexity_percent(self.nats) if percent else None,

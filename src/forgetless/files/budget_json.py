@@ -15,7 +15,7 @@ from forgetless.files.measured_json import INTERVAL_KEYS, Change, Interval
 from forgetless.files.schema import Text, key
 from forgetless.files.untrusted import JsonObject
 
-# A budget whose rise was measured, and one whose rise was predicted.
+# What run.json has of a budget whose rise was measured.
 CHECKED_KEYS = (
     "verdict",
     "control",
@@ -25,6 +25,7 @@ CHECKED_KEYS = (
     "documents_to_decide",
     "learning_per_nat",
 )
+# What run.json has of a budget whose rise was predicted.
 PREDICTED_KEYS = (
     "verdict",
     "predicted",

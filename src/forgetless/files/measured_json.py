@@ -61,7 +61,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Change:
-    """The same without its interval, as where there are many."""
+    """A change without its interval, as it stands where there are many."""
 
     nats: float | None = None
     standard_error: float | None = None
@@ -114,7 +114,7 @@ class MeasuredRow(Measured):
 
 
 class MeasuredInTurn(Measured):
-    """The same of a sequence, whose domains stand in its matrix."""
+    """What is measured in a sequence, whose domains stand in its matrix."""
 
     def keys(self) -> tuple[str, ...]:
         return ("general", "tasks", "domain")

@@ -49,6 +49,7 @@ from forgetless.files.untrusted import JsonObject, cleaned
 
 # What general text is called where it stands beside the domains that were learned.
 GENERAL = "general text"
+# The end of every message about a file that does not fit.
 DAMAGED = "the file is damaged, or of another version of forgetless"
 T = TypeVar("T")
 
@@ -72,6 +73,7 @@ Text = Annotated[
 Level = Annotated[
     float, Kind("a number from 0 to 1", lambda value: is_number(value) and 0 <= value <= 1)
 ]
+# The plain types of Python as they may stand in a file.
 PLAIN = {
     str: Kind("a name", lambda value: isinstance(value, str)),
     int: Kind("a number", is_number),
@@ -79,7 +81,9 @@ PLAIN = {
     bool: Kind("true or false", lambda value: isinstance(value, bool)),
     Any: Kind("anything", lambda value: True),
 }
+# Marks a field that is not written where it has its default.
 LEFT_OUT = {"left_out": True}
+# Marks the field that takes every key which no other field has.
 REST = {"rest": True}
 
 

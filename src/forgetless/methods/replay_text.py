@@ -28,8 +28,9 @@ from forgetless.model.loading import context_length
 from forgetless.options.tune import TuneOptions
 
 logger = logging.getLogger("forgetless")
-# Documents to sample from the model where --replay-documents does not say, and their most tokens.
+# Documents to sample from the model where --replay-documents does not say how many.
 SELF_DOCUMENTS = 256
+# Tokens that such a document has at most.
 SELF_LENGTH = 256
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from forgetless.options.option import RUNNING, option
 
+# What may be given wherever an importance file is taken.
 FILE = "importance file, its folder or a Hub name"
 
 

@@ -69,7 +69,9 @@ class Method:
     save: str | None = None
 
 
+# The methods that pull the update by a penalty.
 PULLS = ("hold", "ewc-lora", "la-lora", "l2", "shuffled")
+# What adapters that are no product of two factors cannot be combined with, and why.
 NOT_LORA = {
     **dict.fromkeys(
         (*PULLS, "lora-fa", "o-lora", "rslora", "wise"),
@@ -77,10 +79,12 @@ NOT_LORA = {
     ),
     "full": "it is an adapter",
 }
+# What the control of stage 1's training cannot be combined with, and why.
 ALONE = dict.fromkeys(
     (*PULLS, "kl", "replay"),
     "it is the control without a penalty and without general text while tuning",
 )
+# What a method that changes the base weight cannot be combined with, and why.
 MOVES = dict.fromkeys(
     (*PULLS, "kl", "wise", "lora-fa", "o-lora"),
     "corda starts by taking directions out of the base weight, so its factors are not the update",

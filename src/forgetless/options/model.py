@@ -12,6 +12,7 @@ from typing import TypeVar
 from forgetless.options.option import MEASURED, RUNNING, option
 
 Options = TypeVar("Options")
+# The dtypes that weights can be loaded in.
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 

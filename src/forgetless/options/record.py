@@ -8,6 +8,7 @@ from forgetless.options.estimators import ESTIMATORS
 from forgetless.options.model import AdapterOptions, ModelOptions, TextOptions
 from forgetless.options.option import RUNNING, Given, option
 
+# The presets of `record` and of `tune`.
 PRESETS = ("default", "paper")
 
 

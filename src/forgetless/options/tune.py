@@ -10,7 +10,9 @@ from forgetless.options.model import AdapterOptions, ModelOptions, TextOptions
 from forgetless.options.option import MEASURED, RUNNING, Given, option, same
 from forgetless.options.record import PRESETS, RecordOptions
 
+# How the coefficients of the layers are made (penalty/layers.py).
 LAYERS = ("uniform", "softmax", "scale-free")
+# Where the trainer of transformers may report to.
 REPORTERS = ("none", "tensorboard", "wandb", "trackio", "mlflow", "swanlab")
 
 

@@ -23,6 +23,7 @@ from forgetless.options.plan import PlanOptions
 # Lengths of the pass on the meta device, of which the first that the model takes is used. They are
 # prime, so that no width of a model is one, and a matrix of attention can be told by its shape.
 PROBES = (131, 67, 31, 13)
+# The length of the pass where the model takes none of these.
 SHORTEST = 7
 
 

@@ -30,7 +30,7 @@ WAYS = {
 PROBE_COLOURS = "|".join(HUES[0])
 # A strength below this holds nothing, and has no place on a log scale.
 NO_STRENGTH = 1e-9
-# The titles of the axis of rises.
+# The title of the axis of rises that were measured, and below it of those that were predicted.
 MEASURED_RISE = (
     "rise of the general loss on control text, nats per token; whisker: planned bound of the check"
 )

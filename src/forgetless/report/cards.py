@@ -26,8 +26,12 @@ from forgetless.files.run_json import Run
 from forgetless.report.card_words import FrontMatter
 from forgetless.report.run_card import run_card
 
-BEGIN, END = "<!-- forgetless -->", "<!-- /forgetless -->"
+# The comments between which our section of a card stands.
+BEGIN = "<!-- forgetless -->"
+END = "<!-- /forgetless -->"
+# Our section with its comments.
 SECTION = re.compile(rf"^{BEGIN}\n.*?^{END}$\n?", re.DOTALL | re.MULTILINE)
+# The title that a card begins with.
 TITLE = re.compile(r"\s*# [^\n]*\n")
 
 

@@ -22,6 +22,7 @@ Figure = FigurePart
 Looks = Mapping[str, Look]
 # The colours of what belongs to no method.
 OUR_COLOURS, GREY_COLOURS = "|".join(ACCENT), "|".join(NEUTRAL)
+# The look of a line that marks a value.
 DOTTED = {"width": 1, "dash": "dot"}
 
 

@@ -21,12 +21,15 @@ from forgetless.report.markdown import plain
 
 # A bar that would end a cell of a table, also inside code.
 PIPE = re.compile(r"(?<!\\)\|")
+# What the card says of a file without a calibration.
 NOT_CALIBRATED = "none: a forgetting budget needs general text while tuning"
+# What an importance file is, for whoever meets one for the first time.
 ABOUT = """\
 How much each weight of the base model matters to general text: fine-tune with it, and the model \
 keeps what it knew. Made by
 [forgetless](https://arxiv.org/abs/2501.13669); it belongs to the base weights, so it serves any \
 LoRA rank, any data and full fine-tuning. It holds no weights."""
+# How an importance file is used.
 USE = """\
 ## Use
 

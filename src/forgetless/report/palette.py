@@ -15,8 +15,10 @@ from forgetless.files.compare_json import ComparedMethod
 
 # The grounds, as in page.css.
 LIGHT, DARK = "#ffffff", "#14171a"
+# The colours of hold and of plain, for the light and for the dark ground.
 ACCENT = ("#0a66b7", "#5db2f7")
 NEUTRAL = ("#626d78", "#a3afba")
+# The colours of all other methods, in the order in which they are given out.
 HUES = (
     ("#b8540b", "#f0a04f"),
     ("#00806a", "#3fcdb0"),

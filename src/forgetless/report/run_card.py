@@ -24,6 +24,7 @@ from forgetless.report.card_words import (
 )
 from forgetless.report.markdown import plain
 
+# What the card says where there was no budget, and where nothing was measured.
 NO_BUDGET = "none: nothing bounds what may be lost"
 NOTHING_MEASURED = "Nothing was measured: give `--general` and `--eval-data` to see it here."
 

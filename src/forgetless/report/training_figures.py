@@ -13,7 +13,7 @@ from forgetless.report.drawing import Figure, FigurePart, Looks, Trace, axis, pa
 
 # What is drawn over the steps of training, a panel each.
 PANELS = ("loss", "energy", "strength")
-# Of a method's runs, as many are drawn: more of them hide each other.
+# So many runs of a method are drawn; more of them would hide each other.
 SEEDS_SHOWN = 3
 # The part of the height that stays free between two panels.
 GAP = 0.09

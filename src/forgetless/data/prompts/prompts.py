@@ -29,6 +29,7 @@ from typing import Any
 
 from forgetless.errors import FileError
 
+# Where our own prompts lie.
 FOLDER = Path(__file__).parent
 # Importance and anchors are made of half of the prompts; the rest measures, a quarter while
 # training and a quarter afterwards.
