@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from forgetless.importance import codec
-from forgetless.penalty import dense, tiled
+from forgetless.penalty import dense, reference, tiled
 from forgetless.penalty.difference import thin
 
 SHAPES = [(1, 1, 1), (7, 3, 2), (33, 131, 5), (70, 257, 8)]
@@ -57,6 +57,22 @@ def test_full_pull_is_the_dense_full_pull_on_decoded_values(tier, monkeypatch):
     pull, expected = dense.full_pull(D, whole, 0.4)
     torch.testing.assert_close(into, pull, rtol=1e-12, atol=0)
     torch.testing.assert_close(energy, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("tier", ["f64", "u8"])
+def test_full_pulls_are_the_gradient_of_the_reference_energy(tier):
+    g = torch.Generator().manual_seed(0)
+    W, base, anchor = torch.randn(3, 33, 131, generator=g, dtype=torch.float64)
+    W.requires_grad_()
+    rows, whole = coded_rows(torch.rand(33, 131, generator=g, dtype=torch.float64), tier)
+    energy = reference.full_energy(W, base, whole, anchor)
+    (expected,) = torch.autograd.grad(0.4 * energy, W)
+    D = W.detach() - base - anchor
+    tiled_pull = torch.empty_like(D)
+    tiled_energy = tiled.full_pull(lambda r: D[r], rows, tiled_pull, 0.4)
+    for pull, found in (dense.full_pull(D, whole, 0.4), (tiled_pull, tiled_energy)):
+        torch.testing.assert_close(pull, expected, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(found, energy.detach(), rtol=1e-12, atol=0)
 
 
 def test_steps_from_codes_follow_steps_from_decoded_values():

@@ -2,10 +2,12 @@
 trainer's log.
 """
 
+import gc
 import json
 import os
 import random
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -23,7 +25,9 @@ from forgetless.record import observing
 from forgetless.record import training as path_training
 from forgetless.record.kronecker import Kronecker
 from forgetless.record.record import record
+from forgetless.tune.base import load_importance
 from forgetless.tune.merge import merge
+from forgetless.tune.trainer import train_from
 from forgetless.tune.tune import tune
 
 
@@ -369,3 +373,25 @@ def test_a_finished_run_is_not_overwritten_unasked(tuned):
     with pytest.raises(ValueError, match="finished run"):
         tuned()
     tuned(overwrite=True)
+
+
+def test_of_an_offloaded_importance_nothing_keeps_the_first_copy(
+    recorded, tuned, tmp_path, monkeypatch
+):
+    recorded()
+    first, alive = [], []
+
+    def loaded(options):
+        importance, path = load_importance(options)
+        first.append(weakref.ref(importance))
+        return importance, path
+
+    def trained(*arguments):
+        gc.collect()
+        alive.append(first[0]() is not None)
+        return train_from(*arguments)
+
+    monkeypatch.setattr("forgetless.tune.tune.load_importance", loaded)
+    monkeypatch.setattr("forgetless.tune.tune.train_from", trained)
+    tuned(importance=str(tmp_path / "i.safetensors"), offload_importance=True)
+    assert alive == [False]

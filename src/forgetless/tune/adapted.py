@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from forgetless.model.weights import LowRankWeight
 from forgetless.options.tune import TuneOptions
 from forgetless.penalty.algebra import implementation
 from forgetless.penalty.callback import add_penalty
-from forgetless.tune.base import Start
+from forgetless.tune.base import LoadedBase, Start
 from forgetless.tune.checks import disk_needed
 
 logger = logging.getLogger("forgetless")
@@ -130,8 +130,20 @@ def attach(trainer: Any, adapted: Adapted, start: Start) -> Importance | None:
             names=options.targets if options.full else None,
             offload=options.offload_importance,
         )
-        start.keeper.bind(trainer, importance, holding, start=options.strength)
+        held = start.keeper.bind(trainer, importance, holding, start=options.strength)
+        importance = held.penalty.importance
     return importance
+
+
+def let_go(
+    base: LoadedBase, start: Start, importance: Importance | None
+) -> tuple[LoadedBase, Start]:
+    """Base and start as the rest of a run sees them: with the importance that holds the model.
+
+    Where a penalty has moved it to CPU memory, nothing of `tune` keeps the first copy alive.
+    """
+    setup = replace(start.setup, importance=importance)
+    return replace(base, importance=importance), replace(start, setup=setup)
 
 
 def announce(

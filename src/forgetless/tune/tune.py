@@ -20,7 +20,6 @@ in one: each process takes an equal part of them, and the first one writes.
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from forgetless.data.inputs import read_inputs
@@ -31,7 +30,7 @@ from forgetless.files.untrusted import JsonObject
 from forgetless.model import distributed
 from forgetless.model.stages import Earlier
 from forgetless.options.tune import TuneOptions
-from forgetless.tune.adapted import adapt, announce, attach
+from forgetless.tune.adapted import adapt, announce, attach, let_go
 from forgetless.tune.base import load_base, load_importance, measure_start, with_strength
 from forgetless.tune.checks import check_one_domain, check_tuning
 from forgetless.tune.result import (
@@ -75,13 +74,13 @@ def tune(options: TuneOptions, *, earlier: Earlier | None = None) -> JsonObject:
         trainer = make_trainer(options, adapted.model, base.tokenizer, rows, adapted.optimizer)
         prepare_seconds = start.seconds + time.perf_counter() - started
         importance = attach(trainer, adapted, start)
+        base, start = let_go(base, start, importance)
 
         announce(options, adapted.model, importance, len(rows.training))
         begin(options, inputs.hashes, out)
         train_seconds = train_from(trainer, last_checkpoint(out) if options.resume else None)
 
-        setup = replace(start.setup, importance=importance)
-        trained = TrainedModel(adapted.model, trainer, setup, prepare_seconds, train_seconds)
+        trained = TrainedModel(adapted.model, trainer, start.setup, prepare_seconds, train_seconds)
         finished = finish(trained, methods, start.keeper)
         after = measure(adapted.model, base.tokenizer, inputs.held_out)
         run = make_run(
