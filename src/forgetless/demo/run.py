@@ -95,13 +95,13 @@ def _rows(asked: Experiment, summary: Comparison, out: Path, seed: int) -> dict[
     rows = {"base": _base(summary)}
     for name, method in METHOD_OF_STATE.items():
         run = _chosen_run(summary, method, seed)
-        whole = _whole(run)
-        known, learned = _there(_there(whole.accuracy_general)[TEXT]), _there(whole.accuracy)
+        update = _whole_update(run)
+        known, learned = _there(_there(update.accuracy_general)[TEXT]), _there(update.accuracy)
         rows[name] = StateRow(
             _there(known.after),
-            rows["base"].general_loss + nats_of(whole.forgetting[TEXT]),
+            rows["base"].general_loss + nats_of(update.forgetting[TEXT]),
             _there(learned.after),
-            rows["base"].domain_loss - nats_of(whole.learning),
+            rows["base"].domain_loss - nats_of(update.learning),
             run.seconds,
             f"rate {run.settings['learning_rate']:g}",
         )
@@ -111,7 +111,7 @@ def _rows(asked: Experiment, summary: Comparison, out: Path, seed: int) -> dict[
 
 def _base(summary: Comparison) -> StateRow:
     text, domain = _there(summary.texts[0].before), _there(summary.domains[0].before)
-    known = _there(_there(_whole(summary.runs[0]).accuracy_general)[TEXT])
+    known = _there(_there(_whole_update(summary.runs[0]).accuracy_general)[TEXT])
     return StateRow(
         _there(known.before), _there(text.nats), _there(domain.accuracy), _there(domain.nats)
     )
@@ -124,7 +124,7 @@ def _chosen_run(summary: Comparison, method: str, seed: int) -> TrialRun:
     )
 
 
-def _whole(run: TrialRun) -> TrialPoint:
+def _whole_update(run: TrialRun) -> TrialPoint:
     """What the whole update of a run does."""
     return next(point for point in run.points if point.scale == 1.0)
 
@@ -241,14 +241,14 @@ def _questions(paths: Mapping[str, str]) -> Iterator[tuple[str, Row]]:
 def _says(model: Any, tokenizer: Any, prompt: str) -> str:
     """The likeliest continuation of a prompt, up to the end of its sentence."""
     ids = tokenizer(prompt, return_tensors="pt").input_ids
-    made = model.generate(
+    tokens = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=SENTENCE_TOKENS,
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
     )
-    text = tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True).strip()
+    text = tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True).strip()
     return text.partition(".")[0] + "." if "." in text else str(text)
 
 

@@ -139,10 +139,10 @@ def _object_with(text: str, keys: Iterable[str]) -> bool:
     blocks = re.findall(r"```(?:json)?\s*\n(.*?)```", text, re.DOTALL)
     candidate = blocks[0] if len(blocks) == 1 else text
     try:
-        found = json.loads(candidate)
+        value = json.loads(candidate)
     except ValueError:
         return False
-    return isinstance(found, dict) and set(keys) <= set(found)
+    return isinstance(value, dict) and set(keys) <= set(value)
 
 
 def code_parses(prompt: Prompt, said: Said) -> bool | None:

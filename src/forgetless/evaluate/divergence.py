@@ -102,7 +102,7 @@ def answer_batches(answers: Sequence[Answer]) -> Iterator[list[Answer]]:
     """The answers in their order, as many at a time as one forward pass takes."""
     batch: list[Answer] = []
     for answer in answers:
-        width = max(len(one.ids) for one in [*batch, answer])
+        width = max(len(each.ids) for each in [*batch, answer])
         if batch and width * (len(batch) + 1) > ANSWER_TOKENS:
             yield batch
             batch = []

@@ -75,10 +75,10 @@ def ewc_lora(setup: Setup, model: nn.Module) -> Penalty | None:
     if importance is None:
         importance = _fisher_of_replay(setup, model)
     elif importance.info.get("estimator") != Fisher.estimator:
-        found = importance.info.get("estimator", "?")
+        estimator = importance.info.get("estimator", "?")
         raise OptionError(
             "--method ewc-lora holds by the diagonal Fisher, found importance of estimator "
-            f"'{found}'; record with --estimator fisher, "
+            f"'{estimator}'; record with --estimator fisher, "
             "give --replay TEXT instead, or use --method hold"
         )
     return _penalty(setup, model, importance)

@@ -52,11 +52,11 @@ def tuning_memory(options: PlanOptions, sketch: Sketch, tier: str) -> dict[str, 
     states = TRAINED * sketch.lora
     if options.full:
         states = 3 * sketch.itemsize * sketch.elements
-    mine = shares(sketch.weights, tier, options.processes)
+    by_process = shares(sketch.weights, tier, options.processes)
     return {
         "model": _model_bytes(options, sketch) / sharded,
         "trained": states / sharded,
-        "importance": max(bytes_of_tensors(weights, tier) for weights in mine),
+        "importance": max(bytes_of_tensors(weights, tier) for weights in by_process),
         "activations": _activations(options, sketch, sketch.kept_adapted, options.tokens),
     }
 

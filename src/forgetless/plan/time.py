@@ -81,8 +81,8 @@ def operations(options: PlanOptions, sketch: Sketch, tier: str) -> Operations:
     again = forward if options.gradient_checkpointing else 0
     step = (2 * forward + own + again) * options.tokens * options.accumulation
     pull = max(
-        sum(pull_operations(w, tier, rank=options.rank, full=options.full) for w in mine)
-        for mine in shares(sketch.weights, tier, options.processes)
+        sum(pull_operations(w, tier, rank=options.rank, full=options.full) for w in weights)
+        for weights in shares(sketch.weights, tier, options.processes)
     )
     return Operations(step, pull, _recording(options, sketch, forward))
 

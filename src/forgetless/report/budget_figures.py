@@ -101,9 +101,11 @@ def _rise_of(point: CurvePoint) -> float:
 
 
 def _curve_hover(name: str, point: CurvePoint) -> str:
-    whole = f"all of the update</b> ({name})"
+    size = f"<b>{fraction_in_words(point)}</b>"
+    if point.fraction == 1:
+        size = f"<b>all of the update</b> ({name})"
     lines = [
-        f"<b>{whole}" if point.fraction == 1 else f"<b>{fraction_in_words(point)}</b>",
+        size,
         f"learning {numbers.nats(point.learning)}",
         f"rise {numbers.nats(_rise_of(point))}, planned bound {numbers.nats(point.bound)}",
     ]

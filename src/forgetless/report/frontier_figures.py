@@ -186,8 +186,9 @@ def _whiskers(values: Sequence[float | None], look: Look) -> FigurePart:
 
 
 def _frontier_hover(point: FrontierPoint, shown: str, run: TrialRun | None, on: bool) -> str:
-    whole = point.scale in (None, 1.0)
-    update = "whole update" if whole else f"update {numbers.TIMES} {point.scale:g}"
+    update = "whole update"
+    if point.scale not in (None, 1.0):
+        update = f"update {numbers.TIMES} {point.scale:g}"
     seeds = f", {point.seeds} seed{'s' if point.seeds != 1 else ''}" if point.seeds else ""
     lines = [
         f"<b>{safe(shown)}</b>" + ("" if on else " (below its frontier)"),

@@ -86,8 +86,8 @@ def _ends(contents: Comparison, sequences: Sequence[ComparedSequence]) -> Table:
     ]
     lines = []
     for method in dict.fromkeys(str(sequence.method) for sequence in sequences):
-        mine = [sequence for sequence in sequences if str(sequence.method) == method]
-        ended = [sequence for sequence in mine if sequence.average is not None]
+        of_method = [sequence for sequence in sequences if str(sequence.method) == method]
+        ended = [sequence for sequence in of_method if sequence.average is not None]
         lines.append(
             [
                 Cell(label(contents, method), mark=method),

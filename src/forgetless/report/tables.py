@@ -266,9 +266,9 @@ def before(contents: Comparison) -> Table:
 
 
 def _base_cells(before: TextBefore | DomainBefore | None) -> list[Cell]:
-    found = before or TextBefore()
+    known = before or TextBefore()
     return [
-        number_cell(found.nats, found.standard_error),
-        number_cell(found.perplexity, show=lambda value: numbers.nats(value, digits=2)),
-        number_cell(found.accuracy, show=numbers.accuracy),
+        number_cell(known.nats, known.standard_error),
+        number_cell(known.perplexity, show=lambda value: numbers.nats(value, digits=2)),
+        number_cell(known.accuracy, show=numbers.accuracy),
     ]
