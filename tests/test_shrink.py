@@ -7,11 +7,12 @@ import itertools
 import pytest
 import torch
 
+from forgetless.budget import shrink_forms
 from forgetless.budget import shrunk as shrink
+from forgetless.budget.shrink_forms import prepared
 from forgetless.budget.shrunk import (
     balanced,
     objective,
-    prepared,
     refactored,
     reference,
     truncated,
@@ -226,7 +227,7 @@ def test_elements_read_a_few_rows_at_a_time(monkeypatch):
     for form in ("dense", "u8"):
         entry, fast, *_ = make(form, (12, 9, 3))
         X, Y = torch.randn(9, 2, dtype=torch.float64), torch.randn(12, 2, dtype=torch.float64)
-        monkeypatch.setattr(shrink, "WIDENED_AT_ONCE", 27)  # three rows
+        monkeypatch.setattr(shrink_forms, "WIDENED_AT_ONCE", 27)  # three rows
         torch.testing.assert_close(fast.times(X), entry.dense().double() @ X)
         torch.testing.assert_close(fast.T.times(Y), entry.dense().double().T @ Y)
 

@@ -16,7 +16,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
-from forgetless.budget.shrunk import Basis, Form, prepared, refactored, typical
+from forgetless.budget.shrink_forms import Basis, Form, prepared
+from forgetless.budget.shrunk import refactored, typical
 from forgetless.importance.covariance import AnyCovariance
 from forgetless.importance.importance import Importance
 from forgetless.model.update import Update
