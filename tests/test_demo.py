@@ -14,6 +14,7 @@ from forgetless.compare.experiment import validation_trials
 from forgetless.compare.frontier import at_learning
 from forgetless.compare.job import job_of
 from forgetless.compare.parts import prepare
+from forgetless.compare.recipes import Recipe
 from forgetless.data.tasks import TASKS
 from forgetless.demo import experiment, run
 from forgetless.demo.result import STATES
@@ -149,7 +150,7 @@ def test_the_demo_trains_no_rate_twice(tmp_path):
     """The smaller rate is one of those that are tried, and the model is held at rates of those."""
     asked = experiment.experiment(experiment.write_texts(tmp_path / "texts"), 2)
     files = prepare(asked, tmp_path)
-    recipes = {"default": {"path": "i.safetensors", "mark": ["made up"], "bytes": 1}}
+    recipes = {"default": Recipe(["made up"], "i.safetensors", 1)}
     jobs = [job_of(asked, one, files, recipes, tmp_path) for one in validation_trials(asked)]
     trained = {job.id: (job.options.importance, job.options.learning_rate) for job in jobs}
     assert sorted(rate for file, rate in trained.values() if file is None) == sorted(

@@ -1,18 +1,17 @@
 """Accuracy on multiple-choice questions in a comparison: the base model and every finished test
 run, on the domain's questions and on those of other tasks.
 
-    domains: {sciq: {data: sciq=train.jsonl, test: sciq=test.jsonl, task: sciq=test.jsonl}}     #
-        what was learned
-    tasks: {piqa: piqa=test.jsonl}                                                              #
-        what may have been lost
+    domains:                                                        # what was learned
+      sciq: {data: sciq=train.jsonl, test: sciq=test.jsonl, task: sciq=test.jsonl}
+    tasks: {piqa: piqa=test.jsonl}                                  # what may have been lost
 
     DIR/accuracy.json             of the base
     DIR/runs/ID/accuracy.json     of the whole update of a run
 
-Answers are ranked by likelihood (`evaluation.answers`). Measured from the finished adapters once
-the runs are done, so a task that is added to an experiment trains nothing again. Costs a forward
-pass over questions times choices, per run and task; how many says `limit: questions` (default: as
-`test`).
+Answers are ranked by likelihood (evaluate/accuracy.py). They are measured from the finished
+adapters once the runs are done, so a task that is added to an experiment trains nothing again. This
+costs a forward pass over questions times choices, per run and task. `limit: questions` says how
+many questions are asked, and else `limit: test`.
 """
 
 from __future__ import annotations
@@ -30,15 +29,15 @@ from forgetless.compare.job import Job
 from forgetless.compare.processes import in_processes
 from forgetless.data.tasks import load_task
 from forgetless.evaluate.accuracy import answers
-from forgetless.files.atomic import read_json, write_json
+from forgetless.files.atomic import read_json
+from forgetless.files.campaign_json import Accuracies, TaskAccuracy
+from forgetless.files.schema import read_record, write_record
 from forgetless.model.adapter_files import load_tuned
 from forgetless.model.loading import load_model, load_tokenizer
 from forgetless.options.model import ModelOptions
 from forgetless.options.verbs import resolve
 
 logger = logging.getLogger("forgetless")
-# What is kept of a task's numbers.
-KEPT = ("acc", "acc_stderr", "acc_norm", "questions")
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def score_all(experiment: Experiment, jobs: Sequence[Job], out: Path, processes:
     score_base(experiment, out)
     # Methods may share a run.
     asked = [_Asked(job, _wanted(job)) for job in {job.id: job for job in jobs}.values()]
-    waiting = [one for one in asked if _is_waiting(one) and _has_adapter(one.job)]
+    waiting = [each for each in asked if _is_waiting(each) and _has_adapter(each.job)]
     ending = in_processes(
         _score_run, waiting, processes, killed=_was_killed, spread=spread(experiment)
     )
@@ -125,28 +124,27 @@ def domain_tasks(experiment: Experiment) -> dict[str, str]:
     }
 
 
-def score_base(experiment: Experiment, out: Path) -> dict[str, float]:
+def score_base(experiment: Experiment, out: Path) -> dict[str, float | None]:
     """The base model's accuracy on every task, measured once: name -> fraction of right answers."""
     wanted = {**domain_tasks(experiment), **experiment.tasks}
     if not wanted:
         return {}
-    found = _known(out / "accuracy.json", experiment, wanted)
-    if found is None:
+    known = _known(out / "accuracy.json", experiment, wanted)
+    if known is None:
         options = resolve(ModelOptions, experiment.model)
-        found = score(load_model(options), load_tokenizer(options), experiment, wanted)
-        write_json(out / "accuracy.json", found)
-    return {name: task["acc"] for name, task in found["tasks"].items()}
+        known = score(load_model(options), load_tokenizer(options), experiment, wanted)
+        write_record(out / "accuracy.json", known)
+    return _fractions(known)
 
 
 def score_domains(
     experiment: Experiment, model: nn.Module, tokenizer: Any, domains: Sequence[str]
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """The accuracy of one state of a model on those of `domains` that have questions."""
     own = domain_tasks(experiment)
-    found = score(
-        model, tokenizer, experiment, {domain: own[domain] for domain in domains if domain in own}
-    )
-    return {name: task["acc"] for name, task in found["tasks"].items()}
+    wanted = {domain: own[domain] for domain in domains if domain in own}
+    known = score(model, tokenizer, experiment, wanted)
+    return _fractions(known)
 
 
 def question_limit(experiment: Experiment) -> int | None:
@@ -159,7 +157,7 @@ def _score_run(asked: _Asked) -> None:
     try:
         model = load_tuned(options, job.folder / "adapter", full=options.full)
         scored = score(model, load_tokenizer(options), job.experiment, asked.wanted)
-        write_json(job.folder / "accuracy.json", scored)
+        write_record(job.folder / "accuracy.json", scored)
     except Exception as error:  # one run without an accuracy must not cost the comparison
         logger.warning(
             "%s on %s, seed %d: its accuracy was not measured (%s: %s); the same command tries "
@@ -182,32 +180,39 @@ def _was_killed(asked: _Asked) -> None:
     )
 
 
-def _known(path: Path, experiment: Experiment, wanted: Mapping[str, str]) -> dict[str, Any] | None:
+def _known(path: Path, experiment: Experiment, wanted: Mapping[str, str]) -> Accuracies | None:
     """What was measured, if it is all that is wanted."""
-    found = dict(read_json(path)) if path.exists() else None
-    if (
-        found is None
-        or found["limit"] != question_limit(experiment)
-        or found.get("model", experiment.model["model"]) != experiment.model["model"]
-    ):
+    if not path.exists():
         return None
-    return (
-        found
-        if all(found["tasks"].get(name, {}).get("task") == spec for name, spec in wanted.items())
-        else None
-    )
+    known = read_record(path, Accuracies)
+    # Files of an earlier version do not name the model.
+    of_this_model = known.model in (None, experiment.model["model"])
+    if known.limit != question_limit(experiment) or not of_this_model:
+        return None
+    measured = {name: task.task for name, task in known.tasks.items()}
+    return known if all(measured.get(name) == spec for name, spec in wanted.items()) else None
+
+
+def _fractions(known: Accuracies) -> dict[str, float | None]:
+    return {name: task.acc for name, task in known.tasks.items()}
 
 
 def score(
     model: nn.Module, tokenizer: Any, experiment: Experiment, wanted: Mapping[str, str]
-) -> dict[str, Any]:
+) -> Accuracies:
     """What accuracy.json holds of one state of a model; `wanted`: name -> task."""
     limit = question_limit(experiment)
     tasks = {}
     for name, spec in wanted.items():
         task, rows = load_task(spec, split=None)
-        measured = answers(model, tokenizer, task, rows[:limit]).numbers
-        tasks[name] = {"task": spec, **{key: measured[key] for key in KEPT}}
-        if task.per_byte:
-            tasks[name] |= {"acc": measured["acc_norm"], "acc_stderr": measured["acc_norm_stderr"]}
-    return {"model": experiment.model["model"], "limit": limit, "tasks": tasks}
+        asked = rows[:limit]
+        measured = answers(model, tokenizer, task, asked).numbers
+        shown = "acc_norm" if task.per_byte else "acc"
+        tasks[name] = TaskAccuracy(
+            task=spec,
+            acc=measured[shown],
+            acc_stderr=measured[f"{shown}_stderr"],
+            acc_norm=measured["acc_norm"],
+            questions=len(asked),
+        )
+    return Accuracies(experiment.model["model"], limit, tasks)

@@ -19,9 +19,10 @@ from forgetless.compare.parts import PARTS
 from forgetless.data.documents import Document, load_documents
 from forgetless.data.domain import load_training_data
 from forgetless.evaluate.losses import completion_loss, general_loss
-from forgetless.files.atomic import read_json, write_json
+from forgetless.files.atomic import read_json
+from forgetless.files.campaign_json import BaseMeasured, PartLosses
 from forgetless.files.provenance import environment, sha256_file
-from forgetless.files.schema import to_json
+from forgetless.files.schema import read_record, write_record
 from forgetless.model.loading import load_model, load_tokenizer
 from forgetless.options.model import ModelOptions
 from forgetless.options.verbs import resolve
@@ -35,20 +36,20 @@ def losses_on(
     part: str,
     domains: Iterable[str],
     texts: Iterable[str] | None = None,
-) -> dict[str, Any]:
-    """{general: {text: numbers}, domains: {domain: numbers}} of one state of a model; without
-    `texts` on every general text.
+) -> PartLosses:
+    """The losses of one state of a model on a part of the data; without `texts` on every general
+    text.
     """
     limit = experiment.limit.get(part)
-    losses: dict[str, Any] = {"general": {}, "domains": {}}
+    general, learned = {}, {}
     for name in experiment.general if texts is None else texts:
         documents = load_documents(files[f"general/{name}/{part}"], limit=limit)
         documents = [_cut(document, experiment.characters) for document in documents]
-        losses["general"][name] = general_loss(model, tokenizer, documents).numbers()
+        general[name] = general_loss(model, tokenizer, documents).record()
     for name in domains:
         rows = load_training_data(files[f"domain/{name}/{part}"], limit=limit)
-        losses["domains"][name] = completion_loss(model, tokenizer, rows).numbers()
-    return losses
+        learned[name] = completion_loss(model, tokenizer, rows).record()
+    return PartLosses(general, learned)
 
 
 def _cut(document: Document, characters: int | None) -> Document:
@@ -57,7 +58,7 @@ def _cut(document: Document, characters: int | None) -> Document:
     return dataclasses.replace(document, text=document.text[:characters])
 
 
-def measure_base(experiment: Experiment, files: Mapping[str, str], out: Path) -> dict[str, Any]:
+def measure_base(experiment: Experiment, files: Mapping[str, str], out: Path) -> BaseMeasured:
     """The bare base model on every part, measured once."""
     held = {
         key: sha256_file(path)
@@ -72,20 +73,23 @@ def measure_base(experiment: Experiment, files: Mapping[str, str], out: Path) ->
     }
     path = out / "base.json"
     if path.exists() and read_json(path)["made_from"] == json.loads(json.dumps(mark)):
-        return dict(read_json(path))
+        return read_record(path, BaseMeasured)
     options = resolve(ModelOptions, experiment.model)
     model, tokenizer = load_model(options), load_tokenizer(options)
-    base = {}
-    for part in PARTS:
-        base[part] = losses_on(experiment, model, tokenizer, files, part, experiment.domains)
+    losses = {
+        part: losses_on(experiment, model, tokenizer, files, part, experiment.domains)
+        for part in PARTS
+    }
     rows = {}
     for name in experiment.domains:
         lines = Path(files[f"domain/{name}/train"]).read_text(encoding="utf-8").splitlines()
         rows[name] = len(lines)
-    about = {
-        "made_from": mark,
-        "environment": to_json(environment(str(next(model.parameters()).device))),
-        "rows_trained": rows,
-    }
-    write_json(path, {**about, **base})
-    return dict(read_json(path))
+    measured = BaseMeasured(
+        made_from=mark,
+        environment=environment(str(next(model.parameters()).device)),
+        rows_trained=rows,
+        validation=losses["validation"],
+        test=losses["test"],
+    )
+    write_record(path, measured)
+    return read_record(path, BaseMeasured)

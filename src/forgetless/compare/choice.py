@@ -8,12 +8,12 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
 
-from forgetless.compare.experiment import Experiment
+from forgetless.compare.experiment import Chosen, Experiment
 from forgetless.compare.frontier import Curve, choice_key
 from forgetless.files.compare_json import TrialRun
 from forgetless.files.measured_json import Change
+from forgetless.options.option import Given
 
 # The level of plain's learning at which settings are chosen and the verdict is given: scaled back
 # that far, an update still does nearly all that it was trained for.
@@ -62,14 +62,12 @@ def reference_learning(runs: Sequence[TrialRun]) -> float | None:
     )
 
 
-def choose(
-    experiment: Experiment, runs: Sequence[TrialRun]
-) -> dict[tuple[str, str], dict[str, Any]]:
+def choose(experiment: Experiment, runs: Sequence[TrialRun]) -> Chosen:
     """The setting of each (method, domain) to be tested: least forgetting of the recorded kind of
     text at 95 % of plain's learning, scaled variants included; where none reaches it, the one that
     learns most. For plain itself: the one that learns most.
     """
-    chosen = {}
+    chosen: dict[tuple[str, str], Given] = {}
     for domain in experiment.domains:
         here = [run for run in runs if run.domain == domain and run.part == "validation"]
         reference = reference_learning([run for run in here if run.method == experiment.reference])

@@ -25,35 +25,36 @@ import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from forgetless.compare.accuracy import check_questions, score_all, score_base, spread
 from forgetless.compare.base import measure_base
 from forgetless.compare.choice import choose
-from forgetless.compare.experiment import Experiment, Trial, final_trials, validation_trials
+from forgetless.compare.experiment import Chosen, Experiment, Trial, final_trials, validation_trials
 from forgetless.compare.experiment_file import read
 from forgetless.compare.job import ENDED, Job, job_of
 from forgetless.compare.parts import prepare
 from forgetless.compare.plan import check_methods, plan_text
 from forgetless.compare.processes import in_processes
-from forgetless.compare.recipes import record_all
+from forgetless.compare.recipes import Recipe, record_all
 from forgetless.compare.samples import answer
 from forgetless.compare.sequences import Campaign, run_sequences
 from forgetless.compare.summary import ended, summarise
 from forgetless.compare.trial import run, was_killed
 from forgetless.compare.verdict import progress_line
 from forgetless.files.atomic import read_json, write_text
+from forgetless.files.campaign_json import BaseMeasured
 from forgetless.files.compare_json import Comparison, TrialRun
 from forgetless.files.lock import only_writer
-from forgetless.files.schema import read_record, to_json
+from forgetless.files.schema import plain_of, read_record
+from forgetless.files.untrusted import JsonObject
 from forgetless.options.compare import CompareOptions
 
 logger = logging.getLogger("forgetless")
 
 
-def compare(options: CompareOptions) -> dict[str, Any]:
+def compare(options: CompareOptions) -> JsonObject:
     """Run the experiment in a file, say what came of it, and return the summary.
 
     Raises OptionError or ValueError for what is wrong with it before anything is trained, and
@@ -68,8 +69,7 @@ def compare(options: CompareOptions) -> dict[str, Any]:
     summary = run_experiment(experiment, Path(options.out), part=options.part, jobs=options.jobs)
     print("\n".join(map(str, summary.verdict)))
     check_any_done(summary)
-    plain: dict[str, Any] = to_json(summary)
-    return plain
+    return plain_of(summary)
 
 
 def run_experiment(
@@ -144,9 +144,9 @@ def _to_test(experiment: Experiment, out: Path) -> int:
 
 
 def _campaign(
-    experiment: Experiment, files: Mapping[str, str], recipes: Mapping[str, Any], out: Path
+    experiment: Experiment, files: Mapping[str, str], recipes: Mapping[str, Recipe], out: Path
 ) -> Campaign:
-    base = read_json(out / "base.json")["test"]
+    base = read_record(out / "base.json", BaseMeasured).test
     return Campaign(experiment, files, recipes, base, score_base(experiment, out), out)
 
 
@@ -154,9 +154,7 @@ def _trials(jobs: Iterable[Job]) -> list[tuple[str, Trial]]:
     return [(job.id, job.trial) for job in jobs]
 
 
-def _standing_for_methods(
-    chosen: Mapping[tuple[str, str], dict[str, Any]], jobs: Sequence[Job]
-) -> list[Job]:
+def _standing_for_methods(chosen: Chosen, jobs: Sequence[Job]) -> list[Job]:
     """The runs that stand for their methods: on the test part, or at the chosen settings where
     nothing was tested.
     """

@@ -1,5 +1,6 @@
 """An experiment: methods, settings, domains and seeds, from which every run follows.
-experiment_file.py reads it. Nothing heavy is imported.
+
+experiment_file.py reads it from a file. Nothing heavy is imported.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from forgetless.options.option import RUNNING
+from forgetless.options.option import RUNNING, Given
 from forgetless.options.record import RecordOptions
 from forgetless.options.tune import TuneOptions
 from forgetless.options.verbs import resolve
@@ -21,12 +22,15 @@ from forgetless.options.verbs import resolve
 BY_CONTENT = ("data", "replay", "importance")
 # What once stood in the address of every run, at one and the same value, though it decides nothing:
 # it stays there, so that runs made before are still found.
-ONCE: dict[str, Any] = {
+ONCE: Given = {
     "eval_steps": 0,
     "max_forgetting": None,
     "offload_importance": False,
 }
-RECORDED = "recorded"  # as the value of replay: the text that importance is recorded on
+# As the value of `replay`, it stands for the text that importance is recorded on.
+RECORDED = "recorded"
+# (method, domain) -> the settings that were chosen for them: options of `tune` by name.
+Chosen = Mapping[tuple[str, str], Given]
 
 
 @dataclass(frozen=True)
@@ -34,11 +38,11 @@ class MethodSpec:
     """One method: options of `tune`, and lists of values of which every combination is tried."""
 
     label: str
-    options: Mapping[str, Any]
+    options: Given
     grid: Mapping[str, list[Any]]
     family: str
 
-    def settings(self) -> list[dict[str, Any]]:
+    def settings(self) -> list[Given]:
         """Every combination of the grid with the fixed options."""
         names = list(self.grid)
         return [
@@ -64,11 +68,9 @@ class SequenceSpec:
     """
 
     domains: tuple[str, ...]
-    methods: Mapping[str, Mapping[str, Any]]
+    methods: Mapping[str, Given]
 
-    def settings(
-        self, label: str, domain: str, chosen: Mapping[tuple[str, str], dict[str, Any]]
-    ) -> dict[str, Any]:
+    def settings(self, label: str, domain: str, chosen: Chosen) -> Given:
         """The options of a step.
 
         Raises ValueError where no setting could be chosen, since no run of that method succeeded.
@@ -85,12 +87,12 @@ class Experiment:
     """What a YAML file says, checked."""
 
     title: str
-    model: dict[str, Any]  # options that say which model is loaded, and how
+    model: Given  # options that say which model is loaded, and how
     general: dict[str, dict[str, str]]  # name -> text, test
     domains: dict[str, dict[str, str]]  # name -> data, test
     methods: dict[str, MethodSpec]
-    training: dict[str, Any] = field(default_factory=dict)
-    importance: dict[str, dict[str, Any]] = field(default_factory=dict)
+    training: Given = field(default_factory=dict)
+    importance: Mapping[str, Given] = field(default_factory=dict)
     seeds: dict[str, list[int]] = field(
         default_factory=lambda: {"validation": [0], "test": [1, 2, 3]}
     )
@@ -100,9 +102,8 @@ class Experiment:
     trials: str = "equal"
     characters: int | None = None  # of each general document that are evaluated
     sequences: dict[str, SequenceSpec] = field(default_factory=dict)
-    tasks: dict[str, str] = field(
-        default_factory=dict
-    )  # name -> multiple-choice questions that no domain teaches
+    # name -> multiple-choice questions that no domain teaches
+    tasks: dict[str, str] = field(default_factory=dict)
 
     @property
     def reference(self) -> str:
@@ -128,11 +129,9 @@ class Experiment:
 
         Settings are chosen on the recorded kind alone; the others wait for the test, if any.
         """
-        return (
-            [self.recorded]
-            if part == "validation" and self.seeds.get("test")
-            else list(self.general)
-        )
+        if part == "validation" and self.seeds.get("test"):
+            return [self.recorded]
+        return list(self.general)
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,7 @@ class Trial:
 
     method: str
     domain: str
-    settings: dict[str, Any]
+    settings: Given
     part: str
     seed: int
 
@@ -165,7 +164,7 @@ def from_resolved(given: Mapping[str, Any]) -> Experiment:
 
 
 def record_options(
-    experiment: Experiment, recipe: Mapping[str, Any], *, general: str, out: str
+    experiment: Experiment, recipe: Given, *, general: str, out: str
 ) -> RecordOptions:
     """The options of one recording."""
     return resolve(RecordOptions, {**experiment.model, "general": general, **recipe, "out": out})
@@ -173,7 +172,7 @@ def record_options(
 
 def tune_options(
     experiment: Experiment,
-    settings: Mapping[str, Any],
+    settings: Given,
     *,
     data: str,
     replay: str,
@@ -213,9 +212,7 @@ def validation_trials(experiment: Experiment) -> list[Trial]:
     ]
 
 
-def final_trials(
-    experiment: Experiment, chosen: Mapping[tuple[str, str], dict[str, Any]]
-) -> list[Trial]:
+def final_trials(experiment: Experiment, chosen: Chosen) -> list[Trial]:
     """The chosen setting of each (method, domain) with the test seeds."""
     return [
         Trial(method, domain, settings, "test", seed)

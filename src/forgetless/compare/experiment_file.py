@@ -3,8 +3,8 @@
 Nothing heavy is imported.
 
     model: Qwen/Qwen3-0.6B
-    general:                                  # the first is what importance is recorded on,
-                                              replayed and held by KL; the others are only measured
+    general:          # the first is what importance is recorded on, what is replayed and what KL
+                      # holds to; the others are only measured
       wiki: {text: wiki.jsonl, test: wiki-held-out.jsonl}
       code: {text: code.jsonl}
     domains:
@@ -33,7 +33,7 @@ from typing import Any
 from forgetless.compare.experiment import Experiment, MethodSpec, SequenceSpec
 from forgetless.compare.experiment_checks import OURS, check_experiment
 from forgetless.errors import FileError, OptionError, brief, nearest
-from forgetless.files.untrusted import check_mapping, check_name
+from forgetless.files.untrusted import JsonObject, check_mapping, check_name
 from forgetless.options.methods import FAMILIES
 from forgetless.options.methods import family as family_of
 from forgetless.options.option import read_yaml
@@ -63,7 +63,7 @@ def _read(path: str | Path) -> Experiment:
     return experiment_of(_with_base(Path(path)), path)
 
 
-def experiment_of(given: dict[str, Any], path: str | Path) -> Experiment:
+def experiment_of(given: JsonObject, path: str | Path) -> Experiment:
     """The experiment that a mapping says; `path` stands in messages.
 
     Raises FileError, most often an OptionError, where it does not make one.
@@ -103,23 +103,23 @@ def _check_keys(path: Any, given: Mapping[str, Any]) -> None:
             raise OptionError(f"{path}: missing '{key}'; see docs/compare.md")
 
 
-def _given_numbers(path: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+def _given_numbers(path: Any, given: Mapping[str, Any]) -> JsonObject:
     """What is given of seeds, limits and the like; the others have their defaults."""
-    found: dict[str, Any] = {}
+    numbers: JsonObject = {}
     for key in ("trials", "characters"):
         if given.get(key) is not None:
-            found[key] = given[key]
+            numbers[key] = given[key]
     for key in ("scales", "shares"):
         if given.get(key) is not None:
-            found[key] = tuple(map(float, _numbers(given[key], f"{path}: {key}")))
+            numbers[key] = tuple(map(float, _numbers(given[key], f"{path}: {key}")))
     known = {"seeds": ("validation", "test"), "limit": ("validation", "test", "questions")}
     for key, names in known.items():
         if given.get(key) is not None:
-            found[key] = check_mapping(given[key], f"{path}: {key}", names)
-    return found
+            numbers[key] = check_mapping(given[key], f"{path}: {key}", names)
+    return numbers
 
 
-def _with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+def _with_base(path: Path, above: tuple[Path, ...] = ()) -> JsonObject:
     """The mapping of a file laid over that of its base.
 
     Keys of methods and domains are kept as written.
@@ -128,16 +128,12 @@ def _with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise OptionError(f"{path}: its base leads back to itself")
     given = read_yaml(path)
     base = given.pop("base", None)
-    return (
-        _merged(_with_base(path.parent / str(base), (*above, path.resolve())), given)
-        if base
-        else given
-    )
+    if not base:
+        return given
+    return _merged(_with_base(path.parent / str(base), (*above, path.resolve())), given)
 
 
-def _merged(
-    below: dict[str, Any], above: dict[str, Any], where: tuple[str, ...] = ()
-) -> dict[str, Any]:
+def _merged(below: JsonObject, above: JsonObject, where: tuple[str, ...] = ()) -> JsonObject:
     """Null removes a key; a method of a sequence that is not there yet is one without options of
     its own.
     """
@@ -184,7 +180,7 @@ def _place(path: Any, where: str, name: str, value: Any, main: str) -> dict[str,
     return given
 
 
-def _named_parts(where: str, value: Any) -> dict[str, Any]:
+def _named_parts(where: str, value: Any) -> JsonObject:
     """A mapping whose keys become names of files and folders, and stand in tables."""
     if isinstance(value, Mapping):
         for key in value:
@@ -205,7 +201,7 @@ def _numbers(value: Any, where: str) -> list[Any]:
     return value
 
 
-def _method(label: str, spec: dict[str, Any], importance: Mapping[str, Any]) -> MethodSpec:
+def _method(label: str, spec: JsonObject, importance: Mapping[str, Any]) -> MethodSpec:
     lists = check_mapping(spec.pop("grid", None), f"methods: {label}: grid")
     grid = {
         key.replace("-", "_"): list(values) if isinstance(values, (list, tuple)) else [values]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from forgetless.compare.experiment import RECORDED, Experiment, Trial, identity, tune_options
+from forgetless.compare.recipes import Recipe
 from forgetless.files.compare_json import TrialRun
 from forgetless.files.provenance import sha256_file
 from forgetless.files.schema import read_record
@@ -49,21 +50,21 @@ def job_of(
     experiment: Experiment,
     trial: Trial,
     files: Mapping[str, str],
-    recipes: Mapping[str, dict[str, Any]],
+    recipes: Mapping[str, Recipe],
     out: Path,
 ) -> Job:
     """The job of a trial below `out`."""
-    recipe = recipes.get(str(trial.settings.get("importance")), {})
+    recipe = recipes.get(str(trial.settings.get("importance")))
     options = tune_options(
         experiment,
         trial.settings,
         data=files[f"domain/{trial.domain}/train"],
         replay=files[f"general/{experiment.recorded}/record"],
-        importance=recipe.get("path"),
+        importance=recipe.path if recipe else None,
         out="",
         seed=trial.seed,
     )
-    address = _run_address(experiment, trial, files, recipe.get("mark"), options)
+    address = _run_address(experiment, trial, files, recipe.mark if recipe else None, options)
     folder = out / "runs" / address
     return Job(
         address,
@@ -72,7 +73,7 @@ def job_of(
         dataclasses.replace(options, out=str(folder / "work"), overwrite=True),
         experiment,
         files,
-        recipe.get("bytes"),
+        recipe.bytes if recipe else None,
         str(out / "base.json"),
     )
 

@@ -10,28 +10,36 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from forgetless.compare.experiment import Experiment, record_options
 from forgetless.compare.summary import CURRENT
 from forgetless.files.atomic import write_json
+from forgetless.files.campaign_json import RecordedImportance, RecordedWeight
 from forgetless.files.provenance import sha256_file
+from forgetless.files.schema import write_record
 from forgetless.importance.importance import Importance
 from forgetless.record.record import record
 
 logger = logging.getLogger("forgetless")
 
 
-def record_all(
-    experiment: Experiment, files: Mapping[str, str], out: Path
-) -> dict[str, dict[str, Any]]:
-    """Every importance file, recorded once: label -> what it is made from (`mark`), where it is
-    (`path`) and its size (`bytes`).
-    """
+@dataclass(frozen=True)
+class Recipe:
+    """An importance file of an experiment: what it is made from, where it is, and its size."""
+
+    mark: Sequence[Any]
+    path: str
+    bytes: int
+
+
+def record_all(experiment: Experiment, files: Mapping[str, str], out: Path) -> dict[str, Recipe]:
+    """Every importance file by its label, recorded once."""
     general = files[f"general/{experiment.recorded}/record"]
-    recipes: dict[str, dict[str, Any]] = {}
+    recipes: dict[str, Recipe] = {}
     for label, recipe in experiment.importance.items():
         text = str(recipe.get("general") or general)
         mark = [experiment.model, recipe, sha256_file(text) if Path(text).is_file() else text]
@@ -44,33 +52,31 @@ def record_all(
             record(record_options(experiment, recipe, general=general, out=str(path)))
         about = path.with_suffix(".json")
         if not about.exists():
-            write_json(about, _described(Importance.load(path), label, path))
-        recipes[label] = {"mark": mark, "path": str(path), "bytes": path.stat().st_size}
+            write_record(about, _described(Importance.load(path), label, path))
+        recipes[label] = Recipe(mark, str(path), path.stat().st_size)
     if (out / "importance").is_dir():
         names = {
-            label: Path(recipe["path"]).with_suffix(".json").name
-            for label, recipe in recipes.items()
+            label: Path(recipe.path).with_suffix(".json").name for label, recipe in recipes.items()
         }
         write_json(out / "importance" / CURRENT, names)
     return recipes
 
 
-def _described(importance: Importance, label: str, path: Path) -> dict[str, Any]:
+def _described(importance: Importance, label: str, path: Path) -> RecordedImportance:
     info, settings = importance.info, importance.info.get("settings", {})
-    weights = [
-        {"name": name, "layer": _layer(name), "kind": name.split(".")[-2], "norm": norm}
-        for name, norm in importance.norms().items()
-    ]
-    return {
-        "name": label,
-        "file": path.name,
-        "estimator": info.get("estimator"),
-        "tier": importance.tier,
-        "bytes": path.stat().st_size,
-        "seconds": info.get("timings", {}).get("train_seconds"),
-        "tokens": settings.get("tokens") or info.get("data", {}).get("tokens"),
-        "weights": weights,
-    }
+    return RecordedImportance(
+        name=label,
+        file=path.name,
+        estimator=info.get("estimator"),
+        tier=importance.tier,
+        bytes=path.stat().st_size,
+        seconds=info.get("timings", {}).get("train_seconds"),
+        tokens=settings.get("tokens") or info.get("data", {}).get("tokens"),
+        weights=[
+            RecordedWeight(name, layer=_layer(name), kind=name.split(".")[-2], norm=norm)
+            for name, norm in importance.norms().items()
+        ],
+    )
 
 
 def _layer(name: str) -> int | None:

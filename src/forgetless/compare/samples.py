@@ -16,15 +16,19 @@ from forgetless.compare.experiment import Experiment
 from forgetless.compare.job import Job
 from forgetless.data.domain import load_training_data
 from forgetless.data.encoding import templated
-from forgetless.files.atomic import write_json
+from forgetless.files.compare_json import Sample
+from forgetless.files.schema import write_record
 from forgetless.model.adapter_files import load_tuned
 from forgetless.model.linear import unwrapped
 from forgetless.model.loading import context_length, load_model, load_tokenizer
 from forgetless.options.model import ModelOptions
 from forgetless.options.verbs import resolve
 
-# Prompts of each domain that are answered, and tokens of an answer: as much as a page can show.
-SAMPLES, SAMPLE_TOKENS = 3, 40
+# Prompts of each domain that are answered: as many as a page can show.
+SAMPLES = 3
+# Tokens of an answer: as long as can be read beside the others.
+SAMPLE_TOKENS = 40
+# The turns of a chat, each a mapping with `role` and `content`.
 Turns = list[dict[str, str]]
 
 
@@ -34,26 +38,22 @@ def answer(
     """Greedy answers to a few held-out prompts by the base, plain and each method of the family
     `hold`. `jobs` are the runs that stand for their methods.
     """
-    samples: list[dict[str, Any]] = []
+    samples: list[Sample] = []
     options = resolve(ModelOptions, experiment.model)
     for domain in experiment.domains:
         rows = load_training_data(files[f"domain/{domain}/test"], limit=SAMPLES)
         prompts = [_prompt_of(row) for row in rows]
-        answered: list[dict[str, Any]] = [
-            {"domain": domain, "prompt": said, "reference": reference, "outputs": {}}
-            for said, reference, _ in prompts
-        ]
+        answered = [Sample(domain, said, reference) for said, reference, _ in prompts]
         shown = _runs_shown(experiment, jobs, domain)
         for method in ("base", *shown):
-            model = (
-                load_model(options)
-                if method == "base"
-                else load_tuned(options, shown[method].folder / "adapter")
-            )
+            if method == "base":
+                model = load_model(options)
+            else:
+                model = load_tuned(options, shown[method].folder / "adapter")
             for sample, (said, _, turns) in zip(answered, prompts, strict=True):
-                sample["outputs"][method] = _continued(model, load_tokenizer(options), said, turns)
+                sample.outputs[method] = _continued(model, load_tokenizer(options), said, turns)
         samples += answered
-    write_json(out / "samples.json", samples)
+    write_record(out / "samples.json", samples)
 
 
 def _runs_shown(experiment: Experiment, jobs: Sequence[Job], domain: str) -> dict[str, Job]:
@@ -96,11 +96,11 @@ def _continued(model: nn.Module, tokenizer: Any, prompt: str, turns: Turns) -> s
     ids = torch.tensor([given[new - context :]], device=next(model.parameters()).device)
     generate: Any = model.generate
     with torch.no_grad():
-        made = generate(
+        answered = generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=new,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
         )
-    return str(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
+    return str(tokenizer.decode(answered[0, ids.shape[1] :], skip_special_tokens=True))

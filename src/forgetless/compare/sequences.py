@@ -12,7 +12,8 @@ parts after each step.
 
 From the second step on, what must not be lost are the general text and the domains before:
 importance is consolidated as `tune` does it, and `replay: recorded` is the general text and the
-rows of the domains before. `o-lora` gets the earlier adapters. A step's address is a hash of all
+rows of the domains before. A method that asks for earlier adapters gets those of the steps before.
+A step's address is a hash of all
 that decides it and of the step before: what is finished is not run again, and what was cut off goes
 on. A step costs a training, a recording with importance, and an evaluation of everything.
 """
@@ -31,19 +32,31 @@ from typing import Any
 
 from forgetless.compare.accuracy import domain_tasks, question_limit, score_domains
 from forgetless.compare.base import losses_on
-from forgetless.compare.experiment import Experiment, SequenceSpec, identity, tune_options
-from forgetless.data.documents import load_documents
+from forgetless.compare.experiment import (
+    Chosen,
+    Experiment,
+    SequenceSpec,
+    identity,
+    tune_options,
+)
+from forgetless.compare.recipes import Recipe
+from forgetless.data.documents import Row, load_documents
 from forgetless.data.domain import load_training_data, row_text
 from forgetless.evaluate.losses import TextLoss
-from forgetless.files.atomic import discard, read_json, write_json, write_text
+from forgetless.files.atomic import discard, write_text
+from forgetless.files.campaign_json import PartLosses, StepMeasured
+from forgetless.files.compare_json import ComparedSequence
 from forgetless.files.provenance import sha256_file
+from forgetless.files.run_json import Transfer
+from forgetless.files.schema import read_record, write_record
 from forgetless.model.loading import load_tokenizer
+from forgetless.options.methods import METHODS, method_names
+from forgetless.options.option import Given
 from forgetless.sequence.domains import Domain
 from forgetless.sequence.steps import Step, Steps, clear, model_after, take
 from forgetless.sequence.transfer import of_accuracy, transfer
 
 logger = logging.getLogger("forgetless")
-Chosen = Mapping[tuple[str, str], dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,10 +69,14 @@ class Campaign:
 
     experiment: Experiment
     files: Mapping[str, str]
-    recipes: Mapping[str, dict[str, Any]]
-    base: Mapping[str, Any]
-    accuracy: Mapping[str, float]
+    recipes: Mapping[str, Recipe]
+    base: PartLosses
+    accuracy: Mapping[str, float | None]
     out: Path
+
+    def recipe(self, settings: Given) -> Recipe | None:
+        """The importance file that settings name, if any."""
+        return self.recipes.get(str(settings.get("importance")))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,16 +93,16 @@ class Course:
         return f"{self.name}, {self.method}, seed {self.seed}"
 
 
-def run_sequences(campaign: Campaign, chosen: Chosen) -> list[dict[str, Any]]:
+def run_sequences(campaign: Campaign, chosen: Chosen) -> list[ComparedSequence]:
     """Run every sequence that is not finished, one after another; writes and returns what is in
     DIR/sequences.json.
     """
-    results: list[dict[str, Any]] = []
+    results: list[ComparedSequence] = []
     for course in _courses(campaign):
-        result = _run_one(campaign, course, chosen)
+        result = _run_course(campaign, course, chosen)
         results.append(result)
-        write_json(campaign.out / "sequences.json", results)
-        logger.info("sequence %s: %s", course, result["error"] or _told(result))
+        write_record(campaign.out / "sequences.json", results)
+        logger.info("sequence %s: %s", course, result.error or _told(result))
     return results
 
 
@@ -97,18 +114,14 @@ def _courses(campaign: Campaign) -> Iterator[Course]:
                 yield Course(name, spec, method, seed, place)
 
 
-def _told(result: Mapping[str, Any]) -> str:
-    numbers = {key: result[key] for key in ("average", "backward_transfer")}
-    return ", ".join(
-        f"{key.replace('_', ' ')} {value:.3f}"
-        for key, value in numbers.items()
-        if value is not None
-    )
+def _told(result: ComparedSequence) -> str:
+    numbers = {"average": result.average, "backward transfer": result.backward_transfer}
+    return ", ".join(f"{key} {value:.3f}" for key, value in numbers.items() if value is not None)
 
 
-def _run_one(campaign: Campaign, course: Course, chosen: Chosen) -> dict[str, Any]:
+def _run_course(campaign: Campaign, course: Course, chosen: Chosen) -> ComparedSequence:
     """One method through one sequence, as compare.json has it; a failure ends it and is told."""
-    rows: list[dict[str, Any]] = []
+    rows: list[StepMeasured] = []
     error = None
     try:
         domains = course.spec.domains
@@ -126,47 +139,46 @@ def _run_one(campaign: Campaign, course: Course, chosen: Chosen) -> dict[str, An
 
 
 def _result(
-    campaign: Campaign, course: Course, rows: Sequence[Mapping[str, Any]], error: str | None
-) -> dict[str, Any]:
+    campaign: Campaign, course: Course, rows: Sequence[StepMeasured], error: str | None
+) -> ComparedSequence:
     domains = course.spec.domains
-    base = {"domains": campaign.base["domains"], "accuracy": campaign.accuracy}
-    every = [base, *rows]
-    matrix = [[row["domains"][domain]["nats"] for domain in domains] for row in every]
-    rises = {}
+    losses = [campaign.base.domains, *(row.domains or {} for row in rows)]
+    matrix: Any = [[row[domain].nats for domain in domains] for row in losses]
+    rises: dict[str, list[float | None] | None] = {}
     for text in campaign.experiment.general:
-        before = TextLoss.read(campaign.base["general"][text])
-        rises[text] = [before.rise(TextLoss.read(row["general"][text])).nats for row in rows]
-    return {
-        "name": course.name,
-        "method": course.method,
-        "seed": course.seed,
-        "domains": list(domains),
-        "matrix": matrix,
-        **_accuracy([row["accuracy"] for row in every], domains),
-        "general": rises,
-        "error": error,
-        **transfer(matrix),
-    }
+        before = TextLoss.of(campaign.base.general[text])
+        rises[text] = [before.rise(TextLoss.of(row.general[text])).nats for row in rows]
+    total = Transfer(**transfer(matrix))
+    accuracy = [campaign.accuracy, *(row.accuracy for row in rows)]
+    asked = [number for number, domain in enumerate(domains, 1) if domain in accuracy[0]]
+    return ComparedSequence(
+        name=course.name,
+        method=course.method,
+        seed=course.seed,
+        domains=list(domains),
+        matrix=matrix,
+        accuracy=[[row.get(domain) for domain in domains] for row in accuracy] if asked else None,
+        accuracy_transfer=_accuracy_transfer(accuracy, domains, asked) if asked else None,
+        general=rises,
+        error=error,
+        average=total.average,
+        backward_transfer=total.backward_transfer,
+        forward_transfer=total.forward_transfer,
+    )
 
 
-def _accuracy(scored: Sequence[Mapping[str, float]], domains: Sequence[str]) -> dict[str, Any]:
-    """The matrix of accuracies, null for a domain without questions, and its transfer over those
-    that have some.
-    """
-    asked = [number for number, domain in enumerate(domains, 1) if domain in scored[0]]
-    if not asked:
-        return {"accuracy": None, "accuracy_transfer": None}
-    known = [[row[domains[number - 1]] for number in asked] for row in scored]
-    return {
-        "accuracy": [[row.get(domain) for domain in domains] for row in scored],
-        "accuracy_transfer": of_accuracy(known, asked, steps=len(domains)),
-    }
+def _accuracy_transfer(
+    accuracy: Sequence[Mapping[str, float | None]], domains: Sequence[str], asked: Sequence[int]
+) -> Transfer:
+    """The transfer of accuracies over the domains with questions; `asked` are their numbers."""
+    known: Any = [[row[domains[number - 1]] for number in asked] for row in accuracy]
+    return Transfer(**of_accuracy(known, asked, steps=len(domains)))
 
 
 def _steps(
     campaign: Campaign,
     course: Course,
-    settings: Sequence[Mapping[str, Any]],
+    settings: Sequence[Given],
     keep: Sequence[str],
 ) -> Steps:
     """The steps as the engine takes them.
@@ -180,12 +192,13 @@ def _steps(
         domain = Domain(name, campaign.files[f"{file}/train"], campaign.files[f"{file}/validation"])
         folder = course.place / f"{number}-{name}"
         given = _with_earlier(settings[number - 1], each)
+        recipe = campaign.recipe(given)
         options = tune_options(
             campaign.experiment,
             given,
             data=domain.train,
             replay=keep[number - 1],
-            importance=campaign.recipes.get(str(given.get("importance")), {}).get("path"),
+            importance=recipe.path if recipe else None,
             out=str(folder),
             seed=course.seed,
         )
@@ -196,7 +209,7 @@ def _steps(
     return Steps(tuple(each))
 
 
-def _check_one_kind(settings: Sequence[Mapping[str, Any]]) -> None:
+def _check_one_kind(settings: Sequence[Given]) -> None:
     recipes = [given.get("importance") for given in settings]
     for before, recipe in itertools.pairwise(recipes):
         if recipe and recipe != before:
@@ -207,16 +220,20 @@ def _check_one_kind(settings: Sequence[Mapping[str, Any]]) -> None:
             )
 
 
-def _with_earlier(settings: Mapping[str, Any], before: Sequence[Step]) -> dict[str, Any]:
-    """The settings with the earlier adapters for o-lora, which is plain where there are none."""
-    given = dict(settings)
-    methods = str(given["method"]).split(",")
-    if "o-lora" in methods and before:
-        given["earlier"] = ",".join(str(step.folder / "final") for step in before)
-    elif "o-lora" in methods:
-        given["method"] = ",".join(name for name in methods if name != "o-lora") or "plain"
-        given.pop("orthogonality", None)
-    return given
+def _with_earlier(settings: Given, before: Sequence[Step]) -> Given:
+    """The settings with the earlier adapters for a method that asks for them; without it where
+    there are none, and then with no option of its own.
+    """
+    names = method_names(settings["method"])
+    asking = [name for name in names if name in METHODS and METHODS[name].needs_earlier]
+    if not asking:
+        return settings
+    if before:
+        return {**settings, "earlier": ",".join(str(step.folder / "final") for step in before)}
+    others = ",".join(name for name in names if name not in asking) or "plain"
+    unread = {option for name in asking for option in METHODS[name].reads}
+    given = {**settings, "method": others}
+    return {option: value for option, value in given.items() if option not in unread}
 
 
 def _to_keep(campaign: Campaign, course: Course, number: int) -> str:
@@ -227,9 +244,7 @@ def _to_keep(campaign: Campaign, course: Course, number: int) -> str:
     earlier = course.spec.domains[: number - 1]
     if not earlier:
         return general
-    rows: list[dict[str, Any]] = [
-        dataclasses.asdict(document) for document in load_documents(general)
-    ]
+    rows: list[Row] = [dataclasses.asdict(document) for document in load_documents(general)]
     for domain in earlier:
         rows += list(load_training_data(campaign.files[f"domain/{domain}/train"]))
     if not all(row.get("messages") for row in rows):
@@ -248,7 +263,7 @@ def _step_address(
     campaign: Campaign,
     steps: Steps,
     number: int,
-    settings: Mapping[str, Any],
+    settings: Given,
     text: str,
     before: str,
 ) -> str:
@@ -256,7 +271,8 @@ def _step_address(
     the earlier adapters follow from that.
     """
     experiment = campaign.experiment
-    step, domains = steps.each[number - 1], [step.domain.name for step in steps.each]
+    step, recipe = steps.each[number - 1], campaign.recipe(settings)
+    domains = [each.domain.name for each in steps.each]
     held = [
         step.domain.train,
         *(campaign.files[f"general/{name}/test"] for name in experiment.general),
@@ -266,7 +282,7 @@ def _step_address(
     more = [
         "step",
         before,
-        campaign.recipes.get(str(settings.get("importance")), {}).get("mark"),
+        recipe.mark if recipe else None,
         sha256_file(text),
         [sha256_file(path) for path in held],
         experiment.limit.get("test"),
@@ -277,39 +293,45 @@ def _step_address(
 
 
 def _taken(
-    campaign: Campaign, steps: Steps, number: int, settings: Mapping[str, Any], address: str
-) -> dict[str, Any]:
+    campaign: Campaign, steps: Steps, number: int, settings: Given, address: str
+) -> StepMeasured:
     """What was measured after a step, which is taken first where it is not finished.
 
     step.json says from the start whose the folder is; the numbers come into it last.
     """
     step = steps.each[number - 1]
     path = step.folder / "step.json"
-    if not path.exists() or read_json(path)["id"] != address:
+    if not path.exists() or read_record(path, StepMeasured).id != address:
         discard(step.folder)
         step.folder.mkdir(parents=True)
-        write_json(path, {"id": address})
-    if "domains" not in read_json(path):
+        write_record(path, StepMeasured(address))
+    if not read_record(path, StepMeasured).done:
         with _said_into(step.folder / "log.txt"):
-            run = take(steps, number)
-            about = {"id": address, "settings": settings, "energy": run["energy"]}
-            about["seconds"] = run["train_seconds"]
-            write_json(path, about | _measured_step(campaign, steps, number))
+            write_record(path, _measured_step(campaign, steps, number, settings, address))
     clear(step)
     if number > 1:
         discard(steps.each[number - 2].folder / "adapter")
-    measured: dict[str, Any] = read_json(path)
-    return measured
+    return read_record(path, StepMeasured)
 
 
-def _measured_step(campaign: Campaign, steps: Steps, number: int) -> dict[str, Any]:
-    """The losses and accuracies of the model after a step."""
+def _measured_step(
+    campaign: Campaign, steps: Steps, number: int, settings: Given, address: str
+) -> StepMeasured:
+    """Take a step; the losses and accuracies of the model after it."""
+    run = take(steps, number)
     domains = [step.domain.name for step in steps.each]
     tokenizer = load_tokenizer(steps.each[0].options)
     model = model_after(steps, number)
     losses = losses_on(campaign.experiment, model, tokenizer, campaign.files, "test", domains)
-    accuracy = score_domains(campaign.experiment, model, tokenizer, domains)
-    return {**losses, "accuracy": accuracy}
+    return StepMeasured(
+        id=address,
+        settings={**settings},
+        energy=run.energy,
+        seconds=run.train_seconds,
+        general=losses.general,
+        domains=losses.domains,
+        accuracy=score_domains(campaign.experiment, model, tokenizer, domains),
+    )
 
 
 @contextlib.contextmanager

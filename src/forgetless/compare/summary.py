@@ -19,9 +19,10 @@ from typing import Any
 
 from forgetless.compare.choice import choose
 from forgetless.compare.domain import compare_domain
-from forgetless.compare.experiment import Experiment, Trial, from_resolved
+from forgetless.compare.experiment import Chosen, Experiment, Trial, from_resolved
 from forgetless.compare.verdict import verdict
 from forgetless.files.atomic import read_json
+from forgetless.files.campaign_json import Accuracies, BaseMeasured, TaskAccuracy
 from forgetless.files.compare_json import (
     ComparedMethod,
     ComparedSequence,
@@ -37,11 +38,12 @@ from forgetless.files.compare_json import (
     TrialPoint,
     TrialRun,
 )
-from forgetless.files.run_json import Environment
 from forgetless.files.schema import T, from_json, read_record, write_record
+from forgetless.files.untrusted import JsonObject
 from forgetless.options.option import read_yaml
 
-# Label of a recipe -> the file that describes its importance file.
+# The file that says which importance files are the experiment's as it is now: label of a recipe ->
+# the file that describes its importance file.
 CURRENT = "current.json"
 
 
@@ -66,8 +68,9 @@ def summarise(out: Path, trials: Sequence[tuple[str, Trial]], *, pending: int = 
     Runs that are not finished are left out.
     """
     experiment = read_experiment_back(out)
-    base = read_json(out / "base.json")
-    accuracy = _read_or(out / "accuracy.json", None)
+    base = read_record(out / "base.json", BaseMeasured)
+    scored = out / "accuracy.json"
+    accuracy = read_record(scored, Accuracies) if scored.exists() else None
     runs = ended(out, trials)
     chosen = choose(experiment, runs)
     runs = [_with_accuracy(run, out, accuracy) for run in runs]
@@ -80,7 +83,7 @@ def summarise(out: Path, trials: Sequence[tuple[str, Trial]], *, pending: int = 
         title=experiment.title,
         model=experiment.model["model"],
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        environment=from_json(base["environment"], Environment, "base.json.environment"),
+        environment=base.environment,
         experiment=(out / "experiment.yaml").read_text(encoding="utf-8"),
         settings=_settings(experiment),
         progress=_progress(runs, pending),
@@ -128,7 +131,7 @@ def _read_or(path: Path, otherwise: Any) -> Any:
     return read_json(path) if path.exists() else otherwise
 
 
-def _settings(experiment: Experiment) -> dict[str, Any]:
+def _settings(experiment: Experiment) -> JsonObject:
     """What all runs share."""
     return {
         **{key: experiment.training.get(key) for key in ("max_steps", "batch_size", "length")},
@@ -159,7 +162,7 @@ def _importance(out: Path, runs: Sequence[TrialRun]) -> list[ImportanceFile]:
     return [_with_coefficients(each, runs) for each in recorded]
 
 
-def _with_accuracy(run: TrialRun, out: Path, base: dict[str, Any] | None) -> TrialRun:
+def _with_accuracy(run: TrialRun, out: Path, base: Accuracies | None) -> TrialRun:
     """The run with what was measured in its point of the whole update:
 
     `accuracy` of its domain, `accuracy_general` of the other tasks.
@@ -167,20 +170,22 @@ def _with_accuracy(run: TrialRun, out: Path, base: dict[str, Any] | None) -> Tri
     path = out / "runs" / str(run.id) / "accuracy.json"
     if base is None or not path.exists():
         return run
-    scores = _scores(base["tasks"], read_json(path)["tasks"])
+    scores = _scores(base.tasks, read_record(path, Accuracies).tasks)
     return replace(run, points=[_scored(point, run.domain, scores) for point in run.points])
 
 
-def _scores(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Score]:
+def _scores(
+    before: Mapping[str, TaskAccuracy], after: Mapping[str, TaskAccuracy]
+) -> dict[str, Score]:
     """The accuracy on each task that was measured before and after."""
     scores = {}
     for name, measured in after.items():
         if name in before:
             scores[name] = Score(
-                before=before[name]["acc"],
-                after=measured["acc"],
-                standard_error=measured["acc_stderr"],
-                questions=measured["questions"],
+                before=before[name].acc,
+                after=measured.acc,
+                standard_error=measured.acc_stderr,
+                questions=measured.questions,
             )
     return scores
 
@@ -209,43 +214,41 @@ def read_experiment_back(out: Path) -> Experiment:
     return from_resolved(read_yaml(out / "experiment.yaml"))
 
 
-def _texts(experiment: Experiment, base: Mapping[str, Any]) -> Iterator[GeneralText]:
+def _texts(experiment: Experiment, base: BaseMeasured) -> Iterator[GeneralText]:
     for name in experiment.general:
-        numbers = base["test"]["general"][name]
+        loss = base.test.general[name]
         yield GeneralText(
             name=name,
             kind="recorded" if name == experiment.recorded else "other",
-            documents=numbers["documents"],
-            tokens=numbers["tokens"],
+            documents=loss.documents,
+            tokens=loss.tokens,
             before=TextBefore(
-                nats=numbers["nats"],
-                standard_error=numbers["standard_error"],
-                perplexity=numbers["perplexity"],
+                nats=loss.nats,
+                standard_error=loss.standard_error,
+                perplexity=loss.perplexity,
             ),
         )
 
 
 def _domains(
-    experiment: Experiment, base: Mapping[str, Any], accuracy: Mapping[str, Any] | None
+    experiment: Experiment, base: BaseMeasured, accuracy: Accuracies | None
 ) -> Iterator[DomainData]:
-    known = (accuracy or {"tasks": {}})["tasks"]
+    known = accuracy.tasks if accuracy else {}
     for name in experiment.domains:
-        numbers = base["test"]["domains"][name]
+        loss = base.test.domains[name]
         yield DomainData(
             name=name,
-            rows=numbers["documents"],
-            rows_trained=base["rows_trained"][name],
+            rows=loss.documents,
+            rows_trained=base.rows_trained[name],
             before=DomainBefore(
-                nats=numbers["nats"],
-                standard_error=numbers["standard_error"],
-                accuracy=known[name]["acc"] if name in known else None,
+                nats=loss.nats,
+                standard_error=loss.standard_error,
+                accuracy=known[name].acc if name in known else None,
             ),
         )
 
 
-def _methods(
-    experiment: Experiment, chosen: Mapping[tuple[str, str], dict[str, Any]]
-) -> Iterator[ComparedMethod]:
+def _methods(experiment: Experiment, chosen: Chosen) -> Iterator[ComparedMethod]:
     for label, method in experiment.methods.items():
         mine = {domain: settings for (name, domain), settings in chosen.items() if name == label}
         yield ComparedMethod(

@@ -18,7 +18,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,12 @@ from forgetless.compare.base import losses_on
 from forgetless.compare.job import Job
 from forgetless.evaluate.losses import TextLoss
 from forgetless.evaluate.rise import Rise
-from forgetless.files.atomic import discard, read_json
+from forgetless.files.atomic import discard
+from forgetless.files.campaign_json import BaseMeasured, PartLosses
 from forgetless.files.compare_json import TrialPoint, TrialRun
-from forgetless.files.measured_json import Change
+from forgetless.files.measured_json import Change, Loss
 from forgetless.files.run_json import Run
-from forgetless.files.schema import as_record, write_record
+from forgetless.files.schema import as_record, read_record, write_record
 from forgetless.model.adapter_files import load_tuned
 from forgetless.model.adapters import has_lora
 from forgetless.model.loading import load_model, load_tokenizer
@@ -102,7 +103,8 @@ def _trained(job: Job) -> TrialRun:
     adapter = job.folder / "adapter"
     discard(adapter)
     os.replace(job.folder / "work" / "final", adapter)
-    base, tokenizer = read_json(job.base)[job.trial.part], load_tokenizer(job.options)
+    base = read_record(job.base, BaseMeasured).on(job.trial.part)
+    tokenizer = load_tokenizer(job.options)
     points = []
     for scale, model in _scaled(job.options, adapter, job.experiment.scales):
         points.append(_point(job, base, scale, model, tokenizer))
@@ -126,7 +128,7 @@ def _trained(job: Job) -> TrialRun:
 
 
 def _point(
-    job: Job, base: Mapping[str, Any], scale: float, model: nn.Module, tokenizer: Any
+    job: Job, base: PartLosses, scale: float, model: nn.Module, tokenizer: Any
 ) -> TrialPoint:
     """What the update has learned and lost at one scale.
 
@@ -136,10 +138,8 @@ def _point(
     after = losses_on(
         job.experiment, model, tokenizer, job.files, trial.part, [trial.domain], texts
     )
-    learned = -_rise(base["domains"][trial.domain], after["domains"][trial.domain])
-    lost = {
-        name: _rise(base["general"][name], numbers) for name, numbers in after["general"].items()
-    }
+    learned = -_rise(base.domains[trial.domain], after.domains[trial.domain])
+    lost = {name: _rise(base.general[name], numbers) for name, numbers in after.general.items()}
     if not all(math.isfinite(change.nats) for change in (learned, *lost.values())):
         raise ValueError(
             f"the loss of the update at scale {scale:g} is not a number: training diverged; "
@@ -152,9 +152,9 @@ def _point(
     )
 
 
-def _rise(before: dict[str, Any], after: dict[str, Any]) -> Rise:
-    """The rise of a loss from the base's numbers to those of the tuned model."""
-    return TextLoss.read(before).rise(TextLoss.read(after))
+def _rise(before: Loss, after: Loss) -> Rise:
+    """The rise of a loss from the base to the tuned model."""
+    return TextLoss.of(before).rise(TextLoss.of(after))
 
 
 def _scaled(

@@ -161,12 +161,12 @@ def _state_of(asked: Experiment, model: nn.Module, out: Path, setting: str) -> S
     tokenizer, files = load_tokenizer(_loading(asked)), prepare(asked, out)
     losses = losses_on(asked, model, tokenizer, files, asked.last_part, [DOMAIN], [TEXT])
     questions = {**domain_tasks(asked), **asked.tasks}
-    known = score(model, tokenizer, asked, questions)["tasks"]
+    known = score(model, tokenizer, asked, questions).tasks
     return StateRow(
-        known[TEXT]["acc"],
-        losses["general"][TEXT]["nats"],
-        known[DOMAIN]["acc"],
-        losses["domains"][DOMAIN]["nats"],
+        _there(known[TEXT].acc),
+        _there(losses.general[TEXT].nats),
+        _there(known[DOMAIN].acc),
+        _there(losses.domains[DOMAIN].nats),
         setting=setting,
     )
 

@@ -68,6 +68,11 @@ class Method:
     finish: str | None = None
     save: str | None = None
 
+    @property
+    def needs_earlier(self) -> bool:
+        """Whether it works beside the adapters of earlier domains, merged before it starts."""
+        return "earlier" in self.needs
+
 
 # The methods that pull the update by a penalty.
 PULLS = ("hold", "ewc-lora", "la-lora", "l2", "shuffled")

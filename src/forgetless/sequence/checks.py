@@ -25,6 +25,7 @@ from forgetless.files.atomic import discard, write_json, write_text
 from forgetless.files.hub import importance_path
 from forgetless.methods.table import chosen
 from forgetless.model import distributed
+from forgetless.options.methods import METHODS
 from forgetless.options.option import as_dict, parse_rule, several
 from forgetless.options.tune import TuneOptions
 from forgetless.sequence.domains import Domain, earlier_of, named
@@ -167,7 +168,7 @@ def _check_methods(options: TuneOptions) -> None:
         )
     methods = chosen(options)
     for name, method in methods.items():
-        if method.adapter or method.save or name == "o-lora":
+        if method.adapter or method.save or METHODS[name].needs_earlier:
             raise OptionError(
                 f"--method {name} cannot be used with several domains or --after: the steps' "
                 "updates are added up as plain LoRA"

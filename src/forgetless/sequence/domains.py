@@ -7,8 +7,8 @@ and number of the others do not matter:
 
     DIR/data/2-sciq.train.jsonl, DIR/data/2-sciq.held.jsonl
 
-    named(options, Path("run"))      # (Domain(name='sciq',
-                                     train='sciq=run/data/1-sciq.train.jsonl', held=...), ...)
+    named(options, Path("run"))
+    # (Domain(name='sciq', train='sciq=run/data/1-sciq.train.jsonl', held=...), ...)
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from forgetless.data.documents import Row
 from forgetless.data.domain import load_training_data
 from forgetless.data.tasks import find_task, load_task
 from forgetless.errors import OptionError
 from forgetless.files.atomic import read_json, write_text
+from forgetless.files.untrusted import JsonObject
 from forgetless.options.option import several
 from forgetless.options.tune import TuneOptions
 
@@ -51,26 +52,22 @@ def named(options: TuneOptions, out: Path, *, taken: Sequence[str] = ()) -> tupl
 
     Names that are `taken`, or come twice, get a number.
     """
-    given, found = several(options.eval_data), []
+    given = several(options.eval_data)
+    domains: list[Domain] = []
     used = list(taken)
     for number, spec in enumerate(several(options.data), 1):
         name = _free(_short(spec), used)
         used.append(name)
         if given:
-            found.append(
-                Domain(
-                    name,
-                    spec,
-                    given[number - 1],
-                    held_split=options.eval_split,
-                    split=options.data_split,
-                )
-            )
+            domains.append(_as_given(spec, given[number - 1], options, name))
         else:
-            found.append(
-                Domain(name, *_parted(spec, options.data_split, out / "data" / f"{number}-{name}"))
-            )
-    return tuple(found)
+            start = out / "data" / f"{number}-{name}"
+            domains.append(Domain(name, *_parted(spec, options.data_split, start)))
+    return tuple(domains)
+
+
+def _as_given(train: str, held: str, options: TuneOptions, name: str) -> Domain:
+    return Domain(name, train, held, held_split=options.eval_split, split=options.data_split)
 
 
 def earlier_of(options: TuneOptions) -> tuple[tuple[Domain, ...], str, str | None]:
@@ -79,16 +76,34 @@ def earlier_of(options: TuneOptions) -> tuple[tuple[Domain, ...], str, str | Non
     Raises ValueError or OptionError where it cannot be gone on from.
     """
     folder = Path(options.after or "")
-    if (
-        not (folder / "run.json").is_file()
-        or not (folder / "final" / "adapter_config.json").is_file()
-    ):
+    _check_finished(folder)
+    run = read_json(folder / "run.json")
+    _check_gone_on_from(folder, run["configuration"], options.model)
+    if "sequence" in run:
+        domains = tuple(Domain(**held) for held in run["sequence"]["held"].values())
+    else:
+        domains = (_domain_of_run(folder, run["configuration"]),)
+    # The file is of a sequence; in the folder of a single run, an earlier one has left it.
+    file = folder / "importance.safetensors"
+    of_sequence = "sequence" in run and file.is_file()
+    importance = str(file) if of_sequence else run["configuration"]["importance"]
+    return domains, str(folder / "final"), importance
+
+
+def _check_finished(folder: Path) -> None:
+    """Raise ValueError where no finished run with an adapter lies."""
+    adapter = folder / "final" / "adapter_config.json"
+    if not (folder / "run.json").is_file() or not adapter.is_file():
         raise ValueError(
             f"--after '{folder}': expected a finished run of forgetless tune, with run.json and "
             "an adapter in final/; give the --out of such a run"
         )
-    run = read_json(folder / "run.json")
-    then = run["configuration"]
+
+
+def _check_gone_on_from(folder: Path, then: JsonObject, model: str) -> None:
+    """Raise ValueError or OptionError for a run of another verb, of another kind of adapter, or on
+    another model; `then` are its options.
+    """
     if "eval_data" not in then:
         raise ValueError(
             f"--after '{folder}' was not written by forgetless tune, so it does not say which "
@@ -100,48 +115,24 @@ def earlier_of(options: TuneOptions) -> tuple[tuple[Domain, ...], str, str | Non
             f"--after '{folder}': its adapter is of type {kind}, expected LORA, since the "
             "updates are added up as one; tune with a LoRA method"
         )
-    if (
-        Path(str(then["model"])).resolve() != Path(options.model).resolve()
-        and then["model"] != options.model
-    ):
+    same_place = Path(str(then["model"])).resolve() == Path(model).resolve()
+    if not same_place and then["model"] != model:
         raise OptionError(
-            f"--after '{folder}' was tuned on '{then['model']}', found MODEL '{options.model}'; "
+            f"--after '{folder}' was tuned on '{then['model']}', found MODEL '{model}'; "
             "give the same"
         )
-    if "sequence" in run:
-        domains = tuple(Domain(**one) for one in run["sequence"]["held"].values())
-    elif then["eval_data"]:
-        domains = (
-            Domain(
-                _short(then["data"]),
-                then["data"],
-                then["eval_data"],
-                held_split=then["eval_split"],
-                split=then["data_split"],
-            ),
-        )
-    else:
-        logger.warning(
-            "%s had no --eval-data: its domain is measured and held on rows that it was trained on",
-            folder,
-        )
-        domains = (
-            Domain(
-                _short(then["data"]),
-                then["data"],
-                then["data"],
-                held_split=then["data_split"],
-                split=then["data_split"],
-            ),
-        )
-    file = (
-        folder / "importance.safetensors"
-    )  # of a sequence; what else is called so in the folder of a single run, an earlier one left
-    return (
-        domains,
-        str(folder / "final"),
-        str(file) if "sequence" in run and file.is_file() else then["importance"],
+
+
+def _domain_of_run(folder: Path, then: JsonObject) -> Domain:
+    """The domain of a run on one domain; `then` are its options."""
+    name, train, split = _short(then["data"]), then["data"], then["data_split"]
+    if then["eval_data"]:
+        return Domain(name, train, then["eval_data"], held_split=then["eval_split"], split=split)
+    logger.warning(
+        "%s had no --eval-data: its domain is measured and held on rows that it was trained on",
+        folder,
     )
+    return Domain(name, train, train, held_split=split, split=split)
 
 
 def _parted(spec: str, split: str, start: Path) -> tuple[str, str]:
@@ -149,10 +140,27 @@ def _parted(spec: str, split: str, start: Path) -> tuple[str, str]:
     the same data. Raises ValueError where they were others.
     """
     task = find_task(spec)
-    rows: list[dict[str, Any]] = (
-        load_task(spec, split=split)[1] if task else list(load_training_data(spec, split=split))
-    )
+    rows: Sequence[Row]
+    if task:
+        _, rows = load_task(spec, split=split)
+    else:
+        rows = load_training_data(spec, split=split)
     lines = [json.dumps(row, ensure_ascii=False, default=str) for row in rows]
+    held = _chosen_to_hold(spec, lines)
+    logger.info(
+        "%s: %d of %d rows are kept from training, to measure it by; --eval-data gives others",
+        spec,
+        len(held),
+        len(rows),
+    )
+    train = _write_rows(spec, start, "train", [line for line in lines if line not in held])
+    kept = _write_rows(spec, start, "held", [line for line in lines if line in held])
+    prefix = f"{task[0].name}=" if task else ""
+    return f"{prefix}{train}", f"{prefix}{kept}"
+
+
+def _chosen_to_hold(spec: str, lines: Sequence[str]) -> set[str]:
+    """The rows that are kept from training, by the hash of their content."""
     ordered = sorted(set(lines), key=lambda line: hashlib.sha256(line.encode()).digest())
     held = set(ordered[: min(200, max(20, len(ordered) // 10), len(ordered) // 4)])
     if not held:
@@ -160,29 +168,19 @@ def _parted(spec: str, split: str, start: Path) -> tuple[str, str]:
             f"'{spec}' has {len(ordered)} different rows, too few to keep some from training; "
             "give --eval-data for each domain"
         )
-    logger.info(
-        "%s: %d of %d rows are kept from training, to measure it by; --eval-data gives others",
-        spec,
-        len(held),
-        len(rows),
-    )
-    specs = []
-    for part, chosen in (
-        ("train", [line for line in lines if line not in held]),
-        ("held", [line for line in lines if line in held]),
-    ):
-        path, text = (
-            start.with_name(f"{start.name}.{part}.jsonl").resolve(),
-            "\n".join(chosen) + "\n",
+    return held
+
+
+def _write_rows(spec: str, start: Path, part: str, lines: Sequence[str]) -> Path:
+    path = start.with_name(f"{start.name}.{part}.jsonl").resolve()
+    text = "\n".join(lines) + "\n"
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        raise ValueError(
+            f"'{spec}' is no longer what this run was started with ({path}); give the same "
+            "data, or start again with --overwrite"
         )
-        if path.exists() and path.read_text(encoding="utf-8") != text:
-            raise ValueError(
-                f"'{spec}' is no longer what this run was started with ({path}); give the same "
-                "data, or start again with --overwrite"
-            )
-        write_text(path, text)
-        specs.append(f"{task[0].name}={path}" if task else str(path))
-    return specs[0], specs[1]
+    write_text(path, text)
+    return path
 
 
 def _short(spec: str) -> str:

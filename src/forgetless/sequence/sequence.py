@@ -27,7 +27,6 @@ import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from forgetless.evaluate.evaluate import changes
 from forgetless.files.atomic import atomic_path
@@ -37,6 +36,7 @@ from forgetless.files.measured_json import MeasuredInTurn, MeasuredRow
 from forgetless.files.provenance import environment, sha256_file
 from forgetless.files.run_json import ImportanceUsed, Refactored, SequenceRun, SequenceStep
 from forgetless.files.schema import plain_of, read_record, write_record
+from forgetless.files.untrusted import JsonObject
 from forgetless.importance.importance import Importance
 from forgetless.model.stack import stack
 from forgetless.options.option import as_dict
@@ -49,7 +49,7 @@ from forgetless.tune.result import push_result
 logger = logging.getLogger("forgetless")
 
 
-def tune_in_turn(options: TuneOptions) -> dict[str, Any]:
+def tune_in_turn(options: TuneOptions) -> JsonObject:
     """Fine-tune on each of `options.data` in its turn; writes `options.out` and returns what is in
     its run.json.
     """

@@ -27,11 +27,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
-from forgetless.files.atomic import discard, read_json
+from forgetless.files.atomic import discard
+from forgetless.files.run_json import Run
+from forgetless.files.schema import as_record, read_record
 from forgetless.model.adapter_files import CONFIG, checked_adapter
 from forgetless.model.loading import load_model
 from forgetless.model.stack import stack
@@ -75,12 +76,11 @@ class Steps:
         return self.each[number - 2].domain if number > 1 else self.before[-1]
 
 
-def take(steps: Steps, number: int) -> dict[str, Any]:
-    """Tune step `number` (from 1), unless that is done; what is in its run.json."""
+def take(steps: Steps, number: int) -> Run:
+    """Tune step `number` (from 1), unless that is done; what its run.json holds."""
     step = steps.each[number - 1]
     if (step.folder / "run.json").exists():
-        finished: dict[str, Any] = read_json(step.folder / "run.json")
-        return finished
+        return read_record(step.folder / "run.json", Run)
     options = replace(
         step.options,
         importance=held_by(steps, number),
@@ -89,7 +89,7 @@ def take(steps: Steps, number: int) -> dict[str, Any]:
         resume=True,
         overwrite=False,
     )
-    return tune(options, earlier=_below(steps, number))
+    return as_record(tune(options, earlier=_below(steps, number)), Run)
 
 
 def held_by(steps: Steps, number: int) -> str | None:
