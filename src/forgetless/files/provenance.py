@@ -5,6 +5,7 @@ the hash of a file that it read.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import platform
 import subprocess
@@ -34,24 +35,33 @@ def environment(device: str | None = None) -> Environment:
     """Versions, platform, device, and the commit of the source tree where that is a git checkout
     (None otherwise).
     """
-    versions: dict[str, Text | None] = {}
-    for package in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
     commit, dirty = _commit()
     return Environment(
         python=platform.python_version(),
         platform=platform.platform(),
-        versions=versions,
+        versions=dict(_versions()),
         device=device,
         commit=commit,
         dirty=dirty,
     )
 
 
+@functools.cache
+def _versions() -> dict[str, Text | None]:
+    """The installed version of each package whose version may change a number; read once."""
+    versions: dict[str, Text | None] = {}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions
+
+
+@functools.cache
 def _commit() -> tuple[str | None, bool | None]:
     """The commit of the tree that this file lies in, and whether tracked files differ from it; None
     where git does not know this file, as where the package is installed.
+
+    Asked once: what runs is the tree as it was when the process began.
     """
     here = Path(__file__).resolve()
     try:
