@@ -43,7 +43,7 @@ from forgetless.files.atomic import read_json, write_json
 from forgetless.files.measured_json import Measured
 from forgetless.files.schema import as_record, to_json
 from forgetless.options.estimators import ESTIMATORS
-from forgetless.options.model import ModelOptions
+from forgetless.options.model import ModelOptions, TextOptions
 from forgetless.options.record import RecordOptions
 from forgetless.options.tune import TuneOptions
 from forgetless.options.verbs import resolve
@@ -98,7 +98,7 @@ RECORDINGS: dict[
     "default-half": dict(cov_rank=16, documents=150, batch_size=16),
     "default-eighth": dict(cov_rank=16, documents=37, batch_size=16),
     "default-32nd": dict(cov_rank=16, documents=9, batch_size=9),
-    "default-self": dict(cov_rank=16, general="self", self_documents=300, batch_size=16),
+    "default-self": dict(cov_rank=16, general="self", answers=300, batch_size=16),
     "default-sampled": dict(cov_rank=16, labels="sampled", documents=300, batch_size=16),
     "activation": dict(estimator="activation", documents=300, batch_size=16),
     "uniform": dict(estimator="uniform"),
@@ -288,7 +288,8 @@ class Lab:
         tokenizer = load_tokenizer(ModelOptions(model=self.model))
         model = self.load(adapter)
         update = AdapterUpdate(model)
-        held_out = read_held_out(general=held["general"], data=held["eval_data"], limit=LIMIT[part])
+        text = TextOptions(held["general"])
+        held_out = read_held_out(text, data=held["eval_data"], limit=LIMIT[part])
         for scale in SCALES:
             update.scale(scale)
             after = measure(model, tokenizer, held_out)

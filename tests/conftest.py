@@ -6,11 +6,15 @@ import functools
 import gc
 import importlib.metadata
 import os
+import shutil
 import sys
+import tempfile
 
 os.environ.setdefault(
     "HF_HUB_OFFLINE", "1"
 )  # before any host library reads it: tests use no network
+# What forgetless keeps between runs is made anew, and nothing of the user's is touched.
+os.environ["FORGETLESS_CACHE"] = tempfile.mkdtemp(prefix="forgetless-tests-")
 
 import jinja2
 import pytest
@@ -61,8 +65,12 @@ def pytest_runtest_setup():
 
 
 def pytest_unconfigure():
-    """Put back what was set apart: Triton's bindings complain at exit where it is not collected."""
+    """Put back what was set apart: Triton's bindings complain at exit where it is not collected.
+
+    The cache of the tests goes too.
+    """
     gc.unfreeze()
+    shutil.rmtree(os.environ["FORGETLESS_CACHE"], ignore_errors=True)
 
 
 SMALL = dict(

@@ -666,7 +666,6 @@ def test_predictions_that_cannot_be_made_are_refused_before_training(
             [*tuning, "--data", domain],
             "several domains or --after is kept on held-out general text",
         ),
-        ([*tuning, "--general", "self"], "found --general self"),
         ([*tuning, "--anchor", "recorded"], "counted from the base; found --anchor recorded"),
         ([*tuning, "--push-to-hub", "me/model"], "uploads what is known to keep its --budget"),
     ):

@@ -76,7 +76,7 @@ def test_options_of_every_verb_may_stand_in_a_file(tmp_path, capsys):
             "--rank expects int, found 'eight'",
         ),
         (["eval", "m"], "nothing to measure"),
-        (["record", "m", "--out", "y"], "missing --general"),
+        (["record", "m"], "missing --out"),
         (["convert", "f"], "missing --tier, --out; for example: forgetless convert"),
         (["inspect"], "missing FILE; for example: forgetless inspect"),
         (["merge", "a", "--out", "b", "--dtype", "half"], "--dtype expects one of auto, float32"),

@@ -350,7 +350,7 @@ def test_replay_mixes_in_its_share(tiny, share):
         ({"method": "hold"}, "--method hold needs --importance"),
         (
             {"method": "kl", "replay": "TEXT", "importance": "FILE"},
-            "--importance is not used by --method kl; it is for hold",
+            "--importance is used by --method kl where it keeps answers: give --replay kept",
         ),
         (
             {"method": "replay", "replay": "TEXT", "kl_weight": 1.0},

@@ -60,7 +60,7 @@ def test_the_row_of_a_verb_names_functions_and_options_that_there_are(name):
     assert isinstance(row.run, Callable) or callable(resolved(row.run))
     known = row.options.__dataclass_fields__
     assert row.example.startswith(f"forgetless {name}")
-    assert isinstance(row.needed, Callable) or set(row.needed) <= set(known)
+    assert set(row.needed) <= set(known)
     for values in (row.presets or {}).values():
         assert set(values) <= set(known)
 

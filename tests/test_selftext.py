@@ -14,7 +14,13 @@ from forgetless.data.prompts.prompts import (
     prompt_ids,
     supported,
 )
-from forgetless.data.selftext import read_lines, sample, write_lines
+from forgetless.data.selftext import (
+    bare_openings,
+    chat_openings,
+    read_lines,
+    sample,
+    write_lines,
+)
 
 LANGUAGES = {"de", "fr", "es", "it", "pt", "nl", "pl", "sv", "tr", "ru", "uk", "zh", "ja", "ko"}
 # Refuses system turns, as Gemma's template does, and knows neither tools nor thinking.
@@ -105,14 +111,25 @@ def test_what_a_template_cannot_say_is_left_out_and_said(tokenizer):
 
 def test_an_answer_does_not_depend_on_the_batch_it_is_sampled_in(tiny):
     model, prompts = tiny("llama").double(), questions(7)
-    together = sample(model, Words(), prompts, seed=3, length=9, rows=7)
-    assert together == sample(model, Words(), prompts, seed=3, length=9, rows=2)
-    assert together[4:5] == sample(model, Words(), prompts[4:5], seed=3, length=9)
-    assert together != sample(model, Words(), prompts, seed=4, length=9)
+    openings = chat_openings(prompts, Words())
+    together = sample(model, Words(), openings, seed=3, length=9, rows=7)
+    assert together == sample(model, Words(), openings, seed=3, length=9, rows=2)
+    assert together[4:5] == sample(model, Words(), openings[4:5], seed=3, length=9)
+    assert together != sample(model, Words(), openings, seed=4, length=9)
     for answer, prompt in zip(together, prompts, strict=True):
         assert list(answer.ids[: answer.start]) == prompt_ids(prompt, Words())
         assert answer.ended == (answer.scored[-1] == 2) and 2 not in answer.scored[:-1]
         assert answer.ended or len(answer.scored) == 9
+
+
+def test_a_base_model_goes_on_from_the_token_that_begins_a_text(tiny, tokenizer):
+    openings = bare_openings(tokenizer, ["a", "b"])
+    answers = sample(tiny("llama"), tokenizer, openings, seed=0, length=6)
+    assert [answer.ids[:1] for answer in answers] == [(1,), (1,)]
+    assert answers[0].scored != answers[1].scored and answers[0].start == 1
+    tokenizer.bos_token = tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="needs a tokenizer with a begin- or end-of-text token"):
+        bare_openings(tokenizer, ["a"])
 
 
 def test_sampling_is_by_the_models_own_distribution(tiny):
@@ -124,8 +141,9 @@ def test_sampling_is_by_the_models_own_distribution(tiny):
     prompt = from_rows(rows, "rows")[0]
     ids = torch.tensor([prompt_ids(prompt, Words())])
     expected = model(input_ids=ids).logits[0, -1].softmax(-1).detach().numpy()
+    openings = chat_openings([prompt], Words())
     draws = [
-        sample(model, Words(), [prompt], seed=seed, length=1)[0].scored[0] for seed in range(400)
+        sample(model, Words(), openings, seed=seed, length=1)[0].scored[0] for seed in range(400)
     ]
     counts = np.bincount(draws, minlength=len(expected))
     # A chi-squared statistic of 47 degrees of freedom: above 90 once in ten thousand.
@@ -134,9 +152,8 @@ def test_sampling_is_by_the_models_own_distribution(tiny):
 
 def test_answers_are_written_as_lines_and_a_line_cut_off_is_left_out(tiny, tmp_path):
     kept = []
-    answers = sample(
-        tiny("llama"), Words(), questions(5), seed=0, length=4, rows=2, done=kept.extend
-    )
+    openings = chat_openings(questions(5), Words())
+    answers = sample(tiny("llama"), Words(), openings, seed=0, length=4, rows=2, done=kept.extend)
     assert sorted(kept, key=lambda a: a.prompt) == sorted(answers, key=lambda a: a.prompt)
     path = tmp_path / "answers.jsonl"
     path.write_text(write_lines(answers))

@@ -209,7 +209,7 @@ def test_free_memory_is_within_what_the_machine_has():
 
 
 def test_record_on_text_sampled_from_the_model_itself(recorded):
-    importance = recorded(general="self", self_documents=6, length=12, epochs=1)
+    importance = recorded(general="self", answers=6, answer_length=12, epochs=1)
     assert importance.info["data"]["source"] == "self" and importance.info["data"]["documents"] == 6
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -23,8 +23,10 @@ from torch import nn
 from forgetless.budget.budget import Budget, planned_bound, split
 from forgetless.data.documents import Document
 from forgetless.data.encoding import Encoded
+from forgetless.data.selftext import OwnText
 from forgetless.evaluate.losses import LONGEST_WINDOW
 from forgetless.evaluate.paired import PairedText, content, encoded_each, pair_with
+from forgetless.evaluate.paired_answers import PairedAnswers, paired_part
 from forgetless.evaluate.rise import FEW_DOCUMENTS, Rise
 from forgetless.files.schema import GENERAL
 from forgetless.model.loading import context_length
@@ -64,23 +66,27 @@ class Guard:
     check: PairedText
 
 
+# What a budget is kept on: a general text, or what the base says itself.
+Held = PairedText | PairedAnswers
+
+
 @dataclass(frozen=True)
 class Baseline:
-    """The two parts of the general text and the pieces of the control part to probe with, in a
-    random order; in a sequence, the domains before.
+    """The two parts of what the budget is kept on, and the pieces of the control part to probe
+    with, in a random order; in a sequence, the domains before.
 
     `moved`: the model that training starts from is no longer the one that was measured, so that an
     update of nothing has a rise of its own.
     """
 
     budget: Budget
-    control: PairedText
-    check: PairedText
-    pieces: PairedText
+    control: Held
+    check: Held
+    pieces: Held
     guards: tuple[Guard, ...] = ()
     moved: bool = False
 
-    def few_pieces(self) -> PairedText:
+    def few_pieces(self) -> Held:
         """As many pieces as say roughly how much the loss rose."""
         return self.pieces.some(range(min(SPREAD_PIECES, len(self.pieces))))
 
@@ -186,6 +192,21 @@ def measure_baseline(
     )
     cut = _shuffled_pieces(control.encoded, seed)[:pieces]
     probed = pair_with(model, cut, [""] * len(cut), min(PIECE, window))
+    return Baseline(budget, control, check, probed)
+
+
+def answers_baseline(
+    base: nn.Module, tokenizer: Any, own: OwnText, budget: Budget, *, seed: int = 0
+) -> Baseline:
+    """The control and check parts of what the base says itself. Probed are whole answers of the
+    control part, by what is stored of the base, at half of the price of the exact divergence.
+
+    Raises ValueError where there are too few answers for any interval.
+    """
+    control, check = (paired_part(base, tokenizer, own, part) for part in ("control", "check"))
+    assert control is not None and check is not None
+    order = random.Random(seed).sample(range(len(control)), len(control))
+    probed = replace(control.some(order), under_adapter=False)
     return Baseline(budget, control, check, probed)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from forgetless.budget.baseline import PIECE, Baseline, Spread
+from forgetless.budget.baseline import Baseline, Spread
 from forgetless.budget.budget import check_reach
 from forgetless.budget.controller import Controller
 from forgetless.budget.finish import keep_budget
@@ -160,7 +160,7 @@ def _tokens_probed(baseline: Baseline) -> float:
     """Tokens of a probed piece, together with those of a row of every earlier domain: as many of
     both are probed.
     """
-    piece = min(PIECE, float(baseline.pieces.tokens.mean()) + 1)
+    piece = baseline.pieces.mean_length
     rows = [
         float(np.mean([len(ids) for ids, _ in guard.control.encoded])) for guard in baseline.guards
     ]

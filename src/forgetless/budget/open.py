@@ -17,7 +17,14 @@ from typing import Any
 
 from torch import nn
 
-from forgetless.budget.baseline import PIECE, Baseline, Guard, guard_of, measure_baseline
+from forgetless.budget.baseline import (
+    PIECE,
+    Baseline,
+    Guard,
+    answers_baseline,
+    guard_of,
+    measure_baseline,
+)
 from forgetless.budget.budget import Budget, parse
 from forgetless.budget.keeper import Keeper
 from forgetless.budget.learning import Learning, domain, fitting
@@ -28,12 +35,15 @@ from forgetless.data.domain import encode_rows, load_training_data, row_text
 from forgetless.data.duplicates import Overlap, overlap
 from forgetless.data.encoding import Encoded
 from forgetless.data.inputs import HeldOut, Inputs
+from forgetless.data.selftext import own_text
 from forgetless.errors import OptionError
 from forgetless.importance.importance import Importance
+from forgetless.model.adapters import bare
 from forgetless.model.loading import context_length
 from forgetless.model.stages import Earlier, LearnedDomain, walk
 from forgetless.model.update import Update
 from forgetless.options.methods import METHODS
+from forgetless.options.model import TextOptions
 from forgetless.options.option import several
 from forgetless.options.tune import TuneOptions
 
@@ -53,11 +63,6 @@ def check_budget(options: TuneOptions, methods: Sequence[str]) -> None:
             f"expected {', '.join(name for name, row in METHODS.items() if row.budget)}"
         )
     parse(options.budget)
-    if options.general == "self":
-        raise OptionError(
-            "--budget is kept on held-out general text, found --general self; give --general "
-            "TEXT (not part of --data)"
-        )
     if options.general:
         return
     if options.after or len(several(options.data)) > 1:
@@ -95,8 +100,7 @@ def of_run(
         calibration = check_calibrated(importance)
         learning = _learning(options, model, tokenizer, inputs.held_out, encoded)
         return Predictor(budget, calibration, learning)
-    assert inputs.held_out.general is not None
-    shared = trained_on(inputs.held_out.general, inputs.training)
+    shared = trained_on(kept_on(inputs.held_out), inputs.training)
     baseline = baseline or _measured_baseline(
         options, model, tokenizer, inputs.held_out, encoded, budget
     )
@@ -149,6 +153,11 @@ def _guard(options: TuneOptions, model: nn.Module, tokenizer: Any, held: Learned
     return guard_of(model, held.name, *fitting(model, rows, held.data, least=LEAST_ROWS))
 
 
+def kept_on(held_out: HeldOut) -> Sequence[Document]:
+    """The general documents that a budget is kept on: none where it is what the model says."""
+    return [] if held_out.own else held_out.general or []
+
+
 def trained_on(documents: Sequence[Document], data: Any) -> Overlap:
     """Which general documents are in the rows that are trained on."""
     return overlap(_document_texts(documents), [row_text(row) for row in data])
@@ -166,7 +175,11 @@ def _measured_baseline(
     encoded: Any,
     budget: Budget,
 ) -> Baseline:
-    """What the model loses on the general text now, with the pieces that a run of `tune` probes."""
+    """What the model loses now on what the budget is kept on, with the pieces that a run of `tune`
+    probes.
+    """
+    if held_out.own is not None:
+        return answers_baseline(model, tokenizer, held_out.own, budget, seed=options.seed)
     assert held_out.general is not None
     steps = options.max_steps
     if steps <= 0:
@@ -212,13 +225,17 @@ def of_trainer(
             "processing_class=tokenizer"
         )
     rows = _token_rows(trainer.train_dataset)
-    documents = load_documents(general) if general else []
+    own = own_text(TextOptions(), general)
+    documents = load_documents(general) if general and not own else []
     training = trainer.model.training
     update = Update(trainer.model, names=names)
     try:
         update.scale(0)
         baseline = None
-        if calibration is None:
+        if own is not None:
+            with bare(trainer.model) as base:
+                baseline = answers_baseline(base, tokenizer, own, limit, seed=trainer.args.seed)
+        elif calibration is None:
             baseline = measure_baseline(
                 trainer.model,
                 tokenizer,

@@ -30,6 +30,7 @@ from transformers.trainer_callback import ExportableState
 
 from forgetless.budget.controller import Controller, ControllerState
 from forgetless.evaluate.paired import PairedText
+from forgetless.evaluate.paired_answers import PairedAnswers
 from forgetless.files.budget_json import ControllerLook, ProbeCosts
 from forgetless.files.untrusted import JsonObject
 from forgetless.model import distributed
@@ -103,7 +104,7 @@ class Probe(TrainerCallback, ExportableState):
         self,
         controller: Controller,
         penalty: Penalty,
-        pieces: PairedText | None = None,
+        pieces: PairedText | PairedAnswers | None = None,
         *,
         every: int = EVERY,
         count: int = 0,
@@ -143,7 +144,7 @@ class Probe(TrainerCallback, ExportableState):
         self.penalty.strength = self.controller.update(state.global_step, self.cost(), rise)
         self.seconds += time.perf_counter() - started
 
-    def _measured(self, model: Any, pieces: PairedText) -> float:
+    def _measured(self, model: Any, pieces: PairedText | PairedAnswers) -> float:
         """The rise on the pieces whose turn it is."""
         part = pieces.some([(self.cursor + i) % len(pieces) for i in range(self.count)])
         self.cursor = (self.cursor + self.count) % len(pieces)

@@ -25,7 +25,7 @@ from typing import Any
 
 from torch import nn
 
-from forgetless.budget.baseline import Baseline, measure_baseline
+from forgetless.budget.baseline import Baseline, answers_baseline, measure_baseline
 from forgetless.budget.budget import check_reach, parse
 from forgetless.budget.finish import keep_budget, keep_predicted
 from forgetless.budget.learning import Learning, domain
@@ -37,6 +37,7 @@ from forgetless.data.domain import encode_rows
 from forgetless.data.inputs import HeldOut, read_held_out
 from forgetless.errors import OptionError
 from forgetless.evaluate.evaluate import changes, changes_table, measure
+from forgetless.evaluate.paired_answers import PairedAnswers, paired_part
 from forgetless.files.budget_json import BudgetReport
 from forgetless.files.hub import importance_path
 from forgetless.files.measured_json import Measured
@@ -74,12 +75,13 @@ class Loaded:
 @dataclass(frozen=True)
 class BaseLosses:
     """What the bare base model loses: on everything that is measured, and where a budget is to be
-    kept, on the parts that it is kept by.
+    kept, on the parts that it is kept by; `own` is what it says itself.
     """
 
     before: Measured
     learning: Learning | None
     baseline: Baseline | None
+    own: PairedAnswers | None
 
 
 def shrink(options: ShrinkOptions) -> JsonObject:
@@ -100,7 +102,7 @@ def shrink(options: ShrinkOptions) -> JsonObject:
     base = _measure_base(options, loaded, held_out)
     report = _shrunk(options, loaded, base)
     save_whole(loaded.model, loaded.tokenizer, out / "final")
-    after = measure(loaded.model, loaded.tokenizer, held_out)
+    after = measure(loaded.model, loaded.tokenizer, held_out, own=base.own)
     change = changes(base.before, after)
     run = ShrunkRun(
         configuration=as_dict(options),
@@ -110,6 +112,7 @@ def shrink(options: ShrinkOptions) -> JsonObject:
         after=after,
         forgetting=change.forgetting,
         learning=change.learning,
+        general=change.general,
         budget=report,
         verdict=None if report is None else report.verdict,
         seconds=time.perf_counter() - started,
@@ -134,10 +137,8 @@ def _with_model(options: ShrinkOptions, base: str | None) -> ShrinkOptions:
 
 def _held_out(options: ShrinkOptions) -> HeldOut:
     return read_held_out(
-        general=options.general,
+        options,
         data=options.data,
-        text_column=options.text_column,
-        general_split=options.general_split,
         data_split=options.data_split,
         limit=options.limit,
     )
@@ -168,14 +169,17 @@ def _measure_base(options: ShrinkOptions, loaded: Loaded, held_out: HeldOut) -> 
     """Measure the bare base model, under the adapter that is switched off for as long."""
     tokenizer = loaded.tokenizer
     with bare(loaded.model) as base:
-        before = measure(base, tokenizer, held_out)
+        own = paired_part(base, tokenizer, held_out.own, "check")
+        before = measure(base, tokenizer, held_out, own=own)
         learning = baseline = None
         if options.budget and held_out.domain is not None:
             learning = domain(base, encode_rows(held_out.domain, tokenizer), options.data or "")
-        if options.budget and held_out.general:
-            budget = parse(options.budget)
+        budget = parse(options.budget) if options.budget else None
+        if budget and held_out.own:
+            baseline = answers_baseline(base, tokenizer, held_out.own, budget)
+        elif budget and held_out.general:
             baseline = measure_baseline(base, tokenizer, held_out.general, budget)
-    return BaseLosses(before, learning, baseline)
+    return BaseLosses(before, learning, baseline, own)
 
 
 def _shrunk(options: ShrinkOptions, loaded: Loaded, base: BaseLosses) -> BudgetReport | None:

@@ -44,11 +44,6 @@ def check_shrink(options: ShrinkOptions) -> str | None:
         raise OptionError("give --budget (1%, 0.01nats), which chooses mu, or --mu X; one of them")
     if options.budget:
         parse(options.budget)
-        if options.general == "self":
-            raise OptionError(
-                "--budget is kept on held-out general text, found --general self; give --general "
-                "TEXT"
-            )
         if not options.general and options.method != "scale":
             raise OptionError(
                 "without --general a budget is kept on a prediction, which holds for scaled "

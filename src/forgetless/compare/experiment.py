@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from forgetless.data.inputs import NOT_READ
 from forgetless.options.option import RUNNING, Given
 from forgetless.options.record import RecordOptions
 from forgetless.options.tune import TuneOptions
@@ -53,7 +54,7 @@ class MethodSpec:
     @property
     def needs(self) -> str:
         """What it takes besides the domain data."""
-        text = self.options.get("replay") and self.options["replay"] not in ("self", "domain")
+        text = self.options.get("replay") and self.options["replay"] not in NOT_READ
         needs = [
             *(["general text while tuning"] if text else []),
             *(["importance file"] if self.options.get("importance") else []),

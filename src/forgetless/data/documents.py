@@ -35,7 +35,7 @@ TEXT_COLUMNS = ("text", "content", "messages")
 
 @dataclass(frozen=True)
 class Document:
-    """One piece of general text: exactly one of `text` and `messages` is set.
+    """One piece of general text: `text` or `messages` is set, or neither in a TokenDocument.
 
     `source` groups documents that come from one place, whose losses are not independent.
     """
@@ -43,6 +43,14 @@ class Document:
     text: str | None
     messages: list[dict[str, str]] | None
     source: str
+
+
+@dataclass(frozen=True)
+class TokenDocument(Document):
+    """Text that a model wrote itself, as its tokens, of which those from `start` on are scored."""
+
+    ids: tuple[int, ...] = ()
+    start: int = 0
 
 
 def load_rows(spec: str, *, split: str = "train") -> list[Row]:

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forgetless.data.documents import Document
-from forgetless.errors import FileError, OptionError
+from forgetless.data.documents import Document, TokenDocument
+from forgetless.errors import FileError
 
 # Token ids, and whether each of them is scored as a prediction target.
 Encoded = tuple[list[int], list[bool]]
@@ -69,6 +69,8 @@ def encode_whole(
 
 def encode_document(document: Document, tokenizer: Any) -> Encoded:
     """All token ids of a document, scored in plain text; in a chat the assistant's turns are."""
+    if isinstance(document, TokenDocument):
+        return list(document.ids), [at >= document.start for at in range(len(document.ids))]
     if document.messages is not None:
         return encode_chat(document.messages, tokenizer)
     ids = list(tokenizer(document.text or "", verbose=False)["input_ids"])
@@ -201,41 +203,3 @@ def collate(pieces: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:
         targets = [token if counts else -100 for token, counts in zip(tokens, scored, strict=True)]
         labels[row, : len(tokens)] = torch.tensor(targets)
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-def sample_documents(
-    model: Any, tokenizer: Any, count: int, length: int, seed: int, *, batch_size: int = 16
-) -> list[Document]:
-    """`count` documents of at most `length` tokens, sampled from the model at temperature 1.
-
-    Raises OptionError where the tokenizer has no token to begin with. Where the model says nothing
-    but blank texts too often, there are fewer documents.
-    """
-    start = tokenizer.bos_token_id
-    if start is None:
-        start = tokenizer.eos_token_id
-    if start is None:
-        raise OptionError(
-            "--general self needs a tokenizer with a begin- or end-of-text token; give a text "
-            "file instead"
-        )
-    device = next(model.parameters()).device
-    torch.manual_seed(seed)
-    texts: list[str] = []
-    for _ in range(4 * (count // batch_size + 1)):
-        prompt = torch.full((batch_size, 1), start, device=device)
-        out = model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            max_new_tokens=length - 1,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        decoded = tokenizer.batch_decode(out, skip_special_tokens=True)
-        texts += [text for text in decoded if text.strip()]
-        if len(texts) >= count:
-            break
-    return [Document(text, None, "self") for text in texts[:count]]

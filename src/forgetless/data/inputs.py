@@ -10,8 +10,8 @@ tasks and the text to replay.
     inputs.held_out.general     # the documents that forgetting is measured on, or None
     inputs.hashes               # {"training data": sha256, ...}, for resuming
 
-Text that a model must first write (`--replay self`) is not read here, but in
-methods/replay_text.py.
+Text that a model must first write (`--general chat`, `--replay self`) is not read here: it is
+sampled by evaluate/own_answers.py once the model is loaded.
 """
 
 from __future__ import annotations
@@ -27,11 +27,14 @@ from forgetless.data.documents import (
     load_documents,
 )
 from forgetless.data.domain import load_training_data
+from forgetless.data.selftext import KEPT, OWN_KINDS, OwnText, own_text, read_text
 from forgetless.data.tasks import Task, find_task, load_task, task_specs
+from forgetless.options.model import TextOptions
 from forgetless.options.tune import TuneOptions
 
-# Values of --replay that name no text to read: what the model itself says, and the training rows.
-NOT_READ = ("self", "domain")
+# Values of --replay that name no text to read: what the model itself says, the training rows, and
+# the answers that an importance file keeps.
+NOT_READ = (*OWN_KINDS, "domain", KEPT)
 
 
 @dataclass(frozen=True)
@@ -55,18 +58,21 @@ class Questions:
 class HeldOut:
     """What a model is measured on and not trained on.
 
-    General documents, rows of the domain (a datasets.Dataset as `load_training_data` makes it) and
-    the questions of tasks. What was not asked for is None, or empty.
+    General documents, rows of the domain (a datasets.Dataset as `load_training_data` makes it), the
+    questions of tasks, and what the base model is asked to say itself. What was not asked for is
+    None, or empty.
     """
 
     general: list[Document] | None = None
     domain: Any = None
     tasks: tuple[Questions, ...] = ()
+    own: OwnText | None = None
 
     @property
     def anything(self) -> bool:
         """Whether there is anything to measure."""
-        return bool(self.general) or self.domain is not None or bool(self.tasks)
+        measured = (self.general, self.tasks, self.own)
+        return any(measured) or self.domain is not None
 
 
 @dataclass(frozen=True)
@@ -91,11 +97,9 @@ def read_inputs(options: TuneOptions) -> Inputs:
     """
     training = load_training_data(options.data, split=options.data_split)
     held_out = read_held_out(
-        general=options.general,
+        options,
         data=options.eval_data,
         tasks=options.tasks,
-        text_column=options.text_column,
-        general_split=options.general_split,
         data_split=options.eval_split,
         limit=options.limit,
     )
@@ -108,12 +112,10 @@ def read_inputs(options: TuneOptions) -> Inputs:
 
 
 def read_held_out(
+    text: TextOptions | None = None,
     *,
-    general: str | None = None,
     data: str | None = None,
     tasks: str | None = None,
-    text_column: str | None = None,
-    general_split: str = "train",
     data_split: str | None = None,
     limit: int | None = None,
     shots: int = 0,
@@ -123,11 +125,14 @@ def read_held_out(
     With `shots` examples before each question every task is lm-eval's, which draws the examples.
     """
     documents = None
-    if general:
-        documents = load_documents(general, column=text_column, split=general_split, limit=limit)
+    text = text or TextOptions()
+    if general := read_text(text.general):
+        documents = load_documents(
+            general, column=text.text_column, split=text.general_split, limit=limit
+        )
     rows = load_training_data(data, split=data_split, limit=limit) if data else None
     questions = tuple(_read_questions(spec, shots, limit) for spec in task_specs(tasks))
-    return HeldOut(documents, rows, questions)
+    return HeldOut(documents, rows, questions, own_text(text, text.general))
 
 
 def _read_questions(spec: str, shots: int, limit: int | None) -> Questions:

@@ -1,14 +1,15 @@
 """Self text: what a model itself says, sampled from its own distribution and nothing else.
 
-    answers = sample(model, tokenizer, prompts, seed=0, length=256)
+    openings = chat_openings(prompts, tokenizer)        # of a base model: bare_openings
+    answers = sample(model, tokenizer, openings, seed=0, length=256)
     answers[0].scored              # token ids of the answer, its end included where it ended
 
-For a chat model this is what it answers to prompts (data/prompts/), which its chat template puts
-to it. The temperature is 1, without top-k, top-p and penalties. What generation_config asks for is
-a manner of decoding, and text from another distribution than the model's own would make its
-divergence from itself look like something.
+A chat model goes on from prompts (data/prompts/), which its chat template puts to it, a base model
+from the token that begins a text. The temperature is 1, without top-k, top-p and penalties. What
+generation_config asks for is a manner of decoding, and text from another distribution than the
+model's own would make its divergence from itself look like something.
 
-Every prompt has its own stream of random numbers, which follows from the seed and the prompt, so
+Every opening has its own stream of random numbers, which follows from the seed and its name, so
 its answer does not depend on what else is sampled, in which batch, or after which interruption
 (to the rounding of a batch's shape). An answer that reaches `length` tokens is kept as it is.
 
@@ -18,6 +19,7 @@ as answers end: once half of its rows have ended they are taken out of the cache
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -30,19 +32,71 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from forgetless.data.documents import Document, TokenDocument
 from forgetless.data.prompts.prompts import Prompt, prompt_ids
+from forgetless.errors import OptionError
+from forgetless.files.room import free_memory
+from forgetless.options.model import TextOptions
+from forgetless.options.option import several
 
+# The kinds of text that a model says itself.
+CHAT, SELF = "chat", "self"
+OWN_KINDS = (CHAT, SELF)
+# The answers that an importance file keeps, as --replay names them.
+KEPT = "kept"
 # Rows of a batch. On a CPU more rows leave its caches; on a GPU one token of a row costs nothing.
 BATCH_ROWS = {"cpu": 8, "cuda": 64}
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a model said to one prompt."""
+class OwnText:
+    """What is asked of a model: the kind of text, how much of it for each part, and a file with
+    prompts of the user's, which are added to ours.
+    """
 
-    prompt: str  # the prompt's id
     kind: str
-    ids: tuple[int, ...]  # the templated prompt, then the answer
+    answers: int = 64
+    length: int = 256
+    prompts: str | None = None
+
+
+def own_text(options: TextOptions, spec: str | None) -> OwnText | None:
+    """What --general or --replay asks of the model; None where it names a text alone."""
+    kinds = [value for value in several(spec) if value in OWN_KINDS]
+    if not kinds:
+        return None
+    return OwnText(kinds[0], options.answers, options.answer_length, options.prompts)
+
+
+def read_text(spec: str | None) -> str | None:
+    """The text that --general or --replay names, beside what the model says itself; None where it
+    names none. Raises OptionError for more than one of either.
+    """
+    values = several(spec)
+    texts = [value for value in values if value not in OWN_KINDS]
+    if len(texts) > 1 or len(values) - len(texts) > 1:
+        raise OptionError(
+            f"--general expects chat or self, a text, or one of each with a comma; found '{spec}'"
+        )
+    return texts[0] if texts else None
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What a model goes on from."""
+
+    id: str  # its random numbers follow from it
+    kind: str
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said after one opening."""
+
+    prompt: str  # the opening's id
+    kind: str
+    ids: tuple[int, ...]  # the opening, then the answer
     start: int  # the place of the answer's first token in `ids`
     ended: bool  # whether the answer ends by itself: its last token is one that ends
 
@@ -51,49 +105,92 @@ class Answer:
         return self.ids[self.start :]
 
 
+def as_documents(answers: Sequence[Answer]) -> list[Document]:
+    """The answers as general text, to record on or to replay: what was said is scored."""
+    return [TokenDocument(None, None, answer.kind, answer.ids, answer.start) for answer in answers]
+
+
+def chat_openings(prompts: Sequence[Prompt], tokenizer: Any) -> list[Opening]:
+    """The prompts in the tokenizer's chat template, up to where the assistant would answer."""
+    return [
+        Opening(prompt.id, prompt.kind, tuple(prompt_ids(prompt, tokenizer))) for prompt in prompts
+    ]
+
+
+def bare_openings(tokenizer: Any, names: Sequence[str]) -> list[Opening]:
+    """For a base model: nothing but the token that begins a text, once for each name.
+
+    Raises OptionError where the tokenizer has no such token.
+    """
+    begin = tokenizer.bos_token_id
+    if begin is None:
+        begin = tokenizer.eos_token_id
+    if begin is None:
+        raise OptionError(
+            "--general self needs a tokenizer with a begin- or end-of-text token; give a text "
+            "file instead"
+        )
+    return [Opening(name, "self", (begin,)) for name in names]
+
+
 def sample(
     model: nn.Module,
     tokenizer: Any,
-    prompts: Sequence[Prompt],
+    openings: Sequence[Opening],
     *,
     seed: int,
     length: int,
     rows: int | None = None,
     done: Callable[[list[Answer]], None] | None = None,
 ) -> list[Answer]:
-    """One answer of at most `length` tokens to each prompt, in the prompts' order.
+    """One answer of at most `length` tokens to each opening, in the openings' order.
 
     Args:
-        rows: prompts in a batch; by default what suits the model's device.
+        rows: openings in a batch; by default what suits the model's device.
         done: called with the answers of each batch as it is finished, to keep them.
     """
     device = next(model.parameters()).device
     rows = rows or BATCH_ROWS.get(device.type, BATCH_ROWS["cuda"])
     stops = stop_tokens(model, tokenizer)
-    encoded = [prompt_ids(prompt, tokenizer) for prompt in prompts]
-    # Prompts of like length share a batch, so that little is padded.
-    order = sorted(range(len(prompts)), key=lambda place: (len(encoded[place]), place))
+    # Openings of like length share a batch, so that little is padded.
+    order = sorted(range(len(openings)), key=lambda place: (len(openings[place].ids), place))
     answers: dict[int, Answer] = {}
     training = model.training
     model.eval()
     try:
         for first in range(0, len(order), rows):
             batch = order[first : first + rows]
-            draws = [_stream(seed, prompts[place].id) for place in batch]
-            said = _answers(model, [encoded[place] for place in batch], draws, stops, length)
+            draws = [_stream(seed, openings[place].id) for place in batch]
+            given = [list(openings[place].ids) for place in batch]
+            said = _answers(model, given, draws, stops, length)
             for place, tokens in zip(batch, said, strict=True):
+                opening = openings[place]
                 answers[place] = Answer(
-                    prompt=prompts[place].id,
-                    kind=prompts[place].kind,
-                    ids=(*encoded[place], *tokens),
-                    start=len(encoded[place]),
-                    ended=bool(tokens) and tokens[-1] in stops,
+                    prompt=opening.id,
+                    kind=opening.kind,
+                    ids=(*opening.ids, *tokens),
+                    start=len(opening.ids),
+                    ended=_ended(tokens, stops),
                 )
             if done is not None:
                 done([answers[place] for place in batch])
     finally:
         model.train(training)
-    return [answers[place] for place in range(len(prompts))]
+    return [answers[place] for place in range(len(openings))]
+
+
+def _quick(model: nn.Module) -> nn.Module:
+    """The model, or on a CPU its copy in f32 where it is stored in 16 bit and memory allows.
+
+    With few rows 16 bit is slow there: on the real model a token of 32 rows took 1.26 s in bf16 and
+    0.37 s in f32. What is sampled differs by rounding.
+    """
+    parameters = list(model.parameters())
+    halves = all(p.dtype in (torch.bfloat16, torch.float16) for p in parameters)
+    if parameters[0].device.type != "cpu" or not halves:
+        return model
+    needed = 4 * sum(p.numel() for p in parameters)
+    return copy.deepcopy(model).float() if 2 * needed < (free_memory() or 0) else model
 
 
 def stop_tokens(model: nn.Module, tokenizer: Any) -> frozenset[int]:
@@ -104,32 +201,32 @@ def stop_tokens(model: nn.Module, tokenizer: Any) -> frozenset[int]:
     return frozenset(int(token) for token in ends if token is not None)
 
 
-def _stream(seed: int, prompt: str) -> np.random.Generator:
-    """The random numbers of one prompt."""
-    digest = hashlib.sha256(f"{seed}:{prompt}".encode()).digest()
+def _stream(seed: int, name: str) -> np.random.Generator:
+    """The random numbers of one opening."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:8], "big"))
 
 
 @torch.no_grad()
 def _answers(
     model: nn.Module,
-    prompts: list[list[int]],
+    openings: list[list[int]],
     draws: list[np.random.Generator],
     stops: frozenset[int],
     length: int,
 ) -> list[list[int]]:
-    """Answers to one batch of prompts, token by token."""
+    """Answers to one batch of openings, token by token."""
     device = next(model.parameters()).device
-    width = max(len(ids) for ids in prompts)
+    width = max(len(ids) for ids in openings)
     # Padded on the left, so that every row's next token is predicted at the last place.
-    ids = torch.tensor([[0] * (width - len(row)) + row for row in prompts], device=device)
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in openings], device=device)
     mask = torch.tensor(
-        [[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=device
+        [[0] * (width - len(row)) + [1] * len(row) for row in openings], device=device
     )
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     cache = DynamicCache()
-    answers: list[list[int]] = [[] for _ in prompts]
-    alive = list(range(len(prompts)))  # which prompt each row of the batch answers
+    answers: list[list[int]] = [[] for _ in openings]
+    alive = list(range(len(openings)))  # which opening each row of the batch answers
     for _ in range(length):
         logits = model(
             input_ids=ids,

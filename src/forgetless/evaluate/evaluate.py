@@ -1,20 +1,23 @@
 """What was learned and what was lost: loss on general text and on domain data in nats per token,
 and accuracies on tasks.
 
-    held_out = read_held_out(general="wide.jsonl", data="domain.jsonl", tasks="sciq")
+    held_out = read_held_out(TextOptions("wide.jsonl"), data="domain.jsonl", tasks="sciq")
     before = measure(base, tokenizer, held_out)
     after = measure(tuned, tokenizer, held_out)
     changes(before, after).forgetting     # Interval(nats=0.056, low=0.049, high=0.063, ...)
     print(changes_table(before, after))
 
-"Before" is always the bare base model. Perplexity is exp(nats). The standard error of a loss is
-over documents, as of a ratio, since documents differ in length. A change is paired by document,
-which takes most of the noise out, and its interval leaves out one source in turn (rise.py).
+What was lost is measured on text of the user's, and on what the base says itself, where that is
+asked for (paired_answers.py). "Before" is always the bare base model. Perplexity is exp(nats). The
+standard error of a loss is over documents, as of a ratio, since documents differ in length. A
+change is paired by document, which takes most of the noise out, and its interval leaves out one
+source in turn (rise.py).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,8 @@ from forgetless.data.inputs import HeldOut, Questions, read_held_out
 from forgetless.errors import OptionError
 from forgetless.evaluate.accuracy import answers, check_tasks, lm_eval_accuracy
 from forgetless.evaluate.losses import TextLoss, completion_loss, general_loss
+from forgetless.evaluate.own_answers import OWN_WORDS, default_kind
+from forgetless.evaluate.paired_answers import PairedAnswers, paired_part
 from forgetless.evaluate.rise import Rise
 from forgetless.files.measured_json import Changes, Loss, Measured, Scores
 from forgetless.files.provenance import environment
@@ -38,6 +43,7 @@ from forgetless.options.finished import EvalOptions
 from forgetless.options.option import as_dict
 from forgetless.report.terminal import table
 
+logger = logging.getLogger("forgetless")
 # What a label of the table says of a loss.
 UNIT = "(nats/token)"
 
@@ -47,11 +53,15 @@ def measure(
     tokenizer: Any,
     held_out: HeldOut,
     *,
+    own: PairedAnswers | None = None,
     length: int | None = None,
     stride: int | None = None,
     batch_tokens: int | None = None,
 ) -> Measured:
-    """The numbers of one state of a model; what was not asked for is None."""
+    """The numbers of one state of a model; what was not asked for is None.
+
+    `own` are the base's own answers (`paired_part`), which need the base to be made.
+    """
     general = domain = None
     if held_out.general:
         general = general_loss(
@@ -70,7 +80,7 @@ def measure(
         questions.name: _answered(model, tokenizer, questions, batch_tokens)
         for questions in held_out.tasks
     }
-    return Measured(general, domain, tasks)
+    return Measured(general, domain, tasks, None if own is None else own.measured(model))
 
 
 def _answered(
@@ -90,15 +100,18 @@ def _answered(
 
 
 def changes(before: Measured, after: Measured) -> Changes:
-    """Forgetting (rise of the general loss) and learning (fall of the domain loss), in nats per
-    token, paired by document; None where not measured.
+    """Forgetting (the divergence on the base's own answers, else the rise of the general loss) and
+    learning (fall of the domain loss), in nats per token, paired by document; None where not
+    measured.
     """
-    lost = rise_between(before.general, after.general)
+    diverged = rise_between(before.own, after.own)
+    risen = rise_between(before.general, after.general)
     unlearned = rise_between(before.domain, after.domain)
-    return Changes(
-        forgetting=None if lost is None else lost.record(),
-        learning=None if unlearned is None else (-unlearned).record(percent=False),
-    )
+    learning = None if unlearned is None else (-unlearned).record(percent=False)
+    general = None if risen is None else risen.record()
+    if diverged is None:
+        return Changes(general, learning)
+    return Changes(replace(diverged.record(), of="divergence"), learning, general)
 
 
 def rise_between(before: Loss | None, after: Loss | None) -> Rise | None:
@@ -141,6 +154,8 @@ def changes_table(
     """
     later = after or Measured()
     lines: list[Line] = []
+    if before.own:
+        lines.append(_loss_line("divergence on own answers", before.own, later.own))
     if before.general:
         lines += _general_lines(before.general, later.general, authors_perplexity)
     if before.domain:
@@ -200,28 +215,29 @@ def evaluate(options: EvalOptions) -> JsonObject:
     """
     _check_evaluated(options)
     seed_and_threads(options)
+    tokenizer = load_tokenizer(options)
+    options = _with_own_text(options, tokenizer)
     held_out = read_held_out(
-        general=options.general,
+        options,
         data=options.data,
         tasks=options.tasks,
-        text_column=options.text_column,
-        general_split=options.general_split,
         data_split=options.data_split,
         limit=options.limit,
         shots=options.shots,
     )
     windows = {key: getattr(options, key) for key in ("length", "stride", "batch_tokens")}
-    tokenizer = load_tokenizer(options)
     model = load_model(options)
-    before = measure(model, tokenizer, held_out, **windows)
+    own = paired_part(model, tokenizer, held_out.own, "check")
+    before = measure(model, tokenizer, held_out, own=own, **windows)
     after = None
     if options.adapter:
         model = with_adapter(model, options.adapter)
         if options.scale != 1.0:
             AdapterUpdate(model).scale(options.scale)
-        after = measure(model, tokenizer, held_out, **windows)
+        after = measure(model, tokenizer, held_out, own=own, **windows)
     elif options.tuned:
-        after = measure(load_model(options, options.tuned), tokenizer, held_out, **windows)
+        tuned = load_model(options, options.tuned)
+        after = measure(tuned, tokenizer, held_out, own=own, **windows)
     change = changes(before, after) if after else Changes()
     run = EvaluatedRun(
         configuration=as_dict(options),
@@ -230,11 +246,21 @@ def evaluate(options: EvalOptions) -> JsonObject:
         after=after,
         forgetting=change.forgetting,
         learning=change.learning,
+        general=change.general,
     )
     print(changes_table(before, after, authors_perplexity=options.authors_perplexity))
     if options.out:
         write_record(Path(options.out) / "run.json", run)
     return plain_of(run)
+
+
+def _with_own_text(options: EvalOptions, tokenizer: Any) -> EvalOptions:
+    """The options with the model's own answers to measure on, where they name nothing else."""
+    if options.general or options.data or options.tasks:
+        return options
+    kind = default_kind(tokenizer)
+    logger.info("measuring on %s; --general TEXT measures on a text of yours", OWN_WORDS[kind])
+    return replace(options, general=kind)
 
 
 def _check_evaluated(options: EvalOptions) -> None:

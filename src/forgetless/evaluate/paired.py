@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from forgetless.data.documents import Document
+from forgetless.data.documents import Document, TokenDocument
 from forgetless.data.encoding import Encoded, encode_document
 from forgetless.evaluate.losses import text_loss
 from forgetless.evaluate.rise import Rise, paired_rise
@@ -39,6 +39,11 @@ class PairedText:
 
     def __len__(self) -> int:
         return len(self.encoded)
+
+    @property
+    def mean_length(self) -> float:
+        """Tokens of a document that is read from its first token on, on average."""
+        return float(self.tokens.mean()) + 1
 
     def losses(self, model: nn.Module) -> np.ndarray:
         """Summed loss of each document now, in nats. Costs one evaluation."""
@@ -90,7 +95,9 @@ def encoded_each(
 
 
 def content(document: Document) -> str:
-    """The text of a document, or all of its turns."""
+    """The text of a document, all of its turns, or its tokens."""
+    if isinstance(document, TokenDocument):
+        return str(document.ids)
     if document.text is not None:
         return document.text
     return json.dumps(document.messages, ensure_ascii=False)

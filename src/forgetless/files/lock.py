@@ -87,6 +87,19 @@ def only_writer(path: str | Path, *, folder: bool = True) -> Iterator[None]:
             held.release()
 
 
+@contextlib.contextmanager
+def in_turn(path: Path) -> Iterator[None]:
+    """Hold the lock of a file that several processes may want to add to, each after the other.
+
+    Where there are no locks of the kernel nobody waits, so what is written must bear that.
+    """
+    if not _knows_flock(path.parent):
+        yield
+        return
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        yield
+
+
 def first_process() -> bool:
     """Whether this is the process of a launch that takes the lock and writes: always, but under
     torchrun.

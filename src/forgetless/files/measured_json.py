@@ -41,10 +41,18 @@ class Loss:
 
 
 @dataclass(frozen=True)
+class Divergence(Loss):
+    """The divergence of a model from its base on the base's own answers, in nats per token."""
+
+    kind_by_document: list[str] | None = None
+
+
+@dataclass(frozen=True)
 class Interval:
     """How much a loss rose (forgetting) or fell (learning), paired by document, with its interval.
 
-    `by` says what was left out in turn for the interval: "source" or "document".
+    `by` says what was left out in turn for the interval: "source" or "document". `of` is
+    "divergence" where that rose, from 0, and not a loss.
     """
 
     nats: float | None = None
@@ -57,6 +65,7 @@ class Interval:
     clusters: int | None = None
     effective_clusters: float | None = None
     documents: int | None = None
+    of: Text | None = field(default=None, metadata=LEFT_OUT)
 
 
 @dataclass(frozen=True)
@@ -79,24 +88,33 @@ class Scores:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of a model in one state: before a run, or after it."""
+    """What was measured of a model in one state: before a run, or after it.
+
+    `own` is the divergence from the base on what the base says itself: 0 before a run.
+    """
 
     general: Loss | None = None
     domain: Loss | None = None
     tasks: dict[str, Scores | None] = field(default_factory=dict)
+    own: Divergence | None = field(default=None, metadata=LEFT_OUT)
 
     @property
     def anything(self) -> bool:
         """Whether anything was measured."""
-        return bool(self.general or self.domain or self.tasks)
+        return bool(self.general or self.domain or self.tasks or self.own)
 
 
 @dataclass(frozen=True)
 class Changes:
-    """What a run has lost of general text and learned of its domain; None where not measured."""
+    """What a run has lost and what it has learned; None where not measured.
+
+    Forgetting is the divergence on the base's own answers where that was measured, and `general`
+    then the rise of the loss on a general text; else it is that rise.
+    """
 
     forgetting: Interval | None = None
     learning: Interval | None = None
+    general: Interval | None = field(default=None, metadata=LEFT_OUT)
 
 
 @dataclass(frozen=True)
@@ -117,7 +135,7 @@ class MeasuredInTurn(Measured):
     """What is measured in a sequence, whose domains stand in its matrix."""
 
     def keys(self) -> tuple[str, ...]:
-        return ("general", "tasks", "domain")
+        return ("general", "tasks", "domain", "own")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from forgetless.files.untrusted import JsonObject
 # One entry of the log of training, whose keys the trainer and its callbacks choose.
 LogEntry = JsonObject
 # What every verb measures, in this order.
-MEASURED_KEYS = ("before", "after", "forgetting", "learning")
+MEASURED_KEYS = ("before", "after", "forgetting", "learning", "general")
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,7 @@ class Run:
     after: Measured | None = None
     forgetting: Interval | None = None
     learning: Interval | None = None
+    general: Interval | None = field(default=None, metadata=LEFT_OUT)
     energy: float | None = None
     moved: list[MovedWeight] | None = None
     train_seconds: float | None = None
@@ -173,6 +174,7 @@ class TunedRun(Run):
             "after",
             "forgetting",
             "learning",
+            "general",
             "energy",
             "moved",
             "train_seconds",

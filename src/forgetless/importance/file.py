@@ -13,6 +13,7 @@ metadata under `forgetless`. Nothing is ever pickled.
     K.anchor_B (out, r)                folded into B
     K.gradient_L (out, k)              optional: of the general loss at the base, about L @ R, for a
     K.gradient_R (k, in)               calibration
+    answers/...                        optional: answers of the base (kept_answers.py)
 
 Weights that read the same input share one in_cov: it is stored once, and `shared_in_cov` in the
 metadata names its place for the others. A file is written to a temporary name and renamed.
@@ -54,6 +55,7 @@ from forgetless.importance.file_checks import (
     check_parts,
     checked_calibration,
 )
+from forgetless.importance.kept_answers import PREFIX, KeptAnswers, read_answers
 
 # The version of the layout above; other ones are refused.
 FORMAT = 1
@@ -79,6 +81,7 @@ class Stored:
     anchors: Pairs  # weight name -> (A, B) of the adapter at the end of recording
     info: JsonObject  # what the file says about itself, plain data
     calibration: Calibration | None
+    answers: KeptAnswers | None = None
 
 
 def save(stored: Stored, path: str | Path) -> None:
@@ -92,6 +95,7 @@ def save(stored: Stored, path: str | Path) -> None:
         for name, pair in pairs.items():
             for suffix, factor in zip(suffixes, pair, strict=True):
                 tensors[name + suffix] = factor.contiguous().cpu()
+    tensors |= stored.answers.tensors() if stored.answers else {}
     header = json.dumps(_header(stored, shared), sort_keys=True)
     with atomic_path(path) as temporary:
         save_file(tensors, str(temporary), metadata={"forgetless": header})
@@ -107,6 +111,12 @@ def load(path: str | Path) -> Stored:
     shared = info.pop("shared_in_cov", {})
     coded = info.pop("coded", {})
     calibration = info.pop("calibration", None)
+    about_answers = info.pop("answers", None)
+    answers = {
+        name.removeprefix(PREFIX): tensors.pop(name)
+        for name in list(tensors)
+        if name.startswith(PREFIX)
+    }
     parts = _by_weight(path, tensors)
     anchors = _factor_pairs(path, parts, "recorded adapter", ANCHOR)
     gradients = _factor_pairs(path, parts, "gradient", GRADIENT)
@@ -123,6 +133,7 @@ def load(path: str | Path) -> Stored:
         anchors,
         {**info, "path": str(path)},
         checked_calibration(path, info, calibration, entries, gradients),
+        read_answers(path, answers, about_answers) if answers else None,
     )
 
 
@@ -139,6 +150,8 @@ def _header(stored: Stored, shared: Mapping[str, str]) -> JsonObject:
     }
     if coded:
         header["coded"] = coded
+    if stored.answers:
+        header["answers"] = stored.answers.about()
     if stored.calibration:
         header["calibration"] = {
             "updates": [update.plain() for update in stored.calibration.updates],

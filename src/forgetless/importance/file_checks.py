@@ -40,6 +40,7 @@ INFO: dict[str, type] = {
     "shared_in_cov": dict,
     "coded": dict,
     "calibration": dict,
+    "answers": dict,
 }
 # Elements of a weight, at most: a few KB of factors can claim any shape. The largest known weight,
 # an embedding of 256,000 x 16,384, has 2^32.

@@ -38,6 +38,7 @@ from forgetless.importance.describe import describe
 from forgetless.importance.energy_errors import energy_errors
 from forgetless.importance.entries import Entry, tier_of
 from forgetless.importance.info import EnergyErrors
+from forgetless.importance.kept_answers import KeptAnswers
 from forgetless.importance.tiers import converted, parse_tier
 from forgetless.report.cards import extended
 from forgetless.report.importance_card import importance_card
@@ -56,13 +57,14 @@ class Importance:
 
     `anchors` maps names to (A, B) with U* = B @ A: (r, in) and (out, r), the scale folded into B.
     `info` is plain data as stored in the file. `calibration` says what a unit of this energy costs;
-    it goes where the energy changes.
+    it goes where the energy changes. `answers` are what the base says, to be held to beside it.
     """
 
     entries: Mapping[str, Entry]
     anchors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     info: JsonObject = field(default_factory=dict)
     calibration: Calibration | None = None
+    answers: KeptAnswers | None = None
 
     def __getitem__(self, name: str) -> Entry:
         if name not in self.entries:
@@ -118,7 +120,7 @@ class Importance:
                 tier,
                 tier,
             )
-        return Importance(entries, self.anchors, info, calibration)
+        return Importance(entries, self.anchors, info, calibration, self.answers)
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; a temporary name first, then renamed."""
@@ -188,7 +190,7 @@ class Importance:
         return describe(self._stored())
 
     def _stored(self) -> file.Stored:
-        return file.Stored(self.entries, self.anchors, self.info, self.calibration)
+        return file.Stored(**vars(self))
 
 
 def save_pretrained(importance: Importance, folder: str | Path, *, repo: str | None = None) -> Path:
@@ -202,7 +204,7 @@ def save_pretrained(importance: Importance, folder: str | Path, *, repo: str | N
             "(Importance.save writes a single file)"
         )
     info = shareable({key: value for key, value in importance.info.items() if key != "path"})
-    shared = Importance(importance.entries, importance.anchors, info, importance.calibration)
+    shared = dataclasses.replace(importance, info=info)
     shared.save(folder / IMPORTANCE_FILE)
     elements = sum(entry.shape[0] * entry.shape[1] for entry in importance.entries.values())
     size = (folder / IMPORTANCE_FILE).stat().st_size

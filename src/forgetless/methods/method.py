@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from forgetless.data.encoding import Encoded
+from forgetless.evaluate.divergence import StoredBase
 from forgetless.files.measured_json import Measured
 from forgetless.importance.importance import Importance
 from forgetless.options.tune import TuneOptions
@@ -37,7 +38,8 @@ class Setup:
     """What the functions of a method may read.
 
     `text` holds --replay's sequences, `tokens_per_step` the scored domain tokens of an average
-    step, `before` the numbers of the bare base.
+    step, `before` the numbers of the bare base, `stored` what an importance file kept of the base
+    for each sequence of `text`.
     """
 
     options: TuneOptions
@@ -47,6 +49,7 @@ class Setup:
     importance: Importance | None = None
     layers: Any = None
     before: Measured | None = None
+    stored: Sequence[StoredBase] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
-"""The general text that methods read while tuning, --replay: from a file or data set, sampled from
-the base model (`self`), or the training rows (`domain`).
+"""The general text that methods read while tuning, --replay: from a file or data set, what the base
+model says itself (`chat`, `self`), or the training rows (`domain`).
 
     pieces, source = replay_text(options, inputs.replay, base_model, tokenizer, rows)
     source.sequences          # how many there are; for run.json
@@ -7,9 +7,8 @@ the base model (`self`), or the training rows (`domain`).
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +18,18 @@ from forgetless.data.documents import (
     Document,
     fingerprint_documents,
     fingerprint_rows,
-    load_documents,
 )
-from forgetless.data.encoding import Encoded, encode_documents, sample_documents
+from forgetless.data.encoding import Encoded, encode_documents
+from forgetless.data.selftext import KEPT, as_documents, own_text, read_lines, write_lines
+from forgetless.evaluate.own_answers import own_answers
 from forgetless.files.atomic import atomic_path
 from forgetless.files.run_json import ReplayedText
+from forgetless.importance.kept_answers import KeptAnswers
 from forgetless.model.loading import context_length
 from forgetless.options.tune import TuneOptions
 
-logger = logging.getLogger("forgetless")
-# Documents to sample from the model where --replay-documents does not say how many.
-SELF_DOCUMENTS = 256
-# Tokens that such a document has at most.
-SELF_LENGTH = 256
+# Answers that are replayed where --replay-documents does not say.
+OWN_ANSWERS = 256
 
 
 def replay_text(
@@ -40,6 +38,7 @@ def replay_text(
     model: nn.Module,
     tokenizer: Any,
     rows: Any,
+    kept: KeptAnswers | None = None,
 ) -> tuple[list[Encoded], ReplayedText | None]:
     """(Sequences of at most --length tokens with something scored, where they came from).
 
@@ -53,8 +52,11 @@ def replay_text(
         pieces = [(row["input_ids"], [label != -100 for label in row["labels"]]) for row in rows]
         return pieces, _source(options, pieces, fingerprint_rows(list(rows)))
     length = min(options.length, context_length(model))
+    if options.replay == KEPT:
+        documents = _kept_documents(options, model, kept)
+        length = context_length(model)  # the base's probabilities are of whole answers
     if documents is None:
-        documents = _self_documents(options, model, tokenizer, min(length, SELF_LENGTH))
+        documents = _own_documents(options, model, tokenizer)
     encoded = encode_documents(documents, tokenizer, length=length)
     pieces = [(ids, scored) for ids, scored in encoded if any(scored[1:])]
     if not pieces:
@@ -65,29 +67,48 @@ def replay_text(
     return pieces, _source(options, pieces, fingerprint_documents(documents))
 
 
-def _self_documents(
-    options: TuneOptions, model: nn.Module, tokenizer: Any, length: int
+def _kept_documents(
+    options: TuneOptions, model: nn.Module, kept: KeptAnswers | None
 ) -> list[Document]:
-    """Documents of at most `length` tokens that the base model says.
+    """The answers that the importance file keeps.
 
-    In a resumed run they are those that it said before the run was interrupted.
+    Raises ValueError where it keeps none, or those of another model.
     """
-    sampled = Path(options.out) / "self.jsonl"
-    if options.resume and sampled.is_file():
-        return [Document(document.text, None, "self") for document in load_documents(str(sampled))]
-    count = options.replay_documents or SELF_DOCUMENTS
-    logger.info(
-        "sampling %d documents of at most %d tokens from the base model for --replay self",
-        count,
-        length,
-    )
-    documents = sample_documents(model, tokenizer, count, length, options.seed)
-    with atomic_path(sampled) as temporary:
-        temporary.write_text(
-            "".join(json.dumps({"text": document.text}) + "\n" for document in documents),
-            encoding="utf-8",
+    if kept is None:
+        raise ValueError(
+            f"{options.importance} keeps no answers; record with --keep-answers 64, or give "
+            "--replay chat"
         )
-    return documents
+    words = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    largest = max(
+        max(int(base.tokens.max()), *answer.ids)
+        for base, answer in zip(kept.stored, kept.answers, strict=True)
+    )
+    longest = max(len(answer.ids) for answer in kept.answers)
+    if largest >= words or longest > context_length(model):
+        raise ValueError(
+            f"the answers in {options.importance} are of another model: token {largest} and "
+            f"{longest} tokens, found {words} tokens and a context of {context_length(model)}; "
+            "record again"
+        )
+    return as_documents(kept.answers)
+
+
+def _own_documents(options: TuneOptions, model: nn.Module, tokenizer: Any) -> list[Document]:
+    """What the base model says itself to the prompts that are for recording.
+
+    In a resumed run it is what was said before the run was interrupted.
+    """
+    wanted = own_text(options, options.replay)
+    assert wanted is not None  # what is no text and not the domain is the model's own
+    said = Path(options.out) / "self.jsonl"
+    answers = read_lines(said) if options.resume else []
+    if not answers:
+        asked = replace(wanted, answers=options.replay_documents or OWN_ANSWERS)
+        answers = own_answers(model, tokenizer, asked, "record")
+        with atomic_path(said) as temporary:
+            temporary.write_text(write_lines(answers), encoding="utf-8")
+    return as_documents(answers)
 
 
 def _source(options: TuneOptions, pieces: Sequence[Encoded], sha256: str) -> ReplayedText:

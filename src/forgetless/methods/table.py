@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from forgetless.data.selftext import KEPT, OWN_KINDS
 from forgetless.errors import OptionError, nearest
 from forgetless.methods.method import MethodSteps
 from forgetless.options.methods import METHODS, PLACES, Method, method_names
@@ -88,13 +89,39 @@ def _check_unused(options: TuneOptions, picked: Mapping[str, Method]) -> None:
             )
 
 
+def _check_kept(options: TuneOptions, picked: Mapping[str, Method]) -> None:
+    """Raise OptionError where answers that an importance file keeps are asked for without one, or
+    of a method that cannot use them, or where the file would not be used.
+    """
+    if options.replay == KEPT:
+        others = [name for name, method in picked.items() if "replay" in method.needs]
+        if others != ["kl"]:
+            raise OptionError(
+                f"--replay {KEPT} holds to answers with the base's probabilities, which is what "
+                f"--method kl does; found {', '.join(others)}; give another text"
+            )
+        if not options.importance:
+            raise OptionError(
+                f"--replay {KEPT} needs --importance FILE, made with record --keep-answers"
+            )
+        return
+    readers = [n for n, m in picked.items() if "importance" in (*m.needs, *m.reads)]
+    if options.importance and readers == ["kl"]:
+        raise OptionError(
+            "--importance is used by --method kl where it keeps answers: give --replay "
+            f"{KEPT}, add the method hold, or leave it out"
+        )
+
+
 def _check_text(options: TuneOptions, picked: Mapping[str, Method]) -> None:
     """Raise OptionError for text of --replay that cannot be what it is used for."""
-    if options.replay and options.replay == options.general:
+    own = options.replay in OWN_KINDS  # of which other parts are replayed than are measured on
+    if options.replay and options.replay == options.general and not own:
         raise OptionError(
             f"--replay and --general are both '{options.replay}': what is lost must be measured "
             "on other text than is trained on; give two files"
         )
+    _check_kept(options, picked)
     others = [method for name, method in picked.items() if name != "kl"]
     if options.replay == "domain" and any("replay" in (*m.needs, *m.reads) for m in others):
         raise OptionError(

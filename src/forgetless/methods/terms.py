@@ -28,7 +28,9 @@ is just switched off. replay costs what its tokens cost.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 
@@ -36,6 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from forgetless.data.encoding import Encoded, batches, collate
+from forgetless.evaluate.divergence import StoredBase, stored_kl
 from forgetless.methods.divergence import kl_gradient
 from forgetless.methods.method import Setup
 from forgetless.model.adapters import bare, has_adapter
@@ -65,7 +68,8 @@ class KL:
     """KL(base || tuned) in nats per token on `sequences` of `text` in every step, times `weight`.
 
     `text` is what `data.encoding.encode_documents` returns; every sequence in it must have a scored
-    token. At most `batch_size` of them go through the model at once.
+    token. At most `batch_size` of them go through the model at once. With `stored`, what was kept
+    of the base for each sequence (evaluate/divergence.py), the base is not run.
     """
 
     def __init__(
@@ -78,9 +82,11 @@ class KL:
         seed: int = 0,
         pad_id: int = 0,
         batch_size: int | None = None,
+        stored: Sequence[StoredBase] | None = None,
     ):
         self.model = model
         self.text = list(text)
+        self.stored = None if stored is None else list(stored)
         self.weight = weight
         self.sequences = sequences
         self.seed = seed
@@ -89,7 +95,7 @@ class KL:
         self._seen: list[float] = []  # KL of the steps since the last log
         # What the base has in place of what is trained, where there is no adapter to switch off.
         self._copies: list[tuple[nn.Parameter, Tensor]] = []
-        if not has_adapter(model):
+        if stored is None and not has_adapter(model):
             trained = [p for p in model.parameters() if p.requires_grad]
             self._copies = [(p, p.detach().clone()) for p in trained]
 
@@ -100,16 +106,39 @@ class KL:
         pieces = [self.text[i] for i in seen]
         tokens = count_scored(pieces)
         nats = 0.0
+        waiting = iter(seen)
         for batch in batches(pieces, batch_size=self.batch_size, pad_id=self.pad_id):
-            with torch.no_grad(), self._base():
-                base = scored_logits(self.model, batch)
-            with undisturbed(self.model):
-                tuned = scored_logits(self.model, batch)
-                divergence, gradient = kl_gradient(tuned.detach(), base)
-                gradient.mul_(scale * self.weight / tokens)
-                tuned.backward(gradient)  # type: ignore[no-untyped-call]
-            nats += divergence
+            these = list(itertools.islice(waiting, len(batch["labels"])))
+            nats += self._add_batch(batch, these, scale * self.weight / tokens)
         self._seen.append(nats / tokens)
+
+    def _add_batch(self, batch: dict[str, Tensor], places: list[int], factor: float) -> float:
+        """Add the gradient of `factor` times the divergence on a batch, the sequences at `places`;
+        the divergence in nats, summed over tokens.
+        """
+        if self.stored is not None:
+            with undisturbed(self.model):
+                shown = self._shown(batch, [self.stored[place] for place in places])
+                (factor * shown).backward()  # type: ignore[no-untyped-call]
+            return float(shown.detach())
+        with torch.no_grad(), self._base():
+            base = scored_logits(self.model, batch)
+        with undisturbed(self.model):
+            tuned = scored_logits(self.model, batch)
+            divergence, gradient = kl_gradient(tuned.detach(), base)
+            gradient.mul_(factor)
+            tuned.backward(gradient)  # type: ignore[no-untyped-call]
+        return divergence
+
+    def _shown(self, batch: dict[str, Tensor], bases: list[StoredBase]) -> Tensor:
+        """The divergence from what is stored of the base, summed over a batch's scored tokens."""
+        tuned = scored_logits(self.model, batch)
+        targets = batch["labels"][:, 1:]
+        said = targets[targets != -100].to(tuned.device)
+        names = [field.name for field in dataclasses.fields(StoredBase)]
+        parts = [torch.cat([getattr(base, name) for base in bases]) for name in names]
+        together = StoredBase(*(part.to(tuned.device) for part in parts))
+        return stored_kl(together, tuned, said).sum()
 
     def logs(self) -> dict[str, float]:
         """Mean KL in nats per token over the steps since the last call; empty before the first."""
@@ -229,6 +258,7 @@ def kl_term(setup: Setup, model: nn.Module) -> KL | None:
         seed=o.seed,
         pad_id=setup.tokenizer.pad_token_id,
         batch_size=o.batch_size,
+        stored=setup.stored,
     )
 
 

@@ -83,8 +83,9 @@ class TextOptions:
 
     general: str | None = option(
         None,
-        "general text: .txt, .jsonl, .json, .csv, .parquet, a Hub dataset, or 'self' (sampled "
-        "from the model)",
+        "what must not be lost: 'chat' (the model's own answers to prompts of ours), 'self' (text "
+        "that it writes by itself), a file (.txt, .jsonl, .json, .csv, .parquet) or a Hub "
+        "dataset; one of the first two and a text with a comma",
         group="data",
         decides=MEASURED,
         metavar="TEXT",
@@ -96,3 +97,25 @@ class TextOptions:
         decides=MEASURED,
     )
     general_split: str = option("train", "split of a Hub dataset", group="data", decides=MEASURED)
+    prompts: str | None = option(
+        None,
+        "with 'chat': a file with prompts of yours (columns prompt or messages), asked beside ours",
+        group="data",
+        later=True,
+        metavar="FILE",
+    )
+    answers: int = option(
+        64,
+        "with 'chat' and 'self': how many answers of the model make a part (recorded on, held to, "
+        "checked)",
+        group="data",
+        at_least=2,
+        later=True,
+    )
+    answer_length: int = option(
+        256,
+        "with 'chat' and 'self': tokens of an answer at most",
+        group="data",
+        at_least=2,
+        later=True,
+    )

@@ -91,6 +91,13 @@ class RecordOptions(AdapterOptions, TextOptions, ModelOptions):
         "store the adapter at the end of recording, for anchor: recorded",
         group="importance",
     )
+    keep_answers: int | None = option(
+        None,
+        "with --general chat or self: also keep this many of the answers in the file, with the "
+        "base's probabilities, for tune --method kl --replay kept",
+        group="importance",
+        at_least=1,
+    )
     documents: int | None = option(
         None, "use at most this many documents", group="data", at_least=1
     )
@@ -118,9 +125,6 @@ class RecordOptions(AdapterOptions, TextOptions, ModelOptions):
     )
     gradient_checkpointing: bool = option(
         False, "recompute activations in the backward pass", group="training"
-    )
-    self_documents: int = option(
-        64, "how many documents to sample with --general self", group="data", at_least=1
     )
     save_steps: int = option(
         100,

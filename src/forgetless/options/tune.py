@@ -93,8 +93,9 @@ class TuneOptions(AdapterOptions, TextOptions, ModelOptions):
     )
     replay: str | None = option(
         None,
-        "general text used while tuning: as --general, but other text; 'self': sampled from the "
-        "model; 'domain': --data (kl)",
+        "general text used while tuning: as --general, but other text; 'chat' and 'self' are other "
+        "answers than are measured on; 'domain': --data (kl); 'kept': the answers in the "
+        "importance file (kl)",
         group="method",
         metavar="TEXT",
     )

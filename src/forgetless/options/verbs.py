@@ -23,7 +23,7 @@ from typing import Any
 
 from forgetless.errors import OptionError, nearest
 from forgetless.options.compare import CompareOptions, DemoOptions, ReportOptions
-from forgetless.options.estimators import ESTIMATORS, check_estimator
+from forgetless.options.estimators import check_estimator
 from forgetless.options.files import ConvertOptions, InspectOptions
 from forgetless.options.finished import EvalOptions, MergeOptions, ShrinkOptions
 from forgetless.options.methods import method_settings
@@ -44,7 +44,7 @@ class Verb:
     options      its options, a frozen dataclass
     run          the function that does it, by reference (options/reference.py), or which one does
     call         how that function takes the options, where not as they are
-    needed       options that must be given, or which they are
+    needed       options that must be given
     presets      name of a preset -> the options that it sets
     check_given  what was given -> OptionError for what does not fit together
     settings     what was given -> options that it sets, stronger than the preset
@@ -58,7 +58,7 @@ class Verb:
     options: type[Any]
     run: str | Callable[[Any], str]
     call: Callable[[Callable[..., Any], Any], Any] = lambda function, options: function(options)
-    needed: tuple[str, ...] | Callable[[Any], tuple[str, ...]] = ()
+    needed: tuple[str, ...] = ()
     presets: Mapping[str, Given] | None = None
     check_given: Callable[[Given], None] | None = None
     settings: Callable[[Given], Given] | None = None
@@ -69,7 +69,7 @@ class Verb:
     def resolve(self, given: Given) -> Any:
         """The options from what was given, with everything checked that needs no model."""
         options: Any = resolve(self.options, given)
-        missing = [name for name in self.needs(options) if not getattr(options, name)]
+        missing = [name for name in self.needed if not getattr(options, name)]
         if missing:
             names = ", ".join(map(self.shown, missing))
             raise OptionError(f"missing {names}; for example: {self.example}")
@@ -81,10 +81,6 @@ class Verb:
         """Do it; what heavy it takes is imported now."""
         reference = self.run if isinstance(self.run, str) else self.run(options)
         return self.call(resolved(reference), options)
-
-    def needs(self, options: Any) -> tuple[str, ...]:
-        """The names of the options that must be given."""
-        return self.needed if isinstance(self.needed, tuple) else self.needed(options)
 
     def shown(self, name: str) -> str:
         """How one of its options is written on the command line."""
@@ -98,12 +94,6 @@ def _check_recorded(given: Given) -> None:
     check_estimator(given, str(given.get("estimator") or preset["estimator"]))
 
 
-def _needed_to_record(options: RecordOptions) -> tuple[str, ...]:
-    """Text is not read for importance that is the same everywhere."""
-    constant = ESTIMATORS[options.estimator].constant
-    return ("model", "out") if constant else ("model", "general", "out")
-
-
 def _tuned_by(options: TuneOptions) -> str:
     """Several domains are learned in turn."""
     if options.after or len(several(options.data)) > 1:
@@ -112,9 +102,13 @@ def _tuned_by(options: TuneOptions) -> str:
 
 
 def _check_measured(options: EvalOptions) -> None:
-    """There is something to measure."""
-    if not (options.general or options.data or options.tasks):
-        raise OptionError("nothing to measure: give --general TEXT, --data DATA or --tasks NAMES")
+    """There is something to measure: a tuned model has at least moved away from its base."""
+    named = options.general or options.data or options.tasks
+    if not (named or options.adapter or options.tuned):
+        raise OptionError(
+            "nothing to measure: give --adapter or --tuned, --general TEXT, --data DATA or --tasks "
+            "NAMES"
+        )
 
 
 VERBS: dict[str, Verb] = {
@@ -124,7 +118,7 @@ VERBS: dict[str, Verb] = {
         options=RecordOptions,
         presets=RECORD_PRESETS,
         check_given=_check_recorded,
-        needed=_needed_to_record,
+        needed=("model", "out"),
         run="forgetless.record.record:record",
         interrupted="--resume goes on from the last saved state",
     ),
@@ -151,8 +145,8 @@ VERBS: dict[str, Verb] = {
         example="forgetless eval MODEL --adapter run/final --general held-out.jsonl --tasks sciq",
         options=EvalOptions,
         needed=("model",),
-        check=_check_measured,
         run="forgetless.evaluate.evaluate:evaluate",
+        check=_check_measured,
         alone=True,
     ),
     "compare": Verb(

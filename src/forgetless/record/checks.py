@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from forgetless.data.selftext import own_text
 from forgetless.errors import OptionError
 from forgetless.importance.tiers import parse_tier
 from forgetless.model import distributed
@@ -17,6 +18,14 @@ def check_record_options(options: RecordOptions) -> None:
         _check_tier(options.tier, options.estimator)
     if options.private is not None and not options.push_to_hub:
         raise OptionError("--private is for --push-to-hub NAME, which is not given")
+    constant = ESTIMATORS[options.estimator].constant
+    named = options.general and own_text(options, options.general) is None
+    if options.keep_answers and (constant or named):
+        raise OptionError(
+            "--keep-answers keeps answers of the model that are recorded on, found "
+            + (f"--general {options.general}" if named else f"--estimator {options.estimator}")
+            + "; give --general chat or self"
+        )
     if options.calibrate:
         _check_calibrate(options.estimator)
 

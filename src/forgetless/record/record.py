@@ -17,6 +17,7 @@ of its own.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,13 @@ from forgetless.record.checks import check_record_options
 from forgetless.record.observing import by_observing
 from forgetless.record.saving import with_origin, write_importance
 from forgetless.record.state import CalibratedState, ObservedState, TrainedState
-from forgetless.record.text import RecordingText, check_text, general_text
+from forgetless.record.text import (
+    RecordingText,
+    check_text,
+    general_text,
+    kept_answers,
+    with_general,
+)
 from forgetless.record.training import by_training
 
 logger = logging.getLogger("forgetless")
@@ -56,9 +63,11 @@ def record(options: RecordOptions) -> Importance:
     check_record_options(options)
     repository = _repository(options)
     with only_writer(options.out, folder=False):
+        tokenizer = load_tokenizer(options)
+        options = with_general(options, tokenizer)
         state = recording_state.load_state(options)
         seed_and_threads(options)
-        tokenizer, model = load_tokenizer(options), load_model(options)
+        model = load_model(options)
         text = general_text(options, model, tokenizer)
         if isinstance(state, CalibratedState):
             importance = written_before(options, text, state)
@@ -94,6 +103,9 @@ def record_on(
         recorded, seconds = _estimated(options, model, tokenizer.pad_token_id, text, state)
     origin = Origin(base, text.source, seconds, environment(device))
     importance = with_origin(options, recorded, origin)
+    if options.keep_answers:
+        answers = kept_answers(options, model, tokenizer)
+        importance = dataclasses.replace(importance, answers=answers)
     write_importance(options, importance)
     logger.info(
         "wrote %s: %d weights, tier %s, %.2f MiB, %.1f s",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from forgetless.data.selftext import own_text
 from forgetless.importance.importance import Importance
 from forgetless.importance.info import Origin, Settings
 from forgetless.model import distributed
@@ -17,6 +18,8 @@ NOT_IN_THE_FILE = {"model", "general", *deciding(RecordOptions, RUNNING)} - {
     "threads",
     "save_steps",
 }
+# Options that say nothing where a text is recorded on.
+OF_OWN_TEXT = {"prompts", "answers", "answer_length", "keep_answers"}
 
 
 def with_origin(options: RecordOptions, recorded: Importance, origin: Origin) -> Importance:
@@ -44,6 +47,8 @@ def write_importance(options: RecordOptions, importance: Importance) -> None:
 def _deciding_settings(options: RecordOptions) -> Settings:
     """The options that made the importance what it is."""
     left_out = set(NOT_IN_THE_FILE)
+    if own_text(options, options.general) is None:
+        left_out |= OF_OWN_TEXT
     if not ESTIMATORS[options.estimator].trains:
         left_out |= set(TRAINING_OPTIONS)
     given = as_dict(options).items()

@@ -7,14 +7,18 @@ the others.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from forgetless.data.documents import Document, fingerprint_rows, load_documents
-from forgetless.data.encoding import Encoded, encode_documents, sample_documents
+from forgetless.data.encoding import Encoded, encode_documents
+from forgetless.data.selftext import as_documents, own_text, read_text
+from forgetless.evaluate.own_answers import OWN_WORDS, default_kind, own_answers
 from forgetless.importance.info import TextSource
+from forgetless.importance.kept_answers import KeptAnswers, keep
 from forgetless.model import distributed
 from forgetless.model.loading import context_length
 from forgetless.options.estimators import ESTIMATORS
@@ -23,8 +27,7 @@ from forgetless.record import state as recording_state
 from forgetless.record.kept_apart import apart
 from forgetless.record.state import State
 
-# Tokens of a document that is sampled from the model, where --length does not say otherwise.
-SAMPLED_LENGTH = 256
+logger = logging.getLogger("forgetless")
 # Tokens of a piece, where --length does not say otherwise; never more than the model's context.
 PIECE_LENGTH = 1024
 
@@ -55,7 +58,7 @@ def general_text(options: RecordOptions, model: nn.Module, tokenizer: Any) -> Re
     if ESTIMATORS[options.estimator].constant:
         return RecordingText([], None)
     longest = context_length(model)
-    documents = _usable_documents(options, model, tokenizer, longest)
+    documents = _usable_documents(options, model, tokenizer)
     kept_apart: list[Document] = []
     if options.calibrate:
         documents, kept_apart = apart(documents, tokenizer)
@@ -71,20 +74,38 @@ def general_text(options: RecordOptions, model: nn.Module, tokenizer: Any) -> Re
     return RecordingText(pieces, source, kept_apart)
 
 
-def _usable_documents(
-    options: RecordOptions, model: nn.Module, tokenizer: Any, longest: int
-) -> list[Document]:
-    """All documents that may be used, before any are kept apart."""
-    assert options.general is not None  # the command line has checked
-    if options.general == "self":
-        length = min(options.length or SAMPLED_LENGTH, longest)
-        return sample_documents(model, tokenizer, options.self_documents, length, options.seed)
-    return load_documents(
-        options.general,
-        column=options.text_column,
-        split=options.general_split,
-        limit=None if options.calibrate else options.documents,
-    )
+def with_general(options: RecordOptions, tokenizer: Any) -> RecordOptions:
+    """The options with what to record on, where they do not say: what the model says itself."""
+    if options.general or ESTIMATORS[options.estimator].constant:
+        return options
+    kind = default_kind(tokenizer)
+    logger.info("recording on %s; --general TEXT records on a text of yours", OWN_WORDS[kind])
+    return dataclasses.replace(options, general=kind)
+
+
+def _usable_documents(options: RecordOptions, model: nn.Module, tokenizer: Any) -> list[Document]:
+    """All documents that may be used, before any are kept apart: the model's own, then those of a
+    text.
+    """
+    documents: list[Document] = []
+    if wanted := own_text(options, options.general):
+        documents += as_documents(own_answers(model, tokenizer, wanted, "record"))
+    if text := read_text(options.general):
+        documents += load_documents(
+            text,
+            column=options.text_column,
+            split=options.general_split,
+            limit=None if options.calibrate else options.documents,
+        )
+    return documents
+
+
+def kept_answers(options: RecordOptions, model: nn.Module, tokenizer: Any) -> KeptAnswers:
+    """The first of the answers that are recorded on, to be kept in the file, by the bare base."""
+    wanted = own_text(options, options.general)
+    assert wanted is not None  # check_record_options has seen to it
+    answers = own_answers(model, tokenizer, wanted, "record")
+    return keep(model, answers[: options.keep_answers])
 
 
 def check_text(options: RecordOptions, source: TextSource, state: State | None) -> None:

@@ -19,6 +19,7 @@ from forgetless.budget.baseline import check_held_out
 from forgetless.budget.open import check_budget
 from forgetless.data.documents import fingerprint_documents, fingerprint_rows, load_documents
 from forgetless.data.domain import load_training_data, row_text
+from forgetless.data.selftext import read_text
 from forgetless.data.tasks import find_task
 from forgetless.errors import OptionError
 from forgetless.files.atomic import discard, write_json, write_text
@@ -227,9 +228,9 @@ def _check_rows(
     for domain in domains:
         trained = load_training_data(domain.train, split=domain.split or options.data_split)
         given[f"rows of {domain.name}"] = fingerprint_rows(list(trained))
-    if options.general and options.general != "self":
+    if text := read_text(options.general):
         documents = load_documents(
-            options.general,
+            text,
             column=options.text_column,
             split=options.general_split,
             limit=options.limit,

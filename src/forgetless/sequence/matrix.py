@@ -22,6 +22,7 @@ from forgetless.data.tasks import find_task, load_task
 from forgetless.evaluate.accuracy import answers
 from forgetless.evaluate.evaluate import measure
 from forgetless.evaluate.losses import TextLoss
+from forgetless.evaluate.paired_answers import paired_part
 from forgetless.files.measured_json import (
     Interval,
     Loss,
@@ -51,18 +52,13 @@ def measured(
         return as_record(read_plain(path), MeasuredRow)
     torch.manual_seed(options.seed)
     tokenizer, model = load_tokenizer(options), load_model(options)
+    held_out = read_held_out(options, tasks=options.tasks, limit=options.limit)
+    own = paired_part(model, tokenizer, held_out.own, "check")
     if adapter:
         model = with_adapter(model, adapter)
-    held_out = read_held_out(
-        general=options.general,
-        tasks=options.tasks,
-        text_column=options.text_column,
-        general_split=options.general_split,
-        limit=options.limit,
-    )
-    state = measure(model, tokenizer, held_out)
+    state = measure(model, tokenizer, held_out, own=own)
     every = {domain.name: _measured_domain(options, model, tokenizer, domain) for domain in domains}
-    row = MeasuredRow(state.general, state.domain, state.tasks, every)
+    row = MeasuredRow(state.general, state.domain, state.tasks, state.own, every)
     write_record(path, row)
     return row
 

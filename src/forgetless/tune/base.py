@@ -24,7 +24,9 @@ from forgetless.budget.keeper import Keeper
 from forgetless.budget.open import of_run, on_earlier
 from forgetless.budget.predicted import Predictor, check_calibrated
 from forgetless.data.inputs import Inputs
+from forgetless.data.selftext import KEPT
 from forgetless.evaluate.evaluate import measure
+from forgetless.evaluate.paired_answers import PairedAnswers, paired_part
 from forgetless.files.hub import importance_path
 from forgetless.files.run_json import ReplayedText
 from forgetless.importance.controls import uniform
@@ -34,6 +36,7 @@ from forgetless.methods.replay_text import replay_text
 from forgetless.model.loading import load_model, load_tokenizer
 from forgetless.model.stages import Earlier
 from forgetless.options.estimators import default_strength
+from forgetless.options.methods import METHODS, method_names
 from forgetless.options.tune import TuneOptions
 from forgetless.penalty.layers import from_option
 from forgetless.tune.checks import check_model
@@ -56,13 +59,15 @@ class LoadedBase:
 class Start:
     """The model that training starts from, measured.
 
-    `setup` is what methods may read, `keeper` what keeps a budget, `replayed` where the replayed
+    `setup` is what methods may read, `keeper` what keeps a budget, `own` what the base says itself
+    and the tuned model is measured on, `replayed` where the replayed
     text came from (for run.json), and `seconds` what it took to read or sample that text.
     """
 
     model: nn.Module
     setup: Setup
     keeper: Keeper | Predictor | None
+    own: PairedAnswers | None
     replayed: ReplayedText | None
     seconds: float
 
@@ -86,6 +91,9 @@ def with_strength(options: TuneOptions, importance: Importance | None) -> TuneOp
     sets it.
     """
     if importance is None or options.strength is not None or options.budget:
+        return options
+    rows = [METHODS[name] for name in method_names(options.method)]
+    if not any("strength" in (*row.needs, *row.reads) for row in rows):
         return options
     return replace(options, strength=default_strength(importance.info.get("estimator", "?")))
 
@@ -125,14 +133,18 @@ def measure_start(
     updates of a sequence's earlier steps merged into it.
     """
     model, tokenizer, baseline = base.model, base.tokenizer, None
+    own = paired_part(model, tokenizer, inputs.held_out.own, "check")
     if earlier is not None:
+        # Under the adapter lies what the earlier steps made of the base.
+        own = None if own is None else replace(own, under_adapter=False)
         model, baseline = on_earlier(
             options, earlier, model, tokenizer, inputs.held_out, rows.training
         )
     started = time.perf_counter()
-    text, replayed = replay_text(options, inputs.replay, model, tokenizer, rows.training)
+    kept = base.importance.answers if base.importance is not None else None
+    text, replayed = replay_text(options, inputs.replay, model, tokenizer, rows.training, kept)
     seconds = time.perf_counter() - started
-    before = measure(model, tokenizer, inputs.held_out)
+    before = measure(model, tokenizer, inputs.held_out, own=own)
     keeper = None
     if options.budget:
         keeper = of_run(options, model, tokenizer, inputs, rows.training, base.importance, baseline)
@@ -144,5 +156,6 @@ def measure_start(
         base.importance,
         base.layers,
         before,
+        stored=kept.stored if kept and options.replay == KEPT else None,
     )
-    return Start(model, setup, keeper, replayed, seconds)
+    return Start(model, setup, keeper, own, replayed, seconds)

@@ -121,6 +121,7 @@ def make_run(
         after=after,
         forgetting=change.forgetting,
         learning=change.learning,
+        general=change.general,
         energy=last_logged(log, "energy"),
         moved=moved(model, setup.importance, setup.layers),
         train_seconds=trained.train_seconds,

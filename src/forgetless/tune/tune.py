@@ -82,7 +82,7 @@ def tune(options: TuneOptions, *, earlier: Earlier | None = None) -> JsonObject:
 
         trained = TrainedModel(adapted.model, trainer, start.setup, prepare_seconds, train_seconds)
         finished = finish(trained, methods, start.keeper)
-        after = measure(adapted.model, base.tokenizer, inputs.held_out)
+        after = measure(adapted.model, base.tokenizer, inputs.held_out, own=start.own)
         run = make_run(
             start, trained, finished, after, methods=methods, inputs=inputs, rows=rows, file=file
         )

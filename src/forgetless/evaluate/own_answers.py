@@ -1,0 +1,217 @@
+"""The text that a model would say anyway: its own answers, in three parts, sampled once and kept.
+
+    wanted = OwnText("chat")
+    answers = own_answers(model, tokenizer, wanted, "check")     # list[Answer]
+    documents = as_documents(answers)            # of data/selftext.py: to record on, or to replay
+
+Forgetting is the divergence from the base on what the base itself would say, so nobody needs the
+data that made the model. `record` reads the part "record"; what a run is held by and scaled to is
+"control", what is measured at its end "check". The parts are answers to different prompts.
+
+Whatever the seed of a run, the answers are the same: they belong to the base model. They lie in the
+cache, in one file for each state of the weights and each length, so that nothing is sampled twice
+and an interrupted sampling goes on where it was.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from forgetless.data.documents import load_rows
+from forgetless.data.prompts.prompts import Prompt, from_rows, load_prompts, parted, supported
+from forgetless.data.selftext import (
+    CHAT,
+    SELF,
+    Answer,
+    Opening,
+    OwnText,
+    bare_openings,
+    chat_openings,
+    read_lines,
+    sample,
+    stop_tokens,
+    write_lines,
+)
+from forgetless.errors import OptionError
+from forgetless.files.cache import cache_folder
+from forgetless.files.lock import in_turn
+from forgetless.model import distributed
+from forgetless.model.fingerprint import exact_fingerprint
+from forgetless.model.loading import context_length
+from forgetless.report.terminal import progress
+
+logger = logging.getLogger("forgetless")
+# Why a kind of own text is taken where nothing is given.
+OWN_WORDS = {
+    CHAT: "the model's own answers to prompts of ours (chat), since it has a chat template",
+    SELF: "text that the model writes by itself (self), since it has no chat template",
+}
+# The answers belong to the model and not to a run, so no option changes their random numbers.
+ANSWERS_SEED = 0
+# An answer of so many tokens on average says nothing: the model ends at once, or the template is
+# not its own.
+FEWEST_TOKENS = 2
+
+
+def default_kind(tokenizer: Any) -> str:
+    """What stands for a model's general ability where nothing is given: chat, where it has a
+    template for it.
+    """
+    return CHAT if getattr(tokenizer, "chat_template", None) else SELF
+
+
+def own_answers(model: nn.Module, tokenizer: Any, wanted: OwnText, part: str) -> list[Answer]:
+    """The answers of one part by the bare base model, from the cache or sampled now.
+
+    Raises FileError or OptionError where the model cannot be asked, or says nothing.
+    """
+    length = min(wanted.length, context_length(model) // 2)
+    if wanted.kind == CHAT:
+        prompts = chosen_prompts(wanted, tokenizer, part)
+        openings = _fitting(chat_openings(prompts, tokenizer), context_length(model) - length)
+    else:
+        openings = bare_openings(tokenizer, [f"{part} {i}" for i in range(wanted.answers)])
+    answers = _cached(model, tokenizer, openings, length, f"{wanted.kind}, {part}")
+    _check_said(answers, wanted, length)
+    return answers
+
+
+def chosen_prompts(wanted: OwnText, tokenizer: Any, part: str) -> list[Prompt]:
+    """The prompts of one part that the model's template can put to it: all of the user's, and ours.
+
+    Which of ours does not depend on how many are asked for: a larger number holds the smaller.
+    """
+    ours = sorted(parted(load_prompts())[part], key=lambda prompt: _digest(prompt.id))
+    usable, left_out = supported(ours, tokenizer)
+    for reason, prompts in left_out.items():
+        kinds = ", ".join(sorted({prompt.kind for prompt in prompts}))
+        _say_once(logging.INFO, f"prompts are left out ({kinds}): {reason}")
+    own: list[Prompt] = []
+    if wanted.prompts is not None:
+        given = from_rows(load_rows(wanted.prompts), wanted.prompts)
+        own, refused = supported(parted(given)[part], tokenizer)
+        if refused:
+            reason, prompts = next(iter(refused.items()))
+            raise OptionError(
+                f"--prompts {wanted.prompts}: {len(prompts)} prompts cannot be put to this model: "
+                f"{reason}; take them out"
+            )
+    return [*own, *usable[: wanted.answers]]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _fitting(openings: Sequence[Opening], room: int) -> list[Opening]:
+    """The openings of at most `room` tokens, after which an answer still fits into the context."""
+    fitting = [opening for opening in openings if len(opening.ids) <= room]
+    if len(fitting) < len(openings):
+        logger.info(
+            "%d of %d prompts are longer than the %d tokens that the model's context leaves them",
+            len(openings) - len(fitting),
+            len(openings),
+            room,
+        )
+    if not fitting:
+        raise OptionError(
+            f"no prompt fits into {room} tokens, which is what the model's context leaves beside "
+            "an answer; give --general self, or a text file"
+        )
+    return fitting
+
+
+def _cached(
+    model: nn.Module, tokenizer: Any, openings: Sequence[Opening], length: int, what: str
+) -> list[Answer]:
+    """The answers to all openings; the first process samples those that the cache lacks."""
+    made_of = [
+        exact_fingerprint(model),
+        sorted(stop_tokens(model, tokenizer)),
+        length,
+        ANSWERS_SEED,
+    ]
+    path = cache_folder("answers") / f"{_digest(json.dumps(made_of))[:32]}.jsonl"
+    if distributed.first():
+        with in_turn(path):
+            _complete(path, model, tokenizer, openings, length, what)
+    distributed.barrier()
+    answers = _by_opening(read_lines(path))
+    return [answers[opening.id, opening.ids] for opening in openings]
+
+
+def _by_opening(answers: Sequence[Answer]) -> dict[tuple[str, tuple[int, ...]], Answer]:
+    """The answers by what they answer: another template writes the same prompt differently."""
+    return {(answer.prompt, answer.ids[: answer.start]): answer for answer in answers}
+
+
+def _complete(
+    path: Path,
+    model: nn.Module,
+    tokenizer: Any,
+    openings: Sequence[Opening],
+    length: int,
+    what: str,
+) -> None:
+    """Sample what the file lacks, and add it batch by batch."""
+    known = read_lines(path)
+    there = _by_opening(known)
+    missing = [opening for opening in openings if (opening.id, opening.ids) not in there]
+    if not missing:
+        return
+    logger.info(
+        "sampling %d answers of at most %d tokens from the model (%s)%s",
+        len(missing),
+        length,
+        what,
+        f"; {len(openings) - len(missing)} are there" if len(missing) < len(openings) else "",
+    )
+    # A line that an interruption cut off would spoil the one that follows it.
+    path.write_text(write_lines(known), encoding="utf-8")
+    bar = progress("sampling", len(missing), unit="answer", leave=False)
+    with bar as moved, path.open("a", encoding="utf-8") as file:
+
+        def keep(answers: list[Answer]) -> None:
+            file.write(write_lines(answers))
+            file.flush()
+            moved.advance(len(answers))
+
+        sample(model, tokenizer, missing, seed=ANSWERS_SEED, length=length, done=keep)
+
+
+def _check_said(answers: Sequence[Answer], wanted: OwnText, length: int) -> None:
+    """Refuse answers on which nothing can be measured, and say where most are cut."""
+    tokens = sum(len(answer.scored) for answer in answers)
+    if tokens < FEWEST_TOKENS * len(answers):
+        raise OptionError(
+            f"the model says next to nothing: {tokens} tokens in {len(answers)} answers "
+            f"({wanted.kind}); expected a model that answers. Check its chat template, or give "
+            "--general TEXT"
+        )
+    cut = sum(not answer.ended for answer in answers)
+    if wanted.kind == CHAT and cut > len(answers) / 2:
+        _say_once(
+            logging.WARNING,
+            f"more than half of the answers are cut at {length} tokens before they end, so that "
+            "how they end is hardly held or measured; give a larger --answer-length",
+        )
+
+
+@functools.cache
+def _say_once(level: int, text: str) -> None:
+    """Say of all parts together what holds for each of them."""
+    logger.log(level, text)
+
+
+def kinds_of(answers: Sequence[Answer]) -> dict[str, int]:
+    """How many answers there are of each kind of prompt."""
+    return dict(Counter(answer.kind for answer in answers))

@@ -1,0 +1,285 @@
+"""What a model says itself, in the place of a general text: recorded on, measured on, kept a budget
+on; from the cache, through every verb.
+"""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from conftest import PLAIN, SMALL, words_tokenizer
+from forgetless.cli import main
+from forgetless.data.prompts.prompts import load_prompts, parted
+from forgetless.data.selftext import OwnText, read_lines
+from forgetless.evaluate import own_answers as own
+from forgetless.evaluate.divergence import divergence
+from forgetless.evaluate.own_answers import own_answers
+from forgetless.evaluate.paired_answers import paired_answers
+from forgetless.importance.entries import DenseEntry
+from forgetless.importance.importance import Importance
+from forgetless.importance.kept_answers import keep
+from forgetless.model.adapter_files import with_adapter
+from forgetless.model.fingerprint import exact_fingerprint
+
+LONG = {**SMALL, "max_position_embeddings": 256}
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FORGETLESS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def chat_model():
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(LlamaConfig(**LONG)).eval()
+
+
+@pytest.fixture
+def chat_tokenizer():
+    tokenizer = words_tokenizer()
+    tokenizer.chat_template, tokenizer.model_max_length = PLAIN, 256
+    return tokenizer
+
+
+@pytest.fixture
+def chat_folder(chat_model, chat_tokenizer, tmp_path, cache):
+    chat_model.save_pretrained(tmp_path / "chat")
+    chat_tokenizer.save_pretrained(tmp_path / "chat")
+    return str(tmp_path / "chat")
+
+
+@pytest.fixture
+def domain(tmp_path):
+    """Chats about little."""
+    rng = random.Random(7)
+    path = tmp_path / "domain.jsonl"
+    rows = [
+        [
+            {"role": "user", "content": f"the cat {rng.choice('abcd')} ?"},
+            {"role": "assistant", "content": "a b a " + rng.choice("abcd")},
+        ]
+        for _ in range(32)
+    ]
+    path.write_text("\n".join(json.dumps({"messages": turns}) for turns in rows))
+    return str(path)
+
+
+def run_of(folder):
+    return json.loads((folder / "run.json").read_text())
+
+
+def test_answers_are_sampled_once_and_an_interrupted_sampling_goes_on(
+    chat_model, chat_tokenizer, cache, monkeypatch
+):
+    wanted = OwnText("chat", answers=20, length=8)
+    sampled = []
+    whole = own.sample
+
+    def counted(model, tokenizer, openings, **settings):
+        sampled.append(len(openings))
+        return whole(model, tokenizer, openings, **settings)
+
+    monkeypatch.setattr(own, "sample", counted)
+    answers = own_answers(chat_model, chat_tokenizer, wanted, "check")
+    assert own_answers(chat_model, chat_tokenizer, wanted, "check") == answers
+    assert sampled == [20] and len(answers) == 20
+    ids = {prompt.id for prompt in parted(load_prompts())["check"]}
+    assert {answer.prompt for answer in answers} <= ids
+    [path] = (cache / "answers").glob("*.jsonl")
+    lines = path.read_text().split("\n")
+    path.write_text("\n".join(lines[:9]) + "\n" + lines[9][:20])
+    assert own_answers(chat_model, chat_tokenizer, wanted, "check") == answers
+    assert sampled == [20, 11] and len(read_lines(path)) == 20
+    own_answers(chat_model, chat_tokenizer, OwnText("chat", answers=30, length=8), "check")
+    assert sampled == [20, 11, 10]
+
+
+def test_a_larger_number_holds_the_smaller_and_another_model_says_something_else(
+    chat_model, chat_tokenizer, cache
+):
+    few = own_answers(chat_model, chat_tokenizer, OwnText("chat", 12, 8), "control")
+    more = own_answers(chat_model, chat_tokenizer, OwnText("chat", 24, 8), "control")
+    assert [answer.prompt for answer in more[:12]] == [answer.prompt for answer in few]
+    before = exact_fingerprint(chat_model)
+    with torch.no_grad():
+        chat_model.lm_head.weight.mul_(50)
+    assert exact_fingerprint(chat_model) != before
+    assert own_answers(chat_model, chat_tokenizer, OwnText("chat", 12, 8), "control") != few
+
+
+def test_prompts_of_a_user_are_asked_beside_ours(chat_model, chat_tokenizer, cache, tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": f"the cat {i}"}) for i in range(40)))
+    parts = {
+        part: own_answers(chat_model, chat_tokenizer, OwnText("chat", 10, 4, str(path)), part)
+        for part in ("record", "control", "check")
+    }
+    mine = {part: [a for a in answers if a.kind == "own"] for part, answers in parts.items()}
+    assert sum(map(len, mine.values())) == 40 and all(mine.values())
+    assert all(len(parts[part]) == 10 + len(mine[part]) for part in parts)
+    path.write_text(json.dumps({"question": "the cat"}))
+    with pytest.raises(ValueError, match="expected a column 'messages' or 'prompt', found questi"):
+        own_answers(chat_model, chat_tokenizer, OwnText("chat", 10, 4, str(path)), "check")
+
+
+def test_what_cannot_be_asked_or_says_nothing_is_refused(
+    chat_model, chat_tokenizer, cache, monkeypatch
+):
+    chat_tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="its tokenizer has none; give --general self"):
+        own_answers(chat_model, chat_tokenizer, OwnText("chat"), "check")
+    chat_tokenizer.chat_template = PLAIN
+    # A model that ends at once.
+    monkeypatch.setattr(own, "FEWEST_TOKENS", 9)
+    with pytest.raises(ValueError, match=r"next to nothing: \d+ tokens in 12 answers"):
+        own_answers(chat_model, chat_tokenizer, OwnText("chat", 12, 8), "check")
+
+
+def test_a_base_model_is_measured_on_what_it_writes_by_itself(chat_model, chat_tokenizer, cache):
+    answers = own_answers(chat_model, chat_tokenizer, OwnText("self", 12, 8), "check")
+    other = own_answers(chat_model, chat_tokenizer, OwnText("self", 12, 8), "record")
+    assert all(answer.ids[0] == 1 and answer.start == 1 for answer in answers)
+    assert {answer.ids for answer in answers} != {answer.ids for answer in other}
+    paired = paired_answers(chat_model, answers)
+    assert paired.losses(chat_model) == pytest.approx(np.zeros(12), abs=1e-6)
+
+
+def test_every_verb_takes_what_the_model_says(chat_folder, domain, tmp_path, capsys):
+    """record, tune with a budget, eval, and shrink of a plain run, on nothing but the model."""
+    small = ["--answers", "24", "--answer-length", "12"]
+    file = str(tmp_path / "i.safetensors")
+    assert main(["record", chat_folder, "--out", file, *small]) == 0
+    data = Importance.load(file).info["data"]
+    assert data["source"] == "chat" and data["documents"] == 24
+
+    tuning = ["tune", chat_folder, "--data", domain, "--rank", "2", "--learning-rate", "0.02"]
+    tuning += ["--batch-size", "8", "--accumulation", "1", "--epochs", "3"]
+    held = tmp_path / "held"
+    budget = ["--importance", file, "--general", "chat", "--budget", "0.2%"]
+    assert main([*tuning, *budget, *small, "--out", str(held)]) == 0
+    run = run_of(held)
+    assert run["verdict"] == "met" and run["forgetting"]["of"] == "divergence"
+    assert 0 < run["forgetting"]["nats"] < run["forgetting"]["high"] <= np.log(1.002)
+    assert run["before"]["own"]["nats"] == pytest.approx(0, abs=1e-6)
+    kinds = run["after"]["own"]["kind_by_document"]
+    assert len(kinds) == 24 and len(set(kinds)) > 5
+
+    plain = tmp_path / "plain"
+    assert main([*tuning, "--general", "chat", *small, "--out", str(plain)]) == 0
+    lost = run_of(plain)["forgetting"]["nats"]
+    assert lost > 2 * np.log(1.002)
+
+    shrunk = ["shrink", str(plain / "final"), "--importance", file, "--general", "chat"]
+    shrunk += ["--budget", "0.2%", "--data", domain, "--out", str(tmp_path / "shrunk"), *small]
+    assert main(shrunk) == 0
+    assert run_of(tmp_path / "shrunk")["forgetting"]["high"] <= np.log(1.002)
+
+    capsys.readouterr()
+    evaluate = ["eval", chat_folder, "--adapter", str(plain / "final"), *small]
+    assert main([*evaluate, "--out", str(tmp_path / "e")]) == 0
+    assert "divergence on own answers" in capsys.readouterr().out
+    assert run_of(tmp_path / "e")["forgetting"]["nats"] == pytest.approx(lost, rel=1e-4)
+
+
+def test_the_measure_is_the_exact_divergence_from_the_model_without_adapter(
+    chat_folder, chat_model, chat_tokenizer, domain, tmp_path
+):
+    out = tmp_path / "run"
+    words = ["tune", chat_folder, "--data", domain, "--out", str(out), "--general", "chat"]
+    words += ["--answers", "16", "--answer-length", "12", "--rank", "2", "--max-steps", "3"]
+    assert main([*words, "--learning-rate", "0.02"]) == 0
+    answers = own_answers(chat_model, chat_tokenizer, OwnText("chat", 16, 12), "check")
+    base = AutoModelForCausalLM.from_pretrained(chat_folder)
+    tuned = with_adapter(AutoModelForCausalLM.from_pretrained(chat_folder), str(out / "final"))
+    sums, tokens = divergence(base, tuned, answers)
+    assert run_of(out)["forgetting"]["nats"] == pytest.approx(sums.sum() / tokens.sum(), rel=1e-4)
+
+
+def test_replayed_answers_are_of_another_part_than_the_measured(chat_folder, domain, tmp_path):
+    out = tmp_path / "kl"
+    words = ["tune", chat_folder, "--data", domain, "--out", str(out), "--method", "kl"]
+    words += ["--replay", "chat", "--general", "chat", "--replay-documents", "16", "--rank", "2"]
+    assert main([*words, "--answers", "12", "--answer-length", "8", "--max-steps", "2"]) == 0
+    assert run_of(out)["replay"]["sequences"] == 16
+    prompts = {answer.prompt for answer in read_lines(out / "self.jsonl")}
+    assert prompts <= {prompt.id for prompt in parted(load_prompts())["record"]}
+
+
+def test_answers_kept_in_the_importance_file_hold_without_a_text_and_without_the_base(
+    chat_folder, domain, tmp_path, capsys
+):
+    """What is kept is read back as it was, and holds as the base itself does."""
+    file = str(tmp_path / "i.safetensors")
+    words = ["record", chat_folder, "--out", file, "--answers", "20", "--answer-length", "12"]
+    assert main([*words, "--keep-answers", "12"]) == 0
+    kept = Importance.load(file).answers
+    assert len(kept) == 12 and all(base.tokens.shape[1] == 48 for base in kept.stored)
+
+    tuning = ["tune", chat_folder, "--data", domain, "--rank", "2", "--learning-rate", "0.02"]
+    tuning += ["--batch-size", "8", "--accumulation", "1", "--epochs", "3", "--method", "kl"]
+    tuning += ["--general", "chat", "--answers", "20", "--answer-length", "12", "--kl-weight", "9"]
+    stored = [*tuning, "--replay", "kept", "--importance", file, "--out", str(tmp_path / "s")]
+    assert main(stored) == 0
+    asked = [*tuning, "--replay", "chat", "--replay-documents", "12", "--out", str(tmp_path / "a")]
+    assert main(asked) == 0
+    by_stored, by_base = run_of(tmp_path / "s"), run_of(tmp_path / "a")
+    # Of 48 tokens all are among the 64 likeliest, so that what is stored is exact.
+    assert by_stored["forgetting"]["nats"] == pytest.approx(by_base["forgetting"]["nats"], rel=1e-2)
+    assert by_stored["replay"]["sequences"] == 12
+    logged = [entry["kl"] for entry in by_stored["log"] if "kl" in entry]
+    assert logged == pytest.approx([e["kl"] for e in by_base["log"] if "kl" in e], rel=1e-2)
+
+    capsys.readouterr()
+    for words, expected in (
+        ([*tuning, "--replay", "kept"], "needs --importance FILE, made with record --keep-answers"),
+        ([*tuning, "--replay", "chat", "--importance", file], "is used by --method kl where it"),
+        ([*stored[:-2], "--method", "kl,replay"], "--method kl does; found kl, replay"),
+    ):
+        assert main([*words, "--out", str(tmp_path / "no")]) == 2
+        assert expected in capsys.readouterr().err
+    bare = str(tmp_path / "bare.safetensors")
+    assert main(["record", chat_folder, "--out", bare, "--answers", "12"]) == 0
+    assert main([*tuning, "--replay", "kept", "--importance", bare, "--out", str(tmp_path)]) == 1
+    assert "keeps no answers; record with --keep-answers 64" in capsys.readouterr().err
+    text = ["record", chat_folder, "--general", domain, "--keep-answers", "4", "--out", bare]
+    assert main(text) == 2
+    assert "keeps answers of the model that are recorded on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("answers/ids", lambda tensor: tensor[:-1]),
+        ("answers/starts", lambda tensor: tensor * 0),
+        ("answers/tokens", lambda tensor: -tensor),
+        ("answers/log_probs", lambda tensor: -tensor),
+        ("answers/rest", lambda tensor: tensor[:, None]),
+        ("answers/said", None),
+        ("answers/lengths", lambda tensor: tensor.float()),
+    ],
+)
+def test_kept_answers_that_cannot_be_are_refused(
+    chat_model, chat_tokenizer, cache, tmp_path, name, change
+):
+    answers = own_answers(chat_model, chat_tokenizer, OwnText("chat", 6, 8), "record")
+    entries = {"model.layers.0.mlp.up_proj.weight": DenseEntry(torch.ones(24, 16))}
+    path = tmp_path / "i.safetensors"
+    Importance(entries, answers=keep(chat_model, answers)).save(path)
+    assert len(Importance.load(path).answers) == 6
+    with safe_open(str(path), "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    if change is None:
+        del tensors[name]
+    else:
+        tensors[name] = change(tensors[name]).contiguous()
+    save_file(tensors, str(path), metadata=metadata)
+    with pytest.raises(ValueError, match=r"answers.*; the file is damaged, record again"):
+        Importance.load(path)
