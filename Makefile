@@ -9,7 +9,7 @@ export MALLOC_TRIM_THRESHOLD_ = 17179869184
 export MALLOC_TOP_PAD_ = 268435456
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test quick check bench bench-gpu clean
+.PHONY: demo test quick check lab bench bench-gpu clean
 
 demo: $(READY)
 	$(BIN)/forgetless demo
@@ -33,6 +33,12 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# A real chat model of 135M parameters for experiments and for tests marked `real`; an ignored folder.
+lab: lab/smollm2/model.safetensors
+lab/smollm2/model.safetensors: $(READY)
+	$(BIN)/python -m pip install --quiet --target lab/packages --no-deps gguf
+	PYTHONPATH=lab/packages $(BIN)/python ../shared/models/smollm2.py lab/smollm2
 
 bench bench-gpu: $(READY)
 	$(BENCH) benchmarks/pull.py $(PULL)

@@ -4,6 +4,8 @@ on; from the cache, through every verb.
 
 import json
 import random
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -283,3 +285,26 @@ def test_kept_answers_that_cannot_be_are_refused(
     save_file(tensors, str(path), metadata=metadata)
     with pytest.raises(ValueError, match=r"answers.*; the file is damaged, record again"):
         Importance.load(path)
+
+
+def test_the_experiment_on_a_real_model_runs_on_a_tiny_one(chat_folder, domain, tmp_path):
+    """Learning, divergence and loss on web text of each run, and nothing is trained twice."""
+    real = runpy.run_path(str(Path(__file__).parents[1] / "experiments/real.py"))
+    shared, out = tmp_path / "shared", tmp_path / "real"
+    chats = Path(domain).read_text()
+    for name in ("chat/medical-train", "chat/medical-test"):
+        (shared / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (shared / "data" / f"{name}.jsonl").write_text(chats)
+    (shared / "data/general").mkdir()
+    text = "\n".join(json.dumps({"text": f"the cat sat on {word}"}) for word in "abcd" * 4)
+    (shared / "data/general/test.jsonl").write_text(text)
+    words = [str(shared), chat_folder, str(out), "--seeds", "0", "--rows", "12", "--steps", "2"]
+    words += ["--arms", "plain", "kept-1-2"]
+    real["main"](words)
+    table = (out / "table.md").read_text()
+    rows = {line.split(" | ")[0].strip("| "): line for line in table.splitlines()[2:]}
+    assert list(rows) == ["plain", "plain x 0.75", "plain x 0.5", "plain x 0.25", "kept-1-2"]
+    made = {path: path.stat().st_mtime_ns for path in out.glob("*/run.json")}
+    real["main"](words)
+    assert made == {path: path.stat().st_mtime_ns for path in out.glob("*/run.json")}
+    assert (out / "table.md").read_text() == table
