@@ -12,7 +12,7 @@ import textwrap
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from conftest import CONFIGS
 from forgetless.importance.covariance import Covariance
@@ -176,54 +176,52 @@ def test_writing_over_the_file_is_an_error_and_replacing_it_is_not(saved):
 )
 def test_no_second_model_in_memory(tmp_path):
     """A model of 109 MiB: pulling from the file takes a fraction of what the copies take."""
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    # The file comes first: what the copies leave behind in the heap would be used again.
     script = textwrap.dedent("""
         import sys, torch
-        from transformers import AutoModelForCausalLM, LlamaConfig
+        from transformers import AutoModelForCausalLM
         from forgetless.importance.controls import uniform
         from forgetless.penalty.pull import Penalty
         torch.set_num_threads(1)
         def anonymous():
             lines = open("/proc/self/status").read().splitlines()
             return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
-        folder, save = sys.argv[1], sys.argv[2] == "save"
-        if save:
-            config = LlamaConfig(
-                vocab_size=64, hidden_size=512, intermediate_size=2048,
-                num_hidden_layers=6, num_attention_heads=8,
-            )
-            AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-            sys.exit()
-        model = AutoModelForCausalLM.from_pretrained(folder)
-        importance = uniform(model)
-        # Imports and buffers are not what is measured.
-        Penalty(model, importance, strength=1.0, names=r".*layers[.]0.*q_proj").energy()
-        if sys.argv[2] == "copy":
-            model.config._name_or_path = ""
-        start = anonymous()
-        penalty = Penalty(model, importance, strength=1.0, names="all-linear")
-        penalty.energy()
-        print(anonymous() - start)
+        def growth(name):
+            model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+            importance = uniform(model)
+            # Imports and buffers are not what is measured.
+            Penalty(model, importance, strength=1.0, names=r".*layers[.]0.*q_proj").energy()
+            if name is not None:
+                model.config._name_or_path = name
+            start = anonymous()
+            penalty = Penalty(model, importance, strength=1.0, names="all-linear")
+            penalty.energy()
+            return anonymous() - start
+        print(growth(None), growth(""))
     """)
-
-    def run(how):
-        # Freed memory must go back at once to be counted: a padded heap (the Makefile's
-        # MALLOC_TOP_PAD_) would keep it, as much as happens to be fragmented.
-        environment = {
-            **os.environ,
-            "MALLOC_TRIM_THRESHOLD_": "65536",
-            "MALLOC_MMAP_THRESHOLD_": "65536",
-            "MALLOC_TOP_PAD_": "65536",
-        }
-        done = subprocess.run(
-            [sys.executable, "-c", script, str(tmp_path / "model"), how],
-            capture_output=True,
-            text=True,
-            env=environment,
-        )
-        assert done.returncode == 0, done.stderr
-        return float(done.stdout or 0)
-
-    run("save")
-    copy, file = run("copy"), run("file")
+    # Freed memory must go back at once to be counted: a padded heap (the Makefile's
+    # MALLOC_TOP_PAD_) would keep it, as much as happens to be fragmented.
+    environment = {
+        **os.environ,
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TOP_PAD_": "65536",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "model")],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    file, copy = map(float, done.stdout.split())
     assert copy > 90
     assert file < 20
