@@ -216,11 +216,16 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     With gradient checkpointing, which only works in training mode, the mode stays.
     """
     training = model.training
-    model.train(training and bool(getattr(model, "is_gradient_checkpointing", False)))
+    model.train(training and _recomputes(model))
     try:
         yield
     finally:
         model.train(training)
+
+
+def _recomputes(model: nn.Module) -> bool:
+    """Whether activations are recomputed in the backward pass."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def scored_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
