@@ -2,6 +2,7 @@
 on; from the cache, through every verb.
 """
 
+import copy
 import json
 import random
 import runpy
@@ -26,6 +27,7 @@ from forgetless.importance.entries import DenseEntry
 from forgetless.importance.importance import Importance
 from forgetless.importance.kept_answers import keep
 from forgetless.model.adapter_files import with_adapter
+from forgetless.model.adapters import add_adapter, bare
 from forgetless.model.fingerprint import exact_fingerprint
 
 LONG = {**SMALL, "max_position_embeddings": 256}
@@ -110,6 +112,10 @@ def test_a_larger_number_holds_the_smaller_and_another_model_says_something_else
     more = own_answers(chat_model, chat_tokenizer, OwnText("chat", 24, 8), "control")
     assert [answer.prompt for answer in more[:12]] == [answer.prompt for answer in few]
     before = exact_fingerprint(chat_model)
+    adapted = add_adapter(copy.deepcopy(chat_model), names="all-linear", rank=2, alpha=4.0)
+    assert exact_fingerprint(adapted) == before
+    with bare(adapted) as base:
+        assert exact_fingerprint(base) == before
     with torch.no_grad():
         chat_model.lm_head.weight.mul_(50)
     assert exact_fingerprint(chat_model) != before

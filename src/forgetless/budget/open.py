@@ -35,7 +35,7 @@ from forgetless.data.domain import encode_rows, load_training_data, row_text
 from forgetless.data.duplicates import Overlap, overlap
 from forgetless.data.encoding import Encoded
 from forgetless.data.inputs import HeldOut, Inputs
-from forgetless.data.selftext import own_text
+from forgetless.data.selftext import OwnText, own_text
 from forgetless.errors import OptionError
 from forgetless.importance.importance import Importance
 from forgetless.model.adapters import bare
@@ -232,18 +232,8 @@ def of_trainer(
     try:
         update.scale(0)
         baseline = None
-        if own is not None:
-            with bare(trainer.model) as base:
-                baseline = answers_baseline(base, tokenizer, own, limit, seed=trainer.args.seed)
-        elif calibration is None:
-            baseline = measure_baseline(
-                trainer.model,
-                tokenizer,
-                documents,
-                limit,
-                pieces=most_pieces(_steps_of(trainer)),
-                seed=trainer.args.seed,
-            )
+        if calibration is None:
+            baseline = _baseline_of(trainer, own or documents, limit)
         learning = _learning_of(trainer, rows)
     finally:
         update.scale(1)
@@ -256,6 +246,16 @@ def of_trainer(
     # Of rows in another form than token ids, the length is not known.
     length = sum(len(ids) for ids, _ in rows) / len(rows) if rows else PIECE
     return Keeper(baseline, learning, shared, _rows_per_step(trainer) * length)
+
+
+def _baseline_of(trainer: Any, kept_on: OwnText | Sequence[Document], budget: Budget) -> Baseline:
+    """What the model of anybody's trainer loses on what its budget is kept on, its update at 0."""
+    tokenizer, seed = trainer.processing_class, trainer.args.seed
+    if isinstance(kept_on, OwnText):
+        with bare(trainer.model) as base:
+            return answers_baseline(base, tokenizer, kept_on, budget, seed=seed)
+    pieces = most_pieces(_steps_of(trainer))
+    return measure_baseline(trainer.model, tokenizer, kept_on, budget, pieces=pieces, seed=seed)
 
 
 def _rows_per_step(trainer: Any) -> int:

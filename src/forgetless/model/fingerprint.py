@@ -3,7 +3,7 @@
 For example:
 
     fingerprint(model)          # 64 hexadecimal digits, with or without an adapter around the model
-    exact_fingerprint(model)    # of the bare model: another one for each fine-tune
+    exact_fingerprint(model)    # the same, but another one for each fine-tune of the base
 """
 
 from __future__ import annotations
@@ -38,13 +38,24 @@ def fingerprint(model: nn.Module, *, samples: int = 65_536) -> str:
 
 def exact_fingerprint(model: nn.Module, *, samples: int = 1024) -> str:
     """sha256 over names, shapes, dtypes and about `samples` evenly spaced elements of every
-    parameter of a bare model.
+    parameter of the base, with or without an adapter around it.
 
     It tells a base from each of its fine-tunes, and bf16 from f32: two models that share it say the
     same. Not for sharded models.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
+    adapters = {
+        id(parameter)
+        for module in model.modules()
+        for name in getattr(module, "adapter_layer_names", ())
+        for parameter in getattr(module, name).parameters()
+    }
+    named = [
+        (name.replace("base_layer.", ""), parameter)
+        for name, parameter in unwrapped(model).named_parameters()
+        if id(parameter) not in adapters
+    ]
+    for name, parameter in sorted(named):
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
         values = parameter.detach().flatten()
         some = values[:: max(1, len(values) // samples)].cpu().contiguous()
