@@ -219,3 +219,35 @@ def text_file(tmp_path):
         )
     )
     return path
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache of this test alone."""
+    monkeypatch.setenv("FORGETLESS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def chat_model():
+    """A tiny random model with room for a conversation."""
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(
+        LlamaConfig(**{**SMALL, "max_position_embeddings": 256})
+    ).eval()
+
+
+@pytest.fixture
+def chat_tokenizer():
+    """The words with a chat template."""
+    tokenizer = words_tokenizer()
+    tokenizer.chat_template, tokenizer.model_max_length = PLAIN, 256
+    return tokenizer
+
+
+@pytest.fixture
+def chat_folder(chat_model, chat_tokenizer, tmp_path, cache):
+    """The tiny chat model with its tokenizer on disk."""
+    chat_model.save_pretrained(tmp_path / "chat")
+    chat_tokenizer.save_pretrained(tmp_path / "chat")
+    return str(tmp_path / "chat")

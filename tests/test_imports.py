@@ -21,6 +21,7 @@ ORDER = [
     "report",
     "model",
     "evaluate",
+    "chat",
     "importance",
     "penalty",
     "record",

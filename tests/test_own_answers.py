@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
-from conftest import PLAIN, SMALL, words_tokenizer
+from conftest import PLAIN
 from forgetless.cli import main
 from forgetless.data.prompts.prompts import load_prompts, parted
 from forgetless.data.selftext import OwnText, read_lines
@@ -29,34 +29,6 @@ from forgetless.importance.kept_answers import keep
 from forgetless.model.adapter_files import with_adapter
 from forgetless.model.adapters import add_adapter, bare
 from forgetless.model.fingerprint import exact_fingerprint
-
-LONG = {**SMALL, "max_position_embeddings": 256}
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("FORGETLESS_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def chat_model():
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(LlamaConfig(**LONG)).eval()
-
-
-@pytest.fixture
-def chat_tokenizer():
-    tokenizer = words_tokenizer()
-    tokenizer.chat_template, tokenizer.model_max_length = PLAIN, 256
-    return tokenizer
-
-
-@pytest.fixture
-def chat_folder(chat_model, chat_tokenizer, tmp_path, cache):
-    chat_model.save_pretrained(tmp_path / "chat")
-    chat_tokenizer.save_pretrained(tmp_path / "chat")
-    return str(tmp_path / "chat")
 
 
 @pytest.fixture

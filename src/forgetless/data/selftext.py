@@ -140,12 +140,14 @@ def sample(
     *,
     seed: int,
     length: int,
+    temperature: float = 1.0,
     rows: int | None = None,
     done: Callable[[list[Answer]], None] | None = None,
 ) -> list[Answer]:
     """One answer of at most `length` tokens to each opening, in the openings' order.
 
     Args:
+        temperature: 1 for the model's own distribution, which is what self text is of.
         rows: openings in a batch; by default what suits the model's device.
         done: called with the answers of each batch as it is finished, to keep them.
     """
@@ -160,9 +162,9 @@ def sample(
     try:
         for first in range(0, len(order), rows):
             batch = order[first : first + rows]
-            draws = [_stream(seed, openings[place].id) for place in batch]
+            draws = [random_stream(seed, openings[place].id) for place in batch]
             given = [list(openings[place].ids) for place in batch]
-            said = _answers(model, given, draws, stops, length)
+            said = _answers(model, given, draws, stops, length, temperature)
             for place, tokens in zip(batch, said, strict=True):
                 opening = openings[place]
                 answers[place] = Answer(
@@ -201,7 +203,7 @@ def stop_tokens(model: nn.Module, tokenizer: Any) -> frozenset[int]:
     return frozenset(int(token) for token in ends if token is not None)
 
 
-def _stream(seed: int, name: str) -> np.random.Generator:
+def random_stream(seed: int, name: str) -> np.random.Generator:
     """The random numbers of one opening."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:8], "big"))
@@ -214,6 +216,7 @@ def _answers(
     draws: list[np.random.Generator],
     stops: frozenset[int],
     length: int,
+    temperature: float,
 ) -> list[list[int]]:
     """Answers to one batch of openings, token by token."""
     device = next(model.parameters()).device
@@ -236,7 +239,8 @@ def _answers(
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
-        tokens = _by_inversion(logits, np.array([draws[row].random() for row in alive]))
+        uniform = np.array([draws[row].random() for row in alive])
+        tokens = by_inversion(logits, uniform, temperature)
         for row, token in zip(alive, tokens.tolist(), strict=True):
             if not _ended(answers[row], stops):
                 answers[row].append(token)
@@ -257,13 +261,17 @@ def _ended(answer: Sequence[int], stops: frozenset[int]) -> bool:
     return bool(answer) and answer[-1] in stops
 
 
-def _by_inversion(logits: Tensor, uniform: np.ndarray) -> Tensor:
+def by_inversion(logits: Tensor, uniform: np.ndarray, temperature: float = 1.0) -> Tensor:
     """One token a row from the softmax of `logits` (rows, vocabulary), by inversion.
+
+    At temperature 0 it is the likeliest token, whatever the random number.
 
     The sums are in f64: in f32 the last tokens of a large vocabulary would be drawn too often or
     never.
     """
-    below = logits.double().softmax(-1).cumsum(-1)
+    if temperature == 0:
+        return logits.argmax(-1)
+    below = (logits.double() / temperature).softmax(-1).cumsum(-1)
     wanted = torch.from_numpy(uniform).to(below.device)[:, None] * below[:, -1:]
     return torch.searchsorted(below, wanted, right=True).clamp(max=logits.shape[-1] - 1)[:, 0]
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from forgetless.errors import OptionError, nearest
+from forgetless.options.chat import ChatOptions, check_chat
 from forgetless.options.compare import CompareOptions, DemoOptions, ReportOptions
 from forgetless.options.estimators import check_estimator
 from forgetless.options.files import ConvertOptions, InspectOptions
@@ -147,6 +148,15 @@ VERBS: dict[str, Verb] = {
         needed=("model",),
         run="forgetless.evaluate.evaluate:evaluate",
         check=_check_measured,
+        alone=True,
+    ),
+    "chat": Verb(
+        help="talk to the base and the tuned model side by side",
+        example="forgetless chat run",
+        options=ChatOptions,
+        needed=("model",),
+        run="forgetless.chat.chat:chat",
+        check=check_chat,
         alone=True,
     ),
     "compare": Verb(
