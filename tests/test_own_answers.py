@@ -167,6 +167,13 @@ def test_every_verb_takes_what_the_model_says(chat_folder, domain, tmp_path, cap
     assert "divergence on own answers" in capsys.readouterr().out
     assert run_of(tmp_path / "e")["forgetting"]["nats"] == pytest.approx(lost, rel=1e-4)
 
+    card = (held / "final" / "README.md").read_text()
+    assert "On the base's own answers it has moved by" in card
+    assert "on 24 answers that nothing was chosen on, the model moved from its base by" in card
+    assert "general text rose" not in card
+    assert main(["report", str(held), "--format", "markdown"]) == 0
+    assert "On the base's own answers (chat) the model moved by" in capsys.readouterr().out
+
 
 def test_the_measure_is_the_exact_divergence_from_the_model_without_adapter(
     chat_folder, chat_model, chat_tokenizer, domain, tmp_path

@@ -42,6 +42,7 @@ from forgetless.budget.scan import (
     choose_point,
 )
 from forgetless.budget.ways import Ways
+from forgetless.evaluate.paired_answers import PairedAnswers
 from forgetless.evaluate.rise import Rise
 from forgetless.files.budget_json import (
     BudgetCheck,
@@ -49,7 +50,7 @@ from forgetless.files.budget_json import (
     PredictedRise,
     SourceCheck,
 )
-from forgetless.files.measured_json import Change
+from forgetless.files.measured_json import DIVERGENCE, Change, Interval
 from forgetless.files.schema import GENERAL
 from forgetless.importance.calibration import Calibration
 from forgetless.report.numbers import perplexity_percent
@@ -103,7 +104,7 @@ def keep_budget(
     undecided = check.verdict == "not shown"
     report = BudgetReport(
         verdict=check.verdict,
-        control=chosen.rise.record(),
+        control=_interval_of(baseline, chosen.rise),
         check=check,
         checks=checks,
         how=rise.how(),
@@ -111,6 +112,12 @@ def keep_budget(
         learning_per_nat=_per_nat(chosen, rises[GENERAL].nats),
     )
     return _with_choice(report, baseline.budget, chosen, scans, points, learning)
+
+
+def _interval_of(baseline: Baseline, rise: Rise) -> Interval:
+    """The rise as a file has it, which says where it is a divergence."""
+    own = isinstance(baseline.control, PairedAnswers)
+    return replace(rise.record(), of=DIVERGENCE if own else None)
 
 
 def keep_predicted(

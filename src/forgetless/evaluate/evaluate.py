@@ -30,7 +30,7 @@ from forgetless.evaluate.losses import TextLoss, completion_loss, general_loss
 from forgetless.evaluate.own_answers import OWN_WORDS, default_kind
 from forgetless.evaluate.paired_answers import PairedAnswers, paired_part
 from forgetless.evaluate.rise import Rise
-from forgetless.files.measured_json import Changes, Loss, Measured, Scores
+from forgetless.files.measured_json import DIVERGENCE, Changes, Loss, Measured, Scores
 from forgetless.files.provenance import environment
 from forgetless.files.room import check_output_folder
 from forgetless.files.run_json import EvaluatedRun
@@ -111,7 +111,7 @@ def changes(before: Measured, after: Measured) -> Changes:
     general = None if risen is None else risen.record()
     if diverged is None:
         return Changes(general, learning)
-    return Changes(replace(diverged.record(), of="divergence"), learning, general)
+    return Changes(replace(diverged.record(), of=DIVERGENCE), learning, general)
 
 
 def rise_between(before: Loss | None, after: Loss | None) -> Rise | None:

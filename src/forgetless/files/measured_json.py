@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 from forgetless.files.schema import LEFT_OUT, REST, Text, key
 
+# What an interval is of where it is of no loss.
+DIVERGENCE = "divergence"
 # The keys of an interval, in the order of the file.
 INTERVAL_KEYS = (
     "nats",
@@ -66,6 +68,11 @@ class Interval:
     effective_clusters: float | None = None
     documents: int | None = None
     of: Text | None = field(default=None, metadata=LEFT_OUT)
+
+    @property
+    def diverged(self) -> bool:
+        """Whether it is a divergence from the base on its own answers, and not a loss that rose."""
+        return self.of == DIVERGENCE
 
 
 @dataclass(frozen=True)

@@ -60,16 +60,16 @@ def _checked_lines(report: BudgetReport) -> Iterator[str]:
     if check.each:
         among = f" of {check.on}, of {len(check.each)} sources the nearest to the budget,"
     verdict = LOUD.get(str(report.verdict), str(report.verdict))
-    yield f"budget {report.budget} ({_limit(report)} nats per token of general text): {verdict}"
+    yield f"budget {report.budget} ({_limit(report)} nats per token of {_kept_on(report)}): {verdict}"
     yield (
-        f"  checked on {numbers.shown(check.documents)} documents{among} kept for this: rise "
-        f"{_perplexity_rise(check.nats)} of perplexity ({_signed(check.nats)} nats), between "
+        f"  checked on {numbers.shown(check.documents)} {_pieces(report)}{among} kept for this: "
+        f"rise {_perplexity_rise(check.nats)} of perplexity ({_signed(check.nats)} nats), between "
         f"{_signed(check.low)} and {_signed(check.high)}; promised at most "
         f"{_signed(report.promised)}"
     )
     yield f"  ({report.how})"
     if report.verdict == "not shown":
-        kind = "more documents" if check.on == GENERAL else "more held-out rows"
+        kind = f"more {_pieces(report)}" if check.on == GENERAL else "more held-out rows"
         more = report.documents_to_decide
         needed = "more text" if more is None else f"about {more} {kind}"
         yield f"  the budget lies within this interval; {needed} would decide"
@@ -161,10 +161,27 @@ def kept_in_words(run: Run) -> str:
     if check.low is None or check.high is None:
         return verdict
     return (
-        f"{verdict} On {numbers.shown(check.documents)} documents that nothing was chosen on the "
-        f"loss rose by {check.low:.4f} to {check.high:.4f} nats per token; the budget is "
-        f"{report.budget_nats:.4f}."
+        f"{verdict} On {numbers.shown(check.documents)} {_pieces(report)} that nothing was chosen "
+        f"on {_what_rose(report)} by {check.low:.4f} to {check.high:.4f} nats per token; the "
+        f"budget is {report.budget_nats:.4f}."
     )
+
+
+def _own(report: BudgetReport) -> bool:
+    """Whether the budget was kept on what the base says itself."""
+    return report.control is not None and report.control.diverged
+
+
+def _kept_on(report: BudgetReport) -> str:
+    return "the model's own answers" if _own(report) else "general text"
+
+
+def _pieces(report: BudgetReport) -> str:
+    return "answers" if _own(report) else "documents"
+
+
+def _what_rose(report: BudgetReport) -> str:
+    return "the model moved from its base" if _own(report) else "the loss rose"
 
 
 def in_one_line(report: BudgetReport) -> str:
@@ -178,8 +195,8 @@ def in_one_line(report: BudgetReport) -> str:
         )
     check = report.check or BudgetCheck()
     return (
-        f"{budget}: {report.verdict}; on {numbers.shown(check.documents)} documents that nothing "
-        f"was chosen on, the loss rose by {_formatted(check.nats, '.4f')}, between "
+        f"{budget}: {report.verdict}; on {numbers.shown(check.documents)} {_pieces(report)} that "
+        f"nothing was chosen on, {_what_rose(report)} by {_formatted(check.nats, '.4f')}, between "
         f"{_formatted(check.low, '.4f')} and {_formatted(check.high, '.4f')}"
     )
 

@@ -142,7 +142,8 @@ def run_measures(run: Run) -> Iterator[Measure]:
     """
     before, after = run.before or Measured(), run.after or Measured()
     every = (
-        *_of_losses("general", before.general, after.general, run.forgetting),
+        *_of_own(before.own, after.own),
+        *_of_losses("general", before.general, after.general, run.general or run.forgetting),
         *_of_losses("domain", before.domain, after.domain, run.learning),
         *(
             measure
@@ -162,6 +163,12 @@ def _of_losses(
         Measure(f"{name} loss", "nats per token", a.nats, b.nats, error),
         Measure(f"{name} perplexity", "", a.perplexity, b.perplexity),
     )
+
+
+def _of_own(before: Loss | None, after: Loss | None) -> Iterator[Measure]:
+    if before is not None and after is not None:
+        error = after.standard_error
+        yield Measure("divergence on own answers", "nats per token", before.nats, after.nats, error)
 
 
 def _of_task(name: str, before: Scores, after: Scores) -> Iterator[Measure]:
@@ -187,7 +194,10 @@ def run_sentences(run: Run, domain: str, text: str) -> Iterator[str]:
         yield "What was forgotten was not measured: --general gives held-out general text."
     else:
         lost = numbers.nats(run.forgetting.nats, run.forgetting.standard_error)
-        yield f"On {text} the loss rose by {lost} nats per token."
+        if run.forgetting.diverged:
+            yield f"On the base's own answers ({text}) the model moved by {lost} nats per token."
+        else:
+            yield f"On {text} the loss rose by {lost} nats per token."
     if isinstance(run.verdict, str):
         yield kept_in_words(run)
 

@@ -65,7 +65,10 @@ def _learned_and_lost(run: Run) -> Iterator[str]:
         yield "What it lost was not measured: no general text was given."
     else:
         lost = numbers.nats(run.forgetting.nats, run.forgetting.standard_error)
-        yield f"Loss on general text rose by {lost} nats per token."
+        if run.forgetting.diverged:
+            yield f"On the base's own answers it has moved by {lost} nats per token (divergence)."
+        else:
+            yield f"Loss on general text rose by {lost} nats per token."
     if run.learning is not None:
         learned = numbers.nats(run.learning.nats, run.learning.standard_error)
         yield f"Loss on the domain's held-out data fell by {learned}."
@@ -105,7 +108,8 @@ def _measured_table(run: Run) -> list[str]:
     """Before, after and change of everything that was measured, ± standard error."""
     before, after = run.before or Measured(), run.after or Measured()
     rows = [
-        *_general(before.general, after.general, run.forgetting),
+        *_own_answers(before.own, after.own),
+        *_general(before.general, after.general, run.general or run.forgetting),
         *_domain(before.domain, after.domain, run.learning),
         *_tasks(before, after),
     ]
@@ -116,6 +120,12 @@ def _measured_table(run: Run) -> list[str]:
 
 
 CardRow = tuple[str, str, str, str]  # what, before, after, change
+
+
+def _own_answers(before: Loss | None, after: Loss | None) -> Iterator[CardRow]:
+    if before is not None and after is not None:
+        moved = _loss_in_words(after)
+        yield "divergence on own answers, nats per token", "0", moved, moved
 
 
 def _general(before: Loss | None, after: Loss | None, rise: Interval | None) -> Iterator[CardRow]:

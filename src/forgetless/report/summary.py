@@ -187,9 +187,15 @@ def _run_headlines(contents: Comparison) -> Iterator[Headline]:
     yield Headline(
         numbers.nats(forgetting.nats),
         "nats per token forgotten",
-        f"rise of the general loss, {_how_sure(forgetting)}",
+        f"{_of_what(contents)}, {_how_sure(forgetting)}",
         text,
     )
+
+
+def _of_what(contents: Comparison) -> str:
+    """What forgetting is, on the page of a single run."""
+    own = any(str(measure.name).startswith("divergence") for measure in contents.measures)
+    return "divergence from the base on its own answers" if own else "rise of the general loss"
 
 
 def _how_sure(change: Change) -> str:
