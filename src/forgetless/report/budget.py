@@ -60,7 +60,8 @@ def _checked_lines(report: BudgetReport) -> Iterator[str]:
     if check.each:
         among = f" of {check.on}, of {len(check.each)} sources the nearest to the budget,"
     verdict = LOUD.get(str(report.verdict), str(report.verdict))
-    yield f"budget {report.budget} ({_limit(report)} nats per token of {_kept_on(report)}): {verdict}"
+    allowed = f"{_limit(report)} nats per token of {_kept_on(report)}"
+    yield f"budget {report.budget} ({allowed}): {verdict}"
     yield (
         f"  checked on {numbers.shown(check.documents)} {_pieces(report)}{among} kept for this: "
         f"rise {_perplexity_rise(check.nats)} of perplexity ({_signed(check.nats)} nats), between "
