@@ -10,8 +10,9 @@ from torch import nn
 
 from forgetless.data.tasks import load_task
 from forgetless.errors import OptionError
-from forgetless.evaluate.accuracy import answers, check_tasks, lm_eval_accuracy
+from forgetless.evaluate.accuracy import answers, check_tasks
 from forgetless.evaluate.evaluate import evaluate
+from forgetless.evaluate.harness import lm_eval_accuracy
 from forgetless.evaluate.losses import TextLoss, ratio_error, text_loss
 from forgetless.files.atomic import read_json
 from forgetless.options.finished import EvalOptions

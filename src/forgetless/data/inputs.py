@@ -28,7 +28,7 @@ from forgetless.data.documents import (
 )
 from forgetless.data.domain import load_training_data
 from forgetless.data.selftext import KEPT, OWN_KINDS, OwnText, own_text, read_text
-from forgetless.data.tasks import Task, find_task, load_task, task_specs
+from forgetless.data.tasks import TASKS, Task, load_task, task_specs
 from forgetless.options.model import TextOptions
 from forgetless.options.tune import TuneOptions
 
@@ -137,7 +137,7 @@ def read_held_out(
 
 def _read_questions(spec: str, shots: int, limit: int | None) -> Questions:
     name, _, file = spec.partition("=")
-    if shots == 0 and find_task(spec) is not None:
+    if shots == 0 and name in TASKS:
         task, rows = load_task(spec, split=None)
         return Questions(name, task, rows[:limit])
     return Questions(name, file=file or None, shots=shots, limit=limit)

@@ -113,6 +113,11 @@ TASKS = {
 }
 
 
+# What `--tasks chat` measures of a chat model: whether it follows instructions, what it knows,
+# whether it has sense, and whether it calculates.
+CHAT_TASKS = ("ifeval", "arc_easy", "arc_challenge", "winogrande", "gsm8k")
+
+
 def find_task(spec: str) -> tuple[Task, str | None] | None:
     """'sciq' or 'sciq=train.jsonl' -> (task, file or None); None where it names no task of ours.
 
@@ -127,8 +132,18 @@ def find_task(spec: str) -> tuple[Task, str | None] | None:
 
 
 def task_specs(specs: str | None) -> list[str]:
-    """'sciq, piqa=test.jsonl' -> ['sciq', 'piqa=test.jsonl']; none of None."""
-    return [part.strip() for part in (specs or "").split(",") if part.strip()]
+    """'sciq, piqa=test.jsonl' -> ['sciq', 'piqa=test.jsonl']; none of None.
+
+    'chat' stands for CHAT_TASKS, 'chat=FOLDER' for the same from FOLDER/<name>.jsonl.
+    """
+    every: list[str] = []
+    for part in filter(None, (each.strip() for each in (specs or "").split(","))):
+        name, _, folder = part.partition("=")
+        if name == "chat":
+            every += [f"{task}={folder}/{task}.jsonl" if folder else task for task in CHAT_TASKS]
+        else:
+            every.append(part)
+    return every
 
 
 def load_task(spec: str, *, split: str | None = "train") -> tuple[Task, list[Row]]:

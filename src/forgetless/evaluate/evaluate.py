@@ -25,12 +25,21 @@ from torch import nn
 
 from forgetless.data.inputs import HeldOut, Questions, read_held_out
 from forgetless.errors import OptionError
-from forgetless.evaluate.accuracy import answers, check_tasks, lm_eval_accuracy
+from forgetless.evaluate.accuracy import answers, check_tasks
+from forgetless.evaluate.harness import lm_eval_accuracy
 from forgetless.evaluate.losses import TextLoss, completion_loss, general_loss
 from forgetless.evaluate.own_answers import OWN_WORDS, default_kind
 from forgetless.evaluate.paired_answers import PairedAnswers, paired_part
+from forgetless.evaluate.paired_scores import error_name, with_score_changes
 from forgetless.evaluate.rise import Rise
-from forgetless.files.measured_json import DIVERGENCE, Changes, Loss, Measured, Scores
+from forgetless.files.measured_json import (
+    DIVERGENCE,
+    Changes,
+    Loss,
+    Measured,
+    ScoreChange,
+    Scores,
+)
 from forgetless.files.provenance import environment
 from forgetless.files.room import check_output_folder
 from forgetless.files.run_json import EvaluatedRun
@@ -131,18 +140,24 @@ class Line:
     before: float | None
     after: float | None
     error: float | None = None
+    paired: ScoreChange | None = None
 
-    def cells(self) -> list[str]:
+    def cells(self, *, paired: bool) -> list[str]:
         change = None
         if self.before is not None and self.after is not None:
             change = self.after - self.before
-        return [
+        cells = [
             self.label,
             _or_dash(self.before, ".4f"),
             _or_dash(self.after, ".4f"),
             _or_dash(change, "+.4f"),
             _or_dash(self.error, ".4f"),
         ]
+        if paired:
+            known = self.paired or ScoreChange()
+            cells += [_or_dash(known.low, "+.4f"), _or_dash(known.high, "+.4f")]
+            cells.append(_or_dash(known.p, ".3f"))
+        return cells
 
 
 def changes_table(
@@ -150,7 +165,9 @@ def changes_table(
 ) -> str:
     """What was measured, as text: what, before, after, change, standard error.
 
-    `authors_perplexity`: also 2^nats, which the paper's code calls perplexity.
+    Where tasks were asked before and after, also the 95 % interval of each accuracy's change,
+    paired by question, and McNemar's p. `authors_perplexity`: also 2^nats, which the paper's code
+    calls perplexity.
     """
     later = after or Measured()
     lines: list[Line] = []
@@ -163,7 +180,10 @@ def changes_table(
     for name, scores in before.tasks.items():
         lines += _task_lines(name, scores or Scores(), later.tasks.get(name))
     columns = ["", "before", "after", "change", "std.err."]
-    return table(columns, [line.cells() for line in lines])
+    paired = any(line.paired is not None for line in lines)
+    if paired:
+        columns += ["low", "high", "p"]
+    return table(columns, [line.cells(paired=paired) for line in lines])
 
 
 def _or_dash(value: float | None, digits: str) -> str:
@@ -199,11 +219,15 @@ def _task_lines(name: str, before: Scores, after: Scores | None) -> list[Line]:
     if before.answer_loss is not None:
         answered = after.answer_loss if after else None
         lines.append(_loss_line(f"{name} answer loss", before.answer_loss, answered))
-    for metric in ("acc", "acc_norm"):
-        if metric in before.numbers:
-            error = (after or before).numbers.get(f"{metric}_stderr")
-            later = after.numbers[metric] if after else None
-            lines.append(Line(f"{name} {metric}", before.numbers[metric], later, error))
+    paired = (after.changes if after else None) or {}
+    for metric in before.metrics:
+        change = paired.get(metric)
+        if change is not None:
+            error = change.standard_error
+        else:
+            error = (after or before).numbers.get(error_name(metric))
+        later = after.numbers.get(metric) if after else None
+        lines.append(Line(f"{name} {metric}", before.numbers[metric], later, error, change))
     return lines
 
 
@@ -238,7 +262,10 @@ def evaluate(options: EvalOptions) -> JsonObject:
     elif options.tuned:
         tuned = load_model(options, options.tuned)
         after = measure(tuned, tokenizer, held_out, own=own, **windows)
-    change = changes(before, after) if after else Changes()
+    change = Changes()
+    if after is not None:
+        after = with_score_changes(before, after)
+        change = changes(before, after)
     run = EvaluatedRun(
         configuration=as_dict(options),
         environment=environment(str(next(model.parameters()).device)),

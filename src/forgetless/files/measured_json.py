@@ -27,6 +27,10 @@ INTERVAL_KEYS = (
 )
 
 
+# Numbers of a task that count its questions.
+COUNTS = ("questions", "sample_len")
+
+
 @dataclass(frozen=True)
 class Loss:
     """A loss on some text, with what is needed to pair it by document with a later one."""
@@ -84,13 +88,42 @@ class Change:
 
 
 @dataclass(frozen=True)
+class ScoreChange:
+    """How an accuracy changed, paired by question; `low` and `high` hold 95 % of the time.
+
+    `lost` and `gained` count the questions that were right before and not after, and the other way
+    round, and `p` is McNemar's exact test of them; null where an answer is not right or wrong.
+    """
+
+    change: float | None = None
+    standard_error: float | None = None
+    low: float | None = None
+    high: float | None = None
+    questions: int | None = None
+    lost: int | None = None
+    gained: int | None = None
+    p: float | None = None
+
+
+@dataclass(frozen=True)
 class Scores:
     """The accuracies of a task and their standard errors, by the names that lm-eval uses (acc,
     acc_stderr, acc_norm, ...), and the loss on the right answers where it is known.
+
+    `items` has the score of each question for the accuracies that are its mean, `changes` how they
+    changed since before. `chat_template`: the questions were put through the model's.
     """
 
     numbers: dict[str, float | None] = field(default_factory=dict, metadata=REST)
     answer_loss: Loss | None = field(default=None, metadata=LEFT_OUT)
+    items: dict[str, list[float | None]] | None = field(default=None, metadata=LEFT_OUT)
+    changes: dict[str, ScoreChange] | None = field(default=None, metadata=LEFT_OUT)
+    chat_template: bool | None = field(default=None, metadata=LEFT_OUT)
+
+    @property
+    def metrics(self) -> list[str]:
+        """The names of the accuracies, without their standard errors and the count."""
+        return [key for key in self.numbers if "_stderr" not in key and key not in COUNTS]
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,8 @@ class EvalOptions(TextOptions, ModelOptions):
     )
     tasks: str | None = option(
         None,
-        "tasks, by name or with a local file: sciq,piqa=test.jsonl; any lm-eval task by its name",
+        "tasks, by name or with a local file: sciq,arc_easy=test.jsonl; any lm-eval task; 'chat' "
+        "or chat=FOLDER for five that suit chat models",
         group="measuring",
         decides=MEASURED,
         metavar="NAMES",

@@ -174,7 +174,7 @@ def _of_own(before: Loss | None, after: Loss | None) -> Iterator[Measure]:
 def _of_task(name: str, before: Scores, after: Scores) -> Iterator[Measure]:
     a, b = before.answer_loss or Loss(), after.answer_loss or Loss()
     yield Measure(f"{name} answer loss", "nats per token", a.nats, b.nats)
-    for metric in ("acc", "acc_norm"):
+    for metric in before.metrics:
         yield Measure(
             f"{name} {metric}",
             OF_ONE,

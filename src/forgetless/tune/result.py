@@ -23,6 +23,7 @@ from forgetless.budget.keeper import Keeper
 from forgetless.budget.predicted import Predictor
 from forgetless.data.inputs import Inputs
 from forgetless.evaluate.evaluate import changes, changes_table
+from forgetless.evaluate.paired_scores import with_score_changes
 from forgetless.files.budget_json import BudgetReport
 from forgetless.files.hub import push_folder, ready
 from forgetless.files.measured_json import Measured
@@ -105,6 +106,7 @@ def make_run(
     setup, model, log = trained.setup, trained.model, trained.trainer.state.log_history
     options, before = setup.options, start.setup.before
     assert before is not None
+    after = with_score_changes(before, after)
     change = changes(before, after)
     return TunedRun(
         configuration=as_dict(options),
