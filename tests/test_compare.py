@@ -209,7 +209,10 @@ def test_interrupted_and_gone_on_with_is_the_same(experiment, tmp_path, monkeypa
 
 @pytest.fixture
 def succession(experiment, tmp_path):
-    """An experiment of three domains in a sequence, by three methods with one seed."""
+    """Writes an experiment of three domains in a sequence, by three methods with one seed.
+
+    `methods` and `domains` name those that are tried one by one at all, where a test needs fewer.
+    """
     rng = random.Random(3)
     for name, reply in (
         ("second", "one two"),
@@ -223,7 +226,14 @@ def succession(experiment, tmp_path):
             for i in range(40)
         ]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    domains = json.loads(experiment().read_text())["domains"]
+    every_domain = {
+        **json.loads(experiment().read_text())["domains"],
+        **{name: str(tmp_path / f"{name}.jsonl") for name in ("second", "third")},
+    }
+    every_method = {
+        "plain": {"learning_rate": 1e-2},
+        "hold": {"importance": "default", "learning_rate": 1e-2, "strength": 1},
+    }
     change = {
         "training": {
             "max_steps": 12,
@@ -232,15 +242,7 @@ def succession(experiment, tmp_path):
             "rank": 2,
             "log_steps": 1,
         },
-        "domains": {
-            **domains,
-            **{name: str(tmp_path / f"{name}.jsonl") for name in ("second", "third")},
-        },
         "seeds": {"validation": [0], "test": [1]},
-        "methods": {
-            "plain": {"learning_rate": 1e-2},
-            "hold": {"importance": "default", "learning_rate": 1e-2, "strength": 1},
-        },
         "sequences": {
             "way": {
                 "domains": ["domain", "second", "third"],
@@ -252,7 +254,15 @@ def succession(experiment, tmp_path):
             }
         },
     }
-    return lambda **more: experiment(**{**change, **more})
+
+    def write(*, methods=("plain", "hold"), domains=("domain", "second", "third"), **more):
+        named = {
+            "methods": {name: every_method[name] for name in methods},
+            "domains": {name: every_domain[name] for name in domains},
+        }
+        return experiment(**{**change, **named, **more})
+
+    return write
 
 
 def test_a_sequence_goes_on_from_the_merged_result_of_each_domain(
@@ -321,8 +331,9 @@ def test_a_sequence_answers_the_questions_of_its_domains_after_each_step(success
     domains = json.loads(succession().read_text())["domains"]
     asked = {**domains, "second": {"data": domains["second"], "task": spec}}
     way = {"domains": ["domain", "second", "third"], "methods": ["plain"]}
-    out = tmp_path / "out"
-    assert run(succession(domains=asked, sequences={"way": way}), out) == 0
+    path, out = succession(methods=["plain"], sequences={"way": way}), tmp_path / "out"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "domains": asked}))
+    assert run(path, out) == 0
     summary = json.loads((out / "compare.json").read_text())
     found = summary["sequences"][0]
     scores = [row[1] for row in found["accuracy"]]
@@ -352,7 +363,7 @@ def test_a_sequence_is_held_by_the_domains_before_by_a_rule(succession, tmp_path
         "methods": {"sum": like, "none": {**like, "consolidate": "none"}},
     }
     out = tmp_path / "out"
-    assert run(succession(sequences={"way": way}), out) == 0
+    assert run(succession(domains=way["domains"], sequences={"way": way}), out) == 0
     added, alone = json.loads((out / "compare.json").read_text())["sequences"]
     assert added["error"] is None and alone["error"] is None
     assert added["matrix"][:2] == alone["matrix"][:2]
@@ -364,7 +375,8 @@ def test_an_interrupted_sequence_goes_on_and_a_changed_step_finds_the_model_befo
     succession, tmp_path, monkeypatch
 ):
     spec = {"way": {"domains": ["domain", "second", "third"], "methods": ["plain"]}}
-    path, out, original, calls = succession(sequences=spec), tmp_path / "out", sequence.take, []
+    path, out = succession(methods=["plain"], sequences=spec), tmp_path / "out"
+    original, calls = sequence.take, []
 
     def interrupted(*arguments):
         calls.append(arguments)
@@ -418,7 +430,10 @@ def test_a_sequence_that_fails_is_told(succession, tmp_path, monkeypatch):
         return original(steps, number)
 
     monkeypatch.setattr(sequence, "take", failing)
-    assert run(succession(), tmp_path / "out") == 0
+    apart = {"like": "plain", "method": "o-lora", "orthogonality": 2}
+    way = {"domains": ["domain", "second"], "methods": {"plain": None, "apart": apart}}
+    path = succession(methods=["plain"], domains=way["domains"], sequences={"way": way})
+    assert run(path, tmp_path / "out") == 0
     summary = json.loads((tmp_path / "out" / "compare.json").read_text())
     apart = next(s for s in summary["sequences"] if s["method"] == "apart")
     assert (
@@ -566,7 +581,8 @@ def test_a_sequence_adds_up_one_kind_of_importance(succession, tmp_path):
     """Where another recipe was chosen for a later domain, the sum would be of neither."""
     kinds = {"default": {"batch_size": 8}, "fisher": {"estimator": "fisher", "batch_size": 8}}
     way = {"domains": ["domain", "second"], "methods": {"hold": None}}
-    out, path = tmp_path / "out", succession(importance=kinds, sequences={"way": way})
+    path = succession(domains=way["domains"], importance=kinds, sequences={"way": way})
+    out = tmp_path / "out"
     original = sequence.SequenceSpec.settings
 
     def other(self, label, domain, chosen):
