@@ -81,7 +81,7 @@ def test_every_yaml_resolves_and_holds_only_what_differs(path):
     options = as_dict(resolve(kind, given))
     assert options["preset"] == (
         "paper" if path.is_relative_to(EXAMPLES / "paper") else "default"
-    ) and all(options[name] for name in VERBS[verb].needs(resolve(kind, given)))
+    ) and all(options[name] for name in VERBS[verb].needed)
     for name in given:
         assert (
             as_dict(resolve(kind, {k: v for k, v in given.items() if k != name}))[name]

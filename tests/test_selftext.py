@@ -1,5 +1,6 @@
 """Prompts of ours, and what a model says to them by its own distribution."""
 
+import copy
 import json
 from collections import Counter
 
@@ -160,3 +161,13 @@ def test_answers_are_written_as_lines_and_a_line_cut_off_is_left_out(tiny, tmp_p
     assert read_lines(path) == answers
     path.write_text(write_lines(answers)[:-9])
     assert read_lines(path) == answers[:-1] and read_lines(tmp_path / "none") == []
+
+
+def test_a_model_in_16_bit_is_asked_in_32_on_a_cpu_and_stays_as_it_is(tiny, tokenizer):
+    """What is sampled is what its copy in f32 says, to the bit."""
+    model = tiny("llama", torch.bfloat16)
+    openings = bare_openings(tokenizer, ["a", "b", "c"])
+    answers = sample(model, tokenizer, openings, seed=0, length=6)
+    assert all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+    whole = copy.deepcopy(model).float()
+    assert answers == sample(whole, tokenizer, openings, seed=0, length=6)
