@@ -4,14 +4,12 @@ import pytest
 from scipy.stats import binomtest
 
 from forgetless.data.prompts.prompts import from_rows, load_prompts
-from forgetless.evaluate.behaviours import (
-    BEHAVIOURS,
-    Said,
+from forgetless.evaluate.behaviour_change import (
     compared_behaviours,
-    judged_answers,
     mcnemar,
     paired_interval,
 )
+from forgetless.evaluate.behaviours import BEHAVIOURS, Said, judged_answers
 from forgetless.evaluate.language import language_of
 
 RULES = {behaviour.name: behaviour.judge for behaviour in BEHAVIOURS}
@@ -153,7 +151,7 @@ def test_every_rule_applies_to_prompts_of_ours():
 def test_changes_are_paired_and_have_intervals():
     before = {"ends": {str(i): i % 2 == 0 for i in range(60)}}
     after = {"ends": {str(i): i % 2 == 0 and i > 23 for i in range(60)} | {"other": True}}
-    [change] = compared_behaviours(before, after)
+    [change] = compared_behaviours(before, after, BEHAVIOURS)
     assert (change.prompts, change.lost, change.gained) == (60, 12, 0)
     assert change.before == 0.5 and change.change == pytest.approx(-0.2)
     assert change.low < -0.2 < change.high < 0 and change.p == mcnemar(12, 0) < 0.001

@@ -216,6 +216,7 @@ def test_what_an_option_decides():
         "threads",
     }
     assert set(deciding(TuneOptions, MEASURED)) == {
+        "behaviours",
         "eval_data",
         "eval_split",
         "general",

@@ -11,7 +11,7 @@ from forgetless.cli import main
 from forgetless.data.tasks import CHAT_TASKS, task_specs
 from forgetless.evaluate import harness
 from forgetless.evaluate.accuracy import check_tasks
-from forgetless.evaluate.behaviours import mcnemar
+from forgetless.evaluate.behaviour_change import mcnemar
 from forgetless.evaluate.harness import lm_eval_accuracy
 from forgetless.evaluate.paired_scores import score_change
 

@@ -102,6 +102,15 @@ def row_text(row: Mapping[str, Any]) -> str:
     return str(row.get("text") or "\n".join(turn["content"] for turn in row["messages"]))
 
 
+def row_answers(row: Mapping[str, Any]) -> list[str]:
+    """What a row of domain data teaches to say: a completion, assistant turns, or its text."""
+    if row.get("prompt") is not None:
+        return [str(row["completion"])]
+    if row.get("text") is not None:
+        return [str(row["text"])]
+    return [turn["content"] for turn in row["messages"] if turn["role"] == "assistant"]
+
+
 def encode_rows(
     data: Any, tokenizer: Any, *, completion_only: bool = True, end: str = ""
 ) -> list[Encoded]:

@@ -143,6 +143,7 @@ def sample(
     length: int,
     temperature: float = 1.0,
     rows: int | None = None,
+    stops: frozenset[int] | None = None,
     done: Callable[[list[Answer]], None] | None = None,
 ) -> list[Answer]:
     """One answer of at most `length` tokens to each opening, in the openings' order.
@@ -150,11 +151,12 @@ def sample(
     Args:
         temperature: 1 for the model's own distribution, which is what self text is of.
         rows: openings in a batch; by default what suits the model's device.
+        stops: the tokens that end an answer; by default those of the model.
         done: called with the answers of each batch as it is finished, to keep them.
     """
     device = next(model.parameters()).device
     rows = rows or BATCH_ROWS.get(device.type, BATCH_ROWS["cuda"])
-    stops = stop_tokens(model, tokenizer)
+    stops = stop_tokens(model, tokenizer) if stops is None else stops
     # Openings of like length share a batch, so that little is padded.
     order = sorted(range(len(openings)), key=lambda place: (len(openings[place].ids), place))
     answers: dict[int, Answer] = {}

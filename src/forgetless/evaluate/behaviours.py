@@ -1,22 +1,19 @@
 """Behaviours: what users notice of a chat model, judged answer by answer, before and after.
 
     before = judged_answers(prompts, said_before)  # name -> {prompt id: True or False}
-    changes = compared_behaviours(before, judged_answers(prompts, said_after))
+    after = judged_answers(prompts, said_after)
+    changes = compared_behaviours(before, after, BEHAVIOURS)    # of behaviour_change.py
 
 A behaviour is a record that says what is asked, of which prompts, and how an answer is judged.
-Every judge is a stated rule on the text, never a model. The same prompts and the same random
-numbers are used before and after, so the two are paired: the rate's change has the interval of
-paired differences, and the exact test of McNemar says how likely its changes would be if nothing
-had changed.
-
-What a behaviour counts is said by `counts`; `better` says which way a user wants it, or None.
+Every judge is a stated rule on the text, never a model. What a behaviour counts is said by
+`counts`; `better` says which way a user wants it, or None. One more, whether general answers have
+taken on the form of the domain's, needs the domain and is made by domain_form.py.
 """
 
 from __future__ import annotations
 
 import ast
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -47,25 +44,6 @@ class Behaviour:
     counts: str  # what a counted answer does, in words
     better: str | None  # "higher", "lower", or None where neither is wanted
     judge: Judge
-
-
-@dataclass(frozen=True)
-class BehaviourChange:
-    """A behaviour's rate before and after, over the prompts that both were judged on."""
-
-    name: str
-    prompts: int
-    before: float
-    after: float
-    low: float  # the interval of the change of the rate, 95 %
-    high: float
-    lost: int  # counted before, not after
-    gained: int
-    p: float  # of changes at least so uneven, if each were as likely either way (McNemar, exact)
-
-    @property
-    def change(self) -> float:
-        return self.after - self.before
 
 
 def ends(prompt: Prompt, said: Said) -> bool:
@@ -130,7 +108,7 @@ RULES: dict[str, Callable[[str, Any], bool]] = {
 
 def gives_json(prompt: Prompt, said: Said) -> bool | None:
     """The answer is a JSON object with the keys asked for, alone or in one code block."""
-    if prompt.kind != "json":
+    if prompt.kind != "json" or "json" not in prompt.expects:
         return None
     return _object_with(said.text, prompt.expects["json"])
 
@@ -198,13 +176,14 @@ def calls_tool(prompt: Prompt, said: Said) -> bool | None:
     wanted = prompt.expects.get("call")
     if wanted is None:
         return None
-    schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in prompt.tools}
+    functions = [tool.get("function", tool) for tool in prompt.tools]
+    schemas = {each.get("name"): each.get("parameters", {}) for each in functions}
     for call in _calls(said.text):
         arguments = call["arguments"]
         if call["name"] == wanted and isinstance(arguments, dict):
-            schema = schemas[wanted]
+            schema = schemas.get(wanted, {})
             complete = set(schema.get("required", ())) <= set(arguments)
-            if complete and set(arguments) <= set(schema["properties"]):
+            if complete and set(arguments) <= set(schema.get("properties", ())):
                 return True
     return False
 
@@ -280,60 +259,30 @@ BEHAVIOURS = (
 )
 
 
+# The rules that are about every answer, whatever was asked.
+OF_ALL = ("ends", "repeats")
+
+
+def special_rule(prompt: Prompt) -> str | None:
+    """The behaviour that a prompt is there for: the last whose rule applies to it beside those that
+    apply to all; None where there is none.
+    """
+    some_answer = Said("This is an answer of a few words.", True, 8)
+    rules = (behaviour for behaviour in BEHAVIOURS if behaviour.name not in OF_ALL)
+    names = [rule.name for rule in rules if rule.judge(prompt, some_answer) is not None]
+    return names[-1] if names else None
+
+
 def judged_answers(
-    prompts: Sequence[Prompt], said: Mapping[str, Said]
+    prompts: Sequence[Prompt],
+    said: Mapping[str, Said],
+    behaviours: Sequence[Behaviour] = BEHAVIOURS,
 ) -> dict[str, dict[str, bool]]:
     """Behaviour -> prompt id -> whether its answer is counted, where the rule applies to it."""
     judged: dict[str, dict[str, bool]] = {}
-    for behaviour in BEHAVIOURS:
+    for behaviour in behaviours:
         for prompt in prompts:
             verdict = behaviour.judge(prompt, said[prompt.id])
             if verdict is not None:
                 judged.setdefault(behaviour.name, {})[prompt.id] = verdict
     return judged
-
-
-def compared_behaviours(
-    before: Mapping[str, Mapping[str, bool]], after: Mapping[str, Mapping[str, bool]]
-) -> list[BehaviourChange]:
-    """Each behaviour's change, over the prompts that were judged both times."""
-    changes = []
-    for name, judged in before.items():
-        pairs = [(judged[key], after[name][key]) for key in judged if key in after.get(name, {})]
-        if pairs:
-            changes.append(_paired_change(name, pairs))
-    return changes
-
-
-def _paired_change(name: str, pairs: Sequence[tuple[bool, bool]]) -> BehaviourChange:
-    number = len(pairs)
-    before = sum(a for a, _ in pairs) / number
-    after = sum(b for _, b in pairs) / number
-    lost = sum(a and not b for a, b in pairs)
-    gained = sum(b and not a for a, b in pairs)
-    low, high = paired_interval(lost, gained, number)
-    return BehaviourChange(
-        name, number, before, after, low, high, lost, gained, mcnemar(lost, gained)
-    )
-
-
-def mcnemar(lost: int, gained: int) -> float:
-    """The exact two-sided test of McNemar: lost and gained are as likely if nothing changed."""
-    number = lost + gained
-    if number == 0:
-        return 1.0
-    tail = sum(math.comb(number, k) for k in range(min(lost, gained) + 1)) / 2**number
-    return min(1.0, 2 * tail)
-
-
-def paired_interval(lost: int, gained: int, number: int, z: float = 1.96) -> tuple[float, float]:
-    """The interval of the change of a rate, gained - lost over `number` pairs.
-
-    Agresti and Min's adjustment (half a pair is added to each of the four cells), which keeps its
-    promise at small numbers and is not of width zero where nothing changed.
-    """
-    total = number + 2
-    up, down = gained + 0.5, lost + 0.5
-    centre = (up - down) / total
-    spread = math.sqrt((up + down) - (up - down) ** 2 / total) / total
-    return max(-1.0, centre - z * spread), min(1.0, centre + z * spread)

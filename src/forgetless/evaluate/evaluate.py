@@ -26,10 +26,12 @@ from torch import nn
 from forgetless.data.inputs import HeldOut, Questions, read_held_out
 from forgetless.errors import OptionError
 from forgetless.evaluate.accuracy import answers, check_tasks
+from forgetless.evaluate.conversations import ask_base, check_chat_model, run_keys
+from forgetless.evaluate.domain_form import completions_of
 from forgetless.evaluate.harness import lm_eval_accuracy
 from forgetless.evaluate.losses import TextLoss, completion_loss, general_loss
 from forgetless.evaluate.own_answers import OWN_WORDS, default_kind
-from forgetless.evaluate.paired_answers import PairedAnswers, paired_part
+from forgetless.evaluate.paired_answers import PairedAnswers, divergence_by_kind, paired_part
 from forgetless.evaluate.paired_scores import error_name, with_score_changes
 from forgetless.evaluate.rise import Rise
 from forgetless.files.measured_json import (
@@ -50,6 +52,7 @@ from forgetless.model.loading import load_model, load_tokenizer, seed_and_thread
 from forgetless.model.update import AdapterUpdate
 from forgetless.options.finished import EvalOptions
 from forgetless.options.option import as_dict
+from forgetless.report.behaviours import behaviours_in_words
 from forgetless.report.terminal import table
 
 logger = logging.getLogger("forgetless")
@@ -240,6 +243,8 @@ def evaluate(options: EvalOptions) -> JsonObject:
     _check_evaluated(options)
     seed_and_threads(options)
     tokenizer = load_tokenizer(options)
+    if options.behaviours:
+        check_chat_model(tokenizer)
     options = _with_own_text(options, tokenizer)
     held_out = read_held_out(
         options,
@@ -252,16 +257,13 @@ def evaluate(options: EvalOptions) -> JsonObject:
     windows = {key: getattr(options, key) for key in ("length", "stride", "batch_tokens")}
     model = load_model(options)
     own = paired_part(model, tokenizer, held_out.own, "check")
+    asked = ask_base(model, tokenizer, options, completions_of(held_out.domain))
     before = measure(model, tokenizer, held_out, own=own, **windows)
-    after = None
-    if options.adapter:
-        model = with_adapter(model, options.adapter)
-        if options.scale != 1.0:
-            AdapterUpdate(model).scale(options.scale)
+    after = behaved = None
+    if options.adapter or options.tuned:
+        model = _tuned_model(options, model)
         after = measure(model, tokenizer, held_out, own=own, **windows)
-    elif options.tuned:
-        tuned = load_model(options, options.tuned)
-        after = measure(tuned, tokenizer, held_out, own=own, **windows)
+        behaved = asked.compared_with(model, tokenizer) if asked else None
     change = Changes()
     if after is not None:
         after = with_score_changes(before, after)
@@ -274,11 +276,25 @@ def evaluate(options: EvalOptions) -> JsonObject:
         forgetting=change.forgetting,
         learning=change.learning,
         general=change.general,
+        divergence_by_kind=divergence_by_kind(after.own if after else None),
+        **run_keys(behaved),
     )
     print(changes_table(before, after, authors_perplexity=options.authors_perplexity))
+    if behaved:
+        print(behaviours_in_words(run))
     if options.out:
         write_record(Path(options.out) / "run.json", run)
     return plain_of(run)
+
+
+def _tuned_model(options: EvalOptions, base: nn.Module) -> nn.Module:
+    """The base with the adapter on it, or the tuned model, whichever the options name."""
+    if not options.adapter:
+        return load_model(options, options.tuned)
+    model = with_adapter(base, options.adapter)
+    if options.scale != 1.0:
+        AdapterUpdate(model).scale(options.scale)
+    return model
 
 
 def _with_own_text(options: EvalOptions, tokenizer: Any) -> EvalOptions:
@@ -302,6 +318,10 @@ def _check_evaluated(options: EvalOptions) -> None:
         raise ValueError(
             f"'{options.tuned}' is not a folder; give --tuned the final/ folder of a run with "
             "--full"
+        )
+    if options.behaviours and not (options.adapter or options.tuned):
+        raise OptionError(
+            "--behaviours compares a tuned model with its base; give --adapter or --tuned"
         )
     check_tasks(options.tasks, shots=options.shots)
     if options.out:

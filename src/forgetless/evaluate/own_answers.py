@@ -74,15 +74,22 @@ def own_answers(model: nn.Module, tokenizer: Any, wanted: OwnText, part: str) ->
 
     Raises FileError or OptionError where the model cannot be asked, or says nothing.
     """
-    length = min(wanted.length, context_length(model) // 2)
+    length = answer_length(model, wanted.length)
     if wanted.kind == CHAT:
         prompts = chosen_prompts(wanted, tokenizer, part)
-        openings = _fitting(chat_openings(prompts, tokenizer), context_length(model) - length)
+        openings = fitting_openings(
+            chat_openings(prompts, tokenizer), context_length(model) - length
+        )
     else:
         openings = bare_openings(tokenizer, [f"{part} {i}" for i in range(wanted.answers)])
-    answers = _cached(model, tokenizer, openings, length, f"{wanted.kind}, {part}")
+    answers = cached_answers(model, tokenizer, openings, length, f"{wanted.kind}, {part}")
     _check_said(answers, wanted, length)
     return answers
+
+
+def answer_length(model: nn.Module, wanted: int) -> int:
+    """Tokens of an answer at most: half of the model's context is left to prompts."""
+    return min(wanted, context_length(model) // 2)
 
 
 def chosen_prompts(wanted: OwnText, tokenizer: Any, part: str) -> list[Prompt]:
@@ -90,29 +97,38 @@ def chosen_prompts(wanted: OwnText, tokenizer: Any, part: str) -> list[Prompt]:
 
     Which of ours does not depend on how many are asked for: a larger number holds the smaller.
     """
-    ours = sorted(parted(load_prompts())[part], key=lambda prompt: _digest(prompt.id))
+    ours = sorted(parted(load_prompts())[part], key=lambda prompt: digest(prompt.id))
     usable, left_out = supported(ours, tokenizer)
     for reason, prompts in left_out.items():
         kinds = ", ".join(sorted({prompt.kind for prompt in prompts}))
         _say_once(logging.INFO, f"prompts are left out ({kinds}): {reason}")
-    own: list[Prompt] = []
-    if wanted.prompts is not None:
-        given = from_rows(load_rows(wanted.prompts), wanted.prompts)
-        own, refused = supported(parted(given)[part], tokenizer)
-        if refused:
-            reason, prompts = next(iter(refused.items()))
-            raise OptionError(
-                f"--prompts {wanted.prompts}: {len(prompts)} prompts cannot be put to this model: "
-                f"{reason}; take them out"
-            )
-    return [*own, *usable[: wanted.answers]]
+    return [*users_prompts(wanted.prompts, tokenizer, part), *usable[: wanted.answers]]
 
 
-def _digest(text: str) -> str:
+def users_prompts(file: str | None, tokenizer: Any, part: str) -> list[Prompt]:
+    """The prompts of one part of a user's file; none without a file.
+
+    Raises OptionError where the model's template cannot put one of them to it.
+    """
+    if file is None:
+        return []
+    given = from_rows(load_rows(file), file)
+    own, refused = supported(parted(given)[part], tokenizer)
+    if refused:
+        reason, prompts = next(iter(refused.items()))
+        raise OptionError(
+            f"--prompts {file}: {len(prompts)} prompts cannot be put to this model: {reason}; "
+            "take them out"
+        )
+    return own
+
+
+def digest(text: str) -> str:
+    """SHA-256 in hex digits."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _fitting(openings: Sequence[Opening], room: int) -> list[Opening]:
+def fitting_openings(openings: Sequence[Opening], room: int) -> list[Opening]:
     """The openings of at most `room` tokens, after which an answer still fits into the context."""
     fitting = [opening for opening in openings if len(opening.ids) <= room]
     if len(fitting) < len(openings):
@@ -130,7 +146,7 @@ def _fitting(openings: Sequence[Opening], room: int) -> list[Opening]:
     return fitting
 
 
-def _cached(
+def cached_answers(
     model: nn.Module, tokenizer: Any, openings: Sequence[Opening], length: int, what: str
 ) -> list[Answer]:
     """The answers to all openings; the first process samples those that the cache lacks."""
@@ -140,7 +156,7 @@ def _cached(
         length,
         ANSWERS_SEED,
     ]
-    path = cache_folder("answers") / f"{_digest(json.dumps(made_of))[:32]}.jsonl"
+    path = cache_folder("answers") / f"{digest(json.dumps(made_of))[:32]}.jsonl"
     if distributed.first():
         with in_turn(path):
             _complete(path, model, tokenizer, openings, length, what)

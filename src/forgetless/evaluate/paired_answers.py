@@ -24,6 +24,7 @@ from forgetless.evaluate.divergence import StoredBase, divergence, stored_base
 from forgetless.evaluate.losses import TextLoss
 from forgetless.evaluate.own_answers import own_answers
 from forgetless.evaluate.rise import FEW_DOCUMENTS, Rise, paired_rise
+from forgetless.files.behaviours_json import KindDivergence
 from forgetless.files.measured_json import Divergence
 from forgetless.model.adapters import has_adapter
 
@@ -82,6 +83,22 @@ class PairedAnswers:
             stored=[self.stored[i] for i in at],
             tokens=self.tokens[at],
         )
+
+
+def divergence_by_kind(own: Divergence | None) -> list[KindDivergence] | None:
+    """The divergence of the answers to each kind of prompt, the largest first; None where it was
+    not measured, or on answers of one kind.
+    """
+    if own is None or own.kind_by_document is None or len(set(own.kind_by_document)) < 2:
+        return None
+    whole = TextLoss.of(own)
+    kinds = np.array(own.kind_by_document)
+    rows = []
+    for kind in sorted(set(own.kind_by_document)):
+        at = kinds == kind
+        loss = TextLoss(whole.nats_by_document[at], whole.tokens_by_document[at])
+        rows.append(KindDivergence(kind, loss.nats, loss.standard_error, int(at.sum())))
+    return sorted(rows, key=lambda row: -(row.nats or 0.0))
 
 
 def paired_part(

@@ -17,7 +17,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from forgetless.evaluate.behaviours import mcnemar, paired_interval
+from forgetless.evaluate.behaviour_change import mcnemar, paired_interval
 from forgetless.files.measured_json import Measured, ScoreChange, Scores
 
 # Standard errors on either side of a mean that hold 95 % of a normal distribution.

@@ -6,8 +6,8 @@ of these runs, which is a `TrialRun`.
     trial = read_record("out/runs/ID/run.json", TrialRun)
 
 Losses, forgetting and learning are in nats per token, times in seconds, sizes in bytes; accuracies
-are from 0 to 1. A *level* is a fraction of what plain fine-tuning learns. `kind`, `notes`, `budget`
-and `measures` are of a report's own making, where it shows a single run as a comparison of one.
+are from 0 to 1. A *level* is a fraction of what plain fine-tuning learns. The last seven keys, from
+`kind` on, are of a report's own making, where it shows a single run as a comparison of one.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from forgetless.files.behaviours_json import BehaviourChange, KindDivergence
 from forgetless.files.budget_json import BudgetReport
 from forgetless.files.measured_json import Change, MovedWeight
 from forgetless.files.run_json import Environment, LogEntry, Transfer
@@ -321,3 +322,6 @@ class Comparison:
     notes: list[Text] = field(default_factory=list, metadata=LEFT_OUT)
     budget: BudgetReport | None = field(default=None, metadata=LEFT_OUT)
     measures: list[Measure] = field(default_factory=list, metadata=LEFT_OUT)
+    behaviours: list[BehaviourChange] = field(default_factory=list, metadata=LEFT_OUT)
+    not_judged: list[Text] = field(default_factory=list, metadata=LEFT_OUT)
+    divergence_by_kind: list[KindDivergence] = field(default_factory=list, metadata=LEFT_OUT)

@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from forgetless.files.behaviours_json import BehaviourChange, Conversation, KindDivergence
 from forgetless.files.budget_json import BudgetReport
 from forgetless.files.measured_json import Interval, Measured, MeasuredInTurn, MovedWeight
 from forgetless.files.schema import LEFT_OUT, Text
@@ -23,6 +24,8 @@ from forgetless.files.untrusted import JsonObject
 LogEntry = JsonObject
 # What every verb measures, in this order.
 MEASURED_KEYS = ("before", "after", "forgetting", "learning", "general")
+# What `tune` and `eval` say of a chat model's answers, after that.
+ANSWERED_KEYS = ("divergence_by_kind", "behaviours", "not_judged", "conversations")
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,11 @@ class Run:
     forgetting: Interval | None = None
     learning: Interval | None = None
     general: Interval | None = field(default=None, metadata=LEFT_OUT)
+    divergence_by_kind: list[KindDivergence] | None = field(default=None, metadata=LEFT_OUT)
+    behaviours: list[BehaviourChange] | None = field(default=None, metadata=LEFT_OUT)
+    # Sentences about behaviours that were left out.
+    not_judged: list[Text] | None = field(default=None, metadata=LEFT_OUT)
+    conversations: list[Conversation] | None = field(default=None, metadata=LEFT_OUT)
     energy: float | None = None
     moved: list[MovedWeight] | None = None
     train_seconds: float | None = None
@@ -175,6 +183,7 @@ class TunedRun(Run):
             "forgetting",
             "learning",
             "general",
+            *ANSWERED_KEYS,
             "energy",
             "moved",
             "train_seconds",
@@ -188,7 +197,7 @@ class EvaluatedRun(Run):
     """A run of `forgetless eval`."""
 
     def keys(self) -> tuple[str, ...]:
-        return ("configuration", "environment", *MEASURED_KEYS)
+        return ("configuration", "environment", *MEASURED_KEYS, *ANSWERED_KEYS)
 
 
 class ShrunkRun(Run):

@@ -47,6 +47,7 @@ class EvalOptions(TextOptions, ModelOptions):
         at_least=0,
         decides=MEASURED,
     )
+    behaviours: int | None = same(TuneOptions, "behaviours")
     limit: int | None = same(TuneOptions, "limit")
     length: int | None = option(
         None,

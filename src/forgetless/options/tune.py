@@ -248,6 +248,15 @@ class TuneOptions(AdapterOptions, TextOptions, ModelOptions):
         decides=MEASURED,
         metavar="NAMES",
     )
+    behaviours: int | None = option(
+        None,
+        "also compare how the base and the tuned model behave, on so many prompts of ours (and all "
+        "of --prompts): do answers end, repeat, obey, parse (docs/behaviours.md); 200 say much",
+        group="measuring",
+        at_least=2,
+        decides=MEASURED,
+        later=True,
+    )
     limit: int | None = option(
         None,
         "evaluate at most this many documents or questions",

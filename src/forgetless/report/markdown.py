@@ -11,6 +11,7 @@ from typing import Any
 from forgetless.files.compare_json import Comparison, NoiseFloor
 from forgetless.files.run_json import Environment
 from forgetless.report import numbers, sequence_tables, tables
+from forgetless.report.behaviours import behaviour_table, kind_table
 from forgetless.report.budget import budget_table
 from forgetless.report.cells import Table
 from forgetless.report.contents import recorded_text
@@ -32,6 +33,8 @@ def markdown(contents: Comparison) -> str:
         f"## {plain(contents.title or 'forgetless report')}",
         "",
         *_summary(contents, text),
+        *_conversations(contents),
+        *_behaviours(contents),
         *_domain_sections(contents, text),
         *_sequence_sections(contents),
     ]
@@ -57,6 +60,33 @@ def _summary(contents: Comparison, text: str | None) -> Iterator[str]:
         yield f"{said}: {plain(each.detail)}{noise}.\n"
     yield from (f"* {plain(sentence)}" for sentence in contents.verdict)
     yield ""
+
+
+def _conversations(contents: Comparison) -> Iterator[str]:
+    """What the base and the tuned model of a single run say to the same prompts."""
+    if contents.kind != "run" or not contents.samples:
+        return
+    yield from ("### In its own words", "")
+    yield (
+        "The same prompts with the same random numbers: first those whose answers changed most, by "
+        "the divergence of the tuned model on the base's answer, one of a kind; then as many drawn "
+        "at random."
+    )
+    for sample in contents.samples:
+        yield from ("", f"**{plain(sample.prompt or '')}** ({plain(sample.domain or '')})", "")
+        for name, said in sample.outputs.items():
+            yield f"* {'before' if name == 'base' else plain(name)}: {plain(said or '')}"
+    yield ""
+
+
+def _behaviours(contents: Comparison) -> Iterator[str]:
+    """How often answers did what users know, and the divergence of each kind of answer."""
+    if contents.behaviours:
+        yield from ("### Behaviours", "", markdown_table(behaviour_table(contents.behaviours)), "")
+        yield from (f"* {plain(sentence)}" for sentence in contents.not_judged)
+        yield ""
+    if contents.divergence_by_kind:
+        yield from (markdown_table(kind_table(contents.divergence_by_kind)), "")
 
 
 def _domain_sections(contents: Comparison, text: str | None) -> Iterator[str]:

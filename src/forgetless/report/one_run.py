@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from forgetless.files.behaviours_json import Conversation
 from forgetless.files.compare_json import (
     ComparedMethod,
     ComparedSequence,
@@ -15,6 +16,7 @@ from forgetless.files.compare_json import (
     DomainData,
     GeneralText,
     Measure,
+    Sample,
     TextBefore,
     TrialPoint,
     TrialRun,
@@ -53,7 +55,17 @@ def as_comparison(run: Run, path: Path) -> Comparison:
         verdict=list(run_sentences(run, domain, text)),
         sequences=None if run.sequence is None else [_compared_sequence(run, run.sequence, text)],
         budget=run.budget,
+        samples=[_sample(each) for each in run.conversations or []],
+        behaviours=run.behaviours or [],
+        not_judged=run.not_judged or [],
+        divergence_by_kind=run.divergence_by_kind or [],
     )
+
+
+def _sample(each: Conversation) -> Sample:
+    """A conversation with why it is shown."""
+    why = f"{each.chosen or 'shown'}: {numbers.nats(each.nats)} nats per token ({each.kind})"
+    return Sample(why, each.prompt, outputs={"base": each.before, "after": each.after})
 
 
 def _method_name(run: Run) -> str:

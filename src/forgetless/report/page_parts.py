@@ -19,6 +19,7 @@ from forgetless.files.compare_json import ComparedSequence, Comparison, Sample
 from forgetless.files.schema import Text, to_json
 from forgetless.files.untrusted import JsonObject
 from forgetless.report import numbers, sequence_tables, tables
+from forgetless.report.behaviours import behaviour_table, kind_table
 from forgetless.report.budget import budget_table
 from forgetless.report.budget_figures import control, trade_off
 from forgetless.report.cells import Table
@@ -31,7 +32,12 @@ from forgetless.report.summary import equal_rows
 from forgetless.report.training_figures import movement_figure, training_curves
 
 # Whose words a sample shows first, and what stands above them.
-SPOKEN = {"base": "before", "plain": "after plain", "hold": "after holding"}
+SPOKEN = {
+    "base": "before",
+    "after": "after",
+    "plain": "after plain",
+    "hold": "after holding",
+}
 
 
 def choices(contents: Comparison, text: str | None) -> dict[str, list[str]]:
@@ -94,6 +100,8 @@ class PageTables:
     measures: Table
     before: Table
     budget: Table | None
+    behaviours: Table
+    kinds: Table
     sequences: list[tuple[ComparedSequence, Table]]
     sequence_summary: list[tuple[str, Table]]
 
@@ -111,6 +119,8 @@ def page_tables(contents: Comparison) -> PageTables:
         measures=tables.measures(contents),
         before=tables.before(contents),
         budget=None if contents.budget is None else budget_table(contents.budget),
+        behaviours=behaviour_table(contents.behaviours),
+        kinds=kind_table(contents.divergence_by_kind),
         sequences=sequence_tables.sequences(contents),
         sequence_summary=sequence_tables.sequence_summary(contents),
     )

@@ -97,6 +97,7 @@ def planned(options: TuneOptions) -> Plan:
     options, before, start = _gone_on_from(options)
     parse_rule(options.consolidate or "sum")
     _check_processes(options)
+    _check_behaviours(options)
     _check_names(options)
     _check_methods(options)
     _check_importance(options, out)
@@ -108,6 +109,16 @@ def planned(options: TuneOptions) -> Plan:
     if options.importance:
         options = replace(options, importance=str(importance_path(options.importance)))
     return Plan(replace(options, push_to_hub=None, private=None), out, domains, before, start)
+
+
+def _check_behaviours(options: TuneOptions) -> None:
+    """Behaviours are compared with one base, and each step of a sequence has another."""
+    if options.behaviours is not None:
+        raise OptionError(
+            "--behaviours is for one domain; with several, leave it out and compare the result: "
+            f"forgetless eval {options.model} --adapter {options.out}/final --behaviours "
+            f"{options.behaviours}"
+        )
 
 
 def _gone_on_from(options: TuneOptions) -> tuple[TuneOptions, tuple[Domain, ...], str | None]:

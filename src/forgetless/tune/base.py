@@ -25,6 +25,8 @@ from forgetless.budget.open import of_run, on_earlier
 from forgetless.budget.predicted import Predictor, check_calibrated
 from forgetless.data.inputs import Inputs
 from forgetless.data.selftext import KEPT
+from forgetless.evaluate.conversations import AskedBase, ask_base
+from forgetless.evaluate.domain_form import completions_of
 from forgetless.evaluate.evaluate import measure
 from forgetless.evaluate.paired_answers import PairedAnswers, paired_part
 from forgetless.files.hub import importance_path
@@ -60,14 +62,16 @@ class Start:
     """The model that training starts from, measured.
 
     `setup` is what methods may read, `keeper` what keeps a budget, `own` what the base says itself
-    and the tuned model is measured on, `replayed` where the replayed
-    text came from (for run.json), and `seconds` what it took to read or sample that text.
+    and the tuned model is measured on, `asked` what it said to the prompts that behaviours are
+    compared on, `replayed` where the replayed text came from (for run.json), and `seconds` what it
+    took to read or sample that text.
     """
 
     model: nn.Module
     setup: Setup
     keeper: Keeper | Predictor | None
     own: PairedAnswers | None
+    asked: AskedBase | None
     replayed: ReplayedText | None
     seconds: float
 
@@ -134,6 +138,7 @@ def measure_start(
     """
     model, tokenizer, baseline = base.model, base.tokenizer, None
     own = paired_part(model, tokenizer, inputs.held_out.own, "check")
+    asked = ask_base(model, tokenizer, options, completions_of(inputs.training))
     if earlier is not None:
         # Under the adapter lies what the earlier steps made of the base.
         own = None if own is None else replace(own, under_adapter=False)
@@ -158,4 +163,4 @@ def measure_start(
         before,
         stored=kept.stored if kept and options.replay == KEPT else None,
     )
-    return Start(model, setup, keeper, own, replayed, seconds)
+    return Start(model, setup, keeper, own, asked, replayed, seconds)

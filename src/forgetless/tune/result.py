@@ -22,7 +22,9 @@ from torch import nn
 from forgetless.budget.keeper import Keeper
 from forgetless.budget.predicted import Predictor
 from forgetless.data.inputs import Inputs
+from forgetless.evaluate.conversations import Behaved, run_keys
 from forgetless.evaluate.evaluate import changes, changes_table
+from forgetless.evaluate.paired_answers import divergence_by_kind
 from forgetless.evaluate.paired_scores import with_score_changes
 from forgetless.files.budget_json import BudgetReport
 from forgetless.files.hub import push_folder, ready
@@ -35,6 +37,7 @@ from forgetless.model import distributed
 from forgetless.model.loading import save_whole
 from forgetless.options.option import as_dict
 from forgetless.options.tune import TuneOptions
+from forgetless.report.behaviours import behaviours_in_words
 from forgetless.report.budget import sentences
 from forgetless.report.cards import write_card
 from forgetless.tune.base import Start
@@ -94,6 +97,7 @@ def make_run(
     finished: Finished,
     after: Measured,
     *,
+    behaved: Behaved | None,
     methods: Mapping[str, MethodSteps],
     inputs: Inputs,
     rows: Rows,
@@ -101,7 +105,8 @@ def make_run(
 ) -> TunedRun:
     """What run.json holds.
 
-    `after` are the numbers of the finished model, `file` is where the importance lies.
+    `after` are the numbers of the finished model, `behaved` how it behaves beside its base, and
+    `file` is where the importance lies.
     """
     setup, model, log = trained.setup, trained.model, trained.trainer.state.log_history
     options, before = setup.options, start.setup.before
@@ -124,6 +129,8 @@ def make_run(
         forgetting=change.forgetting,
         learning=change.learning,
         general=change.general,
+        divergence_by_kind=divergence_by_kind(after.own),
+        **run_keys(behaved),
         energy=last_logged(log, "energy"),
         moved=moved(model, setup.importance, setup.layers),
         train_seconds=trained.train_seconds,
@@ -154,6 +161,8 @@ def write_result(run: TunedRun, options: TuneOptions) -> None:
         return
     if run.before is not None and run.before.anything:
         print(changes_table(run.before, run.after))
+    if run.behaviours is not None:
+        print(behaviours_in_words(run))
     if run.budget is not None:
         print("\n".join(sentences(run.budget)))
     logger.info("wrote %s in %.0f s", out / "final", run.train_seconds)

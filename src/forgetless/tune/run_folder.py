@@ -60,7 +60,7 @@ def check_resumed(options: TuneOptions, out: Path, *, measured: bool = False) ->
     then, now = read_yaml(path), as_dict(options)
     may_change = set(deciding(TuneOptions, RUNNING))
     if not measured:
-        free = {"tasks"}  # a budget is controlled by everything else that is measured
+        free = {"tasks", "behaviours"}  # a budget is controlled by everything else that is measured
         may_change |= free if options.budget else set(deciding(TuneOptions, MEASURED))
     if options.strength is None:  # then it was what suits the importance file, which is compared
         may_change.add("strength")

@@ -83,8 +83,19 @@ def tune(options: TuneOptions, *, earlier: Earlier | None = None) -> JsonObject:
         trained = TrainedModel(adapted.model, trainer, start.setup, prepare_seconds, train_seconds)
         finished = finish(trained, methods, start.keeper)
         after = measure(adapted.model, base.tokenizer, inputs.held_out, own=start.own)
+        behaved = None
+        if start.asked is not None:
+            behaved = start.asked.compared_with(adapted.model, base.tokenizer)
         run = make_run(
-            start, trained, finished, after, methods=methods, inputs=inputs, rows=rows, file=file
+            start,
+            trained,
+            finished,
+            after,
+            behaved=behaved,
+            methods=methods,
+            inputs=inputs,
+            rows=rows,
+            file=file,
         )
         write_result(run, options)
     if repository is not None:
