@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM
 
 from conftest import PLAIN
 from forgetless.cli import main
+from forgetless.data.own_text import OwnText
 from forgetless.data.prompts.prompts import load_prompts, parted
-from forgetless.data.selftext import OwnText, read_lines
+from forgetless.data.selftext import read_lines
 from forgetless.evaluate import own_answers as own
 from forgetless.evaluate.divergence import divergence
 from forgetless.evaluate.own_answers import own_answers

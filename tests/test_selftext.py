@@ -15,13 +15,7 @@ from forgetless.data.prompts.prompts import (
     prompt_ids,
     supported,
 )
-from forgetless.data.selftext import (
-    bare_openings,
-    chat_openings,
-    read_lines,
-    sample,
-    write_lines,
-)
+from forgetless.data.selftext import bare_openings, chat_openings, read_lines, sample, write_lines
 
 LANGUAGES = {"de", "fr", "es", "it", "pt", "nl", "pl", "sv", "tr", "ru", "uk", "zh", "ja", "ko"}
 # Refuses system turns, as Gemma's template does, and knows neither tools nor thinking.

@@ -23,7 +23,7 @@ from torch import nn
 from forgetless.budget.budget import Budget, planned_bound, split
 from forgetless.data.documents import Document
 from forgetless.data.encoding import Encoded
-from forgetless.data.selftext import OwnText
+from forgetless.data.own_text import OwnText
 from forgetless.evaluate.losses import LONGEST_WINDOW
 from forgetless.evaluate.paired import PairedText, content, encoded_each, pair_with
 from forgetless.evaluate.paired_answers import PairedAnswers, paired_part

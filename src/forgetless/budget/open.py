@@ -35,7 +35,7 @@ from forgetless.data.domain import encode_rows, load_training_data, row_text
 from forgetless.data.duplicates import Overlap, overlap
 from forgetless.data.encoding import Encoded
 from forgetless.data.inputs import HeldOut, Inputs
-from forgetless.data.selftext import OwnText, own_text
+from forgetless.data.own_text import OwnText, own_text
 from forgetless.errors import OptionError
 from forgetless.importance.importance import Importance
 from forgetless.model.adapters import bare

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from forgetless.data.inputs import NOT_READ
+from forgetless.data.own_text import NOT_READ
 from forgetless.options.option import RUNNING, Given
 from forgetless.options.record import RecordOptions
 from forgetless.options.tune import TuneOptions

@@ -27,14 +27,10 @@ from forgetless.data.documents import (
     load_documents,
 )
 from forgetless.data.domain import load_training_data
-from forgetless.data.selftext import KEPT, OWN_KINDS, OwnText, own_text, read_text
+from forgetless.data.own_text import NOT_READ, OwnText, own_text, read_text
 from forgetless.data.tasks import TASKS, Task, load_task, task_specs
 from forgetless.options.model import TextOptions
 from forgetless.options.tune import TuneOptions
-
-# Values of --replay that name no text to read: what the model itself says, the training rows, and
-# the answers that an importance file keeps.
-NOT_READ = (*OWN_KINDS, "domain", KEPT)
 
 
 @dataclass(frozen=True)

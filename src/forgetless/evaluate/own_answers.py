@@ -27,13 +27,11 @@ from typing import Any
 from torch import nn
 
 from forgetless.data.documents import load_rows
+from forgetless.data.own_text import CHAT, SELF, OwnText
 from forgetless.data.prompts.prompts import Prompt, from_rows, load_prompts, parted, supported
 from forgetless.data.selftext import (
-    CHAT,
-    SELF,
     Answer,
     Opening,
-    OwnText,
     bare_openings,
     chat_openings,
     read_lines,

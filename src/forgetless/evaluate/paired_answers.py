@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from forgetless.data.selftext import Answer, OwnText
+from forgetless.data.own_text import OwnText
+from forgetless.data.selftext import Answer
 from forgetless.evaluate.divergence import StoredBase, divergence, stored_base
 from forgetless.evaluate.losses import TextLoss
 from forgetless.evaluate.own_answers import own_answers

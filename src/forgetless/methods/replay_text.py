@@ -20,7 +20,8 @@ from forgetless.data.documents import (
     fingerprint_rows,
 )
 from forgetless.data.encoding import Encoded, encode_documents
-from forgetless.data.selftext import KEPT, as_documents, own_text, read_lines, write_lines
+from forgetless.data.own_text import KEPT, own_text
+from forgetless.data.selftext import as_documents, read_lines, write_lines
 from forgetless.evaluate.own_answers import own_answers
 from forgetless.files.atomic import atomic_path
 from forgetless.files.run_json import ReplayedText

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from forgetless.data.selftext import KEPT, OWN_KINDS
+from forgetless.data.own_text import KEPT, OWN_KINDS
 from forgetless.errors import OptionError, nearest
 from forgetless.methods.method import MethodSteps
 from forgetless.options.methods import METHODS, PLACES, Method, method_names

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from forgetless.data.selftext import own_text
+from forgetless.data.own_text import own_text
 from forgetless.errors import OptionError
 from forgetless.importance.tiers import parse_tier
 from forgetless.model import distributed

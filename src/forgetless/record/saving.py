@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from forgetless.data.selftext import own_text
+from forgetless.data.own_text import own_text
 from forgetless.importance.importance import Importance
 from forgetless.importance.info import Origin, Settings
 from forgetless.model import distributed

@@ -15,7 +15,8 @@ from torch import nn
 
 from forgetless.data.documents import Document, fingerprint_rows, load_documents
 from forgetless.data.encoding import Encoded, encode_documents
-from forgetless.data.selftext import as_documents, own_text, read_text
+from forgetless.data.own_text import own_text, read_text
+from forgetless.data.selftext import as_documents
 from forgetless.evaluate.own_answers import OWN_WORDS, default_kind, own_answers
 from forgetless.importance.info import TextSource
 from forgetless.importance.kept_answers import KeptAnswers, keep

@@ -19,7 +19,7 @@ from forgetless.budget.baseline import check_held_out
 from forgetless.budget.open import check_budget
 from forgetless.data.documents import fingerprint_documents, fingerprint_rows, load_documents
 from forgetless.data.domain import load_training_data, row_text
-from forgetless.data.selftext import read_text
+from forgetless.data.own_text import read_text
 from forgetless.data.tasks import find_task
 from forgetless.errors import OptionError
 from forgetless.files.atomic import discard, write_json, write_text

@@ -24,7 +24,7 @@ from forgetless.budget.keeper import Keeper
 from forgetless.budget.open import of_run, on_earlier
 from forgetless.budget.predicted import Predictor, check_calibrated
 from forgetless.data.inputs import Inputs
-from forgetless.data.selftext import KEPT
+from forgetless.data.own_text import KEPT
 from forgetless.evaluate.conversations import AskedBase, ask_base
 from forgetless.evaluate.domain_form import completions_of
 from forgetless.evaluate.evaluate import measure
