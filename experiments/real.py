@@ -87,20 +87,20 @@ FIRST = (
 class Campaign:
     """The runs of one model, in one folder."""
 
-    def __init__(self, shared: Path, model: str, out: Path, rows: int, steps: int):
-        self.shared, self.model, self.out = shared, model, out
-        self.rows, self.steps = rows, steps
+    def __init__(self, given: argparse.Namespace):
+        self.shared, self.model, self.out = given.shared, given.model, given.out
+        self.rows, self.steps, self.answers = given.rows, given.steps, given.answers
 
     def recording(self, name: str) -> str:
         """The importance file recorded on web text or on the model's own chats."""
         path = self.out / f"{name}.safetensors"
         if not path.exists():
-            given = {"model": self.model, "out": str(path), "answers": ANSWERS}
+            given = {"model": self.model, "out": str(path), "answers": self.answers}
             if name == "web":
                 given |= {"general": str(self.shared / "data/general/train.jsonl")}
                 given |= {"documents": 64, "length": 256}
             else:
-                given |= {"general": "chat", "keep_answers": ANSWERS}
+                given |= {"general": "chat", "keep_answers": self.answers}
             record(resolve(RecordOptions, given))
         return str(path)
 
@@ -117,6 +117,7 @@ class Campaign:
                 "data": str(data / "chat/medical-train.jsonl"),
                 "eval_data": str(data / "chat/medical-test.jsonl"),
                 "general": f"chat,{data / 'general/test.jsonl'}",
+                "answers": self.answers,
                 "limit": self.rows,
                 "seed": seed,
                 "out": str(folder),
@@ -137,6 +138,7 @@ class Campaign:
                 scale=scale,
                 general=asked["general"],
                 data=asked["eval_data"],
+                answers=self.answers,
                 limit=self.rows,
                 out=str(folder),
             )
@@ -205,10 +207,11 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--rows", type=int, default=60, help="documents and rows to measure on")
     parser.add_argument("--steps", type=int, default=TRAINING["max_steps"])
+    parser.add_argument("--answers", type=int, default=ANSWERS, help="of each part")
     parser.add_argument("--table", action="store_true", help="run nothing")
     given = parser.parse_args(words)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    campaign = Campaign(given.shared, given.model, given.out, given.rows, given.steps)
+    campaign = Campaign(given)
     if not given.table:
         for seed in given.seeds:
             for arm in given.arms:

@@ -284,7 +284,19 @@ def test_the_experiment_on_a_real_model_runs_on_a_tiny_one(chat_folder, domain, 
     (shared / "data/general").mkdir()
     text = "\n".join(json.dumps({"text": f"the cat sat on {word}"}) for word in "abcd" * 4)
     (shared / "data/general/test.jsonl").write_text(text)
-    words = [str(shared), chat_folder, str(out), "--seeds", "0", "--rows", "12", "--steps", "2"]
+    words = [
+        str(shared),
+        chat_folder,
+        str(out),
+        "--seeds",
+        "0",
+        "--rows",
+        "12",
+        "--steps",
+        "2",
+        "--answers",
+        "12",
+    ]
     words += ["--arms", "plain", "kept-1-2"]
     real["main"](words)
     table = (out / "table.md").read_text()
