@@ -292,7 +292,7 @@ def test_a_bare_word_that_is_nearly_a_task_names_it():
 
 @pytest.mark.parametrize("name", sorted(name for name, task in TASKS.items() if task.hub))
 def test_prompts_datasets_and_splits_are_those_of_lm_eval(name):
-    from forgetless.evaluate.accuracy import _task_manager
+    from forgetless.evaluate.harness import _task_manager
 
     settings = _task_manager().task_index[name].cfg
     assert TASKS[name].hub == settings["dataset_path"] and TASKS[name].held_out == (
