@@ -3,6 +3,7 @@ on; from the cache, through every verb.
 """
 
 import copy
+import itertools
 import json
 import random
 import runpy
@@ -16,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from conftest import PLAIN
+from forgetless.budget import open as opening
+from forgetless.budget.keeper import Keeper
 from forgetless.cli import main
 from forgetless.data.own_text import OwnText
 from forgetless.data.prompts.prompts import load_prompts, parted
@@ -271,6 +274,44 @@ def test_kept_answers_that_cannot_be_are_refused(
     save_file(tensors, str(path), metadata=metadata)
     with pytest.raises(ValueError, match=r"answers.*; the file is damaged, record again"):
         Importance.load(path)
+
+
+def test_in_a_sequence_the_divergence_counts_from_the_base_and_not_from_the_step_before(
+    chat_folder, tmp_path, monkeypatch
+):
+    """What lies under the adapter of the second step has moved already."""
+    files = []
+    letters = itertools.product("abcd", repeat=3)
+    for name, answer in (("first", "yes no"), ("second", "no two")):
+        rows = [
+            [
+                {"role": "user", "content": f"the {' '.join(some)} ?"},
+                {"role": "assistant", "content": f"{answer} {some[0]}"},
+            ]
+            for some in itertools.islice(letters, 30)
+        ]
+        files.append(str(tmp_path / f"{name}.jsonl"))
+        Path(files[-1]).write_text("\n".join(json.dumps({"messages": turns}) for turns in rows))
+    baselines = []
+
+    class Noted(Keeper):
+        def __init__(self, baseline, *others):
+            baselines.append(baseline)
+            super().__init__(baseline, *others)
+
+    monkeypatch.setattr(opening, "Keeper", Noted)
+    words = ["tune", chat_folder, "--data", files[0], "--data", files[1], "--rank", "2"]
+    words += ["--learning-rate", "0.02", "--batch-size", "8", "--accumulation", "1", "--seed", "0"]
+    words += ["--general", "chat", "--answers", "16", "--answer-length", "12", "--budget", "5%"]
+    words += ["--eval-data", files[0], "--eval-data", files[1]]
+    assert main([*words, "--out", str(tmp_path / "both")]) == 0
+    first, later = baselines
+    assert not first.moved and first.control.under_adapter and first.check.under_adapter
+    assert later.moved and not later.control.under_adapter and not later.check.under_adapter
+    # From the base to the end, by the adapter that adds up both steps.
+    run = run_of(tmp_path / "both")
+    assert 0 < run["after"]["own"]["nats"] <= np.log(1.05)
+    assert run["forgetting"]["nats"] == pytest.approx(run["after"]["own"]["nats"], rel=1e-6)
 
 
 def test_the_experiment_on_a_real_model_runs_on_a_tiny_one(chat_folder, domain, tmp_path):

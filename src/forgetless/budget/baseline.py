@@ -86,6 +86,16 @@ class Baseline:
     guards: tuple[Guard, ...] = ()
     moved: bool = False
 
+    def moved_on(self) -> Baseline:
+        """The same, for a model that is no longer the one that was measured: what lies under its
+        adapter is not the base that the rise counts from.
+        """
+        control, check = (
+            part.by_stored() if isinstance(part, PairedAnswers) else part
+            for part in (self.control, self.check)
+        )
+        return replace(self, control=control, check=check, moved=True)
+
     def few_pieces(self) -> Held:
         """As many pieces as say roughly how much the loss rose."""
         return self.pieces.some(range(min(SPREAD_PIECES, len(self.pieces))))
@@ -196,17 +206,25 @@ def measure_baseline(
 
 
 def answers_baseline(
-    base: nn.Module, tokenizer: Any, own: OwnText, budget: Budget, *, seed: int = 0
+    base: nn.Module,
+    tokenizer: Any,
+    own: OwnText,
+    budget: Budget,
+    *,
+    check: PairedAnswers | None = None,
+    seed: int = 0,
 ) -> Baseline:
-    """The control and check parts of what the base says itself. Probed are whole answers of the
-    control part, by what is stored of the base, at half of the price of the exact divergence.
+    """The control and check parts of what the base says itself; `check` where it has been measured
+    already. Probed are whole answers of the control part, by what is stored of the base, at half of
+    the price of the exact divergence.
 
     Raises ValueError where there are too few answers for any interval.
     """
-    control, check = (paired_part(base, tokenizer, own, part) for part in ("control", "check"))
+    control = paired_part(base, tokenizer, own, "control")
+    check = check or paired_part(base, tokenizer, own, "check")
     assert control is not None and check is not None
     order = random.Random(seed).sample(range(len(control)), len(control))
-    probed = replace(control.some(order), under_adapter=False)
+    probed = control.some(order).by_stored()
     return Baseline(budget, control, check, probed)
 
 

@@ -37,6 +37,7 @@ from forgetless.data.encoding import Encoded
 from forgetless.data.inputs import HeldOut, Inputs
 from forgetless.data.own_text import OwnText, own_text
 from forgetless.errors import OptionError
+from forgetless.evaluate.paired_answers import PairedAnswers
 from forgetless.importance.importance import Importance
 from forgetless.model.adapters import bare
 from forgetless.model.loading import context_length
@@ -91,9 +92,12 @@ def of_run(
     encoded: Any,
     importance: Importance | None,
     baseline: Baseline | None = None,
+    own: PairedAnswers | None = None,
 ) -> Keeper | Predictor:
     """The keeper of `tune`, made with the bare model that is to be trained; `baseline` where that
     is not what the rise counts from. Without general text, one that predicts.
+
+    `own` are the model's own answers of the check part, where they have been measured already.
     """
     budget = parse(options.budget or "")
     if not options.general:
@@ -102,7 +106,7 @@ def of_run(
         return Predictor(budget, calibration, learning)
     shared = trained_on(kept_on(inputs.held_out), inputs.training)
     baseline = baseline or _measured_baseline(
-        options, model, tokenizer, inputs.held_out, encoded, budget
+        options, model, tokenizer, inputs.held_out, encoded, budget, own
     )
     learning = _learning(options, model, tokenizer, inputs.held_out, encoded)
     return Keeper(baseline, learning, shared, _tokens_per_step(options, model, encoded))
@@ -142,8 +146,8 @@ def on_earlier(
         guards += [_guard(options, model, tokenizer, held) for held in learned]
     if baseline is None:
         return model, None
-    moved = len(earlier.stages) > earlier.reference
-    return model, replace(baseline, guards=tuple(guards), moved=moved)
+    baseline = replace(baseline, guards=tuple(guards))
+    return model, baseline.moved_on() if len(earlier.stages) > earlier.reference else baseline
 
 
 def _guard(options: TuneOptions, model: nn.Module, tokenizer: Any, held: LearnedDomain) -> Guard:
@@ -174,12 +178,14 @@ def _measured_baseline(
     held_out: HeldOut,
     encoded: Any,
     budget: Budget,
+    check: PairedAnswers | None = None,
 ) -> Baseline:
     """What the model loses now on what the budget is kept on, with the pieces that a run of `tune`
     probes.
     """
     if held_out.own is not None:
-        return answers_baseline(model, tokenizer, held_out.own, budget, seed=options.seed)
+        own, seed = held_out.own, options.seed
+        return answers_baseline(model, tokenizer, own, budget, check=check, seed=seed)
     assert held_out.general is not None
     steps = options.max_steps
     if steps <= 0:

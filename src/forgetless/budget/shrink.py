@@ -176,7 +176,7 @@ def _measure_base(options: ShrinkOptions, loaded: Loaded, held_out: HeldOut) -> 
             learning = domain(base, encode_rows(held_out.domain, tokenizer), options.data or "")
         budget = parse(options.budget) if options.budget else None
         if budget and held_out.own:
-            baseline = answers_baseline(base, tokenizer, held_out.own, budget)
+            baseline = answers_baseline(base, tokenizer, held_out.own, budget, check=own)
         elif budget and held_out.general:
             baseline = measure_baseline(base, tokenizer, held_out.general, budget)
     return BaseLosses(before, learning, baseline, own)

@@ -75,6 +75,10 @@ class PairedAnswers:
         kinds = [answer.kind for answer in self.answers]
         return Divergence(**{**vars(loss), "perplexity": None}, kind_by_document=kinds)
 
+    def by_stored(self) -> PairedAnswers:
+        """The same answers, measured by what is stored of the base alone."""
+        return replace(self, under_adapter=False)
+
     def some(self, chosen: Sequence[int]) -> PairedAnswers:
         """Some of the answers."""
         at = list(chosen)

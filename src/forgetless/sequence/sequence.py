@@ -99,7 +99,8 @@ def _run(plan: Plan, rows: list[MeasuredRow], seconds: float) -> SequenceRun:
     options = plan.options
     steps = [_step_of(plan, number) for number in range(1, len(plan.domains) + 1)]
     before, after = (
-        MeasuredInTurn(general=row.general, tasks=row.tasks) for row in (rows[0], rows[-1])
+        MeasuredInTurn(general=row.general, tasks=row.tasks, own=row.own)
+        for row in (rows[0], rows[-1])
     )
     change = changes(before, after)
     importance = None
@@ -124,6 +125,7 @@ def _run(plan: Plan, rows: list[MeasuredRow], seconds: float) -> SequenceRun:
         after=after,
         forgetting=change.forgetting,
         learning=change.learning,
+        general=change.general,
         train_seconds=sum(step.train_seconds or 0.0 for step in steps),
         seconds=seconds,
     )

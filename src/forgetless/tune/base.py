@@ -141,7 +141,7 @@ def measure_start(
     asked = ask_base(model, tokenizer, options, completions_of(inputs.training))
     if earlier is not None:
         # Under the adapter lies what the earlier steps made of the base.
-        own = None if own is None else replace(own, under_adapter=False)
+        own = None if own is None else own.by_stored()
         model, baseline = on_earlier(
             options, earlier, model, tokenizer, inputs.held_out, rows.training
         )
@@ -152,7 +152,9 @@ def measure_start(
     before = measure(model, tokenizer, inputs.held_out, own=own)
     keeper = None
     if options.budget:
-        keeper = of_run(options, model, tokenizer, inputs, rows.training, base.importance, baseline)
+        keeper = of_run(
+            options, model, tokenizer, inputs, rows.training, base.importance, baseline, own
+        )
     setup = Setup(
         options,
         tokenizer,
