@@ -16,7 +16,6 @@ The interval itself is evaluate/rise.py's, how hard to hold is controller.py's.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from dataclasses import dataclass
 
 from forgetless.errors import OptionError
 from forgetless.evaluate.rise import Rise, t_quantile
+from forgetless.files.provenance import sha256_text
 
 # The quantile of the difference between the two parts that lets the check be met 19 times in 20:
 # above 0.95, since the noise is itself an estimate (simulated in tests/test_budget.py).
@@ -72,8 +72,7 @@ def split(texts: Sequence[str], sources: Sequence[str]) -> tuple[list[int], list
     """
     by_source: dict[str, dict[str, list[int]]] = {}
     for index, (text, source) in enumerate(zip(texts, sources, strict=True)):
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        by_source.setdefault(source, {}).setdefault(digest, []).append(index)
+        by_source.setdefault(source, {}).setdefault(sha256_text(text), []).append(index)
     parts: tuple[list[int], list[int]] = ([], [])
     for source in sorted(by_source):
         first = 0 if len(parts[0]) <= len(parts[1]) else 1

@@ -23,8 +23,14 @@ import torch
 from transformers import DynamicCache
 
 from forgetless.chat.pair import Speaker
-from forgetless.data.prompts.prompts import Prompt, prompt_ids, supported
-from forgetless.data.selftext import Opening, by_inversion, random_stream, stop_tokens
+from forgetless.data.prompts.prompts import Prompt, supported
+from forgetless.data.selftext import (
+    Opening,
+    by_inversion,
+    chat_openings,
+    random_stream,
+    stop_tokens,
+)
 from forgetless.errors import UNSAFE_IN_TEXT, OptionError
 from forgetless.model.loading import context_length
 
@@ -117,7 +123,7 @@ def chat_openings_of(prompts: Sequence[Prompt], tokenizer: Any) -> list[Opening]
     _, refused = supported(prompts, tokenizer)
     for reason, which in refused.items():
         raise OptionError(f"{len(which)} of {len(prompts)} prompts cannot be asked: {reason}")
-    return [Opening(each.id, each.kind, tuple(prompt_ids(each, tokenizer))) for each in prompts]
+    return chat_openings(prompts, tokenizer)
 
 
 def raw_opening(text: str, tokenizer: Any) -> Opening:

@@ -28,6 +28,7 @@ from torch import nn
 
 from forgetless.compare.base import losses_on
 from forgetless.compare.job import Job
+from forgetless.data.own_text import CHAT, KEPT, SELF
 from forgetless.evaluate.losses import TextLoss
 from forgetless.evaluate.rise import Rise
 from forgetless.files.atomic import discard
@@ -47,7 +48,12 @@ logger = logging.getLogger("forgetless")
 # What is kept of each entry of the trainer's log: what a report draws.
 LOGGED = ("step", "loss", "energy", "pull_ratio", "strength", "kl")
 # What the words of --replay stand for, as tables say it.
-EXTRA_DATA = {"self": "text sampled from the model", "domain": "the domain text again"}
+EXTRA_DATA = {
+    CHAT: "the model's own answers",
+    SELF: "text sampled from the model",
+    KEPT: "answers in the importance file",
+    "domain": "the domain text again",
+}
 
 
 def run(job: Job) -> None:

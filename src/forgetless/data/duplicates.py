@@ -18,12 +18,13 @@ Runs are compared by a 32-bit hash of their words. Memory grows with the number 
 
 from __future__ import annotations
 
-import hashlib
 import re
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+
+from forgetless.files.provenance import sha256_text
 
 # Words in a run. Eight in a row seldom agree by chance.
 RUN_WORDS = 8
@@ -94,8 +95,8 @@ def carve(texts: Sequence[str], fractions: Sequence[float]) -> list[list[int]]:
         members[group].append(index)
     parts: list[list[tuple[str, int]]] = [[] for _ in fractions]
     for indices in members.values():
-        number = int(_sha256(min(texts[i] for i in indices))[:12], 16) / 16**12
-        parts[_part_of(number, fractions)].extend((_sha256(texts[i]), i) for i in indices)
+        number = int(sha256_text(min(texts[i] for i in indices))[:12], 16) / 16**12
+        parts[_part_of(number, fractions)].extend((sha256_text(texts[i]), i) for i in indices)
     return [[index for _, index in sorted(part)] for part in parts]
 
 
@@ -158,7 +159,3 @@ def _runs_of(words: list[str], every: int) -> Iterator[int]:
         value = zlib.crc32(" ".join(words[start : start + RUN_WORDS]).encode())
         if value % every == 0:
             yield value
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -23,7 +23,7 @@ import numpy as np
 from torch import nn
 
 from forgetless.data.prompts.prompts import Prompt, load_prompts, parted, supported
-from forgetless.data.selftext import Answer, Opening, chat_openings, sample, stop_tokens
+from forgetless.data.selftext import Answer, Opening, sample, stop_tokens
 from forgetless.errors import OptionError
 from forgetless.evaluate.behaviour_change import compared_behaviours, length_change
 from forgetless.evaluate.behaviours import (
@@ -38,14 +38,13 @@ from forgetless.evaluate.own_answers import (
     ANSWERS_SEED,
     answer_length,
     cached_answers,
-    digest,
     fitting_openings,
     users_prompts,
 )
 from forgetless.evaluate.paired_answers import PairedAnswers, paired_answers
 from forgetless.files.behaviours_json import BehaviourChange, Conversation
+from forgetless.files.provenance import sha256_text
 from forgetless.files.untrusted import JsonObject
-from forgetless.model.loading import context_length
 from forgetless.options.finished import EvalOptions
 from forgetless.options.tune import TuneOptions
 from forgetless.report.terminal import progress
@@ -132,7 +131,7 @@ class AskedBase:
         asked = [prompt for prompt in self.prompts if np.isfinite(by_prompt[prompt.id])]
         most = most_of_each_kind(asked, by_prompt)[:MOST_CHANGED]
         others = [prompt for prompt in self.prompts if prompt not in most]
-        drawn = sorted(others, key=lambda prompt: digest(f"shown {prompt.id}"))[:AT_RANDOM]
+        drawn = sorted(others, key=lambda prompt: sha256_text(f"shown {prompt.id}"))[:AT_RANDOM]
         return [
             Conversation(
                 kind=prompt.kind,
@@ -195,7 +194,7 @@ def ask_base(
     check_chat_model(tokenizer)
     length = answer_length(model, options.answer_length)
     prompts, refused = chosen_for_behaviours(options.behaviours, options.prompts, tokenizer)
-    openings = fitting_openings(chat_openings(prompts, tokenizer), context_length(model) - length)
+    openings = fitting_openings(model, tokenizer, prompts, length)
     fitting = {opening.id for opening in openings}
     prompts = [prompt for prompt in prompts if prompt.id in fitting]
     answers = cached_answers(model, tokenizer, openings, length, "behaviours")
@@ -238,7 +237,9 @@ def chosen_for_behaviours(
 
 def dealt(prompts: Sequence[Prompt]) -> list[Prompt]:
     """The prompts in rounds: OF_A_RULE of each special rule, then one of each other kind."""
-    ordered = sorted(prompts, key=lambda prompt: (digest(prompt.text), prompt.thinking or False))
+    ordered = sorted(
+        prompts, key=lambda prompt: (sha256_text(prompt.text), prompt.thinking or False)
+    )
     ruled: dict[str, list[Prompt]] = {}
     others: dict[str, list[Prompt]] = {}
     for prompt in ordered:

@@ -16,10 +16,8 @@ and an interrupted sampling goes on where it was.
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import logging
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +40,7 @@ from forgetless.data.selftext import (
 from forgetless.errors import OptionError
 from forgetless.files.cache import cache_folder
 from forgetless.files.lock import in_turn
+from forgetless.files.provenance import sha256_text
 from forgetless.model import distributed
 from forgetless.model.fingerprint import exact_fingerprint
 from forgetless.model.loading import context_length
@@ -75,9 +74,7 @@ def own_answers(model: nn.Module, tokenizer: Any, wanted: OwnText, part: str) ->
     length = answer_length(model, wanted.length)
     if wanted.kind == CHAT:
         prompts = chosen_prompts(wanted, tokenizer, part)
-        openings = fitting_openings(
-            chat_openings(prompts, tokenizer), context_length(model) - length
-        )
+        openings = fitting_openings(model, tokenizer, prompts, length)
     else:
         openings = bare_openings(tokenizer, [f"{part} {i}" for i in range(wanted.answers)])
     answers = cached_answers(model, tokenizer, openings, length, f"{wanted.kind}, {part}")
@@ -95,7 +92,7 @@ def chosen_prompts(wanted: OwnText, tokenizer: Any, part: str) -> list[Prompt]:
 
     Which of ours does not depend on how many are asked for: a larger number holds the smaller.
     """
-    ours = sorted(parted(load_prompts())[part], key=lambda prompt: digest(prompt.id))
+    ours = sorted(parted(load_prompts())[part], key=lambda prompt: sha256_text(prompt.id))
     usable, left_out = supported(ours, tokenizer)
     for reason, prompts in left_out.items():
         kinds = ", ".join(sorted({prompt.kind for prompt in prompts}))
@@ -121,13 +118,14 @@ def users_prompts(file: str | None, tokenizer: Any, part: str) -> list[Prompt]:
     return own
 
 
-def digest(text: str) -> str:
-    """SHA-256 in hex digits."""
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def fitting_openings(openings: Sequence[Opening], room: int) -> list[Opening]:
-    """The openings of at most `room` tokens, after which an answer still fits into the context."""
+def fitting_openings(
+    model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt], length: int
+) -> list[Opening]:
+    """The prompts in the chat template, without those after which an answer of `length` tokens no
+    longer fits into the model's context.
+    """
+    openings = chat_openings(prompts, tokenizer)
+    room = context_length(model) - length
     fitting = [opening for opening in openings if len(opening.ids) <= room]
     if len(fitting) < len(openings):
         logger.info(
@@ -154,7 +152,7 @@ def cached_answers(
         length,
         ANSWERS_SEED,
     ]
-    path = cache_folder("answers") / f"{digest(json.dumps(made_of))[:32]}.jsonl"
+    path = cache_folder("answers") / f"{sha256_text(json.dumps(made_of))[:32]}.jsonl"
     if distributed.first():
         with in_turn(path):
             _complete(path, model, tokenizer, openings, length, what)
@@ -224,8 +222,3 @@ def _check_said(answers: Sequence[Answer], wanted: OwnText, length: int) -> None
 def _say_once(level: int, text: str) -> None:
     """Say of all parts together what holds for each of them."""
     logger.log(level, text)
-
-
-def kinds_of(answers: Sequence[Answer]) -> dict[str, int]:
-    """How many answers there are of each kind of prompt."""
-    return dict(Counter(answer.kind for answer in answers))

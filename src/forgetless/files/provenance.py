@@ -86,6 +86,11 @@ def _git(folder: Path, *words: str) -> str:
     return done.stdout.strip()
 
 
+def sha256_text(text: str) -> str:
+    """sha256 of a text in UTF-8, in hex."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def sha256_file(path: str | Path) -> str:
     """sha256 of a file's bytes, in hex."""
     digest = hashlib.sha256()

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from forgetless.errors import FileError
+from forgetless.files.provenance import sha256_text
 
 # Where our own prompts lie.
 FOLDER = Path(__file__).parent
@@ -57,7 +58,7 @@ class Prompt:
     def id(self) -> str:
         """Sixteen hex digits that follow from what the model is given."""
         key = f"{self.text}{'' if self.thinking is None else self.thinking}"
-        return hashlib.sha256(key.encode()).hexdigest()[:16]
+        return sha256_text(key)[:16]
 
 
 def load_prompts(folder: Path = FOLDER) -> list[Prompt]:
