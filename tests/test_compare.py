@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 from conftest import PLAIN
 from forgetless.cli import main
@@ -23,18 +25,23 @@ from forgetless.compare import sequences as sequence
 from forgetless.compare.experiment import identity, validation_trials
 from forgetless.compare.experiment_file import read
 from forgetless.data import encoding
+from forgetless.data.domain import load_training_data
 from forgetless.data.duplicates import carve, groups
 from forgetless.data.tasks import load_task
 from forgetless.errors import OptionError
 from forgetless.evaluate.accuracy import answers
+from forgetless.evaluate.losses import completion_loss
 from forgetless.files.lock import only_writer
 from forgetless.importance.importance import Importance
 from forgetless.model.adapter_files import with_adapter
 from forgetless.model.adapters import add_adapter
 from forgetless.model.loading import load_model, load_tokenizer
+from forgetless.options.methods import METHODS, Method
 from forgetless.options.model import ModelOptions
 from forgetless.options.tune import TuneOptions
 from forgetless.options.verbs import resolve
+from forgetless.sequence.domains import Domain
+from forgetless.sequence.steps import Step
 
 WORDS = "the cat sat on mat and dog then too yes no one two three".split()
 
@@ -351,6 +358,58 @@ def test_a_sequence_answers_the_questions_of_its_domains_after_each_step(success
     whole = with_adapter(load_model(options), last)  # as anybody would load it
     whole_scores = answers(whole, load_tokenizer(options), task, rows)
     assert whole_scores.numbers["acc"] == pytest.approx(scores[3])
+
+
+@pytest.mark.parametrize("method", ["full", "oft"])
+def test_a_sequence_of_updates_that_are_not_loras_is_what_anybody_would_load(
+    succession, tmp_path, method
+):
+    names = ["domain", "second"]
+    tuned = {"like": "plain", "method": method, "max_steps": 4, "learning_rate": 1e-3}
+    way = {"domains": names, "methods": {"other": tuned}}
+    path = succession(methods=["plain"], domains=names, sequences={"way": way})
+    out = tmp_path / "out"
+    assert run(path, out) == 0
+    summary = json.loads((out / "compare.json").read_text())
+    sequence_told = summary["sequences"][0]
+    assert sequence_told["error"] is None
+    folders = [out / f"sequences/way/other-1/{step}/final" for step in ("1-domain", "2-second")]
+    if method == "full":
+        model = AutoModelForCausalLM.from_pretrained(folders[1])  # the whole model
+    else:
+        model = AutoModelForCausalLM.from_pretrained(summary["model"])
+        for folder in folders:  # each is relative to the model with those before it merged
+            model = PeftModel.from_pretrained(model, folder).merge_and_unload()
+    options = resolve(ModelOptions, {"model": summary["model"]})
+    rows = load_training_data(str(out / "data/domain/second/test.jsonl"))
+    loss = completion_loss(model.eval(), load_tokenizer(options), rows).record()
+    matrix = sequence_told["matrix"]
+    assert matrix[2][1] != matrix[1][1] and matrix[1][0] != matrix[0][0]  # both steps moved it
+    assert loss.nats == pytest.approx(matrix[2][1], abs=1e-6)
+
+
+def test_any_method_that_needs_earlier_adapters_gets_those_of_the_steps_before(
+    monkeypatch, tmp_path
+):
+    """By its row alone: a method that only this test knows, with an option of its own."""
+    toy = Method(help="a toy", needs=("earlier",), reads=("orthogonality",))
+    monkeypatch.setitem(METHODS, "toy", toy)
+    assert toy.needs_earlier and not METHODS["plain"].needs_earlier
+    given = {"method": "hold,toy", "strength": 1, "orthogonality": 2}
+    before = [
+        Step(Domain(name, "rows", "held"), TuneOptions(), tmp_path / name)
+        for name in ("1-a", "2-b")
+    ]
+    finals = f"{tmp_path / '1-a' / 'final'},{tmp_path / '2-b' / 'final'}"
+    with_earlier = sequence._with_earlier
+    assert with_earlier(given, before) == {**given, "earlier": finals}
+    assert with_earlier(given, []) == {"method": "hold", "strength": 1}
+    assert with_earlier({"method": "toy", "orthogonality": 2}, []) == {"method": "plain"}
+    for alone in ([], before):  # nobody asks
+        assert with_earlier({"method": "hold", "strength": 1}, alone) == {
+            "method": "hold",
+            "strength": 1,
+        }
 
 
 def test_a_sequence_is_held_by_the_domains_before_by_a_rule(succession, tmp_path):

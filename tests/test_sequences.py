@@ -20,9 +20,11 @@ from forgetless.cli import main
 from forgetless.data.domain import load_training_data
 from forgetless.evaluate.losses import completion_loss
 from forgetless.importance.importance import Importance
+from forgetless.methods.table import chosen
 from forgetless.model.adapters import add_adapter
 from forgetless.model.stack import stack
 from forgetless.model.targets import target_weights
+from forgetless.options.methods import METHODS, Method
 from forgetless.options.model import ModelOptions
 from forgetless.options.record import RecordOptions
 from forgetless.options.tune import TuneOptions
@@ -693,6 +695,19 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
         importance(),
     )
     assert not (tmp_path / "bad" / "steps").exists()
+
+
+def test_a_method_that_needs_earlier_adapters_is_refused_by_its_row(
+    words, domains, tmp_path, capsys, monkeypatch
+):
+    """Whatever its name is; on one domain it is not refused for that."""
+    monkeypatch.setitem(METHODS, "toy", Method(help="a toy", needs=("earlier",)))
+    toy = ("--method", "toy", "--earlier", tmp_path / "adapter", "--out", tmp_path / "bad")
+    assert run(words, *of(domains[:2]), *toy) == 2
+    assert "--method toy cannot be used with several domains" in capsys.readouterr().err
+    assert not list((tmp_path / "bad").glob("steps"))  # nothing was tuned
+    assert not (tmp_path / "bad" / "run.json").exists()
+    assert list(chosen(TuneOptions(method="toy", earlier="adapter"))) == ["toy"]
 
 
 def test_only_a_run_of_tune_with_lora_is_gone_on_with(
