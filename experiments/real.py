@@ -90,12 +90,14 @@ class Campaign:
     def __init__(self, given: argparse.Namespace):
         self.shared, self.model, self.out = given.shared, given.model, given.out
         self.rows, self.steps, self.answers = given.rows, given.steps, given.answers
+        self.dtype = given.dtype
 
     def recording(self, name: str) -> str:
         """The importance file recorded on web text or on the model's own chats."""
         path = self.out / f"{name}.safetensors"
         if not path.exists():
             given = {"model": self.model, "out": str(path), "answers": self.answers}
+            given |= {"dtype": self.dtype}
             if name == "web":
                 given |= {"general": str(self.shared / "data/general/train.jsonl")}
                 given |= {"documents": 64, "length": 256}
@@ -114,6 +116,7 @@ class Campaign:
             data = self.shared / "data"
             given |= {
                 "model": self.model,
+                "dtype": self.dtype,
                 "data": str(data / "chat/medical-train.jsonl"),
                 "eval_data": str(data / "chat/medical-test.jsonl"),
                 "general": f"chat,{data / 'general/test.jsonl'}",
@@ -134,6 +137,7 @@ class Campaign:
             asked = read_json(plain / "run.json")["configuration"]
             options = EvalOptions(
                 model=self.model,
+                dtype=self.dtype,
                 adapter=str(plain / "final"),
                 scale=scale,
                 general=asked["general"],
@@ -208,6 +212,8 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=60, help="documents and rows to measure on")
     parser.add_argument("--steps", type=int, default=TRAINING["max_steps"])
     parser.add_argument("--answers", type=int, default=ANSWERS, help="of each part")
+    # Processors without bf16 arithmetic are six times faster in float32.
+    parser.add_argument("--dtype", default="auto")
     parser.add_argument("--table", action="store_true", help="run nothing")
     given = parser.parse_args(words)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
