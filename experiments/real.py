@@ -27,15 +27,17 @@ from __future__ import annotations
 import argparse
 import logging
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from forgetless.evaluate.evaluate import evaluate
 from forgetless.files.atomic import read_json, write_text
-from forgetless.files.measured_json import Interval
-from forgetless.files.run_json import Run
-from forgetless.files.schema import read_record
+from forgetless.files.behaviours_json import BehaviourChange, Conversation, KindDivergence
+from forgetless.files.measured_json import Interval, ScoreChange
+from forgetless.files.run_json import Environment, Run
+from forgetless.files.schema import read_record, write_record
 from forgetless.options.finished import EvalOptions
 from forgetless.options.record import RecordOptions
 from forgetless.options.tune import TuneOptions
@@ -55,6 +57,9 @@ TRAINING = dict(
     overwrite=True,
 )
 SCALES = (0.75, 0.5, 0.25)
+# Prompts that behaviours are judged on, and questions of each task, for --judge.
+JUDGED_PROMPTS, JUDGED_QUESTIONS = 100, 200
+TASKS = ("arc_easy", "winogrande")
 # Chats that are recorded on, kept and replayed: as many as the table of 2026-11-27 had.
 ANSWERS = 64
 Options = dict[str, Any]
@@ -149,8 +154,109 @@ class Campaign:
             evaluate(options)
         return read_record(folder / "run.json", Run)
 
+    def judged(self, arm: str, seed: int) -> Run:
+        """Behaviours and tasks of a trained arm, beside those of the bare base."""
+        folder = self.out / f"{arm}-{seed}-judged"
+        if not (folder / "run.json").exists():
+            self.run(arm, seed)
+            options = EvalOptions(
+                model=self.model,
+                dtype=self.dtype,
+                adapter=str(self.out / f"{arm}-{seed}" / "final"),
+                general="chat",
+                answers=self.answers,
+                behaviours=JUDGED_PROMPTS,
+                tasks=",".join(
+                    f"{task}={self.shared / 'data/abilities' / task}.jsonl" for task in TASKS
+                ),
+                limit=JUDGED_QUESTIONS,
+                out=str(folder),
+            )
+            evaluate(options)
+        return read_record(folder / "run.json", Run)
 
-def table(campaign: Campaign, names: Sequence[str], seeds: Sequence[int]) -> str:
+
+@dataclass(frozen=True)
+class Result:
+    """What the page needs of one run, in nats per token; kept beside the page."""
+
+    arm: str
+    seed: int
+    learning: Interval | None
+    divergence: Interval | None
+    web_text: Interval | None
+    by_kind: list[KindDivergence] | None
+    seconds: float | None
+    behaviours: list[BehaviourChange] | None
+    tasks: dict[str, ScoreChange] | None
+    conversations: list[Conversation] | None
+    environment: Environment | None
+
+
+@dataclass(frozen=True)
+class Results:
+    """All runs that are there."""
+
+    runs: list[Result]
+
+
+def collected(out: Path) -> Results:
+    """The results of every run below a folder, in the order of the arms."""
+    runs = []
+    for name in _labels():
+        for seed in SEEDS:
+            file = out / name.replace("SEED", str(seed)) / "run.json"
+            if file.exists():
+                runs.append(_result(name.replace("-SEED", ""), seed, file))
+    return Results(runs)
+
+
+def _labels() -> list[str]:
+    """The folders of all arms, with SEED for the seed, the scaled ones after plain."""
+    names = []
+    for arm in arms():
+        names.append(f"{arm}-SEED")
+        if arm == "plain":
+            names += [f"plain-SEED-x{scale:g}" for scale in SCALES]
+    return names
+
+
+def _result(arm: str, seed: int, file: Path) -> Result:
+    run = read_record(file, Run)
+    behaviours, conversations, tasks = run.behaviours, run.conversations, None
+    judged = file.parent.with_name(f"{file.parent.name}-judged") / "run.json"
+    if judged.exists():
+        found = read_record(judged, Run)
+        behaviours, conversations = found.behaviours, found.conversations
+        tasks = _task_changes(found)
+    seconds = None
+    if run.train_seconds is not None:
+        seconds = run.train_seconds + (run.prepare_seconds or 0)
+    return Result(
+        arm=arm,
+        seed=seed,
+        learning=run.learning,
+        divergence=run.forgetting,
+        web_text=run.general,
+        by_kind=run.divergence_by_kind,
+        seconds=seconds,
+        behaviours=behaviours,
+        tasks=tasks,
+        conversations=conversations,
+        environment=run.environment,
+    )
+
+
+def _task_changes(run: Run) -> dict[str, ScoreChange]:
+    """Task and metric -> how its accuracy changed."""
+    rows = {}
+    for task, scores in (run.after.tasks if run.after else {}).items():
+        for metric, change in ((scores and scores.changes) or {}).items():
+            rows[f"{task} {metric}"] = change
+    return rows
+
+
+def table(results: Results) -> str:
     """What is there so far, as markdown: the mean over seeds, and the standard error over them
     where there are several.
     """
@@ -158,35 +264,21 @@ def table(campaign: Campaign, names: Sequence[str], seeds: Sequence[int]) -> str
         "| | learning | divergence on own answers | loss on web text | seconds | seeds |",
         "|---|---|---|---|---|---|",
     ]
-    for label, folders in _folders(campaign, names, seeds):
-        runs = [read_record(folder / "run.json", Run) for folder in folders if folder.is_dir()]
-        if not runs:
-            continue
-        seconds = [
-            run.train_seconds + (run.prepare_seconds or 0) for run in runs if run.train_seconds
-        ]
+    by_arm: dict[str, list[Result]] = {}
+    for run in results.runs:
+        by_arm.setdefault(run.arm, []).append(run)
+    for arm, runs in by_arm.items():
+        seconds = [run.seconds for run in runs if run.seconds is not None]
         cells = [
-            label,
+            arm,
             _mean([_nats(run.learning) for run in runs], ".3f"),
-            _mean([_nats(run.forgetting) for run in runs], ".4f"),
-            _mean([_nats(run.general) for run in runs], "+.4f"),
+            _mean([_nats(run.divergence) for run in runs], ".4f"),
+            _mean([_nats(run.web_text) for run in runs], "+.4f"),
             _mean(seconds, ".0f") if seconds else "",
             str(len(runs)),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def _folders(
-    campaign: Campaign, names: Sequence[str], seeds: Sequence[int]
-) -> Iterator[tuple[str, list[Path]]]:
-    """Label -> the folders of its seeds, the scaled runs after the plain ones."""
-    for name in names:
-        yield name, [campaign.out / f"{name}-{seed}" for seed in seeds]
-        if name == "plain":
-            for scale in SCALES:
-                folders = [campaign.out / f"plain-{seed}-x{scale:g}" for seed in seeds]
-                yield f"plain x {scale:g}", folders
 
 
 def _nats(interval: Interval | None) -> float:
@@ -214,6 +306,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--answers", type=int, default=ANSWERS, help="of each part")
     # Processors without bf16 arithmetic are six times faster in float32.
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--judge", nargs="*", default=[], help="arms whose behaviour is judged")
     parser.add_argument("--table", action="store_true", help="run nothing")
     given = parser.parse_args(words)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -224,9 +317,13 @@ def main(words: Sequence[str] | None = None) -> None:
                 campaign.run(arm, seed)
                 for scale in SCALES if arm == "plain" else ():
                     campaign.scaled(seed, scale)
-    text = table(campaign, given.arms, given.seeds)
-    print(text)
-    write_text(given.out / "table.md", text)
+        for arm in given.judge:
+            for seed in given.seeds:
+                campaign.judged(arm, seed)
+    results = collected(given.out)
+    print(table(results))
+    write_record(given.out / "results.json", results)
+    write_text(given.out / "table.md", table(results))
 
 
 if __name__ == "__main__":
