@@ -22,6 +22,7 @@ from forgetless.cli import main
 from forgetless.compare import compare as campaign
 from forgetless.compare import samples, trial
 from forgetless.compare import sequences as sequence
+from forgetless.compare.accuracy import gpus_to_share
 from forgetless.compare.experiment import identity, validation_trials
 from forgetless.compare.experiment_file import read
 from forgetless.data import encoding
@@ -939,6 +940,11 @@ def test_near_duplicates_fall_into_one_part_whatever_the_order():
     assert [
         [both[order[i]] for i in part] for part in carve([both[i] for i in order], (0.7, 0.3))
     ] == [[both[i] for i in part] for part in parts]
+
+
+def test_gpus_are_shared_out_unless_the_experiment_names_one(experiment, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [gpus_to_share(read(experiment(device=name))) for name in ("cuda", "cuda:1")] == [2, 0]
 
 
 def test_reading_results_needs_no_torch():

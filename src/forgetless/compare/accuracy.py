@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from forgetless.compare.experiment import Experiment
@@ -78,9 +79,8 @@ def score_all(experiment: Experiment, jobs: Sequence[Job], out: Path, processes:
     # Methods may share a run.
     asked = [_Asked(job, _wanted(job)) for job in {job.id: job for job in jobs}.values()]
     waiting = [each for each in asked if _is_waiting(each) and _has_adapter(each.job)]
-    ending = in_processes(
-        _score_run, waiting, processes, killed=_was_killed, spread=spread(experiment)
-    )
+    gpus = gpus_to_share(experiment)
+    ending = in_processes(_score_run, waiting, processes, killed=_was_killed, gpus=gpus)
     for done, _ in enumerate(ending, 1):
         logger.info("accuracy of %d of %d runs", done, len(waiting))
 
@@ -112,9 +112,10 @@ def _has_adapter(job: Job) -> bool:
     return False
 
 
-def spread(experiment: Experiment) -> bool:
-    """Whether each process may have a GPU of its own: not where the experiment names one."""
-    return ":" not in str(experiment.model.get("device") or "")
+def gpus_to_share(experiment: Experiment) -> int:
+    """How many GPUs processes may share out: none where the experiment names one."""
+    named = ":" in str(experiment.model.get("device") or "")
+    return 0 if named else torch.cuda.device_count()
 
 
 def domain_tasks(experiment: Experiment) -> dict[str, str]:

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import yaml
 
-from forgetless.compare.accuracy import check_questions, score_all, score_base, spread
+from forgetless.compare.accuracy import check_questions, gpus_to_share, score_all, score_base
 from forgetless.compare.base import measure_base
 from forgetless.compare.choice import choose
 from forgetless.compare.experiment import Chosen, Experiment, Trial, final_trials, validation_trials
@@ -124,7 +124,8 @@ def _run_waiting(
     waiting = list({job.id: job for job in jobs if not job.finished}.values())
     every = _trials((*before, *jobs))
     started = time.perf_counter()
-    ending = in_processes(run, waiting, processes, killed=was_killed, spread=spread(experiment))
+    gpus = gpus_to_share(experiment)
+    ending = in_processes(run, waiting, processes, killed=was_killed, gpus=gpus)
     for done, job in enumerate(ending, 1):
         left = len(waiting) - done + later
         summary = summarise(out, every, pending=left)

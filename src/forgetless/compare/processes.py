@@ -6,7 +6,7 @@
 Each process is a pool of its own with one worker: when the system kills it (out of memory), only
 its own job fails, and a new one takes its place. They are spawned, not forked: CUDA asks for that.
 A worker ends with its parent, however that ended, so that nothing writes into a folder whose lock
-is free.
+is free. Nothing here imports torch, so that a process imports what its jobs need and no more.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import wait as wait_for
 from typing import Generic, TypeVar
 
-import torch
-
 Work = TypeVar("Work")
 
 
@@ -32,19 +30,19 @@ def in_processes(
     processes: int,
     *,
     killed: Callable[[Work], None],
-    spread: bool = True,
+    gpus: int = 0,
 ) -> Iterator[Work]:
     """Each job once it is done; `killed` is told of one whose process was killed.
 
-    With one process, `run` is called here. `spread`: each process sees a GPU of its own, where
-    there are several.
+    With one process, `run` is called here. `gpus`: how many there are to share out; where there are
+    several, each process sees one of its own.
     """
     if processes <= 1:
         for job in jobs:
             run(job)
             yield job
         return
-    workers = _Workers(run, iter(jobs), spread)
+    workers = _Workers(run, iter(jobs), gpus)
     try:
         for number in range(min(processes, len(jobs))):
             workers.start(number)
@@ -62,12 +60,12 @@ class _Workers(Generic[Work]):
 
     run: Callable[[Work], None]
     left: Iterator[Work]
-    spread: bool
+    gpus: int
     pools: dict[int, ProcessPoolExecutor] = field(default_factory=dict)
     at_hand: dict[Future[None], tuple[int, Work]] = field(default_factory=dict)
 
     def start(self, number: int) -> None:
-        self.pools[number] = _pool_of_one(number, spread=self.spread)
+        self.pools[number] = _pool_of_one(number, self.gpus)
 
     def give_next(self, number: int) -> None:
         """Give a process the next job, if one is left."""
@@ -92,10 +90,8 @@ class _Workers(Generic[Work]):
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _pool_of_one(number: int, *, spread: bool) -> ProcessPoolExecutor:
-    gpu = None
-    if spread:
-        gpu = visible(number, torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+def _pool_of_one(number: int, gpus: int) -> ProcessPoolExecutor:
+    gpu = visible(number, gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
     return ProcessPoolExecutor(
         1, mp_context=multiprocessing.get_context("spawn"), initializer=_started, initargs=(gpu,)
     )
