@@ -19,12 +19,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from forgetless.data.compressed import kind_of, read_utf8
+from forgetless.data.stored_datasets import folder_rows, hub_rows, without_nulls
 from forgetless.errors import FileError
 from forgetless.files.untrusted import load_json
 
 # A row of data as its owner wrote it: column -> value. Whoever uses a column checks its values.
 Row = dict[str, Any]
-# Endings of the files that can be read; every other name is that of a Hub dataset.
+# Endings of the files that can be read, compressed or not; every other name is that of a Hub
 FORMATS = (".txt", ".jsonl", ".json", ".csv", ".parquet")
 # Values in a .parquet file. It stores a run of one value in a few bytes, so a small file can claim
 # any number of them and fill the memory.
@@ -53,14 +55,18 @@ class TokenDocument(Document):
     start: int = 0
 
 
-def load_rows(spec: str, *, split: str = "train") -> list[Row]:
-    """Rows of a local file, or of a Hub dataset.
+def load_rows(spec: str, *, split: str = "train", limit: int | None = None) -> list[Row]:
+    """Rows of a local file or folder, or of a Hub dataset, of which the first `limit` are read.
 
     Raises ValueError naming file and line when something is missing, broken or empty.
     """
     path = Path(spec).expanduser()
-    local = path.suffix.lower() in FORMATS or path.exists()
-    rows = _file_rows(path) if local else _hub_rows(spec, split)
+    if path.is_dir():
+        rows = folder_rows(path, split, limit)
+    elif kind_of(path) in FORMATS or path.exists():
+        rows = _file_rows(path)
+    else:
+        rows = hub_rows(spec, split, limit)
     if not rows:
         raise FileError(f"'{spec}' is empty; expected at least one document")
     return rows
@@ -71,22 +77,20 @@ def _file_rows(path: Path) -> list[Row]:
         raise FileError(
             f"'{path}' is not a file; expected {', '.join(FORMATS)} or the name of a Hub dataset"
         )
-    kind = path.suffix.lower()
+    kind = kind_of(path)
     if kind == ".parquet":
         return _parquet_rows(path)
-    text = _read_utf8(path)
+    if kind not in FORMATS:
+        raise FileError(f"'{path}' has an unknown format '{kind}'; expected {', '.join(FORMATS)}")
+    text = read_utf8(path)
     if kind == ".jsonl":
-        # Not splitlines, for which U+2028 and its like end a line: JSON strings may hold them.
-        lines = enumerate(text.split("\n"), 1)
-        return [_json_line(path, number, line) for number, line in lines if line.strip()]
+        return _json_lines(path, text)
     if kind == ".json":
         return _json_rows(path, text)
     if kind == ".csv":
         return _csv_rows(path, text)
-    if kind == ".txt":
-        parts = text.replace("\r\n", "\n").split("\n\n")
-        return [{"text": part.strip()} for part in parts if part.strip()]
-    raise FileError(f"'{path}' has an unknown format '{kind}'; expected {', '.join(FORMATS)}")
+    parts = text.split("\n\n")
+    return [{"text": part.strip()} for part in parts if part.strip()]
 
 
 def _parquet_rows(path: Path) -> list[Row]:
@@ -99,30 +103,35 @@ def _parquet_rows(path: Path) -> list[Row]:
                 f"'{path}' claims to hold {about.num_rows} rows of {about.num_columns} "
                 f"columns; split it into files of {MOST_VALUES} values"
             )
-        return list(parquet.read_table(path).to_pylist())
+        return [without_nulls(row) for row in parquet.read_table(path).to_pylist()]
     except FileError:
         raise
     except Exception as error:  # pyarrow has many kinds
         raise FileError(f"'{path}' is not a readable parquet file: {error}") from None
 
 
-def _read_utf8(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise FileError(
-            f"'{path}' is not UTF-8 text (byte {error.start}); convert it first"
-        ) from None
+def _json_lines(path: Path, text: str) -> list[Row]:
+    # Not splitlines, for which U+2028 and its like end a line: JSON strings may hold them.
+    lines = enumerate(text.split("\n"), 1)
+    return [_json_line(path, number, line) for number, line in lines if line.strip()]
 
 
 def _json_rows(path: Path, text: str) -> list[Row]:
+    """Rows of a .json file: a list of objects, or one object a line as the Hub's files have them.
+
+    An object that holds nothing but one list of objects, as `{"data": [...]}`, stands for the list.
+    """
     try:
         rows = load_json(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and text.lstrip().startswith("{"):
+            return _json_lines(path, text)
+        raise FileError(f"'{path}', line {error.lineno}: not valid JSON ({error.msg})") from None
     except ValueError as error:
-        line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise FileError(
-            f"'{path}'{line}: not valid JSON ({getattr(error, 'msg', error)})"
-        ) from None
+        raise FileError(f"'{path}': not valid JSON ({error})") from None
+    if isinstance(rows, dict):
+        inner = list(rows.values())
+        rows = inner[0] if len(inner) == 1 and isinstance(inner[0], list) else [rows]
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise FileError(
             f"'{path}': expected a list of objects; one object per line goes into .jsonl"
@@ -131,10 +140,26 @@ def _json_rows(path: Path, text: str) -> list[Row]:
 
 
 def _csv_rows(path: Path, text: str) -> list[Row]:
+    """Rows of a .csv file by its header. A row with more or fewer fields is refused: a comma in
+    text without quotes would otherwise cut the text.
+    """
+    reader = csv.reader(io.StringIO(text))
     try:
-        return list(csv.DictReader(io.StringIO(text), restkey=""))
+        header = next(reader, [])
+        if twice := sorted({name for name in header if header.count(name) > 1}):
+            raise FileError(f"'{path}' has two columns '{twice[0]}'; rename one of them")
+        rows = []
+        for fields in reader:
+            if fields and len(fields) != len(header):
+                raise FileError(
+                    f"'{path}', line {reader.line_num}: expected {len(header)} fields as in the "
+                    f"header, found {len(fields)}; put text with commas in double quotes"
+                )
+            if fields:
+                rows.append(dict(zip(header, fields, strict=True)))
     except csv.Error as error:
         raise FileError(f"'{path}' is not valid CSV ({error}); long texts go into .jsonl") from None
+    return rows
 
 
 def _json_line(path: Path, number: int, line: str) -> Row:
@@ -150,20 +175,6 @@ def _json_line(path: Path, number: int, line: str) -> Row:
     return row
 
 
-def _hub_rows(spec: str, split: str) -> list[Row]:
-    from datasets import load_dataset
-
-    name, _, config = spec.partition(":")
-    try:
-        return list(load_dataset(name, config or None, split=split))
-    except Exception as error:
-        first = str(error).strip().splitlines()[0]
-        raise FileError(
-            f"'{spec}' is neither a local file nor a dataset that can be loaded ({first}); check "
-            f"the name, the split '{split}' or the connection"
-        ) from error
-
-
 def load_documents(
     spec: str, *, column: str | None = None, split: str = "train", limit: int | None = None
 ) -> list[Document]:
@@ -171,7 +182,7 @@ def load_documents(
 
     Raises ValueError naming the columns found when none holds text or messages.
     """
-    rows = load_rows(spec, split=split)
+    rows = load_rows(spec, split=split, limit=limit)
     columns = [str(name) for name in rows[0]]
     column = column or next((name for name in TEXT_COLUMNS if name in columns), None)
     if column is None or column not in columns:
