@@ -20,6 +20,7 @@ from forgetless.evaluate.evaluate import evaluate
 from forgetless.methods import orthogonal, terms
 from forgetless.methods.callback import TermCallback
 from forgetless.methods.divergence import kl_gradient, kl_reference
+from forgetless.methods.kl import KL
 from forgetless.methods.laplace import FactorPenalty, curvature
 from forgetless.model.adapters import add_adapter
 from forgetless.model.targets import target_weights
@@ -313,7 +314,7 @@ def test_the_term_is_the_loss_that_it_says(tiny, batch):
             base = model(tokens).logits[0, :-1]
         expected = expected + kl_reference(model(tokens).logits[0, :-1], base)
     gradients = torch.autograd.grad(2.0 * expected / sum(len(ids) - 1 for ids, _ in text), factors)
-    terms.KL(model, text, weight=2.0, sequences=4, batch_size=3).add(0)
+    KL(model, text, weight=2.0, sequences=4, batch_size=3).add(0)
     for p, gradient in zip(factors, gradients, strict=True):
         torch.testing.assert_close(p.grad, gradient, rtol=1e-4, atol=1e-6)
 

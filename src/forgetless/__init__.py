@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from forgetless.importance.importance import Importance
     from forgetless.integrations.hold import HoldCallback, hold
     from forgetless.methods.callback import TermCallback, add_term
-    from forgetless.methods.terms import KL, Replay
+    from forgetless.methods.kl import KL
+    from forgetless.methods.terms import Replay
     from forgetless.penalty import layers
     from forgetless.penalty.callback import PenaltyCallback
     from forgetless.penalty.pull import Penalty
@@ -44,7 +45,7 @@ _HOME = {
     "Fisher": "forgetless.record.fisher",
     "HoldCallback": "forgetless.integrations.hold",
     "Importance": "forgetless.importance.importance",
-    "KL": "forgetless.methods.terms",
+    "KL": "forgetless.methods.kl",
     "Kronecker": "forgetless.record.kronecker",
     "PathIntegral": "forgetless.record.path",
     "Penalty": "forgetless.penalty.pull",

@@ -35,12 +35,19 @@ def encode_documents(
     A piece of one token is dropped, since there is nothing to predict in it. Raises ValueError
     where no piece is left.
     """
-    pieces: list[Encoded] = []
+    return [piece for piece, _ in encode_pieces(documents, tokenizer, length=length)]
+
+
+def encode_pieces(
+    documents: Sequence[Document], tokenizer: Any, *, length: int | None = None
+) -> list[tuple[Encoded, Document]]:
+    """The pieces of `encode_documents`, each with the document that it is of."""
+    pieces: list[tuple[Encoded, Document]] = []
     for document in documents:
         ids, scored = encode_document(document, tokenizer)
         step = length or max(len(ids), 1)
         pieces += [
-            (ids[i : i + step], scored[i : i + step])
+            ((ids[i : i + step], scored[i : i + step]), document)
             for i in range(0, len(ids), step)
             if len(ids[i : i + step]) > 1
         ]

@@ -39,7 +39,7 @@ class Setup:
 
     `text` holds --replay's sequences, `tokens_per_step` the scored domain tokens of an average
     step, `before` the numbers of the bare base, `stored` what an importance file kept of the base
-    for each sequence of `text`.
+    for each sequence of `text`, `kinds` of what kind each of them is.
     """
 
     options: TuneOptions
@@ -50,6 +50,7 @@ class Setup:
     layers: Any = None
     before: Measured | None = None
     stored: Sequence[StoredBase] | None = None
+    kinds: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,15 @@
 """The general text that methods read while tuning, --replay: from a file or data set, what the base
 model says itself (`chat`, `self`), or the training rows (`domain`).
 
-    pieces, source = replay_text(options, inputs.replay, base_model, tokenizer, rows)
-    source.sequences          # how many there are; for run.json
+    replayed = replay_text(options, inputs.replay, base_model, tokenizer, rows)
+    replayed.sequences, replayed.kinds     # token ids, and of what kind each is
+    replayed.source.sequences              # how many there are; for run.json
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from forgetless.data.documents import (
     fingerprint_documents,
     fingerprint_rows,
 )
-from forgetless.data.encoding import Encoded, encode_documents
-from forgetless.data.own_text import KEPT, own_text
+from forgetless.data.encoding import Encoded, encode_pieces
+from forgetless.data.own_text import KEPT, OWN_KINDS, own_text
 from forgetless.data.selftext import as_documents, read_lines, write_lines
 from forgetless.evaluate.own_answers import own_answers
 from forgetless.files.atomic import atomic_path
@@ -33,6 +34,17 @@ from forgetless.options.tune import TuneOptions
 OWN_ANSWERS = 256
 
 
+@dataclass(frozen=True)
+class Replayed:
+    """Sequences with something scored, the kind of prompt or the source of each, and where they
+    came from, which is None without --replay.
+    """
+
+    sequences: list[Encoded]
+    kinds: list[str]
+    source: ReplayedText | None
+
+
 def replay_text(
     options: TuneOptions,
     documents: list[Document] | None,
@@ -40,32 +52,38 @@ def replay_text(
     tokenizer: Any,
     rows: Any,
     kept: KeptAnswers | None = None,
-) -> tuple[list[Encoded], ReplayedText | None]:
-    """(Sequences of at most --length tokens with something scored, where they came from).
+) -> Replayed:
+    """The text of --replay: a text in pieces of at most --length tokens, whole answers of the
+    model.
 
     `documents` are those of --replay where it names a text, `model` is the bare base, `rows` are
-    the encoded training rows. ([], None) without --replay. Text that is sampled is written to
-    DIR/self.jsonl, so that a resumed run sees the same. Raises ValueError where nothing is scored.
+    the encoded training rows. Text that is sampled is written to DIR/self.jsonl, so that a resumed
+    run sees the same. Raises ValueError where nothing is scored.
     """
     if options.replay is None:
-        return [], None
+        return Replayed([], [], None)
     if options.replay == "domain":
         pieces = [(row["input_ids"], [label != -100 for label in row["labels"]]) for row in rows]
-        return pieces, _source(options, pieces, fingerprint_rows(list(rows)))
+        source = _source(options, pieces, fingerprint_rows(list(rows)))
+        return Replayed(pieces, ["domain"] * len(pieces), source)
     length = min(options.length, context_length(model))
     if options.replay == KEPT:
         documents = _kept_documents(options, model, kept)
-        length = context_length(model)  # the base's probabilities are of whole answers
     if documents is None:
         documents = _own_documents(options, model, tokenizer)
-    encoded = encode_documents(documents, tokenizer, length=length)
-    pieces = [(ids, scored) for ids, scored in encoded if any(scored[1:])]
-    if not pieces:
+    if options.replay in (*OWN_KINDS, KEPT):
+        # An answer without its prompt would be another text, and what is kept is of whole answers.
+        length = context_length(model)
+    encoded = encode_pieces(documents, tokenizer, length=length)
+    scored = [(piece, document) for piece, document in encoded if any(piece[1][1:])]
+    if not scored:
         raise ValueError(
             f"--replay {options.replay}: no token of the text is scored; expected text, or chats "
             "with assistant turns"
         )
-    return pieces, _source(options, pieces, fingerprint_documents(documents))
+    pieces = [piece for piece, _ in scored]
+    kinds = [document.source or "" for _, document in scored]
+    return Replayed(pieces, kinds, _source(options, pieces, fingerprint_documents(documents)))
 
 
 def _kept_documents(

@@ -1,4 +1,4 @@
-"""Options of `forgetless tune`, and their presets."""
+"""Options of `forgetless tune`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from forgetless.options.methods import METHODS
 from forgetless.options.model import AdapterOptions, ModelOptions, TextOptions
-from forgetless.options.option import MEASURED, RUNNING, Given, option, same
+from forgetless.options.option import MEASURED, RUNNING, option, same
 from forgetless.options.record import PRESETS, RecordOptions
 
 # How the coefficients of the layers are made (penalty/layers.py).
@@ -116,6 +116,28 @@ class TuneOptions(AdapterOptions, TextOptions, ModelOptions):
     )
     kl_sequences: int | None = option(
         None, "kl: general sequences per optimizer step [2]", group="method", at_least=1
+    )
+    kl_every: int | None = option(
+        None,
+        "kl: add the divergence at each N-th step only, with N times the weight [1]",
+        group="method",
+        at_least=1,
+        later=True,
+    )
+    kl_length: int | None = option(
+        None,
+        "kl: use at most so many scored tokens of each sequence, the first ones; default: all",
+        group="method",
+        at_least=1,
+        later=True,
+    )
+    kl_kinds: str | None = option(
+        None,
+        "kl: how much answers to prompts of a kind count beside the others, which count 1: "
+        "tools=3,languages=2 (docs/methods.md)",
+        group="method",
+        later=True,
+        metavar="KINDS",
     )
     scale: float | None = option(
         None, "wise: scale the finished update by this number", group="method", at_least=0
@@ -299,36 +321,3 @@ class TuneOptions(AdapterOptions, TextOptions, ModelOptions):
     overwrite: bool = option(
         False, "replace a finished run in --out", group="output", decides=RUNNING
     )
-
-
-TUNE_PRESETS: dict[str, Given] = {
-    "paper": dict(
-        targets="q_proj,v_proj",
-        rank=8,
-        alpha=32.0,
-        dropout=0.1,
-        strength=1e-3,
-        layers="softmax",
-        tau=1e-8,
-        anchor="recorded",
-        learning_rate=8e-4,
-        epochs=5.0,
-        batch_size=20,
-        accumulation=4,
-        length=800,
-    ),
-    "default": dict(
-        targets="all-linear",
-        rank=8,
-        alpha=32.0,
-        dropout=0.0,
-        layers="uniform",
-        tau=1.0,
-        anchor="base",
-        learning_rate=1e-3,
-        epochs=1.0,
-        batch_size=4,
-        accumulation=4,
-        length=1024,
-    ),
-}

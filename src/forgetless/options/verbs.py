@@ -33,7 +33,8 @@ from forgetless.options.option import Given, checked, flag, several
 from forgetless.options.plan import PlanOptions
 from forgetless.options.record import RECORD_PRESETS, RecordOptions
 from forgetless.options.reference import resolved
-from forgetless.options.tune import TUNE_PRESETS, TuneOptions
+from forgetless.options.tune import TuneOptions
+from forgetless.options.tune_presets import TUNE_PRESETS
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from forgetless.model.loading import context_length
 from forgetless.model.update import Update
 from forgetless.options.estimators import in_nats
 from forgetless.options.record import RecordOptions
-from forgetless.options.tune import TUNE_PRESETS
+from forgetless.options.tune_presets import TUNE_PRESETS
 from forgetless.penalty.pull import Penalty
 from forgetless.record.cost import measured_points, parabola
 from forgetless.record.steps import EPOCH_SEEDS, Batch, step

@@ -147,7 +147,7 @@ def measure_start(
         )
     started = time.perf_counter()
     kept = base.importance.answers if base.importance is not None else None
-    text, replayed = replay_text(options, inputs.replay, model, tokenizer, rows.training, kept)
+    replayed = replay_text(options, inputs.replay, model, tokenizer, rows.training, kept)
     seconds = time.perf_counter() - started
     before = measure(model, tokenizer, inputs.held_out, own=own)
     keeper = None
@@ -158,11 +158,12 @@ def measure_start(
     setup = Setup(
         options,
         tokenizer,
-        text,
+        replayed.sequences,
         tokens_per_step(options, rows.training),
         base.importance,
         base.layers,
         before,
         stored=kept.stored if kept and options.replay == KEPT else None,
+        kinds=replayed.kinds,
     )
-    return Start(model, setup, keeper, own, asked, replayed, seconds)
+    return Start(model, setup, keeper, own, asked, replayed.source, seconds)
