@@ -9,7 +9,7 @@ export MALLOC_TRIM_THRESHOLD_ = 17179869184
 export MALLOC_TOP_PAD_ = 268435456
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test quick check lab bench bench-gpu clean
+.PHONY: demo test quick check docs lab bench bench-gpu clean
 
 demo: $(READY)
 	$(BIN)/forgetless demo
@@ -33,6 +33,10 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site of docs/, in site/index.html.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 # A real chat model of 135M parameters for experiments and for tests marked `real`; an ignored folder.
 lab: lab/smollm2/model.safetensors
