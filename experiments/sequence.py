@@ -159,7 +159,7 @@ def run(given: argparse.Namespace, data: dict[str, str], arm: str, seed: int) ->
         "data": [data[f"{name}_train"] for name in order],
         "eval_data": [data[f"{name}_test"] for name in order],
         "general": data["general_test"],
-        "resume": (out / "config.yaml").exists(),
+        "resume": (out / "resolved.yaml").exists(),
     }
     try:
         tune_in_turn(resolve(TuneOptions, options))

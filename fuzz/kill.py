@@ -323,7 +323,7 @@ def is_temporary(path: Path) -> bool:
     """What the documentation calls a temporary: hidden, and a lock, or named for the process that
     was writing it.
     """
-    return any(re.fullmatch(r"\..+\.\d+\.tmp|\..*lock", part) for part in path.parts)
+    return any(re.fullmatch(r"\.forgetless-.*\.tmp|\..*lock", part) for part in path.parts)
 
 
 def wrong_after_a_kill(place: Path, whole: Path) -> Iterator[str]:

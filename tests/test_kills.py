@@ -55,7 +55,7 @@ for name, value in (("killed", 1.0), ("whole", 1.0 + 2**-23)):
     run = {{"seconds": value, "energy": value, "log": [{{"loss": 1.0}}]}}
     (root / name / "run.json").write_text(json.dumps(run))
 (root / "killed" / "part.json").write_text('{{"a": ')
-(root / "killed" / ".run.json.12.tmp").write_text('{{"a": ')
+(root / "killed" / ".forgetless-new-00000000-00000000-12.tmp").write_text('{{"a": ')
 wrong = list(kill.wrong_after_a_kill(root / "killed", root / "whole"))
 print(json.dumps([wrong, list(kill.differences(root / "killed", root / "whole"))]))
 """
@@ -70,7 +70,7 @@ print(json.dumps([wrong, list(kill.differences(root / "killed", root / "whole"))
         "final",
     ]
     assert [line.split()[0] for line in different] == [
-        ".run.json.12.tmp",
+        ".forgetless-new-00000000-00000000-12.tmp",
         "part.json",
         "final/adapter_model.safetensors",
         "run.json",

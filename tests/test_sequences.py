@@ -666,6 +666,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
     assert own is not None
     fails(2, "lies where this run writes", *two, "--importance", own, "--overwrite")
     assert own.exists()
+    own.unlink()  # no run of ours wrote it there
     few = write(tmp_path / "few.jsonl", [{"text": f"{word} dog"} for word in WORDS])
     fails(
         1,

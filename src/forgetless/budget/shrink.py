@@ -31,7 +31,7 @@ from forgetless.budget.finish import keep_budget, keep_predicted
 from forgetless.budget.learning import Learning, domain
 from forgetless.budget.predicted import Forecast, check_calibrated
 from forgetless.budget.scan import EACH
-from forgetless.budget.shrinkable import check_shrink
+from forgetless.budget.shrinkable import SHRINK_WRITES, check_shrink
 from forgetless.budget.ways import Ways, fraction_of, ways_of
 from forgetless.data.domain import encode_rows
 from forgetless.data.inputs import HeldOut, read_held_out
@@ -40,7 +40,9 @@ from forgetless.evaluate.evaluate import changes, changes_table, measure
 from forgetless.evaluate.paired_answers import PairedAnswers, paired_part
 from forgetless.files.budget_json import BudgetReport
 from forgetless.files.hub import importance_path
+from forgetless.files.lock import only_writer
 from forgetless.files.measured_json import Measured
+from forgetless.files.outputs import claim, local_inputs
 from forgetless.files.provenance import environment, sha256_file
 from forgetless.files.room import check_free_space
 from forgetless.files.run_json import ImportanceUsed, Run, ShrunkRun
@@ -90,6 +92,13 @@ def shrink(options: ShrinkOptions) -> JsonObject:
     Raises ValueError or OptionError before anything is written.
     """
     options = _with_model(options, check_shrink(options))
+    with only_writer(options.out):
+        claim(options.out, "shrink", SHRINK_WRITES, local_inputs(options))
+        return _shrink_into_folder(options)
+
+
+def _shrink_into_folder(options: ShrinkOptions) -> JsonObject:
+    """The adapter shrunk and measured; what is in its run.json."""
     file = importance_path(options.importance) if options.importance else None
     importance = Importance.load(file) if file else None
     if options.budget and not options.general:

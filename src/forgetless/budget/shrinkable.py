@@ -11,12 +11,15 @@ from pathlib import Path
 
 from forgetless.budget.budget import parse
 from forgetless.errors import OptionError
+from forgetless.files.outputs import MARK, check_claim, local_inputs, ours_in
 from forgetless.files.room import check_output_folder
 from forgetless.files.untrusted import JsonObject
 from forgetless.model.adapter_files import checked_adapter
 from forgetless.model.targets import MOVES_THE_BASE
 from forgetless.options.verbs import ShrinkOptions
 
+# What shrink writes in its folder.
+SHRINK_WRITES = ("final", "run.json")
 # What in an adapter's configuration moves the model by more than scale * B @ A, and so stays when
 # that is shrunk.
 MORE_THAN_FACTORS = {
@@ -59,10 +62,21 @@ def check_shrink(options: ShrinkOptions) -> str | None:
             "changed: give another folder"
         )
     check_output_folder(options.out)
-    if any(Path(options.out).iterdir()):
-        raise ValueError(f"'{options.out}' is not empty; give a new folder")
+    _check_new(options)
     base: str | None = config.get("base_model_name_or_path")
     return base
+
+
+def _check_new(options: ShrinkOptions) -> None:
+    """Raise ValueError unless the folder to write is empty, or holds no more than what an earlier
+    shrink left that did not come to its end.
+    """
+    out = Path(options.out)
+    known = {MARK, ".lock", *ours_in(out)}
+    others = [path.name for path in out.iterdir() if path.name not in known]
+    if others or (out / "run.json").exists():
+        raise ValueError(f"'{out}' is not empty; give a new folder")
+    check_claim(out, "shrink", SHRINK_WRITES, local_inputs(options))
 
 
 def adapter_config(folder: str) -> JsonObject:

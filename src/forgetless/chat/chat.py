@@ -16,6 +16,7 @@ import logging
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from forgetless.chat.pair import Speaker, find_source, load_speakers
@@ -33,7 +34,8 @@ from forgetless.data.prompts.prompts import Prompt, from_rows
 from forgetless.data.selftext import Opening, sample, stop_tokens
 from forgetless.errors import OptionError, nearest
 from forgetless.files.atomic import write_text
-from forgetless.files.room import check_output_file
+from forgetless.files.outputs import check_new_file, local_inputs
+from forgetless.files.untrusted import load_json
 from forgetless.model.loading import context_length, load_tokenizer, seed_and_threads
 from forgetless.options.chat import ChatOptions
 from forgetless.report.terminal import progress
@@ -42,6 +44,8 @@ with contextlib.suppress(ImportError):  # not on Windows
     import readline  # noqa: F401  (gives the line that is typed its editing and history)
 
 logger = logging.getLogger("forgetless")
+# Characters of the first row of a file that are read to see whether we wrote it.
+LONGEST_ROW = 1 << 24
 # What can be typed instead of a prompt.
 COMMANDS = {"/new": "begins another conversation", "/quit": "leaves, as Ctrl-D does"}
 
@@ -60,7 +64,7 @@ def chat(options: ChatOptions) -> None:
     if options.prompts:
         prompts = _read_prompts(options.prompts, manner)
         openings = _openings(prompts, tokenizer, manner)
-        check_output_file(str(options.out))
+        check_new_file(str(options.out), _is_ours, local_inputs(options))
     seed_and_threads(source.options)
     speakers = load_speakers(source)
     if options.prompts:
@@ -105,6 +109,16 @@ def _openings(prompts: Sequence[Prompt], tokenizer: Any, manner: Manner) -> list
     if manner.raw:
         return [raw_opening(_last_question(prompt), tokenizer) for prompt in prompts]
     return chat_openings_of(prompts, tokenizer)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file holds pairs of answers that were written here: its first line says so."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            row = load_json(file.readline(LONGEST_ROW))
+    except (OSError, ValueError):
+        return False
+    return isinstance(row, dict) and {"prompt", "before", "after"} <= set(row)
 
 
 def _answer_all(

@@ -1,6 +1,7 @@
 """compare(): runs what an experiment asks for and has not been run yet, one process or several, and
 keeps DIR/compare.json up to date.
 
+    DIR/resolved.yaml       the experiment with all its defaults, valid as EXPERIMENT
     DIR/data/               the parts of every text and domain, carved once (parts.py)
     DIR/base.json           the bare base model on each of them (base.py)
     DIR/importance/         one file per recipe (recipes.py)
@@ -19,8 +20,6 @@ of memory is a result; another failure is noted and tried again the next time.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,7 +31,7 @@ from forgetless.compare.accuracy import check_questions, gpus_to_share, score_al
 from forgetless.compare.base import measure_base
 from forgetless.compare.choice import choose
 from forgetless.compare.experiment import Chosen, Experiment, Trial, final_trials, validation_trials
-from forgetless.compare.experiment_file import read
+from forgetless.compare.experiment_file import as_given, read
 from forgetless.compare.job import ENDED, Job, job_of
 from forgetless.compare.parts import prepare
 from forgetless.compare.plan import check_methods, plan_text
@@ -47,11 +46,25 @@ from forgetless.files.atomic import read_json, write_text
 from forgetless.files.campaign_json import BaseMeasured
 from forgetless.files.compare_json import Comparison, TrialRun
 from forgetless.files.lock import only_writer
+from forgetless.files.outputs import RESOLVED, claim, local_paths
 from forgetless.files.schema import plain_of, read_record
 from forgetless.files.untrusted import JsonObject
 from forgetless.options.compare import CompareOptions
 
 logger = logging.getLogger("forgetless")
+# What a comparison writes in its folder.
+COMPARE_WRITES = (
+    RESOLVED,
+    "data",
+    "base.json",
+    "importance",
+    "runs",
+    "sequences",
+    "sequences.json",
+    "accuracy.json",
+    "samples.json",
+    "compare.json",
+)
 
 
 def compare(options: CompareOptions) -> JsonObject:
@@ -83,6 +96,7 @@ def run_experiment(
     check_methods(experiment)
     check_questions(experiment)
     with only_writer(out):
+        claim(out, "compare", COMPARE_WRITES, _inputs(experiment))
         _write_resolved(experiment, out)
         files = prepare(experiment, out)
         measure_base(experiment, files, out)
@@ -104,8 +118,15 @@ def run_experiment(
 
 
 def _write_resolved(experiment: Experiment, out: Path) -> None:
-    plain = json.loads(json.dumps(dataclasses.asdict(experiment)))
-    write_text(out / "experiment.yaml", yaml.safe_dump(plain, sort_keys=False))
+    write_text(out / RESOLVED, yaml.safe_dump(as_given(experiment), sort_keys=False))
+
+
+def _inputs(experiment: Experiment) -> dict[str, Path]:
+    """The local files and folders that an experiment names."""
+    named = [experiment.model["model"], *experiment.tasks.values()]
+    for place in (*experiment.general.values(), *experiment.domains.values()):
+        named += place.values()
+    return local_paths(dict.fromkeys(map(str, named), ""))
 
 
 def _run_waiting(

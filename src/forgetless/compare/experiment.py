@@ -146,24 +146,6 @@ class Trial:
     seed: int
 
 
-def from_resolved(given: Mapping[str, Any]) -> Experiment:
-    """The experiment that `dataclasses.asdict` made plain."""
-    methods = {label: MethodSpec(**spec) for label, spec in given["methods"].items()}
-    sequences = {
-        name: SequenceSpec(tuple(spec["domains"]), spec["methods"])
-        for name, spec in (given.get("sequences") or {}).items()
-    }
-    return Experiment(
-        **{
-            **given,
-            "methods": methods,
-            "sequences": sequences,
-            "scales": tuple(given["scales"]),
-            "shares": tuple(given["shares"]),
-        }
-    )
-
-
 def record_options(
     experiment: Experiment, recipe: Given, *, general: str, out: str
 ) -> RecordOptions:

@@ -25,6 +25,7 @@ docs/compare.md tells the rest.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -68,6 +69,28 @@ def experiment_of(given: JsonObject, path: str | Path) -> Experiment:
 
     Raises FileError, most often an OptionError, where it does not make one.
     """
+    experiment = _unchecked(given, path)
+    check_experiment(path, experiment)
+    return experiment
+
+
+def as_given(experiment: Experiment) -> JsonObject:
+    """An experiment as a mapping that a file may hold: `experiment_of` makes the same of it."""
+    plain = dataclasses.asdict(experiment)
+    plain |= plain.pop("model")
+    plain["methods"] = {
+        label: {**method.options, "family": method.family, "grid": dict(method.grid)}
+        for label, method in experiment.methods.items()
+    }
+    return {key: value for key, value in json.loads(json.dumps(plain)).items() if value is not None}
+
+
+def read_back(path: str | Path) -> Experiment:
+    """The experiment in a file of `as_given`, which was checked when it was written."""
+    return _unchecked(read_yaml(path), path)
+
+
+def _unchecked(given: JsonObject, path: str | Path) -> Experiment:
     _check_keys(path, given)
     parts = {key: _named_parts(f"{path}: {key}", given.get(key)) for key in NAMED}
     importance = {
@@ -78,7 +101,7 @@ def experiment_of(given: JsonObject, path: str | Path) -> Experiment:
         label: _method(label, check_mapping(spec, f"{path}: methods: {label}"), importance)
         for label, spec in parts["methods"].items()
     }
-    experiment = Experiment(
+    return Experiment(
         title=str(given.get("title") or Path(path).stem),
         model={key: given[key] for key in MODEL if given.get(key) is not None},
         importance=importance,
@@ -90,8 +113,6 @@ def experiment_of(given: JsonObject, path: str | Path) -> Experiment:
         tasks={name: str(spec) for name, spec in parts["tasks"].items()},
         **_given_numbers(path, given),
     )
-    check_experiment(path, experiment)
-    return experiment
 
 
 def _check_keys(path: Any, given: Mapping[str, Any]) -> None:

@@ -19,7 +19,8 @@ from typing import Any
 
 from forgetless.compare.choice import choose
 from forgetless.compare.domain import compare_domain
-from forgetless.compare.experiment import Chosen, Experiment, Trial, from_resolved
+from forgetless.compare.experiment import Chosen, Experiment, Trial
+from forgetless.compare.experiment_file import read_back
 from forgetless.compare.verdict import verdict
 from forgetless.files.atomic import read_json
 from forgetless.files.campaign_json import Accuracies, BaseMeasured, TaskAccuracy
@@ -38,9 +39,9 @@ from forgetless.files.compare_json import (
     TrialPoint,
     TrialRun,
 )
+from forgetless.files.outputs import RESOLVED
 from forgetless.files.schema import T, from_json, read_record, write_record
 from forgetless.files.untrusted import JsonObject
-from forgetless.options.option import read_yaml
 
 # The file that says which importance files are the experiment's as it is now: label of a recipe ->
 # the file that describes its importance file.
@@ -84,7 +85,7 @@ def summarise(out: Path, trials: Sequence[tuple[str, Trial]], *, pending: int = 
         model=experiment.model["model"],
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         environment=base.environment,
-        experiment=(out / "experiment.yaml").read_text(encoding="utf-8"),
+        experiment=(out / RESOLVED).read_text(encoding="utf-8"),
         settings=_settings(experiment),
         progress=_progress(runs, pending),
         reference=experiment.reference,
@@ -211,7 +212,7 @@ def _with_coefficients(recorded: ImportanceFile, runs: Sequence[TrialRun]) -> Im
 
 def read_experiment_back(out: Path) -> Experiment:
     """The experiment whose runs lie in `out`, as it was resolved."""
-    return from_resolved(read_yaml(out / "experiment.yaml"))
+    return read_back(out / RESOLVED)
 
 
 def _texts(experiment: Experiment, base: BaseMeasured) -> Iterator[GeneralText]:

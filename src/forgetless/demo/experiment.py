@@ -41,6 +41,18 @@ TRAINING = {
 }
 
 
+# The names of the demo's files of texts and questions.
+TEXTS = (
+    "general",
+    "general-test",
+    "general-questions",
+    "answers",
+    "domain",
+    "domain-test",
+    "domain-questions",
+)
+
+
 def write_texts(out: Path) -> dict[str, str]:
     """The demo's texts and questions as JSON lines, so that every step can be repeated with the
     other verbs: name -> file.

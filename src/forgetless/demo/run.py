@@ -32,11 +32,12 @@ from forgetless.compare.experiment import Experiment
 from forgetless.compare.frontier import at_learning
 from forgetless.compare.parts import prepare
 from forgetless.data.documents import Row, load_rows
-from forgetless.demo.experiment import DOMAIN, TEXT, experiment, write_texts
+from forgetless.demo.experiment import DOMAIN, TEXT, TEXTS, experiment, write_texts
 from forgetless.demo.result import STATES, DemoResult, RecordedFile, Seed, StateRow
 from forgetless.demo.table import demo_table, plot
 from forgetless.files.atomic import atomic_path
 from forgetless.files.compare_json import Comparison, Sample, TrialPoint, TrialRun
+from forgetless.files.outputs import claim, ours_in
 from forgetless.files.room import check_output_folder
 from forgetless.files.schema import T, Text, plain_of, write_record
 from forgetless.files.untrusted import JsonObject
@@ -49,6 +50,14 @@ from forgetless.options.verbs import resolve
 from forgetless.report.contents import completed
 from forgetless.report.page import write_report
 
+# What the demo writes in its folder beside what `compare` does there.
+DEMO_WRITES = (
+    *(f"{name}.jsonl" for name in TEXTS),
+    "demo.json",
+    "demo.md",
+    "demo.png",
+    "report.html",
+)
 # Questions of each kind that are answered in the report.
 PROMPTS = 3
 # Tokens of an answer, which is cut at the end of its first sentence.
@@ -63,9 +72,10 @@ def demo(options: DemoOptions) -> JsonObject:
     Raises ValueError for a folder that is not the demo's.
     """
     out = Path(options.out)
-    if out.is_dir() and any(out.iterdir()) and not (out / "general.jsonl").is_file():
-        raise ValueError(f"'{out}' is not empty and holds no demo; give another --out")
     check_output_folder(out)
+    if any(out.iterdir()) and "demo" not in ours_in(out).values():
+        raise ValueError(f"'{out}' is not empty and holds no demo; give another --out")
+    claim(out, "demo", DEMO_WRITES, {})
     started = time.perf_counter()
     paths = write_texts(out)
     asked = experiment(paths, options.seeds)

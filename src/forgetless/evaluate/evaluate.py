@@ -42,6 +42,7 @@ from forgetless.files.measured_json import (
     ScoreChange,
     Scores,
 )
+from forgetless.files.outputs import claim, local_inputs
 from forgetless.files.provenance import environment
 from forgetless.files.room import check_output_folder
 from forgetless.files.run_json import EvaluatedRun
@@ -279,11 +280,11 @@ def evaluate(options: EvalOptions) -> JsonObject:
         divergence_by_kind=divergence_by_kind(after.own if after else None),
         **run_keys(behaved),
     )
+    if options.out:  # before anything is printed, since nobody may read it to its end
+        write_record(Path(options.out) / "run.json", run)
     print(changes_table(before, after, authors_perplexity=options.authors_perplexity))
     if behaved:
         print(behaviours_in_words(run))
-    if options.out:
-        write_record(Path(options.out) / "run.json", run)
     return plain_of(run)
 
 
@@ -326,3 +327,4 @@ def _check_evaluated(options: EvalOptions) -> None:
     check_tasks(options.tasks, shots=options.shots)
     if options.out:
         check_output_folder(options.out)
+        claim(options.out, "eval", ("run.json",), local_inputs(options))

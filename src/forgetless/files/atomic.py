@@ -1,5 +1,5 @@
 """Files that are written whole or not at all: under a temporary name beside their own, which they
-get when they are finished. Standard library only.
+get when they are finished.
 
     write_json("run/run.json", data)
     with atomic_path("run/page.html") as temporary:
@@ -10,15 +10,20 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import glob
+import functools
+import hashlib
 import json
 import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import socket
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from forgetless.errors import FileError
 from forgetless.files.untrusted import load_json
@@ -26,17 +31,24 @@ from forgetless.files.untrusted import load_json
 # What the system says where nothing more can be written.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 # What torch names where it could not write; it does not say why.
-TORCH_WRITERS = ("inline_container", "PytorchStreamWriter")
+TORCH_WRITERS = ("inline_container", "PytorchStreamWriter", "basic_ios::clear", "iostream error")
+# A temporary name of ours: for which name, on which machine, by which process.
+TEMPORARY = re.compile(r"\.forgetless-(?:new|old)-([0-9a-f]{8})-([0-9a-f]{8})-(\d+)\.tmp")
+# Seconds after which what another machine left under a temporary name counts as left for good,
+# since nobody can ask there whether its process still runs: a week.
+LEFT_FOR_GOOD = 7 * 24 * 3600
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
+def atomic_path(path: str | Path, *, of: str | Path | None = None) -> Iterator[Path]:
     """A temporary path beside `path`; renamed to it when the block succeeds, removed when it does
     not (Ctrl-C included).
+
+    `of`: the output that it belongs to, beside which it lies, where that is not `path` itself.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(path, of=None if of is None else Path(of).name)
     try:
         with room_for(path):
             yield temporary
@@ -79,15 +91,67 @@ def _no_room(error: BaseException | None) -> str | None:
     return None
 
 
-def clear_temporaries(path: Path, *, folder: bool) -> None:
-    """Remove what killed processes left of unfinished files: anywhere in a folder, or beside a file
-    those of its own name. For whoever alone writes there.
+def temporary_beside(path: Path, *, of: str | None = None, kind: str = "new") -> Path:
+    """A name beside `path` that only this process uses, for what is not whole yet (`kind` "new") or
+    is being removed ("old").
+
+    It says for which output it is, the name of `path` or `of`, and is short however long that is:
+    a name may have 255 bytes.
     """
-    own = f".{glob.escape(path.name)}.*.tmp"
-    places = list(path.rglob(".*.tmp") if folder else path.parent.glob(own))
-    for place in places:
-        if re.fullmatch(r"\..+\.\d+\.tmp", place.name):
+    output = _short_hash(path.name if of is None else of)
+    return path.with_name(f".forgetless-{kind}-{output}-{machine()}-{os.getpid()}.tmp")
+
+
+@functools.cache
+def machine() -> str:
+    """8 hex digits that differ between machines, and between containers that do not see each
+    other's processes, even where they have one host name.
+    """
+    known = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        known.append(str(os.stat("/proc/self/ns/pid").st_ino))
+    with contextlib.suppress(OSError):
+        known.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii"))
+    return _short_hash("\n".join(known))
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(os.fsencode(text)).hexdigest()[:8]
+
+
+def clear_temporaries(path: Path, inside: Iterable[str] | None = None) -> None:
+    """Remove what processes of ours left unfinished when they were killed; what a process that
+    still runs is writing stays, and so does every file of another program.
+
+    That is what stands beside a file `path` for it; for a folder (`inside` is given) what lies in
+    it, and anywhere in those of its folders that are named there, which are ours alone.
+    """
+    if inside is None:
+        left = [each for each in _temporaries(path.parent) if each[1] == _short_hash(path.name)]
+    else:
+        left = [*_temporaries(path)]
+        for folder, _, _ in (step for name in inside for step in os.walk(path / name)):
+            left += _temporaries(Path(folder))
+    for place, _, where, number in left:
+        if _is_left(place, where, number):
             discard(place)
+
+
+def _temporaries(folder: Path) -> Iterator[tuple[Path, str, str, int]]:
+    """(place, hash of the name it is for, machine, process) of each temporary name in a folder."""
+    with contextlib.suppress(OSError):
+        for name in os.listdir(folder):
+            if match := TEMPORARY.fullmatch(name):
+                yield folder / name, match[1], match[2], int(match[3])
+
+
+def _is_left(place: Path, where: str, number: int) -> bool:
+    """Whether the process that wrote under a temporary name has gone."""
+    if where == machine():
+        return number != os.getpid() and not psutil.pid_exists(number)
+    with contextlib.suppress(OSError):
+        return time.time() - place.lstat().st_mtime > LEFT_FOR_GOOD
+    return False
 
 
 def discard(path: Path) -> None:
@@ -98,7 +162,7 @@ def discard(path: Path) -> None:
         path.unlink(missing_ok=True)
         return
     if not path.name.endswith(".tmp"):
-        path = path.replace(path.with_name(f".{path.name}.old.{os.getpid()}.tmp"))
+        path = path.replace(temporary_beside(path, kind="old"))
     shutil.rmtree(path, ignore_errors=True)
 
 

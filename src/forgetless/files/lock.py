@@ -10,7 +10,7 @@ The kernel holds the lock (filelock, by `flock`) and lets go of it when the proc
 ends. The file names the process and its host for the message, and is removed at the end. Where the
 file system or the platform has no flock, the file itself is the lock, and the log says so; one that
 a killed process of this host left is then taken over, and one of another host has to be removed by
-hand. Whoever has the lock removes the temporary files that killed processes left.
+hand. Whoever has the lock removes the temporary files of ours that killed processes left there.
 
 The processes that torchrun starts are one run: the first (RANK 0, or LOCAL_RANK where that alone is
 set) takes the lock for all of them.
@@ -34,7 +34,8 @@ from typing import Any
 import psutil
 from filelock import FileLock, Timeout
 
-from forgetless.files.atomic import clear_temporaries, room_for
+from forgetless.files.atomic import clear_temporaries, machine, room_for
+from forgetless.files.outputs import ours_in
 from forgetless.files.room import check_output_file, check_output_folder
 
 logger = logging.getLogger("forgetless")
@@ -47,8 +48,8 @@ UNSUPPORTED = {
     errno.EINVAL,
     errno.ENODEV,
 }
-# Seconds after which an empty lock file counts as left by a process that was killed before it could
-# write its name.
+# Seconds for which a lock file is watched before it counts as left by a process that was killed
+# before it could write its name. They are counted here: the clock of the machine may step.
 UNSIGNED = 10
 
 
@@ -58,18 +59,22 @@ class Holder:
 
     pid: Any
     host: Any
+    machine: Any
     since: Any
     began: Any
 
 
 @contextlib.contextmanager
-def only_writer(path: str | Path, *, folder: bool = True) -> Iterator[None]:
-    """Hold the lock of a folder, or of a file to write.
+def only_writer(
+    path: str | Path, *, folder: bool = True, becomes_folder: bool = False
+) -> Iterator[None]:
+    """Hold the lock of a folder, or of a file to write; `becomes_folder`: of a folder that is
+    written whole and put into its place as a file is, so that the lock cannot lie in it.
 
     Raises ValueError where nothing can be written there, and where another process is at it.
     """
     path = Path(path)
-    (check_output_folder if folder else check_output_file)(path)
+    (check_output_folder if folder or becomes_folder else check_output_file)(path)
     if not first_process():
         yield
         return
@@ -78,7 +83,7 @@ def only_writer(path: str | Path, *, folder: bool = True) -> Iterator[None]:
         held = _acquired(lock, path)
     try:
         with room_for(path):
-            clear_temporaries(path, folder=folder)
+            clear_temporaries(path, ours_in(path) if folder else None)
             yield
     finally:
         # Removed while it is held, so that whoever opened it meanwhile sees that it is gone.
@@ -193,6 +198,7 @@ def _mine() -> bytes:
     holder = Holder(
         pid=os.getpid(),
         host=socket.gethostname(),
+        machine=machine(),
         since=time.strftime("%Y-%m-%d %H:%M:%S"),
         began=_began(os.getpid()),
     )
@@ -216,19 +222,30 @@ def _refusal(path: Path, holder: Holder | None, advice: str) -> str:
 
 
 def _is_gone(holder: Holder | None, lock: Path) -> bool:
-    """Whether the writer of a lock file was a process of this host that has ended (its number may
-    be another's by now), or was killed before it wrote.
+    """Whether the writer of a lock file was a process of this machine that has ended (its number
+    may be another's by now), or was killed before it wrote.
     """
     if holder is not None:
-        here = bool(holder.host == socket.gethostname())
-        return here and _began(holder.pid) != holder.began
+        return bool(holder.machine == machine()) and _began(holder.pid) != holder.began
+    end = time.monotonic() + UNSIGNED
     with contextlib.suppress(FileNotFoundError):
-        return time.time() - lock.stat().st_mtime > UNSIGNED
+        first = lock.stat().st_ino
+        while lock.stat().st_ino == first and _holder(lock) is None:
+            if time.monotonic() >= end:
+                return True
+            time.sleep(0.1)
+        return False
     return True
 
 
 def _began(pid: Any) -> float | None:
-    """When a process was started; None where there is none of that number."""
+    """When a process was started, in a unit of the system's that no step of the clock changes;
+    None where there is none of that number.
+    """
+    with contextlib.suppress(OSError, ValueError, TypeError, IndexError):
+        # Ticks since the machine was started: field 22, counted behind the name in brackets.
+        stat = Path(f"/proc/{int(pid)}/stat").read_text(encoding="utf-8", errors="replace")
+        return float(stat.rpartition(")")[2].split()[19])
     try:
         return float(psutil.Process(pid).create_time())
     except (psutil.Error, TypeError, ValueError):

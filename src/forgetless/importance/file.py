@@ -36,6 +36,7 @@ from torch import Tensor
 
 from forgetless.errors import UNSAFE, FileError
 from forgetless.files.atomic import atomic_path
+from forgetless.files.outputs import check_new_file
 from forgetless.files.untrusted import JsonObject, cleaned, load_json
 from forgetless.importance import codec
 from forgetless.importance.calibration import Calibration
@@ -87,8 +88,10 @@ class Stored:
 def save(stored: Stored, path: str | Path) -> None:
     """Write an importance file atomically.
 
-    Raises ValueError on non-finite or negative values, naming the weight.
+    Raises ValueError on non-finite or negative values, naming the weight, and where another
+    program's file stands at `path`.
     """
+    check_new_file(path, is_importance, {})
     tensors, shared = _tensors(stored.entries, "the importance")
     gradients = stored.calibration.gradients if stored.calibration else {}
     for pairs, suffixes in ((stored.anchors, ANCHOR), (gradients, GRADIENT)):
@@ -99,6 +102,15 @@ def save(stored: Stored, path: str | Path) -> None:
     header = json.dumps(_header(stored, shared), sort_keys=True)
     with atomic_path(path) as temporary:
         save_file(tensors, str(temporary), metadata={"forgetless": header})
+
+
+def is_importance(path: str | Path) -> bool:
+    """Whether a file says that it is of ours; what else is in it is not looked at."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return "forgetless" in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
 
 
 def load(path: str | Path) -> Stored:

@@ -30,7 +30,9 @@ from forgetless.files.hub import (
     ready,
     shareable,
 )
-from forgetless.files.room import check_output_file, free_memory
+from forgetless.files.lock import only_writer
+from forgetless.files.outputs import check_new_file, local_paths
+from forgetless.files.room import free_memory
 from forgetless.files.untrusted import JsonObject
 from forgetless.importance import file
 from forgetless.importance.calibration import Calibration
@@ -261,8 +263,13 @@ def convert(path: str | Path, tier: str, out: str | Path) -> Importance:
 
     It is written to `out`. Raises OptionError or ValueError before anything is written.
     """
-    check_output_file(out)
     path = importance_path(path)
+    check_new_file(out, file.is_importance, local_paths({str(path): ""}))
+    with only_writer(out, folder=False):
+        return _in_tier(path, tier, out)
+
+
+def _in_tier(path: Path, tier: str, out: str | Path) -> Importance:
     importance = Importance.load(path)
     elements = sum(math.prod(entry.shape) for entry in importance.entries.values())
     needed, free = BYTES_TO_CONVERT * elements, free_memory()

@@ -30,6 +30,8 @@ from forgetless.importance.kept_answers import KeptAnswers
 from forgetless.model.loading import context_length
 from forgetless.options.tune import TuneOptions
 
+# What the model said itself, in the folder of the run: a resumed run reads it again.
+OWN_TEXT = "self.jsonl"
 # Answers that are replayed where --replay-documents does not say.
 OWN_ANSWERS = 256
 
@@ -120,7 +122,7 @@ def _own_documents(options: TuneOptions, model: nn.Module, tokenizer: Any) -> li
     """
     wanted = own_text(options, options.replay)
     assert wanted is not None  # what is no text and not the domain is the model's own
-    said = Path(options.out) / "self.jsonl"
+    said = Path(options.out) / OWN_TEXT
     answers = read_lines(said) if options.resume else []
     if not answers:
         asked = replace(wanted, answers=options.replay_documents or OWN_ANSWERS)

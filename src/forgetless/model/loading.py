@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from forgetless.errors import OptionError
-from forgetless.files.atomic import discard, room_for
+from forgetless.files.atomic import discard, room_for, temporary_beside
 from forgetless.options.model import ModelOptions
 
 
@@ -110,7 +110,7 @@ def save_whole(
     They are saved under a temporary name beside it, which is then renamed: a partial result is
     never taken for a complete one.
     """
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(folder)
     try:
         with room_for(folder):
             if save is not None:

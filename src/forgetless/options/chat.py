@@ -21,6 +21,7 @@ class ChatOptions(ModelOptions):
         group="model",
         positional=True,
         metavar="RUN",
+        reads=True,
     )
     adapter: str | None = same(EvalOptions, "adapter")
     tuned: str | None = same(EvalOptions, "tuned")
@@ -32,6 +33,7 @@ class ChatOptions(ModelOptions):
         "ask every prompt of a file (columns prompt or messages), and write --out",
         group="data",
         metavar="FILE",
+        reads=True,
     )
     system: str | None = option(None, "system prompt", group="data", metavar="TEXT")
     raw: bool = option(

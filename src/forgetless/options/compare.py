@@ -17,6 +17,7 @@ class CompareOptions:
         group="data",
         positional=True,
         metavar="EXPERIMENT.yaml",
+        reads=True,
     )
     out: str = option(
         "",
@@ -52,6 +53,7 @@ class ReportOptions:
         group="data",
         positional=True,
         metavar="DIR",
+        reads=True,
     )
     format: str = option(
         "html",

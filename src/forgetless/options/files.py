@@ -14,14 +14,14 @@ FILE = "importance file, its folder or a Hub name"
 class InspectOptions:
     """Options of `forgetless inspect`: what is in an importance file."""
 
-    file: str = option("", FILE, group="data", positional=True, metavar="FILE")
+    file: str = option("", FILE, group="data", positional=True, metavar="FILE", reads=True)
 
 
 @dataclass(frozen=True)
 class ConvertOptions:
     """Options of `forgetless convert`: an importance file in another form."""
 
-    file: str = option("", FILE, group="data", positional=True, metavar="FILE")
+    file: str = option("", FILE, group="data", positional=True, metavar="FILE", reads=True)
     tier: str = option(
         "", "f32, bf16, u8, u4, factored[:K], kronecker[:K]", group="output", metavar="TIER"
     )

@@ -14,10 +14,18 @@ class EvalOptions(TextOptions, ModelOptions):
     """Options of `forgetless eval`: what was learned, and what was lost."""
 
     adapter: str | None = option(
-        None, "PEFT adapter to compare with the bare base model", group="model", metavar="DIR"
+        None,
+        "PEFT adapter to compare with the bare base model",
+        group="model",
+        metavar="DIR",
+        reads=True,
     )
     tuned: str | None = option(
-        None, "fully fine-tuned model to compare with MODEL", group="model", metavar="DIR"
+        None,
+        "fully fine-tuned model to compare with MODEL",
+        group="model",
+        metavar="DIR",
+        reads=True,
     )
     data: str | None = option(
         None,
@@ -25,6 +33,7 @@ class EvalOptions(TextOptions, ModelOptions):
         group="data",
         decides=MEASURED,
         metavar="DATA",
+        reads=True,
     )
     data_split: str | None = option(
         None,
@@ -39,6 +48,7 @@ class EvalOptions(TextOptions, ModelOptions):
         group="measuring",
         decides=MEASURED,
         metavar="NAMES",
+        reads=True,
     )
     shots: int = option(
         0,
@@ -93,6 +103,7 @@ class ShrinkOptions(TextOptions, ModelOptions):
         "base model; default: the one that the adapter names",
         group="model",
         metavar="MODEL",
+        reads=True,
     )
     adapter: str = option(
         "",
@@ -100,12 +111,14 @@ class ShrinkOptions(TextOptions, ModelOptions):
         group="model",
         positional=True,
         metavar="ADAPTER",
+        reads=True,
     )
     importance: str | None = option(
         None,
         "importance file of `forgetless record` for the base model, its folder or a Hub name",
         group="holding",
         metavar="FILE",
+        reads=True,
     )
     budget: str | None = option(
         None,
@@ -120,6 +133,7 @@ class ShrinkOptions(TextOptions, ModelOptions):
         group="data",
         decides=MEASURED,
         metavar="DATA",
+        reads=True,
     )
     data_split: str | None = same(EvalOptions, "data_split")
     method: str = option(
@@ -155,7 +169,9 @@ class ShrinkOptions(TextOptions, ModelOptions):
 class MergeOptions:
     """Options of `forgetless merge`: an adapter made part of its base model."""
 
-    adapter: str = option("", "adapter folder", group="model", positional=True, metavar="ADAPTER")
+    adapter: str = option(
+        "", "adapter folder", group="model", positional=True, metavar="ADAPTER", reads=True
+    )
     out: str = option("", "folder to write", group="output", decides=RUNNING, metavar="DIR")
     dtype: str | None = option(
         None,

@@ -21,7 +21,12 @@ class ModelOptions:
     """What every verb that loads a model accepts."""
 
     model: str = option(
-        "", "model: a Hub name or a local folder", group="model", positional=True, metavar="MODEL"
+        "",
+        "model: a Hub name or a local folder",
+        group="model",
+        positional=True,
+        metavar="MODEL",
+        reads=True,
     )
     revision: str | None = option(None, "Hub revision of the model", group="model")
     dtype: str = option(
@@ -89,6 +94,7 @@ class TextOptions:
         group="data",
         decides=MEASURED,
         metavar="TEXT",
+        reads=True,
     )
     text_column: str | None = option(
         None,
@@ -103,6 +109,7 @@ class TextOptions:
         group="data",
         later=True,
         metavar="FILE",
+        reads=True,
     )
     answers: int = option(
         64,

@@ -61,13 +61,15 @@ def option(
     positional: bool = False,
     metavar: str | None = None,
     repeated: bool = False,
+    reads: bool = False,
 ) -> Any:
     """A dataclass field with all that is to be known about an option.
 
     `group` is one of GROUPS, `decides` one of RESULT, MEASURED and RUNNING; `at_least`, `above` and
     `below` are bounds of a number. `later`: the option came after the first comparisons, so the
     address of a run holds it only where it was given (compare/experiment.py). `repeated`: it may be
-    given several times; the values are joined by commas.
+    given several times; the values are joined by commas. `reads`: the value names what is read, or
+    several with commas, which may lie on this machine and must not be written over.
     """
     assert group in GROUPS and decides in (RESULT, MEASURED, RUNNING)
     metadata = {
@@ -82,6 +84,7 @@ def option(
         "positional": positional,
         "metavar": metavar,
         "repeated": repeated,
+        "reads": reads,
     }
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)

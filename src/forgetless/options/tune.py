@@ -30,6 +30,7 @@ class TuneOptions(AdapterOptions, TextOptions, ModelOptions):
         group="data",
         metavar="DATA",
         repeated=True,
+        reads=True,
     )
     data_split: str = option("train", "split of a Hub dataset", group="data")
     importance: str | None = option(
@@ -38,6 +39,7 @@ class TuneOptions(AdapterOptions, TextOptions, ModelOptions):
         "is plain fine-tuning",
         group="holding",
         metavar="FILE",
+        reads=True,
     )
     out: str = option(
         "",
@@ -53,6 +55,7 @@ class TuneOptions(AdapterOptions, TextOptions, ModelOptions):
         group="sequence",
         later=True,
         metavar="RUN",
+        reads=True,
     )
     consolidate: str | None = option(
         None,
@@ -98,6 +101,7 @@ class TuneOptions(AdapterOptions, TextOptions, ModelOptions):
         "importance file (kl)",
         group="method",
         metavar="TEXT",
+        reads=True,
     )
     replay_documents: int | None = option(
         None,
@@ -248,6 +252,7 @@ class TuneOptions(AdapterOptions, TextOptions, ModelOptions):
         decides=MEASURED,
         metavar="DATA",
         repeated=True,
+        reads=True,
     )
     eval_split: str | None = option(
         None,
@@ -269,6 +274,7 @@ class TuneOptions(AdapterOptions, TextOptions, ModelOptions):
         group="measuring",
         decides=MEASURED,
         metavar="NAMES",
+        reads=True,
     )
     behaviours: int | None = option(
         None,

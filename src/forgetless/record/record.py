@@ -27,8 +27,10 @@ from torch import nn
 
 from forgetless.files.hub import ready
 from forgetless.files.lock import only_writer
+from forgetless.files.outputs import check_new_file, local_inputs
 from forgetless.files.provenance import environment
 from forgetless.importance.controls import uniform
+from forgetless.importance.file import is_importance
 from forgetless.importance.importance import Importance, push_importance
 from forgetless.importance.info import BaseModel, Origin
 from forgetless.model import distributed
@@ -61,6 +63,8 @@ def record(options: RecordOptions) -> Importance:
     """
     distributed.start(options.device)
     check_record_options(options)
+    check_new_file(options.out, is_importance, local_inputs(options))
+    recording_state.check_place(options)
     repository = _repository(options)
     with only_writer(options.out, folder=False):
         tokenizer = load_tokenizer(options)

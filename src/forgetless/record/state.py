@@ -14,6 +14,7 @@ made with other options, by another number of processes, or from other text.
 from __future__ import annotations
 
 import logging
+import zipfile
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from forgetless.errors import OptionError
 from forgetless.files.atomic import atomic_path
+from forgetless.files.outputs import check_new_file, local_inputs
 from forgetless.files.untrusted import JsonObject
 from forgetless.importance.calibration import MeasuredUpdate
 from forgetless.model import distributed
@@ -87,13 +89,20 @@ def comparable(options: RecordOptions) -> JsonObject:
     return {name: value for name, value in as_dict(options).items() if name not in free}
 
 
+def check_place(options: RecordOptions) -> None:
+    """Raise where the state would be written over an input, or over another program's file."""
+    # With --resume it is read, and refused there where it is no state.
+    is_state = (lambda path: True) if options.resume else zipfile.is_zipfile
+    check_new_file(place(options), is_state, local_inputs(options))
+
+
 def write(options: RecordOptions, state: State) -> None:
     """Save `state`, whole or not at all."""
     held = dict(vars(state))
     if isinstance(state, CalibratedState):
         held["calibrated"] = [update.plain() for update in state.calibrated]
     plain = {"options": comparable(options), **held, "processes": distributed.world_size()}
-    with atomic_path(place(options)) as temporary:
+    with atomic_path(place(options), of=options.out) as temporary:
         torch.save(plain, temporary)
         distributed.barrier()  # all states are renamed at about the same moment
 

@@ -23,7 +23,8 @@ from markupsafe import Markup
 
 from forgetless.files.atomic import atomic_path
 from forgetless.files.compare_json import Comparison
-from forgetless.files.room import check_output_file
+from forgetless.files.lock import only_writer
+from forgetless.files.outputs import check_new_file
 from forgetless.options.compare import ReportOptions
 from forgetless.report import numbers
 from forgetless.report.contents import label, load_contents, recorded_text
@@ -41,6 +42,10 @@ from forgetless.report.summary import headlines, hidden_at_first
 
 # Where the template, its styles and its script lie.
 HERE = Path(__file__).parent
+# What every report says of itself, so that it may be written over by the next one.
+MADE = "made by forgetless report"
+# Bytes at the beginning and at the end of a file that are searched for that.
+LOOKED_AT = 4096
 
 
 def report(options: ReportOptions) -> None:
@@ -55,16 +60,28 @@ def report(options: ReportOptions) -> None:
         print(markdown(contents), end="")
         return
     path = Path(options.out) if options.out else folder / "report.html"
-    check_output_file(path)
-    print(write_report(contents, path, form=options.format))
+    check_new_file(path, is_report, {})
+    with only_writer(path, folder=False):
+        written = write_report(contents, path, form=options.format)
+    print(written)
 
 
 def write_report(contents: Comparison, path: str | Path, *, form: str = "html") -> Path:
     """Write the report, whole or not at all; `form` is html or markdown."""
     shown = page(contents) if form == "html" else markdown(contents)
+    if form != "html":
+        shown += f"\n<!-- {MADE} -->\n"
     with atomic_path(path) as temporary:
         temporary.write_text(shown, encoding="utf-8", newline="\n")
     return Path(path)
+
+
+def is_report(path: Path) -> bool:
+    """Whether a file is a report of ours, as it says near its beginning or at its end."""
+    with open(path, "rb") as file:
+        start = file.read(LOOKED_AT)
+        file.seek(max(0, path.stat().st_size - LOOKED_AT))
+        return MADE.encode() in start or MADE.encode() in file.read()
 
 
 def page(contents: Comparison) -> str:

@@ -3,13 +3,14 @@ domains with their held-out rows written.
 
     plan = planned(options)      # OptionError or ValueError, or a Plan
 
-It writes DIR/config.yaml, DIR/inputs.json and DIR/data/, and with --overwrite removes what an
+It writes DIR/resolved.yaml, DIR/inputs.json and DIR/data/, and with --overwrite removes what an
 earlier run left.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from forgetless.data.tasks import find_task
 from forgetless.errors import OptionError
 from forgetless.files.atomic import discard, write_json, write_text
 from forgetless.files.hub import importance_path
+from forgetless.files.outputs import RESOLVED, claim, local_inputs, ours_in
 from forgetless.methods.table import chosen
 from forgetless.model import distributed
 from forgetless.options.methods import METHODS
@@ -100,12 +102,13 @@ def planned(options: TuneOptions) -> Plan:
     _check_behaviours(options)
     _check_names(options)
     _check_methods(options)
-    _check_importance(options, out)
     _check_folder(options, out)
     domains = named(options, out, taken=[domain.name for domain in before])
     given = _check_rows(options, before, domains, out)
+    if options.overwrite and not options.resume:
+        _remove_earlier_run(out, domains)
     write_json(out / INPUTS, given)
-    write_text(out / "config.yaml", yaml.safe_dump(as_dict(options), sort_keys=False))
+    write_text(out / RESOLVED, yaml.safe_dump(as_dict(options), sort_keys=False))
     if options.importance:
         options = replace(options, importance=str(importance_path(options.importance)))
     return Plan(replace(options, push_to_hub=None, private=None), out, domains, before, start)
@@ -192,29 +195,39 @@ def _check_methods(options: TuneOptions) -> None:
         )
 
 
-def _check_importance(options: TuneOptions, out: Path) -> None:
-    if options.importance and Path(options.importance).resolve() == (out / IMPORTANCE).resolve():
-        raise OptionError(
-            f"--importance '{options.importance}' lies where this run writes what its last step "
-            "was held by; copy it to another place"
-        )
-
-
 def _check_folder(options: TuneOptions, out: Path) -> None:
-    """Refuse a folder that holds another run; with --overwrite, remove what it left."""
+    """Refuse a folder that holds another run, an input or something that we did not write.
+
+    Nothing is removed yet.
+    """
+    names = [RESOLVED, INPUTS, "run.json", "steps", "final", IMPORTANCE]
+    if not options.eval_data:
+        names.append("data")
+    claim(out, "tune", names, local_inputs(options))
     if options.resume:
         # What the earlier domains were measured on must not change for the later ones.
         check_resumed(options, out, measured=True)
         return
-    if not (out / "config.yaml").exists():
-        return
-    if not options.overwrite:
+    if (out / RESOLVED).exists() and not options.overwrite:
         run = "an unfinished run; go on with --resume"
         if (out / "run.json").exists():
             run = "a finished run"
         raise ValueError(f"'{out}' holds {run}; give another --out, or --overwrite")
-    for name in ("run.json", "steps", "data", "final", IMPORTANCE, INPUTS):
+
+
+def _remove_earlier_run(out: Path, domains: tuple[Domain, ...]) -> None:
+    """Remove what the run that is overwritten left, now that everything was read.
+
+    In data/ that are the files of domains that this run does not have; what else somebody has put
+    there stays.
+    """
+    for name in {"run.json", "steps", "final", IMPORTANCE, INPUTS} & set(ours_in(out)):
         discard(out / name)
+    written = {place for domain in domains for place in (domain.train, domain.held)}
+    for path in (out / "data").glob("*.jsonl") if "data" in ours_in(out) else ():
+        of_ours = re.fullmatch(r"\d+-.+\.(train|held)\.jsonl", path.name)
+        if of_ours and not any(place.endswith(str(path.resolve())) for place in written):
+            discard(path)
 
 
 def _check_rows(

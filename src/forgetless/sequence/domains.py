@@ -62,7 +62,8 @@ def named(options: TuneOptions, out: Path, *, taken: Sequence[str] = ()) -> tupl
             domains.append(_as_given(spec, given[number - 1], options, name))
         else:
             start = out / "data" / f"{number}-{name}"
-            domains.append(Domain(name, *_parted(spec, options.data_split, start)))
+            anew = options.overwrite and not options.resume
+            domains.append(Domain(name, *_parted(spec, options.data_split, start, anew)))
     return tuple(domains)
 
 
@@ -135,9 +136,9 @@ def _domain_of_run(folder: Path, then: JsonObject) -> Domain:
     return Domain(name, train, train, held_split=split, split=split)
 
 
-def _parted(spec: str, split: str, start: Path) -> tuple[str, str]:
+def _parted(spec: str, split: str, start: Path, anew: bool) -> tuple[str, str]:
     """Training and held-out rows of a domain as two files, written anew each time: the same from
-    the same data. Raises ValueError where they were others.
+    the same data. Raises ValueError where they were others, unless the run starts `anew`.
     """
     task = find_task(spec)
     rows: Sequence[Row]
@@ -153,8 +154,8 @@ def _parted(spec: str, split: str, start: Path) -> tuple[str, str]:
         len(held),
         len(rows),
     )
-    train = _write_rows(spec, start, "train", [line for line in lines if line not in held])
-    kept = _write_rows(spec, start, "held", [line for line in lines if line in held])
+    train = _write_rows(spec, start, "train", [line for line in lines if line not in held], anew)
+    kept = _write_rows(spec, start, "held", [line for line in lines if line in held], anew)
     prefix = f"{task[0].name}=" if task else ""
     return f"{prefix}{train}", f"{prefix}{kept}"
 
@@ -171,10 +172,10 @@ def _chosen_to_hold(spec: str, lines: Sequence[str]) -> set[str]:
     return held
 
 
-def _write_rows(spec: str, start: Path, part: str, lines: Sequence[str]) -> Path:
+def _write_rows(spec: str, start: Path, part: str, lines: Sequence[str], anew: bool) -> Path:
     path = start.with_name(f"{start.name}.{part}.jsonl").resolve()
     text = "\n".join(lines) + "\n"
-    if path.exists() and path.read_text(encoding="utf-8") != text:
+    if not anew and path.exists() and path.read_text(encoding="utf-8") != text:
         raise ValueError(
             f"'{spec}' is no longer what this run was started with ({path}); give the same "
             "data, or start again with --overwrite"

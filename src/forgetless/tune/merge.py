@@ -8,9 +8,12 @@ It is for whoever wants no adapter: the result loads with transformers alone, wi
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from forgetless.errors import FileError
+from forgetless.files.lock import only_writer
 from forgetless.files.room import check_output_folder
 from forgetless.model.adapter_files import checked_adapter, load_tuned
 from forgetless.model.loading import load_tokenizer, save_whole
@@ -37,7 +40,17 @@ def merge(adapter: str, out: str, *, dtype: str | None = None) -> None:
     check_output_folder(out)
     if any(Path(out).iterdir()):
         raise ValueError(f"'{out}' is not empty; give a new folder")
-    model = load_tuned(options, adapter).merge_and_unload()
-    save_whole(model, load_tokenizer(options), Path(out))
-    write_merged_card(out, adapter, options.model)
+    with only_writer(out, folder=False, becomes_folder=True):
+        model = load_tuned(options, adapter).merge_and_unload()
+        save_whole(model, load_tokenizer(options), Path(out), _with_card(adapter, options.model))
     logger.info("merged %s into %s: %s", adapter, options.model, out)
+
+
+def _with_card(adapter: str, base: str) -> Callable[[Any, Path], None]:
+    """How a merged model is saved: with its card, so that the folder is whole or not there."""
+
+    def save(model: Any, folder: Path) -> None:
+        model.save_pretrained(str(folder))
+        write_merged_card(folder, adapter, base)
+
+    return save

@@ -15,10 +15,13 @@ from pathlib import Path
 
 import yaml
 
+from forgetless.data.own_text import OWN_KINDS
 from forgetless.errors import OptionError
 from forgetless.files.atomic import discard, read_json, write_json, write_text
+from forgetless.files.outputs import RESOLVED, claim, local_inputs
+from forgetless.methods.replay_text import OWN_TEXT
 from forgetless.model import distributed
-from forgetless.options.option import MEASURED, RUNNING, as_dict, deciding, read_yaml
+from forgetless.options.option import MEASURED, RUNNING, as_dict, deciding, read_yaml, several
 from forgetless.options.tune import TuneOptions
 
 # What the data of a run were when it was started: name -> sha256 of the rows.
@@ -26,11 +29,12 @@ INPUTS = "inputs.json"
 
 
 def check_folder(options: TuneOptions, out: Path) -> None:
-    """Refuse a folder that holds another run; remove what is not to be gone on with.
+    """Refuse a folder that holds another run, an input or something that we did not write.
 
-    What a kill left of a checkpoint is removed, and with --overwrite all checkpoints. Raises
-    ValueError, or OptionError where the run in it was started with other options.
+    Nothing is removed yet. Raises ValueError, or OptionError where the run in it was started with
+    other options or would be written over an input.
     """
+    claim(out, "tune", _names_to_write(options), local_inputs(options))
     if options.resume:
         check_resumed(options, out)
     if (out / "run.json").exists() and not (options.overwrite or options.resume):
@@ -41,11 +45,16 @@ def check_folder(options: TuneOptions, out: Path) -> None:
             "again with --overwrite"
         )
     distributed.barrier()  # before anything is written, every process has looked
-    if distributed.first():
-        if not options.resume:
-            discard(out / "checkpoints")
-        clear_checkpoints(out / "checkpoints")
-    distributed.barrier()
+
+
+def _names_to_write(options: TuneOptions) -> list[str]:
+    """The names of what a run on one domain writes in its folder."""
+    names = [RESOLVED, INPUTS, "run.json", "checkpoints", "final"]
+    if options.budget:
+        names.append("unscaled")
+    if set(several(options.replay)) & set(OWN_KINDS):
+        names.append(OWN_TEXT)
+    return names
 
 
 def check_resumed(options: TuneOptions, out: Path, *, measured: bool = False) -> None:
@@ -54,7 +63,7 @@ def check_resumed(options: TuneOptions, out: Path, *, measured: bool = False) ->
 
     With `measured`, neither may those change that decide what it is measured on.
     """
-    path = out / "config.yaml"
+    path = out / RESOLVED
     if not path.is_file():
         return
     then, now = read_yaml(path), as_dict(options)
@@ -78,7 +87,7 @@ def check_resumed(options: TuneOptions, out: Path, *, measured: bool = False) ->
 def check_inputs(hashes: Mapping[str, str], out: Path) -> None:
     """Raise ValueError where the data of a resumed run is not what it was started with.
 
-    `hashes` are compared with those in INPUTS, which lies beside config.yaml.
+    `hashes` are compared with those in INPUTS, which lies beside RESOLVED.
     """
     then = read_json(out / INPUTS) if (out / INPUTS).is_file() else {}
     changed = sorted(name for name, digest in hashes.items() if then.get(name, digest) != digest)
@@ -90,16 +99,20 @@ def check_inputs(hashes: Mapping[str, str], out: Path) -> None:
 
 
 def begin(options: TuneOptions, hashes: Mapping[str, str], out: Path) -> None:
-    """Write what the run is started with: its options and the hashes of its data.
+    """Write what the run is started with, now that everything was read: its options and the hashes
+    of its data.
 
-    The run.json of a run that is overwritten is removed, since it must not stand for this one.
+    The run.json and the checkpoints of a run that is overwritten are removed, since they must not
+    stand for this one, and so is what a kill left of a checkpoint.
     """
     if not distributed.first():
         return
     if not options.resume:
         discard(out / "run.json")
+        discard(out / "checkpoints")
+    clear_checkpoints(out / "checkpoints")
     write_json(out / INPUTS, dict(hashes))
-    write_text(out / "config.yaml", yaml.safe_dump(as_dict(options), sort_keys=False))
+    write_text(out / RESOLVED, yaml.safe_dump(as_dict(options), sort_keys=False))
 
 
 def last_checkpoint(out: Path) -> str | None:

@@ -8,7 +8,7 @@ adapter, train with TRL's SFTTrainer while the penalty pulls, measure again, wri
                         forgetless
     DIR/unscaled/       with --budget: the same as trained, before it was made to fit
     DIR/checkpoints/    the trainer's, for --resume
-    DIR/config.yaml     the resolved options
+    DIR/resolved.yaml   the resolved options, valid as --config
     DIR/inputs.json     hashes of the data, which a resumed run must find unchanged
     DIR/run.json        configuration, environment, data, before, after, forgetting, learning,
                         moved, log
