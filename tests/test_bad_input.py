@@ -225,6 +225,40 @@ def test_models(fails, model_folder, text_file, tmp_path):
     fails(["record", model_folder, *given], 1, "cannot load", "config.json")
 
 
+def test_a_base_is_bare_whole_and_no_pickle(fails, model_folder, text_file, tmp_path, tiny):
+    """With an adapter beside it, the adapter was loaded, measured as forgetting and thrown away; a
+    base that lacked tensors ran with random ones; a pickle was opened.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    evaluate = ["eval", model_folder, "--general", text_file]
+    weights = model_folder / "model.safetensors"
+    tensors = load_file(weights)
+    lost = "model.layers.1.self_attn.q_proj.weight"
+    torch.save(tensors, model_folder / "pytorch_model.bin")
+    rest = {name: tensor for name, tensor in tensors.items() if name != lost}
+    save_file(rest, weights, metadata={"format": "pt"})
+    fails(evaluate, 1, "lacks 1 of the model's tensors", lost, "random")
+    weights.unlink()
+    fails(evaluate, 1, "Pickles (pytorch_model.bin) are not opened", "save_pretrained")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    adapted = get_peft_model(tiny(), LoraConfig(target_modules=["q_proj"]))
+    adapted.save_pretrained(model_folder)
+    i = tmp_path / "i.safetensors"
+    for words in (
+        evaluate,
+        ["tune", model_folder, "--data", text_file, "--out", tmp_path / "run"],
+        ["record", model_folder, "--general", text_file, "--out", i],
+        ["eval", tmp_path / "bare", "--tuned", model_folder, "--general", text_file],
+    ):
+        if not (tmp_path / "bare").exists():
+            tiny().save_pretrained(tmp_path / "bare")
+            for file in model_folder.glob("tokenizer*"):
+                shutil.copy(file, tmp_path / "bare")
+        fails(words, 1, "holds both a model (config.json) and an adapter")
+    assert not i.exists()
+
+
 def test_places(fails, importance_file, model_folder, text_file, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     below = tmp_path / "file" / "below"

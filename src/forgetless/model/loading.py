@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,23 +48,48 @@ def seed_and_threads(options: ModelOptions) -> None:
 
 
 def load_model(options: ModelOptions, name: str | None = None) -> nn.Module:
-    """The causal LM `name` (default `options.model`), in eval mode.
+    """The causal LM `name` (default `options.model`), bare and whole, in eval mode.
 
-    Raises ValueError when it is not there.
+    Raises ValueError when it is not there, when tensors are missing in its files, when they are
+    pickles, and when an adapter lies beside them.
     """
     from transformers import AutoModelForCausalLM
 
     dtype = "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
-    settings: dict[str, Any] = {"dtype": dtype}
+    settings: dict[str, Any] = {
+        "dtype": dtype,
+        "use_safetensors": True,  # a pickle can run code, however it is read
+        "output_loading_info": True,
+    }
     if options.quantize != "none":
         settings["quantization_config"] = _quantization(options)
         settings["device_map"] = {"": device_of(options)}
-    model: nn.Module = _from_pretrained(
-        AutoModelForCausalLM, name or options.model, options, settings
-    )
+    name = name or options.model
+    model: nn.Module
+    model, loaded = _from_pretrained(AutoModelForCausalLM, name, options, settings)
+    _check_bare_and_whole(name, model, loaded)
     if options.quantize == "none":
         model = model.to(device_of(options))
     return model.eval()
+
+
+def _check_bare_and_whole(name: str, model: nn.Module, loaded: Mapping[str, Any]) -> None:
+    """Raise ValueError where `model` is not what its files hold: an adapter was put on, or what the
+    files lack was drawn at random. `loaded` is what transformers says of the loading.
+    """
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            f"'{name}' holds both a model (config.json) and an adapter (adapter_config.json), and "
+            "transformers loads them as one; expected the bare base: move the adapter to a folder "
+            "of its own, or remove its two files"
+        )
+    missing = sorted(loaded["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"'{name}' lacks {len(missing)} of the model's tensors, first '{missing[0]}', which "
+            "would be random numbers; is the model whole, and a causal language model? Download it "
+            "again, or give another"
+        )
 
 
 def load_empty(options: ModelOptions) -> nn.Module:
@@ -151,6 +176,12 @@ def _from_pretrained(kind: Any, name: str, options: ModelOptions, settings: dict
         if os.environ.get("HF_HUB_OFFLINE") == "1":
             offline = " (offline mode is on: HF_HUB_OFFLINE)"
         first = str(error).strip().splitlines()[0]
+        if settings.get("use_safetensors") and "safetensors" in first:
+            raise ValueError(
+                f"cannot load '{name}'{offline}: {first}; expected weights as safetensors. Pickles "
+                "(pytorch_model.bin) are not opened; convert them where you trust them: "
+                "AutoModelForCausalLM.from_pretrained(NAME).save_pretrained(FOLDER)"
+            ) from error
         raise ValueError(
             f"cannot load '{name}'{offline}: {first}; check the name, the connection or your "
             "access, or give a local folder"
