@@ -3,6 +3,7 @@ presets.
 """
 
 import dataclasses
+import re
 import subprocess
 import sys
 
@@ -242,6 +243,7 @@ def test_what_an_option_decides():
 def test_progress_bars_are_for_terminals(
     model_folder, text_file, tmp_path, capsys, monkeypatch, terminal
 ):
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
     common = [
         "--max-steps",
@@ -290,7 +292,14 @@ def test_progress_bars_are_for_terminals(
     ]
     assert main([*words, *common]) == 0
     tuning = capsys.readouterr().err
-    assert ("2/2" in tuning and "energy=" in tuning and "pull=" in tuning) is terminal
+    plain = re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", tuning)
+    lines = [line.split() for line in plain.splitlines()]
+    assert ["step", "loss", "rate", "energy", "tokens/s", "left"] in lines
+    assert any(line[:1] == ["2/2"] for line in lines) and "{'loss'" not in tuning
+    assert ("2/2 steps" in tuning) is terminal
+    assert ("\x1b" in tuning or "\r" in tuning) is terminal
+    assert main([*words, *common, "--overwrite", "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_verbs_that_do_not_share_work_are_refused_under_a_launcher(monkeypatch, tmp_path, capsys):

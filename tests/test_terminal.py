@@ -1,11 +1,13 @@
 """Tables and progress bars in a terminal."""
 
 import io
+import logging
 import sys
 
 import pytest
 
-from forgetless.report.terminal import progress, table
+from forgetless.report import terminal as console
+from forgetless.report.terminal import progress, say, table
 
 
 class Terminal(io.StringIO):
@@ -72,7 +74,46 @@ def test_bars_nest(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stderr", terminal)
     with progress("outer", 2) as outer:
-        with progress("inner", 2, leave=False) as inner:
+        with progress("inner", 2) as inner:
             inner.advance(2)
         outer.advance(2)
     assert "inner" in terminal.getvalue() and "outer" in terminal.getvalue()
+
+
+def test_a_line_stands_above_the_bar(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with progress("working", 2) as bar:
+        bar.advance()
+        say("step 1 [done]")
+        bar.advance()
+    shown = terminal.getvalue()
+    assert "step 1 [done]\n" in shown and shown.rindex("working") > shown.index("step 1")
+
+
+def test_elsewhere_a_loop_says_now_and_then_how_far_it_is(monkeypatch, capsys):
+    clock = iter(range(0, 1000, 20))
+    monkeypatch.setattr(console.time, "monotonic", lambda: float(next(clock)))
+    with progress("sampling", 8, unit="answer") as bar:
+        for _ in range(4):
+            with progress("inner", 1) as inner:
+                inner.advance()
+            bar.advance(2)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "sampling: 2 of 8 answers, about 3 min 0 s left"
+    assert lines[-1].startswith("sampling: 8 answers in") and len(lines) == 5
+
+
+def test_quick_loops_and_quiet_ones_say_nothing(monkeypatch, capsys):
+    with progress("working", 2) as bar:
+        bar.advance(2)
+    logger = logging.getLogger("forgetless")
+    monkeypatch.setattr(logger, "level", logging.WARNING)
+    monkeypatch.setattr(console, "SAID_FROM", 0)
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with progress("working", 2) as bar:
+        bar.advance(2)
+    say("a line")
+    assert capsys.readouterr().err == "" and terminal.getvalue() == ""

@@ -22,6 +22,7 @@ from forgetless.options.command_line import program_parser, verb_parser
 from forgetless.options.option import read_yaml
 from forgetless.options.reference import resolved
 from forgetless.options.verbs import VERBS
+from forgetless.report.terminal import write_message
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words.remove(name)
     given = vars(verb_parser(name).parse_args(words))
     debug, quiet = given.pop("debug", False), given.pop("quiet", False)
-    _quiet_hosts()
+    _quiet_hosts(bars=sys.stderr.isatty() and not quiet)
     _log_to_terminal(logging.WARNING if quiet else logging.INFO)
     try:
         return _performed(name, given)
@@ -100,19 +101,31 @@ class Printable(logging.Formatter):
 
 def _log_to_terminal(level: int) -> None:
     """What the program logs goes to standard error, from `level` on; of others only warnings."""
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING, handlers=[AboveBars()])
     for handler in logging.getLogger().handlers:
         handler.setFormatter(Printable("%(message)s"))
     logging.getLogger("forgetless").setLevel(level)
 
 
-def _quiet_hosts() -> None:
+class AboveBars(logging.Handler):
+    """Messages on standard error, above the bars where some are drawn."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            write_message(self.format(record))
+        except Exception:
+            self.handleError(record)
+
+
+def _quiet_hosts(*, bars: bool) -> None:
     """Silence the hosts' progress bars where nobody watches, and their announcements of what they
     will rename.
     """
-    if not sys.stderr.isatty():
+    if not bars:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        if "transformers" in sys.modules:  # which read the environment when it was imported
+            resolved("transformers.utils.logging:disable_progress_bar")()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     # On a CPU it announces a kernel that it can do without.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

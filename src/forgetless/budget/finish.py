@@ -20,9 +20,10 @@ of the check part.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -33,8 +34,10 @@ from forgetless.budget.budget import Budget, documents_to_decide, verdict_on
 from forgetless.budget.learning import Learning
 from forgetless.budget.scan import (
     EACH,
+    FRACTIONS,
     NO_UPDATE,
     OTHERS,
+    REFINED,
     Planner,
     Scan,
     ScanPoint,
@@ -53,7 +56,9 @@ from forgetless.files.budget_json import (
 from forgetless.files.measured_json import DIVERGENCE, Change, Interval
 from forgetless.files.schema import GENERAL
 from forgetless.importance.calibration import Calibration
+from forgetless.model import distributed
 from forgetless.report.numbers import perplexity_percent
+from forgetless.report.terminal import progress
 
 logger = logging.getLogger("forgetless")
 # The verdicts, each worse than the one before.
@@ -81,6 +86,17 @@ def keep_budget(
     Leaves the model at the fraction that was checked last; returns what run.json holds under
     `budget`.
     """
+    with _counted(ways) as counted:
+        return _kept_budget(baseline, model, counted, learning, among)
+
+
+def _kept_budget(
+    baseline: Baseline,
+    model: nn.Module,
+    ways: Ways,
+    learning: Learning | None,
+    among: Sequence[str] | None,
+) -> BudgetReport:
     limit = baseline.budget.nats
     scans = _scanned(baseline, model, ways, learning)
     points = [point for way in among or ways for point in scans[way].points]
@@ -114,6 +130,25 @@ def keep_budget(
     return _with_choice(report, baseline.budget, chosen, scans, points, learning)
 
 
+@contextlib.contextmanager
+def _counted(ways: Ways) -> Iterator[Ways]:
+    """The ways with one progress for all: each fraction that one of them is asked for is then
+    measured. There are at most so many, mostly fewer.
+    """
+    most = len(ways) * (len(FRACTIONS) + REFINED) + 1
+    label = "finding what keeps the budget"
+    with progress(label, most, unit="fraction", shown=distributed.first()) as bar:
+
+        def counting(apply: Callable[[float], None]) -> Callable[[float], None]:
+            def applied(fraction: float) -> None:
+                bar.advance()
+                apply(fraction)
+
+            return applied
+
+        yield {way: counting(apply) for way, apply in ways.items()}
+
+
 def _interval_of(baseline: Baseline, rise: Rise) -> Interval:
     """The rise as a file has it, which says where it is a divergence."""
     own = isinstance(baseline.control, PairedAnswers)
@@ -126,7 +161,8 @@ def keep_predicted(
     """As `keep_budget` with a `predicted.Forecast` in place of the baseline: nothing is measured
     but the learning, so nothing can be checked.
     """
-    scans = _scanned(forecast, model, ways, learning)
+    with _counted(ways) as counted:
+        scans = _scanned(forecast, model, counted, learning)
     points = [point for scan in scans.values() for point in scan.points]
     chosen = choose_point(points, forecast.budget.nats, replace(NO_UPDATE, way=list(ways)[-1]))
     ways[chosen.way](chosen.fraction)

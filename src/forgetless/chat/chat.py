@@ -134,7 +134,7 @@ def _answer_all(
     for speaker in speakers:
         with (
             speaker.speaking() as model,
-            progress(speaker.name, len(openings), unit="answer", leave=False) as bar,
+            progress(speaker.name, len(openings), unit="answer") as bar,
         ):
             answers = sample(
                 model,

@@ -102,7 +102,7 @@ class AskedBase:
             len(self.openings),
             self.length,
         )
-        with progress("sampling", len(self.openings), unit="answer", leave=False) as bar:
+        with progress("sampling", len(self.openings), unit="answer") as bar:
             answers = sample(
                 tuned,
                 tokenizer,

@@ -199,7 +199,7 @@ def text_loss(
     windows = sorted(_windows(encoded, window, stride), key=lambda each: -len(each.ids))
     nats = np.zeros(len(encoded))
     tokens = np.zeros(len(encoded))
-    with evaluating(model), progress(label, len(windows), unit="window", leave=False) as bar:
+    with evaluating(model), progress(label, len(windows), unit="window") as bar:
         start = 0
         while start < len(windows):
             group = windows[start : start + max(1, batch_tokens // len(windows[start].ids))]

@@ -189,7 +189,7 @@ def _complete(
     )
     # A line that an interruption cut off would spoil the one that follows it.
     path.write_text(write_lines(known), encoding="utf-8")
-    bar = progress("sampling", len(missing), unit="answer", leave=False)
+    bar = progress("sampling", len(missing), unit="answer")
     with bar as moved, path.open("a", encoding="utf-8") as file:
 
         def keep(answers: list[Answer]) -> None:

@@ -23,7 +23,7 @@ from accelerate.data_loader import SeedableRandomSampler
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import (
-    ProgressCallback,
+    PrinterCallback,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -35,6 +35,7 @@ from forgetless.model.linear import unwrapped
 from forgetless.model.loading import context_length
 from forgetless.options.tune import TuneOptions
 from forgetless.penalty.callback import check_gradients
+from forgetless.tune.log_lines import LogLines
 from forgetless.tune.rows import Rows
 from forgetless.tune.run_folder import clear_checkpoints
 
@@ -64,33 +65,6 @@ def _all_finite(model: nn.Module) -> bool:
     return all(
         bool(torch.isfinite(shards.local(p)).all()) for p in model.parameters() if p.requires_grad
     )
-
-
-# What the bar shows: the name in the bar, and the name in the trainer's log.
-SHOWN = (("loss", "loss"), ("kl", "kl"), ("energy", "energy"), ("pull", "pull_norm"))
-
-
-class ProgressBar(ProgressCallback):
-    """The trainer's bar with loss, energy, pull and tokens/s of the last log beside its ETA."""
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        shown = {name: f"{logs[key]:.3g}" for name, key in SHOWN if logs and key in logs}
-        now = time.perf_counter()
-        tokens = float((logs or {}).get("num_tokens", 0))
-        then, seen = getattr(self, "_last", (now, tokens))
-        if tokens > seen and now > then:
-            shown["tokens/s"] = f"{(tokens - seen) / (now - then):,.0f}"
-        self._last = (now, tokens)
-        if self.training_bar is not None and shown:
-            self.training_bar.set_postfix(shown, refresh=False)
-        super().on_log(args, state, control, logs=logs, **kwargs)
 
 
 class FullSteps(Sampler[int]):
@@ -153,9 +127,8 @@ def make_trainer(
         optimizers=(optimizer, None),
     )
     whole_steps(trainer)
-    if not config.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(ProgressBar)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(LogLines(shown=distributed.first()))
     return trainer
 
 
@@ -190,7 +163,7 @@ def _config(options: TuneOptions, base: nn.Module, *, evaluates: bool) -> Any:
         logging_steps=options.log_steps,
         logging_nan_inf_filter=False,
         report_to=options.report_to,
-        disable_tqdm=not sys.stderr.isatty(),
+        disable_tqdm=True,  # log_lines.py has a bar
         use_cpu=options.device == "cpu",
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
@@ -215,10 +188,14 @@ def train_from(trainer: Any, checkpoint: str | None) -> float:
             trainer.state = state
             return time.perf_counter() - started
     try:
-        # The trainer prints its log, which is progress and not a result.
+        # What hosts print is progress and not a result.
         with contextlib.redirect_stdout(sys.stderr):
             trainer.train(resume_from_checkpoint=checkpoint)
     except BaseException:
         clear_checkpoints(Path(trainer.args.output_dir))
         raise
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, LogLines):
+                callback.close()
     return time.perf_counter() - started
