@@ -5,17 +5,19 @@ from __future__ import annotations
 import functools
 import gc
 import importlib.metadata
+import multiprocessing.forkserver
 import os
+import runpy
 import shutil
 import sys
 import tempfile
+import warnings
+from pathlib import Path
+from unittest import mock
 
 os.environ.setdefault(
     "HF_HUB_OFFLINE", "1"
 )  # before any host library reads it: tests use no network
-# What forgetless keeps between runs is made anew, and nothing of the user's is touched.
-os.environ["FORGETLESS_CACHE"] = tempfile.mkdtemp(prefix="forgetless-tests-")
-
 import jinja2
 import pytest
 import torch
@@ -50,6 +52,11 @@ MANY_MODULES = 200
 _modules_set_apart = 0
 
 
+def pytest_configure():
+    """What forgetless keeps between runs is made anew, and nothing of the user's is touched."""
+    os.environ["FORGETLESS_CACHE"] = tempfile.mkdtemp(prefix="forgetless-tests-")
+
+
 def pytest_runtest_setup():
     """Set what is imported apart from what Python's garbage collection walks through.
 
@@ -71,6 +78,40 @@ def pytest_unconfigure():
     """
     gc.unfreeze()
     shutil.rmtree(os.environ["FORGETLESS_CACHE"], ignore_errors=True)
+
+
+def forking():
+    """A context of multiprocessing whose processes are forked from a server that has imported all
+    that training takes.
+
+    A process that is spawned imports it anew, in ten seconds; the server does it once for all files
+    of tests that one process runs.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["forked"])
+    # The server is not told of sys.path before Python 3.14.
+    path = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(path).rstrip(os.pathsep)):
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
+def run_forked(file, *words, out):
+    """(exit code, what it printed) of `python FILE WORDS` in a forked process; `out`: a file for
+    what it prints.
+    """
+    process = forking().Process(target=_as_script, args=([str(file), *map(str, words)], out))
+    process.start()
+    process.join()
+    return process.exitcode, out.read_text()
+
+
+def _as_script(words, out):
+    with open(out, "w", encoding="utf-8") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
 
 
 SMALL = dict(
@@ -118,17 +159,16 @@ PLAIN = (
 )
 
 
+def tiny_model(kind: str = "llama", dtype: torch.dtype = torch.float32):
+    """A tiny random model of an architecture, the same at every call."""
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(CONFIGS[kind]).to(dtype)
+
+
 @pytest.fixture
 def tiny():
-    """A function: architecture name -> a tiny random model in f32 (or the dtype given), the same at
-    every call.
-    """
-
-    def build(kind: str = "llama", dtype: torch.dtype = torch.float32):
-        torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(CONFIGS[kind]).to(dtype)
-
-    return build
+    """The function `tiny_model`."""
+    return tiny_model
 
 
 @pytest.fixture
@@ -179,13 +219,35 @@ def interrupt_after(monkeypatch, step):
     monkeypatch.setattr(trainer.StopOnNonFinite, "on_pre_optimizer_step", interrupted)
 
 
-@pytest.fixture
-def model_folder(tiny, tokenizer, tmp_path):
-    """A tiny Llama with its tokenizer on disk."""
-    folder = tmp_path / "model"
-    tiny().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def save_tiny(folder):
+    """Write a tiny Llama with its tokenizer into a folder, and return it."""
+    tiny_model().save_pretrained(folder)
+    words_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    """A tiny Llama with its tokenizer on disk."""
+    return save_tiny(tmp_path / "model")
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys):
+    """A function: does what `python FILE WORDS` does, and returns what it printed.
+
+    It runs in this process, which has imported what takes a new one ten seconds.
+    """
+
+    def run(file, *words):
+        monkeypatch.setattr(sys, "argv", [str(file), *map(str, words)])
+        capsys.readouterr()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they are errors for tests, but not for who runs it
+            runpy.run_path(str(file), run_name="__main__")
+        return "".join(capsys.readouterr())
+
+    return run
 
 
 @pytest.fixture

@@ -1,9 +1,13 @@
 """forgetless compare end to end on a tiny model: nothing twice, nothing lost, fair by default."""
 
+import contextlib
+import functools
+import io
 import json
 import multiprocessing
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,7 +21,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from conftest import PLAIN
+from conftest import PLAIN, forking, save_tiny
 from forgetless.cli import main
 from forgetless.compare import compare as campaign
 from forgetless.compare import samples, trial
@@ -32,7 +36,9 @@ from forgetless.data.tasks import load_task
 from forgetless.errors import OptionError
 from forgetless.evaluate.accuracy import answers
 from forgetless.evaluate.losses import completion_loss
+from forgetless.files.compare_json import TrialRun
 from forgetless.files.lock import only_writer
+from forgetless.files.schema import read_record, write_record
 from forgetless.importance.importance import Importance
 from forgetless.model.adapter_files import with_adapter
 from forgetless.model.adapters import add_adapter
@@ -47,83 +53,126 @@ from forgetless.sequence.steps import Step
 WORDS = "the cat sat on mat and dog then too yes no one two three".split()
 
 
-@pytest.fixture
-def experiment(model_folder, tmp_path):
-    """Writes an experiment of two methods with two settings each; `change` is laid over it.
+@pytest.fixture(scope="session")
+def ground(tmp_path_factory):
+    """A folder with the model, texts and domains of every experiment, which tests only read.
+
+    The address of a run holds the path of its model. Since all experiments have the same one, a run
+    that was made for one test is found by another.
+    """
+    folder = tmp_path_factory.mktemp("ground")
+    save_tiny(folder / "model")
+    rng = random.Random(0)
+    texts = lambda n: [
+        {"text": " ".join(rng.choices(WORDS, k=rng.randint(12, 24)))} for _ in range(n)
+    ]
+    rows = lambda n: [
+        {
+            "prompt": f"Question {i} {rng.choice('abcd')} ?",
+            "completion": " a b " + rng.choice("abcd"),
+        }
+        for i in range(n)
+    ]
+    files = {"wide": texts(40), "other": texts(20), "domain": rows(40), "held": rows(8)}
+    rng = random.Random(3)
+    # Answers of their own: what one domain teaches does not help the other.
+    for name, reply in (("second", "one two"), ("third", "dog mat")):
+        files[name] = [
+            {
+                "prompt": f"{name} {i} {rng.choice('abcd')} ?",
+                "completion": f" {reply} {rng.choice('abcd')}",
+            }
+            for i in range(40)
+        ]
+    for name, content in files.items():
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, content)))
+    return folder
+
+
+def write_experiment(folder, ground, **change):
+    """Write an experiment of two methods with two settings each; `change` is laid over it.
 
     Returns its path.
     """
-    rng = random.Random(0)
-    texts = lambda n: "\n".join(
-        json.dumps({"text": " ".join(rng.choices(WORDS, k=rng.randint(12, 24)))}) for _ in range(n)
-    )
-    rows = lambda n: "\n".join(
-        json.dumps(
-            {
-                "prompt": f"Question {i} {rng.choice('abcd')} ?",
-                "completion": " a b " + rng.choice("abcd"),
-            }
-        )
-        for i in range(n)
-    )
-    for name, content in (
-        ("wide", texts(40)),
-        ("other", texts(20)),
-        ("domain", rows(40)),
-        ("held", rows(8)),
-    ):
-        (tmp_path / f"{name}.jsonl").write_text(content)
+    domain = {"data": str(ground / "domain.jsonl"), "test": str(ground / "held.jsonl")}
+    given = {
+        "model": str(ground / "model"),
+        "device": "cpu",
+        "general": {
+            "wide": str(ground / "wide.jsonl"),
+            "other": {"text": str(ground / "other.jsonl")},
+        },
+        "domains": {"domain": domain},
+        "training": {
+            "max_steps": 3,
+            "batch_size": 4,
+            "accumulation": 1,
+            "rank": 2,
+            "log_steps": 1,
+        },
+        "importance": {"default": {"batch_size": 8}},
+        "methods": {
+            "plain": {"grid": {"learning_rate": [1e-3, 1e-2]}},
+            "hold": {
+                "importance": "default",
+                "learning_rate": 1e-2,
+                "grid": {"strength": [1, 10]},
+            },
+        },
+        "seeds": {"validation": [0], "test": [1, 2]},
+        "scales": [0.5],
+    }
+    path = folder / "experiment.yaml"
+    path.write_text(json.dumps({**given, **change}))  # JSON is YAML
+    return path
 
-    def write(**change):
-        given = {
-            "model": str(model_folder),
-            "device": "cpu",
-            "general": {
-                "wide": str(tmp_path / "wide.jsonl"),
-                "other": {"text": str(tmp_path / "other.jsonl")},
-            },
-            "domains": {
-                "domain": {
-                    "data": str(tmp_path / "domain.jsonl"),
-                    "test": str(tmp_path / "held.jsonl"),
-                }
-            },
-            "training": {
-                "max_steps": 3,
-                "batch_size": 4,
-                "accumulation": 1,
-                "rank": 2,
-                "log_steps": 1,
-            },
-            "importance": {"default": {"batch_size": 8}},
-            "methods": {
-                "plain": {"grid": {"learning_rate": [1e-3, 1e-2]}},
-                "hold": {
-                    "importance": "default",
-                    "learning_rate": 1e-2,
-                    "grid": {"strength": [1, 10]},
-                },
-            },
-            "seeds": {"validation": [0], "test": [1, 2]},
-            "scales": [0.5],
-        }
-        path = tmp_path / "experiment.yaml"
-        path.write_text(json.dumps({**given, **change}))  # JSON is YAML
-        return path
 
-    return write
+@pytest.fixture
+def experiment(ground, tmp_path):
+    """`write_experiment` into this test's folder."""
+    return functools.partial(write_experiment, tmp_path, ground)
 
 
 def run(path, out, *more):
     return main([str(word) for word in ("compare", path, "--out", out, "--quiet", *more)])
 
 
+@pytest.fixture(scope="session")
+def finished(ground, tmp_path_factory):
+    """The folder of `experiment()` when it is done, which tests copy, and what it has printed."""
+    folder = tmp_path_factory.mktemp("finished")
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert run(write_experiment(folder, ground), folder / "out") == 0
+    return folder / "out", printed.getvalue()
+
+
+@pytest.fixture
+def done(finished, tmp_path):
+    """A copy of a finished comparison, for a test to go on from."""
+    return shutil.copytree(finished[0], tmp_path / "out")
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Processes of a comparison are forked, not spawned as test_pool.py has them: that takes ten
+    seconds less for each.
+    """
+    context = forking()
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
+
+
+def forget_runs(out, wanted):
+    """Remove the runs for which `wanted(run)` holds, as if they had not been made."""
+    for path in out.glob("runs/*/run.json"):
+        if wanted(json.loads(path.read_text())):
+            shutil.rmtree(path.parent)
+
+
 def test_a_comparison_says_who_forgets_least_and_is_not_run_twice(
-    experiment, tmp_path, capsys, monkeypatch
+    experiment, finished, done, monkeypatch
 ):
-    path, out = experiment(), tmp_path / "out"
-    assert run(path, out) == 0
-    assert "domain: " in capsys.readouterr().out
+    path, out = experiment(), done
+    assert "domain: " in finished[1]
     summary = json.loads((out / "compare.json").read_text())
     assert summary["progress"] == {
         **summary["progress"],
@@ -171,9 +220,11 @@ def test_a_comparison_says_who_forgets_least_and_is_not_run_twice(
         ({"validation": [0], "test": []}, {"wide", "other"}),
     ],
 )
-def test_other_texts_wait_for_the_test_where_there_is_one(experiment, tmp_path, seeds, texts):
-    assert run(experiment(seeds=seeds), tmp_path / "out", "--part", "validation") == 0
-    summary = json.loads((tmp_path / "out" / "compare.json").read_text())
+def test_other_texts_wait_for_the_test_where_there_is_one(experiment, done, seeds, texts):
+    if not seeds["test"]:
+        forget_runs(done, lambda made: True)
+    assert run(experiment(seeds=seeds), done, "--part", "validation") == 0
+    summary = json.loads((done / "compare.json").read_text())
     assert (
         set(summary["equal_learning"]["domain"])
         == set(summary["noise"]["domain"]["forgetting"])
@@ -181,17 +232,15 @@ def test_other_texts_wait_for_the_test_where_there_is_one(experiment, tmp_path, 
     )
 
 
-def test_another_setting_runs_only_what_is_new(experiment, tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    assert run(experiment(), out, "--part", "validation") == 0
-    before = set((out / "runs").iterdir())
+def test_another_setting_runs_only_what_is_new(experiment, done):
+    before = set((done / "runs").iterdir())
     methods = json.loads(experiment().read_text())["methods"]
     methods["hold"]["grid"]["strength"] = [10, 100]
-    assert run(experiment(methods=methods), out, "--part", "validation") == 0
-    assert len(set((out / "runs").iterdir()) - before) == 1
+    assert run(experiment(methods=methods), done, "--part", "validation") == 0
+    assert len(set((done / "runs").iterdir()) - before) == 1
 
 
-def test_interrupted_and_gone_on_with_is_the_same(experiment, tmp_path, monkeypatch):
+def test_interrupted_and_gone_on_with_is_the_same(experiment, done, tmp_path, monkeypatch):
     path, original, calls = experiment(), trial._trained, []
 
     def interrupted(job):
@@ -200,14 +249,14 @@ def test_interrupted_and_gone_on_with_is_the_same(experiment, tmp_path, monkeypa
             raise KeyboardInterrupt
         return original(job)
 
-    assert run(path, tmp_path / "whole", "--part", "validation") == 0
+    assert run(path, done, "--part", "validation") == 0
     monkeypatch.setattr(trial, "_trained", interrupted)
     assert run(path, tmp_path / "parted", "--part", "validation") == 130
     assert len(list((tmp_path / "parted" / "runs").glob("*/run.json"))) == 2
     assert run(path, tmp_path / "parted", "--part", "validation") == 0
     assert len(calls) == 5  # the third one twice
     whole, parted = (
-        json.loads((tmp_path / name / "compare.json").read_text()) for name in ("whole", "parted")
+        json.loads((out / "compare.json").read_text()) for out in (done, tmp_path / "parted")
     )
     assert (
         whole["frontier"] == parted["frontier"]
@@ -215,34 +264,23 @@ def test_interrupted_and_gone_on_with_is_the_same(experiment, tmp_path, monkeypa
     )
 
 
-@pytest.fixture
-def succession(experiment, tmp_path):
-    """Writes an experiment of three domains in a sequence, by three methods with one seed.
+def write_succession(
+    folder, ground, *, methods=("plain", "hold"), domains=("domain", "second", "third"), **change
+):
+    """Write an experiment of three domains in a sequence, by three methods with one seed.
 
     `methods` and `domains` name those that are tried one by one at all, where a test needs fewer.
+    Returns its path.
     """
-    rng = random.Random(3)
-    for name, reply in (
-        ("second", "one two"),
-        ("third", "dog mat"),
-    ):  # answers of their own: what one domain teaches does not help the other
-        rows = [
-            {
-                "prompt": f"{name} {i} {rng.choice('abcd')} ?",
-                "completion": f" {reply} {rng.choice('abcd')}",
-            }
-            for i in range(40)
-        ]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     every_domain = {
-        **json.loads(experiment().read_text())["domains"],
-        **{name: str(tmp_path / f"{name}.jsonl") for name in ("second", "third")},
+        "domain": {"data": str(ground / "domain.jsonl"), "test": str(ground / "held.jsonl")},
+        **{name: str(ground / f"{name}.jsonl") for name in ("second", "third")},
     }
     every_method = {
         "plain": {"learning_rate": 1e-2},
         "hold": {"importance": "default", "learning_rate": 1e-2, "strength": 1},
     }
-    change = {
+    given = {
         "training": {
             "max_steps": 12,
             "batch_size": 4,
@@ -261,22 +299,37 @@ def succession(experiment, tmp_path):
                 },
             }
         },
+        "methods": {name: every_method[name] for name in methods},
+        "domains": {name: every_domain[name] for name in domains},
     }
+    return write_experiment(folder, ground, **{**given, **change})
 
-    def write(*, methods=("plain", "hold"), domains=("domain", "second", "third"), **more):
-        named = {
-            "methods": {name: every_method[name] for name in methods},
-            "domains": {name: every_domain[name] for name in domains},
-        }
-        return experiment(**{**change, **named, **more})
 
-    return write
+@pytest.fixture
+def succession(ground, tmp_path):
+    """`write_succession` into this test's folder."""
+    return functools.partial(write_succession, tmp_path, ground)
+
+
+@pytest.fixture(scope="session")
+def singly(ground, tmp_path_factory):
+    """The folder of `succession()` when each domain has been learned by itself."""
+    folder = tmp_path_factory.mktemp("singly")
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert run(write_succession(folder, ground, sequences={}), folder / "out") == 0
+    return folder / "out"
+
+
+@pytest.fixture
+def learned_singly(singly, tmp_path):
+    """A copy of it: what is left to do for `succession()` are the sequences."""
+    return shutil.copytree(singly, tmp_path / "out")
 
 
 def test_a_sequence_goes_on_from_the_merged_result_of_each_domain(
-    succession, tmp_path, monkeypatch
+    succession, learned_singly, monkeypatch
 ):
-    path, out = succession(), tmp_path / "out"
+    path, out = succession(), learned_singly
     assert run(path, out) == 0
     summary = json.loads((out / "compare.json").read_text())
     found = {sequence["method"]: sequence for sequence in summary["sequences"]}
@@ -324,7 +377,9 @@ def test_a_sequence_goes_on_from_the_merged_result_of_each_domain(
     assert json.loads((out / "compare.json").read_text())["sequences"] == summary["sequences"]
 
 
-def test_a_sequence_answers_the_questions_of_its_domains_after_each_step(succession, tmp_path):
+def test_a_sequence_answers_the_questions_of_its_domains_after_each_step(
+    succession, learned_singly, tmp_path
+):
     questions = [
         {
             "goal": f"second {i} {'abcd'[i % 4]} ?",
@@ -339,7 +394,7 @@ def test_a_sequence_answers_the_questions_of_its_domains_after_each_step(success
     domains = json.loads(succession().read_text())["domains"]
     asked = {**domains, "second": {"data": domains["second"], "task": spec}}
     way = {"domains": ["domain", "second", "third"], "methods": ["plain"]}
-    path, out = succession(methods=["plain"], sequences={"way": way}), tmp_path / "out"
+    path, out = succession(methods=["plain"], sequences={"way": way}), learned_singly
     path.write_text(json.dumps({**json.loads(path.read_text()), "domains": asked}))
     assert run(path, out) == 0
     summary = json.loads((out / "compare.json").read_text())
@@ -363,13 +418,13 @@ def test_a_sequence_answers_the_questions_of_its_domains_after_each_step(success
 
 @pytest.mark.parametrize("method", ["full", "oft"])
 def test_a_sequence_of_updates_that_are_not_loras_is_what_anybody_would_load(
-    succession, tmp_path, method
+    succession, learned_singly, method
 ):
     names = ["domain", "second"]
     tuned = {"like": "plain", "method": method, "max_steps": 4, "learning_rate": 1e-3}
     way = {"domains": names, "methods": {"other": tuned}}
     path = succession(methods=["plain"], domains=names, sequences={"way": way})
-    out = tmp_path / "out"
+    out = learned_singly
     assert run(path, out) == 0
     summary = json.loads((out / "compare.json").read_text())
     sequence_told = summary["sequences"][0]
@@ -413,7 +468,7 @@ def test_any_method_that_needs_earlier_adapters_gets_those_of_the_steps_before(
         }
 
 
-def test_a_sequence_is_held_by_the_domains_before_by_a_rule(succession, tmp_path):
+def test_a_sequence_is_held_by_the_domains_before_by_a_rule(succession, learned_singly):
     """`consolidate: none` holds general text alone, the first step apart: there is nothing before
     it.
     """
@@ -422,7 +477,7 @@ def test_a_sequence_is_held_by_the_domains_before_by_a_rule(succession, tmp_path
         "domains": ["domain", "second"],
         "methods": {"sum": like, "none": {**like, "consolidate": "none"}},
     }
-    out = tmp_path / "out"
+    out = learned_singly
     assert run(succession(domains=way["domains"], sequences={"way": way}), out) == 0
     added, alone = json.loads((out / "compare.json").read_text())["sequences"]
     assert added["error"] is None and alone["error"] is None
@@ -432,10 +487,10 @@ def test_a_sequence_is_held_by_the_domains_before_by_a_rule(succession, tmp_path
 
 
 def test_an_interrupted_sequence_goes_on_and_a_changed_step_finds_the_model_before_it(
-    succession, tmp_path, monkeypatch
+    succession, learned_singly, monkeypatch
 ):
     spec = {"way": {"domains": ["domain", "second", "third"], "methods": ["plain"]}}
-    path, out = succession(methods=["plain"], sequences=spec), tmp_path / "out"
+    path, out = succession(methods=["plain"], sequences=spec), learned_singly
     original, calls = sequence.take, []
 
     def interrupted(*arguments):
@@ -456,24 +511,25 @@ def test_an_interrupted_sequence_goes_on_and_a_changed_step_finds_the_model_befo
     ]
 
 
-def test_the_verdict_names_no_ratio_where_plain_forgets_nothing(experiment, tmp_path, monkeypatch):
+def test_the_verdict_names_no_ratio_where_plain_forgets_nothing(experiment, done, monkeypatch):
     """Plain may even gain on general text; the ratio to that says nothing and is null."""
     original = trial._trained
 
-    def trained(job):
-        result = original(job)
+    def gaining(result):
         points = []
         for point in result.points:
-            lost = -0.01 * point.scale * (2 if job.trial.method == "hold" else 1)
+            lost = -0.01 * point.scale * (2 if result.method == "hold" else 1)
             learning = replace(point.learning, nats=point.scale)
             wide = replace(point.forgetting["wide"], nats=lost)
             forgetting = {**point.forgetting, "wide": wide}
             points.append(replace(point, learning=learning, forgetting=forgetting))
         return replace(result, points=points)
 
-    monkeypatch.setattr(trial, "_trained", trained)
-    assert run(experiment(), tmp_path / "out") == 0
-    summary = json.loads((tmp_path / "out" / "compare.json").read_text())
+    monkeypatch.setattr(trial, "_trained", lambda job: gaining(original(job)))
+    for path in done.glob("runs/*/run.json"):
+        write_record(path, gaining(read_record(path, TrialRun)))
+    assert run(experiment(), done) == 0
+    summary = json.loads((done / "compare.json").read_text())
     assert all(gap["ratio"] is None for gap in summary["differences"] if gap["text"] == "wide")
     assert (
         "plain scaled back forgets -0.0095" in summary["verdict"][0]
@@ -481,7 +537,7 @@ def test_the_verdict_names_no_ratio_where_plain_forgets_nothing(experiment, tmp_
     )
 
 
-def test_a_sequence_that_fails_is_told(succession, tmp_path, monkeypatch):
+def test_a_sequence_that_fails_is_told(succession, learned_singly, monkeypatch):
     original = sequence.take
 
     def failing(steps, number):
@@ -493,8 +549,8 @@ def test_a_sequence_that_fails_is_told(succession, tmp_path, monkeypatch):
     apart = {"like": "plain", "method": "o-lora", "orthogonality": 2}
     way = {"domains": ["domain", "second"], "methods": {"plain": None, "apart": apart}}
     path = succession(methods=["plain"], domains=way["domains"], sequences={"way": way})
-    assert run(path, tmp_path / "out") == 0
-    summary = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert run(path, learned_singly) == 0
+    summary = json.loads((learned_singly / "compare.json").read_text())
     apart = next(s for s in summary["sequences"] if s["method"] == "apart")
     assert (
         apart["error"] == "RuntimeError: broken"
@@ -546,7 +602,7 @@ def test_updates_that_are_not_loras_are_scaled_too(experiment, tmp_path, method)
     assert learned[1.0] != 0
 
 
-def test_what_is_answered_is_of_the_chosen_settings(experiment, tmp_path, monkeypatch):
+def test_what_is_answered_is_of_the_chosen_settings(experiment, done, monkeypatch):
     """Also where nothing is tested."""
     loaded, original = [], samples.load_tuned
 
@@ -557,8 +613,8 @@ def test_what_is_answered_is_of_the_chosen_settings(experiment, tmp_path, monkey
     monkeypatch.setattr(samples, "load_tuned", noted)
     for part in ("validation", "both"):
         loaded.clear()
-        assert run(experiment(), tmp_path / "out", "--part", part) == 0
-        runs = json.loads((tmp_path / "out" / "compare.json").read_text())["runs"]
+        assert run(experiment(), done, "--part", part) == 0
+        runs = json.loads((done / "compare.json").read_text())["runs"]
         wanted = {
             r["id"]
             for r in runs
@@ -587,9 +643,9 @@ def test_updates_on_a_quantised_base_that_are_not_loras_are_measured_whole(
     ]
 
 
-def test_methods_may_share_a_run_and_be_renamed(experiment, tmp_path, monkeypatch):
+def test_methods_may_share_a_run_and_be_renamed(experiment, done, monkeypatch):
     """What a run is decides its address, not what it is called."""
-    out, rates = tmp_path / "out", {"learning_rate": [1e-3, 1e-2]}
+    out, rates = done, {"learning_rate": [1e-3, 1e-2]}
     named = lambda **methods: experiment(
         methods={"plain": {"grid": rates}, **methods}, seeds={"validation": [0], "test": [1]}
     )
@@ -618,9 +674,12 @@ def test_methods_may_share_a_run_and_be_renamed(experiment, tmp_path, monkeypatc
 
 
 def test_until_every_method_is_tested_the_verdict_is_of_the_validation_part(
-    experiment, tmp_path, monkeypatch
+    experiment, done, monkeypatch
 ):
-    path, out, original = experiment(), tmp_path / "out", trial._trained
+    path, out, original = experiment(), done, trial._trained
+    # One run of plain is left to be made, after which the summary is written.
+    left = lambda made: made["part"] == "test" and (made["method"], made["seed"]) != ("plain", 1)
+    forget_runs(out, left)
 
     def interrupted(job):
         if job.trial.part == "test" and job.trial.method == "hold":
@@ -637,12 +696,12 @@ def test_until_every_method_is_tested_the_verdict_is_of_the_validation_part(
     assert summary["progress"] == {**summary["progress"], "done": 6, "of": 8}
 
 
-def test_a_sequence_adds_up_one_kind_of_importance(succession, tmp_path):
+def test_a_sequence_adds_up_one_kind_of_importance(succession, learned_singly):
     """Where another recipe was chosen for a later domain, the sum would be of neither."""
     kinds = {"default": {"batch_size": 8}, "fisher": {"estimator": "fisher", "batch_size": 8}}
     way = {"domains": ["domain", "second"], "methods": {"hold": None}}
     path = succession(domains=way["domains"], importance=kinds, sequences={"way": way})
-    out = tmp_path / "out"
+    out = learned_singly
     original = sequence.SequenceSpec.settings
 
     def other(self, label, domain, chosen):
@@ -659,20 +718,11 @@ def test_a_sequence_adds_up_one_kind_of_importance(succession, tmp_path):
     )
 
 
-def test_a_changed_recipe_leaves_only_its_own_file_in_the_report(experiment, tmp_path):
-    out = tmp_path / "out"
-    for size in (8, 4):
-        assert (
-            run(
-                experiment(importance={"default": {"batch_size": size}}),
-                out,
-                "--part",
-                "validation",
-            )
-            == 0
-        )
-    found = json.loads((out / "compare.json").read_text())["importance"]
-    assert len(found) == 1 and len(list((out / "importance").glob("*.safetensors"))) == 2
+def test_a_changed_recipe_leaves_only_its_own_file_in_the_report(experiment, done):
+    smaller = {"default": {"batch_size": 4}}
+    assert run(experiment(importance=smaller), done, "--part", "validation") == 0
+    found = json.loads((done / "compare.json").read_text())["importance"]
+    assert len(found) == 1 and len(list((done / "importance").glob("*.safetensors"))) == 2
 
 
 def test_answers_to_chats_come_through_the_chat_template(
@@ -696,7 +746,11 @@ def test_answers_to_chats_come_through_the_chat_template(
         patch.setattr(samples, "templated", noted)
         assert (
             run(
-                experiment(domains={"domain": str(chats)}, seeds={"validation": [0], "test": []}),
+                experiment(
+                    model=str(model_folder),
+                    domains={"domain": str(chats)},
+                    seeds={"validation": [0], "test": []},
+                ),
                 tmp_path / "out",
             )
             == 0
@@ -706,8 +760,11 @@ def test_answers_to_chats_come_through_the_chat_template(
     )
 
 
-def test_out_of_memory_is_a_result_and_a_failure_is_tried_again(experiment, tmp_path, monkeypatch):
-    path, out, original = experiment(), tmp_path / "out", trial._trained
+def test_out_of_memory_is_a_result_and_a_failure_is_tried_again(
+    experiment, done, tmp_path, monkeypatch
+):
+    path, out, original = experiment(), done, trial._trained
+    forget_runs(out, lambda made: made["method"] == "hold")
     failing = {"hold": MemoryError("no room"), "plain": None}
 
     def trained(job):
@@ -724,6 +781,7 @@ def test_out_of_memory_is_a_result_and_a_failure_is_tried_again(experiment, tmp_
         "out of memory",
         "out of memory",
     ] and "2 runs failed" in summary["verdict"][-1]
+    shutil.copytree(done, tmp_path / "other", ignore=shutil.ignore_patterns("runs"))
     failing["plain"] = RuntimeError("broken")
     assert run(path, tmp_path / "other", "--part", "validation") == 1  # nothing succeeded
     failing["plain"] = None
@@ -739,7 +797,9 @@ def test_out_of_memory_is_a_result_and_a_failure_is_tried_again(experiment, tmp_
     )
 
 
-def test_two_processes_give_what_one_gives_also_where_one_is_killed(experiment, tmp_path):
+def test_two_processes_give_what_one_gives_also_where_one_is_killed(
+    experiment, done, forked, tmp_path
+):
     """As the system does to a process that takes too much memory: its run is noted as failed, the
     others go on, and the same command makes up for it.
     """
@@ -753,7 +813,7 @@ def test_two_processes_give_what_one_gives_also_where_one_is_killed(experiment, 
         )
         killed[0].kill()
 
-    assert run(path, tmp_path / "one", "--part", "validation") == 0
+    assert run(path, done, "--part", "validation") == 0
     killer = threading.Thread(target=kill_one, daemon=True)
     killer.start()
     assert run(path, tmp_path / "two", "--part", "validation", "--jobs", "2") == 0
@@ -765,9 +825,7 @@ def test_two_processes_give_what_one_gives_also_where_one_is_killed(experiment, 
     ]
     assert [r["status"] for r in failed] == ["failed"] and failed[0]["error"].startswith("killed: ")
     assert run(path, tmp_path / "two", "--part", "validation") == 0
-    one, two = (
-        json.loads((tmp_path / name / "compare.json").read_text()) for name in ("one", "two")
-    )
+    one, two = (json.loads((out / "compare.json").read_text()) for out in (done, tmp_path / "two"))
     assert [r["points"] for r in one["runs"]] == [r["points"] for r in two["runs"]] and two[
         "progress"
     ]["failed"] == 0
@@ -957,10 +1015,9 @@ def test_reading_results_needs_no_torch():
 
 
 def test_questions_are_answered_after_the_runs_and_train_nothing_again(
-    experiment, tmp_path, monkeypatch, capsys
+    experiment, ground, done, forked, tmp_path, monkeypatch, capsys
 ):
-    path, out = experiment(), tmp_path / "out"
-    assert run(path, out) == 0
+    out = done
     questions = "\n".join(
         json.dumps({"goal": f"Question {i}", "sol1": " a b", "sol2": " c d", "label": i % 2})
         for i in range(12)
@@ -969,8 +1026,8 @@ def test_questions_are_answered_after_the_runs_and_train_nothing_again(
     spec = f"piqa={tmp_path / 'questions.jsonl'}"
     monkeypatch.setattr(trial, "_trained", lambda job: pytest.fail("trained again"))
     domain = {
-        "data": str(tmp_path / "domain.jsonl"),
-        "test": str(tmp_path / "held.jsonl"),
+        "data": str(ground / "domain.jsonl"),
+        "test": str(ground / "held.jsonl"),
         "task": spec,
     }
     assert (

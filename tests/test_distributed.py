@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 
 import forgetless
-from conftest import CONFIGS
+from conftest import CONFIGS, forking
 from forgetless import Fisher, Importance, Kronecker, PathIntegral, Penalty
 from forgetless.data.encoding import batches
 from forgetless.errors import OptionError
@@ -67,8 +67,7 @@ def processes(size, function, *arguments, out):
 
     They are forked from a server that has imported everything once.
     """
-    context = torch.multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["trl", "peft", "transformers", __name__])
+    context = forking()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -3,12 +3,9 @@ do the blocks of README and examples/README.
 """
 
 import json
-import os
 import random
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -253,35 +250,18 @@ def test_the_papers_experiments_run_on_the_lab_model(folder, tmp_path):
     run_paper(folder, SHARED / "models/lab-english-5m", general, files, tmp_path, "--length", "128")
 
 
-def run_script(name, *words):
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT / "src"),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / name, *map(str, words)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
-
-
-def test_plain_pytorch_script(model_folder, text_file, tmp_path):
+def test_plain_pytorch_script(run_script, model_folder, text_file, tmp_path):
     lines = tmp_path / "lines.txt"
     lines.write_text(
         "\n".join(json.loads(line)["text"] for line in text_file.read_text().splitlines())
     )
-    out = run_script("plain_pytorch.py", model_folder, lines, lines, "--out", tmp_path / "adapter")
+    words = [model_folder, lines, lines, "--out", tmp_path / "adapter"]
+    out = run_script(EXAMPLES / "plain_pytorch.py", *words)
     before, after = map(float, re.search(r"domain: ([\d.]+) -> ([\d.]+) nats", out).groups())
     assert after < before and load_file(tmp_path / "adapter" / "adapter_model.safetensors")
 
 
-def test_trl_script(model_folder, text_file, tmp_path):
+def test_trl_script(run_script, model_folder, text_file, tmp_path):
     importance = tmp_path / "i.safetensors"
     assert (
         main(
@@ -297,9 +277,8 @@ def test_trl_script(model_folder, text_file, tmp_path):
         )
         == 0
     )
-    out = run_script(
-        "trl_sft.py", model_folder, text_file, importance, "--out", tmp_path / "sft", "--steps", "2"
-    )
+    words = [model_folder, text_file, importance, "--out", tmp_path / "sft", "--steps", "2"]
+    out = run_script(EXAMPLES / "trl_sft.py", *words)
     assert "'pull_norm'" in out and load_file(tmp_path / "sft" / "adapter_model.safetensors")
 
 

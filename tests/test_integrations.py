@@ -28,6 +28,7 @@ from forgetless.model.adapters import add_adapter
 from forgetless.model.targets import target_weights
 
 ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
 NUMBERS = {"energy", "pull_norm", "pull_ratio"}
 
 
@@ -38,7 +39,8 @@ def needs(name):
     )
 
 
-def run(name, *words, **environment):
+def run_alone(name, *words, **environment):
+    """Run an example in a process of its own: for libraries that keep one state for a process."""
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT / "src"),
@@ -47,7 +49,7 @@ def run(name, *words, **environment):
         **environment,
     }
     done = subprocess.run(
-        [sys.executable, ROOT / "examples" / name, *map(str, words)],
+        [sys.executable, EXAMPLES / name, *map(str, words)],
         capture_output=True,
         text=True,
         env=environment,
@@ -118,9 +120,11 @@ def trainer_of(model, batch, folder, **given):
     )
 
 
-def test_the_transformers_script_and_tensorboard(model_folder, text_file, recorded, tmp_path):
-    out = run(
-        "transformers_trainer.py",
+def test_the_transformers_script_and_tensorboard(
+    run_script, model_folder, text_file, recorded, tmp_path
+):
+    out = run_script(
+        EXAMPLES / "transformers_trainer.py",
         model_folder,
         text_file,
         recorded,
@@ -135,22 +139,23 @@ def test_the_transformers_script_and_tensorboard(model_folder, text_file, record
     assert list((tmp_path / "out").rglob("events.*"))
 
 
-def test_the_dpo_script(model_folder, recorded, tmp_path):
+def test_the_dpo_script(run_script, model_folder, recorded, tmp_path):
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text(
         "\n".join(
             [json.dumps({"prompt": "the cat", "chosen": " sat on", "rejected": " and dog"})] * 8
         )
     )
-    out = run("trl_dpo.py", model_folder, pairs, recorded, "--out", tmp_path / "out", "--steps", 2)
+    words = [model_folder, pairs, recorded, "--out", tmp_path / "out", "--steps", 2]
+    out = run_script(EXAMPLES / "trl_dpo.py", *words)
     assert "'pull_norm'" in out and load_file(tmp_path / "out" / "adapter_model.safetensors")
 
 
-def test_the_grpo_script(model_folder, recorded, tmp_path):
+def test_the_grpo_script(run_script, model_folder, recorded, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("\n".join([json.dumps({"prompt": "the cat"})] * 8))
-    out = run(
-        "trl_grpo.py",
+    out = run_script(
+        EXAMPLES / "trl_grpo.py",
         model_folder,
         prompts,
         recorded,
@@ -168,7 +173,7 @@ def test_the_grpo_script(model_folder, recorded, tmp_path):
 def test_wandb_offline(model_folder, text_file, recorded, tmp_path):
     """Its numbers reach the file that `wandb sync` uploads."""
     environment = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}
-    run(
+    run_alone(
         "transformers_trainer.py",
         model_folder,
         text_file,
@@ -187,7 +192,7 @@ def test_wandb_offline(model_folder, text_file, recorded, tmp_path):
 
 @needs("trackio")
 def test_trackio(model_folder, text_file, recorded, tmp_path):
-    run(
+    run_alone(
         "transformers_trainer.py",
         model_folder,
         text_file,
@@ -294,7 +299,7 @@ def test_the_lightning_script(model_folder, text_file, recorded, tmp_path):
     lines.write_text(
         "\n".join(json.loads(line)["text"] for line in text_file.read_text().splitlines())
     )
-    out = run(
+    out = run_alone(
         "lightning_fit.py", model_folder, lines, recorded, "--out", tmp_path / "out", "--steps", 3
     )
     assert float(re.search(r"energy: (\S+) nats", out).group(1)) > 0 and load_file(

@@ -4,11 +4,15 @@ The long one's counts are in fuzz/kills.csv.
 """
 
 import json
-import subprocess
-import sys
+import os
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
+from safetensors.torch import save_file
+
+from conftest import run_forked
 
 SCRIPT = Path(__file__).parents[1] / "fuzz" / "kill.py"
 
@@ -21,56 +25,34 @@ SCRIPT = Path(__file__).parents[1] / "fuzz" / "kill.py"
     ],
 )
 def test_a_killed_run_goes_on_to_the_same_result(tmp_path, scenarios):
-    words = [
-        sys.executable,
-        str(SCRIPT),
-        "--seed",
-        "7",
-        "--kills",
-        "2",
-        "--scenarios",
-        scenarios,
-        "--folder",
-        str(tmp_path),
-        "--csv",
-        "",
-    ]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0 and "no findings" in done.stdout, done.stdout + done.stderr
+    words = ["--seed", 7, "--kills", 2, "--scenarios", scenarios, "--folder", tmp_path, "--csv", ""]
+    code, printed = run_forked(SCRIPT, *words, out=tmp_path / "printed.txt")
+    assert code == 0 and "no findings" in printed, printed
 
 
 def test_the_script_sees_what_is_not_whole_and_what_differs(tmp_path, monkeypatch):
     """A harness that finds nothing has to be able to find something."""
-    code = f"""
-import json, sys
-from pathlib import Path
-sys.path.insert(0, {str(SCRIPT.parent)!r})
-import torch
-from safetensors.torch import save_file
-import kill
-root = Path({str(tmp_path)!r})
-for name, value in (("killed", 1.0), ("whole", 1.0 + 2**-23)):
-    (root / name / "final").mkdir(parents=True)
-    save_file({{"a": torch.full((3,), value)}}, root / name / "final" / "adapter_model.safetensors")
-    run = {{"seconds": value, "energy": value, "log": [{{"loss": 1.0}}]}}
-    (root / name / "run.json").write_text(json.dumps(run))
-(root / "killed" / "part.json").write_text('{{"a": ')
-(root / "killed" / ".forgetless-new-00000000-00000000-12.tmp").write_text('{{"a": ')
-wrong = list(kill.wrong_after_a_kill(root / "killed", root / "whole"))
-print(json.dumps([wrong, list(kill.differences(root / "killed", root / "whole"))]))
-"""
-    wrong, different = json.loads(
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        ).stdout.splitlines()[-1]
-    )
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    with mock.patch.dict(os.environ):  # the script sets variables for the processes that it starts
+        import kill
+    for name, value in (("killed", 1.0), ("whole", 1.0 + 2**-23)):
+        (tmp_path / name / "final").mkdir(parents=True)
+        adapter = tmp_path / name / "final" / "adapter_model.safetensors"
+        save_file({"a": torch.full((3,), value)}, adapter)
+        run = {"seconds": value, "energy": value, "log": [{"loss": 1.0}]}
+        (tmp_path / name / "run.json").write_text(json.dumps(run))
+    (tmp_path / "killed" / "part.json").write_text('{"a": ')
+    dump = ".forgetless-new-00000000-00000000-12.tmp"
+    (tmp_path / "killed" / dump).write_text('{"a": ')
+    wrong = list(kill.wrong_after_a_kill(tmp_path / "killed", tmp_path / "whole"))
+    different = list(kill.differences(tmp_path / "killed", tmp_path / "whole"))
     assert [line.split(" is not ")[0] for line in wrong] == [
         "final/adapter_model.safetensors",
         "part.json",
         "final",
     ]
     assert [line.split()[0] for line in different] == [
-        ".forgetless-new-00000000-00000000-12.tmp",
+        dump,
         "part.json",
         "final/adapter_model.safetensors",
         "run.json",
