@@ -67,7 +67,10 @@ Options = dict[str, Any]
 
 def arms() -> dict[str, Options]:
     """Name -> what differs from plain. `importance` names a recording."""
-    rows: dict[str, Options] = {"plain": {}, "hold-web": dict(method="hold", importance="web")}
+    rows: dict[str, Options] = {
+        "plain": dict(method="plain"),
+        "hold-web": dict(method="hold", importance="web"),
+    }
     for strength in (10, 30, 100, 300):
         rows[f"hold-{strength}"] = dict(method="hold", importance="chat", strength=float(strength))
     for weight in (1, 3, 10, 30):
