@@ -186,8 +186,7 @@ def _known(path: Path, experiment: Experiment, wanted: Mapping[str, str]) -> Acc
     if not path.exists():
         return None
     known = read_record(path, Accuracies)
-    # Files of an earlier version do not name the model.
-    of_this_model = known.model in (None, experiment.model["model"])
+    of_this_model = known.model == experiment.model["model"] and known.base == experiment.base
     if known.limit != question_limit(experiment) or not of_this_model:
         return None
     measured = {name: task.task for name, task in known.tasks.items()}
@@ -216,4 +215,4 @@ def score(
             acc_norm=measured["acc_norm"],
             questions=len(asked),
         )
-    return Accuracies(experiment.model["model"], limit, tasks)
+    return Accuracies(experiment.model["model"], experiment.base, limit, tasks)

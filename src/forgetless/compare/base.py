@@ -67,6 +67,7 @@ def measure_base(experiment: Experiment, files: Mapping[str, str], out: Path) ->
     }
     mark = {
         "model": experiment.model,
+        "base": experiment.base,
         "files": held,
         "limit": experiment.limit,
         "characters": experiment.characters,

@@ -20,6 +20,7 @@ of memory is a result; another failure is noted and tried again the next time.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -49,7 +50,10 @@ from forgetless.files.lock import only_writer
 from forgetless.files.outputs import RESOLVED, claim, local_paths
 from forgetless.files.schema import plain_of, read_record
 from forgetless.files.untrusted import JsonObject
+from forgetless.model.fingerprint import files_fingerprint
 from forgetless.options.compare import CompareOptions
+from forgetless.options.model import ModelOptions
+from forgetless.options.verbs import resolve
 
 logger = logging.getLogger("forgetless")
 # What a comparison writes in its folder.
@@ -97,6 +101,7 @@ def run_experiment(
     check_questions(experiment)
     with only_writer(out):
         claim(out, "compare", COMPARE_WRITES, _inputs(experiment))
+        experiment = with_base(experiment)
         _write_resolved(experiment, out)
         files = prepare(experiment, out)
         measure_base(experiment, files, out)
@@ -115,6 +120,12 @@ def run_experiment(
         score_all(experiment, every, out, jobs)
         answer(experiment, _standing_for_methods(chosen, every), files, out)
         return summarise(out, _trials(every))
+
+
+def with_base(experiment: Experiment) -> Experiment:
+    """The experiment with what its base is now, which every address says."""
+    base = files_fingerprint(resolve(ModelOptions, experiment.model))
+    return dataclasses.replace(experiment, base=base)
 
 
 def _write_resolved(experiment: Experiment, out: Path) -> None:

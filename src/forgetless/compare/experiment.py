@@ -103,6 +103,8 @@ class Experiment:
     trials: str = "equal"
     characters: int | None = None  # of each general document that are evaluated
     sequences: dict[str, SequenceSpec] = field(default_factory=dict)
+    # What the files of the base model are (model/fingerprint.py), where runs are about to be made
+    base: str = ""
     # name -> multiple-choice questions that no domain teaches
     tasks: dict[str, str] = field(default_factory=dict)
 

@@ -78,6 +78,7 @@ def as_given(experiment: Experiment) -> JsonObject:
     """An experiment as a mapping that a file may hold: `experiment_of` makes the same of it."""
     plain = dataclasses.asdict(experiment)
     plain |= plain.pop("model")
+    del plain["base"]  # follows from the files; in a file it names another one
     plain["methods"] = {
         label: {**method.options, "family": method.family, "grid": dict(method.grid)}
         for label, method in experiment.methods.items()

@@ -89,6 +89,7 @@ def _run_address(
     texts = [files[f"general/{name}/{trial.part}"] for name in experiment.general]
     held = [*texts, files[f"domain/{trial.domain}/{trial.part}"]]
     more = [
+        experiment.base,
         sha256_file(files[f"domain/{trial.domain}/train"]),
         mark,
         _replayed(experiment, trial, files),

@@ -42,7 +42,8 @@ def record_all(experiment: Experiment, files: Mapping[str, str], out: Path) -> d
     recipes: dict[str, Recipe] = {}
     for label, recipe in experiment.importance.items():
         text = str(recipe.get("general") or general)
-        mark = [experiment.model, recipe, sha256_file(text) if Path(text).is_file() else text]
+        said = sha256_file(text) if Path(text).is_file() else text
+        mark = [experiment.model, experiment.base, recipe, said]
         decided = json.dumps(mark, sort_keys=True, default=str).encode()
         name = f"{label}-{hashlib.sha256(decided).hexdigest()[:8]}"
         path = out / "importance" / f"{name}.safetensors"

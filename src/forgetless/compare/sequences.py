@@ -281,6 +281,7 @@ def _step_address(
     questions = {name: task for name, task in domain_tasks(experiment).items() if name in domains}
     more = [
         "step",
+        experiment.base,
         before,
         recipe.mark if recipe else None,
         sha256_file(text),

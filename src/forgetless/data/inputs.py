@@ -76,8 +76,8 @@ class Inputs:
     """What a run of `tune` reads.
 
     `replay` holds the documents of --replay where it names a text. `hashes` are what an interrupted
-    run must find unchanged, name -> sha256: of the training rows, and with a budget of what it is
-    kept on and of the rows that learning is measured by.
+    run must find unchanged, name -> sha256: of the training rows and the text to replay, and with a
+    budget of what it is kept on and of the rows that learning is measured by.
     """
 
     training: Any  # a datasets.Dataset as load_training_data makes it
@@ -99,11 +99,12 @@ def read_inputs(options: TuneOptions) -> Inputs:
         data_split=options.eval_split,
         limit=options.limit,
     )
+    replay = _replay_documents(options)
     return Inputs(
         training=training,
         held_out=held_out,
-        replay=_replay_documents(options),
-        hashes=_hashes(training, held_out, with_budget=bool(options.budget)),
+        replay=replay,
+        hashes=_hashes(training, held_out, replay, with_budget=bool(options.budget)),
     )
 
 
@@ -150,8 +151,12 @@ def _replay_documents(options: TuneOptions) -> list[Document] | None:
     )
 
 
-def _hashes(training: Any, held_out: HeldOut, *, with_budget: bool) -> dict[str, str]:
+def _hashes(
+    training: Any, held_out: HeldOut, replay: list[Document] | None, *, with_budget: bool
+) -> dict[str, str]:
     hashes = {"training data": fingerprint_rows(list(training))}
+    if replay:
+        hashes["replayed text"] = fingerprint_documents(replay)
     if with_budget and held_out.general:
         hashes["general text"] = fingerprint_documents(held_out.general)
     if with_budget and held_out.domain is not None:

@@ -58,9 +58,13 @@ class TaskAccuracy:
 
 @dataclass(frozen=True)
 class Accuracies:
-    """accuracy.json: one state of a model on some tasks, on `limit` questions of each."""
+    """accuracy.json: one state of a model on some tasks, on `limit` questions of each.
+
+    `base` is what the files of its base were (model/fingerprint.py).
+    """
 
     model: Text | None = None
+    base: Text | None = None
     limit: int | None = None
     tasks: dict[str, TaskAccuracy] = field(default_factory=dict)
 

@@ -4,11 +4,13 @@ For example:
 
     fingerprint(model)          # 64 hexadecimal digits, with or without an adapter around the model
     exact_fingerprint(model)    # the same, but another one for each fine-tune of the base
+    files_fingerprint(options)  # of the files that a model is loaded from, without loading it
 """
 
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,17 @@ from torch import Tensor, nn
 
 from forgetless.model import distributed, shards
 from forgetless.model.linear import base_shapes, unwrapped
+from forgetless.model.loading import model_folder
+from forgetless.options.model import ModelOptions
+
+# What decides how a model's folder is loaded, by the endings of the names: weights, configuration
+# and tokenizer, a chat template, code.
+DECIDING = (".safetensors", ".json", ".model", ".txt", ".jinja", ".py")
+# Bytes of a file that is read whole for `files_fingerprint`; of a larger one so many blocks of so
+# many bytes: 16 MiB, which take a disk less time than loading takes by far.
+WHOLE_UP_TO = 1 << 26
+BLOCKS = 4096
+BLOCK = 4096
 
 
 def fingerprint(model: nn.Module, *, samples: int = 65_536) -> str:
@@ -61,6 +74,49 @@ def exact_fingerprint(model: nn.Module, *, samples: int = 1024) -> str:
         some = values[:: max(1, len(values) // samples)].cpu().contiguous()
         digest.update(some.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def files_fingerprint(options: ModelOptions) -> str:
+    """What lies where a model is loaded from: of a local folder a sha256 over configuration,
+    tokenizer and weights, of a name on the Hub the commit.
+
+    It is how a resumed run and a comparison see that a model was replaced at the same place. Files
+    above WHOLE_UP_TO are read at BLOCKS places alone, evenly spaced, and at both ends.
+    """
+    folder = model_folder(options.model)
+    if folder is None:
+        return _commit_on_the_hub(options)
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in DECIDING and not path.name.startswith(".") and path.is_file():
+            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+            _add_content(digest, path)
+    return digest.hexdigest()
+
+
+def _commit_on_the_hub(options: ModelOptions) -> str:
+    """The commit of a model that is not a folder here; its name where that cannot be had, as
+    loading it then says.
+    """
+    from huggingface_hub import hf_hub_download
+
+    try:
+        path = hf_hub_download(options.model, "config.json", revision=options.revision)
+    except (OSError, ValueError):
+        return options.model
+    return Path(path).parent.name
+
+
+def _add_content(digest: Any, path: Path) -> None:
+    """Add a file's bytes, or some of them where there are many."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        if size <= WHOLE_UP_TO:
+            digest.update(file.read())
+            return
+        for number in range(BLOCKS + 1):
+            file.seek((size - BLOCK) * number // BLOCKS)
+            digest.update(file.read(BLOCK))
 
 
 def _signs(table: Tensor, step: int) -> bytes:

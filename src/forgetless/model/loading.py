@@ -163,7 +163,7 @@ def context_length(model: nn.Module) -> int:
 
 def _from_pretrained(kind: Any, name: str, options: ModelOptions, settings: dict[str, Any]) -> Any:
     """What `kind`, an Auto class of transformers, loads. Raises ValueError where it cannot."""
-    folder = _model_folder(name)
+    folder = model_folder(name)
     try:
         return kind.from_pretrained(
             name if folder is None else str(folder),
@@ -194,7 +194,7 @@ def _from_pretrained(kind: Any, name: str, options: ModelOptions, settings: dict
         ) from error
 
 
-def _model_folder(name: str) -> Path | None:
+def model_folder(name: str) -> Path | None:
     """The local folder that `name` is; None for a name on the Hub.
 
     Raises ValueError for a folder that is not there, or holds no model.

@@ -28,6 +28,7 @@ from forgetless.files.outputs import check_new_file, local_inputs
 from forgetless.files.untrusted import JsonObject
 from forgetless.importance.calibration import MeasuredUpdate
 from forgetless.model import distributed
+from forgetless.model.fingerprint import files_fingerprint
 from forgetless.options.option import RUNNING, as_dict, deciding
 from forgetless.options.record import RecordOptions
 
@@ -101,7 +102,12 @@ def write(options: RecordOptions, state: State) -> None:
     held = dict(vars(state))
     if isinstance(state, CalibratedState):
         held["calibrated"] = [update.plain() for update in state.calibrated]
-    plain = {"options": comparable(options), **held, "processes": distributed.world_size()}
+    plain = {
+        "options": comparable(options),
+        **held,
+        "processes": distributed.world_size(),
+        "base": files_fingerprint(options),
+    }
     with atomic_path(place(options), of=options.out) as temporary:
         torch.save(plain, temporary)
         distributed.barrier()  # all states are renamed at about the same moment
@@ -123,6 +129,11 @@ def load_state(options: RecordOptions) -> State | None:
     state = state_of(path, plain)
     _check_same_processes(options, path, plain.get("processes", 1), state.done)
     _check_same_options(options, path, plain["options"])
+    if plain.get("base") != files_fingerprint(options):
+        raise ValueError(
+            f"{path} was made on another model than lies at '{options.model}' now; bring that one "
+            "back, or start again without --resume"
+        )
     return state
 
 
@@ -132,7 +143,7 @@ def state_of(path: str | Path, plain: Any) -> State:
     Raises ValueError where it holds none.
     """
     if isinstance(plain, dict) and isinstance(plain.get("options"), dict):
-        held = set(plain) - {"options", "processes"}
+        held = set(plain) - {"options", "processes", "base"}
         for kind in KINDS:
             names = {field.name for field in fields(kind)}
             if held == names:

@@ -33,7 +33,7 @@ from forgetless.options.option import as_dict, parse_rule, several
 from forgetless.options.tune import TuneOptions
 from forgetless.sequence.domains import Domain, earlier_of, named
 from forgetless.sequence.steps import IMPORTANCE, Step, Steps
-from forgetless.tune.run_folder import INPUTS, check_inputs, check_resumed
+from forgetless.tune.run_folder import INPUTS, check_inputs, check_resumed, hashes_of_files
 
 logger = logging.getLogger("forgetless")
 
@@ -260,6 +260,8 @@ def _check_rows(
             limit=options.limit,
         )
         given["general text"] = fingerprint_documents(documents)
+    file = importance_path(options.importance) if options.importance else None
+    given |= hashes_of_files(options, file)
     if options.resume:
         check_inputs(given, out)
     return given

@@ -19,12 +19,14 @@ from forgetless.data.own_text import OWN_KINDS
 from forgetless.errors import OptionError
 from forgetless.files.atomic import discard, read_json, write_json, write_text
 from forgetless.files.outputs import RESOLVED, claim, local_inputs
+from forgetless.files.provenance import sha256_file
 from forgetless.methods.replay_text import OWN_TEXT
 from forgetless.model import distributed
+from forgetless.model.fingerprint import files_fingerprint
 from forgetless.options.option import MEASURED, RUNNING, as_dict, deciding, read_yaml, several
 from forgetless.options.tune import TuneOptions
 
-# What the data of a run were when it was started: name -> sha256 of the rows.
+# What a run read when it was started: name -> sha256 of the rows, or of a file.
 INPUTS = "inputs.json"
 
 
@@ -85,7 +87,7 @@ def check_resumed(options: TuneOptions, out: Path, *, measured: bool = False) ->
 
 
 def check_inputs(hashes: Mapping[str, str], out: Path) -> None:
-    """Raise ValueError where the data of a resumed run is not what it was started with.
+    """Raise ValueError where what a resumed run reads is not what it was started with.
 
     `hashes` are compared with those in INPUTS, which lies beside RESOLVED.
     """
@@ -93,9 +95,22 @@ def check_inputs(hashes: Mapping[str, str], out: Path) -> None:
     changed = sorted(name for name, digest in hashes.items() if then.get(name, digest) != digest)
     if changed:
         raise ValueError(
-            f"'{out}' was started with other data: changed are the {', the '.join(changed)}; "
-            "give the same, or start again with --overwrite"
+            f"'{out}' was started with other data or files: changed are the "
+            f"{', the '.join(changed)}; give the same, or start again with --overwrite"
         )
+
+
+def hashes_of_files(options: TuneOptions, importance: Path | None) -> dict[str, str]:
+    """Hashes of what a run is made with beside its data, as `check_inputs` takes them."""
+    hashes = {"base model": files_fingerprint(options)}
+    if importance is not None:
+        hashes["importance file"] = sha256_file(importance)
+    if options.prompts:
+        hashes["prompts"] = sha256_file(Path(options.prompts).expanduser())
+    if options.after:
+        adapter = Path(options.after) / "final" / "adapter_model.safetensors"
+        hashes["adapter of --after"] = sha256_file(adapter)
+    return hashes
 
 
 def begin(options: TuneOptions, hashes: Mapping[str, str], out: Path) -> None:

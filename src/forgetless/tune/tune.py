@@ -42,7 +42,13 @@ from forgetless.tune.result import (
     write_result,
 )
 from forgetless.tune.rows import encode_inputs
-from forgetless.tune.run_folder import begin, check_folder, check_inputs, last_checkpoint
+from forgetless.tune.run_folder import (
+    begin,
+    check_folder,
+    check_inputs,
+    hashes_of_files,
+    last_checkpoint,
+)
 from forgetless.tune.trainer import make_trainer, train_from
 
 
@@ -63,8 +69,9 @@ def tune(options: TuneOptions, *, earlier: Earlier | None = None) -> JsonObject:
     with only_writer(out):
         check_folder(options, out)
         inputs = read_inputs(options)
+        hashes = {**inputs.hashes, **hashes_of_files(options, file)}
         if options.resume:
-            check_inputs(inputs.hashes, out)
+            check_inputs(hashes, out)
         base = load_base(options, importance)
         rows = encode_inputs(options, inputs, base.model, base.tokenizer)
         start = measure_start(options, base, inputs, rows, earlier)
@@ -77,7 +84,7 @@ def tune(options: TuneOptions, *, earlier: Earlier | None = None) -> JsonObject:
         base, start = let_go(base, start, importance)
 
         announce(options, adapted.model, importance, len(rows.training))
-        begin(options, inputs.hashes, out)
+        begin(options, hashes, out)
         train_seconds = train_from(trainer, last_checkpoint(out) if options.resume else None)
 
         trained = TrainedModel(adapted.model, trainer, start.setup, prepare_seconds, train_seconds)
