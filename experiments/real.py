@@ -5,13 +5,15 @@ say anyway.
     # Hours; finished runs are not made again.
     python experiments/real.py ../shared lab/smollm2 out/real
     python experiments/real.py ../shared lab/smollm2 out/real --arms plain kl-1-2 --seeds 0
+    python experiments/real.py ../shared lab/smollm2 out/real --arms plain --judge plain --seeds 0
     # What is there so far.
     python experiments/real.py ../shared lab/smollm2 out/real --table
 
 Protocol: 50 steps of 8 chats of at most 192 tokens of medical questions, LoRA of rank 8 on all
 linear layers, rate 1e-3, seeds 0, 1, 2. Learning is the fall of the loss on 60 held-out chats.
 Forgetting is the divergence from the base on its own answers to 64 prompts that nothing was
-recorded on, held to or chosen by; the loss on held-out web text stands beside it. The weights are
+recorded on, held to or chosen by. With --judge come the loss on held-out web text, behaviours and
+tasks. The weights are
 those of a file in 4 bit (Q4_1), brought to bf16.
 
     plain            no holding; and its update scaled by 0.75, 0.5, 0.25
@@ -127,7 +129,7 @@ class Campaign:
                 "dtype": self.dtype,
                 "data": str(data / "chat/medical-train.jsonl"),
                 "eval_data": str(data / "chat/medical-test.jsonl"),
-                "general": f"chat,{data / 'general/test.jsonl'}",
+                "general": "chat",
                 "answers": self.answers,
                 "limit": self.rows,
                 "seed": seed,
@@ -166,7 +168,7 @@ class Campaign:
                 model=self.model,
                 dtype=self.dtype,
                 adapter=str(self.out / f"{arm}-{seed}" / "final"),
-                general="chat",
+                general=f"chat,{self.shared / 'data/general/test.jsonl'}",
                 answers=self.answers,
                 behaviours=JUDGED_PROMPTS,
                 tasks=",".join(
@@ -226,12 +228,12 @@ def _labels() -> list[str]:
 
 def _result(arm: str, seed: int, file: Path) -> Result:
     run = read_record(file, Run)
-    behaviours, conversations, tasks = run.behaviours, run.conversations, None
+    behaviours, conversations, tasks, web_text = None, None, None, run.general
     judged = file.parent.with_name(f"{file.parent.name}-judged") / "run.json"
     if judged.exists():
         found = read_record(judged, Run)
         behaviours, conversations = found.behaviours, found.conversations
-        tasks = _task_changes(found)
+        tasks, web_text = _task_changes(found), found.general
     seconds = None
     if run.train_seconds is not None:
         seconds = run.train_seconds + (run.prepare_seconds or 0)
@@ -240,7 +242,7 @@ def _result(arm: str, seed: int, file: Path) -> Result:
         seed=seed,
         learning=run.learning,
         divergence=run.forgetting,
-        web_text=run.general,
+        web_text=web_text,
         by_kind=run.divergence_by_kind,
         seconds=seconds,
         behaviours=behaviours,
@@ -276,8 +278,8 @@ def table(results: Results) -> str:
             arm,
             _mean([_nats(run.learning) for run in runs], ".3f"),
             _mean([_nats(run.divergence) for run in runs], ".4f"),
-            _mean([_nats(run.web_text) for run in runs], "+.4f"),
-            _mean(seconds, ".0f") if seconds else "",
+            _mean([_nats(run.web_text) for run in runs if run.web_text], "+.4f"),
+            _mean(seconds, ".0f"),
             str(len(runs)),
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -290,6 +292,8 @@ def _nats(interval: Interval | None) -> float:
 
 
 def _mean(values: Sequence[float], form: str) -> str:
+    if not values:
+        return ""
     mean = format(statistics.mean(values), form)
     if len(values) < 2:
         return mean
