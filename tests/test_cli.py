@@ -13,7 +13,7 @@ import torch
 from forgetless import __version__
 from forgetless.cli import main
 from forgetless.errors import OptionError
-from forgetless.options.option import GROUPS, MEASURED, RUNNING, deciding, flag, read_yaml
+from forgetless.options.option import MEASURED, RUNNING, deciding, flag, read_yaml
 from forgetless.options.record import RecordOptions
 from forgetless.options.tune import TuneOptions
 from forgetless.options.verbs import VERBS, resolve
@@ -34,19 +34,6 @@ assert not {{"torch", "transformers", "numpy"}} & set(sys.modules)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "usage: forgetless" in done.stdout
-
-
-def test_help_shows_options_in_groups_with_their_defaults(capsys):
-    with pytest.raises(SystemExit):
-        main(["tune", "--help"])
-    text = capsys.readouterr().out
-    groups = [line for line in text.splitlines() if line.endswith(":") and line[0] != " "]
-    shown = [group for group in GROUPS if f"{group}:" in groups]
-    assert shown == [name for name in (line[:-1] for line in groups) if name in GROUPS]
-    assert {"model", "data", "adapter", "method", "holding", "budget", "training"} <= set(shown)
-    said = " ".join(text.split())
-    assert "[paper: 8, default: 8]" in said and "seed of every random choice [0]" in said
-    assert "kl (predictions on general text" in said
 
 
 def test_python_m_forgetless_is_the_command_line():

@@ -5,8 +5,9 @@ import types
 import pytest
 from transformers import TrainerState
 
+from forgetless.files.run_json import EXPLODED
 from forgetless.tune import log_lines
-from forgetless.tune.log_lines import EXPLODED, LogLines, has_exploded
+from forgetless.tune.log_lines import LogLines, has_exploded
 
 
 def shown(entries, capsys, **kwargs):

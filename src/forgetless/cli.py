@@ -1,13 +1,16 @@
 """The command line: which verb, its options checked, its function run, the exit code.
 
 Exit codes: 0 done, 1 failed, 2 wrong options, 3 a budget or check was not met, 130 interrupted, 141
-nobody reads the output any more. Results go to standard output, everything else to standard error.
+nobody reads the output any more. Results go to standard output, as JSON with --json, everything
+else to standard error.
 Nothing heavy is imported before the options have been checked.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
+import json
 import logging
 import os
 import select
@@ -15,35 +18,41 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from forgetless.errors import OptionError, nearest, printable
+from forgetless.errors import OptionError, printable
+from forgetless.files.run_json import EXPLODED
 from forgetless.options.command_line import program_parser, verb_parser
+from forgetless.options.completion import completion
 from forgetless.options.option import read_yaml
+from forgetless.options.other_names import in_our_words, verb_meant
 from forgetless.options.reference import resolved
 from forgetless.options.verbs import VERBS
-from forgetless.report.terminal import write_message
+from forgetless.report.terminal import say, write_message
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     name = next((word for word in words if not word.startswith("-")), None)
-    if name is None:
-        parser = program_parser()
-        parser.parse_args(words)
-        parser.print_help()
-        return 2 if words else 0
+    if name is None or words[0] == "--completion":
+        return _without_verb(words)
     if name not in VERBS:
-        print(f"forgetless: unknown verb '{name}'; {nearest(name, VERBS)}", file=sys.stderr)
+        print(f"forgetless: unknown verb '{name}'; {verb_meant(name, VERBS)}", file=sys.stderr)
         return 2
     words.remove(name)
+    if "--help-all" in words:
+        verb_parser(name, full=True).print_help()
+        return 0
+    words = in_our_words(words, VERBS[name].options.__dataclass_fields__)
     given = vars(verb_parser(name).parse_args(words))
-    debug, quiet = given.pop("debug", False), given.pop("quiet", False)
-    _quiet_hosts(bars=sys.stderr.isatty() and not quiet)
-    _log_to_terminal(logging.WARNING if quiet else logging.INFO)
+    debug = given.pop("debug", False)
+    manner = Speech(quiet=given.pop("quiet", False), json=_takes_json(name, given))
+    _quiet_hosts(bars=sys.stderr.isatty() and not manner.quiet)
+    _log_to_terminal(logging.WARNING if manner.quiet else logging.INFO)
     try:
-        return _performed(name, given)
+        return _performed(name, given, manner)
     except KeyboardInterrupt:
         more = VERBS[name].interrupted
         told = "interrupted; no half-written file is left" + (f"; {more}" if more else "")
@@ -53,23 +62,70 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _failed(name, error, debug=debug)
 
 
-def _performed(name: str, given: dict[str, Any]) -> int:
-    """The exit code of a verb that was done, its result printed where it is text."""
+@dataclass(frozen=True)
+class Speech:
+    """How a verb is to talk: only warnings, errors and results; results as JSON."""
+
+    quiet: bool
+    json: bool
+
+
+def _without_verb(words: list[str]) -> int:
+    """The exit code of a command line that names no verb."""
+    parser = program_parser()
+    given = parser.parse_args(words)
+    if given.completion:
+        print(completion(given.completion), end="")
+        return 0
+    parser.print_help()
+    return 2 if words else 0
+
+
+def _takes_json(name: str, given: dict[str, Any]) -> bool:
+    """Whether the result is to be printed as JSON here; `plan` does it itself."""
+    return VERBS[name].reports is not None and bool(given.pop("json", False))
+
+
+def _performed(name: str, given: dict[str, Any], manner: Speech) -> int:
+    """The exit code of a verb that was done, its result printed."""
     verb = VERBS[name]
     if verb.alone:
         _check_launch(name)
     config = given.pop("config", None)
     options = verb.resolve({**(read_yaml(config) if config else {}), **given})
-    result = verb.perform(options)
-    if isinstance(result, str):
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            # A terminal that cannot show blocks gets question marks, not an error.
-            sys.stdout.reconfigure(errors="replace")
-        print(result)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that cannot show blocks gets question marks, not an error.
+        sys.stdout.reconfigure(errors="replace")
+    if manner.json:
+        with contextlib.redirect_stdout(io.StringIO() if manner.quiet else sys.stderr):
+            result = verb.perform(options)
+            shown = result if not verb.reports else resolved(verb.reports)(options, result)
+        if _speaks():
+            print(json.dumps(shown, indent=1))
+    else:
+        result = verb.perform(options)
+        if isinstance(result, str):
+            print(result)
     sys.stdout.flush()
-    # 3 where the result does not say that the budget was met, also where it was only predicted.
-    unmet = ("not shown", "exceeded", "predicted")
-    return 3 if isinstance(result, dict) and result.get("verdict") in unmet else 0
+    if verb.then is not None and _speaks() and (command := verb.then(options)):
+        say(f"next: {command}")
+    return _exit_code(result)
+
+
+def _speaks() -> bool:
+    """Whether this is the process that speaks, among those that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _exit_code(result: Any) -> int:
+    """3 where the result does not say that the budget was met, also where it was only predicted;
+    1 where the loss exploded.
+    """
+    if not isinstance(result, dict):
+        return 0
+    if any(EXPLODED in entry for entry in result.get("log") or []):
+        return 1
+    return 3 if result.get("verdict") in ("not shown", "exceeded", "predicted") else 0
 
 
 def _failed(name: str, error: Exception, *, debug: bool) -> int:

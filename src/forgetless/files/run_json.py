@@ -22,6 +22,8 @@ from forgetless.files.untrusted import JsonObject
 
 # One entry of the log of training, whose keys the trainer and its callbacks choose.
 LogEntry = JsonObject
+# The key in the last entry of a log that says that the loss exploded.
+EXPLODED = "loss_exploded"
 # What every verb measures, in this order.
 MEASURED_KEYS = ("before", "after", "forgetting", "learning", "general")
 # What `tune` and `eval` say of a chat model's answers, after that.

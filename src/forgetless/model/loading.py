@@ -211,7 +211,10 @@ def model_folder(name: str) -> Path | None:
     if not (path / "config.json").is_file():
         hint = ""
         if (path / "adapter_config.json").is_file():
-            hint = "; it holds an adapter: give its base model here, and the adapter with --adapter"
+            hint = (
+                "; it holds an adapter: give its base model here (eval and chat take the adapter "
+                "by --adapter, tune goes on from a finished run by --after)"
+            )
         raise ValueError(f"'{name}' is not a model folder: expected config.json in it{hint}")
     return path
 

@@ -20,7 +20,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any
 
-from forgetless.errors import OptionError, brief, nearest
+from forgetless.errors import FileError, OptionError, brief, nearest
 from forgetless.files.untrusted import JsonObject
 from forgetless.files.untrusted_yaml import load_yaml
 
@@ -171,14 +171,14 @@ def several(spec: str | None) -> list[str]:
 def read_yaml(path: str | Path) -> JsonObject:
     """The mapping in a YAML file, safe-loaded; keys may be written with - or _.
 
-    Raises OptionError with the line of a syntax error.
+    Raises OptionError with the line of a syntax error, FileError where there is no such file.
     """
     path = Path(path)
     try:
         if not path.is_file():
-            raise OptionError(f"configuration file '{path}' does not exist")
+            raise FileError(f"configuration file '{path}' does not exist")
         content = load_yaml(path.read_text(encoding="utf-8"))
-    except OptionError:
+    except FileError:
         raise
     except (OSError, ValueError) as error:
         raise OptionError(f"configuration file '{path}' is not valid YAML: {error}") from None

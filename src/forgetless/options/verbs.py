@@ -29,7 +29,19 @@ from forgetless.options.files import ConvertOptions, InspectOptions
 from forgetless.options.finished import EvalOptions, MergeOptions, ShrinkOptions
 from forgetless.options.methods import method_settings
 from forgetless.options.model import Options
+from forgetless.options.next_steps import (
+    after_chat,
+    after_compare,
+    after_convert,
+    after_eval,
+    after_inspect,
+    after_merge,
+    after_plan,
+    after_record,
+    after_shrink,
+)
 from forgetless.options.option import Given, checked, flag, several
+from forgetless.options.other_names import option_meant
 from forgetless.options.plan import PlanOptions
 from forgetless.options.record import RECORD_PRESETS, RecordOptions
 from forgetless.options.reference import resolved
@@ -52,6 +64,9 @@ class Verb:
     settings     what was given -> options that it sets, stronger than the preset
     check        the options -> OptionError for what cannot be, before anything is loaded
     alone        whether it writes and does not share work between processes
+    reports      what --json prints: the options and the result of `run` -> JSON, by reference; ""
+                 is the result itself, None where there is none
+    then         the options -> the command that is likely to come next
     interrupted  how to go on after an interruption
     """
 
@@ -66,6 +81,8 @@ class Verb:
     settings: Callable[[Given], Given] | None = None
     check: Callable[[Any], None] | None = None
     alone: bool = False
+    reports: str | None = None
+    then: Callable[[Any], str] | None = None
     interrupted: str = ""
 
     def resolve(self, given: Given) -> Any:
@@ -123,6 +140,8 @@ VERBS: dict[str, Verb] = {
         needed=("model", "out"),
         run="forgetless.record.record:record",
         interrupted="--resume goes on from the last saved state",
+        reports="forgetless.importance.as_json:recorded_file",
+        then=after_record,
     ),
     "plan": Verb(
         help="say what recording and tuning will take: bytes, memory, time",
@@ -130,6 +149,7 @@ VERBS: dict[str, Verb] = {
         options=PlanOptions,
         needed=("model",),
         run="forgetless.plan.plan:plan",
+        then=after_plan,
     ),
     "tune": Verb(
         help="fine-tune on domain data while holding it",
@@ -141,6 +161,7 @@ VERBS: dict[str, Verb] = {
         needed=("model", "data", "out"),
         run=_tuned_by,
         interrupted="--resume goes on from the last saved state",
+        reports="",
     ),
     "eval": Verb(
         help="measure what was learned and what was lost",
@@ -150,6 +171,8 @@ VERBS: dict[str, Verb] = {
         run="forgetless.evaluate.evaluate:evaluate",
         check=_check_measured,
         alone=True,
+        reports="",
+        then=after_eval,
     ),
     "chat": Verb(
         help="talk to the base and the tuned model side by side",
@@ -159,6 +182,7 @@ VERBS: dict[str, Verb] = {
         run="forgetless.chat.chat:chat",
         check=check_chat,
         alone=True,
+        then=after_chat,
     ),
     "compare": Verb(
         help="run every method of an experiment and put them on one frontier",
@@ -168,6 +192,8 @@ VERBS: dict[str, Verb] = {
         run="forgetless.compare.compare:compare",
         alone=True,
         interrupted="the same command goes on",
+        reports="",
+        then=after_compare,
     ),
     "shrink": Verb(
         help="make a finished adapter keep a forgetting budget",
@@ -177,6 +203,8 @@ VERBS: dict[str, Verb] = {
         needed=("adapter", "out"),
         run="forgetless.budget.shrink:shrink",
         alone=True,
+        reports="",
+        then=after_shrink,
     ),
     "report": Verb(
         help="show a comparison or a run as one self-contained page, or as markdown",
@@ -194,6 +222,7 @@ VERBS: dict[str, Verb] = {
         run="forgetless.importance.importance:convert",
         call=lambda convert, options: convert(options.file, options.tier, options.out),
         alone=True,
+        then=after_convert,
     ),
     "inspect": Verb(
         help="show what is in an importance file",
@@ -202,6 +231,8 @@ VERBS: dict[str, Verb] = {
         needed=("file",),
         run="forgetless.importance.importance:describe_file",
         call=lambda describe_file, options: describe_file(options.file),
+        reports="forgetless.importance.as_json:inspected_file",
+        then=after_inspect,
     ),
     "merge": Verb(
         help="merge an adapter into its base model",
@@ -211,6 +242,7 @@ VERBS: dict[str, Verb] = {
         run="forgetless.tune.merge:merge",
         call=lambda merge, options: merge(options.adapter, options.out, dtype=options.dtype),
         alone=True,
+        then=after_merge,
     ),
     "demo": Verb(
         help="run the whole method on the embedded model and world, in minutes",
@@ -219,6 +251,7 @@ VERBS: dict[str, Verb] = {
         needed=("out",),
         run="forgetless.demo.run:demo",
         alone=True,
+        reports="",
     ),
 }
 
@@ -229,13 +262,13 @@ def resolve(kind: type[Options], given: Given) -> Options:
     Raises OptionError for unknown names and wrong types.
     """
     known = {spec.name: spec for spec in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    verb = next((row for row in VERBS.values() if row.options is kind), None)
+    of = "".join(f" of {name}" for name, row in VERBS.items() if row.options is kind)
     for name in given:
         if name not in known:
-            raise OptionError(
-                f"unknown option '{name}' for {kind.__name__}; {nearest(name, known)}"
-            )
+            meant = option_meant(name, known, lambda spec: spec.name) or nearest(name, known)
+            raise OptionError(f"unknown option '{name}'{of}; {meant}")
     values = {name: checked(known[name], value) for name, value in given.items()}
-    verb = next((row for row in VERBS.values() if row.options is kind), None)
     if verb is not None and verb.check_given is not None:
         verb.check_given(values)
     if verb is None or verb.presets is None:

@@ -24,14 +24,13 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from forgetless.files.run_json import EXPLODED
 from forgetless.model.linear import unwrapped
 from forgetless.penalty.callback import write_logs
 from forgetless.report import numbers
 from forgetless.report.terminal import Bar, progress, say
 
 logger = logging.getLogger("forgetless")
-# The key in the last entry of a log that says that the loss exploded.
-EXPLODED = "loss_exploded"
 # The loss has exploded where it ends so many nats and so many times above where it began. Rates
 # that are merely too high to learn well end within half a nat of the beginning.
 RISEN_BY = 1.0
