@@ -174,6 +174,7 @@ def bowl(
     unit=None,
     seed=0,
     fixed=None,
+    own_noise=None,
 ):
     """Adam on a domain bowl and the pull of a general bowl under the controller:
 
@@ -181,7 +182,8 @@ def bowl(
 
     `every`: steps between probes; `noise`: standard deviation of a probe in shares of the rise;
     `wrong`: by how much the importance of a weight is off (log); `fixed`: a strength instead of the
-    controller's.
+    controller's; `own_noise`: the energy is a mean of five noisy measurements of the rise, as a
+    divergence in the loss makes it.
     """
     rng = np.random.default_rng(0)
     H = np.exp(rng.normal(0, 2, 40))
@@ -190,7 +192,8 @@ def bowl(
     u += begin * wanted
     believed = H * np.exp(wrong * rng.normal(0, 1, 40))
     believed *= H.sum() / believed.sum()
-    controller, m, v, rng = Controller(budget, start, unit), 0.0, 0.0, np.random.default_rng(seed)
+    controller = Controller(budget, start, unit, catches_up=own_noise is not None)
+    m, v, rng = 0.0, 0.0, np.random.default_rng(seed)
     strength, rises, strengths = (controller.strength() if fixed is None else fixed) * held, [], []
     for step in range(1, steps + 1):
         g = 0.04 * (u - wanted) + 2 * strength * believed * u
@@ -201,11 +204,10 @@ def bowl(
         rises.append(float((H * u * u).sum()) / 2)
         if (step % 5 == 0 or step % every == 0) and held:
             probe = rises[-1] * (1 + noise * rng.normal()) if step % every == 0 else None
-            strength = (
-                controller.update(step, float((believed * u * u).sum()), probe)
-                if fixed is None
-                else fixed
-            )
+            energy = float((believed * u * u).sum())
+            if own_noise is not None:
+                energy = float(np.mean(rises[-5:] * np.exp(own_noise * rng.normal(0, 1, 5))))
+            strength = controller.update(step, energy, probe) if fixed is None else fixed
             strengths.append(strength)
     return (
         np.array(rises) / budget,
@@ -297,6 +299,22 @@ def test_a_few_noisy_probes_neither_waste_the_budget_nor_throw_the_strength_abou
         np.median([np.log(strengths[len(strengths) // 2 :]).std() for _, strengths, _ in runs])
         < 0.8
     )
+
+
+@pytest.mark.parametrize("budget", [0.1, 0.03, 0.01, 0.003])
+def test_the_weight_of_a_measured_divergence_catches_up_and_settles(budget):
+    """From a weight of 1, whatever the budget asks for: up to forty times that.
+
+    Fifty steps have ten looks at ten answers each, which are off by a sixth.
+    """
+    given = dict(unit=1.0, noise=0.4, own_noise=0.5, rate=0.05)
+    short = [bowl(budget, 1.0, steps=50, seed=seed, **given) for seed in range(6)]
+    assert 0.7 < np.mean([rises[-1] for rises, _, _ in short]) < 1.3
+    long = [bowl(budget, 1.0, steps=200, seed=seed, **given) for seed in range(6)]
+    assert 0.75 < np.mean([rises[-1] for rises, _, _ in long]) < 1.15
+    for _, strengths, _ in long:
+        late = np.log(strengths[20:])
+        assert late.std() < 0.6 and np.abs(np.diff(late)).max() < 1.5
 
 
 def test_quantiles_of_many_documents_are_those_of_the_normal_distribution():

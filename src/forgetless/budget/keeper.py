@@ -25,18 +25,18 @@ from forgetless.budget.baseline import Baseline, Spread
 from forgetless.budget.budget import check_reach
 from forgetless.budget.controller import Controller
 from forgetless.budget.finish import keep_budget
-from forgetless.budget.held import Holding, steer
+from forgetless.budget.held import Grip, HeldDivergence, Holding, grip_of, steer
 from forgetless.budget.learning import Learning
 from forgetless.budget.probe import Probe, Rolling, plan_probes
 from forgetless.budget.scan import EACH
 from forgetless.budget.ways import ways_of
 from forgetless.data.duplicates import Overlap
+from forgetless.evaluate.paired_answers import PairedAnswers
 from forgetless.files.budget_json import BudgetReport
 from forgetless.importance.importance import Importance
 from forgetless.model.update import Update
 from forgetless.model.weights import FullWeight
 from forgetless.options.estimators import known
-from forgetless.penalty.callback import PenaltyCallback
 from forgetless.penalty.pull import Penalty
 
 logger = logging.getLogger("forgetless")
@@ -70,14 +70,17 @@ class Keeper:
     def bind(
         self,
         trainer: Any,
-        importance: Importance,
+        importance: Importance | None,
         holding: Holding,
         *,
         start: float | None = None,
-    ) -> PenaltyCallback:
+        divergence: HeldDivergence | None = None,
+        pulls: bool = True,
+    ) -> Grip:
         """Refuse what the text cannot show, then add penalty and probe to the trainer.
 
-        `start`: the strength to begin at; None: what suits the importance.
+        `start`: the strength to begin at; None: what suits the importance. `divergence`: a term of
+        the loss whose weight is set too, or with `pulls` False alone.
         """
         self.update = Update(trainer.model, names=holding.names)
         self.shrinkable = importance if self._can_shrink(importance) else None
@@ -86,16 +89,15 @@ class Keeper:
         if not self.baseline.moved:
             spread = self.baseline.spread(trainer.model, self.update, error=EACH)
             check_reach(spread.rise, len(self.baseline.check), self.budget, error=EACH)
-        held = holding.add_penalty(trainer, importance)
-        estimator = known(importance.info.get("estimator"))
-        if estimator is not None and estimator.in_nats:
-            unit: float | None = 1.0
-            start = start or estimator.strength
-        else:
-            unit = self._unit(held.penalty, spread)
-        controller = Controller(self.budget.nats, start, unit)
-        self.probe = self._probe(trainer.model, controller, held.penalty)
-        steer(trainer, held, self.probe, self.finish)
+        held = None
+        if pulls:
+            assert importance is not None
+            held = holding.add_penalty(trainer, importance)
+        own = isinstance(self.baseline.control, PairedAnswers)
+        grip, start = grip_of(held, divergence, start, own=own)
+        controller = self._controller(grip, start, spread, own=own)
+        self.probe = self._probe(trainer.model, controller, grip)
+        steer(trainer, grip, self.probe, self.finish)
         logger.info(
             "budget %s (%.4g nats): %d control and %d check documents; %d pieces probed every %d "
             "steps",
@@ -106,22 +108,40 @@ class Keeper:
             self.probe.count,
             self.every,
         )
-        return held
+        return grip
 
-    def _can_shrink(self, importance: Importance) -> bool:
+    def _controller(
+        self, grip: Grip, start: float | None, spread: Spread | None, *, own: bool
+    ) -> Controller:
+        """What follows the rise: by the divergence of the loss, which costs its own nats where both
+        are of what the base says, or by the energy of the pull.
+        """
+        if grip.by_term:
+            unit = 1.0 if own and grip.divergence is not None and grip.divergence.own else None
+            return Controller(self.budget.nats, start, unit, catches_up=True)
+        assert grip.held is not None
+        penalty = grip.held.penalty
+        estimator = known(penalty.importance.info.get("estimator"))
+        if estimator is not None and estimator.in_nats:
+            return Controller(self.budget.nats, start or estimator.strength, 1.0)
+        return Controller(self.budget.nats, start, self._unit(penalty, spread))
+
+    def _can_shrink(self, importance: Importance | None) -> bool:
         """Whether an update can also be made smaller along importance: that of an adapter, by
         importance which differs between weights.
         """
+        if importance is None:
+            return False
         estimator = known(importance.info.get("estimator"))
         if estimator is not None and estimator.constant:
             return False
         return not any(isinstance(weight, FullWeight) for weight in self.update.weights)
 
-    def _probe(self, model: Any, controller: Controller, penalty: Penalty) -> Probe:
+    def _probe(self, model: Any, controller: Controller, grip: Grip) -> Probe:
         """What looks at the general text and the earlier domains while training."""
         return Probe(
             controller,
-            penalty,
+            grip,
             self.baseline.pieces,
             every=self.every,
             count=self.count,

@@ -64,6 +64,11 @@ def check_budget(options: TuneOptions, methods: Sequence[str]) -> None:
             f"expected {', '.join(name for name, row in METHODS.items() if row.budget)}"
         )
     parse(options.budget)
+    if options.kl_weight == 0:
+        raise OptionError(
+            "--budget sets the weight of the divergence, from --kl-weight on, found 0; give a "
+            "weight above 0, or leave kl out of --method"
+        )
     if options.general:
         return
     if options.after or len(several(options.data)) > 1:

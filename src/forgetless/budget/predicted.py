@@ -22,7 +22,7 @@ from forgetless.budget.baseline import PlannedBound
 from forgetless.budget.budget import Budget
 from forgetless.budget.controller import Controller
 from forgetless.budget.finish import keep_predicted
-from forgetless.budget.held import Holding, steer
+from forgetless.budget.held import Grip, HeldDivergence, Holding, grip_of, steer
 from forgetless.budget.learning import Learning
 from forgetless.budget.probe import Probe
 from forgetless.errors import OptionError
@@ -34,7 +34,6 @@ from forgetless.importance.importance import Importance
 from forgetless.model.update import Update
 from forgetless.model.weights import FullWeight
 from forgetless.options.estimators import known
-from forgetless.penalty.callback import PenaltyCallback
 from forgetless.penalty.pull import Penalty
 
 logger = logging.getLogger("forgetless")
@@ -94,23 +93,29 @@ class Predictor:
     def bind(
         self,
         trainer: Any,
-        importance: Importance,
+        importance: Importance | None,
         holding: Holding,
         *,
         start: float | None = None,
-    ) -> PenaltyCallback:
+        divergence: HeldDivergence | None = None,
+        pulls: bool = True,
+    ) -> Grip:
         """Add penalty and controller to the trainer.
 
-        `start`: the strength to begin at; None: what suits the importance.
+        `start`: the strength to begin at; None: what suits the importance. `divergence`: a term of
+        the loss whose weight is set too; with `pulls` False alone, so that the penalty only knows
+        the energy.
         """
+        assert importance is not None  # it holds the calibration
         self.update = Update(trainer.model, names=holding.names)
         _check_seen(trainer.model, self.update, holding.anchor)
         held = holding.add_penalty(trainer, importance)
         self.forecast = Forecast(self.budget, self.calibration, held.penalty)
         start = start or usual_strength(importance.info, self.calibration.cost)
+        grip, start = grip_of(held if pulls else None, divergence, start, own=False)
         controller = Controller(self.budget.nats, start, 1.0)
-        self.probe = Probe(controller, held.penalty, cost=self.forecast.rise)
-        steer(trainer, held, self.probe, self.finish)
+        self.probe = Probe(controller, grip, cost=self.forecast.rise)
+        steer(trainer, grip, self.probe, self.finish)
         estimator = known(importance.info.get("estimator"))
         if estimator is None or not estimator.predicts:
             logger.warning(
@@ -125,7 +130,7 @@ class Predictor:
             self.budget.nats,
             self.calibration.describe(),
         )
-        return held
+        return grip
 
     def finish(self, trainer: Any) -> BudgetReport:
         """Scale the model's update to what the prediction allows; what run.json has under

@@ -1,25 +1,25 @@
 """The probe: measures the general loss on a few pieces of control text between steps of a trainer,
-and sets the strength that the controller asks for.
+and holds as hard as the controller asks for.
 
-Between probes the controller is told the energy alone. A forward pass over a token costs a third to
-a half of a training step's work on one, so probing 8 % as many tokens as are trained takes 3 to 4 %
-of the time. The plan is made in tokens, not in seconds, so that a run is the same on any machine;
-what it took is measured and reported. Pieces rotate, so that over a run all of the control text is
-used; base losses of the pieces are known. In a sequence of domains the worst of general text and
-earlier domains counts. Without pieces nothing is measured, and `cost` alone says what the update
-would. Everything that the next step depends on is in the trainer's checkpoint.
+Between probes the controller is told the energy alone, or the divergence that the loss has anyway.
+A forward pass over a token costs a third to a half of a training step's work on one, so probing 8 %
+as many tokens as are trained takes 3 to 4 % of the time. The plan is made in tokens, not in
+seconds, so that a run is the same on any machine; what it took is measured and reported. Pieces
+rotate, so that over a run all of the control text is used; base losses of the pieces are known. In
+a sequence of domains the worst of general text and earlier domains counts. Without pieces nothing
+is measured, and `cost` alone says what the update would. Everything that the next step depends on
+is in the trainer's checkpoint.
 
     every, count = plan_probes(tokens_per_step, piece=128)
-    probe = Probe(controller, penalty, baseline.pieces, every=every, count=count)
+    probe = Probe(controller, grip, baseline.pieces, every=every, count=count)
     trainer.callback_handler.callbacks.insert(0, probe)
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -29,13 +29,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from forgetless.budget.controller import Controller, ControllerState
+from forgetless.budget.held import Grip
 from forgetless.evaluate.paired import PairedText
 from forgetless.evaluate.paired_answers import PairedAnswers
 from forgetless.files.budget_json import ControllerLook, ProbeCosts
 from forgetless.files.untrusted import JsonObject
 from forgetless.model import distributed
 from forgetless.penalty.callback import write_logs
-from forgetless.penalty.pull import Penalty
 
 logger = logging.getLogger("forgetless")
 # Tokens that are probed, as a fraction of those that are trained: see above what they cost.
@@ -96,35 +96,35 @@ class Rolling:
 
 
 class Probe(TrainerCallback, ExportableState):
-    """Sets `penalty.strength` from what the general loss does, and logs budget/rise and
-    budget/strength.
+    """Sets how hard the model is held from what the general loss does, and logs budget/rise with
+    budget/strength and budget/kl_weight.
     """
 
     def __init__(
         self,
         controller: Controller,
-        penalty: Penalty,
+        grip: Grip,
         pieces: PairedText | PairedAnswers | None = None,
         *,
         every: int = EVERY,
         count: int = 0,
         guards: Sequence[Rolling] = (),
         offset: float = 0.0,
-        cost: Callable[[], float] | None = None,
+        cost: Callable[[], float | None] | None = None,
     ):
         self.controller = controller
-        self.penalty = penalty
+        self.grip = grip
         self.pieces = pieces
         self.every = every
         self.count = min(count, len(pieces or ()))
         self.guards = guards
         self.offset = offset
-        self.cost = cost or functools.partial(penalty.energy, together=True)
+        self.cost = cost or grip.energy
         self.cursor = 0
         self.seconds = 0.0
         self.total_seconds = 0.0
         self._started = 0.0
-        penalty.strength = controller.strength()
+        grip.set(controller.strength())
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -140,8 +140,11 @@ class Probe(TrainerCallback, ExportableState):
         if not now and state.global_step % EVERY:
             return
         started = time.perf_counter()
+        energy = self.cost()
+        if energy is None:
+            return
         rise = self._measured(kwargs["model"], self.pieces) if now and self.pieces else None
-        self.penalty.strength = self.controller.update(state.global_step, self.cost(), rise)
+        self.grip.set(self.controller.update(state.global_step, energy, rise))
         self.seconds += time.perf_counter() - started
 
     def _measured(self, model: Any, pieces: PairedText | PairedAnswers) -> float:
@@ -181,7 +184,7 @@ class Probe(TrainerCallback, ExportableState):
     ) -> None:
         if logs is None or "loss" not in logs:
             return
-        mine = {"budget/strength": self.penalty.strength}
+        mine = self.grip.logs()
         if self.controller.rise is not None:
             mine["budget/rise"] = self.controller.rise
         write_logs(mine, logs, state)
@@ -193,11 +196,16 @@ class Probe(TrainerCallback, ExportableState):
             "attributes": {
                 "cursor": self.cursor,
                 "controller": asdict(self.controller.state()),
+                "divergence": [list(step) for step in self._last_divergences()],
                 "guards": [
                     {"cursor": guard.cursor, "nats": guard.nats.tolist()} for guard in self.guards
                 ],
             },
         }
+
+    def _last_divergences(self) -> Iterable[tuple[float, int]]:
+        """Nats and tokens of the last steps of the divergence, where there is one."""
+        return () if self.grip.divergence is None else self.grip.divergence.term.last
 
     def stored(self, state: TrainerState) -> Any:
         """What a checkpoint held of this callback; None where nothing."""
@@ -213,7 +221,7 @@ class Probe(TrainerCallback, ExportableState):
             seconds=self.seconds,
             train_seconds=self.total_seconds,
         )
-        return History(self.controller.trajectory, costs)
+        return History([self.grip.described(look) for look in self.controller.trajectory], costs)
 
     def restore(self, state: TrainerState) -> None:
         """Go on from a checkpoint's state. Raises ValueError where it was made without a budget."""
@@ -227,4 +235,7 @@ class Probe(TrainerCallback, ExportableState):
         self.controller.restore(ControllerState.of(stored["attributes"]["controller"]))
         for guard, kept in zip(self.guards, stored["attributes"].get("guards", []), strict=True):
             guard.cursor, guard.nats = int(kept["cursor"]), np.array(kept["nats"])
-        self.penalty.strength = self.controller.strength()
+        if self.grip.divergence is not None:
+            seen = stored["attributes"].get("divergence", [])
+            self.grip.divergence.term.last.extend((nats, tokens) for nats, tokens in seen)
+        self.grip.set(self.controller.strength())

@@ -104,12 +104,19 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class ControllerLook:
-    """What the controller saw at one step of training, and the strength that followed."""
+    """What the controller saw at one step of training, and the strength of the pull and the weight
+    of the divergence that followed.
+    """
 
     step: int | None = None
     probe: float | None = None
     rise: float | None = None
     strength: float | None = None
+    kl_weight: float | None = None  # only where the budget sets it
+
+    def keys(self) -> tuple[str, ...]:
+        keys = ("step", "probe", "rise", "strength")
+        return keys if self.kl_weight is None else (*keys, "kl_weight")
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,9 @@ def hold(
     holding = Holding(layers=layers, anchor=anchor, names=names, offload=offload)
     if budget is not None:
         keeper = of_trainer(trainer, budget, general, loaded, names)
-        return keeper.bind(trainer, loaded, holding, start=strength)
+        held = keeper.bind(trainer, loaded, holding, start=strength).held
+        assert held is not None  # nothing but a pull holds here
+        return held
     return holding.add_penalty(trainer, loaded, _suitable(strength, loaded))
 
 

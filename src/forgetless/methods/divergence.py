@@ -9,7 +9,8 @@ tokens at a time, in f32, and `kl_reference` is the same through autograd. Memor
 four f32 tensors of (tokens at a time, vocabulary).
 
 Where of the base the k likeliest tokens are stored, the probability r of the others and that of the
-token that was said (evaluate/divergence.py), the gradient is, with s = the others' share of q,
+token that was said (evaluate/divergence.py), the gradient is, with s = the part of q that
+the others have,
 
     q - p                             of a stored token
     q (1 - (r - o) / s) - o [said]    of another one; o = 1 where the said token is one, else 0
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from forgetless.evaluate.divergence import NOTHING, StoredBase
 from forgetless.model.weights import wider
 
-# Logits that `stored_gradient` goes through at a time: 8 MiB in f32, which caches hold.
+# Logits that a gradient is made of at a time: 8 MiB in f32, which caches hold and allocators keep.
 LOGITS_AT_A_TIME = 2**21
 
 
@@ -45,11 +46,14 @@ def kl_reference(tuned: Tensor, base: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def kl_gradient(tuned: Tensor, base: Tensor, *, at_a_time: int = 256) -> tuple[float, Tensor]:
+def kl_gradient(
+    tuned: Tensor, base: Tensor, *, at_a_time: int | None = None
+) -> tuple[float, Tensor]:
     """(KL(base || tuned) in nats, summed over tokens; its gradient in `tuned`, in its dtype).
 
     Both are logits (tokens, vocabulary).
     """
+    at_a_time = at_a_time or _rows_at_a_time(tuned)
     gradient = torch.empty_like(tuned)
     nats = 0.0
     dtype = wider(tuned.dtype)
@@ -63,6 +67,10 @@ def kl_gradient(tuned: Tensor, base: Tensor, *, at_a_time: int = 256) -> tuple[f
     return nats, gradient
 
 
+def _rows_at_a_time(logits: Tensor) -> int:
+    return max(1, LOGITS_AT_A_TIME // logits.shape[-1])
+
+
 @torch.no_grad()
 def stored_gradient(
     tuned: Tensor, base: StoredBase, said: Tensor, *, at_a_time: int | None = None
@@ -71,7 +79,7 @@ def stored_gradient(
 
     `tuned` are logits (tokens, vocabulary), `said` the tokens (tokens,) that were.
     """
-    at_a_time = at_a_time or max(1, LOGITS_AT_A_TIME // tuned.shape[-1])
+    at_a_time = at_a_time or _rows_at_a_time(tuned)
     gradient = torch.empty_like(tuned)
     nats = 0.0
     for start in range(0, len(tuned), at_a_time):

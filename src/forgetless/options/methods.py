@@ -249,6 +249,12 @@ def method_settings(given: Given) -> Given:
     return settings
 
 
+def budget_pulls(method: str | None) -> bool:
+    """Whether a budget holds by a pull: not where a divergence alone is what it sets."""
+    names = method_names(method)
+    return "kl" not in names or any(METHODS[name].pull for name in names if name in METHODS)
+
+
 def family(method: str) -> str:
     """The family of the first method that `--method a,b` names."""
     first = next(iter(method_names(method)), "")

@@ -135,6 +135,7 @@ def control(report: BudgetReport) -> Figure | None:
         return None
     known = "predicted rise" if report.predicted else "rise by energy"
     of_budget = 1 / limit
+    what = "strength" if looks[-1].kl_weight is None else "weight of the divergence"
     traces = [
         _look_trace(
             looks,
@@ -150,7 +151,7 @@ def control(report: BudgetReport) -> Figure | None:
             PROBE_COLOURS,
             mode="markers",
         ),
-        _look_trace(looks, _strength, "strength", OUR_COLOURS, mode="lines", yaxis="y2"),
+        _look_trace(looks, _strength, what, OUR_COLOURS, mode="lines", yaxis="y2"),
     ]
     return {
         "traces": [trace for trace in traces if trace["x"]],
@@ -158,7 +159,7 @@ def control(report: BudgetReport) -> Figure | None:
         "layout": {
             "xaxis": axis("optimizer step", anchor="y2"),
             "yaxis": axis("rise, fraction of the budget", domain=[0.52, 1.0]),
-            "yaxis2": axis("strength", domain=[0.0, 0.42], type="log"),
+            "yaxis2": axis(what, domain=[0.0, 0.42], type="log"),
             "shapes": [_line_at("y", 1.0)],
         },
     }
@@ -169,9 +170,12 @@ def _product(value: float | None, factor: float) -> float | None:
 
 
 def _strength(look: ControllerLook) -> float | None:
-    """The strength after a look; None where nothing was held."""
-    held = look.strength is not None and look.strength > NO_STRENGTH
-    return float(look.strength or 0.0) if held else None
+    """The weight of the divergence after a look, where the budget set one, else the strength of the
+    pull; None where nothing was held.
+    """
+    strength = look.strength if look.kl_weight is None else look.kl_weight
+    held = strength is not None and strength > NO_STRENGTH
+    return float(strength or 0.0) if held else None
 
 
 def _look_trace(

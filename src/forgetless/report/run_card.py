@@ -11,6 +11,7 @@ from typing import Any
 from forgetless.files.hub import hub_name, shareable
 from forgetless.files.measured_json import Interval, Loss, Measured, Scores
 from forgetless.files.run_json import Environment, Run
+from forgetless.options.methods import budget_pulls
 from forgetless.options.option import RUNNING, as_dict, deciding
 from forgetless.options.verbs import VERBS, resolve
 from forgetless.report import numbers
@@ -80,7 +81,8 @@ def _items(verb: str, run: Run) -> Iterator[tuple[str, str]]:
     yield "base model", code(shareable(options.get("model")))
     yield "method", code("+".join(run.method or [options.get("method", "?")]))
     if verb == "tune" and run.budget is not None:
-        yield "strength", "set by the budget"
+        pulls = budget_pulls(",".join(run.method or []))
+        yield "strength" if pulls else "weight of the divergence", "set by the budget"
     elif options.get("strength") is not None:
         yield "strength", f"{options['strength']:g}"
     if run.importance is not None:

@@ -11,7 +11,7 @@ that it leaves no trace.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,18 @@ import torch
 from torch import nn
 from transformers import set_seed
 
-from forgetless.budget.held import Holding
+from forgetless.budget.held import HeldDivergence, Holding
+from forgetless.data.own_text import KEPT, OWN_KINDS
 from forgetless.files.room import check_free_space
 from forgetless.importance.importance import Importance
 from forgetless.methods.callback import add_term
+from forgetless.methods.kl import KL
 from forgetless.methods.method import MethodSteps, Setup, Term
 from forgetless.model.adapters import adapter_of
 from forgetless.model.linear import matching, warn_of_experts
 from forgetless.model.targets import target_weights
 from forgetless.model.weights import LowRankWeight
+from forgetless.options.methods import budget_pulls
 from forgetless.options.tune import TuneOptions
 from forgetless.penalty.algebra import implementation
 from forgetless.penalty.callback import add_penalty
@@ -123,16 +126,29 @@ def attach(trainer: Any, adapted: Adapted, start: Start) -> Importance | None:
     for penalty in adapted.penalties:
         add_penalty(trainer, penalty)
         importance = getattr(penalty, "importance", importance)
-    if start.keeper is not None and importance is not None:
+    if start.keeper is not None:
         holding = Holding(
             layers=start.setup.layers,
             anchor=options.anchor,
             names=options.targets if options.full else None,
             offload=options.offload_importance,
         )
-        held = start.keeper.bind(trainer, importance, holding, start=options.strength)
-        importance = held.penalty.importance
+        grip = start.keeper.bind(
+            trainer,
+            importance,
+            holding,
+            start=options.strength,
+            divergence=_divergence_of(adapted.terms, options),
+            pulls=budget_pulls(options.method),
+        )
+        importance = grip.held.penalty.importance if grip.held else importance
     return importance
+
+
+def _divergence_of(terms: Sequence[Term], options: TuneOptions) -> HeldDivergence | None:
+    """The divergence whose weight a budget sets, where the methods have one."""
+    own = options.replay in (*OWN_KINDS, KEPT)
+    return next((HeldDivergence(term, own) for term in terms if isinstance(term, KL)), None)
 
 
 def let_go(
@@ -170,6 +186,9 @@ def _how_held(options: TuneOptions, importance: Importance | None) -> str:
     holding = f"layers {options.layers}, anchor {options.anchor}"
     if options.budget:
         kept = f"on {options.general}" if options.general else "predicted"
+        if not budget_pulls(options.method):
+            weight = f"weight of the divergence from {options.kl_weight:g} on"
+            return f"{method}, budget {options.budget} {kept}, {weight}"
         source = options.importance or "uniform"
         return f"{method}, budget {options.budget} {kept}, {holding}, importance {source}"
     if importance is not None and options.strength:

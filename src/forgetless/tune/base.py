@@ -38,7 +38,7 @@ from forgetless.methods.replay_text import replay_text
 from forgetless.model.loading import load_model, load_tokenizer
 from forgetless.model.stages import Earlier
 from forgetless.options.estimators import default_strength
-from forgetless.options.methods import METHODS, method_names
+from forgetless.options.methods import METHODS, budget_pulls, method_names
 from forgetless.options.tune import TuneOptions
 from forgetless.penalty.layers import from_option
 from forgetless.tune.checks import check_model
@@ -112,7 +112,7 @@ def load_base(options: TuneOptions, importance: Importance | None) -> LoadedBase
     if options.threads:
         torch.set_num_threads(options.threads)
     tokenizer, model = load_tokenizer(options), load_model(options)
-    if options.budget and importance is None:
+    if options.budget and importance is None and budget_pulls(options.method):
         logger.warning(
             "no --importance file: the budget is kept with uniform importance, which holds all "
             "weights alike"
