@@ -45,6 +45,8 @@ def test_a_line_for_each_log_step_fits_80_columns(capsys, monkeypatch):
 def test_columns_are_those_that_the_run_logs(capsys):
     (heading, *_), _ = shown([(10, {**STEP, "kl": 0.1, "energy": 1.0})], capsys)
     assert heading.split() == ["step", "loss", "rate", "KL", "tokens/s", "left"]
+    (heading, *_), _ = shown([(10, {**STEP, "kl": 0.1, "budget/kl_weight": 2.0})], capsys)
+    assert heading.split() == ["step", "loss", "rate", "rise", "weight", "tokens/s", "left"]
     (heading, *_), _ = shown([(10, STEP)], capsys)
     assert "KL" not in heading and "energy" not in heading
 

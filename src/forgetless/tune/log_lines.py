@@ -48,6 +48,8 @@ HELD_COLUMNS = (
 # Of a run with a budget: the rise of the loss on general text, or the divergence, in nats.
 RISE = ("rise", "budget/rise", 8, ".2g")
 STRENGTH = ("strength", "budget/strength", 8, ".3g")
+# Where it sets no pull but the divergence alone.
+WEIGHT = ("weight", "budget/kl_weight", 8, ".3g")
 
 
 class LogLines(TrainerCallback):
@@ -160,7 +162,7 @@ def _step_cells(logs: Mapping[str, Any], state: TrainerState) -> dict[str, str]:
     digits = len(str(state.max_steps))
     step = f"{state.global_step}/{state.max_steps}"
     cells = {"step": step.rjust(max(8, 2 * digits + 1))}
-    for heading, key, width, form in (*COLUMNS, *_held_column(logs), STRENGTH):
+    for heading, key, width, form in (*COLUMNS, *_held_columns(logs)):
         if key in logs:
             cells[heading] = f"{float(logs[key]):{form}}".rjust(width)
         elif heading == RISE[0]:
@@ -168,12 +170,13 @@ def _step_cells(logs: Mapping[str, Any], state: TrainerState) -> dict[str, str]:
     return cells
 
 
-def _held_column(logs: Mapping[str, Any]) -> list[tuple[str, str, int, str]]:
-    """With a budget the column of the rise, which is not known from the first step on; else that of
-    the first of HELD_COLUMNS that is logged.
+def _held_columns(logs: Mapping[str, Any]) -> list[tuple[str, str, int, str]]:
+    """With a budget the column of the rise, which is not known from the first step on, and that of
+    what the budget sets; else that of the first of HELD_COLUMNS that is logged.
     """
-    if STRENGTH[1] in logs:
-        return [RISE]
+    for column in (STRENGTH, WEIGHT):
+        if column[1] in logs:
+            return [RISE, column]
     return [column for column in HELD_COLUMNS if column[1] in logs][:1]
 
 
