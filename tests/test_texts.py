@@ -184,8 +184,8 @@ MARKED = (
     "{% else %}{{ m['content'] + ' .' }}{% endif %}{{ ' ' }}{% endfor %}"
 )
 REWRITING = (
-    "{% for m in messages %}{{ m['role'] + ' : ' + (m['content'] if loop.last else 'no') "
-    "+ ' . ' }}{% endfor %}"
+    "{% for m in messages %}{{ m['role'] + ' : ' + m['content'] + (' ? ' if loop.last else ' . ')"
+    " }}{% endfor %}"
 )
 
 

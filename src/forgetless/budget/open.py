@@ -212,7 +212,7 @@ def _learning(
     """What learning is measured on: held-out domain data where given, else rows that are trained
     on, which is said.
     """
-    if options.eval_data:
+    if options.eval_data and held_out.domain is not None:
         return domain(model, encode_rows(held_out.domain, tokenizer), options.eval_data)
     rows = [(row["input_ids"], [label != -100 for label in row["labels"]]) for row in encoded]
     name = f"{options.data} (rows trained on: give --eval-data for held-out ones)"

@@ -14,8 +14,10 @@ from torch import nn
 
 from forgetless.compare.experiment import Experiment
 from forgetless.compare.job import Job
-from forgetless.data.domain import load_training_data
-from forgetless.data.encoding import templated
+from forgetless.data.chats import Chat, fitted, templated
+from forgetless.data.documents import Row
+from forgetless.data.domain import chat_of, load_training_data
+from forgetless.data.turns import turn_text
 from forgetless.files.compare_json import Sample
 from forgetless.files.schema import write_record
 from forgetless.model.adapter_files import load_tuned
@@ -28,8 +30,6 @@ from forgetless.options.verbs import resolve
 SAMPLES = 3
 # Tokens of an answer: as long as can be read beside the others.
 SAMPLE_TOKENS = 40
-# The turns of a chat, each a mapping with `role` and `content`.
-Turns = list[dict[str, str]]
 
 
 def answer(
@@ -50,8 +50,8 @@ def answer(
                 model = load_model(options)
             else:
                 model = load_tuned(options, shown[method].folder / "adapter")
-            for sample, (said, _, turns) in zip(answered, prompts, strict=True):
-                sample.outputs[method] = _continued(model, load_tokenizer(options), said, turns)
+            for sample, (said, _, chat) in zip(answered, prompts, strict=True):
+                sample.outputs[method] = _continued(model, load_tokenizer(options), said, chat)
         samples += answered
     write_record(out / "samples.json", samples)
 
@@ -70,27 +70,29 @@ def _runs_shown(experiment: Experiment, jobs: Sequence[Job], domain: str) -> dic
     }
 
 
-def _prompt_of(row: Mapping[str, Any]) -> tuple[str, str, Turns]:
-    """(prompt, what should follow, turns of a chat) of a row of domain data; running text is cut in
-    the middle, a chat before its last turn.
+def _prompt_of(row: Row) -> tuple[str, str, Chat | None]:
+    """(prompt, what should follow, the chat up to there) of a row of domain data; running text is
+    cut in the middle, a chat before its last turn.
     """
     if "prompt" in row:
-        return row["prompt"], row["completion"], []
+        return row["prompt"], row["completion"], None
     if "text" in row:
         words = row["text"].split(" ")
         middle = max(1, len(words) // 2)
-        return " ".join(words[:middle]), " ".join(words[middle:]), []
-    *turns, last = row["messages"]
-    return "\n".join(turn["content"] for turn in turns), last["content"], turns
+        return " ".join(words[:middle]), " ".join(words[middle:]), None
+    *before, last = row["messages"]
+    chat = chat_of(row).upto(len(before))
+    return "\n".join(map(turn_text, before)), turn_text(last), chat
 
 
-def _continued(model: nn.Module, tokenizer: Any, prompt: str, turns: Turns) -> str:
-    """What the model says next: after `turns` of a chat, as its template has them, or after
-    `prompt`.
-    """
+def _continued(model: nn.Module, tokenizer: Any, prompt: str, chat: Chat | None) -> str:
+    """What the model says next: after a chat, as its template has it, or after `prompt`."""
     context = context_length(unwrapped(model))
     new = min(SAMPLE_TOKENS, context // 2)
-    given = templated(tokenizer, turns, prompt=True) if turns else tokenizer(prompt)["input_ids"]
+    if chat is not None and chat.messages:
+        given = templated(tokenizer, fitted(chat, tokenizer), prompt=True)
+    else:
+        given = tokenizer(prompt)["input_ids"]
     if not given:
         return ""
     ids = torch.tensor([given[new - context :]], device=next(model.parameters()).device)

@@ -14,16 +14,20 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import logging
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from forgetless.data.compressed import kind_of, read_utf8
+from forgetless.data.forms import common_form
 from forgetless.data.stored_datasets import folder_rows, hub_rows, without_nulls
+from forgetless.data.turns import Turn, tools_of, turns
 from forgetless.errors import FileError
 from forgetless.files.untrusted import load_json
 
+logger = logging.getLogger("forgetless")
 # A row of data as its owner wrote it: column -> value. Whoever uses a column checks its values.
 Row = dict[str, Any]
 # Endings of the files that can be read, compressed or not; every other name is that of a Hub
@@ -33,6 +37,8 @@ FORMATS = (".txt", ".jsonl", ".json", ".csv", ".parquet")
 MOST_VALUES = 50_000_000
 # Columns that hold the text of a document, the first of them that is there.
 TEXT_COLUMNS = ("text", "content", "messages")
+# Columns that a chat template is given beside the messages.
+BESIDE_MESSAGES = ("tools", "chat_template_kwargs")
 
 
 @dataclass(frozen=True)
@@ -43,8 +49,18 @@ class Document:
     """
 
     text: str | None
-    messages: list[dict[str, str]] | None
+    messages: list[Turn] | None
     source: str
+
+
+@dataclass(frozen=True)
+class ToolDocument(Document):
+    """A chat with what its template is given beside the turns: the schemas of tools, and settings
+    such as enable_thinking.
+    """
+
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -183,6 +199,8 @@ def load_documents(
     Raises ValueError naming the columns found when none holds text or messages.
     """
     rows = load_rows(spec, split=split, limit=limit)
+    if column is None:
+        rows = [common_form(row, f"'{spec}', row {n}") for n, row in enumerate(rows, 1)]
     columns = [str(name) for name in rows[0]]
     column = column or next((name for name in TEXT_COLUMNS if name in columns), None)
     if column is None or column not in columns:
@@ -191,36 +209,43 @@ def load_documents(
             f"'{spec}' has the columns {', '.join(columns)}; expected {wanted}: name "
             "yours with --text-column"
         )
+    chats = isinstance(rows[0].get(column), list)
+    say_unread(spec, rows, {column, "source", *(BESIDE_MESSAGES if chats else ())})
     documents = [_document(spec, number, row, column) for number, row in enumerate(rows, 1)]
     return documents[:limit] if limit else documents
 
 
+def say_unread(spec: str, rows: Sequence[Row], read: Collection[str]) -> None:
+    """Say which columns of some rows are not read."""
+    columns = dict.fromkeys(str(column) for row in rows for column in row)
+    if unread := [column for column in columns if column not in read]:
+        logger.info("'%s': not read: %s", spec, ", ".join(unread))
+
+
 def _document(spec: str, number: int, row: Row, column: str) -> Document:
     value = row.get(column)
+    where = f"'{spec}', row {number}"
     source = str(row.get("source", spec))
+    if column == "messages" and isinstance(value, str) and value.lstrip().startswith("["):
+        value = turns(value, where)
     if isinstance(value, list) and value:
-        check_messages(value, f"'{spec}', row {number}")
-        return Document(None, value, source)
+        messages = turns(value, where)
+        tools, settings = beside_messages(row, where)
+        if tools or settings:
+            return ToolDocument(None, messages, source, tools, settings)
+        return Document(None, messages, source)
     if isinstance(value, str) and value.strip():
         return Document(value, None, source)
     holds = type(value).__name__ if value else "nothing"
-    raise FileError(
-        f"'{spec}', row {number}: column '{column}' holds {holds}, expected text or messages"
-    )
+    raise FileError(f"{where}: column '{column}' holds {holds}, expected text or messages")
 
 
-def check_messages(messages: Any, where: str) -> None:
-    """Raise ValueError unless `messages` is a chat: a list of {"role": text, "content": text}."""
-    for turn in messages if isinstance(messages, list) else [messages]:
-        if not (
-            isinstance(turn, dict)
-            and isinstance(turn.get("role"), str)
-            and isinstance(turn.get("content"), str)
-        ):
-            raise FileError(
-                f"{where}: expected chat turns {{'role': ..., 'content': ...}} with text in "
-                f"both, found {str(turn)[:80]}"
-            )
+def beside_messages(row: Row, where: str) -> tuple[list[dict[str, Any]] | None, dict[str, Any]]:
+    """The tools of a chat and the settings of its template, as its row names them."""
+    settings = row.get("chat_template_kwargs") or {}
+    if not isinstance(settings, dict):
+        raise FileError(f"{where}: 'chat_template_kwargs' holds no mapping")
+    return tools_of(row.get("tools"), where), settings
 
 
 def fingerprint_rows(rows: Sequence[Any]) -> str:

@@ -1,7 +1,7 @@
 """Domain data: the rows that a model learns from, which are prompts with completions, chats, or
 running text; and what of them a model can read.
 
-    load_training_data("sciq")                   # a datasets.Dataset of prompts and completions
+    load_training_data("sciq")                   # a DomainRows of prompts and completions
     load_training_data("domain.jsonl")           # with the columns that the file has
     encoded = encode_rows(data, tokenizer)       # token ids, and which of them are scored
     truncation_report(encoded, length, context)  # what is lost where rows are cut
@@ -12,85 +12,145 @@ A named task (tasks.py) is learned from its questions with their right answers.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
 
-from forgetless.data.documents import Row, check_messages, load_rows
-from forgetless.data.encoding import Encoded, encode_chat, encode_prompted
+from forgetless.data.chats import Chat
+from forgetless.data.documents import (
+    BESIDE_MESSAGES,
+    Row,
+    beside_messages,
+    load_rows,
+    say_unread,
+)
+from forgetless.data.encoding import (
+    Encoded,
+    encode_chat,
+    encode_prompted,
+    say_left_out,
+    text_ids,
+)
+from forgetless.data.forms import COLUMN_GROUPS, common_form, parse_columns, renamed
 from forgetless.data.tasks import TASKS, find_task, load_task
+from forgetless.data.turns import Turn, turn_text, turns
 from forgetless.errors import FileError, nearest
 
-# Columns of domain data; the first group that is there is what is learned.
-DOMAIN_COLUMNS = (("prompt", "completion"), ("messages",), ("text",))
 # Within the length that `truncation_report` advises, this fraction of the rows keeps its end.
 ADVISED = 0.95
 
 
-def load_training_data(spec: str, *, split: str | None = "train", limit: int | None = None) -> Any:
-    """A datasets.Dataset with `prompt` and `completion`, `messages`, or `text`.
+@dataclass(frozen=True)
+class DomainRows(Sequence[Row]):
+    """The rows of a domain, each with `prompt` and `completion`, with `messages`, or with `text`.
+
+    A chat's row may also have `tools`, `chat_template_kwargs`, and `prompt_turns` where what
+    follows so many turns is learned. Rows stay dictionaries: in one table of Arrow a row would get
+    the keys of other rows' tool arguments as nulls.
+    """
+
+    name: str
+    rows: list[Row]
+
+    @overload
+    def __getitem__(self, place: int) -> Row: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[Row]: ...
+
+    def __getitem__(self, place: int | slice) -> Row | list[Row]:
+        return self.rows[place]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def load_training_data(
+    spec: str,
+    *,
+    split: str | None = "train",
+    limit: int | None = None,
+    columns: str | None = None,
+) -> DomainRows:
+    """The rows of a domain, the first `limit` of them; `columns` as in `--columns`.
 
     With `split` None it is the held-out one. Raises ValueError naming the columns found.
     """
     if find_task(spec) is not None:
         return _task_prompts(spec, split, limit)
     try:
-        rows = load_rows(spec, split=split or "test")
+        rows = load_rows(spec, split=split or "test", limit=limit)
     except ValueError as error:
         if spec.isidentifier():  # a bare word may be a misspelt task
             raise FileError(f"{error}; as a task: {nearest(spec, TASKS)}") from error
         raise
-    for columns in DOMAIN_COLUMNS:
-        if all(column in rows[0] for column in columns):
-            for number, row in enumerate(rows, 1):
-                _check_domain_row(row, columns, f"'{spec}', row {number}")
-            return _one_table(spec, rows[:limit], columns)
+    names = parse_columns(columns)
+    given = rows
+    rows = []
+    for number, row in enumerate(given, 1):
+        where = f"'{spec}', row {number}"
+        rows.append(common_form(renamed(row, names, where), where))
+    for group in COLUMN_GROUPS:
+        if all(column in rows[0] for column in group):
+            read = {*group, "prompt_turns", *BESIDE_MESSAGES}
+            chats = isinstance(rows[0][group[0]], list) or "messages" in group
+            say_unread(spec, rows, read if chats else group)
+            return DomainRows(spec, _checked(spec, rows, group)[:limit])
     fitting = [task.name for task in TASKS.values() if set(task.columns) <= set(rows[0])]
     raise FileError(
         f"'{spec}' has the columns {', '.join(map(str, rows[0]))}; expected text, or prompt and "
-        "completion, or messages; "
+        "completion, or messages: name yours with --columns prompt=...,completion=...; "
         f"or name a task: {', '.join(f'{name}={spec}' for name in fitting or TASKS)}"
     )
 
 
-def _task_prompts(spec: str, split: str | None, limit: int | None) -> Any:
-    """The questions of a task with their right answers, as a datasets.Dataset."""
-    from datasets import Dataset
-
+def _task_prompts(spec: str, split: str | None, limit: int | None) -> DomainRows:
+    """The questions of a task with their right answers."""
     task, rows = load_task(spec, split=split)
     answered = [
         {"prompt": task.prompt(row), "completion": " " + task.choices(row)[task.gold(row)]}
         for row in rows
     ]
-    return Dataset.from_list(answered[:limit])
+    return DomainRows(spec, answered[:limit])
 
 
-def _one_table(spec: str, rows: list[Row], columns: tuple[str, ...]) -> Any:
-    """Some columns of the rows as a datasets.Dataset, which wants one type in each of them."""
-    from datasets import Dataset
-    from pyarrow import ArrowInvalid, ArrowNotImplementedError, ArrowTypeError
-
-    try:
-        return Dataset.from_list([{column: row[column] for column in columns} for row in rows])
-    except (ArrowInvalid, ArrowTypeError, ArrowNotImplementedError, UnicodeError) as error:
-        raise FileError(
-            f"'{spec}': the rows do not make one table ({error}); give every turn the "
-            "same keys, with text in them"
-        ) from None
+def _checked(spec: str, rows: list[Row], columns: tuple[str, ...]) -> list[Row]:
+    """The rows with the columns that are learned. Raises FileError for what cannot be."""
+    return [
+        _domain_row(row, columns, f"'{spec}', row {number}") for number, row in enumerate(rows, 1)
+    ]
 
 
-def _check_domain_row(row: Row, columns: tuple[str, ...], where: str) -> None:
-    """Raise FileError for a row with an empty column or one of another type."""
+def _domain_row(row: Row, columns: tuple[str, ...], where: str) -> Row:
     for column in columns:
         value = row.get(column)
         if not value or (isinstance(value, str) and not value.strip()):
             raise FileError(f"{where}: {' and '.join(columns)} must not be empty, '{column}' is")
-        if column == "messages":
-            check_messages(value, where)
-        elif not isinstance(value, str):
+    values = [row[column] for column in columns]
+    if columns == ("messages",):
+        return _chat_row(turns(values[0], where), row, where)
+    if len(columns) == 2 and all(isinstance(value, list) for value in values):
+        prompt, completion = (turns(value, where) for value in values)
+        return _chat_row(prompt + completion, row, where) | {"prompt_turns": len(prompt)}
+    for column, value in zip(columns, values, strict=True):
+        if not isinstance(value, str):
             raise FileError(
                 f"{where}: '{column}' holds {type(value).__name__}, expected text; chats go into "
                 "a column 'messages'"
             )
+    return dict(zip(columns, values, strict=True))
+
+
+def _chat_row(messages: list[Turn], row: Row, where: str) -> Row:
+    tools, settings = beside_messages(row, where)
+    chat: Row = {"messages": messages}
+    if tools:
+        chat["tools"] = tools
+    if settings:
+        chat["chat_template_kwargs"] = settings
+    if isinstance(row.get("prompt_turns"), int):  # a row that was read before and written again
+        chat["prompt_turns"] = row["prompt_turns"]
+    return chat
 
 
 def row_text(row: Mapping[str, Any]) -> str:
@@ -99,7 +159,7 @@ def row_text(row: Mapping[str, Any]) -> str:
     """
     if row.get("prompt") is not None:
         return str(row["prompt"] + row["completion"])
-    return str(row.get("text") or "\n".join(turn["content"] for turn in row["messages"]))
+    return str(row.get("text") or "\n".join(turn_text(turn) for turn in row["messages"]))
 
 
 def row_answers(row: Mapping[str, Any]) -> list[str]:
@@ -108,29 +168,47 @@ def row_answers(row: Mapping[str, Any]) -> list[str]:
         return [str(row["completion"])]
     if row.get("text") is not None:
         return [str(row["text"])]
-    return [turn["content"] for turn in row["messages"] if turn["role"] == "assistant"]
+    learned = row["messages"][row.get("prompt_turns") or 0 :]
+    return [turn_text(turn) for turn in learned if turn["role"] == "assistant"]
 
 
 def encode_rows(
-    data: Any, tokenizer: Any, *, completion_only: bool = True, end: str = ""
+    data: Sequence[Row], tokenizer: Any, *, completion_only: bool = True, end: str = ""
 ) -> list[Encoded]:
     """Token ids and scored mask of each row of `load_training_data`.
 
     `end` closes texts and completions that do not end in it: the end-of-text token in training.
+    Says where a chat template leaves out tools or what the assistant thought.
     """
+    name = f"'{data.name}', " if isinstance(data, DomainRows) else ""
     encoded: list[Encoded] = []
+    chats: list[Chat] = []
     closed = lambda text: text if text.endswith(end) else text + end
-    for row in data:
+    for number, row in enumerate(data, 1):
         if "messages" in row:
-            encoded.append(encode_chat(row["messages"], tokenizer, assistant_only=completion_only))
+            chats.append(chat_of(row, f"{name}row {number}"))
+            encoded.append(
+                encode_chat(
+                    chats[-1],
+                    tokenizer,
+                    assistant_only=completion_only,
+                    prompt_turns=row.get("prompt_turns"),
+                )
+            )
             continue
         if "prompt" in row:
             ids, scored = encode_prompted(row["prompt"], closed(row["completion"]), tokenizer)
         else:
-            ids = list(tokenizer(closed(row["text"]), verbose=False)["input_ids"])
+            ids = text_ids(closed(row["text"]), tokenizer, added_end=False)
             scored = [True] * len(ids)
         encoded.append((ids, scored if completion_only else [True] * len(ids)))
+    say_left_out(chats, tokenizer)
     return encoded
+
+
+def chat_of(row: Row, where: str = "the chat") -> Chat:
+    """The chat of a row that has `messages`."""
+    return Chat(row["messages"], row.get("tools"), row.get("chat_template_kwargs") or {}, where)
 
 
 def truncation_report(encoded: list[Encoded], length: int, context: int) -> str | None:

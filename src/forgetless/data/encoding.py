@@ -11,16 +11,29 @@ what the assistant says. The first token of a sequence is never predicted, whate
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from forgetless.data.chats import (
+    Chat,
+    dropped_thoughts,
+    fitted,
+    marked,
+    templated,
+    thought_of,
+    tools_are_shown,
+)
 from forgetless.data.documents import Document, TokenDocument
+from forgetless.data.turns import Turn, turn_text
 from forgetless.errors import FileError
 
+logger = logging.getLogger("forgetless")
 # Token ids, and whether each of them is scored as a prediction target.
 Encoded = tuple[list[int], list[bool]]
 # What is said of text in which nothing can be predicted.
@@ -79,17 +92,43 @@ def encode_document(document: Document, tokenizer: Any) -> Encoded:
     if isinstance(document, TokenDocument):
         return list(document.ids), [at >= document.start for at in range(len(document.ids))]
     if document.messages is not None:
-        return encode_chat(document.messages, tokenizer)
-    ids = list(tokenizer(document.text or "", verbose=False)["input_ids"])
+        chat = Chat(
+            document.messages,
+            getattr(document, "tools", None),
+            getattr(document, "chat_template_kwargs", {}),
+            f"'{document.source}', the chat that begins {turn_text(document.messages[0])[:60]!r}",
+        )
+        return encode_chat(chat, tokenizer)
+    ids = text_ids(document.text or "", tokenizer)
     return ids, [True] * len(ids)
+
+
+def text_ids(text: str, tokenizer: Any, *, added_end: bool = True) -> list[int]:
+    """Token ids of plain text.
+
+    A text that begins with the begin-of-text token, or ends with the end-of-text token, has it once
+    where the tokenizer adds it too. Without `added_end` an end that the tokenizer adds by itself is
+    left out.
+    """
+    ids = list(tokenizer(text, verbose=False)["input_ids"])
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    twice = begin is not None and ids[:2] == [begin, begin]
+    if twice and not text.startswith(tokenizer.bos_token * 2):
+        ids = ids[1:]
+    if end is None or ids[-1:] != [end]:
+        return ids
+    if text.endswith(tokenizer.eos_token):
+        twice = ids[-2:] == [end, end] and not text.endswith(tokenizer.eos_token * 2)
+        return ids[:-1] if twice else ids
+    return ids if added_end else ids[:-1]
 
 
 def encode_prompted(prompt: str, completion: str, tokenizer: Any) -> Encoded:
     """Token ids of prompt and completion together, scored from where they differ from the prompt
     alone: tokens may merge across the boundary.
     """
-    head = list(tokenizer(prompt, verbose=False)["input_ids"])
-    ids = list(tokenizer(prompt + completion, verbose=False)["input_ids"])
+    head = text_ids(prompt, tokenizer, added_end=False)
+    ids = text_ids(prompt + completion, tokenizer, added_end=False)
     start = _common_prefix(head, ids)
     return ids, [i >= start for i in range(len(ids))]
 
@@ -103,37 +142,63 @@ def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def encode_chat(
-    messages: list[dict[str, str]], tokenizer: Any, *, assistant_only: bool = True
+    chat: Chat | list[Turn],
+    tokenizer: Any,
+    *,
+    assistant_only: bool = True,
+    prompt_turns: int | None = None,
 ) -> Encoded:
     """A chat through the tokenizer's template; assistant turns are scored, or all of it.
 
     The turns are known from the template's {% generation %} markers. Where it has none, they are
     known from the training template that TRL has for many model families, else by templating ever
-    longer prefixes of the chat. Raises ValueError without a template, and where a longer chat
-    rewrites what came before.
+    longer prefixes of the chat. With `prompt_turns` what follows so many turns is scored, as TRL
+    does with a prompt and a completion that are chats.
+
+    Raises ValueError with the chat's row: without a template, where it refuses the chat or leaves
+    out a turn, and where a longer chat rewrites what came before.
     """
+    if not isinstance(chat, Chat):
+        chat = Chat(chat)
     if not getattr(tokenizer, "chat_template", None):
         raise FileError(
             "the data holds chat messages, but the tokenizer has no chat template; give plain "
             "text, or use an instruct model"
         )
-    if not assistant_only:
-        ids = templated(tokenizer, messages)
+    by_markers = assistant_only and prompt_turns is None
+    template = _marked_template(tokenizer, chat) if by_markers else None
+    chat = fitted(chat, tokenizer, template)
+    if template is not None:
+        return marked(tokenizer, chat, template)
+    if by_markers:
+        return _chat_by_prefixes(chat, tokenizer)
+    ids = templated(tokenizer, chat)
+    if prompt_turns is None or not assistant_only:
         return ids, [True] * len(ids)
-    template = _marked_template(tokenizer)
-    if template is None:
-        return _chat_by_prefixes(messages, tokenizer)
-    output = tokenizer.apply_chat_template(
-        messages,
-        chat_template=template,
-        tokenize=True,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-    )
-    return list(output["input_ids"]), [bool(bit) for bit in output["assistant_masks"]]
+    start = _common_prefix(templated(tokenizer, chat.upto(prompt_turns), prompt=True), ids)
+    return ids, [place >= start for place in range(len(ids))]
 
 
-def _marked_template(tokenizer: Any) -> str | None:
+def say_left_out(chats: Sequence[Chat], tokenizer: Any) -> None:
+    """Say where the template leaves out tools, or what the assistant thought before it spoke."""
+    for chat in [chat for chat in chats if chat.tools][:1]:
+        if not tools_are_shown(fitted(chat, tokenizer), tokenizer):
+            logger.warning("the chat template shows the model no tools, which the rows have")
+    thoughts = 0
+    for chat in chats:
+        if any(thought_of(turn) for turn in chat.messages):
+            template = _marked_template(tokenizer, chat)
+            written = fitted(chat, tokenizer, template)
+            thoughts += dropped_thoughts(written, tokenizer, template)
+    if thoughts:
+        logger.warning(
+            "the chat template leaves out what the assistant thought in %d turns, as many do with "
+            "all turns but the last; the rest of these turns is learned",
+            thoughts,
+        )
+
+
+def _marked_template(tokenizer: Any, chat: Chat) -> str | None:
     """A chat template with {% generation %} markers: the tokenizer's own, or TRL's for its family.
 
     None where there is none.
@@ -141,47 +206,55 @@ def _marked_template(tokenizer: Any) -> str | None:
     from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
     if has_generation_markers(tokenizer.chat_template):
-        return str(tokenizer.get_chat_template())
+        return str(tokenizer.get_chat_template(tools=chat.tools))
     try:
         return get_training_chat_template(tokenizer)
     except ValueError:  # a template that TRL does not know
         return None
 
 
-def _chat_by_prefixes(messages: list[dict[str, str]], tokenizer: Any) -> Encoded:
+def _chat_by_prefixes(chat: Chat, tokenizer: Any) -> Encoded:
     """An assistant turn is what the chat up to it has more than the prompt for it.
 
     Costs two templatings per turn.
     """
-    ids = templated(tokenizer, messages)
+    ids = templated(tokenizer, chat)
     scored = [False] * len(ids)
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
+    for index, turn in enumerate(chat.messages):
+        if turn["role"] != "assistant":
             continue
-        prompt = templated(tokenizer, messages[:index], prompt=True) if index else []
-        so_far = templated(tokenizer, messages[: index + 1])
-        start = _common_prefix(prompt, so_far)
+        so_far = templated(tokenizer, chat.upto(index + 1))
+        start = _start_of_turn(chat, index, so_far, tokenizer)
         end = len(so_far)
         if ids[:end] != so_far:
             raise FileError(
-                f"the chat template writes turn {index + 1} differently once the chat goes "
-                "on, so its tokens cannot be told apart; add {% generation %} markers to the "
-                "template, or keep one assistant turn per row"
+                f"{chat.where}: the chat template writes turn {index + 1} differently once the "
+                "chat goes on, so its tokens cannot be told apart; add {% generation %} markers "
+                "to the template, or keep one assistant turn per row"
             )
         scored[start:end] = [True] * (end - start)
     return ids, scored
 
 
-def templated(tokenizer: Any, messages: list[dict[str, str]], *, prompt: bool = False) -> list[int]:
-    """Token ids of a chat by the tokenizer's template.
+def _start_of_turn(chat: Chat, index: int, so_far: list[int], tokenizer: Any) -> int:
+    """Where the tokens of an assistant turn begin in those of the chat up to it.
 
-    With `prompt` they end where the assistant would begin to answer.
+    A chat that begins with the assistant has no prompt, and templates write none for a system turn
+    alone, or refuse. Then the turn begins behind the words that open an answer elsewhere, or
+    where it differs from another turn in its place.
     """
-    return list(
-        tokenizer.apply_chat_template(
-            messages, tokenize=True, add_generation_prompt=prompt, return_dict=False
-        )
-    )
+    before = chat.upto(index)
+    if any(turn["role"] != "system" for turn in before.messages):
+        return _common_prefix(templated(tokenizer, before, prompt=True), so_far)
+    asked = Chat([{"role": "user", "content": "a"}], where=chat.where)
+    opened = templated(tokenizer, asked, prompt=True)
+    opening = opened[_common_prefix(templated(tokenizer, asked), opened) :]
+    for start in range(len(so_far), len(opening) - 1, -1):
+        if opening and so_far[start - len(opening) : start] == opening:
+            return start
+    other = {"role": "assistant", "content": "..."}
+    instead = replace(before, messages=[*before.messages, other])
+    return _common_prefix(templated(tokenizer, instead), so_far)
 
 
 def batches(

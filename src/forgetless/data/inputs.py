@@ -6,7 +6,7 @@ place, before a model is loaded, and so are the training rows, the held-out rows
 tasks and the text to replay.
 
     inputs = read_inputs(options)
-    inputs.training             # a datasets.Dataset of the rows to train on
+    inputs.training             # the rows to train on, a DomainRows
     inputs.held_out.general     # the documents that forgetting is measured on, or None
     inputs.hashes               # {"training data": sha256, ...}, for resuming
 
@@ -17,7 +17,6 @@ sampled by evaluate/own_answers.py once the model is loaded.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from forgetless.data.documents import (
     Document,
@@ -26,7 +25,7 @@ from forgetless.data.documents import (
     fingerprint_rows,
     load_documents,
 )
-from forgetless.data.domain import load_training_data
+from forgetless.data.domain import DomainRows, load_training_data
 from forgetless.data.own_text import NOT_READ, OwnText, own_text, read_text
 from forgetless.data.tasks import TASKS, Task, load_task, task_specs
 from forgetless.options.model import TextOptions
@@ -54,13 +53,13 @@ class Questions:
 class HeldOut:
     """What a model is measured on and not trained on.
 
-    General documents, rows of the domain (a datasets.Dataset as `load_training_data` makes it), the
+    General documents, rows of the domain, the
     questions of tasks, and what the base model is asked to say itself. What was not asked for is
     None, or empty.
     """
 
     general: list[Document] | None = None
-    domain: Any = None
+    domain: DomainRows | None = None
     tasks: tuple[Questions, ...] = ()
     own: OwnText | None = None
 
@@ -80,7 +79,7 @@ class Inputs:
     budget of what it is kept on and of the rows that learning is measured by.
     """
 
-    training: Any  # a datasets.Dataset as load_training_data makes it
+    training: DomainRows
     held_out: HeldOut
     replay: list[Document] | None
     hashes: dict[str, str]
@@ -152,7 +151,11 @@ def _replay_documents(options: TuneOptions) -> list[Document] | None:
 
 
 def _hashes(
-    training: Any, held_out: HeldOut, replay: list[Document] | None, *, with_budget: bool
+    training: DomainRows,
+    held_out: HeldOut,
+    replay: list[Document] | None,
+    *,
+    with_budget: bool,
 ) -> dict[str, str]:
     hashes = {"training data": fingerprint_rows(list(training))}
     if replay:

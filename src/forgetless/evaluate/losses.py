@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from forgetless.data.documents import Document
-from forgetless.data.domain import encode_rows
+from forgetless.data.domain import DomainRows, encode_rows
 from forgetless.data.encoding import Encoded, collate, encode_whole
 from forgetless.errors import OptionError
 from forgetless.evaluate.rise import ERROR_LEVEL, Rise, alone, numbered, paired_rise
@@ -274,19 +274,19 @@ def general_loss(
 def completion_loss(
     model: nn.Module,
     tokenizer: Any,
-    data: Any,
+    data: DomainRows,
     *,
     length: int | None = None,
     batch_tokens: int | None = None,
 ) -> TextLoss:
-    """Loss on held-out domain data, a datasets.Dataset as `load_training_data` makes it: on
+    """Loss on held-out domain data: on
     completions, assistant turns, or all of the text.
 
     A prompt too long for the window loses its beginning.
     """
     window = min(length or LONGEST_WINDOW, context_length(model))
     encoded = encode_rows(data, tokenizer)
-    if "prompt" in data.column_names:
+    if "prompt" in data[0]:
         encoded = [last_window(pair, window) for pair in encoded]
     return text_loss(model, encoded, window=window, batch_tokens=batch_tokens, label="domain data")
 
