@@ -36,6 +36,7 @@ from forgetless.sequence import importance as domain_importance
 from forgetless.sequence import matrix
 from forgetless.sequence import sequence as succession
 from forgetless.sequence import steps as engine
+from forgetless.sequence.checks import planned
 from forgetless.sequence.domains import earlier_of
 from forgetless.sequence.transfer import transfer
 from forgetless.tune import adapted
@@ -822,3 +823,14 @@ def test_a_finished_sequence_is_gone_on_with_too(words, domains, importance, tmp
     capsys.readouterr()
     assert run(made, "--resume") == 0 and "backward transfer" in capsys.readouterr().out
     assert result(tmp_path / "run") == whole and same(factors(tmp_path / "run" / "final"), adapter)
+
+
+def test_a_refused_budget_does_not_block_the_corrected_command(words, domains, tmp_path, capsys):
+    few = write(tmp_path / "few.jsonl", [{"text": "the cat sat on the mat"}] * 3)
+    out = tmp_path / "refused"
+    command = [*words, "--data", domains[0], "--data", domains[1], "--out", out, "--budget", "1%"]
+    assert main([*map(str, command), "--general", str(few)]) == 1
+    assert "too short for a budget" in capsys.readouterr().err
+    given = {"model": words[1], "data": ",".join(domains[:2]), "out": str(out), "budget": "1%"}
+    corrected = planned(resolve(TuneOptions, {**given, "general": words[3]}))
+    assert corrected.out == out and not (out / "steps").exists()

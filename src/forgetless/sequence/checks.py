@@ -105,7 +105,7 @@ def planned(options: TuneOptions) -> Plan:
     _check_folder(options, out)
     domains = named(options, out, taken=[domain.name for domain in before])
     given = _check_rows(options, before, domains, out)
-    if options.overwrite and not options.resume:
+    if not options.resume and (options.overwrite or not _has_begun(out)):
         _remove_earlier_run(out, domains)
     write_json(out / INPUTS, given)
     write_text(out / RESOLVED, yaml.safe_dump(as_dict(options), sort_keys=False))
@@ -208,11 +208,18 @@ def _check_folder(options: TuneOptions, out: Path) -> None:
         # What the earlier domains were measured on must not change for the later ones.
         check_resumed(options, out, measured=True)
         return
-    if (out / RESOLVED).exists() and not options.overwrite:
+    if _has_begun(out) and not options.overwrite:
         run = "an unfinished run; go on with --resume"
         if (out / "run.json").exists():
             run = "a finished run"
         raise ValueError(f"'{out}' holds {run}; give another --out, or --overwrite")
+
+
+def _has_begun(out: Path) -> bool:
+    """Whether a run in a folder has trained. One that was refused before, as a budget that its text
+    cannot show, has left nothing that the corrected command could not write anew.
+    """
+    return (out / "run.json").exists() or any((out / "steps").glob(f"*/{RESOLVED}"))
 
 
 def _remove_earlier_run(out: Path, domains: tuple[Domain, ...]) -> None:
