@@ -15,10 +15,11 @@ demo: $(READY)
 	$(BIN)/forgetless demo
 
 # Two processes of one thread each: tiny models gain nothing from more threads, and where cores are
-# shared threads wait for each other. A process needs about a GiB.
+# shared threads wait for each other. A process needs about a GiB. They take files of tests in the
+# order of tests/conftest.py, the longest first.
 JOBS ?= 2
 test: $(READY)
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # The inner loop, in less than 90 seconds: form, options, importance files and the pull, without the
 # tests that train end to end.
