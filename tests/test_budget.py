@@ -15,6 +15,7 @@ from forgetless.budget.budget import (
     documents_to_decide,
     parse,
     planned_bound,
+    showing,
     split,
     verdict_on,
 )
@@ -158,6 +159,28 @@ def test_text_that_cannot_show_a_budget_is_refused_with_the_size_that_could():
     assert needed == pytest.approx(900, abs=1)
     with pytest.raises(ValueError, match="at least two documents"):
         paired_rise(np.ones(1), np.ones(1), np.ones(1), ["a"])
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_how_many_documents_let_how_much_of_a_budget_be_used(own):
+    """The number that is asked for is one with which as much can be used."""
+    budget, varies = Budget(0.01, "1%"), 0.6 if own else 6.0  # of the rise, from one to the next
+
+    def asked(documents, nats=0.01):
+        rng = np.random.default_rng(0)
+        each = 100 * nats * (1 + varies * rng.normal(0, 1, documents))
+        same = [""] * documents
+        tokens = np.full(documents, 100.0)
+        rise = paired_rise(np.zeros(documents), each, tokens, same, error=0.025)
+        return showing(rise, documents, budget, error=0.025, own=own)
+
+    few = asked(2000)
+    assert few.wanted == 0.8 and 0 < few.usable < 1
+    enough = asked(few.documents)
+    assert enough.usable == pytest.approx(0.8, abs=0.02)
+    assert enough.documents == pytest.approx(few.documents, rel=0.15)
+    if own:  # the noise is in proportion, so that a budget of any size takes as many
+        assert asked(2000, nats=0.001).documents == few.documents < 200
 
 
 def bowl(

@@ -28,6 +28,9 @@ from forgetless.files.provenance import sha256_text
 # The quantile of the difference between the two parts that lets the check be met 19 times in 20:
 # above 0.95, since the noise is itself an estimate (simulated in tests/test_budget.py).
 PLANNED = 0.98
+# The fraction of a budget that a check part should let a rise use, for which it is said how much
+# text that takes.
+WANTED = 0.8
 
 
 @dataclass(frozen=True)
@@ -147,3 +150,35 @@ def check_reach(spread: Rise, check_documents: int, budget: Budget, *, error: fl
         f"{2 * check_documents}){few}, "
         "or a larger budget"
     )
+
+
+@dataclass(frozen=True)
+class Showing:
+    """What a check part can show of a budget: the fraction of it that a rise may use and still be
+    met 19 times in 20, and how many documents each part needs for `wanted` of it.
+    """
+
+    usable: float
+    wanted: float
+    documents: int
+
+
+def showing(
+    spread: Rise, check_documents: int, budget: Budget, *, error: float, own: bool
+) -> Showing:
+    """What the check can show, by the `spread` of an update that costs about the budget.
+
+    The noise of a divergence on the model's `own` answers is in proportion to it, so that the
+    fraction is the same for every budget; that of a text is what it is at the budget, and needs a
+    number of documents that grows with the inverse square of what it may be. Fine-tuning moves
+    documents further apart than the random update of `spread` does, so more is needed than this
+    says: on a real chat model the divergence of an answer varied by .3 to .8 of the mean.
+    """
+    beyond = max(planned_bound(spread, check_documents, error=error) - spread.nats, 0.0)
+    if own:
+        usable = spread.nats / (spread.nats + beyond)
+        allowed = spread.nats * (1 / WANTED - 1)
+    else:
+        usable = max(0.0, 1 - beyond / budget.nats)
+        allowed = budget.nats * (1 - WANTED)
+    return Showing(usable, WANTED, math.ceil(check_documents * (beyond / allowed) ** 2))

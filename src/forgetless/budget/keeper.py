@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from forgetless.budget.baseline import Baseline, Spread
-from forgetless.budget.budget import check_reach
+from forgetless.budget.budget import check_reach, showing
 from forgetless.budget.controller import Controller
 from forgetless.budget.finish import keep_budget
 from forgetless.budget.held import Grip, HeldDivergence, Holding, grip_of, steer
@@ -32,6 +32,7 @@ from forgetless.budget.scan import EACH
 from forgetless.budget.ways import ways_of
 from forgetless.data.duplicates import Overlap
 from forgetless.evaluate.paired_answers import PairedAnswers
+from forgetless.evaluate.rise import Rise
 from forgetless.files.budget_json import BudgetReport
 from forgetless.importance.importance import Importance
 from forgetless.model.update import Update
@@ -89,6 +90,7 @@ class Keeper:
         if not self.baseline.moved:
             spread = self.baseline.spread(trainer.model, self.update, error=EACH)
             check_reach(spread.rise, len(self.baseline.check), self.budget, error=EACH)
+            self._say_what_shows(spread.rise)
         held = None
         if pulls:
             assert importance is not None
@@ -109,6 +111,21 @@ class Keeper:
             self.every,
         )
         return grip
+
+    def _say_what_shows(self, spread: Rise) -> None:
+        """Say how much of the budget the check lets be used, and how much text more of it takes."""
+        own = isinstance(self.baseline.check, PairedAnswers)
+        shows = showing(spread, len(self.baseline.check), self.budget, error=EACH, own=own)
+        what = "answers (--answers)" if own else "documents"
+        logger.info(
+            "the check part of %d %s lets at most %.0f %% of the budget be used; %.0f %% takes "
+            "about %d, those of the control part not counted",
+            len(self.baseline.check),
+            what,
+            100 * shows.usable,
+            100 * shows.wanted,
+            shows.documents,
+        )
 
     def _controller(
         self, grip: Grip, start: float | None, spread: Spread | None, *, own: bool

@@ -38,6 +38,7 @@ from forgetless.data.encoding import collate
 from forgetless.data.selftext import Answer
 from forgetless.evaluate.losses import evaluating
 from forgetless.model.adapters import bare
+from forgetless.model.head import logits_at
 
 # Tokens of a batch of answers: a block of logits in f32 stays within 400 MB at 100,000 words.
 ANSWER_TOKENS = 1024
@@ -104,29 +105,30 @@ def answer_logits(model: nn.Module, answers: Sequence[Answer]) -> list[Tensor]:
     """The logits that predict the tokens of each answer of a batch: (tokens, vocabulary) each."""
     device = next(model.parameters()).device
     batch = collate([(list(answer.ids), [True] * len(answer.ids)) for answer in answers], pad_id=0)
-    # Only from the first answer's beginning on: prompts are not scored.
-    first = min(answer.start for answer in answers) - 1
+    # Prompts are not scored, so that they need no head.
+    places = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
+    for row, answer in enumerate(answers):
+        places[row, answer.start - 1 : len(answer.ids) - 1] = True
     with evaluating(model):
-        logits = model(
+        logits = logits_at(
+            model,
+            places.to(device),
             input_ids=batch["input_ids"].to(device),
             attention_mask=batch["attention_mask"].to(device),
-            logits_to_keep=batch["input_ids"].shape[1] - first,
-        ).logits
-    return [
-        logits[row, answer.start - 1 - first : len(answer.ids) - 1 - first]
-        for row, answer in enumerate(answers)
-    ]
+            use_cache=False,
+        )
+    return list(logits.split([len(answer.scored) for answer in answers]))
 
 
-def answer_batches(answers: Sequence[Answer]) -> Iterator[list[Answer]]:
-    """The answers in their order, as many at a time as one forward pass takes."""
-    batch: list[Answer] = []
-    for answer in answers:
-        width = max(len(each.ids) for each in [*batch, answer])
+def answer_batches(answers: Sequence[Answer]) -> Iterator[list[int]]:
+    """Places of answers of like length, as many at a time as one forward pass takes."""
+    batch: list[int] = []
+    for place in sorted(range(len(answers)), key=lambda place: len(answers[place].ids)):
+        width = len(answers[place].ids)  # none before it is longer
         if batch and width * (len(batch) + 1) > ANSWER_TOKENS:
             yield batch
             batch = []
-        batch.append(answer)
+        batch.append(place)
     if batch:
         yield batch
 
@@ -139,8 +141,9 @@ def divergence(
     `base` is a model, by which it is exact; or what was stored of one; or None where it is the
     model under the adapter of `tuned`.
     """
-    sums: list[float] = []
-    for batch in answer_batches(answers):
+    sums = np.zeros(len(answers))
+    for places in answer_batches(answers):
+        batch = [answers[place] for place in places]
         after = answer_logits(tuned, batch)
         if base is None:
             with bare(tuned) as under:
@@ -148,19 +151,21 @@ def divergence(
         elif isinstance(base, nn.Module):
             each = list(map(kl, answer_logits(base, batch), after))
         else:
-            kept = base[len(sums) : len(sums) + len(batch)]
+            kept = [base[place] for place in places]
             each = list(map(stored_kl, kept, after, _said(batch, after)))
-        sums += [float(nats.double().sum()) for nats in each]
-    return np.array(sums), np.array([len(answer.scored) for answer in answers], float)
+        sums[places] = [float(nats.double().sum()) for nats in each]
+    return sums, np.array([len(answer.scored) for answer in answers], float)
 
 
 def stored_base(model: nn.Module, answers: Sequence[Answer], k: int = TOP) -> list[StoredBase]:
     """What is to be kept of a base, to measure without it later."""
-    kept = []
-    for batch in answer_batches(answers):
+    kept: dict[int, StoredBase] = {}
+    for places in answer_batches(answers):
+        batch = [answers[place] for place in places]
         logits = answer_logits(model, batch)
-        kept += [store(*each, k) for each in zip(logits, _said(batch, logits), strict=True)]
-    return kept
+        stored = [store(*each, k) for each in zip(logits, _said(batch, logits), strict=True)]
+        kept.update(zip(places, stored, strict=True))
+    return [kept[place] for place in range(len(answers))]
 
 
 def _said(answers: Sequence[Answer], beside: Sequence[Tensor]) -> list[Tensor]:
