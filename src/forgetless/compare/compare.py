@@ -134,7 +134,7 @@ def _write_resolved(experiment: Experiment, out: Path) -> None:
 
 def _inputs(experiment: Experiment) -> dict[str, Path]:
     """The local files and folders that an experiment names."""
-    named = [experiment.model["model"], *experiment.tasks.values()]
+    named = [experiment.model["model"], experiment.prompts or "", *experiment.tasks.values()]
     for place in (*experiment.general.values(), *experiment.domains.values()):
         named += place.values()
     return local_paths(dict.fromkeys(map(str, named), ""))

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from forgetless.data.own_text import NOT_READ
+from forgetless.data.own_text import NOT_READ, OWN_KINDS, OwnText
 from forgetless.options.option import RUNNING, Given
 from forgetless.options.record import RecordOptions
 from forgetless.options.tune import TuneOptions
@@ -51,10 +51,10 @@ class MethodSpec:
             for values in itertools.product(*self.grid.values())
         ]
 
-    @property
-    def needs(self) -> str:
-        """What it takes besides the domain data."""
-        text = self.options.get("replay") and self.options["replay"] not in NOT_READ
+    def needs(self, recorded: str) -> str:
+        """What it takes besides the domain data, where importance is recorded on `recorded`."""
+        replay = self.options.get("replay")
+        text = replay and (recorded if replay == RECORDED else replay) not in NOT_READ
         needs = [
             *(["general text while tuning"] if text else []),
             *(["importance file"] if self.options.get("importance") else []),
@@ -107,6 +107,10 @@ class Experiment:
     base: str = ""
     # name -> multiple-choice questions that no domain teaches
     tasks: dict[str, str] = field(default_factory=dict)
+    # Of general texts that the model says itself, as `tune` has these options.
+    answers: int = OwnText.answers
+    answer_length: int = OwnText.length
+    prompts: str | None = OwnText.prompts
 
     @property
     def reference(self) -> str:
@@ -121,6 +125,24 @@ class Experiment:
     def recorded(self) -> str:
         """The general text that importance is recorded on."""
         return next(iter(self.general))
+
+    def own(self, name: str) -> OwnText | None:
+        """What a general text asks of the model itself; None for a text that is read."""
+        return self.own_text(self.general[name]["text"])
+
+    def own_text(self, word: str) -> OwnText | None:
+        """The same of what stands for a general text in an option."""
+        if word not in OWN_KINDS:
+            return None
+        return OwnText(word, self.answers, self.answer_length, self.prompts)
+
+    @property
+    def asking(self) -> Given:
+        """The options that say how the model is asked; none where no general text is its own."""
+        if not any(map(self.own, self.general)):
+            return {}
+        names = ("answers", "answer_length", "prompts")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def last_part(self) -> str:
@@ -152,7 +174,8 @@ def record_options(
     experiment: Experiment, recipe: Given, *, general: str, out: str
 ) -> RecordOptions:
     """The options of one recording."""
-    return resolve(RecordOptions, {**experiment.model, "general": general, **recipe, "out": out})
+    given = {**experiment.model, **experiment.asking, "general": general, **recipe, "out": out}
+    return resolve(RecordOptions, given)
 
 
 def tune_options(
@@ -168,6 +191,7 @@ def tune_options(
     """The options of one run; `replay` and `importance` are what the settings' words stand for."""
     given = {
         **experiment.model,
+        **experiment.asking,
         **experiment.training,
         **settings,
         "data": data,

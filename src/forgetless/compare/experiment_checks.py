@@ -50,12 +50,14 @@ def check_experiment(path: Any, experiment: Experiment) -> None:
 
 
 def _check_texts(path: Any, experiment: Experiment) -> None:
-    """Two general texts, and a plain method to measure learning by."""
-    if len(experiment.general) < 2:
+    """Two general texts, or what the model says itself, and a plain method to measure learning
+    by.
+    """
+    if len(experiment.general) < 2 and not experiment.asking:
         raise OptionError(
             f"{path}: general: expected at least two texts, of the recorded kind and of another, "
             f"found {len(experiment.general)}: "
-            "what is kept may be just what was recorded"
+            "what is kept may be just what was recorded; or `chat`, the model's own answers"
         )
     if not any(method.options["method"] == "plain" for method in experiment.methods.values()):
         raise OptionError(
@@ -72,8 +74,10 @@ def _check_counts(path: Any, experiment: Experiment) -> None:
                 f"{path}: seeds: {part} expects a list of whole numbers from 0, found "
                 f"{brief(seeds)}"
             )
-    limits = {f"limit: {part}": limit for part, limit in experiment.limit.items()}
-    for what, value in (*limits.items(), ("characters", experiment.characters)):
+    limits: dict[str, Any] = {f"limit: {part}": limit for part, limit in experiment.limit.items()}
+    for key in ("characters", "answers", "answer_length"):
+        limits[key] = getattr(experiment, key)
+    for what, value in limits.items():
         if value is not None and not _is_count(value, 1):
             raise OptionError(
                 f"{path}: {what} expects a whole number above 0, found {brief(value)}"

@@ -4,7 +4,8 @@ Nothing heavy is imported.
 
     model: Qwen/Qwen3-0.6B
     general:          # the first is what importance is recorded on, what is replayed and what KL
-                      # holds to; the others are only measured
+                      # holds to; the others are only measured. `chat: chat` is the model's own
+                      # answers, on which forgetting is the divergence from the base
       wiki: {text: wiki.jsonl, test: wiki-held-out.jsonl}
       code: {text: code.jsonl}
     domains:
@@ -33,11 +34,12 @@ from typing import Any
 
 from forgetless.compare.experiment import Experiment, MethodSpec, SequenceSpec
 from forgetless.compare.experiment_checks import OURS, check_experiment
+from forgetless.data.own_text import OWN_KINDS, read_text
 from forgetless.errors import FileError, OptionError, brief, nearest
 from forgetless.files.untrusted import JsonObject, check_mapping, check_name
 from forgetless.options.methods import FAMILIES
 from forgetless.options.methods import family as family_of
-from forgetless.options.option import read_yaml
+from forgetless.options.option import read_yaml, several
 
 # The most settings of one method: more are a mistake in a grid, and would be listed for minutes.
 MOST_SETTINGS = 10_000
@@ -79,6 +81,9 @@ def as_given(experiment: Experiment) -> JsonObject:
     plain = dataclasses.asdict(experiment)
     plain |= plain.pop("model")
     del plain["base"]  # follows from the files; in a file it names another one
+    if not experiment.asking:
+        for name in ("answers", "answer_length", "prompts"):
+            del plain[name]
     plain["methods"] = {
         label: {**method.options, "family": method.family, "grid": dict(method.grid)}
         for label, method in experiment.methods.items()
@@ -107,7 +112,7 @@ def _unchecked(given: JsonObject, path: str | Path) -> Experiment:
         model={key: given[key] for key in MODEL if given.get(key) is not None},
         importance=importance,
         methods=methods,
-        general=_places(path, "general", parts["general"], "text"),
+        general=_general_texts(path, parts["general"]),
         domains=_places(path, "domains", parts["domains"], "data"),
         training=check_mapping(given.get("training"), f"{path}: training"),
         sequences={name: _sequence(path, name, spec) for name, spec in parts["sequences"].items()},
@@ -128,7 +133,7 @@ def _check_keys(path: Any, given: Mapping[str, Any]) -> None:
 def _given_numbers(path: Any, given: Mapping[str, Any]) -> JsonObject:
     """What is given of seeds, limits and the like; the others have their defaults."""
     numbers: JsonObject = {}
-    for key in ("trials", "characters"):
+    for key in ("trials", "characters", "answers", "answer_length", "prompts"):
         if given.get(key) is not None:
             numbers[key] = given[key]
     for key in ("scales", "shares"):
@@ -170,6 +175,28 @@ def _merged(below: JsonObject, above: JsonObject, where: tuple[str, ...] = ()) -
         else:
             merged[key] = value
     return merged
+
+
+def _general_texts(path: Any, given: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """The general texts; where one is `chat` or `self` and a text with a comma, the text is another
+    one, NAME-text.
+    """
+    texts: dict[str, dict[str, str]] = {}
+    for name, place in _places(path, "general", given, "text").items():
+        own = [word for word in several(place["text"]) if word in OWN_KINDS]
+        if not own:
+            texts[name] = place
+            continue
+        read_too = read_text(place["text"])
+        if read_too is None and len(place) > 1:
+            raise OptionError(
+                f"{path}: general: {name} is what the model says itself, whose parts are answers "
+                f"to different prompts; leave out {', '.join(sorted(set(place) - {'text'}))}"
+            )
+        texts[name] = {"text": own[0]}
+        if read_too is not None:
+            texts[f"{name}-text"] = {**place, "text": read_too}
+    return texts
 
 
 def _places(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from forgetless.compare.experiment import RECORDED, Experiment, Trial, identity, tune_options
+from forgetless.compare.own import held_by_text, text_of_record
 from forgetless.compare.recipes import Recipe
 from forgetless.files.compare_json import TrialRun
 from forgetless.files.provenance import sha256_file
@@ -59,7 +60,7 @@ def job_of(
         experiment,
         trial.settings,
         data=files[f"domain/{trial.domain}/train"],
-        replay=files[f"general/{experiment.recorded}/record"],
+        replay=text_of_record(experiment, files),
         importance=recipe.path if recipe else None,
         out="",
         seed=trial.seed,
@@ -86,14 +87,13 @@ def _run_address(
     options: TuneOptions,
 ) -> str:
     """A hash of the options, of what the files hold, and of how the run is measured."""
-    texts = [files[f"general/{name}/{trial.part}"] for name in experiment.general]
-    held = [*texts, files[f"domain/{trial.domain}/{trial.part}"]]
+    texts = [held_by_text(experiment, files, name, trial.part) for name in experiment.general]
     more = [
         experiment.base,
         sha256_file(files[f"domain/{trial.domain}/train"]),
         mark,
         _replayed(experiment, trial, files),
-        [sha256_file(path) for path in held],
+        [*texts, sha256_file(files[f"domain/{trial.domain}/{trial.part}"])],
         trial.part,
         list(experiment.scales),
         experiment.limit.get(trial.part),
@@ -107,5 +107,5 @@ def _replayed(experiment: Experiment, trial: Trial, files: Mapping[str, str]) ->
     if word is None:
         return []
     if word == RECORDED:
-        return [sha256_file(files[f"general/{experiment.recorded}/record"])]
+        return [held_by_text(experiment, files, experiment.recorded, "record")]
     return [sha256_file(word) if Path(word).is_file() else word]

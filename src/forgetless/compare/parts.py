@@ -37,6 +37,8 @@ def prepare(experiment: Experiment, out: Path) -> dict[str, str]:
     """
     files: dict[str, str] = {}
     for name, place in experiment.general.items():
+        if experiment.own(name):  # what the model says itself is in no file
+            continue
         own = "record" if name == experiment.recorded else None
         held = {part: _documents(place[part]) for part in PARTS if part in place}
         contents = _parts_of(f"general/{name}", own, _documents(place["text"]), held)

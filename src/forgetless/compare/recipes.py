@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from forgetless.compare.experiment import Experiment, record_options
+from forgetless.compare.own import asked, text_of_record
 from forgetless.compare.summary import CURRENT
 from forgetless.files.atomic import write_json
 from forgetless.files.campaign_json import RecordedImportance, RecordedWeight
@@ -38,11 +39,11 @@ class Recipe:
 
 def record_all(experiment: Experiment, files: Mapping[str, str], out: Path) -> dict[str, Recipe]:
     """Every importance file by its label, recorded once."""
-    general = files[f"general/{experiment.recorded}/record"]
+    general = text_of_record(experiment, files)
     recipes: dict[str, Recipe] = {}
     for label, recipe in experiment.importance.items():
         text = str(recipe.get("general") or general)
-        said = sha256_file(text) if Path(text).is_file() else text
+        said = _mark_of_text(experiment, text)
         mark = [experiment.model, experiment.base, recipe, said]
         decided = json.dumps(mark, sort_keys=True, default=str).encode()
         name = f"{label}-{hashlib.sha256(decided).hexdigest()[:8]}"
@@ -61,6 +62,14 @@ def record_all(experiment: Experiment, files: Mapping[str, str], out: Path) -> d
         }
         write_json(out / "importance" / CURRENT, names)
     return recipes
+
+
+def _mark_of_text(experiment: Experiment, text: str) -> Any:
+    """All that decides what a recipe records on."""
+    own = experiment.own_text(text)
+    if own and experiment.asking:
+        return asked(own)
+    return sha256_file(text) if Path(text).is_file() else text
 
 
 def _described(importance: Importance, label: str, path: Path) -> RecordedImportance:

@@ -22,9 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import itertools
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -33,17 +31,18 @@ from typing import Any
 from forgetless.compare.accuracy import domain_tasks, question_limit, score_domains
 from forgetless.compare.base import losses_on
 from forgetless.compare.experiment import (
+    RECORDED,
     Chosen,
     Experiment,
     SequenceSpec,
     identity,
     tune_options,
 )
+from forgetless.compare.keep import text_to_keep
+from forgetless.compare.own import asked, held_by_text, own_of_base
 from forgetless.compare.recipes import Recipe
-from forgetless.data.documents import Row, load_documents
-from forgetless.data.domain import load_training_data, row_text
 from forgetless.evaluate.losses import TextLoss
-from forgetless.files.atomic import discard, write_text
+from forgetless.files.atomic import discard
 from forgetless.files.campaign_json import PartLosses, StepMeasured
 from forgetless.files.compare_json import ComparedSequence
 from forgetless.files.provenance import sha256_file
@@ -126,7 +125,7 @@ def _run_course(campaign: Campaign, course: Course, chosen: Chosen) -> ComparedS
     try:
         domains = course.spec.domains
         settings = [course.spec.settings(course.method, domain, chosen) for domain in domains]
-        keep = [_to_keep(campaign, course, number) for number in range(1, len(domains) + 1)]
+        keep = [_to_keep(campaign, course, *each) for each in enumerate(settings, 1)]
         steps = _steps(campaign, course, settings, keep)
         address = ""
         for number, given in enumerate(settings, 1):
@@ -236,27 +235,15 @@ def _with_earlier(settings: Given, before: Sequence[Step]) -> Given:
     return {option: value for option, value in given.items() if option not in unread}
 
 
-def _to_keep(campaign: Campaign, course: Course, number: int) -> str:
-    """The text that must not be lost: the recorded general text, from the second step on with the
-    training rows of the domains before, well mixed.
-    """
-    general = campaign.files[f"general/{campaign.experiment.recorded}/record"]
-    earlier = course.spec.domains[: number - 1]
-    if not earlier:
-        return general
-    rows: list[Row] = [dataclasses.asdict(document) for document in load_documents(general)]
-    for domain in earlier:
-        rows += list(load_training_data(campaign.files[f"domain/{domain}/train"]))
-    if not all(row.get("messages") for row in rows):
-        rows = [{"text": row_text(row)} for row in rows]
-    lines = []
-    for row in rows:
-        given = {key: value for key, value in row.items() if value is not None}
-        lines.append(json.dumps(given, ensure_ascii=False))
-    lines.sort(key=lambda line: hashlib.sha256(line.encode()).digest())
-    path = course.place / f"keep-{number}.jsonl"
-    write_text(path, "\n".join(lines) + "\n")
-    return str(path)
+def _to_keep(campaign: Campaign, course: Course, number: int, settings: Given) -> str:
+    """The text that must not be lost at a step."""
+    return text_to_keep(
+        campaign.experiment,
+        campaign.files,
+        course.spec.domains[: number - 1],
+        course.place / f"keep-{number}.jsonl",
+        replayed=settings.get("replay") == RECORDED,
+    )
 
 
 def _step_address(
@@ -273,24 +260,27 @@ def _step_address(
     experiment = campaign.experiment
     step, recipe = steps.each[number - 1], campaign.recipe(settings)
     domains = [each.domain.name for each in steps.each]
-    held = [
-        step.domain.train,
-        *(campaign.files[f"general/{name}/test"] for name in experiment.general),
-        *(campaign.files[f"domain/{name}/test"] for name in domains),
-    ]
+    texts = [held_by_text(experiment, campaign.files, name, "test") for name in experiment.general]
+    held = [campaign.files[f"domain/{name}/test"] for name in domains]
     questions = {name: task for name, task in domain_tasks(experiment).items() if name in domains}
     more = [
         "step",
         experiment.base,
         before,
         recipe.mark if recipe else None,
-        sha256_file(text),
-        [sha256_file(path) for path in held],
+        _mark_of_kept(experiment, text),
+        [sha256_file(step.domain.train), *texts, *(sha256_file(path) for path in held)],
         experiment.limit.get("test"),
         experiment.characters,
         *([questions, question_limit(experiment)] if questions else []),
     ]
     return identity(dataclasses.replace(step.options, earlier=None), more=more)
+
+
+def _mark_of_kept(experiment: Experiment, text: str) -> Any:
+    """All that decides the text that must not be lost: a file, or what the base says itself."""
+    own = experiment.own(experiment.recorded)
+    return asked(own) if own and text == own.kind else sha256_file(text)
 
 
 def _taken(
@@ -322,8 +312,14 @@ def _measured_step(
     run = take(steps, number)
     domains = [step.domain.name for step in steps.each]
     tokenizer = load_tokenizer(steps.each[0].options)
+    texts = campaign.experiment.general
+    own = own_of_base(campaign.experiment, steps.each[0].options, tokenizer, "test", texts)
+    # Under the adapter of a later step lies what the steps before have made of the base.
+    own = {name: paired.by_stored() for name, paired in own.items()}
     model = model_after(steps, number)
-    losses = losses_on(campaign.experiment, model, tokenizer, campaign.files, "test", domains)
+    losses = losses_on(
+        campaign.experiment, model, tokenizer, campaign.files, "test", domains, own=own
+    )
     return StepMeasured(
         id=address,
         settings={**settings},

@@ -39,6 +39,7 @@ from forgetless.files.compare_json import (
     TrialPoint,
     TrialRun,
 )
+from forgetless.files.measured_json import DIVERGENCE
 from forgetless.files.outputs import RESOLVED
 from forgetless.files.schema import T, from_json, read_record, write_record
 from forgetless.files.untrusted import JsonObject
@@ -218,16 +219,16 @@ def read_experiment_back(out: Path) -> Experiment:
 def _texts(experiment: Experiment, base: BaseMeasured) -> Iterator[GeneralText]:
     for name in experiment.general:
         loss = base.test.general[name]
+        before = None
+        if not experiment.own(name):
+            before = TextBefore(loss.nats, loss.standard_error, loss.perplexity)
         yield GeneralText(
             name=name,
             kind="recorded" if name == experiment.recorded else "other",
             documents=loss.documents,
             tokens=loss.tokens,
-            before=TextBefore(
-                nats=loss.nats,
-                standard_error=loss.standard_error,
-                perplexity=loss.perplexity,
-            ),
+            before=before,
+            of=DIVERGENCE if experiment.own(name) else None,
         )
 
 
@@ -256,7 +257,7 @@ def _methods(experiment: Experiment, chosen: Chosen) -> Iterator[ComparedMethod]
             name=label,
             label=label,
             family=method.family,
-            needs=method.needs,
+            needs=method.needs(experiment.general[experiment.recorded]["text"]),
             trials=len(method.settings()),
             chosen=mine,
         )

@@ -27,7 +27,9 @@ import torch
 from torch import nn
 
 from forgetless.compare.base import losses_on
+from forgetless.compare.experiment import RECORDED
 from forgetless.compare.job import Job
+from forgetless.compare.own import OwnParts, own_of_base
 from forgetless.data.own_text import CHAT, KEPT, SELF
 from forgetless.evaluate.losses import TextLoss
 from forgetless.evaluate.rise import Rise
@@ -111,10 +113,14 @@ def _trained(job: Job) -> TrialRun:
     os.replace(job.folder / "work" / "final", adapter)
     base = read_record(job.base, BaseMeasured).on(job.trial.part)
     tokenizer = load_tokenizer(job.options)
+    texts = job.experiment.texts(job.trial.part)
+    own = own_of_base(job.experiment, job.options, tokenizer, job.trial.part, texts)
     points = []
     for scale, model in _scaled(job.options, adapter, job.experiment.scales):
-        points.append(_point(job, base, scale, model, tokenizer))
+        points.append(_point(job, base, scale, model, tokenizer, own))
     replay = job.trial.settings.get("replay")
+    if replay == RECORDED and job.experiment.own(job.experiment.recorded):
+        replay = job.options.replay
     logged = [entry for entry in finished["log"] if "loss" in entry]
     known = as_record(finished, Run)
     return replace(
@@ -134,7 +140,7 @@ def _trained(job: Job) -> TrialRun:
 
 
 def _point(
-    job: Job, base: PartLosses, scale: float, model: nn.Module, tokenizer: Any
+    job: Job, base: PartLosses, scale: float, model: nn.Module, tokenizer: Any, own: OwnParts
 ) -> TrialPoint:
     """What the update has learned and lost at one scale.
 
@@ -142,7 +148,7 @@ def _point(
     """
     trial, texts = job.trial, job.experiment.texts(job.trial.part)
     after = losses_on(
-        job.experiment, model, tokenizer, job.files, trial.part, [trial.domain], texts
+        job.experiment, model, tokenizer, job.files, trial.part, [trial.domain], texts, own
     )
     learned = -_rise(base.domains[trial.domain], after.domains[trial.domain])
     lost = {name: _rise(base.general[name], numbers) for name, numbers in after.general.items()}

@@ -54,7 +54,7 @@ def _of_one_domain(experiment: Experiment, comparison: Comparison, domain: str) 
     plain = next((row for row in reached if row.method == experiment.reference), None)
     text = (
         f"{domain}: at {level:.0%} of what {experiment.reference} fine-tuning learns, "
-        f"{best.method} forgets least, {_nats(best)} per token of {experiment.recorded}"
+        f"{best.method} {_forgets_least(experiment, best)}"
     )
     if plain is not None and best is not plain:
         text += _what_plain_forgets(experiment, comparison, domain, best, plain)
@@ -69,6 +69,14 @@ def _of_one_domain(experiment: Experiment, comparison: Comparison, domain: str) 
     if missed:
         lines.append(f"{domain}: {', '.join(missed)} did not reach that learning in every seed.")
     return lines
+
+
+def _forgets_least(experiment: Experiment, best: EqualLearning) -> str:
+    """How little the best method forgets of the recorded text, and in what that is measured."""
+    text = experiment.recorded
+    if experiment.own(text):
+        return f"moves least from the base, {_nats(best)} of divergence per token of {text}"
+    return f"forgets least, {_nats(best)} per token of {text}"
 
 
 def _least_first(rows: Sequence[EqualLearning]) -> list[EqualLearning]:
@@ -87,9 +95,10 @@ def _what_plain_forgets(
     """What plain fine-tuning forgets at the same learning, and how sure the difference is."""
     wanted = (domain, experiment.recorded, best.level, best.method)
     gap = next(d for d in comparison.differences if (d.domain, d.text, d.level, d.a) == wanted)
+    forgets = "moves" if experiment.own(experiment.recorded) else "forgets"
     times = "" if gap.ratio is None else f"{gap.ratio:.2f}x, "  # none where plain forgets nothing
     return (
-        f"; {experiment.reference} scaled back forgets {_nats(plain)} "
+        f"; {experiment.reference} scaled back {forgets} {_nats(plain)} "
         f"({times}{NOISE_WORDS[gap.beyond_noise]})"
     )
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from forgetless.files.behaviours_json import BehaviourChange, KindDivergence
 from forgetless.files.budget_json import BudgetReport
-from forgetless.files.measured_json import Change, MovedWeight
+from forgetless.files.measured_json import DIVERGENCE, Change, MovedWeight
 from forgetless.files.run_json import Environment, LogEntry, Transfer
 from forgetless.files.schema import LEFT_OUT, Level, Text, key
 from forgetless.files.untrusted import JsonObject
@@ -128,7 +128,8 @@ class DomainBefore:
 @dataclass(frozen=True)
 class GeneralText:
     """A general text that forgetting is measured on; `kind` says whether it is of the kind that
-    importance was "recorded" on.
+    importance was "recorded" on. `of` is "divergence" where the text is what the base says itself,
+    and forgetting the divergence from it, not a loss that rose.
     """
 
     name: str
@@ -136,6 +137,12 @@ class GeneralText:
     documents: int | None = None
     tokens: int | None = None
     before: TextBefore | None = None
+    of: Text | None = field(default=None, metadata=LEFT_OUT)
+
+    @property
+    def diverges(self) -> bool:
+        """Whether forgetting on it is a divergence from the base, and not a loss that rose."""
+        return self.of == DIVERGENCE
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,18 @@ def recorded_text(contents: Comparison) -> str | None:
     return texts[0].name if texts else None
 
 
+def diverges(contents: Comparison, text: str) -> bool:
+    """Whether forgetting on a general text is the divergence on what the base says itself."""
+    return any(each.name == text and each.diverges for each in contents.texts)
+
+
+def measure_of(contents: Comparison, text: str, shown: str) -> str:
+    """What forgetting on a general text is, in words; `shown` is its name as it may be shown."""
+    if diverges(contents, text):
+        return f"divergence from the base on its own answers ({shown})"
+    return f"rise of the loss on {shown}"
+
+
 def reported_part(contents: Comparison) -> str:
     """'test' where any run was measured there, else 'validation'."""
     return "test" if any(run.part == "test" for run in contents.runs) else "validation"

@@ -16,7 +16,7 @@ from forgetless.files.compare_json import (
     TrialRun,
 )
 from forgetless.report import numbers
-from forgetless.report.contents import label
+from forgetless.report.contents import diverges, label, measure_of
 from forgetless.report.drawing import (
     DOTTED,
     GREY_COLOURS,
@@ -55,7 +55,7 @@ def frontier(contents: Comparison, looks: Looks, domain: str, text: str) -> Figu
     ]
     if not lines:
         return None
-    title = f"forgetting: rise of the loss on {safe(text, 40)}, nats per token"
+    title = f"forgetting: {measure_of(contents, text, safe(text, 40))}, nats per token"
     learning = f"learning: fall of the loss on {safe(domain, 40)}, nats per token"
     layout: FigurePart = {
         "xaxis": axis(title, rangemode="tozero"),
@@ -214,6 +214,9 @@ def equal_learning(
     if not rows:
         return None
     names = [safe(label(contents, row.method), 32) for row in rows]
+    lost = f"forgetting on {safe(text, 40)}"
+    if diverges(contents, text):
+        lost = measure_of(contents, text, safe(text, 40))
     return {
         "traces": [
             _bar(row, name, pair(looks[row.method])) for row, name in zip(rows, names, strict=True)
@@ -222,7 +225,7 @@ def equal_learning(
         "per": PER_BAR,
         "order": [[row.method, name] for row, name in zip(rows, names, strict=True)],
         "layout": {
-            "xaxis": axis(f"forgetting on {safe(text, 40)}, nats per token", rangemode="tozero"),
+            "xaxis": axis(f"{lost}, nats per token", rangemode="tozero"),
             "yaxis": {"type": "category", "autorange": "reversed", "showgrid": False},
             "annotations": [_bar_note(row, name) for row, name in zip(rows, names, strict=True)],
             "barmode": "overlay",

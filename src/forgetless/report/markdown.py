@@ -14,7 +14,7 @@ from forgetless.report import numbers, sequence_tables, tables
 from forgetless.report.behaviours import behaviour_table, kind_table
 from forgetless.report.budget import budget_table
 from forgetless.report.cells import Table
-from forgetless.report.contents import recorded_text
+from forgetless.report.contents import diverges, recorded_text
 from forgetless.report.summary import headlines
 
 # What markdown reads as more than text.
@@ -96,14 +96,23 @@ def _domain_sections(contents: Comparison, text: str | None) -> Iterator[str]:
     for domain in contents.domains:
         yield from (f"### {plain(domain.name)}", "")
         yield (
-            f"Forgetting on {plain(text)} at equal learning, in nats per token, ± standard error; "
-            "levels are fractions of what plain fine-tuning learns."
+            f"{_what_is_lost(contents, text)} at equal learning, in nats per token, ± standard "
+            "error; levels are fractions of what plain fine-tuning learns."
         )
         yield from ("", markdown_table(tables.methods(contents, domain.name, text)), "")
         for other in (each.name for each in contents.texts if each.name != text):
             if (table := tables.equal(contents, domain.name, other)).rows:
-                yield f"The same on {plain(other)}, which importance was not recorded on:"
+                same = diverges(contents, other) == diverges(contents, text)
+                what = f"The same on {plain(other)}" if same else _what_is_lost(contents, other)
+                yield f"{what}, which importance was not recorded on:"
                 yield from ("", markdown_table(table), "")
+
+
+def _what_is_lost(contents: Comparison, text: str) -> str:
+    """What forgetting on a general text is, at the beginning of a sentence."""
+    if diverges(contents, text):
+        return f"Divergence from the base on its own answers ({plain(text)})"
+    return f"Forgetting on {plain(text)}"
 
 
 def _sequence_sections(contents: Comparison) -> Iterator[str]:

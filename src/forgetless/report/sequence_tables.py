@@ -9,21 +9,26 @@ from forgetless.files.compare_json import ComparedSequence, Comparison
 from forgetless.files.run_json import Transfer
 from forgetless.report import numbers
 from forgetless.report.cells import Cell, Table, mean_cell, number_cell, table_of, text_cell
-from forgetless.report.contents import label
+from forgetless.report.contents import diverges, label
 
 
 def sequences(contents: Comparison) -> list[tuple[ComparedSequence, Table]]:
     """For each sequence, the loss of every domain before and after each step, then general loss."""
-    return [(sequence, _matrix(sequence)) for sequence in contents.sequences or []]
+    return [(sequence, _matrix(contents, sequence)) for sequence in contents.sequences or []]
 
 
-def _matrix(sequence: ComparedSequence) -> Table:
+def _title_of_lost(contents: Comparison, text: str) -> str:
+    """What a column says of a general text: how its loss rose, or how far the model moved."""
+    return f"divergence, {text}" if diverges(contents, text) else f"general rise, {text}"
+
+
+def _matrix(contents: Comparison, sequence: ComparedSequence) -> Table:
     domains = [str(domain) for domain in sequence.domains]
     titles = [
         "after",
         *(f"loss, {domain}" for domain in domains),
         *(f"accuracy, {domain}" for domain in domains),
-        *(f"general rise, {name}" for name in sequence.general),
+        *(_title_of_lost(contents, name) for name in sequence.general),
     ]
     matrix, accuracy = sequence.matrix, sequence.accuracy or []
     names = (sequence.rows or ["base model", *domains])[: len(matrix)]
@@ -78,7 +83,7 @@ def _ends(contents: Comparison, sequences: Sequence[ComparedSequence]) -> Table:
         "average loss",
         "backward transfer",
         "forward transfer",
-        *(f"general rise, {name}" for name in texts),
+        *(_title_of_lost(contents, name) for name in texts),
         "average accuracy",
         "backward transfer of accuracy",
         "forward transfer of accuracy",

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from forgetless.files.compare_json import Comparison, EqualLearning
 from forgetless.files.measured_json import Change
 from forgetless.report import numbers
-from forgetless.report.contents import label
+from forgetless.report.contents import diverges, label
 
 # Lines that a figure can hold without a tangle.
 FEW = 9
@@ -106,7 +106,7 @@ def _of_domain(contents: Comparison, domain: str, text: str) -> Headline | None:
     best = _by_forgetting(list(reached.values()), level)[0]
     plain = reached.get(contents.reference)
     name = label(contents, best.method)
-    place = f"{domain}, measured on {text}"
+    place = f"{domain}, measured on {_named_text(contents, text)}"
     if best is plain:
         return Headline(
             _forgotten(best),
@@ -134,7 +134,7 @@ def _against_plain(
         f"{_forgotten(best)} instead of {_forgotten(plain)} nats per token, at "
         f"{numbers.percent(best.level)} of its learning"
     )
-    place = "{}, measured on {}".format(*where)
+    place = f"{where[0]}, measured on {_named_text(contents, where[1])}"
     noise = _beyond_noise(contents, where, best)
     lost, lost_by_plain = best.forgetting or 0.0, plain.forgetting or 0.0
     if lost <= 0:
@@ -147,6 +147,11 @@ def _against_plain(
         place,
         noise,
     )
+
+
+def _named_text(contents: Comparison, text: str) -> str:
+    """A general text, or what it is where the base says it itself."""
+    return f"the base's own answers ({text})" if diverges(contents, text) else text
 
 
 def _forgotten(row: EqualLearning) -> str:

@@ -154,6 +154,7 @@ def _costs(runs: Sequence[TrialRun]) -> list[Cell]:
 def runs(contents: Comparison) -> Table:
     """A row per run and scale, failures included."""
     texts = [text.name for text in contents.texts]
+    lost = ["divergence" if text.diverges else "forgetting" for text in contents.texts]
     points = [point for run in contents.runs for point in run.points]
     tasks = list(dict.fromkeys(name for point in points for name in point.accuracy_general or {}))
     titles = [
@@ -164,7 +165,7 @@ def runs(contents: Comparison) -> Table:
         "settings",
         "scale",
         "learning",
-        *(f"forgetting, {name}" for name in texts),
+        *(f"{what}, {name}" for what, name in zip(lost, texts, strict=True)),
         "accuracy before",
         "accuracy after",
         *(f"general accuracy, {name}" for name in tasks),
@@ -245,7 +246,8 @@ def before(contents: Comparison) -> Table:
     """What the base model loses and knows before any run, on every text and domain."""
     lines = []
     for each in contents.texts:
-        kind = GENERAL + (" (recorded)" if each.kind == "recorded" else "")
+        kind = "the base's own answers" if each.diverges else GENERAL
+        kind += " (recorded)" if each.kind == "recorded" else ""
         about = [
             text_cell(each.name),
             text_cell(kind),
