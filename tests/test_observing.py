@@ -15,9 +15,11 @@ from forgetless.errors import OptionError
 from forgetless.importance.importance import Importance
 from forgetless.model.adapters import add_adapter
 from forgetless.model.targets import target_weights
+from forgetless.penalty.fit import check_fit
 from forgetless.record.activation import Activation
 from forgetless.record.fisher import Fisher
 from forgetless.record.kronecker import Kronecker
+from forgetless.record.path import PathIntegral
 
 
 @pytest.fixture
@@ -188,9 +190,79 @@ def test_exceptions_leave_no_trace_and_add_nothing(tiny, text):
         recorder.finish()
 
 
-def test_padding_sides_and_lone_tokens(tiny):
-    """Left padding, and rows in which nothing is scored, change nothing."""
+@pytest.mark.parametrize("at", ["first", "middle"])
+def test_a_batch_that_failed_half_way_is_never_counted_twice(tiny, text, at, monkeypatch):
+    """It was added up to the layer at which it failed, and again when it was observed again."""
     model = tiny(dtype=torch.float64)
+    batch = collate(text, 0)
+    whole, recorder = Fisher(model, labels="sampled"), Fisher(model, labels="sampled")
+    whole.observe(**batch)
+    whole.observe(**batch)
+    recorder.observe(**batch)
+    state, seen = copy.deepcopy(recorder.state_dict()), []
+    original = Fisher._see
+
+    def fails(self, layer, *given):
+        if len(seen) == 3:
+            raise MemoryError("no room")
+        seen.append(layer)
+        original(self, layer, *given)
+
+    def fails_at_once(*given):
+        raise MemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        if at == "middle":
+            patch.setattr(Fisher, "_see", fails)
+        else:
+            patch.setattr(recorder, "_propagate", fails_at_once)
+        with pytest.raises(MemoryError):
+            recorder.observe(**batch)
+    if at == "middle":
+        for call in (lambda: recorder.observe(**batch), recorder.finish, recorder.state_dict):
+            with pytest.raises(ValueError, match="half of it had been added up"):
+                call()
+        recorder = Fisher(model, labels="sampled")
+        recorder.load_state_dict(state)
+    recorder.observe(**batch)
+    expected, found = whole.finish(), recorder.finish()
+    for name in expected:
+        assert torch.equal(found[name].values, expected[name].values)
+
+
+@pytest.mark.parametrize("make", [Fisher, lambda model: PathIntegral(model)])
+def test_what_is_saved_knows_its_model(tiny, text, tmp_path, make):
+    """A file made in Python had no fingerprint, so that a Llama's was accepted on a Mistral."""
+    model = tiny("llama")
+    if make is Fisher:
+        recorder = Fisher(model)
+        recorder.observe(**collate(text, 0))
+        importance = recorder.finish()
+    else:
+        adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], r=2))
+        recorder = PathIntegral(adapted)
+        optimizer = torch.optim.SGD(adapted.parameters(), lr=1e-2)
+        recorder.attach(optimizer)
+        adapted(**collate(text, 0)).loss.backward()
+        optimizer.step()
+        importance = recorder.finish()
+    importance.save(tmp_path / "i.safetensors")
+    importance = Importance.load(tmp_path / "i.safetensors")
+    names = list(importance)
+    check_fit(tiny("llama"), importance, names, "base")
+    torch.manual_seed(3)
+    other = tiny("mistral")
+    nn.init.normal_(other.get_input_embeddings().weight)
+    with pytest.raises(ValueError, match="recorded on another base model"):
+        check_fit(other, importance, names, "base")
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_padding_sides_and_lone_tokens(tiny, kind):
+    """Left padding, and rows in which nothing is scored, change nothing, with learned positions
+    neither.
+    """
+    model = tiny(kind, dtype=torch.float64)
     ids = [5, 9, 11, 30]
     plain, padded = Fisher(model), Fisher(model)
     plain.observe(torch.tensor([ids]))

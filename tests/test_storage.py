@@ -278,6 +278,16 @@ def damaged(tmp_path, tensors, shared=None):
             None,
             "negative importance",
         ),
+        (
+            {
+                "w.out_cov.vectors": 100 * torch.eye(3)[:, :2],
+                "w.out_cov.values": torch.ones(2),
+                "w.out_cov.floor": torch.tensor(1.0),
+                "w.in_cov": torch.eye(2),
+            },
+            None,
+            "not orthonormal",
+        ),
         ({"w": torch.ones(2, 2), "w.anchor_A": torch.ones(1, 2)}, None, "half a recorded adapter"),
     ],
 )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from forgetless.importance.covariance import AnyCovariance, Covariance, LowRankCovariance
 from forgetless.importance.entries import DenseEntry, Entry, FactoredEntry, KroneckerEntry
 from forgetless.importance.importance import Importance
-from forgetless.importance.info import Estimate
+from forgetless.importance.info import Estimate, of_model
 from forgetless.model.targets import base_layers
 
 
@@ -28,7 +28,7 @@ def uniform(model: nn.Module, names: str = "all-linear") -> Importance:
     }
     norms = {name: entry.norm() for name, entry in entries.items()}
     about = Estimate(estimator="uniform", unit="1", tier="factored", settings={}, norms=norms)
-    return Importance(entries, {}, about.info())
+    return Importance(entries, {}, {**about.info(), **of_model(model)})
 
 
 def shuffled(importance: Importance, seed: int = 0) -> Importance:

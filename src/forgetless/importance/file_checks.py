@@ -48,6 +48,8 @@ MOST_ELEMENTS = 1 << 36
 # How far a covariance may be from symmetric, as a fraction of its largest variance: rounding stays
 # far below it.
 ASYMMETRY = 1e-2
+# How far V^T V may be from the identity along a random direction: in bf16 rounding makes .004.
+NOT_ORTHONORMAL = 0.05
 # The dtypes that importance is stored in, and those of factors beside it.
 IMPORTANCE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 FACTOR_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -122,6 +124,21 @@ def check_parts(where: str, parts: Mapping[str, Tensor]) -> None:
                 f"{where}{kind} has {vectors.shape[1]} directions and other "
                 "values; the file is damaged, record again"
             )
+        _check_orthonormal(f"{where}{kind}.vectors", vectors)
+
+
+def _check_orthonormal(where: str, vectors: Tensor) -> None:
+    """Raise FileError unless V (n, k) keeps lengths, as the energy of V diag(values) V^T takes for
+    granted. A few random directions are tried, for O(n k).
+    """
+    V = vectors.double() if vectors.dtype == torch.float64 else vectors.float()
+    tried = torch.randn(V.shape[1], 4, generator=torch.Generator().manual_seed(0)).to(V)
+    error = float((V.T @ (V @ tried) - tried).norm() / tried.norm())
+    if not error < NOT_ORTHONORMAL:
+        raise FileError(
+            f"{where} are not orthonormal (off by {error:.3g}), as eigenvectors are; the file is "
+            "damaged, record again"
+        )
 
 
 def _check_kind(where: str, suffix: str, tensor: Tensor) -> None:

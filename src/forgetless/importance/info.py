@@ -11,11 +11,16 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
 
 from forgetless.files.run_json import Environment
 from forgetless.files.schema import to_json
 from forgetless.files.untrusted import JsonObject
 from forgetless.importance.entries import Entry
+from forgetless.model.fingerprint import fingerprint
+from forgetless.model.linear import unwrapped
 
 # How importance was made: the options that decided it, and what was counted.
 Settings = Mapping[str, str | int | float | bool | None]
@@ -55,6 +60,17 @@ class BaseModel:
     name: str
     revision: str | None
     fingerprint: str  # of its weights, whatever dtype or quantisation they were loaded in
+
+
+def of_model(model: nn.Module) -> JsonObject:
+    """The base of a model at hand as the file says it, so that importance is not taken for that of
+    another model; nothing for a module that is no language model of transformers.
+    """
+    base: Any = unwrapped(model)
+    if not hasattr(base, "get_input_embeddings"):
+        return {}
+    name = getattr(getattr(base, "config", None), "_name_or_path", None)
+    return {"model": {"name": name or None, "revision": None, "fingerprint": fingerprint(model)}}
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ DECIDING = (".safetensors", ".json", ".model", ".txt", ".jinja", ".py")
 # Bytes of a file that is read whole for `files_fingerprint`; of a larger one so many blocks of so
 # many bytes: 16 MiB, which take a disk less time than loading takes by far.
 WHOLE_UP_TO = 1 << 26
-BLOCKS = 4096
-BLOCK = 4096
+READ_PLACES = 4096
+READ_AT_A_PLACE = 4096
 
 
 def fingerprint(model: nn.Module, *, samples: int = 65_536) -> str:
@@ -81,7 +81,7 @@ def files_fingerprint(options: ModelOptions) -> str:
     tokenizer and weights, of a name on the Hub the commit.
 
     It is how a resumed run and a comparison see that a model was replaced at the same place. Files
-    above WHOLE_UP_TO are read at BLOCKS places alone, evenly spaced, and at both ends.
+    above WHOLE_UP_TO are read at READ_PLACES places alone, evenly spaced, and at both ends.
     """
     folder = model_folder(options.model)
     if folder is None:
@@ -114,9 +114,9 @@ def _add_content(digest: Any, path: Path) -> None:
         if size <= WHOLE_UP_TO:
             digest.update(file.read())
             return
-        for number in range(BLOCKS + 1):
-            file.seek((size - BLOCK) * number // BLOCKS)
-            digest.update(file.read(BLOCK))
+        for number in range(READ_PLACES + 1):
+            file.seek((size - READ_AT_A_PLACE) * number // READ_PLACES)
+            digest.update(file.read(READ_AT_A_PLACE))
 
 
 def _signs(table: Tensor, step: int) -> bytes:

@@ -45,7 +45,7 @@ from torch import Tensor, nn
 from forgetless.errors import OptionError
 from forgetless.importance.entries import Entry, tier_of
 from forgetless.importance.importance import Importance
-from forgetless.importance.info import Estimate, Settings, finite_norms
+from forgetless.importance.info import Estimate, Settings, finite_norms, of_model
 from forgetless.model import distributed, shards
 from forgetless.model.targets import BaseLayer, base_layers
 from forgetless.model.weights import wider
@@ -53,7 +53,16 @@ from forgetless.record.division import Division, in_groups
 from forgetless.record.observing_state import ObservingState
 from forgetless.record.seen import Seen, add_up_sums
 from forgetless.record.state import StateDict
-from forgetless.record.watching import See, counting, drawn_labels, scored, text_nats, watched
+from forgetless.record.watching import (
+    See,
+    WholeBatches,
+    counting,
+    drawn_labels,
+    positions_of,
+    scored,
+    text_nats,
+    watched,
+)
 
 LABEL_KINDS = ("empirical", "sampled")
 
@@ -99,6 +108,7 @@ class ObservingRecorder(abc.ABC):
         self._division = Division(self.layers)
         self._seen = Seen()  # by the present pass
         self._added_up = False  # over the processes
+        self._batches = WholeBatches()
         self._random = torch.Generator().manual_seed(seed)
 
     @property
@@ -157,8 +167,9 @@ class ObservingRecorder(abc.ABC):
         token is not scored (default: all that are attended to).
 
         Returns the loss on the text itself in nats per scored token. Raises ValueError on a
-        non-finite loss, before anything is added.
+        non-finite loss, before anything is added. Once a batch fails half way, nothing goes on.
         """
+        self._batches.check()
         if self._added_up:
             raise ValueError(
                 "the processes' sums have been added up, so nothing more can be observed; make a "
@@ -169,10 +180,14 @@ class ObservingRecorder(abc.ABC):
         counts = counting(mask, targets)
         if not bool(is_scored.any()):
             return 0.0
-        with self._watched(self.observed, counts, self._see) as base:
-            logits = base(input_ids=input_ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-            logits = logits[is_scored].to(wider(logits.dtype))  # (scored, vocabulary)
-            nats = self._propagate(logits, targets[is_scored])
+        with (
+            self._batches.one(self._see, self._random) as see,
+            self._watched(self.observed, counts, see) as base,
+        ):
+            places = positions_of(mask, base)
+            said = base(input_ids=input_ids, attention_mask=mask, use_cache=False, **places)
+            logits = said.logits[:, :-1][is_scored]  # (scored, vocabulary)
+            nats = self._propagate(logits.to(wider(logits.dtype)), targets[is_scored])
         self._seen.add(is_scored, counts, nats)
         return nats / int(is_scored.sum())
 
@@ -243,6 +258,7 @@ class ObservingRecorder(abc.ABC):
 
         After the last one, `finish` is all that is left. Raises ValueError if nothing was observed.
         """
+        self._batches.check()
         self._add_up()
         self._seen.check()
         self._division.check_same_text(self.tokens)
@@ -277,6 +293,7 @@ class ObservingRecorder(abc.ABC):
 
         Raises ValueError if nothing was, or if something is not finite.
         """
+        self._batches.check()
         division = self._division
         if not division.has_ended:
             self._add_up()
@@ -290,7 +307,7 @@ class ObservingRecorder(abc.ABC):
             self.end_pass()
         recorded = division.done or self._entries()
         entries = {layer.name: recorded[layer.name] for layer in self.layers}
-        return Importance(entries, {}, self._estimate(entries).info())
+        return Importance(entries, {}, {**self._estimate(entries).info(), **of_model(self.model)})
 
     def _estimate(self, entries: dict[str, Entry]) -> Estimate:
         """What the file says about the importance. Raises ValueError where it is not finite."""
@@ -305,6 +322,7 @@ class ObservingRecorder(abc.ABC):
 
     def state_dict(self) -> StateDict:
         """Everything needed to go on later: tensors and plain numbers."""
+        self._batches.check()
         state = ObservingState(
             estimator=self.estimator,
             targets=[layer.name for layer in self.layers],
@@ -327,6 +345,7 @@ class ObservingRecorder(abc.ABC):
         for key, sums in self._sums().items():
             for name, tensor in state.sums[key].items():
                 sums[name] = tensor.to(layers[name].module.weight.device).clone()
+        self._batches = WholeBatches()
         self._seen = state.numbers
         self.leaders = dict(state.leaders)
         self._random.set_state(state.random)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from forgetless.errors import OptionError
 from forgetless.importance.entries import Entry
 from forgetless.importance.importance import Importance
-from forgetless.importance.info import Estimate
+from forgetless.importance.info import Estimate, of_model
 from forgetless.model import distributed
 from forgetless.model.targets import target_weights
 from forgetless.model.weights import LowRankWeight, TargetWeight, wider
@@ -80,6 +80,7 @@ class PathRecorder(abc.ABC):
             raise OptionError(f"xi must be positive, found {xi}")
         self.weights = target_weights(model, names=names)
         self.gradient, self.xi, self.clamp, self.offload = gradient, xi, clamp, offload
+        self._about_base = of_model(model)  # now: training may change it
         self.steps = self.skipped = self.epochs = 0
         self.decrease = 0.0  # nats: sum over steps and elements of -g * d, before clamping
         self._steps_in_epoch = 0
@@ -164,7 +165,8 @@ class PathRecorder(abc.ABC):
             )
         omegas = {weight.name: self._credits.omega_everywhere(weight) for weight in self.weights}
         entries = {name: self._entry(omega) for name, omega in omegas.items()}
-        return Importance(entries, _anchors(self.weights), self._estimate(entries).info())
+        about = {**self._estimate(entries).info(), **self._about_base}
+        return Importance(entries, _anchors(self.weights), about)
 
     def _estimate(self, entries: dict[str, Entry]) -> Estimate:
         """What the file says about the importance."""

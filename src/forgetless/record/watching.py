@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -46,6 +47,16 @@ def counting(mask: Tensor, targets: Tensor) -> Tensor:
     counts = torch.zeros_like(mask, dtype=torch.bool)
     counts[:, :-1] = (targets != -100).flip(1).cumsum(1).flip(1) > 0
     return counts & (mask != 0)
+
+
+def positions_of(mask: Tensor, base: nn.Module) -> dict[str, Tensor]:
+    """The positions of the tokens (batch, tokens) as the model is to be told them: counted from the
+    first that is attended to, where padding stands before it. Models with learned positions would
+    take the padding for text. Without such padding, nothing: the model counts itself.
+    """
+    if bool(mask[:, 0].bool().all()) or "position_ids" not in signature(base.forward).parameters:
+        return {}
+    return {"position_ids": (mask.long().cumsum(1) - 1).clamp(min=0)}
 
 
 def text_nats(logits: Tensor, targets: Tensor, seen: int) -> float:
@@ -105,6 +116,40 @@ def watched(
         finally:
             for handle in handles:
                 handle.remove()
+
+
+class WholeBatches:
+    """Batches that are added up whole: one that fails half way is remembered, since observing it
+    again would count it twice.
+    """
+
+    def __init__(self) -> None:
+        self._torn = False  # a batch failed when some of it had been added
+
+    @contextlib.contextmanager
+    def one(self, see: See, random: torch.Generator) -> Iterator[See]:
+        """What sees the layers of one batch; where that fails, `random` is as it was before."""
+        before, some = random.get_state(), False
+
+        def noted(layer: BaseLayer, x: Tensor, d: Tensor | None, counts: Tensor) -> None:
+            nonlocal some
+            some = True
+            see(layer, x, d, counts)
+
+        try:
+            yield noted
+        except BaseException:
+            random.set_state(before)
+            self._torn = some
+            raise
+
+    def check(self) -> None:
+        """Raise ValueError where a batch was added half."""
+        if self._torn:
+            raise ValueError(
+                "a batch failed when half of it had been added up, so the sums are of no text; "
+                "make a new recorder, or load_state_dict of a state from before it"
+            )
 
 
 class _Watch:
