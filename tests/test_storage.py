@@ -305,6 +305,9 @@ def test_convert_writes_the_new_tier_or_nothing(forms, tmp_path):
     assert main(["convert", str(source), "--tier", "factored", "--out", str(out)]) == 0
     assert Importance.load(out).tier == "factored"
     whole = out.read_bytes()
-    assert main(["convert", str(out), "--tier", "kronecker", "--out", str(out)]) == 1
-    assert main(["convert", str(out), "--tier", "f23", "--out", str(out)]) == 2
+    factored = tmp_path / "factored.safetensors"
+    factored.write_bytes(whole)
+    assert main(["convert", str(factored), "--tier", "kronecker", "--out", str(out)]) == 1
+    assert main(["convert", str(factored), "--tier", "f23", "--out", str(out)]) == 2
+    assert main(["convert", str(out), "--tier", "factored", "--out", str(out)]) == 2  # an input
     assert out.read_bytes() == whole

@@ -166,8 +166,8 @@ class ObservingRecorder(abc.ABC):
         """Add one batch: input_ids, attention_mask and labels (batch, tokens), labels -100 where a
         token is not scored (default: all that are attended to).
 
-        Returns the loss on the text itself in nats per scored token. Raises ValueError on a
-        non-finite loss, before anything is added. Once a batch fails half way, nothing goes on.
+        Returns nats per scored token of the text itself. Raises ValueError on a non-finite loss,
+        before anything is added. Once a batch fails half way, nothing goes on.
         """
         self._batches.check()
         if self._added_up:
@@ -289,9 +289,8 @@ class ObservingRecorder(abc.ABC):
         return self.estimator + (f", {self.labels} labels" if self.needs_gradients else "")
 
     def finish(self) -> Importance:
-        """The importance of what was observed so far; of all processes, together.
-
-        Raises ValueError if nothing was, or if something is not finite.
+        """The importance of what was observed so far; of all processes, together. Raises ValueError
+        if nothing was, or if something is not finite.
         """
         self._batches.check()
         division = self._division
