@@ -8,7 +8,13 @@ import pytest
 from conftest import PLAIN
 from forgetless.data.documents import load_documents, load_rows
 from forgetless.data.domain import encode_rows, load_training_data, truncation_report
-from forgetless.data.encoding import batches, encode_chat, encode_documents
+from forgetless.data.encoding import (
+    batches,
+    encode_chat,
+    encode_documents,
+    encode_prompted,
+    text_ids,
+)
 from forgetless.data.tasks import TASKS, load_task
 from forgetless.errors import OptionError
 
@@ -273,6 +279,46 @@ def test_what_length_cuts_off_is_reported_and_refused_where_nothing_is_left():
         truncation_report(rows, 3, 32)
     with pytest.raises(ValueError, match="no row has a token to score"):
         truncation_report([row(3, 0)], 12, 32)
+
+
+def test_the_length_that_is_advised_is_longer_than_the_one_given():
+    row = lambda tokens: ([5] * tokens, [True] * tokens)
+    rows = [row(5)] * 97 + [row(20), row(30), row(40)]
+    assert "--length 20 would keep 98% of the rows whole" in truncation_report(rows, 10, 64)
+    assert "--length 30 would keep 99%" in truncation_report(rows, 20, 64)
+    report = truncation_report(rows, 24, 24)
+    assert "the model takes at most 24 tokens, so shorten these rows" in report
+
+
+class Adding:
+    """A word tokenizer that puts <s> before and </s> behind every text, as some do."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __call__(self, text, *, add_special_tokens=True, **settings):
+        ids = self.inner(text)["input_ids"]
+        if add_special_tokens:
+            ids = [self.inner.bos_token_id, *ids, self.inner.eos_token_id]
+        return {"input_ids": ids}
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+
+def test_texts_begin_and_end_once_where_the_tokenizer_adds_both(tokenizer):
+    adding = Adding(tokenizer)
+    words = lambda ids: tokenizer.decode(ids)
+    for text in ("the cat", "<s> the cat", "<s> the cat </s>"):
+        assert words(text_ids(text, adding)) == "<s> the cat </s>"
+    assert words(text_ids("<s> <s> the cat", tokenizer)) == "<s> <s> the cat"
+    rows = [{"prompt": "Question ?", "completion": " yes"}, {"text": "the cat"}]
+    trained = encode_rows(rows, adding, end=" </s>")
+    assert [words(ids) for ids, _ in trained] == ["<s> Question ? yes </s>", "<s> the cat </s>"]
+    # A choice of a task is ranked without an end, as by tokenizers that add none.
+    ids, scored = encode_prompted("Question ?", " yes", adding)
+    assert words(ids) == "<s> Question ? yes"
+    assert words([i for i, counts in zip(ids, scored, strict=True) if counts]) == "yes"
 
 
 def test_a_task_row_without_a_published_answer_is_refused(tmp_path):

@@ -149,6 +149,7 @@ def _held_out(options: ShrinkOptions) -> HeldOut:
         options,
         data=options.data,
         data_split=options.data_split,
+        columns=options.columns,
         limit=options.limit,
     )
 

@@ -17,6 +17,7 @@ OURS = {
     "model",
     "data",
     "seed",
+    "columns",
     "earlier",
     "eval_steps",
     "out",

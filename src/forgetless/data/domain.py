@@ -228,11 +228,7 @@ def truncation_report(encoded: list[Encoded], length: int, context: int) -> str 
     ends = sorted(end for _, end in reaches)
     cut = sum(end > length for end in ends)
     lost = sum(first > length for first, _ in reaches)
-    wanted = min(ends[math.ceil(ADVISED * len(ends)) - 1], context)
-    advice = (
-        f"--length {wanted} would keep {sum(end <= wanted for end in ends) / rows:.0%} of "
-        f"the rows whole (the model takes at most {context} tokens)"
-    )
+    advice = _longer(ends, length, context, rows)
     if lost + blank == rows:
         raise FileError(
             f"within --length {length} no row keeps a token to score, since prompts fill it; "
@@ -247,6 +243,21 @@ def truncation_report(encoded: list[Encoded], length: int, context: int) -> str 
     if blank:
         parts.append(f"{blank} of {rows} rows have nothing to score and are left out")
     return "; ".join(parts) or None
+
+
+def _longer(ends: list[int], length: int, context: int, rows: int) -> str:
+    """A length to take instead: the smallest that keeps ADVISED of the rows whole, or where
+    `length` does, the smallest that keeps more. `ends` are in ascending order.
+    """
+    enough = ends[math.ceil(ADVISED * len(ends)) - 1]
+    more = next((end for end in ends if end > length), length)
+    wanted = min(max(enough, more), context)
+    if wanted <= length:
+        return f"the model takes at most {context} tokens, so shorten these rows"
+    return (
+        f"--length {wanted} would keep {sum(end <= wanted for end in ends) / rows:.0%} of "
+        f"the rows whole (the model takes at most {context} tokens)"
+    )
 
 
 def _scored_reach(scored: list[bool]) -> tuple[int, int] | None:

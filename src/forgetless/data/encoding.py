@@ -112,15 +112,17 @@ def text_ids(text: str, tokenizer: Any, *, added_end: bool = True) -> list[int]:
     """
     ids = list(tokenizer(text, verbose=False)["input_ids"])
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
-    twice = begin is not None and ids[:2] == [begin, begin]
-    if twice and not text.startswith(tokenizer.bos_token * 2):
-        ids = ids[1:]
-    if end is None or ids[-1:] != [end]:
+    begins = begin is not None and ids[:2] == [begin, begin]
+    ends = end is not None and ids[-1:] == [end]
+    if not begins and not ends:
         return ids
-    if text.endswith(tokenizer.eos_token):
-        twice = ids[-2:] == [end, end] and not text.endswith(tokenizer.eos_token * 2)
-        return ids[:-1] if twice else ids
-    return ids if added_end else ids[:-1]
+    written = list(tokenizer(text, verbose=False, add_special_tokens=False)["input_ids"])
+    if begins and written[:2] != [begin, begin]:
+        ids = ids[1:]
+    if ends and written[-1:] != [end]:
+        return ids if added_end else ids[:-1]
+    twice = ends and ids[-2:] == [end, end] and written[-2:] != [end, end]
+    return ids[:-1] if twice else ids
 
 
 def encode_prompted(prompt: str, completion: str, tokenizer: Any) -> Encoded:

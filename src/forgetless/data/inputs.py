@@ -90,12 +90,13 @@ def read_inputs(options: TuneOptions) -> Inputs:
 
     Raises ValueError or OptionError for data that is missing or broken.
     """
-    training = load_training_data(options.data, split=options.data_split)
+    training = load_training_data(options.data, split=options.data_split, columns=options.columns)
     held_out = read_held_out(
         options,
         data=options.eval_data,
         tasks=options.tasks,
         data_split=options.eval_split,
+        columns=options.columns,
         limit=options.limit,
     )
     replay = _replay_documents(options)
@@ -113,6 +114,7 @@ def read_held_out(
     data: str | None = None,
     tasks: str | None = None,
     data_split: str | None = None,
+    columns: str | None = None,
     limit: int | None = None,
     shots: int = 0,
 ) -> HeldOut:
@@ -126,7 +128,9 @@ def read_held_out(
         documents = load_documents(
             general, column=text.text_column, split=text.general_split, limit=limit
         )
-    rows = load_training_data(data, split=data_split, limit=limit) if data else None
+    rows = None
+    if data:
+        rows = load_training_data(data, split=data_split, limit=limit, columns=columns)
     questions = tuple(_read_questions(spec, shots, limit) for spec in task_specs(tasks))
     return HeldOut(documents, rows, questions, own_text(text, text.general))
 

@@ -252,6 +252,7 @@ def evaluate(options: EvalOptions) -> JsonObject:
         data=options.data,
         tasks=options.tasks,
         data_split=options.data_split,
+        columns=options.columns,
         limit=options.limit,
         shots=options.shots,
     )

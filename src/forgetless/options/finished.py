@@ -41,6 +41,14 @@ class EvalOptions(TextOptions, ModelOptions):
         group="data",
         decides=MEASURED,
     )
+    columns: str | None = option(
+        None,
+        "columns of --data under names of their own: prompt=question,completion=answer "
+        "(docs/data.md)",
+        group="data",
+        decides=MEASURED,
+        metavar="OURS=YOURS",
+    )
     tasks: str | None = option(
         None,
         "tasks, by name or with a local file: sciq,arc_easy=test.jsonl; any lm-eval task; 'chat' "
@@ -136,6 +144,7 @@ class ShrinkOptions(TextOptions, ModelOptions):
         reads=True,
     )
     data_split: str | None = same(EvalOptions, "data_split")
+    columns: str | None = same(EvalOptions, "columns")
     method: str = option(
         "shrink",
         "shrink along importance, or scale all of the update",

@@ -33,6 +33,13 @@ class TuneOptions(AdapterOptions, TextOptions, ModelOptions):
         reads=True,
     )
     data_split: str = option("train", "split of a Hub dataset", group="data")
+    columns: str | None = option(
+        None,
+        "columns of --data and --eval-data under names of their own: "
+        "prompt=question,completion=answer, messages=dialog or text=body (docs/data.md)",
+        group="data",
+        metavar="OURS=YOURS",
+    )
     importance: str | None = option(
         None,
         "importance file of `forgetless record`, its folder or a Hub name; without one the run "

@@ -96,6 +96,11 @@ def planned(options: TuneOptions) -> Plan:
     rows written.
     """
     out = Path(options.out)
+    if options.columns:
+        raise OptionError(
+            "--columns names the columns of one domain; with several, write the rows with prompt "
+            "and completion, messages or text"
+        )
     options, before, start = _gone_on_from(options)
     parse_rule(options.consolidate or "sum")
     _check_processes(options)
