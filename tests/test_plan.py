@@ -2,6 +2,7 @@
 operations as torch counts them.
 """
 
+import dataclasses
 import json
 import math
 
@@ -22,6 +23,7 @@ from forgetless.importance.sizes import (
 from forgetless.model.adapters import add_adapter
 from forgetless.model.targets import base_layers
 from forgetless.options.plan import PlanOptions
+from forgetless.plan import fits
 from forgetless.plan.plan import plan
 from forgetless.plan.sketch import kept_per_token, shared_inputs, sketched
 from forgetless.plan.time import operations, random_entry
@@ -245,3 +247,29 @@ def test_only_the_configuration_is_read(small, capsys):
 def test_plan_from_python_returns_what_it_prints(small, capsys):
     found = plan(PlanOptions(model=str(small), flops=1e12, json=True))
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(found))
+
+
+def test_what_fits_on_usual_gpus_and_in_how_many_passes(small, capsys, monkeypatch):
+    """A model of 4 GiB whose sums take 40: record divides them where one pass does not fit."""
+    options = PlanOptions(model=str(small))
+    weights = [
+        Planned(f"model.layers.{i}.mlp.up_proj.weight", (4, 4), f"model.layers.{i}.mlp.up_proj.w")
+        for i in range(40)
+    ]
+    sketch = dataclasses.replace(sketched(options), weights=weights)
+    monkeypatch.setattr(fits, "sums_of", lambda _, some: len(some) * 2**30)
+    recording = {"model": 4 * 2**30, "sums": 40 * 2**30, "activations": 2 * 2**30}
+    found = fits.fitting_on(options, sketch, recording, {"together": 30 * 2**30})
+    assert [each.tuning for each in found] == [False, True, True]
+    # On 24 GB 18.08 are free, of which half is for sums: 9 weights at a time.
+    assert [each.recording_passes for each in found] == [5, 2, 2]
+    path = dataclasses.replace(options, estimator="path")
+    assert [each.recording_passes for each in fits.fitting_on(path, sketch, recording, {})] == [
+        None,
+        None,
+        1,
+    ]
+    assert main(["plan", str(small), "--flops", "1e10"]) == 0
+    shown = capsys.readouterr()
+    assert "fits on a GPU of" in shown.out and "in one pass" in shown.out
+    assert "next: forgetless record" in shown.err

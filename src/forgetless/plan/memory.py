@@ -10,6 +10,7 @@ from __future__ import annotations
 from forgetless.importance.sizes import bytes_of_tensors, shares
 from forgetless.options.estimators import ESTIMATORS
 from forgetless.options.plan import PlanOptions
+from forgetless.plan.fits import sums_of
 from forgetless.plan.sketch import Sketch
 
 # Bytes per weight that bitsandbytes quantises: four or eight bits, and for NF4 a scale per block,
@@ -22,9 +23,6 @@ TRAINED = 16
 def recording_memory(options: PlanOptions, sketch: Sketch) -> dict[str, float]:
     """Bytes per process while recording, by what they are for."""
     estimator = ESTIMATORS[options.estimator]
-    sums = bytes_of_tensors(sketch.weights, estimator.tier)
-    if estimator.tier == "f32":  # credits, and of a path the importance of the epochs before
-        sums = (8 if estimator.trains else 4) * sketch.elements
     kept: float = 0
     inputs = 0
     if estimator.trains:
@@ -36,7 +34,7 @@ def recording_memory(options: PlanOptions, sketch: Sketch) -> dict[str, float]:
         inputs = options.record_tokens * columns * sketch.itemsize
     return {
         "model": _model_bytes(options, sketch),
-        "sums": sums,
+        "sums": sums_of(options, sketch.weights),
         "adapter": TRAINED * sketch.lora if estimator.trains else 0,
         "activations": _activations(options, sketch, kept, options.record_tokens) + inputs,
     }

@@ -11,7 +11,7 @@ memory.py and time.py count what it takes. Files are within 1 % of what is then 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from forgetless.errors import OptionError
 from forgetless.files.untrusted import JsonObject
@@ -19,8 +19,9 @@ from forgetless.importance.sizes import bytes_of_file, total, usual_tiers
 from forgetless.importance.tiers import parse_tier
 from forgetless.options.estimators import ESTIMATORS
 from forgetless.options.plan import PlanOptions
+from forgetless.plan.fits import Fits, fitting_on
 from forgetless.plan.memory import recording_memory, tuning_memory
-from forgetless.plan.sketch import sketched
+from forgetless.plan.sketch import Sketch, sketched
 from forgetless.plan.time import Operations, Rates, Seconds, operations, rates, seconds
 from forgetless.report import numbers, terminal
 
@@ -41,6 +42,8 @@ class Resources:
     parameters          of the whole model, of which `trained_parameters` are tuned
     files               tier -> bytes of the importance file; `tier` is the one to tune with
     memory              of recording and of tuning: what for -> bytes per process
+    fits                what fits on GPUs of usual sizes, and in how many passes over the text
+    fits_smallest       the same of `smallest` options
     operations          floating-point operations of a step, of the pull and of recording
     rates, seconds      operations per second and where they come from; how long all that takes
     """
@@ -58,6 +61,8 @@ class Resources:
     processes: int
     engine: str
     memory: Memory
+    fits: list[Fits]
+    fits_smallest: list[Fits]
     operations: Operations
     rates: Rates
     seconds: Seconds
@@ -83,6 +88,9 @@ def plan(options: PlanOptions) -> JsonObject:
     }
     rate = rates(options, sketch, tier)
     work = operations(options, sketch, tier)
+    memory = _memory_of(options, sketch, tier)
+    least = smallest(options)
+    at_least = _memory_of(least, sketch, tier)
     taken = Resources(
         model=options.model,
         targets=options.targets,
@@ -96,16 +104,32 @@ def plan(options: PlanOptions) -> JsonObject:
         files=files,
         processes=options.processes,
         engine=options.engine,
-        memory=Memory(
-            recording=recording_memory(options, sketch),
-            tuning=tuning_memory(options, sketch, tier),
-        ),
+        memory=memory,
+        fits=fitting_on(options, sketch, memory.recording, memory.tuning),
+        fits_smallest=fitting_on(least, sketch, at_least.recording, at_least.tuning),
         operations=work,
         rates=rate,
         seconds=seconds(work, rate, options),
     )
     print(json.dumps(asdict(taken), indent=1) if options.json else _text(taken, options))
     return asdict(taken)
+
+
+def _memory_of(options: PlanOptions, sketch: Sketch, tier: str) -> Memory:
+    return Memory(recording_memory(options, sketch), tuning_memory(options, sketch, tier))
+
+
+def smallest(options: PlanOptions) -> PlanOptions:
+    """The options with what takes the least memory: one sequence at a time, its activations
+    recomputed, and where an adapter is trained the base in 4 bit.
+    """
+    return replace(
+        options,
+        quantize=options.quantize if options.full else "4bit",
+        gradient_checkpointing=True,
+        tokens=min(options.tokens, options.length),
+        record_tokens=min(options.record_tokens, options.length),
+    )
 
 
 def _text(taken: Resources, options: PlanOptions) -> str:
@@ -115,6 +139,7 @@ def _text(taken: Resources, options: PlanOptions) -> str:
         f"{taken.elements:,} elements ({taken.targets}); {taken.trained_parameters:,} trained",
         _files(taken),
         _memory(taken, options),
+        _fits(taken),
         _time(taken, options),
         "Memory is what tensors take: an allocator's holes and libraries come on top. Time is a "
         "lower bound:\nall that is no product comes on top.",
@@ -138,13 +163,39 @@ def _memory(taken: Resources, options: PlanOptions) -> str:
     recording, tuning = taken.memory.recording, taken.memory.tuning
     shown = lambda parts, name: numbers.byte_size(parts[name]) if parts.get(name) else "-"
     names = dict.fromkeys([*recording, *tuning])
-    rows = [[name, shown(recording, name), shown(tuning, name)] for name in names]
+    passes = {"sums": "sums, all weights in one pass"}
+    rows = [[passes.get(n, n), shown(recording, n), shown(tuning, n)] for n in names]
     rows.append(["together", numbers.byte_size(total(recording)), numbers.byte_size(total(tuning))])
     rows.append(["tokens per forward pass", f"{options.record_tokens:,}", f"{options.tokens:,}"])
     of = "memory"
     if options.processes > 1:
         of += f" per process ({options.processes}, {options.engine}; importance shared out)"
     return terminal.table([of, "recording", "tuning"], rows)
+
+
+def _fits(taken: Resources) -> str:
+    """A table of what fits on usual GPUs, as asked for and with what takes the least memory."""
+    columns = ["fits on a GPU of", *(f"{fits.gib} GB" for fits in taken.fits)]
+    rows = []
+    for label, each in (("", taken.fits), (", smallest", taken.fits_smallest)):
+        rows.append([f"recording{label}", *map(_in_passes, each)])
+        rows.append([f"tuning{label}", *("yes" if fits.tuning else "no" for fits in each)])
+    lines = [
+        terminal.table(columns, rows),
+        "smallest: --quantize 4bit (adapters) --gradient-checkpointing --batch-size 1",
+    ]
+    if any((fits.recording_passes or 1) > 1 for fits in (*taken.fits, *taken.fits_smallest)):
+        lines.append(
+            "passes over the text: record divides the weights by itself; --groups N divides further"
+        )
+    return "\n".join(lines)
+
+
+def _in_passes(fits: Fits) -> str:
+    """'in one pass', 'in 3 passes', 'no'."""
+    if fits.recording_passes is None:
+        return "no"
+    return "in one pass" if fits.recording_passes == 1 else f"in {fits.recording_passes} passes"
 
 
 def _time(taken: Resources, options: PlanOptions) -> str:

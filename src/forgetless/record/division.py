@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from forgetless.importance.entries import Entry, from_plain, to_plain, with_tensors
 from forgetless.importance.info import EnergyErrors
@@ -106,21 +106,31 @@ class Division:
         self.observed = self.groups[min(self.group, len(self.groups) - 1)]
 
 
+class Named(Protocol):
+    """Anything that stands for a weight by its name."""
+
+    @property
+    def name(self) -> str: ...
+
+
+AnyNamed = TypeVar("AnyNamed", bound=Named)
+
+
 def in_groups(
-    layers: Sequence[BaseLayer],
+    layers: Sequence[AnyNamed],
     leaders: Mapping[str, str],
-    size: Callable[[BaseLayer], int],
+    size: Callable[[AnyNamed], int],
     groups: int,
-) -> list[list[BaseLayer]]:
+) -> list[list[AnyNamed]]:
     """The layers in so many groups of similar size, never more.
 
     `leaders`: weight -> the first weight that reads the same input; they stay in one group.
     """
-    together: dict[str, list[BaseLayer]] = {}
+    together: dict[str, list[AnyNamed]] = {}
     for layer in layers:
         together.setdefault(leaders.get(layer.name, layer.name), []).append(layer)
     total, before = sum(map(size, layers)), 0
-    division: dict[int, list[BaseLayer]] = {}
+    division: dict[int, list[AnyNamed]] = {}
     for sharing in together.values():
         size_here = sum(map(size, sharing))
         group = int(groups * (before + size_here / 2) / total)  # where their middle lies among all
