@@ -212,7 +212,8 @@ def collected(out: Path) -> Results:
         for seed in SEEDS:
             file = out / name.replace("SEED", str(seed)) / "run.json"
             if file.exists():
-                runs.append(_result(name.replace("-SEED", ""), seed, file))
+                arm = name.replace("-SEED", "").replace("-x", " x ")
+                runs.append(_result(arm, seed, file))
     return Results(runs)
 
 

@@ -3,10 +3,10 @@ on; from the cache, through every verb.
 """
 
 import copy
+import importlib
 import itertools
 import json
 import random
-import runpy
 from pathlib import Path
 
 import numpy as np
@@ -314,9 +314,12 @@ def test_in_a_sequence_the_divergence_counts_from_the_base_and_not_from_the_step
     assert run["forgetting"]["nats"] == pytest.approx(run["after"]["own"]["nats"], rel=1e-6)
 
 
-def test_the_experiment_on_a_real_model_runs_on_a_tiny_one(chat_folder, domain, tmp_path):
+def test_the_experiment_on_a_real_model_runs_on_a_tiny_one(
+    chat_folder, domain, tmp_path, monkeypatch
+):
     """Learning, divergence and loss on web text of each run, and nothing is trained twice."""
-    real = runpy.run_path(str(Path(__file__).parents[1] / "experiments/real.py"))
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "experiments")
+    real = importlib.import_module("real")
     shared, out = tmp_path / "shared", tmp_path / "real"
     chats = Path(domain).read_text()
     for name in ("chat/medical-train", "chat/medical-test"):
@@ -339,11 +342,11 @@ def test_the_experiment_on_a_real_model_runs_on_a_tiny_one(chat_folder, domain, 
         "12",
     ]
     words += ["--arms", "plain", "kept-1-2"]
-    real["main"](words)
+    real.main(words)
     table = (out / "table.md").read_text()
     rows = {line.split(" | ")[0].strip("| "): line for line in table.splitlines()[2:]}
     assert list(rows) == ["plain", "plain x 0.75", "plain x 0.5", "plain x 0.25", "kept-1-2"]
     made = {path: path.stat().st_mtime_ns for path in out.glob("*/run.json")}
-    real["main"](words)
+    real.main(words)
     assert made == {path: path.stat().st_mtime_ns for path in out.glob("*/run.json")}
     assert (out / "table.md").read_text() == table

@@ -180,7 +180,7 @@ def _measure_base(options: ShrinkOptions, loaded: Loaded, held_out: HeldOut) -> 
     tokenizer = loaded.tokenizer
     with bare(loaded.model) as base:
         own = paired_part(base, tokenizer, held_out.own, "check")
-        before = measure(base, tokenizer, held_out, own=own)
+        before = measure(base, tokenizer, held_out, own=own, is_base=True)
         learning = baseline = None
         if options.budget and held_out.domain is not None:
             learning = domain(base, encode_rows(held_out.domain, tokenizer), options.data or "")

@@ -67,13 +67,15 @@ def measure(
     held_out: HeldOut,
     *,
     own: PairedAnswers | None = None,
+    is_base: bool = False,
     length: int | None = None,
     stride: int | None = None,
     batch_tokens: int | None = None,
 ) -> Measured:
     """The numbers of one state of a model; what was not asked for is None.
 
-    `own` are the base's own answers (`paired_part`), which need the base to be made.
+    `own` are the base's own answers (`paired_part`), which need the base to be made; from these
+    the bare base itself (`is_base`) is at no distance.
     """
     general = domain = None
     if held_out.general:
@@ -93,7 +95,8 @@ def measure(
         questions.name: _answered(model, tokenizer, questions, batch_tokens)
         for questions in held_out.tasks
     }
-    return Measured(general, domain, tasks, None if own is None else own.measured(model))
+    diverged = None if own is None else own.measured(None if is_base else model)
+    return Measured(general, domain, tasks, diverged)
 
 
 def _answered(
@@ -260,7 +263,7 @@ def evaluate(options: EvalOptions) -> JsonObject:
     model = load_model(options)
     own = paired_part(model, tokenizer, held_out.own, "check")
     asked = ask_base(model, tokenizer, options, completions_of(held_out.domain))
-    before = measure(model, tokenizer, held_out, own=own, **windows)
+    before = measure(model, tokenizer, held_out, own=own, is_base=True, **windows)
     after = behaved = None
     if options.adapter or options.tuned:
         model = _tuned_model(options, model)

@@ -69,9 +69,10 @@ class PairedAnswers:
         """The divergence in nats per token, from that of each answer, (answers,)."""
         return float(losses.sum() / self.tokens.sum())
 
-    def measured(self, model: nn.Module) -> Divergence:
-        """The divergence of `model`, as a file has it."""
-        loss = TextLoss(self.losses(model), self.tokens).record()
+    def measured(self, model: nn.Module | None) -> Divergence:
+        """The divergence of `model`, as a file has it; of None, of the bare base itself."""
+        losses = self.nats if model is None else self.losses(model)
+        loss = TextLoss(losses, self.tokens).record()
         kinds = [answer.kind for answer in self.answers]
         return Divergence(**{**vars(loss), "perplexity": None}, kind_by_document=kinds)
 

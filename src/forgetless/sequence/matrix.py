@@ -56,7 +56,7 @@ def measured(
     own = paired_part(model, tokenizer, held_out.own, "check")
     if adapter:
         model = with_adapter(model, adapter)
-    state = measure(model, tokenizer, held_out, own=own)
+    state = measure(model, tokenizer, held_out, own=own, is_base=not adapter)
     every = {domain.name: _measured_domain(options, model, tokenizer, domain) for domain in domains}
     row = MeasuredRow(state.general, state.domain, state.tasks, state.own, every)
     write_record(path, row)

@@ -149,7 +149,7 @@ def measure_start(
     kept = base.importance.answers if base.importance is not None else None
     replayed = replay_text(options, inputs.replay, model, tokenizer, rows.training, kept)
     seconds = time.perf_counter() - started
-    before = measure(model, tokenizer, inputs.held_out, own=own)
+    before = measure(model, tokenizer, inputs.held_out, own=own, is_base=earlier is None)
     keeper = None
     if options.budget:
         keeper = of_run(
