@@ -22,6 +22,7 @@ from typing import Any
 
 from forgetless.data.compressed import kind_of, read_utf8
 from forgetless.data.forms import common_form
+from forgetless.data.parquet import parquet_rows
 from forgetless.data.stored_datasets import folder_rows, hub_rows, without_nulls
 from forgetless.data.turns import Turn, tools_of, turns
 from forgetless.errors import FileError
@@ -32,9 +33,9 @@ logger = logging.getLogger("forgetless")
 Row = dict[str, Any]
 # Endings of the files that can be read, compressed or not; every other name is that of a Hub
 FORMATS = (".txt", ".jsonl", ".json", ".csv", ".parquet")
-# Values in a .parquet file. It stores a run of one value in a few bytes, so a small file can claim
-# any number of them and fill the memory.
-MOST_VALUES = 50_000_000
+# Characters of a line of a .jsonl file. Python's values take up to a hundred times the memory of
+# what they are written in: a line of 100 MB took 11.8 GB.
+LONGEST_LINE = 1 << 24
 # Columns that hold the text of a document, the first of them that is there.
 TEXT_COLUMNS = ("text", "content", "messages")
 # Columns that a chat template is given beside the messages.
@@ -95,7 +96,7 @@ def _file_rows(path: Path) -> list[Row]:
         )
     kind = kind_of(path)
     if kind == ".parquet":
-        return _parquet_rows(path)
+        return [without_nulls(row) for row in parquet_rows(path)]
     if kind not in FORMATS:
         raise FileError(f"'{path}' has an unknown format '{kind}'; expected {', '.join(FORMATS)}")
     text = read_utf8(path)
@@ -107,23 +108,6 @@ def _file_rows(path: Path) -> list[Row]:
         return _csv_rows(path, text)
     parts = text.split("\n\n")
     return [{"text": part.strip()} for part in parts if part.strip()]
-
-
-def _parquet_rows(path: Path) -> list[Row]:
-    import pyarrow.parquet as parquet
-
-    try:
-        about = parquet.read_metadata(path)
-        if about.num_rows * about.num_columns > MOST_VALUES:
-            raise FileError(
-                f"'{path}' claims to hold {about.num_rows} rows of {about.num_columns} "
-                f"columns; split it into files of {MOST_VALUES} values"
-            )
-        return [without_nulls(row) for row in parquet.read_table(path).to_pylist()]
-    except FileError:
-        raise
-    except Exception as error:  # pyarrow has many kinds
-        raise FileError(f"'{path}' is not a readable parquet file: {error}") from None
 
 
 def _json_lines(path: Path, text: str) -> list[Row]:
@@ -179,6 +163,11 @@ def _csv_rows(path: Path, text: str) -> list[Row]:
 
 
 def _json_line(path: Path, number: int, line: str) -> Row:
+    if len(line) > LONGEST_LINE:
+        raise FileError(
+            f"'{path}', line {number}: expected at most {LONGEST_LINE} characters, found "
+            f"{len(line)}; divide the document into several lines"
+        )
     try:
         row = load_json(line)
     except ValueError as error:

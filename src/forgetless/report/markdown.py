@@ -19,11 +19,16 @@ from forgetless.report.summary import headlines
 
 # What markdown reads as more than text.
 SPECIAL = re.compile(r"([\\`*_\[\]<>|#~])")
+# Where sites such as GitHub make a link or call a person without being asked: behind '@', and
+# behind the beginning of an address.
+ALIVE = re.compile(r"(@(?=\w)|\b(?:https?|ftp|mailto|xmpp)(?=:)|\bwww(?=\.))", re.IGNORECASE)
 
 
 def plain(value: Any) -> str:
-    """Text that markdown shows as it is, on one line."""
-    return SPECIAL.sub(r"\\\1", " ".join(str(value).split()))
+    """Text that markdown shows as it is, on one line; addresses and names of people in it are dead,
+    each broken by an empty comment.
+    """
+    return ALIVE.sub(r"\1<!-- -->", SPECIAL.sub(r"\\\1", " ".join(str(value).split())))
 
 
 def markdown(contents: Comparison) -> str:
