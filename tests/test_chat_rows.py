@@ -10,6 +10,7 @@ from forgetless.data.chats import Chat
 from forgetless.data.documents import load_documents
 from forgetless.data.domain import encode_rows, load_training_data, row_answers, row_text
 from forgetless.data.encoding import encode_chat, encode_documents
+from forgetless.data.prompts.prompts import from_rows
 
 # Families of the templates that TRL ships which write tool calls with tools.
 WITH_TOOLS = ("deepseekv3", "diffusion", "gemma4", "glm4moe", "gptoss", "lfm2_2", "lfm2_v2")
@@ -278,6 +279,12 @@ def test_share_gpt_is_read_as_it_is(tmp_path):
     ]:
         with pytest.raises(ValueError, match=expected):
             load_training_data(lines(tmp_path / "b.jsonl", [{"conversations": [turn]}]))
+
+
+def test_prompts_may_be_share_gpt_with_tools_as_text():
+    row = {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}
+    (prompt,) = from_rows([row | {"tools": json.dumps(TOOLS)}], "a.jsonl")
+    assert prompt.messages == ({"role": "user", "content": "x"},) and prompt.tools == tuple(TOOLS)
 
 
 def test_alpaca_is_read_as_it_is(tmp_path, caplog):

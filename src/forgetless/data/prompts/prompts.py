@@ -27,6 +27,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from forgetless.data.forms import common_form
+from forgetless.data.turns import tools_of
 from forgetless.errors import FileError
 from forgetless.files.provenance import sha256_text
 
@@ -79,14 +81,16 @@ def from_rows(rows: Iterable[Mapping[str, Any]], place: str, *, kind: str = OWN)
     """
     prompts = []
     for number, row in enumerate(rows, 1):
-        messages = _turns(row, f"{place}, row {number}")
+        where = f"{place}, row {number}"
+        row = common_form(row, where)
+        messages = _turns(row, where)
         positions = (True, False) if row.get("thinking") else (None,)
         for thinking in positions:
             prompts.append(
                 Prompt(
                     kind=str(row.get("kind") or kind),
                     messages=messages,
-                    tools=tuple(row.get("tools") or ()),
+                    tools=tuple(tools_of(row.get("tools"), where) or ()),
                     thinking=thinking,
                     language=row.get("language"),
                     expects=row.get("expects") or {},
