@@ -25,7 +25,7 @@ test: $(READY)
 # tests that train end to end.
 QUICK := $(addprefix tests/test_,$(addsuffix .py,form imports contributing schema terminal cli \
 	codec tiers storage inspection consolidation layers weights moved frontier \
-	penalty tiled forms path numerics shrink))
+	penalty tiled forms numerics shrink))
 
 quick: $(READY)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -x $(QUICK)

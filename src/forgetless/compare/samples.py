@@ -40,6 +40,7 @@ def answer(
     """
     samples: list[Sample] = []
     options = resolve(ModelOptions, experiment.model)
+    tokenizer = load_tokenizer(options)
     for domain in experiment.domains:
         rows = load_training_data(files[f"domain/{domain}/test"], limit=SAMPLES)
         prompts = [_prompt_of(row) for row in rows]
@@ -51,7 +52,7 @@ def answer(
             else:
                 model = load_tuned(options, shown[method].folder / "adapter")
             for sample, (said, _, chat) in zip(answered, prompts, strict=True):
-                sample.outputs[method] = _continued(model, load_tokenizer(options), said, chat)
+                sample.outputs[method] = _continued(model, tokenizer, said, chat)
         samples += answered
     write_record(out / "samples.json", samples)
 
