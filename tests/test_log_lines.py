@@ -5,6 +5,7 @@ import types
 import pytest
 from transformers import TrainerState
 
+from forgetless.cli import exit_code
 from forgetless.files.run_json import EXPLODED
 from forgetless.tune import log_lines
 from forgetless.tune.log_lines import LogLines, has_exploded
@@ -77,3 +78,4 @@ def test_a_loss_that_explodes_is_said(losses, exploded, capsys, caplog):
     _, state = shown(entries, capsys)
     assert ("the learning rate 0.001 is too high" in caplog.text) is exploded
     assert any(EXPLODED in entry for entry in state.log_history) is exploded
+    assert exit_code({"log": state.log_history, "verdict": "met"}) == (1 if exploded else 0)

@@ -109,7 +109,7 @@ def _performed(name: str, given: dict[str, Any], manner: Speech) -> int:
     sys.stdout.flush()
     if verb.then is not None and _speaks() and (command := verb.then(options)):
         say(f"next: {command}")
-    return _exit_code(result)
+    return exit_code(result)
 
 
 def _speaks() -> bool:
@@ -117,7 +117,7 @@ def _speaks() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _exit_code(result: Any) -> int:
+def exit_code(result: Any) -> int:
     """3 where the result does not say that the budget was met, also where it was only predicted;
     1 where the loss exploded.
     """

@@ -31,8 +31,8 @@ from forgetless.report import numbers
 from forgetless.report.terminal import Bar, progress, say
 
 logger = logging.getLogger("forgetless")
-# The loss has exploded where it ends so many nats and so many times above where it began. Rates
-# that are merely too high to learn well end within half a nat of the beginning.
+# The loss has exploded where it ends so many nats and so many times above where it began. Chosen,
+# not measured: far enough from the noise between the steps of a log, where both must hold.
 RISEN_BY = 1.0
 RISEN_TIMES = 1.3
 # Columns that may stand in a line: heading, key in the log, width, format.
