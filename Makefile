@@ -9,10 +9,14 @@ export MALLOC_TRIM_THRESHOLD_ = 17179869184
 export MALLOC_TOP_PAD_ = 268435456
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test quick check docs lab bench bench-gpu clean
+.PHONY: demo demo-real test test-real quick check docs lab bench bench-gpu clean
 
 demo: $(READY)
 	$(BIN)/forgetless demo
+
+# The demo on a real chat model, which `make lab` prepares: some 15 minutes on two cores.
+demo-real: lab/smollm2/model.safetensors
+	$(BIN)/forgetless demo lab/smollm2 --dtype float32 --out forgetless-demo-real
 
 # Two processes of one thread each: tiny models gain nothing from more threads, and where cores are
 # shared threads wait for each other. A process needs about a GiB. They take files of tests in the
@@ -20,6 +24,10 @@ demo: $(READY)
 JOBS ?= 2
 test: $(READY)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
+# What needs the real model of `make lab`; some minutes.
+test-real: lab/smollm2/model.safetensors
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m real
 
 # The inner loop, in less than 90 seconds: form, options, importance files and the pull, without the
 # tests that train end to end.

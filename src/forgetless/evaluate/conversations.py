@@ -66,12 +66,14 @@ SHOWN_CHARACTERS = 2000
 class Behaved:
     """How a tuned model behaves beside its base.
 
-    `not_judged` says in sentences which behaviours were left out, and why.
+    `not_judged` says in sentences which behaviours were left out, and why. `said` has every answer
+    of the tuned model by its prompt, both as they are shown.
     """
 
     behaviours: list[BehaviourChange]
     conversations: list[Conversation]
     not_judged: list[str] = field(default_factory=list)
+    said: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,10 @@ class AskedBase:
         after = judged_answers(self.prompts, said, self.rules)
         changes = compared_behaviours(before, after, self.rules)
         changes.insert(1, length_change(self.said, said))
-        return Behaved(changes, self._shown(tuned, said), self._not_judged(changes))
+        shown = {
+            _as_shown(words_of(prompt)): _as_shown(said[prompt.id].text) for prompt in self.prompts
+        }
+        return Behaved(changes, self._shown(tuned, said), self._not_judged(changes), shown)
 
     def _shown(self, tuned: nn.Module, said: Mapping[str, Said]) -> list[Conversation]:
         """The conversations to read: the most changed by divergence, no two of a kind, and as many

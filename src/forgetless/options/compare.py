@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from forgetless.options.option import MEASURED, RUNNING, option
+from forgetless.errors import OptionError
+from forgetless.options.model import ModelOptions
+from forgetless.options.option import MEASURED, RUNNING, Given, flag, option
 
 
 @dataclass(frozen=True)
@@ -74,9 +76,19 @@ class ReportOptions:
 
 
 @dataclass(frozen=True)
-class DemoOptions:
-    """Options of `forgetless demo`: the whole method on the embedded world and model."""
+class DemoOptions(ModelOptions):
+    """Options of `forgetless demo`: the whole method on the embedded world and model, or on a chat
+    model.
+    """
 
+    model: str = option(
+        "",
+        "chat model to show it on: a Hub name or a local folder; without it the model and the "
+        "world that come with the package",
+        group="model",
+        positional=True,
+        metavar="MODEL",
+    )
     out: str = option(
         "forgetless-demo",
         "folder to write: texts, importance, adapters, demo.json, demo.md, demo.png, "
@@ -91,3 +103,39 @@ class DemoOptions:
         group="training",
         at_least=1,
     )
+    steps: int = option(
+        30, "with MODEL: optimizer steps of each training", group="training", at_least=1
+    )
+    answers: int = option(
+        32,
+        "with MODEL: answers of the model that are recorded on and kept, and as many others that "
+        "forgetting is measured on",
+        group="data",
+        at_least=10,
+    )
+    answer_length: int = option(
+        96, "with MODEL: tokens of an answer at most", group="data", at_least=2
+    )
+    behaviours: int = option(
+        24,
+        "with MODEL: prompts on which the behaviour of the models is compared",
+        group="measuring",
+        at_least=4,
+    )
+
+
+# The options that the demo on the embedded model has.
+OF_EMBEDDED = ("model", "out", "seeds")
+
+
+def check_demo(given: Given) -> None:
+    """Raise OptionError for what the demo on the embedded model would not read."""
+    if given.get("model"):
+        return
+    unread = [name for name, value in given.items() if value is not None]
+    unread = [name for name in unread if name not in OF_EMBEDDED]
+    if unread:
+        raise OptionError(
+            f"{flag(unread[0])} is for the demo on a chat model; give forgetless demo MODEL, or "
+            "leave it out"
+        )

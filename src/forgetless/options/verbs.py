@@ -23,7 +23,7 @@ from typing import Any
 
 from forgetless.errors import OptionError, nearest
 from forgetless.options.chat import ChatOptions, check_chat
-from forgetless.options.compare import CompareOptions, DemoOptions, ReportOptions
+from forgetless.options.compare import CompareOptions, DemoOptions, ReportOptions, check_demo
 from forgetless.options.estimators import check_estimator
 from forgetless.options.files import ConvertOptions, InspectOptions
 from forgetless.options.finished import EvalOptions, MergeOptions, ShrinkOptions
@@ -118,6 +118,13 @@ def _tuned_by(options: TuneOptions) -> str:
     if options.after or len(several(options.data)) > 1:
         return "forgetless.sequence.sequence:tune_in_turn"
     return "forgetless.tune.tune:tune"
+
+
+def _demo_of(options: DemoOptions) -> str:
+    """A chat model is shown on what it says itself, the embedded model on its world."""
+    if options.model:
+        return "forgetless.demo.chat_run:demo_on_model"
+    return "forgetless.demo.run:demo"
 
 
 def _check_measured(options: EvalOptions) -> None:
@@ -245,13 +252,15 @@ VERBS: dict[str, Verb] = {
         then=after_merge,
     ),
     "demo": Verb(
-        help="run the whole method on the embedded model and world, in minutes",
-        example="forgetless demo --seeds 3",
+        help="run the whole method on the embedded model and world, or a chat model, in minutes",
+        example="forgetless demo MODEL --out forgetless-demo",
         options=DemoOptions,
         needed=("out",),
-        run="forgetless.demo.run:demo",
+        run=_demo_of,
+        check_given=check_demo,
         alone=True,
         reports="",
+        interrupted="the same command goes on",
     ),
 }
 
