@@ -42,14 +42,14 @@ def fitting_on(
     return [
         Fits(
             gib,
-            _passes(options, sketch, recording, USABLE * gib * 2**30),
+            _recording_passes(options, sketch, recording, USABLE * gib * 2**30),
             total(tuning) <= USABLE * gib * 2**30,
         )
         for gib in GPUS
     ]
 
 
-def _passes(
+def _recording_passes(
     options: PlanOptions, sketch: Sketch, recording: dict[str, float], room: float
 ) -> int | None:
     """The least number of passes in which recording fits into `room` bytes; None where none does.
