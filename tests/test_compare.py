@@ -738,9 +738,9 @@ def test_answers_to_chats_come_through_the_chat_template(
     chats.write_text("\n".join(json.dumps({"messages": turns(i)}) for i in range(40)))
     seen = []
 
-    def noted(tokenizer, messages, *, prompt=False):
-        seen.append((messages, prompt))
-        return encoding.templated(tokenizer, messages, prompt=prompt)
+    def noted(tokenizer, chat, *, prompt=False):
+        seen.append((chat.messages, prompt))
+        return encoding.templated(tokenizer, chat, prompt=prompt)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(samples, "templated", noted)
