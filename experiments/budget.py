@@ -226,6 +226,8 @@ class Lab:
         }
         if "importance" in given:
             given["importance"] = self.importance()
+        given.setdefault("method", "hold" if "importance" in given else "plain")
+        given.setdefault("general", None)
         return tune(resolve(TuneOptions, {**given, "out": str(self.out / "last" / self.domain)}))
 
     def ours(self, budget: str, seed: int) -> None:

@@ -167,12 +167,14 @@ def fine_tuning(shared: Path, out: Path, domain: str, method: str, seed: int) ->
         differs["importance"] = lab.importance()
     if method == "kl":
         differs |= {"replay": lab.recorded, "replay_documents": 300}
+    differs.setdefault("method", "hold" if "importance" in differs else "plain")
     lab.out = out
     tune(
         resolve(
             TuneOptions,
             {
                 **STEPS,
+                "general": None,
                 "model": lab.model,
                 "data": lab.data,
                 "seed": seed,

@@ -279,6 +279,7 @@ class Lab:
             "data": self.data[f"{self.domain}_train"],
             "out": str(folder),
         }
+        given.setdefault("method", "hold" if given.get("importance") else "plain")
         finished = tune(resolve(TuneOptions, {**given, "seed": seed}))
         adapter = self.out / "adapters" / target.stem
         adapter.parent.mkdir(exist_ok=True)

@@ -193,6 +193,19 @@ def tiny_model(kind: str = "llama", dtype: torch.dtype = torch.float32):
     return AutoModelForCausalLM.from_config(CONFIGS[kind]).to(dtype)
 
 
+def unheld(given):
+    """The options of `tune` (a mapping, or the words of a command line) with plain fine-tuning,
+    measured on nothing, where they do not say otherwise.
+    """
+    if isinstance(given, dict):
+        plain = {} if {"importance", "method", "after"} & set(given) else {"method": "plain"}
+        return {**plain, "general": None, **given}
+    words = [str(word) for word in given]
+    held = {"--importance", "--method", "--after"} & set(words)
+    plain = [] if held else ["--method", "plain"]
+    return [*words, *plain, *([] if "--general" in words else ["--general", "none"])]
+
+
 @pytest.fixture
 def tiny():
     """The function `tiny_model`."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from conftest import unheld
 from forgetless.cli import main
 from forgetless.record import training as path_training
 from forgetless.record.observing_recorder import ObservingRecorder
@@ -45,6 +46,8 @@ def fails(capsys):
 
     def check(words, code, *parts):
         capsys.readouterr()
+        if words[0] == "tune":
+            words = unheld(words)
         try:
             status = main([str(word) for word in words])
         except SystemExit as stop:

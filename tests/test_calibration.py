@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from conftest import CONFIGS, PLAIN, interrupt_after, words_tokenizer
+from conftest import CONFIGS, PLAIN, interrupt_after, unheld, words_tokenizer
 from forgetless import hold
 from forgetless.cli import main
 from forgetless.data.documents import Document, load_documents
@@ -114,7 +114,7 @@ def taught(place, general):
 
 
 def run(*words):
-    return main([str(word) for word in words])
+    return main(unheld(words) if words[0] == "tune" else [str(word) for word in words])
 
 
 def recording(taught, general, out):

@@ -64,7 +64,8 @@ def test_options_of_every_verb_may_stand_in_a_file(tmp_path, capsys):
             "--rank expects int, found 'eight'",
         ),
         (["eval", "m"], "nothing to measure"),
-        (["record", "m"], "missing --out"),
+        (["record", "m", "--estimator", "fisher"], "missing --out"),
+        (["record"], "missing MODEL"),
         (["convert", "f"], "missing --tier, --out; for example: forgetless convert"),
         (["inspect"], "missing FILE; for example: forgetless inspect"),
         (["merge", "a", "--out", "b", "--dtype", "half"], "--dtype expects one of auto, float32"),
@@ -81,10 +82,9 @@ def test_wrong_options_exit_with_2_and_say_what_to_do(words, expected, capsys):
     assert expected in capsys.readouterr().err
 
 
-def test_bad_input_exits_with_1_without_a_traceback(tmp_path, capsys):
-    assert (
-        main(["tune", "./no-model", "--data", "nothing.jsonl", "--out", str(tmp_path / "run")]) == 1
-    )
+def test_bad_input_exits_with_1_without_a_traceback(model_folder, tmp_path, capsys):
+    words = ["tune", str(model_folder), "--data", "nothing.jsonl", "--out", str(tmp_path / "run")]
+    assert main(words) == 1
     assert "'nothing.jsonl' is not a file" in capsys.readouterr().err
     assert (
         main(

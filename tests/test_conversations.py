@@ -123,6 +123,7 @@ def test_tune_and_eval_say_the_same_of_a_run(chat_folder, domain, tmp_path, cach
     out = tmp_path / "run"
     tuning = ["tune", chat_folder, "--data", domain, "--out", str(out), "--rank", "4", *ASK, "40"]
     tuning += ["--learning-rate", "0.05", "--batch-size", "8", "--accumulation", "1"]
+    tuning += ["--method", "plain", "--general", "none"]
     assert main([*tuning, "--max-steps", "4"]) == 0
     tuned = read_record(out / "run.json", Run)
     assert "the answer is in the domain's form" in capsys.readouterr().out

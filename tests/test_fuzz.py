@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from comparisons import comparison
-from conftest import run_forked
+from conftest import run_forked, unheld
 from forgetless import cli
 from forgetless.compare.experiment_file import read
 from forgetless.data.documents import load_documents
@@ -732,6 +732,7 @@ def test_a_checkpoint_of_tune_runs_no_code(model_folder, text_file, tmp_path, ca
         "1",
         "--quiet",
     ]
+    words = unheld(words)
     assert cli.main([*words, "--max-steps", "1"]) == 0
     (tmp_path / "run" / "run.json").unlink()
     checkpoint = tmp_path / "run" / "checkpoints" / "checkpoint-1"

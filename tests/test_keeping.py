@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import interrupt_after
+from conftest import interrupt_after, unheld
 from forgetless import hold
 from forgetless.budget import keeper
 from forgetless.budget import open as opening
@@ -96,7 +96,7 @@ def words(model_folder, general, domain, tmp_path):
 
 
 def run(words, *more):
-    return main([str(word) for word in (*words, *more)])
+    return main(unheld((*words, *more)))
 
 
 def factors(folder):

@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
-from conftest import interrupt_after
+from conftest import interrupt_after, unheld
 from forgetless.demo.world import MODEL_FOLDER, build, documents
 from forgetless.errors import OptionError
 from forgetless.evaluate.evaluate import evaluate
@@ -133,7 +133,7 @@ def world(model_folder, text_file, tmp_path, tmp_path_factory):
             "device": "cpu",
             **given,
         }
-        return tune(resolve(TuneOptions, options))
+        return tune(resolve(TuneOptions, unheld(options)))
 
     def plain():
         if not (shared / "plain" / "final").exists():

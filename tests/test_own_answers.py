@@ -156,7 +156,7 @@ def test_every_verb_takes_what_the_model_says(chat_folder, domain, tmp_path, cap
     assert len(kinds) == 24 and len(set(kinds)) > 5
 
     plain = tmp_path / "plain"
-    assert main([*tuning, "--general", "chat", *small, "--out", str(plain)]) == 0
+    assert main([*tuning, "--method", "plain", *small, "--out", str(plain)]) == 0
     lost = run_of(plain)["forgetting"]["nats"]
     assert lost > 2 * np.log(1.002)
 
@@ -185,7 +185,7 @@ def test_the_measure_is_the_exact_divergence_from_the_model_without_adapter(
     out = tmp_path / "run"
     words = ["tune", chat_folder, "--data", domain, "--out", str(out), "--general", "chat"]
     words += ["--answers", "16", "--answer-length", "12", "--rank", "2", "--max-steps", "3"]
-    assert main([*words, "--learning-rate", "0.02"]) == 0
+    assert main([*words, "--learning-rate", "0.02", "--method", "plain"]) == 0
     answers = own_answers(chat_model, chat_tokenizer, OwnText("chat", 16, 12), "check")
     base = AutoModelForCausalLM.from_pretrained(chat_folder)
     tuned = with_adapter(AutoModelForCausalLM.from_pretrained(chat_folder), str(out / "final"))

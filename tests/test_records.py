@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
+from conftest import unheld
 from forgetless.cli import main
 from forgetless.errors import OptionError
 from forgetless.importance.entries import FactoredEntry
@@ -167,7 +168,8 @@ def tuning(monkeypatch, model_folder, text_file, tmp_path):
     verb = dataclasses.replace(VERBS["tune"], options=MoreTuneOptions)
     monkeypatch.setitem(VERBS, "tune", verb)
     words = ["tune", str(model_folder), "--data", str(text_file), "--out", str(tmp_path / "run")]
-    return lambda *more: main([*words, "--max-steps", "1", "--device", "cpu", *more])
+    words += ["--max-steps", "1", "--device", "cpu"]
+    return lambda *more: main(unheld([*words, *more]))
 
 
 def test_a_method_is_a_function_and_a_row(tuning, tmp_path):

@@ -62,6 +62,8 @@ def words(model_folder, text_file, tmp_path, monkeypatch):
         "1",
         "--device",
         "cpu",
+        "--method",
+        "plain",
     ]
 
     def run(*words):

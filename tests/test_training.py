@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import interrupt_after
+from conftest import interrupt_after, unheld
 from forgetless.errors import OptionError
 from forgetless.files import room
 from forgetless.importance.importance import Importance
@@ -85,7 +85,7 @@ def tuned(model_folder, tmp_path):
             "device": "cpu",
             **given,
         }
-        return tune(resolve(TuneOptions, options))
+        return tune(resolve(TuneOptions, unheld(options)))
 
     return run
 

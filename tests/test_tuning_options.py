@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import PLAIN
+from conftest import PLAIN, unheld
 from forgetless.options.record import RecordOptions
 from forgetless.options.tune import TuneOptions
 from forgetless.options.verbs import resolve
@@ -49,7 +49,7 @@ def tuned(model_folder, tmp_path):
             "device": "cpu",
             **given,
         }
-        result = tune(resolve(TuneOptions, options))
+        result = tune(resolve(TuneOptions, unheld(options)))
         return result, load_file(
             out
             / "final"

@@ -190,6 +190,7 @@ def tune_options(
 ) -> TuneOptions:
     """The options of one run; `replay` and `importance` are what the settings' words stand for."""
     given = {
+        "general": None,  # a comparison measures by itself
         **experiment.model,
         **experiment.asking,
         **experiment.training,

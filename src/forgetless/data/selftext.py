@@ -22,6 +22,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,6 +41,8 @@ from forgetless.files.room import free_memory
 # Rows of a batch. A step reads all weights once, whatever the rows: on the real model one thread
 # made 8, 34 and 81 tokens a second with 1, 8 and 32 rows, in f32.
 BATCH_ROWS = {"cpu": 32, "cuda": 64}
+# Tokens of each row by which it is measured how long sampling will take.
+TIMED_TOKENS = 4
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,24 @@ def sample(
     finally:
         model.train(training)
     return [answers[place] for place in range(len(openings))]
+
+
+def seconds_to_sample(model: nn.Module, count: int, length: int) -> float:
+    """About how long `count` answers of `length` tokens take, by the time of a few tokens now.
+
+    The time that reading the openings takes, and that answers end before that, is left out.
+    """
+    device = next(model.parameters()).device
+    rows = min(count, BATCH_ROWS.get(device.type, BATCH_ROWS["cuda"]))
+    asked = _quick(model.eval())
+    seconds = []
+    for tokens in (1, TIMED_TOKENS + 1):
+        draws = [np.random.default_rng(row) for row in range(rows)]
+        started = time.perf_counter()
+        _answers(asked, [[0]] * rows, draws, frozenset(), tokens, 1.0)
+        seconds.append(time.perf_counter() - started)
+    each = max(0.0, seconds[1] - seconds[0]) / TIMED_TOKENS
+    return -(-count // rows) * length * each
 
 
 def _quick(model: nn.Module) -> nn.Module:

@@ -16,7 +16,6 @@ and an interrupted sampling goes on where it was.
 from __future__ import annotations
 
 import functools
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,16 +33,18 @@ from forgetless.data.selftext import (
     chat_openings,
     read_lines,
     sample,
+    seconds_to_sample,
     stop_tokens,
     write_lines,
 )
 from forgetless.errors import OptionError
-from forgetless.files.cache import cache_folder
+from forgetless.files.cache import cached_file
 from forgetless.files.lock import in_turn
 from forgetless.files.provenance import sha256_text
 from forgetless.model import distributed
 from forgetless.model.fingerprint import exact_fingerprint
 from forgetless.model.loading import context_length
+from forgetless.report.numbers import duration
 from forgetless.report.terminal import progress
 
 logger = logging.getLogger("forgetless")
@@ -57,13 +58,21 @@ ANSWERS_SEED = 0
 # An answer of so many tokens on average says nothing: the model ends at once, or the template is
 # not its own.
 FEWEST_TOKENS = 2
+# From so many tokens on it is said how long sampling takes: 20 to 60 s on a CPU with the real model
+# of 0.1B.
+WORTH_TIMING = 2048
 
 
 def default_kind(tokenizer: Any) -> str:
     """What stands for a model's general ability where nothing is given: chat, where it has a
     template for it.
     """
-    return CHAT if getattr(tokenizer, "chat_template", None) else SELF
+    return CHAT if has_template(tokenizer) else SELF
+
+
+def has_template(tokenizer: Any) -> bool:
+    """Whether a model can be talked to: its tokenizer has a chat template."""
+    return bool(getattr(tokenizer, "chat_template", None))
 
 
 def own_answers(model: nn.Module, tokenizer: Any, wanted: OwnText, part: str) -> list[Answer]:
@@ -72,14 +81,21 @@ def own_answers(model: nn.Module, tokenizer: Any, wanted: OwnText, part: str) ->
     Raises FileError or OptionError where the model cannot be asked, or says nothing.
     """
     length = answer_length(model, wanted.length)
-    if wanted.kind == CHAT:
-        prompts = chosen_prompts(wanted, tokenizer, part)
-        openings = fitting_openings(model, tokenizer, prompts, length)
-    else:
-        openings = bare_openings(tokenizer, [f"{part} {i}" for i in range(wanted.answers)])
+    openings = own_openings(model, tokenizer, wanted, part)
     answers = cached_answers(model, tokenizer, openings, length, f"{wanted.kind}, {part}")
     _check_said(answers, wanted, length)
     return answers
+
+
+def own_openings(model: nn.Module, tokenizer: Any, wanted: OwnText, part: str) -> list[Opening]:
+    """What the model is to go on from, one for each answer of a part.
+
+    Raises FileError or OptionError where it cannot be asked.
+    """
+    if wanted.kind == SELF:
+        return bare_openings(tokenizer, [f"{part} {i}" for i in range(wanted.answers)])
+    prompts = chosen_prompts(wanted, tokenizer, part)
+    return fitting_openings(model, tokenizer, prompts, answer_length(model, wanted.length))
 
 
 def answer_length(model: nn.Module, wanted: int) -> int:
@@ -146,19 +162,36 @@ def cached_answers(
     model: nn.Module, tokenizer: Any, openings: Sequence[Opening], length: int, what: str
 ) -> list[Answer]:
     """The answers to all openings; the first process samples those that the cache lacks."""
-    made_of = [
-        exact_fingerprint(model),
-        sorted(stop_tokens(model, tokenizer)),
-        length,
-        ANSWERS_SEED,
-    ]
-    path = cache_folder("answers") / f"{sha256_text(json.dumps(made_of))[:32]}.jsonl"
+    path = _answers_file(model, tokenizer, length)
     if distributed.first():
         with in_turn(path):
             _complete(path, model, tokenizer, openings, length, what)
     distributed.barrier()
     answers = _by_opening(read_lines(path))
     return [answers[opening.id, opening.ids] for opening in openings]
+
+
+def _answers_file(model: nn.Module, tokenizer: Any, length: int) -> Path:
+    """Where the answers of a model lie, whatever they answer."""
+    made_of = [
+        exact_fingerprint(model),
+        sorted(stop_tokens(model, tokenizer)),
+        length,
+        ANSWERS_SEED,
+    ]
+    return cached_file("answers", made_of, ".jsonl")
+
+
+def sampling_seconds(
+    model: nn.Module, tokenizer: Any, openings: Sequence[Opening], length: int
+) -> float:
+    """About how long it takes to sample the answers that the cache lacks; 0 where it has all.
+
+    Costs a few forward passes.
+    """
+    there = _by_opening(read_lines(_answers_file(model, tokenizer, length)))
+    missing = sum((opening.id, opening.ids) not in there for opening in openings)
+    return seconds_to_sample(model, missing, length) if missing else 0.0
 
 
 def _by_opening(answers: Sequence[Answer]) -> dict[tuple[str, tuple[int, ...]], Answer]:
@@ -181,11 +214,12 @@ def _complete(
     if not missing:
         return
     logger.info(
-        "sampling %d answers of at most %d tokens from the model (%s)%s",
+        "sampling %d answers of at most %d tokens from the model (%s)%s%s",
         len(missing),
         length,
         what,
         f"; {len(openings) - len(missing)} are there" if len(missing) < len(openings) else "",
+        _how_long(model, len(missing), length),
     )
     # A line that an interruption cut off would spoil the one that follows it.
     path.write_text(write_lines(known), encoding="utf-8")
@@ -198,6 +232,13 @@ def _complete(
             moved.advance(len(answers))
 
         sample(model, tokenizer, missing, seed=ANSWERS_SEED, length=length, done=keep)
+
+
+def _how_long(model: nn.Module, count: int, length: int) -> str:
+    """What the announcement says of the time; nothing where nobody would wait for it."""
+    if count * length < WORTH_TIMING:
+        return ""
+    return f"; this takes about {duration(seconds_to_sample(model, count, length))}, once"
 
 
 def _check_said(answers: Sequence[Answer], wanted: OwnText, length: int) -> None:

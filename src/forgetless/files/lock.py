@@ -93,16 +93,26 @@ def only_writer(
 
 
 @contextlib.contextmanager
-def in_turn(path: Path) -> Iterator[None]:
-    """Hold the lock of a file that several processes may want to add to, each after the other.
+def in_turn(path: Path, waiting: str = "") -> Iterator[None]:
+    """Hold the lock of a file that several processes may want to write, each after the other;
+    `waiting` is said where another has it.
 
     Where there are no locks of the kernel nobody waits, so what is written must bear that.
     """
     if not _knows_flock(path.parent):
         yield
         return
-    with FileLock(path.with_name(f".{path.name}.lock")):
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        if waiting:
+            logger.info("%s", waiting)
+        lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def first_process() -> bool:

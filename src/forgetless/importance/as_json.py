@@ -35,6 +35,6 @@ def inspected_file(options: InspectOptions, _: object) -> JsonObject:
     return file_record(importance_path(options.file))
 
 
-def recorded_file(options: RecordOptions, _: object) -> JsonObject:
-    """The file that `record` wrote."""
-    return file_record(Path(options.out))
+def recorded_file(options: RecordOptions, recorded: Importance) -> JsonObject:
+    """The file that `record` wrote, or found in the cache."""
+    return file_record(Path(options.out or recorded.info["path"]))

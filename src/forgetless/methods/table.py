@@ -66,7 +66,10 @@ def _check_options(options: TuneOptions, name: str, method: Method) -> None:
     """Raise OptionError for options that are missing or that do not fit a method."""
     missing = [need for need in method.needs if getattr(options, need) in (None, "")]
     if missing:
-        raise OptionError(f"--method {name} needs {' and '.join(map(flag, missing))}")
+        advice = ""
+        if "importance" in missing:
+            advice = "; --importance auto takes that of the cache, recorded where it is not there"
+        raise OptionError(f"--method {name} needs {' and '.join(map(flag, missing))}{advice}")
     if method.lora and options.full:
         raise OptionError(
             f"--method {name} is about adapters, found full fine-tuning; leave out full"

@@ -15,8 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from forgetless.options.estimators import ESTIMATORS
+from forgetless.options.holding import default_settings
 from forgetless.options.option import Given
 
 # Places that at most one method fills; the terms of several methods add up.
@@ -236,17 +238,16 @@ def method_names(spec: str | None) -> list[str]:
 
 
 def method_settings(given: Given) -> Given:
-    """The method by its default, and the settings of the methods that it names.
+    """The method by its default (holding.py), and the settings of the methods that it names.
 
     They are stronger than the preset. Unknown names are left to methods/table.py.
     """
-    holds = given.get("importance") or given.get("after")
-    method = given.get("method") or ("hold" if holds else "plain")
-    settings = {"method": method}
-    for name in method_names(method):
+    decided = default_settings(given)
+    settings: dict[str, Any] = {}
+    for name in method_names(decided["method"]):
         if name in METHODS:
             settings.update(METHODS[name].settings)
-    return settings
+    return {**settings, **decided}
 
 
 def budget_pulls(method: str | None) -> bool:

@@ -14,6 +14,8 @@ from forgetless.options.option import MEASURED, RUNNING, option
 Options = TypeVar("Options")
 # The dtypes that weights can be loaded in.
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+# The options below that say what is asked of a model whose own answers are the general text.
+OWN_TEXT_OPTIONS = ("prompts", "answers", "answer_length")
 
 
 @dataclass(frozen=True)

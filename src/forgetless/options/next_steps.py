@@ -23,7 +23,10 @@ def _command(*words: str) -> str:
 
 def after_record(options: RecordOptions) -> str:
     """Tuning, with a budget where there is a text to keep it on."""
-    words = ["tune", options.model, "--data", "DATA", "--importance", options.out]
+    words = ["tune", options.model, "--data", "DATA"]
+    if not options.out:  # tune finds it in the cache
+        return _command(*words, "--out", "run")
+    words += ["--importance", options.out]
     if options.general:
         words += ["--general", options.general, "--budget", "1%"]
     return _command(*words, "--out", "run")

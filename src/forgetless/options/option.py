@@ -62,6 +62,7 @@ def option(
     metavar: str | None = None,
     repeated: bool = False,
     reads: bool = False,
+    nothing: str | None = None,
 ) -> Any:
     """A dataclass field with all that is to be known about an option.
 
@@ -69,7 +70,8 @@ def option(
     `below` are bounds of a number. `later`: the option came after the first comparisons, so the
     address of a run holds it only where it was given (compare/experiment.py). `repeated`: it may be
     given several times; the values are joined by commas. `reads`: the value names what is read, or
-    several with commas, which may lie on this machine and must not be written over.
+    several with commas, which may lie on this machine and must not be written over. `nothing` is
+    the word that asks for None where something else is taken by default.
     """
     assert group in GROUPS and decides in (RESULT, MEASURED, RUNNING)
     metadata = {
@@ -85,6 +87,7 @@ def option(
         "metavar": metavar,
         "repeated": repeated,
         "reads": reads,
+        "nothing": nothing,
     }
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)

@@ -20,7 +20,8 @@ class RecordOptions(AdapterOptions, TextOptions, ModelOptions):
 
     out: str = option(
         "",
-        "importance file to write (.safetensors)",
+        "importance file to write (.safetensors); without it the file goes into the cache, where "
+        "tune finds it",
         group="output",
         decides=RUNNING,
         metavar="FILE",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from forgetless.options.holding import HOLDING
 from forgetless.options.methods import METHODS
 from forgetless.options.model import AdapterOptions, ModelOptions, TextOptions
 from forgetless.options.option import MEASURED, RUNNING, option, same
@@ -18,9 +19,7 @@ REPORTERS = ("none", "tensorboard", "wandb", "trackio", "mlflow", "swanlab")
 
 @dataclass(frozen=True)
 class TuneOptions(AdapterOptions, TextOptions, ModelOptions):
-    """Options of `forgetless tune`: fine-tune on domain data while holding what the importance file
-    marks.
-    """
+    """Options of `forgetless tune`: fine-tune on domain data while holding what the model knows."""
 
     data: str = option(
         "",
@@ -40,10 +39,22 @@ class TuneOptions(AdapterOptions, TextOptions, ModelOptions):
         group="data",
         metavar="OURS=YOURS",
     )
+    general: str | None = option(
+        None,
+        "what must not be lost, to measure it: 'chat' (the model's own answers to prompts of "
+        "ours), 'self' (text that it writes by itself), a file (.txt, .jsonl, .json, .csv, "
+        ".parquet) or a Hub dataset; one of the first two and a text with a comma; 'none' "
+        "measures nothing; default: chat for a model with a chat template, else self",
+        group="data",
+        decides=MEASURED,
+        metavar="TEXT",
+        nothing="none",
+        reads=True,
+    )
     importance: str | None = option(
         None,
-        "importance file of `forgetless record`, its folder or a Hub name; without one the run "
-        "is plain fine-tuning",
+        "importance file of `forgetless record`, its folder or a Hub name; auto: the one in the "
+        "cache, recorded where there is none. Default: auto, unless --method says otherwise",
         group="holding",
         metavar="FILE",
         reads=True,
@@ -97,7 +108,8 @@ class TuneOptions(AdapterOptions, TextOptions, ModelOptions):
         None,
         "method, or several with commas: "
         + "; ".join(f"{name} ({row.help})" for name, row in METHODS.items())
-        + ". See docs/methods.md; default: hold where --importance is given, else plain",
+        + f". See docs/methods.md; default: {HOLDING['method']} by what --importance auto has, or "
+        "hold by the file that --importance names",
         group="method",
         metavar="NAMES",
     )
@@ -183,7 +195,7 @@ class TuneOptions(AdapterOptions, TextOptions, ModelOptions):
     budget: str | None = option(
         None,
         "let perplexity on --general rise by at most this much: 1%, or 0.01nats; sets the "
-        "strength. Without --general the rise is predicted by --importance, and not checked "
+        "strength. With --general none the rise is predicted by --importance, and not checked "
         "(docs/budget.md)",
         group="budget",
     )

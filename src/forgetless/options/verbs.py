@@ -144,7 +144,7 @@ VERBS: dict[str, Verb] = {
         options=RecordOptions,
         presets=RECORD_PRESETS,
         check_given=_check_recorded,
-        needed=("model", "out"),
+        needed=("model",),
         run="forgetless.record.record:record",
         interrupted="--resume goes on from the last saved state",
         reports="forgetless.importance.as_json:recorded_file",
@@ -160,8 +160,7 @@ VERBS: dict[str, Verb] = {
     ),
     "tune": Verb(
         help="fine-tune on domain data while holding it",
-        example="forgetless tune MODEL --data domain.jsonl --importance "
-        "model.importance.safetensors --out run",
+        example="forgetless tune MODEL --data domain.jsonl --out run",
         options=TuneOptions,
         presets=TUNE_PRESETS,
         settings=method_settings,
@@ -278,6 +277,9 @@ def resolve(kind: type[Options], given: Given) -> Options:
             meant = option_meant(name, known, lambda spec: spec.name) or nearest(name, known)
             raise OptionError(f"unknown option '{name}'{of}; {meant}")
     values = {name: checked(known[name], value) for name, value in given.items()}
+    for name, value in values.items():
+        if value is not None and value == known[name].metadata["nothing"]:
+            values[name] = None
     if verb is not None and verb.check_given is not None:
         verb.check_given(values)
     if verb is None or verb.presets is None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 from forgetless.data.own_text import own_text
 from forgetless.errors import OptionError
 from forgetless.importance.tiers import parse_tier
 from forgetless.model import distributed
 from forgetless.options.estimators import ESTIMATORS
+from forgetless.options.model import OWN_TEXT_OPTIONS, ModelOptions
+from forgetless.options.option import RUNNING, deciding, flag
 from forgetless.options.record import RecordOptions
+from forgetless.options.verbs import resolve
 
 
 def check_record_options(options: RecordOptions) -> None:
@@ -28,6 +33,8 @@ def check_record_options(options: RecordOptions) -> None:
         )
     if options.calibrate:
         _check_calibrate(options.estimator)
+    if not options.out:
+        _check_for_the_cache(options)
 
 
 def _check_tier(tier: str, estimator: str) -> None:
@@ -48,4 +55,22 @@ def _check_calibrate(estimator: str) -> None:
         raise OptionError(
             f"--calibrate trains in one process, found {distributed.world_size()}; record without "
             "torchrun"
+        )
+
+
+def _check_for_the_cache(options: RecordOptions) -> None:
+    """Raise OptionError where a recording that `tune` would not look for has no file to go to."""
+    usual = resolve(RecordOptions, {"model": options.model})
+    decided_by_tune = {field.name for field in fields(ModelOptions)} - {"seed"}
+    free = {*decided_by_tune, *OWN_TEXT_OPTIONS, *deciding(RecordOptions, RUNNING)}
+    others = [
+        flag(field.name)
+        for field in fields(RecordOptions)
+        if field.name not in free and getattr(options, field.name) != getattr(usual, field.name)
+    ]
+    if others:
+        raise OptionError(
+            "missing --out: without it the file goes into the cache, where tune looks for what is "
+            f"recorded by default; found {', '.join(others)}; for example: --out "
+            "model.importance.safetensors"
         )

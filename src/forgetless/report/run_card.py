@@ -186,6 +186,9 @@ def command(verb: str, options: Mapping[str, Any]) -> str:
     aside = []
     for key, value in options.items():
         as_usual = value == usual.get(key) and key not in ("importance", "method")
+        nothing = kind.__dataclass_fields__[key].metadata["nothing"] if key in usual else None
+        if nothing and value is None and not as_usual:
+            value = nothing
         if key in (first, *deciding(kind, RUNNING)) or as_usual or value in (None, ""):
             continue
         flag = "--" + key.replace("_", "-")

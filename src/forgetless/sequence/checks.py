@@ -28,11 +28,13 @@ from forgetless.files.hub import importance_path
 from forgetless.files.outputs import RESOLVED, claim, local_inputs, ours_in
 from forgetless.methods.table import chosen
 from forgetless.model import distributed
+from forgetless.options.holding import AUTO
 from forgetless.options.methods import METHODS
 from forgetless.options.option import as_dict, parse_rule, several
 from forgetless.options.tune import TuneOptions
 from forgetless.sequence.domains import Domain, earlier_of, named
 from forgetless.sequence.steps import IMPORTANCE, Step, Steps
+from forgetless.tune.base import file_in_cache
 from forgetless.tune.run_folder import INPUTS, check_inputs, check_resumed, hashes_of_files
 
 logger = logging.getLogger("forgetless")
@@ -114,7 +116,9 @@ def planned(options: TuneOptions) -> Plan:
         _remove_earlier_run(out, domains)
     write_json(out / INPUTS, given)
     write_text(out / RESOLVED, yaml.safe_dump(as_dict(options), sort_keys=False))
-    if options.importance:
+    if options.importance == AUTO:
+        options = replace(options, importance=str(file_in_cache(options)))
+    elif options.importance:
         options = replace(options, importance=str(importance_path(options.importance)))
     return Plan(replace(options, push_to_hub=None, private=None), out, domains, before, start)
 

@@ -26,6 +26,7 @@ from forgetless.data.tasks import find_task, load_task
 from forgetless.errors import OptionError
 from forgetless.files.atomic import read_json, write_text
 from forgetless.files.untrusted import JsonObject
+from forgetless.options.holding import AUTO
 from forgetless.options.option import several
 from forgetless.options.tune import TuneOptions
 
@@ -88,6 +89,8 @@ def earlier_of(options: TuneOptions) -> tuple[tuple[Domain, ...], str, str | Non
     file = folder / "importance.safetensors"
     of_sequence = "sequence" in run and file.is_file()
     importance = str(file) if of_sequence else run["configuration"]["importance"]
+    if importance == AUTO:
+        importance = run["importance"]["file"]
     return domains, str(folder / "final"), importance
 
 

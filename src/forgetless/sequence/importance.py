@@ -23,7 +23,7 @@ from forgetless.options.record import RecordOptions
 from forgetless.options.tune import TuneOptions
 from forgetless.options.verbs import resolve
 from forgetless.record import state as recording_state
-from forgetless.record.record import record_on
+from forgetless.record.recording import record_on
 from forgetless.record.state import CalibratedState
 from forgetless.record.text import RecordingText
 

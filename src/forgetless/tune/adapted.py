@@ -35,7 +35,7 @@ from forgetless.options.methods import budget_pulls
 from forgetless.options.tune import TuneOptions
 from forgetless.penalty.algebra import implementation
 from forgetless.penalty.callback import add_penalty
-from forgetless.tune.base import LoadedBase, Start
+from forgetless.tune.base import LoadedBase, Start, importance_name
 from forgetless.tune.checks import disk_needed
 
 logger = logging.getLogger("forgetless")
@@ -163,9 +163,13 @@ def let_go(
 
 
 def announce(
-    options: TuneOptions, model: nn.Module, importance: Importance | None, rows: int
+    options: TuneOptions,
+    model: nn.Module,
+    importance: Importance | None,
+    file: Path | None,
+    rows: int,
 ) -> None:
-    """Say what is about to be trained, and how it is held."""
+    """Say what is about to be trained, and how it is held; `file` is where the importance lies."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info(
         "tuning %s on %s (%d rows): %s trainable parameters, %s; seed %d",
@@ -173,12 +177,12 @@ def announce(
         options.data,
         rows,
         f"{trainable:,}",
-        _how_held(options, importance),
+        _how_held(options, importance, file),
         options.seed,
     )
 
 
-def _how_held(options: TuneOptions, importance: Importance | None) -> str:
+def _how_held(options: TuneOptions, importance: Importance | None, file: Path | None) -> str:
     if options.method == "plain":
         method = "plain fine-tuning (no penalty)"
     else:
@@ -189,9 +193,9 @@ def _how_held(options: TuneOptions, importance: Importance | None) -> str:
         if not budget_pulls(options.method):
             weight = f"weight of the divergence from {options.kl_weight:g} on"
             return f"{method}, budget {options.budget} {kept}, {weight}"
-        source = options.importance or "uniform"
+        source = importance_name(options, file) or "uniform"
         return f"{method}, budget {options.budget} {kept}, {holding}, importance {source}"
     if importance is not None and options.strength:
-        source = f"{implementation(importance)} from {options.importance}"
+        source = f"{implementation(importance)} from {importance_name(options, file)}"
         return f"{method}, strength {options.strength:g}, {holding}, {source}"
     return method

@@ -1,6 +1,6 @@
 """The bare base model: loaded as it is, and measured before an adapter is on it.
 
-    base = load_base(options, importance)
+    base = load_base(options, tokenizer, given)
     start = measure_start(options, base, inputs, rows, earlier)
     start.setup.before.general.nats      # what the base loses on general text
 
@@ -28,7 +28,9 @@ from forgetless.data.own_text import KEPT
 from forgetless.evaluate.conversations import AskedBase, ask_base
 from forgetless.evaluate.domain_form import completions_of
 from forgetless.evaluate.evaluate import measure
+from forgetless.evaluate.own_answers import OWN_WORDS, default_kind
 from forgetless.evaluate.paired_answers import PairedAnswers, paired_part
+from forgetless.files.cache import cache_folder
 from forgetless.files.hub import importance_path
 from forgetless.files.run_json import ReplayedText
 from forgetless.importance.controls import uniform
@@ -38,9 +40,11 @@ from forgetless.methods.replay_text import replay_text
 from forgetless.model.loading import load_model, load_tokenizer
 from forgetless.model.stages import Earlier
 from forgetless.options.estimators import default_strength
+from forgetless.options.holding import AUTO
 from forgetless.options.methods import METHODS, budget_pulls, method_names
 from forgetless.options.tune import TuneOptions
 from forgetless.penalty.layers import from_option
+from forgetless.record.cached import default_recording, recorded_for
 from forgetless.tune.checks import check_model
 from forgetless.tune.rows import Rows, tokens_per_step
 
@@ -54,6 +58,7 @@ class LoadedBase:
     model: nn.Module
     tokenizer: Any
     importance: Importance | None
+    file: Path | None  # where the importance lies
     layers: Any  # one of penalty/layers.py
 
 
@@ -77,17 +82,25 @@ class Start:
 
 
 def load_importance(options: TuneOptions) -> tuple[Importance | None, Path | None]:
-    """The importance that --importance names and where its file lies; (None, None) without it.
+    """The importance that --importance names and where its file lies; (None, None) without it, and
+    where it is to be found for the model once that is loaded.
 
     Raises OptionError where a budget is to be kept on a prediction that it cannot make.
     """
     importance = path = None
-    if options.importance:
+    if options.importance == AUTO:
+        cache_folder("importance")
+    elif options.importance:
         path = importance_path(options.importance)
         importance = Importance.load(path)
     if options.budget and not options.general:
         check_calibrated(importance)
     return importance, path
+
+
+def importance_name(options: TuneOptions, file: Path | None) -> str | None:
+    """What the importance is called: as it was given, or by its file where it was found."""
+    return str(file) if options.importance == AUTO and file else options.importance
 
 
 def with_strength(options: TuneOptions, importance: Importance | None) -> TuneOptions:
@@ -102,17 +115,35 @@ def with_strength(options: TuneOptions, importance: Importance | None) -> TuneOp
     return replace(options, strength=default_strength(importance.info.get("estimator", "?")))
 
 
-def load_base(options: TuneOptions, importance: Importance | None) -> LoadedBase:
-    """Load the model and refuse what does not fit it.
+def measured_on_own(options: TuneOptions, tokenizer: Any) -> TuneOptions:
+    """The options with what forgetting is measured on, where that is what the model says itself."""
+    if options.general != AUTO:
+        return options
+    kind = default_kind(tokenizer)
+    logger.info(
+        "what is lost is measured on %s; --general TEXT measures it on a text of yours, and "
+        "--general none not at all",
+        OWN_WORDS[kind],
+    )
+    return replace(options, general=kind)
 
-    With a budget and without importance, all weights are held alike.
+
+def load_base(
+    options: TuneOptions, tokenizer: Any, importance: Importance | None, file: Path | None
+) -> LoadedBase:
+    """Load the model and refuse what does not fit it; `importance` of `file`, as given.
+
+    Where it is to be found it comes from the cache, or is recorded now. With a budget and without
+    importance, all weights are held alike.
     """
     layers = from_option(options.layers, tau=options.tau, per=options.per)
     set_seed(options.seed)
     if options.threads:
         torch.set_num_threads(options.threads)
-    tokenizer, model = load_tokenizer(options), load_model(options)
-    if options.budget and importance is None and budget_pulls(options.method):
+    model = load_model(options)
+    if options.importance == AUTO:
+        importance, file = _found_or_recorded(options, model, tokenizer)
+    elif options.budget and importance is None and budget_pulls(options.method):
         logger.warning(
             "no --importance file: the budget is kept with uniform importance, which holds all "
             "weights alike"
@@ -127,7 +158,32 @@ def load_base(options: TuneOptions, importance: Importance | None) -> LoadedBase
         model = prepare_model_for_kbit_training(
             model, use_gradient_checkpointing=options.gradient_checkpointing
         )
-    return LoadedBase(model, tokenizer, importance, layers)
+    return LoadedBase(model, tokenizer, importance, file, layers)
+
+
+def _found_or_recorded(
+    options: TuneOptions, model: nn.Module, tokenizer: Any
+) -> tuple[Importance, Path]:
+    """The importance of this base from the cache, or recorded now.
+
+    Raises ValueError where that cannot be, with what to do instead.
+    """
+    try:
+        found = recorded_for(default_recording(options, tokenizer), model, tokenizer)
+    except ValueError as error:
+        raise ValueError(
+            f"the importance of {options.model} is not in the cache and cannot be recorded: "
+            f"{error}. Give --importance FILE of another recording, or --method plain, which "
+            "tunes without holding"
+        ) from error
+    set_seed(options.seed)  # what follows is the same, recorded now or before
+    return found
+
+
+def file_in_cache(options: TuneOptions) -> Path:
+    """Where the cache has the importance of a base, which is loaded and where needed recorded."""
+    tokenizer = load_tokenizer(options)
+    return _found_or_recorded(options, load_model(options), tokenizer)[1]
 
 
 def measure_start(

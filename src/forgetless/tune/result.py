@@ -40,7 +40,8 @@ from forgetless.options.tune import TuneOptions
 from forgetless.report.behaviours import behaviours_in_words
 from forgetless.report.budget import sentences
 from forgetless.report.cards import write_card
-from forgetless.tune.base import Start
+from forgetless.report.outcome import next_commands, outcome
+from forgetless.tune.base import Start, importance_name
 from forgetless.tune.moved import moved
 from forgetless.tune.rows import Rows
 
@@ -123,7 +124,7 @@ def make_run(
         budget=finished.budget,
         verdict=None if finished.budget is None else finished.budget.verdict,
         replay=start.replayed,
-        importance=ImportanceUsed(options.importance, sha256_file(file)) if file else None,
+        importance=_importance_used(options, file),
         before=before,
         after=after,
         forgetting=change.forgetting,
@@ -140,6 +141,12 @@ def make_run(
     )
 
 
+def _importance_used(options: TuneOptions, file: Path | None) -> ImportanceUsed | None:
+    if file is None:
+        return None
+    return ImportanceUsed(importance_name(options, file), sha256_file(file))
+
+
 def _trained_data(options: TuneOptions, inputs: Inputs, rows: Rows) -> TrainedData:
     return TrainedData(
         source=options.data,
@@ -149,8 +156,11 @@ def _trained_data(options: TuneOptions, inputs: Inputs, rows: Rows) -> TrainedDa
     )
 
 
-def write_result(run: TunedRun, options: TuneOptions) -> None:
-    """Write the model card and run.json, and print what was learned and lost."""
+def write_result(run: TunedRun, options: TuneOptions, *, can_chat: bool, part: bool) -> None:
+    """Write the model card and run.json, and print what was learned and lost.
+
+    `part`: the run is a step of a sequence, which is gone on from.
+    """
     out = Path(options.out)
     if distributed.first():
         what = "model" if options.full else "adapter"
@@ -159,13 +169,16 @@ def write_result(run: TunedRun, options: TuneOptions) -> None:
     distributed.barrier()
     if not distributed.first():
         return
-    if run.before is not None and run.before.anything:
-        print(changes_table(run.before, run.after))
+    logger.info("wrote %s in %.0f s", out / "final", run.train_seconds)
+    if run.before is not None and run.before.tasks:
+        print(changes_table(Measured(tasks=run.before.tasks), run.after))
     if run.behaviours is not None:
         print(behaviours_in_words(run))
     if run.budget is not None:
         print("\n".join(sentences(run.budget)))
-    logger.info("wrote %s in %.0f s", out / "final", run.train_seconds)
+    print(outcome(run))
+    if not part:
+        print(next_commands(out, adapter=not options.full, can_chat=can_chat))
 
 
 def repository_of(options: TuneOptions) -> str | None:

@@ -1,8 +1,9 @@
 """tune(): stage 2 of Song et al. 2025 (arXiv 2501.13669), from domain data and an importance file
 to a plain PEFT adapter.
 
-The story: refuse what cannot work, read the data, load the model, measure the bare base, add an
-adapter, train with TRL's SFTTrainer while the penalty pulls, measure again, write.
+The story: refuse what cannot work, read the data, load the model, find its importance or record it
+(record/cached.py), measure the bare base, add an adapter, train with TRL's SFTTrainer while the
+penalty pulls, measure again, write.
 
     DIR/final/          the adapter (or model with --full), with the tokenizer; loads without
                         forgetless
@@ -24,14 +25,22 @@ from pathlib import Path
 
 from forgetless.data.inputs import read_inputs
 from forgetless.evaluate.evaluate import measure
+from forgetless.evaluate.own_answers import has_template
 from forgetless.files.lock import only_writer
 from forgetless.files.schema import plain_of
 from forgetless.files.untrusted import JsonObject
 from forgetless.model import distributed
+from forgetless.model.loading import load_tokenizer
 from forgetless.model.stages import Earlier
 from forgetless.options.tune import TuneOptions
 from forgetless.tune.adapted import adapt, announce, attach, let_go
-from forgetless.tune.base import load_base, load_importance, measure_start, with_strength
+from forgetless.tune.base import (
+    load_base,
+    load_importance,
+    measure_start,
+    measured_on_own,
+    with_strength,
+)
 from forgetless.tune.checks import check_one_domain, check_tuning
 from forgetless.tune.result import (
     TrainedModel,
@@ -64,6 +73,8 @@ def tune(options: TuneOptions, *, earlier: Earlier | None = None) -> JsonObject:
     check_one_domain(options, earlier)
     repository = repository_of(options)
     importance, file = load_importance(options)
+    tokenizer = load_tokenizer(options)
+    options = measured_on_own(options, tokenizer)
     options = with_strength(options, importance)
     out = Path(options.out)
     with only_writer(out):
@@ -72,27 +83,28 @@ def tune(options: TuneOptions, *, earlier: Earlier | None = None) -> JsonObject:
         hashes = {**inputs.hashes, **hashes_of_files(options, file)}
         if options.resume:
             check_inputs(hashes, out)
-        base = load_base(options, importance)
-        rows = encode_inputs(options, inputs, base.model, base.tokenizer)
+        base = load_base(options, tokenizer, importance, file)
+        options = with_strength(options, base.importance)
+        rows = encode_inputs(options, inputs, base.model, tokenizer)
         start = measure_start(options, base, inputs, rows, earlier)
 
         started = time.perf_counter()
         adapted = adapt(start, methods)
-        trainer = make_trainer(options, adapted.model, base.tokenizer, rows, adapted.optimizer)
+        trainer = make_trainer(options, adapted.model, tokenizer, rows, adapted.optimizer)
         prepare_seconds = start.seconds + time.perf_counter() - started
         importance = attach(trainer, adapted, start)
         base, start = let_go(base, start, importance)
 
-        announce(options, adapted.model, importance, len(rows.training))
+        announce(options, adapted.model, importance, base.file, len(rows.training))
         begin(options, hashes, out)
         train_seconds = train_from(trainer, last_checkpoint(out) if options.resume else None)
 
         trained = TrainedModel(adapted.model, trainer, start.setup, prepare_seconds, train_seconds)
         finished = finish(trained, methods, start.keeper)
-        after = measure(adapted.model, base.tokenizer, inputs.held_out, own=start.own)
+        after = measure(adapted.model, tokenizer, inputs.held_out, own=start.own)
         behaved = None
         if start.asked is not None:
-            behaved = start.asked.compared_with(adapted.model, base.tokenizer)
+            behaved = start.asked.compared_with(adapted.model, tokenizer)
         run = make_run(
             start,
             trained,
@@ -102,9 +114,9 @@ def tune(options: TuneOptions, *, earlier: Earlier | None = None) -> JsonObject:
             methods=methods,
             inputs=inputs,
             rows=rows,
-            file=file,
+            file=base.file,
         )
-        write_result(run, options)
+        write_result(run, options, can_chat=has_template(tokenizer), part=earlier is not None)
     if repository is not None:
         push_result(repository, out / "final", run.verdict)
     return plain_of(run)
