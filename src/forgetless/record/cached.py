@@ -96,7 +96,7 @@ def recorded_for(
         with _alone_at(path):
             importance = _whole_file(path)
             if importance is None:
-                seconds = _seconds(model, tokenizer, openings, length)
+                seconds = _seconds_to_record(model, tokenizer, openings, length)
                 importance = _record_into(options, model, tokenizer, path, seconds)
     return importance, path
 
@@ -196,7 +196,9 @@ def _state_to_go_on_from(options: RecordOptions) -> TrainedState | ObservedState
     return state
 
 
-def _seconds(model: nn.Module, tokenizer: Any, openings: Sequence[Opening], length: int) -> float:
+def _seconds_to_record(
+    model: nn.Module, tokenizer: Any, openings: Sequence[Opening], length: int
+) -> float:
     """About how long the recording takes, by a few forward passes now."""
     tokens = sum(len(opening.ids) + length for opening in openings)
     forward = tokens * _seconds_of_a_token(model, max(len(o.ids) for o in openings) + length)
