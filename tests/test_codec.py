@@ -160,11 +160,11 @@ def test_what_cannot_be_coded_is_refused():
 
 def test_damaged_codes_are_named():
     codes, scale = codec.encode(torch.ones(3, 130), "u4")
-    codec.check("w", codes, scale, (3, 130), "u4")
+    codec.check_codes("w", codes, scale, (3, 130), "u4")
     with pytest.raises(ValueError, match=r"w.codes is \(3, 64\).*expected \(3, 65\)"):
-        codec.check("w", codes[:, 1:], scale, (3, 130), "u4")
+        codec.check_codes("w", codes[:, 1:], scale, (3, 130), "u4")
     with pytest.raises(ValueError, match=r"w.scale is .*float32, expected \(3, 2\) torch.bfloat16"):
-        codec.check("w", codes, scale.float(), (3, 130), "u4")
+        codec.check_codes("w", codes, scale.float(), (3, 130), "u4")
     scale[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"w.scale has negative or non-finite"):
-        codec.check("w", codes, scale, (3, 130), "u4")
+        codec.check_codes("w", codes, scale, (3, 130), "u4")

@@ -31,6 +31,7 @@ ORDER = [
     "tune",
     "sequence",
     "compare",
+    "gate",
     "demo",
     "plan",
     "cli",

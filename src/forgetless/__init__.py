@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from forgetless.gate.check import check
     from forgetless.importance.importance import Importance
     from forgetless.integrations.hold import HoldCallback, hold
     from forgetless.methods.callback import TermCallback, add_term
@@ -37,6 +38,7 @@ __all__ = [
     "Replay",
     "TermCallback",
     "add_term",
+    "check",
     "hold",
     "layers",
 ]
@@ -54,6 +56,7 @@ _HOME = {
     "Replay": "forgetless.methods.terms",
     "TermCallback": "forgetless.methods.callback",
     "add_term": "forgetless.methods.callback",
+    "check": "forgetless.gate.check",
     "hold": "forgetless.integrations.hold",
 }
 

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         verb_parser(name, full=True).print_help()
         return 0
     words = in_our_words(words, VERBS[name].options.__dataclass_fields__)
-    given = vars(verb_parser(name).parse_args(words))
+    given = vars(verb_parser(name).parse_intermixed_args(words))
     debug = given.pop("debug", False)
     manner = Speech(quiet=given.pop("quiet", False), json=_takes_json(name, given))
     _quiet_hosts(bars=sys.stderr.isatty() and not manner.quiet)
@@ -125,6 +125,8 @@ def exit_code(result: Any) -> int:
         return 0
     if any(EXPLODED in entry for entry in result.get("log") or []):
         return 1
+    if result.get("gate"):
+        return 0 if result["gate"]["passed"] else 3
     return 3 if result.get("verdict") in ("not shown", "exceeded", "predicted") else 0
 
 

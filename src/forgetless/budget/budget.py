@@ -86,19 +86,31 @@ def split(texts: Sequence[str], sources: Sequence[str]) -> tuple[list[int], list
 
 def verdict_on(rise: Rise, budget: float) -> str:
     """What an interval says of a budget: "met", "exceeded" or "not shown"."""
-    if rise.high <= budget:
+    return verdict_of(rise.low, rise.high, budget)
+
+
+def verdict_of(low: float, high: float, allowed: float) -> str:
+    """The same of any interval, whose values are the worse the larger they are."""
+    if high <= allowed:
         return "met"
-    return "exceeded" if rise.low > budget else "not shown"
+    return "exceeded" if low > allowed else "not shown"
 
 
 def documents_to_decide(rise: Rise, budget: float) -> int | None:
     """About how many more documents (of as many more sources) would move the budget out of the
     interval; None where the rise is the budget itself.
     """
-    distance = abs(budget - rise.nats)
+    return more_to_decide(rise.nats, rise.high, rise.documents, budget)
+
+
+def more_to_decide(value: float, high: float, number: int, allowed: float) -> int | None:
+    """The same of any value whose interval up to `high` becomes narrower with the root of the
+    number that it is over.
+    """
+    distance = abs(allowed - value)
     if distance == 0:
         return None
-    return max(0, math.ceil(rise.documents * (((rise.high - rise.nats) / distance) ** 2 - 1)))
+    return max(0, math.ceil(number * (((high - value) / distance) ** 2 - 1)))
 
 
 def planned_bound(rise: Rise, check_documents: int, *, error: float) -> float:

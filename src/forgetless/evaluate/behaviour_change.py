@@ -92,7 +92,9 @@ def mcnemar(lost: int, gained: int) -> float:
     return min(1.0, 2 * tail)
 
 
-def paired_interval(lost: int, gained: int, number: int, z: float = 1.96) -> tuple[float, float]:
+def paired_interval(
+    lost: float, gained: float, number: float, z: float = 1.96
+) -> tuple[float, float]:
     """The interval of the change of a rate, gained - lost over `number` pairs.
 
     Agresti and Min's adjustment (half a pair is added to each of the four cells), which keeps its

@@ -267,10 +267,19 @@ def special_rule(prompt: Prompt) -> str | None:
     """The behaviour that a prompt is there for: the last whose rule applies to it beside those that
     apply to all; None where there is none.
     """
+    return next(reversed(rules_for(prompt)), None)
+
+
+def rules_for(prompt: Prompt) -> dict[str, Behaviour]:
+    """The behaviours whose rule applies to the answers of a prompt, by name, beside those that
+    apply to all.
+    """
     some_answer = Said("This is an answer of a few words.", True, 8)
-    rules = (behaviour for behaviour in BEHAVIOURS if behaviour.name not in OF_ALL)
-    names = [rule.name for rule in rules if rule.judge(prompt, some_answer) is not None]
-    return names[-1] if names else None
+    return {
+        rule.name: rule
+        for rule in BEHAVIOURS
+        if rule.name not in OF_ALL and rule.judge(prompt, some_answer) is not None
+    }
 
 
 def judged_answers(

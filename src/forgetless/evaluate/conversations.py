@@ -15,7 +15,7 @@ batch for each token of its longest answer.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,9 +28,11 @@ from forgetless.errors import OptionError
 from forgetless.evaluate.behaviour_change import compared_behaviours, length_change
 from forgetless.evaluate.behaviours import (
     BEHAVIOURS,
+    OF_ALL,
     Behaviour,
     Said,
     judged_answers,
+    rules_for,
     special_rule,
 )
 from forgetless.evaluate.domain_form import domain_leak
@@ -55,6 +57,8 @@ ASKED_PARTS = ("control", "check")
 # In each round over the prompts a rule that is about few of them gets two, any other kind one: with
 # one each, 200 prompts would hold 10 of every rule, too few to see that a third of them changed.
 OF_A_RULE = 2
+# How a sentence about behaviours that nothing is said of begins.
+NOT_JUDGED = "not judged: "
 # Conversations to read: those whose answers changed most, and as many at random.
 MOST_CHANGED = 4
 AT_RANDOM = 4
@@ -163,13 +167,18 @@ class AskedBase:
             ]
             reason = reasons[0] if reasons else f"none of {len(self.prompts)} prompts asks for it"
             why.setdefault(reason, []).append(name)
-        sentences = [f"not judged: {', '.join(names)} ({reason})" for reason, names in why.items()]
+        sentences = [f"{NOT_JUDGED}{', '.join(names)} ({reason})" for reason, names in why.items()]
         if self.leak is None:
             sentences.append(
-                "not judged: domain leak (no domain data, or its answers have no form that the "
+                f"{NOT_JUDGED}domain leak (no domain data, or its answers have no form that the "
                 "base's lack)"
             )
         return sentences
+
+
+def names_not_judged(sentence: str) -> list[str]:
+    """The behaviours that a sentence of `not_judged` is about."""
+    return sentence.removeprefix(NOT_JUDGED).partition(" (")[0].split(", ")
 
 
 def run_keys(behaved: Behaved | None) -> JsonObject:
@@ -199,6 +208,22 @@ def ask_base(
     check_chat_model(tokenizer)
     length = answer_length(model, options.answer_length)
     prompts, refused = chosen_for_behaviours(options.behaviours, options.prompts, tokenizer)
+    return ask(model, tokenizer, prompts, length, completions, refused)
+
+
+def ask(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    length: int,
+    completions: Sequence[str] = (),
+    refused: Mapping[str, Sequence[Prompt]] | None = None,
+) -> AskedBase:
+    """What the bare base says to `prompts`, in answers of at most `length` tokens.
+
+    `completions` are what the domain teaches to say; `refused` are prompts that cannot be put to
+    it, by reason.
+    """
     openings = fitting_openings(model, tokenizer, prompts, length)
     fitting = {opening.id for opening in openings}
     prompts = [prompt for prompt in prompts if prompt.id in fitting]
@@ -212,7 +237,7 @@ def ask_base(
         paired=paired_answers(model, answers),
         said=said,
         leak=domain_leak(completions, prompts, said) if completions else None,
-        refused=refused,
+        refused=refused or {},
     )
 
 
@@ -233,11 +258,40 @@ def chosen_for_behaviours(
     Ours are dealt in rounds, so that every rule has prompts that it is about; a larger number holds
     the smaller.
     """
+    own, ours, refused = _askable(file, tokenizer)
+    return [*own, *ours[:number]], refused
+
+
+def prompts_about(
+    names: Collection[str], number: int, file: str | None, tokenizer: Any
+) -> tuple[list[Prompt], dict[str, list[Prompt]]]:
+    """The same for some behaviours: of ours first the prompts that their rules are about. Others
+    are left out, but where one of the behaviours is about every answer.
+    """
+    own, ours, refused = _askable(file, tokenizer)
+    others: list[Prompt] = []
+    if {rule.name for rule in BEHAVIOURS if rule.name not in OF_ALL}.issuperset(names):
+        own = [prompt for prompt in own if _is_about(prompt, names)]
+    else:
+        others = [prompt for prompt in ours if not _is_about(prompt, names)]
+    about = [prompt for prompt in ours if _is_about(prompt, names)]
+    return [*own, *[*about, *others][:number]], refused
+
+
+def _is_about(prompt: Prompt, names: Collection[str]) -> bool:
+    return not rules_for(prompt).keys().isdisjoint(names)
+
+
+def _askable(
+    file: str | None, tokenizer: Any
+) -> tuple[list[Prompt], list[Prompt], dict[str, list[Prompt]]]:
+    """(the user's prompts, ours as they are dealt, reason -> those that cannot be put)."""
     parts = parted(load_prompts())
-    ours = [prompt for part in ASKED_PARTS for prompt in parts[part]]
-    usable, refused = supported(ours, tokenizer)
+    usable, refused = supported(
+        [prompt for part in ASKED_PARTS for prompt in parts[part]], tokenizer
+    )
     own = [prompt for part in ASKED_PARTS for prompt in users_prompts(file, tokenizer, part)]
-    return [*own, *dealt(usable)[:number]], refused
+    return own, dealt(usable), refused
 
 
 def dealt(prompts: Sequence[Prompt]) -> list[Prompt]:

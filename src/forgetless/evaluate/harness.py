@@ -132,6 +132,21 @@ def _config_of(name: str) -> JsonObject:
     return config if isinstance(config, dict) else {}
 
 
+def ranks_answers(name: str) -> bool:
+    """Whether a task of lm-eval ranks given answers, and lets the model write none."""
+    return _config_of(name).get("output_type") in ("multiple_choice", "loglikelihood")
+
+
+def task_metrics(name: str) -> list[str]:
+    """The names of a task's accuracies and of the filters before them; none where lm-eval's index
+    does not say.
+    """
+    config = _config_of(name)
+    metrics = [str(each.get("metric")) for each in config.get("metric_list") or ()]
+    filters = [str(each.get("name")) for each in config.get("filter_list") or ()]
+    return [*metrics, *filters]
+
+
 def _local_task(name: str, file: str) -> JsonObject:
     """lm-eval's settings of a task, with its data replaced by a local file.
 

@@ -75,14 +75,19 @@ def has_template(tokenizer: Any) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
 
-def own_answers(model: nn.Module, tokenizer: Any, wanted: OwnText, part: str) -> list[Answer]:
-    """The answers of one part by the bare base model, from the cache or sampled now.
+def own_answers(
+    model: nn.Module, tokenizer: Any, wanted: OwnText, part: str, *, sampling: bool = True
+) -> list[Answer]:
+    """The answers of one part by the bare base model, from the cache or sampled now; without
+    `sampling` from the cache alone.
 
     Raises FileError or OptionError where the model cannot be asked, or says nothing.
     """
     length = answer_length(model, wanted.length)
     openings = own_openings(model, tokenizer, wanted, part)
-    answers = cached_answers(model, tokenizer, openings, length, f"{wanted.kind}, {part}")
+    answers = cached_answers(
+        model, tokenizer, openings, length, f"{wanted.kind}, {part}", sampling=sampling
+    )
     _check_said(answers, wanted, length)
     return answers
 
@@ -159,15 +164,32 @@ def fitting_openings(
 
 
 def cached_answers(
-    model: nn.Module, tokenizer: Any, openings: Sequence[Opening], length: int, what: str
+    model: nn.Module,
+    tokenizer: Any,
+    openings: Sequence[Opening],
+    length: int,
+    what: str,
+    *,
+    sampling: bool = True,
 ) -> list[Answer]:
-    """The answers to all openings; the first process samples those that the cache lacks."""
+    """The answers to all openings; the first process samples those that the cache lacks.
+
+    Raises OptionError where it lacks some and nothing is to be sampled.
+    """
     path = _answers_file(model, tokenizer, length)
     if distributed.first():
         with in_turn(path):
-            _complete(path, model, tokenizer, openings, length, what)
+            if sampling:
+                _complete(path, model, tokenizer, openings, length, what)
     distributed.barrier()
     answers = _by_opening(read_lines(path))
+    missing = sum((opening.id, opening.ids) not in answers for opening in openings)
+    if missing:
+        raise OptionError(
+            f"{missing} of {len(openings)} answers of this base are not in the cache "
+            f"('{path.parent}'), and nothing is to be sampled; sample them once without --fast, "
+            "or give --own-answers FILE"
+        )
     return [answers[opening.id, opening.ids] for opening in openings]
 
 

@@ -108,7 +108,7 @@ def divergence_by_kind(own: Divergence | None) -> list[KindDivergence] | None:
 
 
 def paired_part(
-    base: nn.Module, tokenizer: Any, own: OwnText | None, part: str
+    base: nn.Module, tokenizer: Any, own: OwnText | None, part: str, *, sampling: bool = True
 ) -> PairedAnswers | None:
     """One part of what the bare base says itself; None where it is not asked for.
 
@@ -116,7 +116,12 @@ def paired_part(
     """
     if own is None:
         return None
-    paired = paired_answers(base, own_answers(base, tokenizer, own, part))
+    answers = own_answers(base, tokenizer, own, part, sampling=sampling)
+    return enough_answers(paired_answers(base, answers), part)
+
+
+def enough_answers(paired: PairedAnswers, part: str) -> PairedAnswers:
+    """The answers. Raises ValueError for fewer than an interval needs."""
     if len(paired) < FEW_DOCUMENTS:
         raise ValueError(
             f"the {part} part of what the model says itself has {len(paired)} answers with "

@@ -17,6 +17,7 @@ from typing import Any
 
 from forgetless.files.behaviours_json import BehaviourChange, KindDivergence
 from forgetless.files.budget_json import BudgetReport
+from forgetless.files.gate_json import Gate
 from forgetless.files.measured_json import DIVERGENCE, Change, MovedWeight
 from forgetless.files.run_json import Environment, LogEntry, Transfer
 from forgetless.files.schema import LEFT_OUT, Level, Text, key
@@ -328,6 +329,7 @@ class Comparison:
     kind: Text = field(default="comparison", metadata=LEFT_OUT)
     notes: list[Text] = field(default_factory=list, metadata=LEFT_OUT)
     budget: BudgetReport | None = field(default=None, metadata=LEFT_OUT)
+    gate: Gate | None = field(default=None, metadata=LEFT_OUT)
     measures: list[Measure] = field(default_factory=list, metadata=LEFT_OUT)
     behaviours: list[BehaviourChange] = field(default_factory=list, metadata=LEFT_OUT)
     not_judged: list[Text] = field(default_factory=list, metadata=LEFT_OUT)

@@ -1,12 +1,13 @@
-"""run.json: what `tune`, `eval` and `shrink` say of a run when it is over.
+"""run.json: what `tune`, `eval`, `check` and `shrink` say of a run when it is over.
 
     run = read_record("run/run.json", Run)               # whichever verb wrote it
     run.forgetting.nats                           # 0.056: rise of the loss on general text
     write_record("run/run.json", TunedRun(configuration=..., ...))
 
-One class has the fields of all verbs, for whoever reads; `TunedRun`, `EvaluatedRun`, `ShrunkRun`
-and `SequenceRun` are the same with the keys that each verb writes, in their order. Losses, rises
-and learning are in nats per token, times in seconds, sizes in bytes. A missing number is null.
+One class has the fields of all verbs, for whoever reads; `TunedRun`, `EvaluatedRun`, `CheckedRun`,
+`ShrunkRun` and `SequenceRun` are the same with the keys that each verb writes, in their order.
+Losses, rises and learning are in nats per token, times in seconds, sizes in bytes. A missing number
+is null.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 from forgetless.files.behaviours_json import BehaviourChange, Conversation, KindDivergence
 from forgetless.files.budget_json import BudgetReport
+from forgetless.files.gate_json import Gate
 from forgetless.files.measured_json import Interval, Measured, MeasuredInTurn, MovedWeight
 from forgetless.files.schema import LEFT_OUT, Text
 from forgetless.files.untrusted import JsonObject
@@ -142,6 +144,7 @@ class Run:
     sequence: SequenceMatrix | None = None
     finished: Any = None  # what each method noted at its end
     budget: BudgetReport | None = None
+    gate: Gate | None = field(default=None, metadata=LEFT_OUT)
     verdict: Text | None = None
     replay: ReplayedText | None = None
     importance: ImportanceUsed | None = None
@@ -200,6 +203,14 @@ class EvaluatedRun(Run):
 
     def keys(self) -> tuple[str, ...]:
         return ("configuration", "environment", *MEASURED_KEYS, *ANSWERED_KEYS)
+
+
+class CheckedRun(Run):
+    """A run of `forgetless check`."""
+
+    def keys(self) -> tuple[str, ...]:
+        told = ("configuration", "environment", "gate", "verdict")
+        return (*told, *MEASURED_KEYS, *ANSWERED_KEYS, "seconds")
 
 
 class ShrunkRun(Run):

@@ -158,7 +158,7 @@ def stored_bytes(shape: Sequence[int], tier: str) -> int:
     return shape[0] * (stored_width(shape[1], tier) + 2 * blocks(shape[1]))
 
 
-def check(where: str, codes: Tensor, scale: Tensor, shape: Sequence[int], tier: str) -> None:
+def check_codes(where: str, codes: Tensor, scale: Tensor, shape: Sequence[int], tier: str) -> None:
     """Raise ValueError, beginning with `where`, unless codes and scale can be those of an (out, in)
     weight.
     """

@@ -184,7 +184,9 @@ def _tensors(entries: Mapping[str, Entry], where: str) -> tuple[dict[str, Tensor
     for name, entry in sorted(entries.items()):
         parts = entry.tensors()
         if isinstance(entry, CodedEntry):
-            codec.check(f"{where}: '{name}'", entry.codes, entry.scale, entry.shape, entry.tier)
+            codec.check_codes(
+                f"{where}: '{name}'", entry.codes, entry.scale, entry.shape, entry.tier
+            )
         else:
             check_parts(f"{where}: '{name}'", parts)
         if isinstance(entry, KroneckerEntry):
@@ -316,7 +318,7 @@ def _coded_entry(where: str, parts: dict[str, Tensor], listed: list[Any]) -> Cod
         )
     tier, *shape = listed
     try:
-        codec.check(where, parts[".codes"], parts[".scale"], shape, tier)
+        codec.check_codes(where, parts[".codes"], parts[".scale"], shape, tier)
     except ValueError as error:
         raise FileError(str(error)) from None
     return CodedEntry(parts[".codes"], parts[".scale"], (shape[0], shape[1]), tier)

@@ -8,8 +8,10 @@ Names that only the user knows stand in capitals.
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 
 from forgetless.options.chat import ChatOptions
+from forgetless.options.check import CheckOptions
 from forgetless.options.compare import CompareOptions
 from forgetless.options.files import ConvertOptions, InspectOptions
 from forgetless.options.finished import EvalOptions, MergeOptions, ShrinkOptions
@@ -53,6 +55,12 @@ def after_chat(options: ChatOptions) -> str:
     if options.adapter or options.tuned or options.prompt is not None or not options.prompts:
         return ""
     return _command("report", options.model)
+
+
+def after_check(options: CheckOptions) -> str:
+    """Looking at the answers of a run; what else TUNED is, is known to who gave it."""
+    is_run = (Path(options.tuned).expanduser() / "run.json").is_file()
+    return _command("chat", options.tuned) if is_run else ""
 
 
 def after_compare(options: CompareOptions) -> str:

@@ -23,6 +23,7 @@ from typing import Any
 
 from forgetless.errors import OptionError, nearest
 from forgetless.options.chat import ChatOptions, check_chat
+from forgetless.options.check import CheckOptions, check_bounded
 from forgetless.options.compare import CompareOptions, DemoOptions, ReportOptions, check_demo
 from forgetless.options.estimators import check_estimator
 from forgetless.options.files import ConvertOptions, InspectOptions
@@ -31,6 +32,7 @@ from forgetless.options.methods import method_settings
 from forgetless.options.model import Options
 from forgetless.options.next_steps import (
     after_chat,
+    after_check,
     after_compare,
     after_convert,
     after_eval,
@@ -179,6 +181,17 @@ VERBS: dict[str, Verb] = {
         alone=True,
         reports="",
         then=after_eval,
+    ),
+    "check": Verb(
+        help="judge a tuned model against bounds on what it may have lost, for pipelines",
+        example="forgetless check BASE run --budget 5% --behaviour json=-2% --out checked",
+        options=CheckOptions,
+        needed=("model", "tuned"),
+        run="forgetless.gate.check:check_verb",
+        check=check_bounded,
+        alone=True,
+        reports="forgetless.report.gate_files:reported_gate",
+        then=after_check,
     ),
     "chat": Verb(
         help="talk to the base and the tuned model side by side",

@@ -179,7 +179,7 @@ def _check_kernel_reads(
     out, into = B.shape[0], A.shape[1]
     if tier in codec.BITS:
         assert block_scale is not None
-        codec.check("importance", omega, block_scale, (out, into), tier)
+        codec.check_codes("importance", omega, block_scale, (out, into), tier)
     elif tuple(omega.shape) != (out, into):
         raise ValueError(
             f"importance is {tuple(omega.shape)} for factors of ({out}, {into}); record again on "

@@ -38,7 +38,7 @@ def behaviour_table(behaviours: Sequence[BehaviourChange]) -> Table:
 
 
 def _cells(each: BehaviourChange) -> list[Cell]:
-    show = _tokens if each.unit == IN_TOKENS else numbers.accuracy
+    show = shown_tokens if each.unit == IN_TOKENS else numbers.accuracy
     interval = ""
     if each.low is not None and each.high is not None:
         interval = f"{_with_sign(each.low, show)} to {_with_sign(each.high, show)}"
@@ -54,7 +54,8 @@ def _cells(each: BehaviourChange) -> list[Cell]:
     ]
 
 
-def _tokens(value: float) -> str:
+def shown_tokens(value: float) -> str:
+    """A length of answers."""
     return f"{value:.1f}"
 
 
@@ -85,13 +86,13 @@ def behaviours_in_words(run: Run) -> str:
     """What was measured of a run's behaviours, for the terminal; "" where nothing was."""
     if run.behaviours is None:
         return ""
-    parts = ["", _table_as_text(behaviour_table(run.behaviours)), *map(str, run.not_judged or [])]
+    parts = ["", table_as_text(behaviour_table(run.behaviours)), *map(str, run.not_judged or [])]
     if run.divergence_by_kind:
-        parts += ["", _table_as_text(kind_table(run.divergence_by_kind))]
+        parts += ["", table_as_text(kind_table(run.divergence_by_kind))]
     return "\n".join(parts)
 
 
-def _table_as_text(shown: Table) -> str:
+def table_as_text(shown: Table) -> str:
     """A report's table as text for the terminal."""
     columns = [column.title for column in shown.columns]
     return table(columns, [[cell.shown for cell in row] for row in shown.rows])

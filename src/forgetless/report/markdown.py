@@ -15,6 +15,7 @@ from forgetless.report.behaviours import behaviour_table, kind_table
 from forgetless.report.budget import budget_table
 from forgetless.report.cells import Table
 from forgetless.report.contents import diverges, recorded_text
+from forgetless.report.gate import gate_table
 from forgetless.report.summary import headlines
 
 # What markdown reads as more than text.
@@ -38,6 +39,7 @@ def markdown(contents: Comparison) -> str:
         f"## {plain(contents.title or 'forgetless report')}",
         "",
         *_summary(contents, text),
+        *_gate(contents),
         *_conversations(contents),
         *_behaviours(contents),
         *_domain_sections(contents, text),
@@ -65,6 +67,12 @@ def _summary(contents: Comparison, text: str | None) -> Iterator[str]:
         yield f"{said}: {plain(each.detail)}{noise}.\n"
     yield from (f"* {plain(sentence)}" for sentence in contents.verdict)
     yield ""
+
+
+def _gate(contents: Comparison) -> Iterator[str]:
+    """The bounds that a tuned model was checked against."""
+    if contents.gate is not None:
+        yield from (markdown_table(gate_table(contents.gate)), "")
 
 
 def _conversations(contents: Comparison) -> Iterator[str]:

@@ -26,6 +26,7 @@ from forgetless.files.run_json import Run, SequenceMatrix, TrainedData
 from forgetless.files.schema import GENERAL
 from forgetless.report import numbers
 from forgetless.report.budget import kept_in_words
+from forgetless.report.gate import gate_sentences
 
 # The options of a run that stand beside it in a table.
 SHOWN_SETTINGS = ("learning_rate", "strength", "rank")
@@ -55,6 +56,7 @@ def as_comparison(run: Run, path: Path) -> Comparison:
         verdict=list(run_sentences(run, domain, text)),
         sequences=None if run.sequence is None else [_compared_sequence(run, run.sequence, text)],
         budget=run.budget,
+        gate=run.gate,
         samples=[_sample(each) for each in run.conversations or []],
         behaviours=run.behaviours or [],
         not_judged=run.not_judged or [],
@@ -197,7 +199,10 @@ def _of_task(name: str, before: Scores, after: Scores) -> Iterator[Measure]:
 
 
 def run_sentences(run: Run, domain: str, text: str) -> Iterator[str]:
-    """What a single run learned and lost, in words."""
+    """What a single run learned and lost, in words; of one that was checked, its verdicts."""
+    if run.gate is not None:
+        yield from reversed(gate_sentences(run.gate))
+        return
     if run.sequence is not None and run.sequence.matrix:
         yield _learned_in_turn(run.sequence)
     else:

@@ -4,7 +4,8 @@
 
 Styles, script and Plotly's own script are written into it. Jinja escapes all text; what scripts
 read is JSON in which no tag can begin; a Content-Security-Policy forbids every request and every
-script but those whose hash it names. The file has 5 MB, nearly all of it Plotly.
+script but those whose hash it names. The file has 5 MB, nearly all of it Plotly, which a
+page without a figure lacks.
 """
 
 from __future__ import annotations
@@ -89,7 +90,8 @@ def page(contents: Comparison) -> str:
     text = recorded_text(contents)
     drawn = figures(contents)
     hidden = hidden_at_first(contents, text)
-    scripts = [plotly(), (HERE / "page.js").read_text(encoding="utf-8")]
+    needed = [plotly()] if any(drawn.values()) else []
+    scripts = [*needed, (HERE / "page.js").read_text(encoding="utf-8")]
     return (
         _templates()
         .get_template("page.html.jinja")

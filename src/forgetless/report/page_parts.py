@@ -26,6 +26,7 @@ from forgetless.report.cells import Table
 from forgetless.report.contents import label
 from forgetless.report.drawing import Figure, FigurePart
 from forgetless.report.frontier_figures import equal_learning, frontier
+from forgetless.report.gate import gate_table
 from forgetless.report.importance_figure import heat_map
 from forgetless.report.palette import looks
 from forgetless.report.summary import equal_rows
@@ -100,6 +101,7 @@ class PageTables:
     measures: Table
     before: Table
     budget: Table | None
+    gate: Table | None
     behaviours: Table
     kinds: Table
     sequences: list[tuple[ComparedSequence, Table]]
@@ -119,6 +121,7 @@ def page_tables(contents: Comparison) -> PageTables:
         measures=tables.measures(contents),
         before=tables.before(contents),
         budget=None if contents.budget is None else budget_table(contents.budget),
+        gate=None if contents.gate is None else gate_table(contents.gate),
         behaviours=behaviour_table(contents.behaviours),
         kinds=kind_table(contents.divergence_by_kind),
         sequences=sequence_tables.sequences(contents),

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from forgetless.files.compare_json import Comparison, EqualLearning
+from forgetless.files.gate_json import MET
 from forgetless.files.measured_json import Change
 from forgetless.report import numbers
 from forgetless.report.contents import diverges, label
@@ -179,6 +180,15 @@ def _beyond_noise(contents: Comparison, where: tuple[str, str], best: EqualLearn
 
 
 def _run_headlines(contents: Comparison) -> Iterator[Headline]:
+    if contents.gate is not None:
+        bounds = contents.gate.bounds
+        yield Headline(
+            f"{contents.gate.count(MET)} of {len(bounds)}",
+            "bound met" if len(bounds) == 1 else "bounds met",
+            f"{contents.gate.verdict}, {'passed' if contents.gate.passed else 'not passed'}",
+            str(contents.gate.tuned),
+        )
+        return
     point = contents.runs[0].points[0]
     text, domain = contents.texts[0].name, contents.domains[0].name
     learning = point.learning or Change()
