@@ -20,8 +20,6 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 # Words that a page may have.
 LONGEST_PAGE = 1500
-# Long since before there was a site, to be cut.
-STILL_LONG = {"budget.md", "methods.md"}
 
 
 def named(path):
@@ -63,8 +61,7 @@ def text_of(page, folder):
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
 def test_no_page_is_long(page):
-    words = len(page.read_text("utf-8").split())
-    assert words <= LONGEST_PAGE or named(page) in STILL_LONG
+    assert len(page.read_text("utf-8").split()) <= LONGEST_PAGE
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
