@@ -288,7 +288,7 @@ def blocks(path, language):
     )
 
 
-def test_the_readmes_python_blocks_run(tiny, tokenizer, batch, tmp_path, monkeypatch):
+def test_the_python_of_readme_and_pages_runs(tiny, tokenizer, batch, tmp_path, monkeypatch):
     """In order, with the reader's model, optimizer and trainer at hand, and a few steps in the
     place of `...`.
     """
@@ -325,17 +325,12 @@ def test_the_readmes_python_blocks_run(tiny, tokenizer, batch, tmp_path, monkeyp
         "batches": batches,
         "trainer": Trainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer),
     }
-    found = blocks(ROOT / "README.md", "python")
-    assert len(found) >= 2
-    for block in found:
-        exec(
-            compile(
-                re.sub(r"^(\s*)\.\.\.", r"\1train()", block, flags=re.MULTILINE),
-                "README.md",
-                "exec",
-            ),
-            reader,
-        )
+    for page in ("README.md", "docs/jobs/own-loop.md", "docs/jobs/preferences.md"):
+        found = blocks(ROOT / page, "python")
+        assert found
+        for block in found:
+            steps = re.sub(r"^(\s*)\.\.\.", r"\1train()", block, flags=re.MULTILINE)
+            exec(compile(steps, page, "exec"), reader)
     assert reader["penalty"].pull_norm is not None
 
 

@@ -264,7 +264,7 @@ VERBS: dict[str, Verb] = {
         then=after_merge,
     ),
     "demo": Verb(
-        help="run the whole method on the embedded model and world, or a chat model, in minutes",
+        help="run the whole method on the embedded model or a chat model, in minutes",
         example="forgetless demo MODEL --out forgetless-demo",
         options=DemoOptions,
         needed=("out",),
