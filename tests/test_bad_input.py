@@ -191,7 +191,7 @@ def test_names(fails, importance_file, model_folder, text_file, tmp_path):
         "unknown option 'stength'",
         "did you mean 'strength'?",
     )
-    fails([*tune, "--config", tmp_path / "no.yaml"], 2, "no.yaml' does not exist")
+    fails([*tune, "--config", tmp_path / "no.yaml"], 1, "no.yaml' does not exist")
     fails([*tune, "--tasks", "sciqq"], 2, "unknown task 'sciqq'; did you mean 'sciq'?")
     fails([*tune, "--data", "scqi=x.jsonl"], 2, "unknown task 'scqi'; did you mean 'sciq'?")
     fails([*tune, "--device", "gpu"], 2, "--device gpu is not to be had here")

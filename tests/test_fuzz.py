@@ -537,19 +537,20 @@ def test_an_answer_that_is_no_number_is_refused(tmp_path, label):
     refused(load_training_data, f"piqa={tmp_path / 'p.jsonl'}")
 
 
-def test_turns_of_different_types_are_refused_as_one_table(tmp_path):
+def test_turns_of_different_types_are_each_what_the_file_says(tmp_path):
     turns = [{"role": "user", "content": "a", "extra": extra} for extra in (1, {"b": 2})]
     (tmp_path / "c.jsonl").write_text("\n".join(json.dumps({"messages": [turn]}) for turn in turns))
-    refused(load_training_data, str(tmp_path / "c.jsonl"), match="do not make one table")
+    rows = load_training_data(str(tmp_path / "c.jsonl"))
+    assert [row["messages"][0]["extra"] for row in rows] == [1, {"b": 2}]
 
 
 def test_a_small_parquet_file_that_claims_a_billion_rows_is_refused(tmp_path, monkeypatch):
     import pyarrow
     import pyarrow.parquet as parquet
 
-    monkeypatch.setattr("forgetless.data.documents.MOST_VALUES", 99)
+    monkeypatch.setattr("forgetless.data.parquet.MOST_VALUES", 99)
     parquet.write_table(pyarrow.table({"text": ["same"] * 100}), tmp_path / "t.parquet")
-    refused(load_documents, str(tmp_path / "t.parquet"), match="claims to hold 100 rows")
+    refused(load_documents, str(tmp_path / "t.parquet"), match="claims to hold 100 values in 100 rows")
 
 
 @pytest.mark.parametrize(

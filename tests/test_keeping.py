@@ -306,7 +306,10 @@ def test_resuming_with_other_data_is_refused(words, domain, general, tmp_path, c
         before = path.read_text()
         path.write_text("\n".join(before.splitlines()[:-1]))
         assert run(made, "--resume") == 1
-        assert f"was started with other data: changed are the {what};" in capsys.readouterr().err
+        assert (
+            f"was started with other data or files: changed are the {what};"
+            in capsys.readouterr().err
+        )
         path.write_text(before)
     assert run(words, "--budget", "5%", "--resume") == 2  # the share is chosen on --eval-data
     assert run(made, "--resume") == 130

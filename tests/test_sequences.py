@@ -29,7 +29,7 @@ from forgetless.options.model import ModelOptions
 from forgetless.options.record import RecordOptions
 from forgetless.options.tune import TuneOptions
 from forgetless.options.verbs import resolve
-from forgetless.record import record as recording
+from forgetless.record import recording
 from forgetless.record import training as path_training
 from forgetless.record.record import record
 from forgetless.sequence import importance as domain_importance
@@ -727,7 +727,8 @@ def test_only_a_run_of_tune_with_lora_is_gone_on_with(
     )
     assert run(words, "--data", domains[0], "--method", "oft", "--out", tmp_path / "oft") == 0
     assert after("oft") == 1 and "of type OFT, expected LORA" in capsys.readouterr().err
-    assert run(words, "--data", domains[0], "--out", tmp_path / "plain") == 0
+    plain = [words, "--data", domains[0], "--method", "plain"]
+    assert run(*plain, "--out", tmp_path / "plain") == 0
     file = importance()
     shrink = [
         "shrink",

@@ -322,7 +322,7 @@ def test_energy_and_pull_reach_log_console_and_tensorboard(recorded, tuned, tmp_
     )
     assert logged[-1]["energy"] > 0 and run["energy"] == logged[-1]["energy"]
     printed = capsys.readouterr()
-    assert "'energy'" in printed.out + printed.err
+    assert "energy" in printed.err and "'energy'" not in printed.out + printed.err
     event = next((tmp_path / "run").rglob("events.*"))
     found = EventAccumulator(str(event.parent))
     found.Reload()

@@ -37,6 +37,7 @@ class TuneOptions(AdapterOptions, TextOptions, ModelOptions):
         "columns of --data and --eval-data under names of their own: "
         "prompt=question,completion=answer, messages=dialog or text=body (docs/data.md)",
         group="data",
+        later=True,
         metavar="OURS=YOURS",
     )
     general: str | None = option(

@@ -62,7 +62,8 @@ def consolidate(
         options,
         out.with_name("domain.safetensors"),
     )
-    both = consolidated(old, last, rule)
+    # The base is the same, so what it says of general ability is held to as before.
+    both = dataclasses.replace(consolidated(old, last, rule), answers=old.answers)
     error = both.info["consolidated"][-1]["error"]
     logger.info(
         "importance of %s consolidated with that before (%s): relative error %.3f at the median "
@@ -122,7 +123,8 @@ def recipe_of(importance: Importance, options: TuneOptions, out: str) -> RecordO
     trains = estimator is not None and estimator.trains
     options_of_record = {field.name for field in dataclasses.fields(RecordOptions)}
     text = {field.name for field in dataclasses.fields(TextOptions)}
-    unused = {"out", "calibrate", "cov_rank", "tier", "keep_anchor", *text, *unread(name)}
+    unused = {"out", "calibrate", "cov_rank", "tier", "keep_anchor", "keep_answers"}
+    unused |= {*text, *unread(name)}
     if not trains:
         unused.add("preset")
     given = {
