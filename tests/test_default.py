@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load, load_file
 
 from forgetless.cli import main
+from forgetless.importance.importance import Importance
 from forgetless.model.loading import load_model, load_tokenizer
 from forgetless.options.holding import AUTO, HOLDING
 from forgetless.options.record import RecordOptions
@@ -260,3 +261,11 @@ def test_a_sequence_and_the_paper_are_held_by_a_file_alone():
     assert (paper.method, paper.importance, paper.general) == ("plain", None, AUTO)
     none = resolve(TuneOptions, {**given, "data": "a", "general": None})
     assert none.general is None and none.method == HOLDING["method"]
+
+
+def test_a_later_domain_goes_on_from_a_held_run_with_its_answers(tuned, tmp_path, capsys):
+    """The importance of the first domain is added, and the answers of the base stay."""
+    _, first = tuned("first")
+    run, _ = tuned("second", "--after", str(first), "--method", "hold,kl", "--replay", "kept")
+    assert run["method"] == ["hold", "kl"]
+    assert Importance.load(run["importance"]["file"]).answers is not None
