@@ -550,7 +550,9 @@ def test_a_small_parquet_file_that_claims_a_billion_rows_is_refused(tmp_path, mo
 
     monkeypatch.setattr("forgetless.data.parquet.MOST_VALUES", 99)
     parquet.write_table(pyarrow.table({"text": ["same"] * 100}), tmp_path / "t.parquet")
-    refused(load_documents, str(tmp_path / "t.parquet"), match="claims to hold 100 values in 100 rows")
+    refused(
+        load_documents, str(tmp_path / "t.parquet"), match="claims to hold 100 values in 100 rows"
+    )
 
 
 @pytest.mark.parametrize(
