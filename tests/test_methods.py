@@ -530,5 +530,6 @@ def test_o_lora_turns_away_from_the_adapter_before(world):
 
 
 def test_every_method_has_a_card():
-    cards = (Path(__file__).parents[1] / "docs" / "methods.md").read_text()
+    docs = Path(__file__).parents[1] / "docs"
+    cards = (docs / "methods.md").read_text() + (docs / "methods-adapters.md").read_text()
     assert set(re.findall(r"^### `([\w-]+)`", cards, re.M)) == set(METHODS)
