@@ -5,8 +5,6 @@ do the blocks of README and examples/README.
 import json
 import random
 import re
-import shlex
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +12,10 @@ from safetensors.torch import load_file
 
 from forgetless.cli import main
 from forgetless.files.atomic import read_json
-from forgetless.options.command_line import verb_parser
 from forgetless.options.option import as_dict, read_yaml
 from forgetless.options.verbs import VERBS, resolve
+from pages import ROOT, blocks, check_shell, shell_lines
 
-ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 SHARED = ROOT.parent / "shared"
 YAMLS = sorted(
@@ -282,12 +279,6 @@ def test_trl_script(run_script, model_folder, text_file, tmp_path):
     assert "'pull_norm'" in out and load_file(tmp_path / "sft" / "adapter_model.safetensors")
 
 
-def blocks(path, language):
-    return re.findall(
-        rf"^```{language}\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
-    )
-
-
 def test_the_python_of_readme_and_pages_runs(tiny, tokenizer, batch, tmp_path, monkeypatch):
     """In order, with the reader's model, optimizer and trainer at hand, and a few steps in the
     place of `...`.
@@ -338,17 +329,7 @@ def test_the_python_of_readme_and_pages_runs(tiny, tokenizer, batch, tmp_path, m
     "path", [ROOT / "README.md", EXAMPLES / "README.md"], ids=["README", "examples"]
 )
 def test_every_shell_line_of_the_readmes_is_valid(path):
-    lines = [
-        line for block in blocks(path, "sh") for line in block.replace("\\\n", " ").splitlines()
-    ]
-    commands = [
-        shlex.split(line, comments=True) for line in lines if line.startswith("forgetless ")
-    ]
-    assert len(commands) >= 3
-    for _, verb, *words in commands:
-        given = vars(verb_parser(verb).parse_args(words))
-        file = given.pop("config", None)
-        VERBS[verb].resolve({**(read_yaml(ROOT / file) if file else {}), **given})
+    lines = shell_lines(path)
+    assert len([line for line in lines if line.startswith("forgetless ")]) >= 3
     for line in lines:
-        if line.startswith("python "):
-            assert (ROOT / line.split()[1]).is_file(), line
+        check_shell(line)

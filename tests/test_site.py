@@ -6,17 +6,13 @@ from __future__ import annotations
 
 import ast
 import re
-import shlex
 import socket
-from pathlib import Path
 
 import pytest
 
-from forgetless.cli import verb_parser
-from forgetless.options.option import read_yaml
 from forgetless.options.verbs import VERBS
+from pages import ROOT, blocks, check_shell, shell_lines
 
-ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 # Words that a page may have.
 LONGEST_PAGE = 1500
@@ -24,10 +20,6 @@ LONGEST_PAGE = 1500
 
 def named(path):
     return str(path.relative_to(ROOT / "docs"))
-
-
-def blocks(path, language):
-    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text("utf-8"), re.M | re.S)
 
 
 def test_it_builds_strictly_and_without_a_network(tmp_path, monkeypatch):
@@ -66,22 +58,7 @@ def test_no_page_is_long(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
 def test_what_stands_in_a_page_to_be_typed_is_valid(page):
-    for block in blocks(page, "sh") + blocks(page, "bash"):
-        for line in block.replace("\\\n", " ").splitlines():
-            check_shell(line)
+    for line in shell_lines(page):
+        check_shell(line)
     for block in blocks(page, "python"):
         ast.parse(block)
-
-
-def check_shell(line):
-    """A line of forgetless resolves to options; a script that is run exists."""
-    words = shlex.split(line, comments=True)
-    if words[:2] == ["python", "-m"] or not words:
-        return
-    if words[0] == "forgetless":
-        verb, *given = words[1:]
-        options = vars(verb_parser(verb).parse_args(given))
-        file = options.pop("config", None)
-        VERBS[verb].resolve({**(read_yaml(ROOT / file) if file else {}), **options})
-    if words[0] == "python":
-        assert (ROOT / words[1]).is_file(), line

@@ -284,9 +284,9 @@ def resolve(kind: type[Options], given: Given) -> Options:
     """
     known = {spec.name: spec for spec in dataclasses.fields(kind)}  # type: ignore[arg-type]
     verb = next((row for row in VERBS.values() if row.options is kind), None)
-    of = "".join(f" of {name}" for name, row in VERBS.items() if row.options is kind)
     for name in given:
         if name not in known:
+            of = "".join(f" of {name}" for name, row in VERBS.items() if row.options is kind)
             meant = option_meant(name, known, lambda spec: spec.name) or nearest(name, known)
             raise OptionError(f"unknown option '{name}'{of}; {meant}")
     values = {name: checked(known[name], value) for name, value in given.items()}
