@@ -31,6 +31,7 @@ from forgetless.importance.importance import Importance
 from forgetless.model.adapters import add_adapter
 from forgetless.model.targets import target_weights
 from forgetless.model.update import Update
+from forgetless.record import kept_apart as keeping_apart
 from forgetless.record import state as recording_state
 from forgetless.record import updates as calibrating
 from forgetless.record.cost import MeasuredPoint, parabola
@@ -222,6 +223,18 @@ def test_a_parabola_is_found_through_its_points_and_not_through_far_ones():
     assert parabola(near[:2]) == parabola([at(1.0)] * 4) == (0.0, 0.0, 0.0)  # nothing is known
 
 
+def test_a_parabola_of_a_divergence_begins_at_nothing_and_has_no_slope():
+    points = [MeasuredPoint(s, 0.03 * s**2, 0.001) for s in (0.3, 0.6, 1.0)]
+    assert parabola(points, linear=False)[:2] == pytest.approx((0.0, 0.03))
+    rng = np.random.default_rng(0)
+    points = [dataclasses.replace(p, nats=p.nats + rng.normal(0, 0.001)) for p in points]
+    squares = [p.fraction**2 for p in points]
+    trust = [1 / (0.001**2 + (0.05 * p.nats) ** 2) for p in points]
+    by_hand = sum(w * x * p.nats for w, x, p in zip(trust, squares, points, strict=True))
+    by_hand /= sum(w * x * x for w, x in zip(trust, squares, strict=True))
+    assert parabola(points, linear=False)[1] == pytest.approx(by_hand)
+
+
 def test_the_error_of_a_parabola_is_that_of_its_points():
     rng, share, found = np.random.default_rng(0), np.array([0.2, 0.3, 0.5, 1.0]), []
     for _ in range(400):
@@ -367,11 +380,11 @@ def test_an_interrupted_calibration_goes_on_without_recording_again(
     out = tmp_path / "parted.safetensors"
     original, count = calibrating.parabola, [0]
 
-    def interrupted(points):
+    def interrupted(points, **how):
         count[0] += 1
         if count[0] == 4:
             raise KeyboardInterrupt
-        return original(points)
+        return original(points, **how)
 
     monkeypatch.setattr(calibrating, "parabola", interrupted)
     assert run(*recording(taught, general, out)) == 130
@@ -763,3 +776,35 @@ def test_a_finished_adapter_is_scaled_on_the_prediction(
         for name in ("run/unscaled", "scaled/final")
     )
     assert all(torch.allclose(b[key], a[key] * report["share"]) for key in a if "lora_B" in key)
+
+
+def test_recorded_on_own_answers_it_is_the_divergence_that_is_calibrated_and_predicted(
+    tuning, taught, tmp_path, capsys, monkeypatch, cache
+):
+    monkeypatch.setattr(calibrating, "STEPS", STEPS)
+    monkeypatch.setattr(keeping_apart, "LEAST_TOKENS", 1_500)
+    own, out = ["--general", "self", "--answers", "300"], tmp_path / "own"
+    words = recording(taught, "self", f"{out}.safetensors")
+    assert run(*words, *own) == 0
+    known = Importance.load(f"{out}.safetensors").calibration
+    assert known.diverges and not known.gradients
+    assert all(update.first == 0 and update.second > 0 for update in known.updates)
+    assert known.describe().startswith("9 updates measured on") and "answers of the base" in (
+        known.describe()
+    )
+    tuned = [*tuning, "--importance", f"{out}.safetensors", "--general", "none"]
+    assert run(*tuned) == 3
+    report = json.loads((tmp_path / "run" / "run.json").read_text())["budget"]
+    assert report["calibration"]["data"]["of"] == "divergence"
+    printed = capsys.readouterr().out
+    assert "nats per token of the model's own answers): PREDICTED, not measured" in printed
+    assert "forgetless check" in printed and "general text" not in printed.split("budget 2%")[1]
+    card = (tmp_path / "run" / "final" / "README.md").read_text()
+    assert "the model moved from its base by" in card
+    # What it really cost, on answers that nothing was recorded on or calibrated by.
+    adapter = tmp_path / "run" / "final"
+    words = ["eval", taught, "--adapter", adapter, *own, "--device", "cpu"]
+    assert run(*words, "--out", tmp_path / "measured") == 0
+    measured = json.loads((tmp_path / "measured" / "run.json").read_text())["forgetting"]
+    assert measured["of"] == "divergence"
+    assert 0 < measured["nats"] < report["promised"] <= report["budget_nats"]

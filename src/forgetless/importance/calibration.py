@@ -1,15 +1,17 @@
-"""Calibration: what a unit of energy costs in general loss, measured once on fine-tuning-like
-updates, so that a rise can be predicted without general text.
+"""Calibration: what a unit of energy costs in general loss, or in divergence from the base on its
+own answers, measured once on fine-tuning-like updates, so that a rise can be predicted without
+text.
 
     rise of a fraction s of an update U = s <g, U> + s^2 c E(U)
 
 `g` is the gradient of the general loss at the base model (the first-order term, kept as a product
-of thin factors), E the energy of the importance that the calibration belongs to. c is what was
-measured: some updates were trained, each held by the importance, and measured at several sizes on
-documents that were not recorded; the q of f s + q s^2 fitted to their rises gives c = q / E of
-each. Their geometric mean predicts, and the spread of log c gives the error: the bound is a
-one-sided prediction limit for one more update, with Student's t for as many updates as there are. A
-fall that g foresees is not counted in it, since nothing bounds the error of g.
+of thin factors; of a divergence it is nothing), E the energy of the importance that the calibration
+belongs to. c is what was measured: some updates were trained, each held by the importance, and
+measured at several sizes on documents that were not recorded; the q of f s + q s^2 fitted to their
+rises gives c = q / E of each. Their geometric mean predicts, and the spread of log c gives the
+error: the bound is a one-sided prediction limit for one more update, with Student's t for as many
+updates as there are. A fall that g foresees is not counted in it, since nothing bounds the error of
+g.
 
 It holds for updates like those that were measured, on text like that they were measured on. Nothing
 here looks at text. How well it predicts is in experiments/calibration.md and predicted.md.
@@ -31,6 +33,7 @@ from torch import Tensor
 
 from forgetless.evaluate.rise import t_quantile
 from forgetless.files.budget_json import CalibrationUsed
+from forgetless.files.measured_json import DIVERGENCE
 from forgetless.files.untrusted import JsonObject
 from forgetless.model.weights import LowRankWeight, TargetWeight
 from forgetless.options.estimators import NATS_STRENGTH, known
@@ -88,7 +91,7 @@ class MeasuredUpdate:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Measured updates, and the gradient of the general loss.
+    """Measured updates, and the gradient of the general loss; of a divergence there is none.
 
     `gradients` maps names to (L, R), (out, k) and (k, in), of which g is about the product.
 
@@ -97,14 +100,15 @@ class Calibration:
 
     updates: Sequence[MeasuredUpdate]
     gradients: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    # Documents and tokens that were measured on, and the sha256 of all that was kept apart.
+    # Documents and tokens that were measured on, the sha256 of all that was kept apart, and where
+    # it was the divergence on answers of the base that was measured, `of`.
     data: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         needed = max(FEWEST, math.ceil(CLEAR_FRACTION * len(self.updates)))
         if self.used < needed:
             raise ValueError(
-                f"{self.used} of {len(self.updates)} updates clearly raise the general loss with "
+                f"{self.used} of {len(self.updates)} updates clearly raise {self._what} with "
                 "the square of their size, expected at least "
                 f"{needed}: the calibration says nothing about this model and text"
             )
@@ -119,6 +123,15 @@ class Calibration:
         """log c of each update that has one."""
         clear = [update for update in self.updates if update.is_clear]
         return [math.log(update.second) - math.log(update.energy) for update in clear]
+
+    @property
+    def diverges(self) -> bool:
+        """Whether it is the divergence from the base on its own answers that was measured."""
+        return self.data.get("of") == DIVERGENCE
+
+    @property
+    def _what(self) -> str:
+        return "the divergence from the base" if self.diverges else "the general loss"
 
     @property
     def used(self) -> int:
@@ -146,8 +159,10 @@ class Calibration:
     def first(self, weights: Iterable[TargetWeight]) -> float:
         """<g, U>, in nats per token, at the weights as they are now.
 
-        Costs two thin products per weight.
+        Costs two thin products per weight; a divergence has none.
         """
+        if self.diverges:
+            return 0.0
         return sum(_along(weight, *self.gradients[weight.name]) for weight in weights)
 
     def rise(self, first: float, energy: float) -> float:
@@ -161,9 +176,11 @@ class Calibration:
     def describe(self) -> str:
         """For people."""
         of = f" of {len(self.updates)}" if self.used < len(self.updates) else ""
+        pieces = "answers of the base" if self.diverges else "documents"
+        nats = "nats of divergence" if self.diverges else "nats"
         return (
-            f"{self.used}{of} updates measured on {self.data.get('documents', '?')} documents: a "
-            f"unit of energy costs {self.cost:.3g} nats, off by a "
+            f"{self.used}{of} updates measured on {self.data.get('documents', '?')} {pieces}: a "
+            f"unit of energy costs {self.cost:.3g} {nats}, off by a "
             f"factor of {self.error:.2g} typically, {self.factor:.2g} at most 19 times in 20"
         )
 

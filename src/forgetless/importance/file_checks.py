@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from forgetless.errors import FileError
+from forgetless.files.measured_json import DIVERGENCE
 from forgetless.importance.calibration import PLAUSIBLE, Calibration, MeasuredUpdate
 from forgetless.importance.entries import DenseEntry, Entry, FactoredEntry, KroneckerEntry
 from forgetless.options.estimators import in_nats
@@ -262,7 +263,8 @@ def checked_calibration(
             f"{path}: 'calibration' in the metadata is not what forgetless writes there; the "
             "file is damaged, record again"
         )
-    if missing := [name for name in entries if name not in gradients]:
+    missing = [name for name in entries if name not in gradients]
+    if missing and data.get("of") != DIVERGENCE:
         raise FileError(
             f"{path}: the calibration has no gradient of '{missing[0]}'; the file is damaged, "
             "record again"

@@ -1,5 +1,6 @@
-"""Calibrating: what fine-tuning-like updates of a base model cost in general loss
-(importance/calibration.py has the law).
+"""Calibrating: what fine-tuning-like updates of a base model cost in general loss, or in divergence
+from the base on its own answers where those are recorded on (importance/calibration.py has the
+law).
 
 kept apart   general documents that importance is not recorded on: half to train on, half to measure
              on (kept_apart.py)
@@ -7,7 +8,8 @@ updates      nine short trainings of a LoRA adapter on narrow pieces of that tex
 sizes        each update is measured at several sizes, and f s + q s^2 is fitted to what it cost.
              f is left out of the cost of energy: text that is trained on here is of the kind that
              is measured (cost.py)
-gradient     of the recorded text at the base, as L R of rank 32 per weight (gradient.py)
+gradient     of the recorded text at the base, as L R of rank 32 per weight (gradient.py); a
+             divergence has none at the base, so that f is 0 there
 
     recorded, kept = apart(documents, tokenizer)
     importance = add_calibration(options, model, tokenizer, importance, text, None)
@@ -20,12 +22,14 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from forgetless.data.documents import Document, fingerprint_rows
 from forgetless.data.encoding import Encoded, batches
 from forgetless.errors import OptionError
 from forgetless.evaluate.paired import content
+from forgetless.evaluate.paired_answers import PairedAnswers
+from forgetless.files.measured_json import DIVERGENCE
 from forgetless.importance.calibration import Calibration, MeasuredUpdate
 from forgetless.importance.importance import Importance
 from forgetless.model.loading import load_model
@@ -113,14 +117,18 @@ def calibrated(
     for _, update in measured_updates(options, model, tokenizer, importance, trained, part, done):
         updates.append(update)
         save(updates)
-    rows = rows_of_batch(recorded)
-    pieces = list(batches(recorded, batch_size=rows, pad_id=tokenizer.pad_token_id))
-    gradients = gradient(model, options.targets, pieces, rank=GRADIENT_RANK, seed=options.seed)
-    measured_on = {
+    measured_on: dict[str, Any] = {
         "documents": len(part),
         "tokens": int(part.tokens.sum()),
         "sha256": fingerprint_rows([content(document) for document in kept]),
     }
+    gradients: dict[str, tuple[Tensor, Tensor]] = {}
+    if isinstance(part, PairedAnswers):
+        measured_on["of"] = DIVERGENCE
+    else:
+        rows = rows_of_batch(recorded)
+        pieces = list(batches(recorded, batch_size=rows, pad_id=tokenizer.pad_token_id))
+        gradients = gradient(model, options.targets, pieces, rank=GRADIENT_RANK, seed=options.seed)
     try:
         calibration = Calibration(updates, gradients, measured_on)
     except ValueError as error:

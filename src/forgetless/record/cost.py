@@ -1,4 +1,5 @@
-"""What an update costs in general loss: its rise at several sizes, and the parabola through them.
+"""What an update costs in general loss or in divergence: its rise at several sizes, and the
+parabola through them.
 
 An update is scaled until it costs about 0.5, 1, 2 and 5 % of perplexity, where budgets lie. Then
 f s + q s^2 is fitted to what it did cost at each fraction s of it:
@@ -17,6 +18,7 @@ import numpy as np
 from torch import nn
 
 from forgetless.evaluate.paired import PairedText
+from forgetless.evaluate.paired_answers import PairedAnswers
 from forgetless.model.update import Update
 
 # Nats per token that an update is scaled to cost; the first guess is the best in the middle.
@@ -55,7 +57,7 @@ class MeasuredPoint:
 
 
 def measured_points(
-    model: nn.Module, update: Update, part: PairedText, cost: float
+    model: nn.Module, update: Update, part: PairedText | PairedAnswers, cost: float
 ) -> list[MeasuredPoint]:
     """Measured rises at fractions of an update where it costs about AIMS.
 
@@ -97,9 +99,10 @@ def _next_fraction(points: Sequence[MeasuredPoint], aim: float, cost: float) -> 
     return float(below.fraction * (above.fraction / below.fraction) ** between)
 
 
-def parabola(points: Sequence[MeasuredPoint]) -> tuple[float, float, float]:
+def parabola(points: Sequence[MeasuredPoint], *, linear: bool = True) -> tuple[float, float, float]:
     """(f, q, standard error of q) of f s + q s^2 through measured rises, by least squares, weighted
-    by their standard errors and 5 % of themselves.
+    by their standard errors and 5 % of themselves. Without `linear`, f is 0: a divergence is
+    nothing at the base and rises from there on every side.
 
     Rises above all budgets are left out: further out the loss rises faster than by squares. Nothing
     is known from fewer than three sizes: q is 0.
@@ -111,10 +114,12 @@ def parabola(points: Sequence[MeasuredPoint]) -> tuple[float, float, float]:
     nats = np.array([point.nats for point in points])
     error = np.array([point.standard_error for point in points])
     weight = 1 / np.hypot(np.maximum(error, 1e-6), OFF * nats)
-    X = np.stack([s, s**2], 1) * weight[:, None]
-    (first, second), _, rank, _ = np.linalg.lstsq(X, nats * weight, rcond=None)
-    if rank < 2:
+    powers = [s, s**2] if linear else [s**2]
+    X = np.stack(powers, 1) * weight[:, None]
+    found, _, rank, _ = np.linalg.lstsq(X, nats * weight, rcond=None)
+    if rank < len(powers):
         return 0.0, 0.0, 0.0
-    squares = float(((nats - first * s - second * s**2) ** 2 * weight**2).sum())
-    scatter = max(1.0, squares / (len(points) - 2))
-    return float(first), float(second), math.sqrt(scatter * float(np.linalg.inv(X.T @ X)[1, 1]))
+    squares = float(((X @ found - nats * weight) ** 2).sum())
+    scatter = max(1.0, squares / (len(points) - len(powers)))
+    error_of_second = math.sqrt(scatter * float(np.linalg.inv(X.T @ X)[-1, -1]))
+    return (float(found[0]) if linear else 0.0), float(found[-1]), error_of_second

@@ -1,7 +1,8 @@
 """General documents kept apart for a calibration: importance is not recorded on them.
 
 At most a third of the general documents are kept apart, chosen by the hash of their text. About
-half of their tokens are trained on, in three pieces, and the rest is measured on:
+half of their tokens are trained on, in three pieces, and the rest is measured on. Where all of them
+are answers of the base itself, what is measured is the divergence from it, else the loss:
 
     recorded, kept = apart(documents, tokenizer)
     pieces, measured_on = divided(base, tokenizer, kept)
@@ -17,10 +18,12 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from forgetless.data.documents import Document
+from forgetless.data.documents import Document, TokenDocument
 from forgetless.data.encoding import Encoded
+from forgetless.data.selftext import Answer
 from forgetless.errors import OptionError
 from forgetless.evaluate.paired import PairedText, content, encoded_each, pair_with
+from forgetless.evaluate.paired_answers import PairedAnswers, paired_answers
 from forgetless.evaluate.rise import FEW_DOCUMENTS
 from forgetless.model.loading import context_length
 
@@ -60,8 +63,8 @@ def apart(documents: Sequence[Document], tokenizer: Any) -> tuple[list[Document]
             "--calibrate keeps a third of the general documents apart, to train and to measure "
             f"on: expected at least {LEAST_DOCUMENTS} there, "
             f"different ones of {LEAST_TOKENS:,} tokens together, found {len(tokens)} of "
-            f"{sum(tokens.values()):,}; give more general text, or "
-            "leave out --calibrate"
+            f"{sum(tokens.values()):,}; give more general text (of the model's own answers, a "
+            "larger --answers), or leave out --calibrate"
         )
     recorded = [document for document in documents if content(document) not in tokens]
     return recorded, [by_text[text] for text in tokens]
@@ -69,8 +72,8 @@ def apart(documents: Sequence[Document], tokenizer: Any) -> tuple[list[Document]
 
 def divided(
     base: nn.Module, tokenizer: Any, kept: Sequence[Document]
-) -> tuple[list[list[Encoded]], PairedText]:
-    """(three pieces of text to train on; the part to measure on, with the losses of the base).
+) -> tuple[list[list[Encoded]], PairedText | PairedAnswers]:
+    """(three pieces of text to train on; the part to measure on, with what the base makes of it).
 
     Documents stay whole, but for what is cut from long ones. About half of the tokens are trained
     on, and at least ten documents measured.
@@ -79,9 +82,19 @@ def divided(
     encoded = [(ids[:CUT], scored[:CUT]) for ids, scored in encoded]
     edges = _edges([len(ids) for ids, _ in encoded])
     pieces = [encoded[first:last] for first, last in itertools.pairwise(edges)]
-    sources = [document.source for document in documents[edges[-1] :]]
+    measured = documents[edges[-1] :]
+    said = [document for document in measured if isinstance(document, TokenDocument)]
+    if len(said) == len(measured):
+        return pieces, paired_answers(base, [_answer(document) for document in said])
+    sources = [document.source for document in measured]
     window = min(WINDOW, context_length(base))
     return pieces, pair_with(base, encoded[edges[-1] :], sources, window)
+
+
+def _answer(document: TokenDocument) -> Answer:
+    """What the base said itself, to measure a divergence on."""
+    ids = document.ids[:CUT]
+    return Answer(prompt="", kind=document.source, ids=ids, start=document.start, ended=False)
 
 
 def _edges(lengths: Sequence[int]) -> list[int]:

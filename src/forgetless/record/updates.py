@@ -22,6 +22,7 @@ from torch import nn
 
 from forgetless.data.encoding import Encoded, batches
 from forgetless.evaluate.paired import PairedText
+from forgetless.evaluate.paired_answers import PairedAnswers
 from forgetless.importance.calibration import MeasuredUpdate, usual_strength
 from forgetless.importance.importance import Importance
 from forgetless.model.adapters import add_adapter, without_adapter
@@ -58,7 +59,7 @@ def measured_updates(
     tokenizer: Any,
     importance: Importance,
     trained: Sequence[Sequence[Encoded]],
-    part: PairedText,
+    part: PairedText | PairedAnswers,
     done: Sequence[MeasuredUpdate] = (),
 ) -> Iterator[tuple[Update, MeasuredUpdate]]:
     """Each update that is not `done`, while `model` carries it, with what was measured of it.
@@ -102,14 +103,19 @@ class _Plan(NamedTuple):
 
 
 def _measured_update(
-    model: nn.Module, update: Update, penalty: Penalty, part: PairedText, plan: _Plan, cost: float
+    model: nn.Module,
+    update: Update,
+    penalty: Penalty,
+    part: PairedText | PairedAnswers,
+    plan: _Plan,
+    cost: float,
 ) -> MeasuredUpdate:
     """What the update that `model` carries costs; `cost`: nats that a unit of energy is taken to
     cost, by which the sizes are chosen that it is measured at.
     """
     energy = penalty.energy()
     points = measured_points(model, update, part, cost * energy)
-    first, second, error = parabola(points)
+    first, second, error = parabola(points, linear=isinstance(part, PairedText))
     how = {
         "documents": len(plan.rows),
         "strength": penalty.strength,

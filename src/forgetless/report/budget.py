@@ -22,7 +22,7 @@ from forgetless.files.budget_json import (
     CurvePoint,
     PredictedRise,
 )
-from forgetless.files.measured_json import Change
+from forgetless.files.measured_json import DIVERGENCE, Change
 from forgetless.files.run_json import Run
 from forgetless.files.schema import GENERAL
 from forgetless.report import numbers, terminal
@@ -86,8 +86,8 @@ def _predicted_lines(report: BudgetReport) -> Iterator[str]:
     rise = report.predicted or PredictedRise()
     known = report.calibration or CalibrationUsed()
     yield (
-        f"budget {report.budget} ({_limit(report)} nats per token of general text): PREDICTED, "
-        "not measured"
+        f"budget {report.budget} ({_limit(report)} nats per token of {_kept_on(report)}): "
+        "PREDICTED, not measured"
     )
     yield (
         f"  predicted by the importance file: rise {_perplexity_rise(rise.nats)} of perplexity "
@@ -100,6 +100,12 @@ def _predicted_lines(report: BudgetReport) -> Iterator[str]:
         f"{_formatted(known.factor, '.2g')} at most 19 times in 20, for training and text like "
         "theirs)"
     )
+    if _own(report):
+        yield (
+            "  the base was not asked: forgetless check MODEL OUT measures what was lost; tune "
+            "without --general none to check it"
+        )
+        return
     yield (
         "  no general text was looked at: forgetless eval MODEL --adapter OUT/final --general "
         "TEXT measures what was lost; tune with --general to check it"
@@ -152,11 +158,11 @@ def kept_in_words(run: Run) -> str:
         return verdict
     predicted = report.predicted or PredictedRise()
     if predicted.nats is not None and predicted.bound is not None:
+        looked = "The base was not asked" if _own(report) else "No general text was looked at"
         return (
-            f"{verdict} By the importance file's calibration the general loss rose by "
+            f"{verdict} By the importance file's calibration {_what_rose(report)} by "
             f"{predicted.nats:.4f} nats per token, and by at most {predicted.bound:.4f} for 19 of "
-            f"20 such updates; the budget is {report.budget_nats:.4f}. No general text was looked "
-            "at."
+            f"20 such updates; the budget is {report.budget_nats:.4f}. {looked}."
         )
     check = report.check or BudgetCheck()
     if check.low is None or check.high is None:
@@ -170,6 +176,8 @@ def kept_in_words(run: Run) -> str:
 
 def _own(report: BudgetReport) -> bool:
     """Whether the budget was kept on what the base says itself."""
+    if report.calibration is not None:
+        return report.calibration.data.get("of") == DIVERGENCE
     return report.control is not None and report.control.diverged
 
 
@@ -182,7 +190,9 @@ def _pieces(report: BudgetReport) -> str:
 
 
 def _what_rose(report: BudgetReport) -> str:
-    return "the model moved from its base" if _own(report) else "the loss rose"
+    if _own(report):
+        return "the model moved from its base"
+    return "the general loss rose" if report.predicted is not None else "the loss rose"
 
 
 def in_one_line(report: BudgetReport) -> str:
@@ -190,8 +200,8 @@ def in_one_line(report: BudgetReport) -> str:
     budget = f"{report.budget} ({_limit(report)} nats per token)"
     if report.predicted is not None:
         return (
-            f"{budget}: predicted, not measured; by the importance file's calibration the general "
-            f"loss rose by {_formatted(report.predicted.nats, '.4f')}, and by at most "
+            f"{budget}: predicted, not measured; by the importance file's calibration "
+            f"{_what_rose(report)} by {_formatted(report.predicted.nats, '.4f')}, and by at most "
             f"{_formatted(report.predicted.bound, '.4f')} for 19 of 20 such updates"
         )
     check = report.check or BudgetCheck()
