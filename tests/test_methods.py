@@ -54,6 +54,11 @@ ROWS = [
     ("osf", {}, None),
     ("corda", {"replay": "TEXT"}, None),
     ("lora-fa", {}, None),
+    ("dft", {}, None),
+    ("masked-kl", {}, {"masked_weight": 0.0}),
+    ("stm", {"stm_perplexity": 48.0}, None),
+    ("self-dialogues", {"replay": "TEXT"}, None),
+    ("hold,eaft", {"importance": "FILE", "strength": 1.0}, None),
     ("lora-fa,hold", {"importance": "FILE", "strength": 1.0}, None),
     (
         "hold,replay,wise",
@@ -531,5 +536,5 @@ def test_o_lora_turns_away_from_the_adapter_before(world):
 
 def test_every_method_has_a_card():
     docs = Path(__file__).parents[1] / "docs"
-    cards = (docs / "methods.md").read_text() + (docs / "methods-adapters.md").read_text()
+    cards = "".join(page.read_text() for page in sorted(docs.glob("methods*.md")))
     assert set(re.findall(r"^### `([\w-]+)`", cards, re.M)) == set(METHODS)

@@ -53,7 +53,7 @@ def kl_gradient(
 
     Both are logits (tokens, vocabulary).
     """
-    at_a_time = at_a_time or _rows_at_a_time(tuned)
+    at_a_time = at_a_time or rows_at_a_time(tuned)
     gradient = torch.empty_like(tuned)
     nats = 0.0
     dtype = wider(tuned.dtype)
@@ -67,7 +67,8 @@ def kl_gradient(
     return nats, gradient
 
 
-def _rows_at_a_time(logits: Tensor) -> int:
+def rows_at_a_time(logits: Tensor) -> int:
+    """How many rows of (tokens, vocabulary) a gradient is made of at a time."""
     return max(1, LOGITS_AT_A_TIME // logits.shape[-1])
 
 
@@ -79,7 +80,7 @@ def stored_gradient(
 
     `tuned` are logits (tokens, vocabulary), `said` the tokens (tokens,) that were.
     """
-    at_a_time = at_a_time or _rows_at_a_time(tuned)
+    at_a_time = at_a_time or rows_at_a_time(tuned)
     gradient = torch.empty_like(tuned)
     nats = 0.0
     for start in range(0, len(tuned), at_a_time):

@@ -26,23 +26,22 @@ switched off.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import random
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from forgetless.data.encoding import Encoded, collate
 from forgetless.evaluate.divergence import StoredBase
+from forgetless.methods.base_of import BaseOf
 from forgetless.methods.divergence import kl_gradient, stored_gradient
 from forgetless.methods.kinds import sequence_weights
 from forgetless.methods.method import Setup
 from forgetless.methods.terms import count_scored, order_of_turn, scored_logits, undisturbed
-from forgetless.model.adapters import bare, has_adapter
 
 # Steps among whose sequences those of like length are looked for: with 2 of 64 answers a step, 3 %
 # of their tokens are padding, and 22 % without.
@@ -90,11 +89,7 @@ class KL:
         self._unlogged: list[float] = []  # KL of the steps since the last log
         # Nats and tokens of the last steps.
         self.last: deque[tuple[float, int]] = deque(maxlen=-(-RECENT_SEQUENCES // sequences))
-        # What the base has in place of what is trained, where there is no adapter to switch off.
-        self._copies: list[tuple[nn.Parameter, Tensor]] = []
-        if stored is None and not has_adapter(model):
-            trained = [p for p in model.parameters() if p.requires_grad]
-            self._copies = [(p, p.detach().clone()) for p in trained]
+        self._base = BaseOf(model) if stored is None else None
 
     def add(self, step: int, *, scale: float = 1.0) -> None:
         """Add the gradient of `scale * weight * KL` on the sequences of `step` to `.grad`.
@@ -118,8 +113,8 @@ class KL:
         """
         batch = collate([self.text[place] for place in places], self.pad_id)
         base = None
-        if self.stored is None:
-            with torch.no_grad(), self._base():
+        if self._base is not None:
+            with torch.no_grad(), self._base:
                 base = scored_logits(self.model, batch)
         with undisturbed(self.model):
             tuned = scored_logits(self.model, batch)
@@ -162,19 +157,6 @@ class KL:
         """Mean KL in nats per token over the steps since the last call; empty before the first."""
         unlogged, self._unlogged = self._unlogged, []
         return {"kl": sum(unlogged) / len(unlogged)} if unlogged else {}
-
-    @contextlib.contextmanager
-    def _base(self) -> Iterator[None]:
-        """The model as its base: adapters off, or the copies in place of what is trained."""
-        with bare(self.model):
-            trained = [(p, p.data) for p, _ in self._copies]
-            for p, copy in self._copies:
-                p.data = copy
-            try:
-                yield
-            finally:
-                for p, data in trained:
-                    p.data = data
 
 
 def matched_places(lengths: tuple[int, ...], sequences: int, turn: int, seed: int) -> list[int]:

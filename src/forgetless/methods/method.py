@@ -57,9 +57,11 @@ class Setup:
 class MethodSteps:
     """The functions of one method; None where tuning is plain."""
 
+    rows: Callable[[Setup, nn.Module, Any], Any] | None = None
     adapter: Callable[[Setup, nn.Module], nn.Module] | None = None
     start: Callable[[Setup, nn.Module], None] | None = None
     optimizer: Callable[[Setup, nn.Module], Any] | None = None
+    objective: Callable[[Setup, nn.Module], Any] | None = None
     loss: Callable[[Setup, nn.Module], Term | None] | None = None
     pull: Callable[[Setup, nn.Module], Any] | None = None
     finish: Callable[[Setup, nn.Module], dict[str, float]] | None = None

@@ -17,6 +17,9 @@ from forgetless.options.option import flag
 from forgetless.options.reference import resolved
 from forgetless.options.tune import TuneOptions
 
+# Methods that read the answers which an importance file keeps.
+READ_KEPT = ("kl", "replay", "self-dialogues")
+
 
 def chosen(options: TuneOptions) -> dict[str, MethodSteps]:
     """The functions of the methods that `options.method` names.
@@ -98,10 +101,10 @@ def _check_kept(options: TuneOptions, picked: Mapping[str, Method]) -> None:
     """
     if options.replay == KEPT:
         others = [name for name, method in picked.items() if "replay" in method.needs]
-        if others != ["kl"]:
+        if not others or set(others) - set(READ_KEPT):
             raise OptionError(
-                f"--replay {KEPT} holds to answers with the base's probabilities, which is what "
-                f"--method kl does; found {', '.join(others)}; give another text"
+                f"--replay {KEPT} is answers with the base's probabilities, for --method "
+                f"{', '.join(READ_KEPT)}; found {', '.join(others)}; give another text"
             )
         if not options.importance:
             raise OptionError(
@@ -109,9 +112,10 @@ def _check_kept(options: TuneOptions, picked: Mapping[str, Method]) -> None:
             )
         return
     readers = [n for n, m in picked.items() if "importance" in (*m.needs, *m.reads)]
-    if options.importance and readers == ["kl"]:
+    if options.importance and readers and set(readers) <= set(READ_KEPT):
         raise OptionError(
-            "--importance is used by --method kl where it keeps answers: give --replay "
+            f"--importance is used by --method {', '.join(readers)} where it keeps answers: give "
+            "--replay "
             f"{KEPT}, add the method hold, or leave it out"
         )
 

@@ -48,7 +48,7 @@ def count_scored(pieces: Sequence[Encoded]) -> int:
 
 class Replay:
     """Cross-entropy of general sequences: for each token of the domain `share` tokens of them on
-    average, each counting as one of the domain's.
+    average, each counting as `weight` of the domain's.
 
     `tokens_per_step` are the domain's scored tokens of an average step. Where `share` makes less
     than a sequence per step, most steps see none.
@@ -61,6 +61,7 @@ class Replay:
         *,
         share: float,
         tokens_per_step: float,
+        weight: float = 1.0,
         seed: int = 0,
         pad_id: int = 0,
         batch_size: int = 1,
@@ -70,6 +71,7 @@ class Replay:
         self.seed = seed
         self.pad_id = pad_id
         self.batch_size = batch_size
+        self.weight = weight
         self.tokens_per_step = tokens_per_step
         tokens_per_sequence = count_scored(self.text) / len(self.text)
         self.rate = share * tokens_per_step / tokens_per_sequence  # sequences per step
@@ -83,7 +85,7 @@ class Replay:
         for start in range(0, len(pieces), self.batch_size):
             batch = collate(pieces[start : start + self.batch_size], self.pad_id)
             nats = cross_entropy(self.model, batch)
-            (nats * (scale / self.tokens_per_step)).backward()
+            (nats * (scale * self.weight / self.tokens_per_step)).backward()
             self._nats += float(nats.detach())
         self._tokens += count_scored(pieces)
 
@@ -142,16 +144,18 @@ def cross_entropy(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def replay_term(setup: Setup, model: nn.Module) -> Replay | None:
-    """The `Replay` that the options ask for; None where --replay-share is 0."""
+    """The `Replay` that the options ask for; None where --replay-share or its weight is 0."""
     o = setup.options
     assert o.replay_share is not None
-    if o.replay_share == 0:
+    weight = 1.0 if o.replay_weight is None else o.replay_weight
+    if o.replay_share == 0 or weight == 0:
         return None
     return Replay(
         model,
         setup.text,
         share=o.replay_share,
         tokens_per_step=setup.tokens_per_step,
+        weight=weight,
         seed=o.seed,
         pad_id=setup.tokenizer.pad_token_id,
         batch_size=o.batch_size,

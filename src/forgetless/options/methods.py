@@ -22,9 +22,9 @@ from forgetless.options.holding import default_settings
 from forgetless.options.option import Given
 
 # Places that at most one method fills; the terms of several methods add up.
-PLACES = ("adapter", "optimizer", "pull", "finish")
+PLACES = ("adapter", "optimizer", "objective", "pull", "finish")
 # What comparisons call methods of one kind.
-FAMILIES = ("baseline", "hold", "penalty", "data", "adapter", "control")
+FAMILIES = ("baseline", "hold", "penalty", "loss", "data", "adapter", "control")
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,11 @@ class Method:
     The rest are functions by reference (options/reference.py); without any, tuning is plain.
 
     check       the options -> OptionError for those that do not fit it
+    rows        the bare model and the encoded training rows -> the rows to train on
     adapter     the bare model -> the model to train
     start       what happens to the model to train before tuning
     optimizer   the model to train -> a torch optimizer
+    objective   what the rows are learned by in place of their cross-entropy (methods/objectives.py)
     loss        a term: adds its gradient once per optimizer step, before the data's gradients are
                 there, so that clipping sees the sum
     pull        a penalty: adds its gradient right before the step, after clipping
@@ -62,9 +64,11 @@ class Method:
     lora: bool = False
     budget: bool = False
     check: str | None = None
+    rows: str | None = None
     adapter: str | None = None
     start: str | None = None
     optimizer: str | None = None
+    objective: str | None = None
     loss: str | None = None
     pull: str | None = None
     finish: str | None = None
@@ -139,9 +143,45 @@ METHODS: dict[str, Method] = {
         help="general text mixed in",
         family="data",
         needs=("replay",),
-        reads=("replay_documents", "replay_share"),
+        reads=("replay_documents", "replay_share", "replay_weight", "importance"),
         settings={"replay_share": 0.05},
         loss="forgetless.methods.terms:replay_term",
+        budget=True,
+    ),
+    "self-dialogues": Method(
+        help="what the base says itself among the rows",
+        family="data",
+        needs=("replay",),
+        reads=("replay_documents", "importance"),
+        rows="forgetless.methods.training_rows:self_dialogues",
+        budget=True,
+    ),
+    "eaft": Method(
+        help="tokens weighted by entropy",
+        family="loss",
+        objective="forgetless.methods.objectives:eaft",
+        budget=True,
+    ),
+    "dft": Method(
+        help="tokens weighted by their probability",
+        family="loss",
+        objective="forgetless.methods.objectives:dft",
+        budget=True,
+    ),
+    "masked-kl": Method(
+        help="the other tokens held to the base's",
+        family="loss",
+        reads=("masked_weight",),
+        settings={"masked_weight": 1.0},
+        objective="forgetless.methods.objectives:masked_kl",
+        budget=True,
+    ),
+    "stm": Method(
+        help="tokens that surprise the base left out",
+        family="loss",
+        reads=("stm_perplexity",),
+        settings={"stm_perplexity": 2.5},
+        rows="forgetless.methods.training_rows:stm",
         budget=True,
     ),
     "wise": Method(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from forgetless.options.holding import HOLDING
+from forgetless.options.method_settings import MethodSettings
 from forgetless.options.methods import METHODS
 from forgetless.options.model import AdapterOptions, ModelOptions, TextOptions
 from forgetless.options.option import MEASURED, RUNNING, option, same
@@ -129,63 +130,19 @@ class TuneOptions(AdapterOptions, TextOptions, ModelOptions):
         group="method",
         at_least=1,
     )
-    replay_share: float | None = option(
-        None,
-        "replay: general tokens per domain token, 0.01 for 1 % [0.05]",
-        group="method",
-        at_least=0,
-    )
-    kl_weight: float | None = option(
-        None, "kl: weight of the divergence from the base [1]", group="method", at_least=0
-    )
-    kl_sequences: int | None = option(
-        None, "kl: general sequences per optimizer step [2]", group="method", at_least=1
-    )
-    kl_every: int | None = option(
-        None,
-        "kl: add the divergence at each N-th step only, with N times the weight [1]",
-        group="method",
-        at_least=1,
-        later=True,
-    )
-    kl_length: int | None = option(
-        None,
-        "kl: use at most so many scored tokens of each sequence, the first ones; default: all",
-        group="method",
-        at_least=1,
-        later=True,
-    )
-    kl_kinds: str | None = option(
-        None,
-        "kl: how much answers to prompts of a kind count beside the others, which count 1: "
-        "tools=3,languages=2 (docs/methods.md)",
-        group="method",
-        later=True,
-        metavar="KINDS",
-    )
-    scale: float | None = option(
-        None, "wise: scale the finished update by this number", group="method", at_least=0
-    )
-    general_steps: int | None = option(
-        None,
-        "general-steps: optimizer steps on --replay before tuning; default: one pass over it",
-        group="method",
-        at_least=0,
-    )
-    earlier: str | None = option(
-        None,
-        "o-lora: adapters merged into MODEL before, whose directions are kept free",
-        group="method",
-        later=True,
-        metavar="DIRS",
-    )
-    orthogonality: float | None = option(
-        None,
-        "o-lora: weight of the overlap with earlier adapters [0.5]",
-        group="method",
-        at_least=0,
-        later=True,
-    )
+    replay_share: float | None = same(MethodSettings, "replay_share")
+    replay_weight: float | None = same(MethodSettings, "replay_weight")
+    masked_weight: float | None = same(MethodSettings, "masked_weight")
+    stm_perplexity: float | None = same(MethodSettings, "stm_perplexity")
+    kl_weight: float | None = same(MethodSettings, "kl_weight")
+    kl_sequences: int | None = same(MethodSettings, "kl_sequences")
+    kl_every: int | None = same(MethodSettings, "kl_every")
+    kl_length: int | None = same(MethodSettings, "kl_length")
+    kl_kinds: str | None = same(MethodSettings, "kl_kinds")
+    scale: float | None = same(MethodSettings, "scale")
+    general_steps: int | None = same(MethodSettings, "general_steps")
+    earlier: str | None = same(MethodSettings, "earlier")
+    orthogonality: float | None = same(MethodSettings, "orthogonality")
     strength: float | None = option(
         None,
         "how hard important weights are held (lambda); 0 is plain fine-tuning; default: what "

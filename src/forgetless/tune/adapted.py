@@ -26,7 +26,9 @@ from forgetless.files.room import check_free_space
 from forgetless.importance.importance import Importance
 from forgetless.methods.callback import add_term
 from forgetless.methods.kl import KL
+from forgetless.methods.learning import learn_by
 from forgetless.methods.method import MethodSteps, Setup, Term
+from forgetless.methods.objectives import Objective
 from forgetless.model.adapters import adapter_of
 from forgetless.model.linear import matching, warn_of_experts
 from forgetless.model.targets import target_weights
@@ -37,6 +39,7 @@ from forgetless.penalty.algebra import implementation
 from forgetless.penalty.callback import add_penalty
 from forgetless.tune.base import LoadedBase, Start, importance_name
 from forgetless.tune.checks import disk_needed
+from forgetless.tune.rows import Rows
 
 logger = logging.getLogger("forgetless")
 
@@ -45,13 +48,24 @@ logger = logging.getLogger("forgetless")
 class Adapted:
     """The model to train, and what the methods add: terms of the loss, penalties, an optimizer.
 
-    `optimizer` is None where the trainer makes its AdamW.
+    `optimizer` is None where the trainer makes its AdamW, `objective` where the rows are learned by
+    their cross-entropy.
     """
 
     model: nn.Module
+    objective: Objective | None
     terms: list[Term]
     penalties: list[Any]
     optimizer: torch.optim.Optimizer | None
+
+
+def rows_to_train(start: Start, methods: Mapping[str, MethodSteps], rows: Rows) -> Rows:
+    """The rows as the methods change them, by what the bare model makes of them."""
+    training = rows.training
+    for method in methods.values():
+        if method.rows:
+            training = method.rows(start.setup, start.model, training)
+    return replace(rows, training=training)
 
 
 def adapt(start: Start, methods: Mapping[str, MethodSteps]) -> Adapted:
@@ -67,8 +81,10 @@ def adapt(start: Start, methods: Mapping[str, MethodSteps]) -> Adapted:
     if start.keeper is None:
         penalties = [method.pull(setup, model) for method in methods.values() if method.pull]
     optimizers = [method.optimizer(setup, model) for method in methods.values() if method.optimizer]
+    objectives = [method.objective(setup, model) for method in methods.values() if method.objective]
     return Adapted(
         model,
+        objective=objectives[0] if objectives else None,
         # A term or a penalty of weight 0 is None, and costs nothing.
         terms=[term for term in terms if term is not None],
         penalties=[penalty for penalty in penalties if penalty is not None],
@@ -121,6 +137,8 @@ def attach(trainer: Any, adapted: Adapted, start: Start) -> Importance | None:
     memory, or kept this process's shard of it; nothing else needs the first copy.
     """
     options, importance = start.setup.options, start.setup.importance
+    if adapted.objective is not None:
+        learn_by(trainer, adapted.objective)
     for term in adapted.terms:
         add_term(trainer, term)
     for penalty in adapted.penalties:

@@ -33,7 +33,7 @@ from forgetless.model import distributed
 from forgetless.model.loading import load_tokenizer
 from forgetless.model.stages import Earlier
 from forgetless.options.tune import TuneOptions
-from forgetless.tune.adapted import adapt, announce, attach, let_go
+from forgetless.tune.adapted import adapt, announce, attach, let_go, rows_to_train
 from forgetless.tune.base import (
     load_base,
     load_importance,
@@ -89,6 +89,7 @@ def tune(options: TuneOptions, *, earlier: Earlier | None = None) -> JsonObject:
         start = measure_start(options, base, inputs, rows, earlier)
 
         started = time.perf_counter()
+        rows = rows_to_train(start, methods, rows)
         adapted = adapt(start, methods)
         trainer = make_trainer(options, adapted.model, tokenizer, rows, adapted.optimizer)
         prepare_seconds = start.seconds + time.perf_counter() - started
