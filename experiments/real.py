@@ -22,6 +22,7 @@ those of a file in 4 bit (Q4_1), brought to bf16.
     kl-W-N           divergence on self-sampled chats at weight W, N of them beside 8 rows
     kept-W-N         the same by what the importance file keeps of the base: no pass of the base
     both-S-W-N       the pull and kept answers together
+    ...-rR           the same at R times the rate
 """
 
 from __future__ import annotations
@@ -47,8 +48,9 @@ from forgetless.options.verbs import resolve
 from forgetless.record.record import record
 from forgetless.tune.tune import tune
 
+Options = dict[str, Any]
 SEEDS = (0, 1, 2)
-TRAINING = dict(
+TRAINING: Options = dict(
     max_steps=50,
     batch_size=8,
     accumulation=1,
@@ -59,12 +61,13 @@ TRAINING = dict(
     overwrite=True,
 )
 SCALES = (0.75, 0.5, 0.25)
+# Rates of the held arms, relative to that of TRAINING: what holds well may be trained faster.
+RATES = (2, 4)
 # Prompts that behaviours are judged on, and questions of each task, for --judge.
 JUDGED_PROMPTS, JUDGED_QUESTIONS = 100, 200
 TASKS = ("arc_easy", "winogrande")
 # Chats that are recorded on, kept and replayed: as many as the table of 2026-11-27 had.
 ANSWERS = 64
-Options = dict[str, Any]
 
 
 def arms() -> dict[str, Options]:
@@ -83,8 +86,17 @@ def arms() -> dict[str, Options]:
             )
             kept = dict(replay="kept", importance="chat", **kl)
             rows[f"kept-{weight}-{sequences}"] = dict(method="kl", **kept)
-            rows[f"both-30-{weight}-{sequences}"] = dict(method="hold,kl", strength=30.0, **kept)
-    return rows
+            for strength in (30, 100):
+                rows[f"both-{strength}-{weight}-{sequences}"] = dict(
+                    method="hold,kl", strength=float(strength), **kept
+                )
+    faster = {
+        f"{name}-r{times}": {**row, "learning_rate": times * TRAINING["learning_rate"]}
+        for name, row in rows.items()
+        for times in RATES
+        if name.startswith(("kept", "both"))
+    }
+    return {**rows, **faster}
 
 
 # What is run where --arms says nothing: the rows of the table.
