@@ -291,6 +291,7 @@ def test_the_python_of_readme_and_pages_runs(tiny, tokenizer, batch, tmp_path, m
 
     monkeypatch.chdir(tmp_path)
     wide(tmp_path / "held-out.jsonl")
+    wide(tmp_path / "general.jsonl")
     model = add_adapter(tiny(), names="all-linear", rank=2, alpha=4)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
 
@@ -311,6 +312,7 @@ def test_the_python_of_readme_and_pages_runs(tiny, tokenizer, batch, tmp_path, m
     reader = {
         "peft_model": model,
         "model": model,
+        "tokenizer": tokenizer,
         "optimizer": optimizer,
         "train": train,
         "batches": batches,

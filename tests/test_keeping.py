@@ -2,7 +2,10 @@
 refusals.
 """
 
+import contextlib
+import copy
 import json
+import logging
 import random
 
 import numpy as np
@@ -527,8 +530,21 @@ def held_trainer(kind, tiny, tokenizer, folder):
     )
 
 
+def saved(trainer, folder, caplog):
+    """What is said while a trainer's model is saved."""
+    caplog.clear()
+    copy.deepcopy(trainer.model).state_dict()  # a copy is not watched
+    assert not caplog.text
+    trainer.save_model(folder)
+    return caplog.text
+
+
 @pytest.mark.parametrize("kind", ["transformers", "sft"])
-def test_hold_keeps_a_budget_under_anybodys_trainer(kind, tiny, tokenizer, general, tmp_path):
+def test_hold_keeps_a_budget_under_anybodys_trainer(
+    kind, tiny, tokenizer, general, tmp_path, caplog
+):
+    """By finish(), without which ending and saving are warned of, or by itself in a block."""
+    caplog.set_level(logging.WARNING, "forgetless")
     trainer = held_trainer(kind, tiny, tokenizer, tmp_path)
     held = hold(
         trainer,
@@ -537,10 +553,17 @@ def test_hold_keeps_a_budget_under_anybodys_trainer(kind, tiny, tokenizer, gener
         general=str(general),
     )
     assert held.penalty.energy() == 0  # measuring left nothing behind
-    trainer.train()
-    before = Update(trainer.model)
-    trained = [weight.update().clone() for weight in before.weights]
+    with held if kind == "sft" else contextlib.nullcontext():
+        trainer.train()
+        before = Update(trainer.model)
+        trained = [weight.update().clone() for weight in before.weights]
+    unkept = "the budget of 2% is not kept yet: call finish()"
+    assert (f"training has ended, and {unkept}" in caplog.text) == (kind == "transformers")
+    if kind == "transformers":
+        assert f"being saved, and {unkept}" in saved(trainer, tmp_path / "early", caplog)
     report = held.finish()
+    assert not saved(trainer, tmp_path / "kept", caplog)
+    assert held.verdict == report["verdict"] and held.finish() is held.report == report
     assert (
         report["verdict"] == "met"
         and report["check"]["high"] <= report["budget_nats"]

@@ -3,13 +3,21 @@ and training is what a hand loop would make of it.
 """
 
 import copy
+import logging
 
 import pytest
 import torch
 from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 
-from forgetless import PathIntegral, Penalty, PenaltyCallback, RecorderCallback, hold
+from forgetless import (
+    HoldCallback,
+    PathIntegral,
+    Penalty,
+    PenaltyCallback,
+    RecorderCallback,
+    hold,
+)
 from forgetless.errors import OptionError
 from forgetless.importance.entries import DenseEntry
 from forgetless.importance.importance import Importance
@@ -272,3 +280,68 @@ def test_recorder_callback_refuses_clipping_where_it_would_be_recorded(
     args.fp16 = True
     with pytest.raises(OptionError, match="trainer=trainer"):
         RecorderCallback(PathIntegral(adapted)).on_train_begin(args, None, None, optimizer=None)
+
+
+@pytest.mark.parametrize("first", ["hold", "callback"])
+def test_a_second_hold_takes_the_place_of_the_first(adapted, batch, tmp_path, caplog, first):
+    """A notebook's cell that is run again does not hold twice as hard."""
+    importance = ones(target_weights(adapted))
+    twin = copy.deepcopy(adapted)
+    once = Trainer(model=twin, args=arguments(tmp_path), train_dataset=rows(batch))
+    hold(once, importance, strength=0.5)
+    once.train()
+    callbacks = [HoldCallback(importance, strength=3.0)] if first == "callback" else None
+    twice = Trainer(
+        model=adapted, args=arguments(tmp_path), train_dataset=rows(batch), callbacks=callbacks
+    )
+    if first == "hold":
+        hold(twice, importance, strength=3.0)
+    with caplog.at_level(logging.WARNING, "forgetless"):
+        hold(twice, importance, strength=0.5)
+    assert "takes the place of the old one" in caplog.text
+    twice.train()
+    for a, b in zip(target_weights(adapted), target_weights(twin), strict=True):
+        assert torch.equal(a.B, b.B) and torch.equal(a.A, b.A)
+
+
+def test_what_is_held_says_so(adapted, batch, tmp_path, capsys):
+    importance = ones(target_weights(adapted))
+    importance.info.update(estimator="fisher", model={"name": "some/<model>"})
+    assert repr(importance) == (
+        "<Importance: fisher importance (f32) of some/<model>, of 4 weights>"
+    )
+    trainer = Trainer(model=adapted, args=arguments(tmp_path), train_dataset=rows(batch))
+    held = hold(trainer, importance, strength=0.5)
+    assert repr(held) == (
+        "<holds 4 weights (q_proj, v_proj) by fisher importance (f32) of some/<model>, "
+        "strength 0.5, anchor base; not trained yet>"
+    )
+    shown = held._repr_html_()
+    assert shown.count("<tr>") == len(held.rows()) and "some/&lt;model&gt;" in shown
+    trainer.train()
+    said = capsys.readouterr().err
+    assert "forgetless: holds 4 weights (q_proj, v_proj) by fisher importance" in said
+    lines = dict(line.split(maxsplit=1) for line in str(held).splitlines()[1:])
+    assert lines["strength"] == "0.5" and lines["state"] == "step 4"
+    assert float(lines["energy"].split()[0]) > 0
+
+
+def test_a_block_lets_go_of_the_trainer(adapted, batch, tmp_path):
+    trainer = Trainer(model=adapted, args=arguments(tmp_path), train_dataset=rows(batch))
+    before = list(trainer.callback_handler.callbacks)
+    with hold(trainer, ones(target_weights(adapted)), strength=0.5) as held:
+        trainer.train()
+        assert held.penalty.energy() > 0
+    assert trainer.callback_handler.callbacks == before and held.rows()[-1] == ("state", "let go")
+    with pytest.raises(KeyboardInterrupt), hold(trainer, ones(held.penalty.weights), strength=1.0):
+        raise KeyboardInterrupt
+    assert trainer.callback_handler.callbacks == before
+
+
+def test_plain_float16_is_said(batch, tiny, tmp_path, caplog):
+    """Without loss scaling small gradients are lost."""
+    trainer = Trainer(model=tiny().half(), args=arguments(tmp_path), train_dataset=rows(batch))
+    with caplog.at_level(logging.WARNING, "forgetless"):
+        held = hold(trainer, ones(target_weights(trainer.model)), strength=1.0)
+        held.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+    assert "without loss scaling" in caplog.text

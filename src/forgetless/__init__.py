@@ -2,6 +2,11 @@
 
 It has the method of Song et al. 2025 (arXiv 2501.13669) and what goes beyond it. Names load on
 first use, so that importing forgetless does not import torch.
+
+    held = forgetless.hold(trainer, "model.importance.safetensors")    # in your own trainer
+    forgetless.record("MODEL", text="general.jsonl", out="model.importance.safetensors")
+    forgetless.tune("MODEL", data="domain.jsonl", out="run")           # as the command line does
+    forgetless.check("MODEL", "run", budget="1%")
 """
 
 from __future__ import annotations
@@ -12,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from forgetless.gate.check import check
     from forgetless.importance.importance import Importance
+    from forgetless.integrations.held import HeldModel
     from forgetless.integrations.hold import HoldCallback, hold
     from forgetless.methods.callback import TermCallback, add_term
     from forgetless.methods.kl import KL
@@ -23,11 +29,14 @@ if TYPE_CHECKING:
     from forgetless.record.fisher import Fisher
     from forgetless.record.kronecker import Kronecker
     from forgetless.record.path import PathIntegral
+    from forgetless.record.python import record_from_python as record
+    from forgetless.tune.python import tune_from_python as tune
 
 __version__ = "0.2.0"
 __all__ = [
     "KL",
     "Fisher",
+    "HeldModel",
     "HoldCallback",
     "Importance",
     "Kronecker",
@@ -41,10 +50,13 @@ __all__ = [
     "check",
     "hold",
     "layers",
+    "record",
+    "tune",
 ]
 
 _HOME = {
     "Fisher": "forgetless.record.fisher",
+    "HeldModel": "forgetless.integrations.held",
     "HoldCallback": "forgetless.integrations.hold",
     "Importance": "forgetless.importance.importance",
     "KL": "forgetless.methods.kl",
@@ -61,9 +73,17 @@ _HOME = {
 }
 
 
+# Names that are modules: a file of rules, and the rooms that can be called as the verbs they are.
+_MODULES = {
+    "layers": "forgetless.penalty.layers",
+    "record": "forgetless.record",
+    "tune": "forgetless.tune",
+}
+
+
 def __getattr__(name: str) -> Any:
-    if name == "layers":
-        return importlib.import_module("forgetless.penalty.layers")
+    if name in _MODULES:
+        return importlib.import_module(_MODULES[name])
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
     raise AttributeError(f"module 'forgetless' has no attribute '{name}'")

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from forgetless.errors import FileError, nearest
+from forgetless.errors import FileError, nearest, printable
 from forgetless.files.atomic import write_text
 from forgetless.files.hub import (
     CARD,
@@ -84,6 +84,19 @@ class Importance:
 
     def __contains__(self, name: str) -> bool:
         return name in self.entries
+
+    def __repr__(self) -> str:
+        return f"<Importance: {self.in_words()}, of {len(self)} weights>"
+
+    def in_words(self) -> str:
+        """'kronecker importance (kronecker:64) of gpt2, from model.importance.safetensors'."""
+        estimator = self.info.get("estimator", "unnamed")
+        words = f"{estimator} importance ({self.tier})"
+        if base := self.info.get("model", {}).get("name"):
+            words += f" of {base}"
+        if path := self.info.get("path"):
+            words += f", from {path}"
+        return printable(words)
 
     @property
     def tier(self) -> str:

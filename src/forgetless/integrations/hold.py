@@ -1,13 +1,13 @@
 """hold(): one line before `trainer.train()`, and the model is held by what importance marks.
 
     importance = forgetless.Importance.load("model.importance.safetensors")
-    callback = forgetless.hold(trainer, importance)      # any transformers or TRL trainer
+    held = forgetless.hold(trainer, importance)          # any transformers or TRL trainer
     trainer.train()
-    callback.penalty.energy()                            # how far important weights moved, in nats
+    held.penalty.energy()                                # how far important weights moved, in nats
 
-    callback = forgetless.hold(trainer, importance, budget="1%", general="general.jsonl")
-    trainer.train()
-    callback.finish()["verdict"]                         # met, not shown, exceeded
+    with forgetless.hold(trainer, importance, budget="1%", general="general.jsonl") as held:
+        trainer.train()
+    held.verdict                                         # met, not shown, exceeded
 
 `HoldCallback` does the first of the two where there is no trainer yet to give it.
 """
@@ -23,10 +23,17 @@ from forgetless.budget.held import Holding
 from forgetless.budget.open import of_trainer
 from forgetless.errors import OptionError
 from forgetless.importance.importance import Importance
+from forgetless.integrations.held import (
+    HeldModel,
+    let_go_of_earlier,
+    rows_about,
+    warn_of_float16,
+)
 from forgetless.model import engine
 from forgetless.options.estimators import default_strength
 from forgetless.penalty.callback import PenaltyCallback
 from forgetless.penalty.pull import Penalty
+from forgetless.report.terminal import say
 
 
 class HoldCallback(PenaltyCallback):
@@ -39,6 +46,7 @@ class HoldCallback(PenaltyCallback):
     """
 
     penalty: Penalty
+    made_by_hold = True
 
     def __init__(
         self,
@@ -60,6 +68,13 @@ class HoldCallback(PenaltyCallback):
     ) -> None:
         self.penalty = self.holding.penalty(kwargs["model"], self.importance, self.strength)
         super().on_train_begin(args, state, control, **kwargs)
+        if state.is_world_process_zero:
+            about = dict(rows_about(self.penalty))
+            say(
+                f"forgetless: holds {about['weights']} by {about['importance']}, strength "
+                f"{about['strength']}, anchor {about['anchor']}"
+            )
+            warn_of_float16(args, kwargs["model"])
 
 
 def hold(
@@ -73,17 +88,19 @@ def hold(
     offload: bool = False,
     budget: str | None = None,
     general: str | None = None,
-) -> PenaltyCallback:
-    """Hold `trainer.model` while it trains; returns the callback that does it.
+) -> HeldModel:
+    """Hold `trainer.model` while it trains; returns what holds it (held.py).
 
-    The callback comes first among the trainer's, so that TensorBoard and the console show its
-    numbers; its `.penalty` tells the energy. Without `strength` it is what suits the importance's
+    It says what it holds when training begins, prints as a short table, and its `.penalty` tells
+    the energy. As a context manager it finishes a budget and lets go by itself. A trainer that was
+    held already is held anew, by the last call alone. TensorBoard and the console show its
+    numbers. Without `strength` it is what suits the importance's
     estimator (options/estimators.py). `layers`, `anchor`, `names` and `offload` are as in
     `Penalty`.
 
     With `budget` ("1%" of perplexity on the text `general`, or "0.01nats") the strength is
-    controlled while training, and after `trainer.train()` the callback's `finish()` scales the
-    update, checks it and reports (docs/budget.md). Without `general` the rise is predicted by the
+    controlled while training, and after `trainer.train()` its `finish()` scales the update, checks
+    it and reports (docs/budget.md). Without `general` the rise is predicted by the
     importance's calibration, and the verdict is `predicted`.
 
     In several processes every one calls `hold` and keeps its shard of the importance
@@ -94,12 +111,19 @@ def hold(
     _check_trainer(trainer, budget, general)
     loaded = _loaded(importance)
     holding = Holding(layers=layers, anchor=anchor, names=names, offload=offload)
+    before = list(trainer.callback_handler.callbacks)
     if budget is not None:
         keeper = of_trainer(trainer, budget, general, loaded, names)
-        held = keeper.bind(trainer, loaded, holding, start=strength).held
-        assert held is not None  # nothing but a pull holds here
-        return held
-    return holding.add_penalty(trainer, loaded, _suitable(strength, loaded))
+        pulling = keeper.bind(trainer, loaded, holding, start=strength).held
+        assert pulling is not None  # nothing but a pull holds here
+    else:
+        pulling = holding.add_penalty(trainer, loaded, _suitable(strength, loaded))
+    held = HeldModel(trainer, pulling, budget, general)
+    callbacks = trainer.callback_handler.callbacks
+    callbacks.insert(0, held)
+    held.own([one for one in callbacks if not any(one is other for other in before)])
+    let_go_of_earlier(trainer, before)
+    return held
 
 
 def _check_trainer(trainer: Any, budget: str | None, general: str | None) -> None:

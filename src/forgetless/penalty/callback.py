@@ -55,6 +55,9 @@ class PenaltyCallback(TrainerCallback):
     does not. `hold` and `add_penalty` put it first.
     """
 
+    # Whether the trainer's next `hold` takes its place (integrations/hold.py).
+    made_by_hold = False
+
     def __init__(self, penalty: Penalty):
         self.penalty = penalty
         self.finishing: Callable[[], BudgetReport] | None = None  # set where a budget is kept

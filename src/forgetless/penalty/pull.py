@@ -100,8 +100,10 @@ class Penalty:
         if offload:
             on_gpu = any(weight.parameters[0].is_cuda for weight in self.weights)
             self.importance = in_cpu_memory(importance, targets, on_gpu)
-        rule = layers or Uniform()
-        self.coefficients: dict[str, float] = rule.coefficients(importance.norms(), self.weights)
+        self.rule: LayerRule = layers or Uniform()
+        self.coefficients: dict[str, float] = self.rule.coefficients(
+            importance.norms(), self.weights
+        )
 
         # Of the last pull over all parameters, and of the gradient that it was added to.
         self.pull_norm: float | None = None

@@ -58,11 +58,18 @@ def _check_calibrate(estimator: str) -> None:
         )
 
 
+def decided_by_tune() -> set[str]:
+    """The options that a recording in the cache may be given: those that `tune` has too, and those
+    that decide nothing.
+    """
+    of_models = {field.name for field in fields(ModelOptions)} - {"seed"}
+    return {*of_models, *OWN_TEXT_OPTIONS, *deciding(RecordOptions, RUNNING)}
+
+
 def _check_for_the_cache(options: RecordOptions) -> None:
     """Raise OptionError where a recording that `tune` would not look for has no file to go to."""
     usual = resolve(RecordOptions, {"model": options.model})
-    decided_by_tune = {field.name for field in fields(ModelOptions)} - {"seed"}
-    free = {*decided_by_tune, *OWN_TEXT_OPTIONS, *deciding(RecordOptions, RUNNING)}
+    free = decided_by_tune()
     others = [
         flag(field.name)
         for field in fields(RecordOptions)
