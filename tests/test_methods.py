@@ -54,6 +54,8 @@ ROWS = [
     ("osf", {}, None),
     ("corda", {"replay": "TEXT"}, None),
     ("lora-fa", {}, None),
+    ("proximal", {"importance": "FILE", "strength": 1e4}, {"strength": 0.0}),
+    ("project", {"importance": "FILE"}, None),
     ("dft", {}, None),
     ("masked-kl", {}, {"masked_weight": 0.0}),
     ("stm", {"stm_perplexity": 48.0}, None),

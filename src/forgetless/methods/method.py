@@ -64,5 +64,6 @@ class MethodSteps:
     objective: Callable[[Setup, nn.Module], Any] | None = None
     loss: Callable[[Setup, nn.Module], Term | None] | None = None
     pull: Callable[[Setup, nn.Module], Any] | None = None
+    after_step: Callable[[Setup, nn.Module], Any] | None = None
     finish: Callable[[Setup, nn.Module], dict[str, float]] | None = None
     save: Callable[[Setup, nn.Module, Path], None] | None = None

@@ -43,6 +43,14 @@ class MethodSettings:
         above=1,
         later=True,
     )
+    protect: float | None = option(
+        None,
+        "project: fraction of the curvature that the update keeps out of [0.9]",
+        group="method",
+        above=0,
+        below=1,
+        later=True,
+    )
     kl_weight: float | None = option(
         None, "kl: weight of the divergence from the base [1]", group="method", at_least=0
     )

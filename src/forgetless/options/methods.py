@@ -22,7 +22,7 @@ from forgetless.options.holding import default_settings
 from forgetless.options.option import Given
 
 # Places that at most one method fills; the terms of several methods add up.
-PLACES = ("adapter", "optimizer", "objective", "pull", "finish")
+PLACES = ("adapter", "optimizer", "objective", "pull", "after_step", "finish")
 # What comparisons call methods of one kind.
 FAMILIES = ("baseline", "hold", "penalty", "loss", "data", "adapter", "control")
 
@@ -51,6 +51,7 @@ class Method:
     loss        a term: adds its gradient once per optimizer step, before the data's gradients are
                 there, so that clipping sees the sum
     pull        a penalty: adds its gradient right before the step, after clipping
+    after_step  holds the update right after each step of the optimizer (methods/after_step.py)
     finish      the trained model -> numbers for run.json; may change the model in place
     save        how to write the adapter, where not as it is
     """
@@ -71,6 +72,7 @@ class Method:
     objective: str | None = None
     loss: str | None = None
     pull: str | None = None
+    after_step: str | None = None
     finish: str | None = None
     save: str | None = None
 
@@ -85,21 +87,26 @@ PULLS = ("hold", "ewc-lora", "la-lora", "l2", "shuffled")
 # What adapters that are no product of two factors cannot be combined with, and why.
 NOT_LORA = {
     **dict.fromkeys(
-        (*PULLS, "lora-fa", "o-lora", "rslora", "wise"),
+        (*PULLS, "proximal", "project", "lora-fa", "o-lora", "rslora", "wise"),
         "its update is not the product of two LoRA factors",
     ),
     "full": "it is an adapter",
 }
 # What the control of stage 1's training cannot be combined with, and why.
 ALONE = dict.fromkeys(
-    (*PULLS, "kl", "replay"),
+    (*PULLS, "proximal", "project", "kl", "replay"),
     "it is the control without a penalty and without general text while tuning",
 )
 # What a method that changes the base weight cannot be combined with, and why.
 MOVES = dict.fromkeys(
-    (*PULLS, "kl", "wise", "lora-fa", "o-lora"),
+    (*PULLS, "proximal", "project", "kl", "wise", "lora-fa", "o-lora"),
     "corda starts by taking directions out of the base weight, so its factors are not the update",
 )
+# What methods that hold after the step cannot be combined with, and why.
+HELD_TWICE = {
+    **dict.fromkeys(PULLS, "both hold the same update"),
+    "lora-fa": "its optimizer corrects the step of B for an A that must not move",
+}
 METHODS: dict[str, Method] = {
     "plain": Method(help="LoRA", budget=True),
     "rslora": Method(
@@ -120,6 +127,24 @@ METHODS: dict[str, Method] = {
         reads=("strength",),
         pull="forgetless.methods.pulls:from_file",
         budget=True,
+    ),
+    "proximal": Method(
+        help="held by importance after each step",
+        family="hold",
+        needs=("importance", "strength"),
+        check="forgetless.methods.after_step:check_towards_base",
+        after_step="forgetless.methods.after_step:proximal",
+        refuses=HELD_TWICE,
+    ),
+    "project": Method(
+        help="steps projected off high curvature",
+        family="penalty",
+        needs=("importance",),
+        reads=("protect",),
+        settings={"protect": 0.9},
+        check="forgetless.methods.after_step:check_towards_base",
+        after_step="forgetless.methods.after_step:project",
+        refuses=HELD_TWICE,
     ),
     "kl": Method(
         help="predictions on general text held to the base's",

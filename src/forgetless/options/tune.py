@@ -134,6 +134,7 @@ class TuneOptions(AdapterOptions, TextOptions, ModelOptions):
     replay_weight: float | None = same(MethodSettings, "replay_weight")
     masked_weight: float | None = same(MethodSettings, "masked_weight")
     stm_perplexity: float | None = same(MethodSettings, "stm_perplexity")
+    protect: float | None = same(MethodSettings, "protect")
     kl_weight: float | None = same(MethodSettings, "kl_weight")
     kl_sequences: int | None = same(MethodSettings, "kl_sequences")
     kl_every: int | None = same(MethodSettings, "kl_every")

@@ -24,6 +24,7 @@ from forgetless.budget.held import HeldDivergence, Holding
 from forgetless.data.own_text import KEPT, OWN_KINDS
 from forgetless.files.room import check_free_space
 from forgetless.importance.importance import Importance
+from forgetless.methods.after_step import AfterStep, add_after_step
 from forgetless.methods.callback import add_term
 from forgetless.methods.kl import KL
 from forgetless.methods.learning import learn_by
@@ -46,7 +47,8 @@ logger = logging.getLogger("forgetless")
 
 @dataclass(frozen=True)
 class Adapted:
-    """The model to train, and what the methods add: terms of the loss, penalties, an optimizer.
+    """The model to train, and what the methods add: terms of the loss, penalties, what holds after
+    each step, an optimizer.
 
     `optimizer` is None where the trainer makes its AdamW, `objective` where the rows are learned by
     their cross-entropy.
@@ -56,6 +58,7 @@ class Adapted:
     objective: Objective | None
     terms: list[Term]
     penalties: list[Any]
+    after_steps: list[AfterStep]
     optimizer: torch.optim.Optimizer | None
 
 
@@ -82,12 +85,14 @@ def adapt(start: Start, methods: Mapping[str, MethodSteps]) -> Adapted:
         penalties = [method.pull(setup, model) for method in methods.values() if method.pull]
     optimizers = [method.optimizer(setup, model) for method in methods.values() if method.optimizer]
     objectives = [method.objective(setup, model) for method in methods.values() if method.objective]
+    after = [method.after_step(setup, model) for method in methods.values() if method.after_step]
     return Adapted(
         model,
         objective=objectives[0] if objectives else None,
         # A term or a penalty of weight 0 is None, and costs nothing.
         terms=[term for term in terms if term is not None],
         penalties=[penalty for penalty in penalties if penalty is not None],
+        after_steps=[held for held in after if held is not None],
         optimizer=optimizers[0] if optimizers else None,
     )
 
@@ -144,6 +149,8 @@ def attach(trainer: Any, adapted: Adapted, start: Start) -> Importance | None:
     for penalty in adapted.penalties:
         add_penalty(trainer, penalty)
         importance = getattr(penalty, "importance", importance)
+    for held in adapted.after_steps:
+        add_after_step(trainer, held)
     if start.keeper is not None:
         holding = Holding(
             layers=start.setup.layers,
