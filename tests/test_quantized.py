@@ -2,13 +2,16 @@
 shapes and importance are those of the bare model.
 """
 
+import copy
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
 from conftest import SMALL
 from forgetless.errors import OptionError
 from forgetless.evaluate.evaluate import evaluate
+from forgetless.importance.controls import uniform
 from forgetless.importance.importance import Importance
 from forgetless.model.adapters import add_adapter
 from forgetless.model.fingerprint import fingerprint
@@ -19,6 +22,8 @@ from forgetless.options.finished import EvalOptions
 from forgetless.options.record import RecordOptions
 from forgetless.options.tune import TuneOptions
 from forgetless.options.verbs import resolve
+from forgetless.penalty.pull import Penalty
+from forgetless.record.kronecker import Kronecker
 from forgetless.record.path import PathIntegral
 from forgetless.record.record import record
 from forgetless.tune.merge import merge
@@ -146,3 +151,71 @@ def test_full_fine_tuning_of_a_quantised_base_is_refused(folder, text_file, tmp_
         ValueError, match="neither a LoRA layer nor a linear layer that requires a gradient"
     ):
         target_weights(loaded(folder, "4bit"))
+
+
+@pytest.fixture
+def packing_cpu(monkeypatch):
+    """bitsandbytes as on a CPU with AVX512-BF16, which packs 4-bit weights when they are evaluated;
+    what is packed is multiplied by the same sums, without a backward pass.
+    """
+    import bitsandbytes.functional as functional
+    import bitsandbytes.nn.modules as modules
+
+    def multiplied(A, B, out=None, state=None):
+        state = copy.deepcopy(state)
+        with torch.no_grad():
+            codes, state = functional._convert_weight_packed_for_cpu_inverse(B.clone(), state)
+            return A @ functional.dequantize_4bit(codes, state).to(A.dtype).T
+
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: True)
+    monkeypatch.setattr(functional, "gemv_4bit", multiplied)
+
+
+def factor_gradients(model, batch):
+    model.train()
+    model.zero_grad()
+    model(input_ids=batch, labels=batch).loss.backward()
+    return {weight.name: weight.B.grad.clone() for weight in target_weights(model)}
+
+
+def test_an_evaluation_leaves_the_gradients_of_a_4_bit_model(packing_cpu, folder, batch):
+    torch.manual_seed(0)
+    model = add_adapter(loaded(folder, "4bit"), names="all-linear", rank=2, alpha=4)
+    before = factor_gradients(model, batch)
+    with torch.no_grad():
+        model.eval()(input_ids=batch)
+    after = factor_gradients(model, batch)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_4_bit_models_of_others_are_kept_from_packing_or_refused(packing_cpu, folder, batch):
+    """A trainer's own model, evaluated after or before it is held."""
+
+    def theirs():
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+        return add_adapter(model, names="q_proj,v_proj", rank=2, alpha=4)
+
+    model = theirs()
+    importance = uniform(model.get_base_model(), "all-linear")
+    before = factor_gradients(model, batch)
+    Penalty(model, importance, strength=1.0)
+    with torch.no_grad():
+        model.eval()(input_ids=batch)
+    after = factor_gradients(model, batch)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    model = theirs()
+    with torch.no_grad():
+        model.eval()(input_ids=batch)
+    with pytest.raises(ValueError, match="packed for inference"):
+        Penalty(model, importance, strength=1.0)
+    with pytest.raises(ValueError, match="packed for inference"):
+        Kronecker(model)
+
+
+def test_recording_in_4_bit_sees_what_the_dequantised_model_does(packing_cpu, folder, batch):
+    model = loaded(folder, "4bit")
+    recorder = Kronecker(model)
+    recorder.observe(batch)
+    importance = recorder.finish()
+    assert all(importance[name].norm() > 0 for name in importance)

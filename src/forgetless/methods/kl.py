@@ -42,6 +42,7 @@ from forgetless.methods.divergence import kl_gradient, stored_gradient
 from forgetless.methods.kinds import sequence_weights
 from forgetless.methods.method import Setup
 from forgetless.methods.terms import count_scored, order_of_turn, scored_logits, undisturbed
+from forgetless.model.quantised import keep_differentiable
 
 # Steps among whose sequences those of like length are looked for: with 2 of 64 answers a step, 3 %
 # of their tokens are padding, and 22 % without.
@@ -75,6 +76,7 @@ class KL:
         stored: Sequence[StoredBase] | None = None,
         weights: Sequence[float] | None = None,
     ):
+        keep_differentiable(model)
         self.model = model
         self.text = list(text)
         self.stored = None if stored is None else list(stored)

@@ -20,6 +20,7 @@ from torch import nn
 
 from forgetless.errors import OptionError
 from forgetless.files.atomic import discard, room_for, temporary_beside
+from forgetless.model.quantised import keep_differentiable
 from forgetless.options.model import ModelOptions
 
 
@@ -70,6 +71,7 @@ def load_model(options: ModelOptions, name: str | None = None) -> nn.Module:
     _check_bare_and_whole(name, model, loaded)
     if options.quantize == "none":
         model = model.to(device_of(options))
+    keep_differentiable(model)
     return model.eval()
 
 

@@ -30,6 +30,7 @@ from forgetless.model.linear import (
     place_of,
     unwrapped,
 )
+from forgetless.model.quantised import keep_differentiable
 from forgetless.model.weights import FullWeight, LowRankWeight, TargetWeight
 
 logger = logging.getLogger("forgetless")
@@ -273,9 +274,11 @@ def base_layers(model: nn.Module, names: str) -> list[BaseLayer]:
     """The base layers chosen by `names` (see `matching`), with or without adapters around them.
 
     Raises ValueError where switching the adapters off would not give the bare base: merged
-    adapters, or ones that moved the base weight.
+    adapters, or ones that moved the base weight; and where no gradient flows through a layer
+    (quantised.py).
     """
     base = unwrapped(model)
+    keep_differentiable(base)
     for path, module in base.named_modules():
         if getattr(module, "merged", False):
             raise ValueError(

@@ -35,6 +35,7 @@ from forgetless.errors import OptionError, nearest
 from forgetless.importance.entries import Entry
 from forgetless.importance.importance import Importance
 from forgetless.model import shards
+from forgetless.model.quantised import keep_differentiable
 from forgetless.model.targets import target_weights
 from forgetless.model.weights import TargetWeight, wider
 from forgetless.penalty import algebra, sharing
@@ -92,6 +93,7 @@ class Penalty:
         self.kernel = kernel
         self.offload = offload
         self.shard = shard
+        keep_differentiable(model)
         self.weights = target_weights(model, names=names)
         targets = [weight.name for weight in self.weights]
         check_fit(model, importance, targets, anchor)
