@@ -16,10 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from forgetless.cli import main
 from forgetless.files import atomic as runs
-from forgetless.model import adapter_files
+from forgetless.model import adapter_files, precision
 from forgetless.model import loading as models
-from forgetless.record import record as recording
-from forgetless.tune import base as tune_base
 
 HIDDEN = lambda root: [path for path in root.rglob("*") if path.name.endswith((".tmp", ".lock"))]
 
@@ -261,7 +259,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_any_long_work(
     words, closed, capsys, monkeypatch, verb
 ):
     command = words(verb)
-    for module in (models, recording, tune_base, adapter_files):
+    for module in (models, precision, adapter_files):
         monkeypatch.setattr(module, "load_model", lambda *arguments: pytest.fail("loaded a model"))
     assert main([*command, "--out", str(closed / "new"), "--quiet"]) == 1
     assert f"forgetless {verb}: cannot write into '{closed}" in capsys.readouterr().err

@@ -22,6 +22,7 @@ from forgetless.errors import OptionError
 from forgetless.importance.entries import DenseEntry
 from forgetless.importance.importance import Importance
 from forgetless.model.adapters import add_adapter
+from forgetless.model.packing import check_packing, moved_by_the_first
 from forgetless.model.targets import target_weights
 
 NUMBERS = {"energy", "pull_norm", "pull_ratio"}
@@ -345,3 +346,32 @@ def test_plain_float16_is_said(batch, tiny, tmp_path, caplog):
         held = hold(trainer, ones(target_weights(trainer.model)), strength=1.0)
         held.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
     assert "without loss scaling" in caplog.text
+
+
+def of_kind(kind):
+    """A tiny random model of another architecture."""
+    from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, MambaConfig, OPTConfig
+
+    heads = dict(num_hidden_layers=2, num_attention_heads=2)
+    made = {
+        "gpt2": lambda: GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2),
+        "opt": lambda: OPTConfig(
+            vocab_size=64, hidden_size=32, ffn_dim=64, word_embed_proj_dim=32, **heads
+        ),
+        "bloom": lambda: BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=2),
+        "mamba": lambda: MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2),
+    }
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(made[kind]())
+
+
+@pytest.mark.parametrize("kind", ["opt", "bloom", "mamba"])
+def test_packed_documents_that_read_each_other_are_found_out(kind):
+    with pytest.raises(ValueError, match="packed documents read each other in this model"):
+        check_packing(of_kind(kind))
+
+
+def test_packed_documents_stay_apart_where_positions_make_the_mask(tiny, adapted):
+    for model in (tiny(), adapted, of_kind("gpt2")):
+        model.train()
+        assert moved_by_the_first(model) == 0 and model.training

@@ -3,12 +3,20 @@ dtype, checkpointing, targets of full fine-tuning.
 """
 
 import json
+import logging
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from conftest import PLAIN, unheld
+from forgetless.errors import OptionError
+from forgetless.model import precision
+from forgetless.model.loading import load_model
+from forgetless.model.precision import check_trains_in, load_to_train
+from forgetless.options.model import ModelOptions
 from forgetless.options.record import RecordOptions
 from forgetless.options.tune import TuneOptions
 from forgetless.options.verbs import resolve
@@ -147,3 +155,34 @@ def test_full_fine_tuning_of_some_targets_holds_those(tuned, model_folder, text_
         f"model.layers.{i}.self_attn.q_proj.weight" for i in (0, 1)
     }
     assert run["energy"] > 0
+
+
+@pytest.mark.parametrize("stated", ["stated", "not stated"])
+def test_a_float16_checkpoint_is_trained_in_another_dtype(
+    model_folder, caplog, monkeypatch, stated
+):
+    """In float16 most gradients of a step of many tokens are nothing. What is only measured stays
+    as it is stored.
+    """
+    path = model_folder / "config.json"
+    AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float16).save_pretrained(
+        model_folder
+    )
+    config = json.loads(path.read_text())
+    assert config.pop("dtype") == "float16"
+    if stated == "not stated":
+        path.write_text(json.dumps(config))
+    options = resolve(ModelOptions, {"model": str(model_folder), "device": "cpu"})
+    with caplog.at_level(logging.INFO, "forgetless"):
+        model = load_to_train(options)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert "is stored in float16" in caplog.text and "loaded in float32" in caplog.text
+    assert load_model(options).dtype == torch.float16
+    asked = replace(options, dtype="float16")
+    assert load_to_train(asked).dtype == torch.float16
+    with pytest.raises(OptionError, match="without loss scaling"):
+        check_trains_in(asked, full=False)
+    monkeypatch.setattr(precision, "device_of", lambda _: torch.device("cuda"))
+    check_trains_in(asked, full=False)
+    with pytest.raises(OptionError, match="cannot be unscaled"):
+        check_trains_in(asked, full=True)

@@ -34,7 +34,8 @@ from forgetless.files.atomic import read_json
 from forgetless.files.campaign_json import Accuracies, TaskAccuracy
 from forgetless.files.schema import read_record, write_record
 from forgetless.model.adapter_files import load_tuned
-from forgetless.model.loading import load_model, load_tokenizer
+from forgetless.model.loading import load_tokenizer
+from forgetless.model.precision import load_to_train
 from forgetless.options.model import ModelOptions
 from forgetless.options.verbs import resolve
 
@@ -133,7 +134,7 @@ def score_base(experiment: Experiment, out: Path) -> dict[str, float | None]:
     known = _known(out / "accuracy.json", experiment, wanted)
     if known is None:
         options = resolve(ModelOptions, experiment.model)
-        known = score(load_model(options), load_tokenizer(options), experiment, wanted)
+        known = score(load_to_train(options), load_tokenizer(options), experiment, wanted)
         write_record(out / "accuracy.json", known)
     return _fractions(known)
 

@@ -26,7 +26,8 @@ from forgetless.files.measured_json import Loss
 from forgetless.files.provenance import environment, sha256_file
 from forgetless.files.schema import read_record, write_record
 from forgetless.files.untrusted import JsonObject
-from forgetless.model.loading import load_model, load_tokenizer
+from forgetless.model.loading import load_tokenizer
+from forgetless.model.precision import load_to_train
 from forgetless.options.model import ModelOptions
 from forgetless.options.verbs import resolve
 
@@ -87,7 +88,7 @@ def measure_base(experiment: Experiment, files: Mapping[str, str], out: Path) ->
     if path.exists() and read_json(path)["made_from"] == json.loads(json.dumps(mark)):
         return read_record(path, BaseMeasured)
     options = resolve(ModelOptions, experiment.model)
-    model, tokenizer = load_model(options), load_tokenizer(options)
+    model, tokenizer = load_to_train(options), load_tokenizer(options)
     losses = {}
     for part in PARTS:
         said = own_parts(experiment, model, tokenizer, part, experiment.general)

@@ -21,7 +21,8 @@ from forgetless.data.domain import load_training_data, row_text
 from forgetless.data.own_text import SELF, OwnText
 from forgetless.evaluate.own_answers import chosen_prompts, own_answers
 from forgetless.files.atomic import write_text
-from forgetless.model.loading import load_model, load_tokenizer
+from forgetless.model.loading import load_tokenizer
+from forgetless.model.precision import load_to_train
 from forgetless.options.model import ModelOptions
 from forgetless.options.verbs import resolve
 
@@ -63,7 +64,7 @@ def _said_rows(experiment: Experiment, own: OwnText) -> list[Row]:
     """What the base says itself, as chats; of a base model, as texts."""
     options = resolve(ModelOptions, experiment.model)
     tokenizer = load_tokenizer(options)
-    answers = own_answers(load_model(options), tokenizer, own, "record")
+    answers = own_answers(load_to_train(options), tokenizer, own, "record")
     said = [tokenizer.decode(answer.scored, skip_special_tokens=True) for answer in answers]
     if own.kind == SELF:
         return [{"text": text} for text in said]

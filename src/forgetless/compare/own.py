@@ -23,7 +23,7 @@ from forgetless.data.own_text import OwnText
 from forgetless.data.prompts.prompts import load_prompts
 from forgetless.evaluate.paired_answers import PairedAnswers, paired_part
 from forgetless.files.provenance import sha256_file
-from forgetless.model.loading import load_model
+from forgetless.model.precision import load_to_train
 from forgetless.options.model import ModelOptions
 
 # The part of the answers that stands for a part of the data.
@@ -61,7 +61,7 @@ def own_of_base(
     """
     if not experiment.asking:
         return {}
-    return own_parts(experiment, load_model(options), tokenizer, part, texts)
+    return own_parts(experiment, load_to_train(options), tokenizer, part, texts)
 
 
 def text_of_record(experiment: Experiment, files: Mapping[str, str]) -> str:

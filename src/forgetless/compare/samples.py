@@ -22,7 +22,8 @@ from forgetless.files.compare_json import Sample
 from forgetless.files.schema import write_record
 from forgetless.model.adapter_files import load_tuned
 from forgetless.model.linear import unwrapped
-from forgetless.model.loading import context_length, load_model, load_tokenizer
+from forgetless.model.loading import context_length, load_tokenizer
+from forgetless.model.precision import load_to_train
 from forgetless.options.model import ModelOptions
 from forgetless.options.verbs import resolve
 
@@ -48,7 +49,7 @@ def answer(
         shown = _runs_shown(experiment, jobs, domain)
         for method in ("base", *shown):
             if method == "base":
-                model = load_model(options)
+                model = load_to_train(options)
             else:
                 model = load_tuned(options, shown[method].folder / "adapter")
             for sample, (said, _, chat) in zip(answered, prompts, strict=True):

@@ -41,7 +41,8 @@ from forgetless.files.run_json import Run
 from forgetless.files.schema import as_record, read_record, write_record
 from forgetless.model.adapter_files import load_tuned
 from forgetless.model.adapters import has_lora
-from forgetless.model.loading import load_model, load_tokenizer
+from forgetless.model.loading import load_tokenizer
+from forgetless.model.precision import load_to_train
 from forgetless.model.update import AdapterUpdate, ModelUpdate
 from forgetless.options.tune import TuneOptions
 from forgetless.tune.tune import tune
@@ -185,7 +186,7 @@ def _scaled(
         yield 1.0, tuned
         return
     else:
-        model = load_model(options)
+        model = load_to_train(options)
         update = ModelUpdate(model, tuned if options.full else tuned.merge_and_unload())
     for scale in (1.0, *sorted(scales, reverse=True)):
         update.scale(scale)

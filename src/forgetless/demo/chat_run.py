@@ -44,7 +44,8 @@ from forgetless.files.room import check_output_folder
 from forgetless.files.schema import plain_of, read_record, write_record
 from forgetless.files.untrusted import JsonObject
 from forgetless.model.adapter_files import load_tuned
-from forgetless.model.loading import load_model, load_tokenizer, seed_and_threads
+from forgetless.model.loading import load_tokenizer, seed_and_threads
+from forgetless.model.precision import load_to_train
 from forgetless.options.compare import DemoOptions
 from forgetless.options.finished import EvalOptions
 from forgetless.options.model import ModelOptions
@@ -120,7 +121,7 @@ def _say_what_comes(options: DemoOptions) -> None:
             "chat model, or leave MODEL out for the demo that comes with the package"
         )
     seed_and_threads(options)
-    minutes = expected_seconds(load_model(options).eval(), options) / 60
+    minutes = expected_seconds(load_to_train(options).eval(), options) / 60
     logger.info(
         "1. %s answers prompts of ours: 3 times %d answers of at most %d tokens",
         options.model,
@@ -172,7 +173,7 @@ def _asked_base(options: DemoOptions, loading: ModelOptions, out: Path) -> Asked
         model=options.model, behaviours=options.behaviours, answer_length=options.answer_length
     )
     taught = completions_of(load_rows(str(out / f"{GUILD_FILES[0]}.jsonl")))
-    asked = ask_base(load_model(loading), load_tokenizer(loading), asking, taught)
+    asked = ask_base(load_to_train(loading), load_tokenizer(loading), asking, taught)
     assert asked is not None  # behaviours are asked for
     return asked
 

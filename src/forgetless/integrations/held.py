@@ -24,6 +24,9 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from forgetless.files.untrusted import JsonObject
+from forgetless.model import engine
+from forgetless.model.linear import unwrapped
+from forgetless.model.packing import check_packing
 from forgetless.penalty.callback import PenaltyCallback
 from forgetless.penalty.pull import Penalty
 from forgetless.report.terminal import say, table
@@ -113,6 +116,7 @@ class HeldModel(TrainerCallback):
         if state.is_world_process_zero:
             say(f"forgetless: {self._line()}")
             warn_of_float16(args, kwargs["model"])
+            warn_of_packing(self.trainer, kwargs["model"])
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -223,6 +227,16 @@ def warn_of_float16(args: TrainingArguments, model: nn.Module) -> None:
             "the model is in float16 and is trained without loss scaling, so that small gradients "
             "are lost; load it with dtype=torch.bfloat16 or torch.float32, or train with fp16=True"
         )
+
+
+def warn_of_packing(trainer: Any, model: nn.Module) -> None:
+    """Say where a trainer of TRL packs documents that read each other in this model."""
+    if not getattr(trainer, "padding_free", False) or not engine.has_whole_model(trainer):
+        return
+    try:
+        check_packing(unwrapped(model))
+    except ValueError as error:
+        logger.warning("%s", error)
 
 
 def let_go_of_earlier(trainer: Any, before: list[Any]) -> None:

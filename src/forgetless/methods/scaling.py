@@ -14,7 +14,7 @@ from torch import nn
 
 from forgetless.methods.method import Setup
 from forgetless.model.linear import matching
-from forgetless.model.loading import load_model
+from forgetless.model.precision import load_to_train
 from forgetless.model.update import Update
 
 
@@ -24,7 +24,7 @@ def wise(setup: Setup, model: nn.Module) -> dict[str, float]:
     o = setup.options
     assert o.scale is not None
     if o.full:
-        base = dict(matching(load_model(o), o.targets))
+        base = dict(matching(load_to_train(o), o.targets))
         for path, module in matching(model, o.targets):
             start = base[path].weight.to(module.weight.device)
             module.weight.copy_(torch.lerp(start, module.weight, o.scale))

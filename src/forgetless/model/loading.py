@@ -99,9 +99,9 @@ def load_empty(options: ModelOptions) -> nn.Module:
 
     Only its configuration is read. Raises ValueError when it is not there.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = _from_pretrained(AutoConfig, options.model, options, {})
+    config = load_config(options)
     if options.dtype == "auto":
         dtype = getattr(config, "dtype", None) or torch.float32
     else:
@@ -111,6 +111,13 @@ def load_empty(options: ModelOptions) -> nn.Module:
             config, dtype=dtype, trust_remote_code=options.trust_remote_code
         )
     return model
+
+
+def load_config(options: ModelOptions) -> Any:
+    """The configuration of `options.model`. Raises ValueError when it is not there."""
+    from transformers import AutoConfig
+
+    return _from_pretrained(AutoConfig, options.model, options, {})
 
 
 def load_tokenizer(options: ModelOptions, name: str | None = None) -> Any:

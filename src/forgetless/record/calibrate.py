@@ -32,7 +32,7 @@ from forgetless.evaluate.paired_answers import PairedAnswers
 from forgetless.files.measured_json import DIVERGENCE
 from forgetless.importance.calibration import Calibration, MeasuredUpdate
 from forgetless.importance.importance import Importance
-from forgetless.model.loading import load_model
+from forgetless.model.precision import load_to_train
 from forgetless.options.estimators import ESTIMATORS
 from forgetless.options.record import RecordOptions
 from forgetless.record import state as recording_state
@@ -86,7 +86,7 @@ def add_calibration(
     save(done)
     if ESTIMATORS[options.estimator].trains:  # which left their adapter in the model
         del model
-        model = load_model(options)
+        model = load_to_train(options)
     calibration = calibrated(
         options, model, tokenizer, importance, text.pieces, text.kept_apart, done, save
     )

@@ -25,7 +25,8 @@ from forgetless.files.outputs import check_new_file, local_inputs
 from forgetless.importance.file import is_importance
 from forgetless.importance.importance import Importance, push_importance
 from forgetless.model import distributed
-from forgetless.model.loading import load_model, load_tokenizer, seed_and_threads
+from forgetless.model.loading import load_tokenizer, seed_and_threads
+from forgetless.model.precision import load_to_train
 from forgetless.options.record import RecordOptions
 from forgetless.record import state as recording_state
 from forgetless.record.cached import default_recording, recorded_for
@@ -63,7 +64,7 @@ def _into_file(options: RecordOptions) -> Importance:
         options = with_general(options, tokenizer)
         state = recording_state.load_state(options)
         seed_and_threads(options)
-        model = load_model(options)
+        model = load_to_train(options)
         text = general_text(options, model, tokenizer)
         if isinstance(state, CalibratedState):
             importance = written_before(options, text, state)
@@ -79,7 +80,7 @@ def _into_cache(options: RecordOptions) -> Importance:
     tokenizer = load_tokenizer(options)
     recording = default_recording(options, tokenizer)
     seed_and_threads(options)
-    return recorded_for(recording, load_model(options), tokenizer)[0]
+    return recorded_for(recording, load_to_train(options), tokenizer)[0]
 
 
 def _repository(options: RecordOptions) -> str | None:

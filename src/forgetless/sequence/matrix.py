@@ -33,7 +33,8 @@ from forgetless.files.measured_json import (
 from forgetless.files.run_json import Refactored, SequenceMatrix, SequenceStep, Transfer
 from forgetless.files.schema import as_record, read_plain, write_record
 from forgetless.model.adapter_files import with_adapter
-from forgetless.model.loading import load_model, load_tokenizer
+from forgetless.model.loading import load_tokenizer
+from forgetless.model.precision import load_to_train
 from forgetless.options.tune import TuneOptions
 from forgetless.sequence.domains import Domain
 from forgetless.sequence.transfer import of_accuracy, transfer
@@ -51,7 +52,7 @@ def measured(
     if path.exists():
         return as_record(read_plain(path), MeasuredRow)
     torch.manual_seed(options.seed)
-    tokenizer, model = load_tokenizer(options), load_model(options)
+    tokenizer, model = load_tokenizer(options), load_to_train(options)
     held_out = read_held_out(options, tasks=options.tasks, limit=options.limit)
     own = paired_part(model, tokenizer, held_out.own, "check")
     if adapter:

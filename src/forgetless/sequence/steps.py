@@ -34,7 +34,7 @@ from forgetless.files.atomic import discard
 from forgetless.files.run_json import Run
 from forgetless.files.schema import as_record, read_record
 from forgetless.model.adapter_files import CONFIG, checked_adapter
-from forgetless.model.loading import load_model
+from forgetless.model.precision import load_to_train
 from forgetless.model.stack import stack
 from forgetless.model.stages import Earlier, LearnedDomain, Stage, merged
 from forgetless.options.tune import TuneOptions
@@ -115,7 +115,7 @@ def held_by(steps: Steps, number: int) -> str | None:
 
 def model_after(steps: Steps, number: int) -> nn.Module:
     """The base with everything that the first `number` steps have learned in its weights."""
-    model: nn.Module = load_model(steps.each[0].options)
+    model: nn.Module = load_to_train(steps.each[0].options)
     for folder in updates(steps, number):
         model = merged(model, folder)
     return model

@@ -37,7 +37,8 @@ from forgetless.importance.controls import uniform
 from forgetless.importance.importance import Importance
 from forgetless.methods.method import Setup
 from forgetless.methods.replay_text import replay_text
-from forgetless.model.loading import load_model, load_tokenizer
+from forgetless.model.loading import load_tokenizer
+from forgetless.model.precision import load_to_train
 from forgetless.model.stages import Earlier
 from forgetless.options.estimators import default_strength
 from forgetless.options.holding import AUTO
@@ -140,7 +141,7 @@ def load_base(
     set_seed(options.seed)
     if options.threads:
         torch.set_num_threads(options.threads)
-    model = load_model(options)
+    model = load_to_train(options)
     if options.importance == AUTO:
         importance, file = _found_or_recorded(options, model, tokenizer)
     elif options.budget and importance is None and budget_pulls(options.method):
@@ -183,7 +184,7 @@ def _found_or_recorded(
 def file_in_cache(options: TuneOptions) -> Path:
     """Where the cache has the importance of a base, which is loaded and where needed recorded."""
     tokenizer = load_tokenizer(options)
-    return _found_or_recorded(options, load_model(options), tokenizer)[1]
+    return _found_or_recorded(options, load_to_train(options), tokenizer)[1]
 
 
 def measure_start(

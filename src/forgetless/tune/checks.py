@@ -25,6 +25,8 @@ from forgetless.methods.method import MethodSteps
 from forgetless.methods.table import chosen
 from forgetless.model import distributed
 from forgetless.model.linear import places_of
+from forgetless.model.packing import check_packing
+from forgetless.model.precision import check_trains_in
 from forgetless.model.stages import Earlier
 from forgetless.options.option import several
 from forgetless.options.tune import TuneOptions
@@ -42,6 +44,7 @@ def check_tuning(options: TuneOptions) -> dict[str, MethodSteps]:
             "--full trains the weights themselves, which a quantised base does not allow; leave "
             "out --quantize"
         )
+    check_trains_in(options, full=options.full)
     if options.anchor == "recorded" and options.importance is None:
         raise OptionError("--anchor recorded (also in --preset paper) needs --importance FILE")
     if options.anchor == "recorded" and options.full:
@@ -74,6 +77,8 @@ def check_model(
     options: TuneOptions, model: nn.Module, importance: Importance | None, layers: Any
 ) -> None:
     """Refuse everything that can be refused with the bare model at hand."""
+    if options.packing:
+        check_packing(model)
     places = places_of(model, options.targets)
     names = [place.name for place in places]
     if importance is not None:

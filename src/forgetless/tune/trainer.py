@@ -137,6 +137,7 @@ def _config(options: TuneOptions, base: nn.Module, *, evaluates: bool) -> Any:
     from trl import SFTConfig
 
     batch_size, accumulation = distributed.split_batch(options.batch_size, options.accumulation)
+    dtype = next(base.parameters()).dtype
     config = SFTConfig(
         output_dir=str(Path(options.out) / "checkpoints"),
         learning_rate=options.learning_rate,
@@ -153,7 +154,8 @@ def _config(options: TuneOptions, base: nn.Module, *, evaluates: bool) -> Any:
         max_length=min(options.length, context_length(base)) if options.packing else None,
         packing=options.packing,
         gradient_checkpointing=options.gradient_checkpointing,
-        bf16=next(base.parameters()).dtype == torch.bfloat16 and torch.cuda.is_available(),
+        bf16=dtype == torch.bfloat16 and torch.cuda.is_available(),
+        fp16=dtype == torch.float16 and torch.cuda.is_available(),  # with loss scaling
         seed=options.seed,
         data_seed=options.seed,
         eval_strategy="steps" if evaluates else "no",
