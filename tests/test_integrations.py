@@ -169,6 +169,14 @@ def test_the_grpo_script(run_script, model_folder, recorded, tmp_path):
     assert "'pull_norm'" in out and load_file(tmp_path / "out" / "adapter_model.safetensors")
 
 
+def test_the_sdft_script(run_script, model_folder, recorded, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join([json.dumps({"prompt": "the cat", "completion": " sat on"})] * 8))
+    words = [model_folder, rows, "--importance", recorded, "--out", tmp_path / "out"]
+    out = run_script(EXAMPLES / "trl_sdft.py", *words, "--steps", 2, "--completion", 4)
+    assert "'pull_norm'" in out and load_file(tmp_path / "out" / "adapter_model.safetensors")
+
+
 @needs("wandb")
 def test_wandb_offline(model_folder, text_file, recorded, tmp_path):
     """Its numbers reach the file that `wandb sync` uploads."""

@@ -87,7 +87,7 @@ PULLS = ("hold", "ewc-lora", "la-lora", "l2", "shuffled")
 # What adapters that are no product of two factors cannot be combined with, and why.
 NOT_LORA = {
     **dict.fromkeys(
-        (*PULLS, "proximal", "project", "lora-fa", "o-lora", "rslora", "wise"),
+        (*PULLS, "proximal", "project", "null-start", "lora-fa", "o-lora", "rslora", "wise"),
         "its update is not the product of two LoRA factors",
     ),
     "full": "it is an adapter",
@@ -99,7 +99,7 @@ ALONE = dict.fromkeys(
 )
 # What a method that changes the base weight cannot be combined with, and why.
 MOVES = dict.fromkeys(
-    (*PULLS, "proximal", "project", "kl", "wise", "lora-fa", "o-lora"),
+    (*PULLS, "proximal", "project", "null-start", "kl", "wise", "lora-fa", "o-lora"),
     "corda starts by taking directions out of the base weight, so its factors are not the update",
 )
 # What methods that hold after the step cannot be combined with, and why.
@@ -214,6 +214,11 @@ METHODS: dict[str, Method] = {
         needs=("scale",),
         finish="forgetless.methods.scaling:wise",
     ),
+    "dg-hard": Method(
+        help="the finished update without its noise",
+        check="forgetless.methods.noise:check_full",
+        finish="forgetless.methods.noise:dg_hard",
+    ),
     "ewc-lora": Method(
         help="held by the diagonal Fisher",
         family="penalty",
@@ -267,7 +272,8 @@ METHODS: dict[str, Method] = {
         family="adapter",
         lora=True,
         adapter="forgetless.methods.adapters:oft",
-        refuses=NOT_LORA,
+        # wise scales the rotations by what generates them.
+        refuses={name: why for name, why in NOT_LORA.items() if name != "wise"},
     ),
     "osf": Method(
         help="only the smallest singular directions",
@@ -287,6 +293,15 @@ METHODS: dict[str, Method] = {
         adapter="forgetless.methods.adapters:corda",
         save="forgetless.methods.adapters:save_as_lora",
         refuses=MOVES,
+    ),
+    "null-start": Method(
+        help="A starts beside what general inputs use",
+        family="adapter",
+        needs=("importance",),
+        lora=True,
+        check="forgetless.methods.after_step:check_towards_base",
+        start="forgetless.methods.null_start:null_start",
+        budget=True,
     ),
     "lora-fa": Method(
         help="LoRA with A frozen",
