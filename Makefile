@@ -57,6 +57,7 @@ bench bench-gpu: $(READY)
 	$(BENCH) benchmarks/pull.py $(PULL)
 	$(BENCH) benchmarks/tuning.py
 	$(BENCH) benchmarks/recording.py
+	$(BENCH) benchmarks/tracking.py
 	$(BENCH) benchmarks/sizes.py
 	$(BENCH) benchmarks/table.py
 

@@ -116,7 +116,7 @@ def row(
         ratio,
         baseline,
         device_name(),
-        f"python {env['python']} {versions}",
+        f"python {env.python} {versions}",
         commit,
         datetime.date.today().isoformat(),
     )

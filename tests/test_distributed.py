@@ -34,6 +34,7 @@ from forgetless.penalty import sharing
 from forgetless.penalty.callback import PenaltyCallback
 from forgetless.record import record as recording
 from forgetless.record import state as recording_state
+from forgetless.record import sums
 from forgetless.record.activation import Activation
 from forgetless.record.callback import RecorderCallback
 from forgetless.record.path_factored import PathFactored
@@ -165,6 +166,27 @@ def observed():
     return found
 
 
+def tracked():
+    """What a recording has whose covariances are tracked, each process its part of the text: the
+    energy of an update of each weight, and the traces.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sums, "TRACKED_FROM", 16)
+        recorder = Kronecker(tiny(), rank=2)
+        for k, batch in enumerate(text()):
+            if k % distributed.world_size() == distributed.rank():
+                recorder.observe(**batch)
+            else:
+                recorder.skip(**batch)
+        made = recorder.finish()
+    found = {}
+    for name, entry in made.entries.items():
+        U = torch.randn(entry.shape, generator=torch.Generator().manual_seed(0))
+        traces = entry.in_cov.trace(), entry.out_cov.trace()
+        found[name] = float(entry.energy(U)), *traces
+    return found
+
+
 def trained(estimator, gradient, full=False):
     """A path recorder's importance after three steps on batches that are shared by row, under DDP
     where there are several processes.
@@ -205,7 +227,11 @@ def recorded():
         ("path-factored", "exact"),
         ("path", "exact", True),
     ]
-    return {"observed": observed(), "trained": [trained(*case) for case in cases]}
+    return {
+        "observed": observed(),
+        "trained": [trained(*case) for case in cases],
+        "tracked": tracked(),
+    }
 
 
 def held(tier, full, shard):
@@ -412,6 +438,11 @@ def test_recording_in_many_processes_is_recording_in_one(tmp_path, size):
             assert (
                 size > 2 or 0.35 * kept < share < 0.65 * kept
             )  # credits are shared out by weight, of which there are few
+        for name, (energy, *traces) in one["tracked"].items():
+            theirs, *others = many["tracked"][name]
+            # Directions that two have tracked apart are not quite those that one has tracked.
+            assert theirs == pytest.approx(energy, rel=0.15), name
+            assert others == pytest.approx(traces, rel=1e-4), name
 
 
 @pytest.mark.parametrize("size", [2, 4])

@@ -341,7 +341,7 @@ def test_a_group_holds_only_its_own_sums(tiny, text):
             sum(
                 t.numel() * t.element_size()
                 for sums in recorder._sums().values()
-                for t in sums.values()
+                for t in sums.state().values()
             )
             <= largest
         )

@@ -14,6 +14,7 @@ from forgetless.options.estimators import ESTIMATORS
 from forgetless.options.plan import PlanOptions
 from forgetless.plan.sketch import Sketch
 from forgetless.record.division import in_groups
+from forgetless.record.sums import summed_numbers
 
 # Memory of usual GPUs in GiB.
 GPUS = (24, 48, 80)
@@ -80,4 +81,16 @@ def sums_of(options: PlanOptions, weights: list[Planned]) -> int:
     if estimator.tier == "f32":  # credits, and of a path the importance of the epochs before
         each = 8 if estimator.trains else 4
         return each * sum(weight.shape[0] * weight.shape[1] for weight in weights)
+    if estimator.tier == "kronecker":
+        return 4 * sum(summed_of(options, weight) for weight in weights)
     return bytes_of_tensors(weights, estimator.tier)
+
+
+def summed_of(options: PlanOptions, weight: Planned) -> int:
+    """Numbers that kronecker sums for a weight; a shared input counts for the first that reads it.
+
+    As record does, which keeps whole covariances where a tier is asked for.
+    """
+    rank = None if options.tier else options.cov_rank or None
+    out, into = weight.shape
+    return summed_numbers(out, rank) + (summed_numbers(into, rank) if weight.leads else 0)

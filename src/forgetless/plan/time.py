@@ -7,7 +7,8 @@ and L the blocks:
     backward pass     the same for the inputs; with --full also 2 T for each trained weight; LoRA's
                       factors take 6 T each, forward pass included
     recording         the forward pass and the same backward pass (activation needs none); kronecker
-                      adds 2 T (out^2 + in^2), fisher and path 2 T out in
+                      adds 2 T (out^2 + in^2), or 4 w T (out + in) where w directions are tracked,
+                      fisher and path 2 T out in
     pull              importance/sizes.py, once per optimizer step
 
 Time is operations / rate: the rate of a product like the model's, and that of a real pull on one
@@ -33,6 +34,7 @@ from forgetless.model.loading import device_of
 from forgetless.options.estimators import ESTIMATORS
 from forgetless.options.plan import PlanOptions
 from forgetless.penalty.algebra import low_rank_pull
+from forgetless.plan.fits import summed_of
 from forgetless.plan.sketch import Sketch
 
 # Rows of the product whose rate is measured: few, so that a call is over before the machine turns
@@ -92,9 +94,7 @@ def _recording(options: PlanOptions, sketch: Sketch, forward: float) -> float:
     estimator = ESTIMATORS[options.estimator]
     if estimator.constant:
         return 0.0
-    covariances = 2.0 * sum(
-        w.shape[0] ** 2 + (w.shape[1] ** 2 if w.leads else 0) for w in sketch.weights
-    )
+    covariances = 2.0 * sum(summed_of(options, weight) for weight in sketch.weights)
     sums = {"kronecker": covariances, "f32": 2.0 * sketch.elements}.get(estimator.tier, 0.0)
     passes = 2 if estimator.gradients else 1
     return (passes * forward + sums) * options.general_tokens

@@ -20,6 +20,7 @@ from forgetless.importance.entries import Entry, FactoredEntry
 from forgetless.importance.info import Settings
 from forgetless.model.targets import BaseLayer
 from forgetless.record.observing_recorder import ObservingRecorder
+from forgetless.record.sums import Sums, SumsByWeight
 
 
 class Activation(ObservingRecorder):
@@ -33,7 +34,7 @@ class Activation(ObservingRecorder):
 
     def __init__(self, model: nn.Module, names: str = "all-linear"):
         super().__init__(model, names)
-        self._squares: dict[str, Tensor] = {}
+        self._squares = Sums()
 
     def _see(self, layer: BaseLayer, x: Tensor, d: Tensor | None, counts: Tensor) -> None:
         if self.leaders[layer.name] == layer.name:
@@ -50,7 +51,7 @@ class Activation(ObservingRecorder):
             entries[layer.name] = FactoredEntry(means.new_ones(layer.shape[0], 1), means[:, None])
         return entries
 
-    def _sums(self) -> dict[str, dict[str, Tensor]]:
+    def _sums(self) -> dict[str, SumsByWeight]:
         return {"squares": self._squares}
 
     def _settings(self) -> Settings:

@@ -79,10 +79,12 @@ class Division:
             self.observed = self.groups[self.group]
 
     def energy_errors(self, estimator: str, names: Iterable[str]) -> EnergyErrors | None:
-        """The errors of these weights, for the importance file; None where nothing was cut."""
+        """The errors of those of these weights that have one, for the importance file; None where
+        nothing was cut.
+        """
         if not self.errors:
             return None
-        by_weight = {name: list(self.errors[name]) for name in names}
+        by_weight = {name: list(self.errors[name]) for name in names if name in self.errors}
         return EnergyErrors(against=estimator, weights=by_weight)
 
     def state(self) -> DivisionState:

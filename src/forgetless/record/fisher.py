@@ -31,6 +31,7 @@ from forgetless.importance.info import Settings
 from forgetless.model.targets import BaseLayer
 from forgetless.model.weights import wider
 from forgetless.record.observing_recorder import ObservingRecorder
+from forgetless.record.sums import Sums, SumsByWeight
 
 
 class Fisher(ObservingRecorder):
@@ -47,7 +48,7 @@ class Fisher(ObservingRecorder):
         seed: int = 0,
     ):
         super().__init__(model, names, labels=labels, seed=seed)
-        self._squares: dict[str, Tensor] = {}
+        self._squares = Sums()
 
     def _see(self, layer: BaseLayer, x: Tensor, d: Tensor | None, counts: Tensor) -> None:
         assert d is not None
@@ -71,7 +72,7 @@ class Fisher(ObservingRecorder):
     def _entries(self) -> dict[str, Entry]:
         return {layer.name: DenseEntry(self._of(layer) / self.tokens) for layer in self.observed}
 
-    def _sums(self) -> dict[str, dict[str, Tensor]]:
+    def _sums(self) -> dict[str, SumsByWeight]:
         return {"squares": self._squares}
 
     def _settings(self) -> Settings:

@@ -12,11 +12,12 @@ tokens of a sequence. labels="sampled" takes the d of the true Fisher, "empirica
 of the text. Unlike a diagonal it knows that an update may move along directions that general text
 never uses.
 
-`rank=k` keeps rank k + constant diagonal of each covariance (see covariance.py). It costs one f32
-(n, n) matrix per input and per weight's output, and n^2 operations per token: 92 GB for all linear
-weights of an 8B Llama, until they are cut. `divide` (observing_recorder.py) sees one group of
-weights per pass over the text, so that only a group's matrices are there at once: N passes, the
-same result.
+`rank=k` keeps rank k + constant diagonal of each covariance (see covariance.py), and tracks those
+of wide layers along 2k directions while the text goes by (tracked.py): 2.3 GB for all linear
+weights of an 8B Llama at rank 64. Without a rank each is one f32 (n, n) matrix, which takes n^2
+operations per token, 92 GB together; `importance.to_tier("kronecker:64")` cuts those exactly.
+`divide` (observing_recorder.py) sees one group of weights per pass over the text, so that only a
+group's sums are there at once: N passes, the same result.
 
     recorder = Kronecker(model, "all-linear", rank=16)
     for batch in batches: recorder.observe(**batch)
@@ -25,16 +26,16 @@ same result.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from forgetless.errors import OptionError
-from forgetless.importance.covariance import AnyCovariance, Covariance
+from forgetless.importance.covariance import AnyCovariance
 from forgetless.importance.energy_errors import energy_errors
 from forgetless.importance.entries import Entry, KroneckerEntry
 from forgetless.importance.info import Settings
 from forgetless.model.targets import BaseLayer
 from forgetless.record.observing_recorder import ObservingRecorder
+from forgetless.record.sums import CovarianceSums, SumsByWeight, summed_numbers
 
 
 class Kronecker(ObservingRecorder):
@@ -58,8 +59,8 @@ class Kronecker(ObservingRecorder):
             raise OptionError(f"the rank of the covariances must be at least 1, found {rank}")
         super().__init__(model, names, labels=labels, seed=seed)
         self.rank = rank
-        self._out: dict[str, Tensor] = {}
-        self._in: dict[str, Tensor] = {}  # by the first weight that reads the input
+        self._out = CovarianceSums(rank)
+        self._in = CovarianceSums(rank)  # by the first weight that reads the input
 
     @property
     def cuts(self) -> bool:
@@ -68,22 +69,15 @@ class Kronecker(ObservingRecorder):
 
     def _see(self, layer: BaseLayer, x: Tensor, d: Tensor | None, counts: Tensor) -> None:
         assert d is not None
-        self._add(self._out, layer.name, d[counts])
+        self._out.add(layer.name, d[counts])
         if self.leaders[layer.name] == layer.name:
-            self._add(self._in, layer.name, x[counts])
-
-    @staticmethod
-    def _add(sums: dict[str, Tensor], name: str, rows: Tensor) -> None:
-        """sums[name] += rows^T rows; rows (tokens, n)."""
-        if name not in sums:
-            n = rows.shape[1]
-            sums[name] = torch.zeros(n, n, dtype=rows.dtype, device=rows.device)
-        sums[name].addmm_(rows.T, rows)
+            self._in.add(layer.name, x[counts])
 
     def _size(self, layer: BaseLayer) -> int:
         out, into = layer.shape
         leads = self.leaders.get(layer.name, layer.name) == layer.name
-        return out**2 + into**2 if leads else out**2
+        shared = summed_numbers(into, self.rank) if leads else 0
+        return summed_numbers(out, self.rank) + shared
 
     def _entries(self) -> dict[str, Entry]:
         missing = [layer.name for layer in self.observed if layer.name not in self._out]
@@ -93,24 +87,25 @@ class Kronecker(ObservingRecorder):
             )
         entries: dict[str, Entry] = {}
         # One whole covariance of an input and one of an output are there at a time.
-        for leader, total in self._in.items():
-            whole_in = Covariance(total / self.positions)
-            cut_in = self._cut(whole_in)
+        for leader in self._in.names():
+            seen_in = self._in.covariance(leader, self.positions)
+            cut_in = self._cut(seen_in)
             for layer in self.observed:
                 if self.leaders[layer.name] != leader:
                     continue
-                whole_out = Covariance(self._out[layer.name] / self.tokens)
-                entry = KroneckerEntry(self._cut(whole_out), cut_in)
+                seen_out = self._out.covariance(layer.name, self.tokens)
+                entry = KroneckerEntry(self._cut(seen_out), cut_in)
                 entries[layer.name] = entry
-                if self.rank is not None:
-                    whole = KroneckerEntry(whole_out, whole_in)
+                # What was tracked was never whole, so nobody knows what the cut did to it.
+                if self.rank is not None and seen_in.rank is None and seen_out.rank is None:
+                    whole = KroneckerEntry(seen_out, seen_in)
                     self.errors[layer.name] = energy_errors(whole, entry)
         return entries
 
-    def _cut(self, covariance: Covariance) -> AnyCovariance:
+    def _cut(self, covariance: AnyCovariance) -> AnyCovariance:
         return covariance if self.rank is None else covariance.cut(self.rank)
 
-    def _sums(self) -> dict[str, dict[str, Tensor]]:
+    def _sums(self) -> dict[str, SumsByWeight]:
         return {"out": self._out, "in": self._in}
 
     def _settings(self) -> Settings:

@@ -51,8 +51,9 @@ from forgetless.model.targets import BaseLayer, base_layers
 from forgetless.model.weights import wider
 from forgetless.record.division import Division, in_groups
 from forgetless.record.observing_state import ObservingState
-from forgetless.record.seen import Seen, add_up_sums
+from forgetless.record.seen import Seen
 from forgetless.record.state import StateDict
+from forgetless.record.sums import SumsByWeight
 from forgetless.record.watching import (
     See,
     WholeBatches,
@@ -153,8 +154,8 @@ class ObservingRecorder(abc.ABC):
         """
 
     @abc.abstractmethod
-    def _sums(self) -> dict[str, dict[str, Tensor]]:
-        """The dictionaries whose tensors add up, for `state_dict`; loading fills them."""
+    def _sums(self) -> dict[str, SumsByWeight]:
+        """What adds up, for `state_dict`; loading fills it."""
 
     @abc.abstractmethod
     def _settings(self) -> Settings:
@@ -172,8 +173,7 @@ class ObservingRecorder(abc.ABC):
         self._batches.check()
         if self._added_up:
             raise ValueError(
-                "the processes' sums have been added up, so nothing more can be observed; make a "
-                "new recorder"
+                "the processes' sums have been added up; make a new recorder to observe more"
             )
         mask, targets = scored(input_ids, attention_mask, labels)
         is_scored = targets != -100
@@ -281,7 +281,7 @@ class ObservingRecorder(abc.ABC):
         device = self.layers[0].module.weight.device
         names = [layer.name for layer in self.observed]
         for sums in self._sums().values():
-            add_up_sums(sums, names, device)
+            sums.add_up(names, device)
         self._seen, self._added_up = self._seen.of_all_processes(device), True
 
     def describe(self) -> str:
@@ -328,7 +328,7 @@ class ObservingRecorder(abc.ABC):
             leaders=self.leaders,
             passes=self._division.state(),
             numbers=self._seen,
-            sums=self._sums(),
+            sums={key: sums.state() for key, sums in self._sums().items()},
             random=self._random.get_state(),
         )
         return state.plain()
@@ -341,9 +341,9 @@ class ObservingRecorder(abc.ABC):
         layers = {layer.name: layer for layer in self.layers}
         state = ObservingState.of(plain, self.estimator, list(layers))
         self._division.restore(state.passes, layers)
+        devices = {name: layer.module.weight.device for name, layer in layers.items()}
         for key, sums in self._sums().items():
-            for name, tensor in state.sums[key].items():
-                sums[name] = tensor.to(layers[name].module.weight.device).clone()
+            sums.restore(state.sums[key], devices)
         self._batches = WholeBatches()
         self._seen = state.numbers
         self.leaders = dict(state.leaders)
