@@ -29,6 +29,7 @@ from forgetless.evaluate.paired import PairedText, content, encoded_each, pair_w
 from forgetless.evaluate.paired_answers import PairedAnswers, paired_part
 from forgetless.evaluate.rise import FEW_DOCUMENTS, Rise
 from forgetless.files.schema import GENERAL
+from forgetless.model.adapter_path import AdapterPath
 from forgetless.model.loading import context_length
 from forgetless.model.update import Update
 
@@ -128,7 +129,7 @@ class Baseline:
             rises[guard.name] = guard.check.rise(model, error=error)
         return rises
 
-    def spread(self, model: nn.Module, update: Update, *, error: float) -> Spread:
+    def spread(self, model: nn.Module, update: Update | AdapterPath, *, error: float) -> Spread:
         """How far apart control documents move under a random update that costs about the budget;
         the update is as before afterwards.
 

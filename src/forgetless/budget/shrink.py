@@ -31,7 +31,7 @@ from forgetless.budget.finish import keep_budget, keep_predicted
 from forgetless.budget.learning import Learning, domain
 from forgetless.budget.predicted import Forecast, check_calibrated
 from forgetless.budget.scan import EACH
-from forgetless.budget.shrinkable import SHRINK_WRITES, check_shrink
+from forgetless.budget.shrinkable import SHRINK_WRITES, check_shrink, is_of_factors
 from forgetless.budget.ways import Ways, fraction_of, ways_of
 from forgetless.data.domain import encode_rows
 from forgetless.data.inputs import HeldOut, read_held_out
@@ -50,8 +50,10 @@ from forgetless.files.schema import as_record, plain_of, write_record
 from forgetless.files.untrusted import JsonObject
 from forgetless.importance.importance import Importance
 from forgetless.model.adapter_files import load_tuned
+from forgetless.model.adapter_path import AdapterPath
+from forgetless.model.adapter_tokenizer import tuned_tokenizer
 from forgetless.model.adapters import bare
-from forgetless.model.loading import load_tokenizer, save_whole, seed_and_threads
+from forgetless.model.loading import save_whole, seed_and_threads
 from forgetless.model.update import Update
 from forgetless.options.finished import ShrinkOptions
 from forgetless.options.option import as_dict
@@ -69,7 +71,7 @@ class Loaded:
 
     tokenizer: Any
     model: nn.Module
-    update: Update
+    update: Update | AdapterPath
     importance: Importance | None
     ways: Ways
 
@@ -158,21 +160,27 @@ def _load_adapter(options: ShrinkOptions, importance: Importance | None) -> Load
     """The adapter on its base model. Raises ValueError where the importance does not fit it, or the
     result does not fit on the disk.
     """
-    tokenizer = load_tokenizer(options)
+    tokenizer = tuned_tokenizer(options, options.adapter)
     model = load_tuned(options, options.adapter)
-    update = Update(model)
-    if importance is not None:
-        check_fit(model, importance, [weight.name for weight in update.weights], "base")
-    parameters = [p for weight in update.weights for p in weight.parameters]
+    update: Update | AdapterPath
+    if is_of_factors(options.adapter):
+        update = Update(model)
+        if importance is not None:
+            check_fit(model, importance, [weight.name for weight in update.weights], "base")
+        ways = ways_of(update, importance)
+    else:
+        update = AdapterPath(model)
+        ways = {"scale": update.scale}
+    parameters = update.parameters
     check_free_space(Path(options.out), sum(p.numel() * p.element_size() for p in parameters))
     logger.info(
-        "%s %s (%d weights of %s)",
+        "%s %s (%d tensors on %s)",
         options.method,
         options.adapter,
-        len(update.weights),
+        len(parameters),
         options.model,
     )
-    return Loaded(tokenizer, model, update, importance, ways_of(update, importance))
+    return Loaded(tokenizer, model, update, importance, ways)
 
 
 def _measure_base(options: ShrinkOptions, loaded: Loaded, held_out: HeldOut) -> BaseLosses:
@@ -208,7 +216,7 @@ def _shrunk(options: ShrinkOptions, loaded: Loaded, base: BaseLosses) -> BudgetR
         among = (options.method,)
         return keep_budget(base.baseline, model, loaded.ways, base.learning, among=among)
     calibration = check_calibrated(loaded.importance)
-    assert loaded.importance is not None
+    assert loaded.importance is not None and isinstance(loaded.update, Update)
     gauge = Penalty(model, loaded.importance, strength=0.0)
     forecast = Forecast(parse(options.budget), calibration, gauge)
     return keep_predicted(forecast, model, {"scale": loaded.update.scale}, base.learning)

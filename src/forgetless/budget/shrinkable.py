@@ -53,7 +53,7 @@ def check_shrink(options: ShrinkOptions) -> str | None:
                 "updates alone: give --general TEXT, or --method "
                 "scale with --importance FILE of forgetless record --calibrate"
             )
-    config = adapter_config(options.adapter)
+    config = adapter_config(options.adapter, any_kind=scales_any_kind(options))
     adapter = Path(options.adapter).resolve()
     out = Path(options.out).resolve()
     if out == adapter or out in adapter.parents or adapter in out.parents:
@@ -79,23 +79,40 @@ def _check_new(options: ShrinkOptions) -> None:
     check_claim(out, "shrink", SHRINK_WRITES, local_inputs(options))
 
 
-def adapter_config(folder: str) -> JsonObject:
-    """The configuration of a PEFT adapter that shrink can work on.
+def scales_any_kind(options: ShrinkOptions) -> bool:
+    """Whether what is asked needs no update that is a product of two factors: scaling, measured."""
+    return options.method == "scale" and not (options.budget and not options.general)
+
+
+def is_of_factors(folder: str) -> bool:
+    """Whether an adapter's update is a product of two factors and nothing more."""
+    try:
+        adapter_config(folder)
+    except ValueError:
+        return False
+    return True
+
+
+def adapter_config(folder: str, *, any_kind: bool = False) -> JsonObject:
+    """The configuration of a PEFT adapter that shrink can work on: of two factors and nothing more,
+    or with `any_kind` whatever has a way back to its base (adapter_path.py).
 
     Raises ValueError with the reason otherwise.
     """
     config = checked_adapter(folder)
+    if any_kind and not _starts_elsewhere(config):
+        return config
     kind = config.get("peft_type")
     if kind != "LORA":
         raise ValueError(
             f"'{folder}' is a {kind} adapter; shrinking needs an update that is a product of two "
-            "factors: LoRA or rsLoRA"
+            "factors: LoRA or rsLoRA; --method scale with --general TEXT takes this one"
         )
     beyond = [what for key, what in MORE_THAN_FACTORS.items() if config.get(key)]
     if config.get("bias", "none") != "none":
         beyond.append("trained biases")
-    initial = config.get("init_lora_weights", True)
-    if isinstance(initial, str) and initial.lower().startswith(MOVES_THE_BASE):
+    if _starts_elsewhere(config):
+        initial = config["init_lora_weights"]
         raise ValueError(
             f"'{folder}' starts away from the base model (init_lora_weights: {initial}), while "
             "importance belongs to the bare base; convert it to "
@@ -104,6 +121,13 @@ def adapter_config(folder: str) -> JsonObject:
     if beyond:
         raise ValueError(
             f"'{folder}' has {', '.join(beyond)}, which would stay as it is when scale * B @ A "
-            "is shrunk; only plain LoRA and rsLoRA are taken"
+            "is shrunk; only plain LoRA and rsLoRA are taken. --method scale with --general TEXT "
+            "scales all of it"
         )
     return config
+
+
+def _starts_elsewhere(config: JsonObject) -> bool:
+    """Whether making the adapter moved the base."""
+    initial = config.get("init_lora_weights", True)
+    return isinstance(initial, str) and initial.lower().startswith(MOVES_THE_BASE)

@@ -36,7 +36,8 @@ from forgetless.errors import OptionError, nearest
 from forgetless.files.atomic import write_text
 from forgetless.files.outputs import check_new_file, local_inputs
 from forgetless.files.untrusted import load_json
-from forgetless.model.loading import context_length, load_tokenizer, seed_and_threads
+from forgetless.model.adapter_tokenizer import tuned_tokenizer
+from forgetless.model.loading import context_length, seed_and_threads
 from forgetless.options.chat import ChatOptions
 from forgetless.report.terminal import progress
 
@@ -59,7 +60,7 @@ def chat(options: ChatOptions) -> None:
     manner = Manner(
         options.temperature, options.max_tokens, options.seed, options.system, options.raw
     )
-    tokenizer = load_tokenizer(source.options)
+    tokenizer = tuned_tokenizer(source.options, source.tuned_folder)
     _check_template(tokenizer, source.options.model, manner)
     if options.prompts:
         prompts = _read_prompts(options.prompts, manner)

@@ -19,7 +19,7 @@ from torch import nn
 from forgetless.errors import FileError, OptionError
 from forgetless.files.run_json import Run
 from forgetless.files.schema import read_record
-from forgetless.model.adapter_files import CONFIG, checked_adapter, with_adapter
+from forgetless.model.adapter_files import CONFIG, checked_adapter, tuned_folder, with_adapter
 from forgetless.model.adapters import bare
 from forgetless.model.loading import load_model
 from forgetless.options.chat import ChatOptions
@@ -38,6 +38,11 @@ class Source:
     options: ModelOptions
     adapter: str | None = None
     tuned: str | None = None
+
+    @property
+    def tuned_folder(self) -> str:
+        """Where the tuned one lies."""
+        return self.adapter or self.tuned or ""
 
 
 @dataclass(frozen=True)
@@ -63,12 +68,13 @@ def find_source(options: ChatOptions) -> Source:
         checked_adapter(options.adapter)
         return Source(options, adapter=options.adapter)
     if options.tuned:
-        if not (Path(options.tuned) / "config.json").is_file():
+        tuned = tuned_folder(options.tuned)
+        if not (tuned / "config.json").is_file():
             raise FileError(
                 f"'{options.tuned}' is not a model folder: expected config.json in it; give "
                 "--tuned the final/ folder of a run with --full, or --adapter for an adapter"
             )
-        return Source(options, tuned=options.tuned)
+        return Source(options, tuned=str(tuned))
     if (folder / "run.json").is_file():
         return _of_run(options, folder)
     if (folder / CONFIG).is_file():

@@ -48,9 +48,12 @@ from forgetless.files.room import check_output_folder
 from forgetless.files.run_json import EvaluatedRun
 from forgetless.files.schema import plain_of, write_record
 from forgetless.files.untrusted import JsonObject
-from forgetless.model.adapter_files import checked_adapter, with_adapter
+from forgetless.model.adapter_files import adapter_shapes, tuned_folder, with_adapter
+from forgetless.model.adapter_fit import check_adapter_fits
+from forgetless.model.adapter_path import scaled_update
+from forgetless.model.adapter_rows import give_rows
+from forgetless.model.adapter_tokenizer import tuned_tokenizer
 from forgetless.model.loading import load_model, load_tokenizer, seed_and_threads
-from forgetless.model.update import AdapterUpdate
 from forgetless.options.finished import EvalOptions
 from forgetless.options.option import as_dict
 from forgetless.report.behaviours import behaviours_in_words
@@ -246,7 +249,7 @@ def evaluate(options: EvalOptions) -> JsonObject:
     """
     _check_evaluated(options)
     seed_and_threads(options)
-    tokenizer = load_tokenizer(options)
+    tokenizer = _tokenizer(options)
     if options.behaviours:
         check_chat_model(tokenizer)
     options = _with_own_text(options, tokenizer)
@@ -261,6 +264,8 @@ def evaluate(options: EvalOptions) -> JsonObject:
     )
     windows = {key: getattr(options, key) for key in ("length", "stride", "batch_tokens")}
     model = load_model(options)
+    if options.adapter:
+        give_rows(model, adapter_shapes(options.adapter))
     own = paired_part(model, tokenizer, held_out.own, "check")
     asked = ask_base(model, tokenizer, options, completions_of(held_out.domain))
     before = measure(model, tokenizer, held_out, own=own, is_base=True, **windows)
@@ -292,13 +297,20 @@ def evaluate(options: EvalOptions) -> JsonObject:
     return plain_of(run)
 
 
+def _tokenizer(options: EvalOptions) -> Any:
+    """The tokenizer of the tuned model, by which its base is measured too."""
+    tuned = options.adapter or options.tuned
+    return tuned_tokenizer(options, tuned) if tuned else load_tokenizer(options)
+
+
 def _tuned_model(options: EvalOptions, base: nn.Module) -> nn.Module:
     """The base with the adapter on it, or the tuned model, whichever the options name."""
     if not options.adapter:
-        return load_model(options, options.tuned)
+        assert options.tuned is not None
+        return load_model(options, str(tuned_folder(options.tuned)))
     model = with_adapter(base, options.adapter)
     if options.scale != 1.0:
-        AdapterUpdate(model).scale(options.scale)
+        scaled_update(model).scale(options.scale)
     return model
 
 
@@ -318,7 +330,7 @@ def _check_evaluated(options: EvalOptions) -> None:
     if options.scale != 1.0 and not options.adapter:
         raise OptionError("--scale scales an adapter's update; give --adapter")
     if options.adapter:
-        checked_adapter(options.adapter)
+        check_adapter_fits(options, options.adapter)
     if options.tuned and not Path(options.tuned).is_dir():
         raise ValueError(
             f"'{options.tuned}' is not a folder; give --tuned the final/ folder of a run with "

@@ -47,8 +47,9 @@ from forgetless.gate.bounds import read_bounds
 from forgetless.gate.given import paired_again, read_given, write_answers
 from forgetless.gate.judge import judge_bounds, verdict_over
 from forgetless.gate.tuned import TunedModel, find_tuned
+from forgetless.model.adapter_tokenizer import tuned_tokenizer
 from forgetless.model.fingerprint import exact_fingerprint
-from forgetless.model.loading import load_model, load_tokenizer, seed_and_threads
+from forgetless.model.loading import load_model, seed_and_threads
 from forgetless.options.check import CheckOptions
 from forgetless.options.option import as_dict
 from forgetless.options.verbs import VERBS
@@ -105,11 +106,12 @@ def _judged_run(options: CheckOptions) -> CheckedRun:
     judgeable(options, bounds)
     tuned = find_tuned(options)
     _check_out(options, tuned)
-    tokenizer = load_tokenizer(options)
+    tokenizer = tuned_tokenizer(options, tuned.folder)
     asked = prepare_questions(options, bounds, tokenizer)
     stored = read_given(options.own_answers) if options.own_answers else None
     seed_and_threads(options)
     model = load_model(options)
+    tuned.give_rows(model)
     base = _measure_bare(options, asked, stored, model, tokenizer)
     if options.out and base.own is not None:
         write_answers(Path(options.out) / ANSWERS_FILE, options.model, base.weights, base.own)

@@ -17,13 +17,17 @@ from torch import nn
 from forgetless.errors import FileError
 from forgetless.files.atomic import read_json
 from forgetless.files.untrusted import check_mapping
-from forgetless.model.adapter_files import CONFIG, checked_adapter, with_adapter
+from forgetless.model.adapter_files import (
+    CONFIG,
+    MODEL_CONFIG,
+    adapter_shapes,
+    tuned_folder,
+    with_adapter,
+)
 from forgetless.model.adapter_fit import check_adapter_fits
+from forgetless.model.adapter_rows import give_rows
 from forgetless.model.loading import load_model
 from forgetless.options.check import CheckOptions
-
-# What a folder with a whole model holds.
-MODEL_CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,11 @@ class TunedModel:
 
     folder: Path
     is_adapter: bool
+
+    def give_rows(self, base: nn.Module) -> None:
+        """Give the base the rows of tokens that were added for the training, where there are."""
+        if self.is_adapter:
+            give_rows(base, adapter_shapes(self.folder))
 
     def load(self, options: CheckOptions, base: nn.Module) -> Any:
         """The tuned model in eval mode; an adapter is put around `base`."""
@@ -46,9 +55,8 @@ def find_tuned(options: CheckOptions) -> TunedModel:
     Raises FileError where there is none, or one of another base.
     """
     given = Path(options.tuned).expanduser()
-    folder = given / "final" if not _holds_model(given) and _holds_model(given / "final") else given
+    folder = tuned_folder(given)
     if (folder / CONFIG).is_file():
-        checked_adapter(folder)
         check_adapter_fits(options, folder)
         return TunedModel(folder, is_adapter=True)
     if (folder / MODEL_CONFIG).is_file():
@@ -59,10 +67,6 @@ def find_tuned(options: CheckOptions) -> TunedModel:
         f"'{options.tuned}' is no tuned model: expected a folder with {CONFIG} (an adapter) or "
         f"{MODEL_CONFIG} (a merged model), or a run with one of them in its final/; found {found}"
     )
-
-
-def _holds_model(folder: Path) -> bool:
-    return (folder / CONFIG).is_file() or (folder / MODEL_CONFIG).is_file()
 
 
 def _check_same_words(options: CheckOptions, folder: Path) -> None:

@@ -26,33 +26,29 @@ from forgetless.errors import FileError, brief, printable
 from forgetless.files.atomic import read_json
 from forgetless.files.schema import from_json
 from forgetless.files.untrusted import JsonObject, check_mapping, cleaned
+from forgetless.model.adapter_patterns import check_patterns
+from forgetless.model.adapter_rows import give_rows
+from forgetless.model.base_values import remember_biases
 from forgetless.model.loading import load_model
 from forgetless.options.model import ModelOptions
 
 logger = logging.getLogger("forgetless")
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+# What a folder with a whole model holds.
+MODEL_CONFIG = "config.json"
+# How PEFT begins the names of an adapter's tensors.
+PEFT_PREFIX = "base_model.model."
 # PEFT's methods whose adapter is weights of layers; prompts bring tokenizers and code.
 ADAPTER_KINDS = ("LORA", "OFT", "OSF", "BOFT", "LOHA", "LOKR", "IA3", "VERA")
 # Settings that are not taken from a file, beside configurations of other things (`*_config`).
-REFUSED = ("layer_replication", "trainable_token_indices", "alora_invocation_tokens")
-# Settings that PEFT matches against module names.
-PATTERNS = (
-    "target_modules",
-    "exclude_modules",
-    "layers_pattern",
-    "modules_to_save",
-    "target_parameters",
-    "rank_pattern",
-    "alpha_pattern",
-    "feedforward_modules",
-)
+REFUSED = ("layer_replication", "alora_invocation_tokens")
+# Settings of how an adapter was started, which say nothing of the trained one.
+STARTS = ("corda_config", "eva_config", "loftq_config", "lora_ga_config")
+# How the names of tensors end that hold rows of single tokens.
+TOKEN_ROWS = "trainable_tokens_delta"
 # The most iterations that an initialisation may ask for.
 MOST_ITERATIONS = 100
-# The most repeats in one pattern: matching a name of n letters then takes up to n^4 steps.
-MOST_REPEATS = 4
-# The longest pattern, in letters.
-LONGEST_PATTERN = 2000
 
 
 def checked_adapter(folder: str | Path) -> JsonObject:
@@ -60,20 +56,35 @@ def checked_adapter(folder: str | Path) -> JsonObject:
 
     Raises FileError where it is none, or asks for more than its tensors need.
     """
-    path = Path(folder) / CONFIG
+    folder = tuned_folder(folder)
+    path = folder / CONFIG
     _check_files(folder)
+    shapes = adapter_shapes(folder)
     config = check_mapping(cleaned(read_json(path)), str(path))
     _check_method(config, path)
-    for key in PATTERNS:
-        for pattern in _strings(config.get(key), f"{path}: {key}"):
-            _check_pattern(pattern, f"{path}: {key}")
+    check_patterns(config, str(path), _layers_of(shapes))
     _check_kinds(config, str(path))
+    _check_tokens(config.get("trainable_token_indices"), shapes, str(path))
     # LoRA's factors have the rank as their smaller side; others keep blocks and ranks elsewhere.
-    widest = _widest(Path(folder) / WEIGHTS, of=min if config["peft_type"] == "LORA" else max)
+    widest = _widest(shapes, of=min if config["peft_type"] == "LORA" else max)
     for key, value in config.items():
         for number in _numbers_of(key, value):
             _check_size(number, key, widest, str(path))
     return config
+
+
+def _check_tokens(tokens: Any, shapes: dict[str, list[int]], where: str) -> None:
+    """Raise FileError for more single tokens than the file has rows for: PEFT makes these first."""
+    lists = list(tokens.values()) if isinstance(tokens, dict) else [tokens or []]
+    rows = [shape[0] for name, shape in shapes.items() if name.endswith(TOKEN_ROWS)]
+    for asked in lists:
+        if not isinstance(asked, list) or not all(type(token) is int for token in asked):
+            raise FileError(f"{where}: trainable_token_indices: expected numbers of tokens")
+        if len(asked) > max(rows, default=0):
+            raise FileError(
+                f"{where}: trainable_token_indices has {len(asked)} tokens, and the adapter rows "
+                f"for {max(rows, default=0)}; the configuration is of another adapter"
+            )
 
 
 def _check_files(folder: str | Path) -> None:
@@ -100,7 +111,7 @@ def _check_method(config: JsonObject, path: Path) -> None:
     given = [
         key
         for key in config
-        if (key in REFUSED or (key.endswith("_config") and key != "corda_config")) and config[key]
+        if config[key] and (key in REFUSED or (key.endswith("_config") and key not in STARTS))
     ]
     if given:
         raise FileError(
@@ -127,7 +138,13 @@ def with_adapter(model: nn.Module, folder: str | Path) -> Any:
     """
     from peft import PeftModel
 
-    checked_adapter(folder)
+    folder = tuned_folder(folder)
+    config = checked_adapter(folder)
+    # The names in the adapter's file are a stranger's; those that PEFT will match are these.
+    check_patterns(config, str(folder / CONFIG), [name for name, _ in model.named_modules()])
+    give_rows(model, adapter_shapes(folder))
+    if config.get("bias", "none") != "none":
+        remember_biases(model)
     try:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
@@ -158,7 +175,9 @@ def load_tuned(options: ModelOptions, folder: str | Path, *, full: bool = False)
 
     It is the base with its adapter, or after --full the trained model itself.
     """
-    return load_model(options, str(folder)) if full else with_adapter(load_model(options), folder)
+    if full:
+        return load_model(options, str(tuned_folder(folder)))
+    return with_adapter(load_model(options), folder)
 
 
 def _check_kinds(config: JsonObject, where: str) -> None:
@@ -204,37 +223,6 @@ def _check_iterations(name: str, value: Any, where: str) -> None:
             )
 
 
-def _strings(value: Any, where: str) -> list[str]:
-    """The patterns of a setting that is none, one, a list of them, or a mapping by them."""
-    if value is None:
-        return []
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, (list, dict)) and all(isinstance(name, str) for name in value):
-        return list(value)
-    raise FileError(f"{where}: expected names, found {brief(value)}")
-
-
-def _check_pattern(pattern: str, where: str) -> None:
-    """Raise FileError for what is no regular expression, and for one that may take forever.
-
-    The latter have repeated groups, or many repeats.
-    """
-    repeats = len(re.findall(r"(?<!\\)[*+]|\{\d*,\}", pattern))
-    repeats_groups = re.search(r"(?<!\\)\)\s*[*+{]", pattern)
-    if len(pattern) > LONGEST_PATTERN or repeats > MOST_REPEATS or repeats_groups:
-        raise FileError(
-            f"{where}: the pattern '{pattern[:80]}' repeats groups, or too much; expected names "
-            "of layers"
-        )
-    try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise FileError(
-            f"{where}: '{pattern[:80]}' is not a regular expression ({error})"
-        ) from None
-
-
 def _check_size(number: Any, key: str, widest: int, where: str) -> None:
     """Raise FileError for a rank or block above what the file's tensors have, or a wild number.
 
@@ -253,18 +241,46 @@ def _check_size(number: Any, key: str, widest: int, where: str) -> None:
         raise FileError(f"{where}: {key} is {number:.3g}, expected at most 1e9")
 
 
-def _widest(path: Path, *, of: Callable[[list[int]], int]) -> int:
-    """The largest of the tensors' sizes, of which `of` picks one for each shape."""
+def adapter_shapes(folder: str | Path) -> dict[str, list[int]]:
+    """Name -> shape of every tensor of the adapter in `folder`, of which none is read.
+
+    Raises FileError where the file is not whole, or holds none.
+    """
     from safetensors import SafetensorError, safe_open
 
+    path = tuned_folder(folder) / WEIGHTS
     try:
         with safe_open(str(path), framework="pt") as file:
             names = list(file.keys())
-            shapes = [file.get_slice(name).get_shape() for name in names]
+            shapes = {name: file.get_slice(name).get_shape() for name in names}
     except SafetensorError as error:
         raise FileError(
             f"{path} is not a whole safetensors file ({error}); copy it again"
         ) from None
-    if not shapes or not all(math.prod(shape) for shape in shapes):
+    if not shapes or not all(math.prod(shape) for shape in shapes.values()):
         raise FileError(f"{path} holds no tensors, or empty ones; copy it again")
-    return max(of(shape) if len(shape) > 1 else max(shape, default=1) for shape in shapes)
+    return shapes
+
+
+def _widest(shapes: dict[str, list[int]], *, of: Callable[[list[int]], int]) -> int:
+    """The largest of the tensors' sizes, of which `of` picks one for each shape."""
+    return max(of(shape) if len(shape) > 1 else max(shape, default=1) for shape in shapes.values())
+
+
+def _layers_of(shapes: dict[str, list[int]]) -> list[str]:
+    """The layers that an adapter's tensors belong to, and the modules around them."""
+    paths = {name.removeprefix(PEFT_PREFIX).partition(".lora_")[0] for name in shapes}
+    return sorted(paths | {path.rpartition(".")[0] for path in paths})
+
+
+def tuned_folder(given: str | Path) -> Path:
+    """The folder that holds an adapter or a model: `given`, or where that is a run, its final/."""
+    folder = Path(given).expanduser()
+    if not holds_model(folder) and holds_model(folder / "final"):
+        return folder / "final"
+    return folder
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether an adapter or a model lies in a folder."""
+    return (folder / CONFIG).is_file() or (folder / MODEL_CONFIG).is_file()

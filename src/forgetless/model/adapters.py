@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from forgetless.errors import FileError
+from forgetless.model.base_values import base_biases, named_biases
 from forgetless.model.linear import is_conv1d, linear_layers, matching, unwrapped, warn_of_experts
 from forgetless.options.model import AdapterOptions
 
@@ -39,12 +40,15 @@ def bare(model: nn.Module) -> Iterator[nn.Module]:
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
         and not module.disable_adapters
     ]
+    trained = _swapped_biases(base)
     try:
         for module in adapters:
             module.enable_adapters(False)
         base.requires_grad_(False)
         yield base.eval()
     finally:
+        for parameter, bias in trained:
+            parameter.data.copy_(bias)
         for module in adapters:
             # This also unfreezes the adapter, so the parameters' flags are put back after it.
             module.enable_adapters(True)
@@ -52,6 +56,19 @@ def bare(model: nn.Module) -> Iterator[nn.Module]:
             module.training = was
         for parameter, was in trainable.items():
             parameter.requires_grad_(was)
+
+
+def _swapped_biases(base: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """(bias, what an adapter made of it), each now as the base had it; of adapters that train
+    biases of the base, which no switch of PEFT's takes back.
+    """
+    trained = []
+    before = base_biases(base)
+    if before:
+        for name, parameter in named_biases(base):
+            trained.append((parameter, parameter.detach().clone()))
+            parameter.data.copy_(before[name])
+    return trained
 
 
 def without_adapter(model: Any) -> nn.Module:

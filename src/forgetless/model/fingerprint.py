@@ -10,6 +10,8 @@ For example:
 from __future__ import annotations
 
 import hashlib
+import re
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,19 @@ import torch
 from torch import Tensor, nn
 
 from forgetless.model import distributed, shards
-from forgetless.model.linear import base_shapes, unwrapped
+from forgetless.model.base_values import base_biases
+from forgetless.model.linear import base_shapes, below_adapters, unwrapped
 from forgetless.model.loading import model_folder
 from forgetless.options.model import ModelOptions
 
+# What PEFT's wrappers put into the name of a tensor of the base.
+NAMES_OF_WRAPPERS = re.compile(r"(?:token_adapter\.)?base_layer\.|original_module\.")
 # What decides how a model's folder is loaded, by the endings of the names: weights, configuration
 # and tokenizer, a chat template, code.
 DECIDING = (".safetensors", ".json", ".model", ".txt", ".jinja", ".py")
+# Rows by which embeddings may have grown: added tokens are a few, and padding goes up to a multiple
+# of 64 or 128.
+MOST_NEW_ROWS = 1024
 # Bytes of a file that is read whole for `files_fingerprint`; of a larger one so many blocks of so
 # many bytes: 16 MiB, which take a disk less time than loading takes by far.
 WHOLE_UP_TO = 1 << 26
@@ -31,22 +39,49 @@ READ_PLACES = 4096
 READ_AT_A_PLACE = 4096
 
 
-def fingerprint(model: nn.Module, *, samples: int = 65_536) -> str:
+def fingerprint(model: nn.Module, *, samples: int = 65_536, rows: int | None = None) -> str:
     """sha256 over the shapes of the linear weights and signs of the input embedding.
 
     The signs are those of about `samples` evenly spaced elements. They survive f32, bf16, f16 and
     loading in 4 or 8 bit (which leaves embeddings alone), so the fingerprint does not depend on how
     the model was loaded. It tells base models apart, not a base from a fine-tune of it that left
-    the embedding alone.
+    the embedding alone. `rows`: as it would be had the embeddings only their first rows.
     """
     digest = hashlib.sha256()
-    for name, shape in sorted(base_shapes(model).items()):
-        digest.update(f"{name} {shape}\n".encode())
     base: Any = unwrapped(model)
-    embedding = base.get_input_embeddings()
-    table = getattr(embedding, "base_layer", embedding).weight.detach()
+    table = below_adapters(base.get_input_embeddings()).weight.detach()
+    now = table.shape[0]
+    head = _path_of_head(base)
+    for name, shape in sorted(base_shapes(model).items()):
+        if rows is not None and name == head and shape[0] == now:
+            shape = (rows, shape[1])
+        digest.update(f"{name} {shape}\n".encode())
+    table = table[:rows]
     digest.update(_signs(table, max(1, table.numel() // samples)))
     return digest.hexdigest()
+
+
+def rows_before_resizing(model: nn.Module, expected: str) -> int | None:
+    """How many rows the embeddings had when the model had the fingerprint `expected`; None where
+    that is another model's, or of embeddings with more rows.
+
+    Costs a fingerprint for each number of rows that is tried.
+    """
+    base: Any = unwrapped(model)
+    table = below_adapters(base.get_input_embeddings()).weight
+    if shards.is_sharded(table):
+        return None
+    now = int(table.shape[0])
+    tried = range(now - 1, max(now - MOST_NEW_ROWS, 1), -1)
+    return next((rows for rows in tried if fingerprint(model, rows=rows) == expected), None)
+
+
+def _path_of_head(base: Any) -> str | None:
+    """The name of the output embeddings' weight in the bare base."""
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    paths = (path for path, module in base.named_modules() if head is not None and module is head)
+    path = next(paths, None)
+    return None if path is None else path + ".weight"
 
 
 def exact_fingerprint(model: nn.Module, *, samples: int = 1024) -> str:
@@ -61,14 +96,16 @@ def exact_fingerprint(model: nn.Module, *, samples: int = 1024) -> str:
         id(parameter)
         for module in model.modules()
         for name in getattr(module, "adapter_layer_names", ())
-        for parameter in getattr(module, name).parameters()
+        for parameter in attrgetter(name)(module).parameters()
     }
+    before = base_biases(model)
     named = [
-        (name.replace("base_layer.", ""), parameter)
+        (NAMES_OF_WRAPPERS.sub("", name), parameter)
         for name, parameter in unwrapped(model).named_parameters()
         if id(parameter) not in adapters
     ]
-    for name, parameter in sorted(named):
+    for name, now in sorted(named):
+        parameter = before.get(name, now)
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
         values = parameter.detach().flatten()
         some = values[:: max(1, len(values) // samples)].cpu().contiguous()

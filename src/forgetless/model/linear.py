@@ -58,6 +58,17 @@ def unwrapped(model: Any) -> nn.Module:
             return model
 
 
+def below_adapters(module: Any) -> Any:
+    """The base model's module inside PEFT's wrappers of it; `module` itself where there is none."""
+    while True:
+        if hasattr(module, "get_base_layer"):
+            module = module.get_base_layer()
+        elif getattr(module, "original_module", None) is not None:
+            module = module.original_module
+        else:
+            return module
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Whether a layer is transformers' Conv1D, which stores its weight as (in, out)."""
     from transformers.pytorch_utils import Conv1D
@@ -91,17 +102,19 @@ def matching(model: nn.Module, names: str) -> list[tuple[str, LinearModule]]:
     """(path, module) of the linear layers of a bare model that `names` choose.
 
     `names` is 'all-linear', comma-separated last parts of module paths ('q_proj,v_proj'), or a
-    regular expression that matches the whole path. Raises OptionError naming the nearest kind when
+    regular expression that matches the whole path. Of a model that also sees or hears, the first
+    two choose among the layers that read text. Raises OptionError naming the nearest kind when
     nothing matches, ValueError for fused experts.
     """
     layers = list(linear_layers(model))
+    read_text = [(path, module) for path, module in layers if not is_outside_text(model, path)]
     kinds = {_kind(path) for path, _ in layers}
     if names == "all-linear":
-        chosen = layers
+        chosen = read_text
     elif re.fullmatch(r"[\w, ]+", names):
         wanted = {name.strip() for name in names.split(",") if name.strip()}
         _check_kinds_exist(model, wanted, kinds)
-        chosen = [(path, module) for path, module in layers if _kind(path) in wanted]
+        chosen = [(path, module) for path, module in read_text if _kind(path) in wanted]
     else:
         try:
             pattern = re.compile(names)
@@ -114,6 +127,18 @@ def matching(model: nn.Module, names: str) -> list[tuple[str, LinearModule]]:
             f"{', '.join(sorted(kinds))}"
         )
     return chosen
+
+
+def is_outside_text(model: Any, path: str) -> bool:
+    """Whether a layer lies outside of the text model: in a vision or audio tower, or in what turns
+    their output into tokens. Text alone never reaches it.
+    """
+    config = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config") or config.get_text_config() is config:
+        return False
+    decoder = model.get_decoder()
+    inner = next((name for name, module in model.named_modules() if module is decoder), "")
+    return inner != "" and not path.startswith(inner + ".")
 
 
 def _kind(path: str) -> str:
@@ -151,12 +176,15 @@ def base_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     Quantised layers say their shape by in_features and out_features.
     """
     shapes: dict[str, tuple[int, int]] = {}
+    wrappers: list[str] = []  # paths of PEFT's wrappers: what lies below them is in them already
     modules: Iterator[tuple[str, Any]] = unwrapped(model).named_modules()
     for path, module in modules:
-        name = path + ".weight"
-        if ".lora_" in name or ".base_layer." in name:
+        if wrappers and path.startswith(wrappers[-1]):
             continue
-        inner = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+        inner = below_adapters(module)
+        if inner is not module:
+            wrappers.append(path + ".")
+        name = path + ".weight"
         if is_conv1d(inner):
             shapes[name] = (inner.weight.shape[1], inner.weight.shape[0])
         elif isinstance(inner, nn.Linear) or (
@@ -176,10 +204,19 @@ def fused_experts(model: nn.Module) -> list[str]:
 
 
 def warn_of_experts(model: nn.Module, names: str) -> None:
-    """Say that 'all-linear' leaves fused experts out, so that nobody takes them for trained.
+    """Say that 'all-linear' leaves fused experts out, and names and it layers that read no text, so
+    that nobody takes them for trained.
 
-    PEFT's all-linear does the same.
+    Of experts PEFT's all-linear does the same.
     """
+    outside = [path for path, _ in linear_layers(model) if is_outside_text(model, path)]
+    if outside and re.fullmatch(r"[\w, -]+", names):
+        logger.info(
+            "%d layers that read no text are left out (first '%s'): they are neither trained nor "
+            "held; a regular expression can name them",
+            len(outside),
+            outside[0],
+        )
     experts = fused_experts(model)
     if experts and names == "all-linear":
         logger.warning(

@@ -12,6 +12,7 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,12 +129,27 @@ def load_tokenizer(options: ModelOptions, name: str | None = None) -> Any:
     """
     from transformers import AutoTokenizer
 
-    tokenizer = _from_pretrained(AutoTokenizer, name or options.model, options, {})
+    return _padding(_from_pretrained(AutoTokenizer, name or options.model, options, {}))
+
+
+def _padding(tokenizer: Any) -> Any:
+    """`tokenizer` with a token that pads."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = (
             tokenizer.eos_token or tokenizer.bos_token or tokenizer.convert_ids_to_tokens(0)
         )
     return tokenizer
+
+
+def load_tokenizer_in(folder: Path, options: ModelOptions) -> Any:
+    """The tokenizer that lies in a folder of an adapter. None of its code is run.
+
+    Raises ValueError when it is not whole.
+    """
+    from transformers import AutoTokenizer
+
+    trusted = replace(options, trust_remote_code=False, revision=None)
+    return _padding(_loaded_from(AutoTokenizer, str(folder), str(folder), trusted, {}))
 
 
 def save_whole(
@@ -173,9 +189,16 @@ def context_length(model: nn.Module) -> int:
 def _from_pretrained(kind: Any, name: str, options: ModelOptions, settings: dict[str, Any]) -> Any:
     """What `kind`, an Auto class of transformers, loads. Raises ValueError where it cannot."""
     folder = model_folder(name)
+    return _loaded_from(kind, name if folder is None else str(folder), name, options, settings)
+
+
+def _loaded_from(
+    kind: Any, place: str, name: str, options: ModelOptions, settings: dict[str, Any]
+) -> Any:
+    """What `kind` loads from `place`, which errors call `name`."""
     try:
         return kind.from_pretrained(
-            name if folder is None else str(folder),
+            place,
             revision=options.revision,
             trust_remote_code=options.trust_remote_code,
             **settings,

@@ -23,7 +23,7 @@ from typing import Any
 from torch import nn
 
 from forgetless.model.adapter_files import CONFIG, with_adapter
-from forgetless.model.adapters import forget_adapters
+from forgetless.model.merging import merged_adapter
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,8 @@ def merged(model: nn.Module, adapter: str) -> nn.Module:
     folder = Path(adapter)
     if (folder / "config.json").is_file() and not (folder / CONFIG).is_file():
         return _replaced(model, adapter)
-    plain: Any = with_adapter(model, adapter).merge_and_unload()
-    forget_adapters(plain)
-    plain.requires_grad_(True)  # as it was loaded
-    tuned: nn.Module = plain.eval()
-    return tuned
+    plain = merged_adapter(with_adapter(model, adapter))
+    return plain.requires_grad_(True)  # as it was loaded
 
 
 def _replaced(model: nn.Module, folder: str) -> nn.Module:

@@ -157,6 +157,12 @@ def _low_rank_weight(
     )
 
 
+def moves_the_base(model: Any) -> bool:
+    """Whether making one of a model's adapters changed the base weight."""
+    configs = getattr(model, "peft_config", None) or {}
+    return any(_moves_the_base(model, adapter) for adapter in configs)
+
+
 def _moves_the_base(model: nn.Module, adapter: str) -> bool:
     """Whether making an adapter changed the base weight."""
     configs = getattr(model, "peft_config", {})

@@ -7,8 +7,9 @@
 
 Three kinds differ in what they touch, and each has `scale(factor)`:
 
-    Update          the adapter's factors, or the target weights of full fine-tuning: what was
-                    trained is what is written, so a scaled model can be saved. Costs a copy of it.
+    Update          the adapter's factors, or the target weights of full fine-tuning, and whatever
+                    is trained beside them: what was trained is what is written, so a scaled model
+                    can be saved. Costs a copy of it.
     AdapterUpdate   the factor that each LoRA layer multiplies its update by, to evaluate a finished
                     adapter: of any kind of layer, costs nothing, and rounds nothing, in half
                     precision either.
@@ -18,24 +19,33 @@ Three kinds differ in what they touch, and each has `scale(factor)`:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from forgetless.model.adapters import active_lora_layers
+from forgetless.model.beside import beside
 from forgetless.model.targets import adapter_types, target_weights
 from forgetless.model.weights import FullWeight, LowRankWeight, wider
 
 
 class Update:
-    """The update of all target weights of one model.
+    """The update of all target weights of one model, and of what is trained beside them.
 
     `names` chooses them for full fine-tuning, as in `target_weights`.
     """
 
     def __init__(self, model: nn.Module, *, names: str | None = None):
         self.weights = target_weights(model, names=names)
+        self._beside = beside(model, self.weights)
         self.keep()
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """What is scaled."""
+        held = [parameter for weight in self.weights for parameter in weight.parameters]
+        return [*held, *(moved.parameter for moved in self._beside)]
 
     def keep(self) -> None:
         """Take the update as it is now for the one to scale and to bring back."""
@@ -43,10 +53,15 @@ class Update:
             tuple(parameter.detach().clone() for parameter in weight.parameters)
             for weight in self.weights
         ]
+        self._beside = [
+            replace(moved, trained=moved.parameter.detach().clone()) for moved in self._beside
+        ]
 
     @torch.no_grad()
     def scale(self, factor: float) -> None:
         """Set every weight's update to `factor` times the kept one."""
+        for moved in self._beside:
+            moved.scale(factor)
         for weight, kept in zip(self.weights, self._kept, strict=True):
             if isinstance(weight, LowRankWeight):
                 weight.A.copy_(kept[0])

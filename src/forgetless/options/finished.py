@@ -179,7 +179,19 @@ class MergeOptions:
     """Options of `forgetless merge`: an adapter made part of its base model."""
 
     adapter: str = option(
-        "", "adapter folder", group="model", positional=True, metavar="ADAPTER", reads=True
+        "",
+        "adapter folder, or the folder of a run",
+        group="model",
+        positional=True,
+        metavar="ADAPTER",
+        reads=True,
+    )
+    model: str | None = option(
+        None,
+        "base model; default: the one that the adapter names",
+        group="model",
+        metavar="MODEL",
+        reads=True,
     )
     out: str = option("", "folder to write", group="output", decides=RUNNING, metavar="DIR")
     dtype: str | None = option(

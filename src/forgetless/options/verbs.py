@@ -259,7 +259,9 @@ VERBS: dict[str, Verb] = {
         options=MergeOptions,
         needed=("adapter", "out"),
         run="forgetless.tune.merge:merge",
-        call=lambda merge, options: merge(options.adapter, options.out, dtype=options.dtype),
+        call=lambda merge, options: merge(
+            options.adapter, options.out, model=options.model, dtype=options.dtype
+        ),
         alone=True,
         then=after_merge,
     ),

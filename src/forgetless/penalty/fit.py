@@ -7,13 +7,18 @@ For example:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from torch import nn
 
 from forgetless.importance.importance import Importance
-from forgetless.model.fingerprint import fingerprint
+from forgetless.model.beside import names_beside
+from forgetless.model.fingerprint import fingerprint, rows_before_resizing
 from forgetless.model.linear import base_shapes
+from forgetless.model.weights import TargetWeight
+
+logger = logging.getLogger("forgetless")
 
 
 def check_fit(
@@ -33,7 +38,7 @@ def check_fit(
     _check_covered(importance, targets, source, advice)
     expected = importance.info.get("model", {}).get("fingerprint")
     present = fingerprint(model)
-    if expected and expected != present:
+    if expected and expected != present and not _is_resized(model, expected):
         raise ValueError(
             f"{source} was recorded on another base model: fingerprint {expected[:12]} in the "
             f"file, {present[:12]} here. {advice}"
@@ -45,6 +50,32 @@ def check_fit(
                 f"{source} has no recorded adapter for '{without[0]}'; use anchor 'base', or "
                 "record with --keep-anchor"
             )
+
+
+def _is_resized(model: nn.Module, expected: str) -> bool:
+    """Whether only the embeddings have got more rows since the recording, which is then said."""
+    rows = rows_before_resizing(model, expected)
+    if rows is None:
+        return False
+    logger.info(
+        "the embeddings have more rows than the %d that they were recorded with; the weights that "
+        "are held are the same",
+        rows,
+    )
+    return True
+
+
+def say_what_is_not_held(model: nn.Module, weights: Sequence[TargetWeight]) -> None:
+    """Warn of what is trained beside the weights that are held: no importance belongs to it."""
+    others = names_beside(model, weights)
+    if others:
+        logger.warning(
+            "%d trained parameters are not held, first '%s' (biases, whole modules, embeddings and "
+            "norms have no importance): leave them out of the training, or keep a budget, which "
+            "scales them with the rest and measures what was lost",
+            len(others),
+            others[0],
+        )
 
 
 def _check_shapes(model: nn.Module, importance: Importance, source: str, advice: str) -> None:

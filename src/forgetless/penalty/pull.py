@@ -40,7 +40,7 @@ from forgetless.model.targets import target_weights
 from forgetless.model.weights import TargetWeight, wider
 from forgetless.penalty import algebra, sharing
 from forgetless.penalty.attachment import PenaltyAttachment
-from forgetless.penalty.fit import check_fit
+from forgetless.penalty.fit import check_fit, say_what_is_not_held
 from forgetless.penalty.layers import LayerRule, Uniform
 from forgetless.penalty.offload import in_cpu_memory, placed
 from forgetless.penalty.sharing import PullOfWeight, Sharding
@@ -97,6 +97,7 @@ class Penalty:
         self.weights = target_weights(model, names=names)
         targets = [weight.name for weight in self.weights]
         check_fit(model, importance, targets, anchor)
+        say_what_is_not_held(model, self.weights)
         if kernel == "fused":
             algebra.check_fused(self.weights, importance)
         if offload:

@@ -165,12 +165,12 @@ class _Watch:
         """A forward hook on this layer."""
 
         def forward(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            self._check_use(layer, args[0])
+            x = self._checked(layer, args[0])
             self.met.add(layer.name)
             first_reader = self.inputs.setdefault(id(args[0]), (args[0], layer.name))[1]
             self._follow(layer.name, first_reader)
             if self.see is not None:
-                self._show(self.see, layer, args[0].detach(), output)
+                self._show(self.see, layer, x.detach(), output)
 
         return forward
 
@@ -181,7 +181,12 @@ class _Watch:
             see(layer, x.to(wide), None, counts)
         elif output.requires_grad:
             output.register_hook(
-                lambda d: see(layer, x.to(wide), d.detach().to(wider(d.dtype)), counts)
+                lambda d: see(
+                    layer,
+                    x.to(wide),
+                    d.detach().reshape(*counts.shape, -1).to(wider(d.dtype)),
+                    counts,
+                )
             )
 
     def _follow(self, name: str, leader: str) -> None:
@@ -191,16 +196,36 @@ class _Watch:
                 f"'{leader}' in another; leave it out of --targets"
             )
 
-    def _check_use(self, layer: BaseLayer, x: Tensor) -> None:
+    def _checked(self, layer: BaseLayer, x: Tensor) -> Tensor:
+        """The input of a layer as (batch, tokens, in). Raises ValueError where it is not seen once,
+        or does not see every token.
+        """
         if layer.name in self.met:
             raise ValueError(
                 f"'{layer.name}' is used twice in one forward pass; its gradient is a sum that "
                 "cannot be seen in one place: leave it out of --targets"
             )
-        if x.ndim != 3 or x.shape[:2] != self.counts.shape:
+        rows = every_token(x, self.counts)
+        if rows is None:
             batch, tokens = self.counts.shape
             raise ValueError(
                 f"'{layer.name}' reads {tuple(x.shape)}, expected (batch, tokens, in) = "
                 f"({batch}, {tokens}, {layer.shape[1]}); "
                 "leave layers that see only some tokens (experts, encoders) out of --targets"
             )
+        return rows
+
+
+def every_token(x: Tensor, counts: Tensor) -> Tensor | None:
+    """x (..., in) as (batch, tokens, in) where its rows are the tokens of a batch in their order,
+    also flattened (OPT, shared experts) or with a dimension of one between (DeepSeek); else None.
+
+    `counts`: (batch, tokens). Rows that an expert was sent are as many as all tokens by chance
+    alone, and then not in the next batch.
+    """
+    batch, tokens = counts.shape
+    sizes = [size for size in x.shape[:-1] if size != 1]
+    forms = (batch, tokens), (batch * tokens,)
+    if sizes not in [[size for size in form if size != 1] for form in forms]:
+        return None
+    return x.reshape(batch, tokens, x.shape[-1])
