@@ -112,7 +112,7 @@ class Campaign:
     def __init__(self, given: argparse.Namespace):
         self.shared, self.model, self.out = given.shared, given.model, given.out
         self.rows, self.steps, self.answers = given.rows, given.steps, given.answers
-        self.dtype = given.dtype
+        self.dtype, self.tasks = given.dtype, given.tasks
 
     def recording(self, name: str) -> str:
         """The importance file recorded on web text or on the model's own chats."""
@@ -184,8 +184,9 @@ class Campaign:
                 answers=self.answers,
                 behaviours=JUDGED_PROMPTS,
                 tasks=",".join(
-                    f"{task}={self.shared / 'data/abilities' / task}.jsonl" for task in TASKS
-                ),
+                    f"{task}={self.shared / 'data/abilities' / task}.jsonl" for task in self.tasks
+                )
+                or None,
                 limit=JUDGED_QUESTIONS,
                 out=str(folder),
             )
@@ -327,6 +328,7 @@ def main(words: Sequence[str] | None = None) -> None:
     # Processors without bf16 arithmetic are six times faster in float32.
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--judge", nargs="*", default=[], help="arms whose behaviour is judged")
+    parser.add_argument("--tasks", nargs="*", default=TASKS, help="of --judge")
     parser.add_argument("--table", action="store_true", help="run nothing")
     given = parser.parse_args(words)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
