@@ -8,20 +8,24 @@ import logging
 import pytest
 import torch
 from datasets import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from forgetless import (
+    KL,
     HoldCallback,
     PathIntegral,
     Penalty,
     PenaltyCallback,
     RecorderCallback,
+    add_term,
     hold,
 )
+from forgetless.budget.open import _token_rows
 from forgetless.errors import OptionError
 from forgetless.importance.entries import DenseEntry
 from forgetless.importance.importance import Importance
 from forgetless.model.adapters import add_adapter
+from forgetless.model.optimizer_step import unwrapped_optimizer
 from forgetless.model.packing import check_packing, moved_by_the_first
 from forgetless.model.targets import target_weights
 
@@ -375,3 +379,135 @@ def test_packed_documents_stay_apart_where_positions_make_the_mask(tiny, adapted
     for model in (tiny(), adapted, of_kind("gpt2")):
         model.train()
         assert moved_by_the_first(model) == 0 and model.training
+
+
+def train_sft(model, tokenizer, folder, term=False, **given):
+    """A held model after 3 steps of TRL's SFTTrainer on texts of two lengths."""
+    from trl import SFTConfig, SFTTrainer
+
+    config = arguments(folder, SFTConfig, **{"gradient_checkpointing": False, **given})
+    trainer = SFTTrainer(
+        model=model,
+        args=config,
+        train_dataset=Dataset.from_list([{"text": "the cat sat on the mat"}, {"text": "a dog"}]),
+        processing_class=tokenizer,
+    )
+    hold(trainer, ones(target_weights(model)), strength=0.5)
+    if term:
+        add_term(trainer, KL(model, [(list(range(3, 9)), [True] * 6)] * 2, weight=1.0))
+    trainer.train()
+    return trainer
+
+
+def same_weights(one, other):
+    for a, b in zip(target_weights(one), target_weights(other), strict=True):
+        torch.testing.assert_close(a.A, b.A, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(a.B, b.B, rtol=1e-4, atol=1e-6)
+
+
+def test_trl_makes_no_logits_and_the_pull_needs_none(adapted, tokenizer, tmp_path):
+    """Terms such as the divergence ask for theirs, where something is scored alone."""
+    made = []
+    head = adapted.get_output_embeddings()
+    head.register_forward_hook(lambda module, given, logits: made.append(tuple(logits.shape)))
+    trainer = train_sft(adapted, tokenizer, tmp_path, max_steps=2)
+    assert not made and trainer.state.log_history[0]["pull_norm"] > 0
+    trainer = train_sft(adapted, tokenizer, tmp_path, max_steps=2, term=True)
+    assert made == [(10, head.out_features)] * 4  # of base and tuned, in two steps
+    assert trainer.state.log_history[0]["kl"] > 0
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_recomputed_activations_change_nothing(adapted, tokenizer, tmp_path, reentrant):
+    twin = copy.deepcopy(adapted)
+    train_sft(adapted, tokenizer, tmp_path, max_steps=2, term=True)
+    given = dict(
+        gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": reentrant}
+    )
+    train_sft(twin, tokenizer, tmp_path, max_steps=2, term=True, **given)
+    same_weights(adapted, twin)
+
+
+def test_rows_without_padding_are_held_as_padded_ones(adapted, tokenizer, tmp_path):
+    twin = copy.deepcopy(adapted)
+    train_sft(adapted, tokenizer, tmp_path, max_steps=2)
+    train_sft(twin, tokenizer, tmp_path, max_steps=2, padding_free=True, max_length=None)
+    same_weights(adapted, twin)
+
+
+def test_only_what_the_assistant_says_is_learned_from(adapted, tokenizer, tmp_path):
+    """And counts as learned, where a budget is kept."""
+    from trl import SFTConfig, SFTTrainer
+
+    tokenizer.chat_template = (
+        "{% for turn in messages %}{% if turn['role'] == 'assistant' %}"
+        "{% generation %}{{ turn['content'] }}{{ eos_token }}{% endgeneration %}"
+        "{% else %}{{ turn['content'] }} {% endif %}{% endfor %}"
+    )
+    chat = [
+        {"role": "user", "content": "the cat"},
+        {"role": "assistant", "content": "sat on"},
+    ]
+    config = arguments(
+        tmp_path, SFTConfig, gradient_checkpointing=False, assistant_only_loss=True, max_steps=1
+    )
+    trainer = SFTTrainer(
+        model=adapted,
+        args=config,
+        train_dataset=Dataset.from_list([{"messages": chat}] * 2),
+        processing_class=tokenizer,
+    )
+    [(ids, scored), _] = _token_rows(trainer.train_dataset)
+    said = tokenizer.decode([token for token, counts in zip(ids, scored, strict=True) if counts])
+    assert said.startswith("sat on") and "cat" not in said
+    hold(trainer, ones(target_weights(adapted)), strength=0.5)
+    trainer.train()
+    assert trainer.state.log_history[0]["pull_norm"] > 0
+
+
+class Gradients(TrainerCallback):
+    """The gradients right before the optimizer of a trainer steps, and its first logs."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        optimizer = unwrapped_optimizer(kwargs["optimizer"])
+        optimizer.register_step_pre_hook(lambda *_: self.note(kwargs["model"]))
+
+    def note(self, model):
+        self.seen = {
+            name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+        }
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs = getattr(self, "logs", None) or dict(logs)
+
+
+@pytest.mark.parametrize("kind", ["dpo", "grpo"])
+def test_the_pull_adds_to_a_trainers_own_kl_and_changes_nothing_of_it(
+    adapted, batch, tokenizer, tmp_path, kind
+):
+    """Gradients are theirs, clipped, plus the pull; the reference is what the adapter was at the
+    start, and is not pulled.
+    """
+    models = [adapted, copy.deepcopy(adapted)]
+    watches = []
+    for model, strength in zip(models, (0.0, 0.5), strict=True):
+        given = dict(beta=0.2, max_steps=1, max_grad_norm=0.05)
+        trainer = TRAINERS[kind](model, batch, tokenizer, tmp_path, **given)
+        start = copy.deepcopy(model)
+        hold(trainer, ones(target_weights(model)), strength=strength)
+        watches.append(Gradients())
+        trainer.add_callback(watches[-1])
+        trainer.train()
+    alone, held = watches
+    Penalty(start, ones(target_weights(start)), strength=0.5).pull()
+    pulls = {name: p.grad for name, p in start.named_parameters() if p.grad is not None}
+    assert alone.seen.keys() == held.seen.keys() == pulls.keys()
+    for name, pull in pulls.items():
+        torch.testing.assert_close(held.seen[name], alone.seen[name] + pull, rtol=1e-4, atol=1e-6)
+    for name in ("loss", "grad_norm", "kl" if kind == "grpo" else "rewards/chosen"):
+        assert alone.logs[name] == held.logs[name]
+    adapted = dict(models[1].named_parameters())
+    for name, p in start.named_parameters():
+        if ".default." in name:
+            reference = adapted[name.replace(".default.", ".ref.")]
+            assert torch.equal(reference, p) and not torch.equal(adapted[name], p)

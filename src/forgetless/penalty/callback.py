@@ -114,7 +114,10 @@ class PenaltyCallback(TrainerCallback):
 
 
 def write_logs(numbers: dict[str, float], logs: dict[str, Any], state: TrainerState) -> None:
-    """Write numbers of ours into what reporters get, and into the trainer's history."""
+    """Write numbers of ours into what reporters get, and into the trainer's history; where the
+    trainer has a number of that name ("kl" of GRPO), ours is "forgetless/kl".
+    """
+    numbers = {f"forgetless/{name}" if name in logs else name: numbers[name] for name in numbers}
     logs.update(numbers)
     if state.log_history:
         state.log_history[-1].update(numbers)
