@@ -962,12 +962,17 @@ def test_an_experiment_may_differ_from_another_one(experiment, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "file",
-    ["examples/compare/methods.yaml", "experiments/lab.yaml", "experiments/lab-sequence.yaml"],
+    ("file", "trials"),
+    [
+        ("examples/compare/methods.yaml", 3),
+        ("experiments/lab.yaml", 3),
+        ("experiments/lab-sequence.yaml", 3),
+        ("experiments/lab-rivals.yaml", 6),
+    ],
 )
-def test_the_experiments_that_are_shipped_are_whole(file):
+def test_the_experiments_that_are_shipped_are_whole(file, trials):
     found = read(Path(__file__).parents[1] / file)
-    assert len(found.methods) >= 5 and len(validation_trials(found)) == 3 * len(
+    assert len(found.methods) >= 5 and len(validation_trials(found)) == trials * len(
         found.methods
     ) * len(found.domains)
 
