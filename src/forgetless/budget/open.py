@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -31,7 +31,7 @@ from forgetless.budget.learning import Learning, domain, fitting
 from forgetless.budget.predicted import Predictor, check_calibrated
 from forgetless.budget.probe import most_pieces
 from forgetless.data.documents import Document, load_documents
-from forgetless.data.domain import encode_rows, load_training_data, row_text
+from forgetless.data.domain import document_texts, encode_rows, load_training_data, row_text
 from forgetless.data.duplicates import Overlap, overlap
 from forgetless.data.encoding import Encoded
 from forgetless.data.inputs import HeldOut, Inputs
@@ -39,6 +39,7 @@ from forgetless.data.own_text import OwnText, own_text
 from forgetless.errors import OptionError
 from forgetless.evaluate.paired_answers import PairedAnswers
 from forgetless.importance.importance import Importance
+from forgetless.importance.recorded_on import check_measured
 from forgetless.model.adapters import bare
 from forgetless.model.loading import context_length
 from forgetless.model.stages import Earlier, LearnedDomain, walk
@@ -169,11 +170,7 @@ def kept_on(held_out: HeldOut) -> Sequence[Document]:
 
 def trained_on(documents: Sequence[Document], data: Any) -> Overlap:
     """Which general documents are in the rows that are trained on."""
-    return overlap(_document_texts(documents), [row_text(row) for row in data])
-
-
-def _document_texts(documents: Sequence[Document]) -> list[str]:
-    return [row_text(asdict(document)) for document in documents]
+    return overlap(document_texts(documents), [row_text(row) for row in data])
 
 
 def _measured_baseline(
@@ -220,9 +217,15 @@ def _learning(
 
 
 def of_trainer(
-    trainer: Any, budget: str, general: str | None, importance: Importance, names: str | None
+    trainer: Any,
+    budget: str,
+    general: str | None,
+    importance: Importance,
+    names: str | None,
+    *,
+    recorded_text: bool = False,
 ) -> Keeper | Predictor:
-    """The keeper of anybody's trainer.
+    """The keeper of anybody's trainer; `recorded_text`: also on what importance was recorded on.
 
     The base is measured with the update set to zero for as long, so an adapter may have been
     trained before.
@@ -238,6 +241,7 @@ def of_trainer(
     rows = _token_rows(trainer.train_dataset)
     own = own_text(TextOptions(), general)
     documents = load_documents(general) if general and not own else []
+    check_measured(importance, documents, budget=True, allowed=recorded_text)
     training = trainer.model.training
     update = Update(trainer.model, names=names)
     try:
@@ -253,7 +257,7 @@ def of_trainer(
         assert calibration is not None
         return Predictor(limit, calibration, learning)
     trained = tokenizer.batch_decode([ids for ids, _ in rows], skip_special_tokens=True)
-    shared = overlap(_document_texts(documents), trained)
+    shared = overlap(document_texts(documents), trained)
     # Of rows in another form than token ids, the length is not known.
     length = sum(len(ids) for ids, _ in rows) / len(rows) if rows else PIECE
     return Keeper(baseline, learning, shared, _rows_per_step(trainer) * length)

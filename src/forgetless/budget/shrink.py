@@ -49,6 +49,7 @@ from forgetless.files.run_json import ImportanceUsed, Run, ShrunkRun
 from forgetless.files.schema import as_record, plain_of, write_record
 from forgetless.files.untrusted import JsonObject
 from forgetless.importance.importance import Importance
+from forgetless.importance.recorded_on import check_recorded_text
 from forgetless.model.adapter_files import load_tuned
 from forgetless.model.adapter_path import AdapterPath
 from forgetless.model.adapter_tokenizer import tuned_tokenizer
@@ -109,6 +110,7 @@ def _shrink_into_folder(options: ShrinkOptions) -> JsonObject:
     started = time.perf_counter()
     out = Path(options.out)
     held_out = _held_out(options)
+    check_recorded_text(options, importance, held_out.general)
     loaded = _load_adapter(options, importance)
     base = _measure_base(options, loaded, held_out)
     report = _shrunk(options, loaded, base)

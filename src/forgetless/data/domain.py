@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, overload
 
 from forgetless.data.chats import Chat
 from forgetless.data.documents import (
     BESIDE_MESSAGES,
+    Document,
     Row,
     beside_messages,
     load_rows,
@@ -160,6 +161,12 @@ def row_text(row: Mapping[str, Any]) -> str:
     if row.get("prompt") is not None:
         return str(row["prompt"] + row["completion"])
     return str(row.get("text") or "\n".join(turn_text(turn) for turn in row["messages"]))
+
+
+def document_texts(documents: Sequence[Document]) -> list[str]:
+    """All of the text of each document, without those that are tokens alone."""
+    known = [document for document in documents if document.text or document.messages]
+    return [row_text(asdict(document)) for document in known]
 
 
 def row_answers(row: Mapping[str, Any]) -> list[str]:

@@ -67,16 +67,16 @@ class Overlap:
 
 def overlap(general: Sequence[str], training: Sequence[str]) -> Overlap:
     """Which documents of `general` occur in `training`, ignoring case and white space."""
-    rows = [_words_of(text) for text in training]
+    rows = [split_words(text) for text in training]
     every = 1
     while sum(map(len, rows)) / every > MOST_RUNS:
         every *= 2
     same = {" ".join(row) for row in rows}
-    known = {run for row in rows for run in _runs_of(row, every)}
+    known = {run for row in rows for run in word_runs(row, every)}
     exact, near = [], []
     for index, text in enumerate(general):
-        words = _words_of(text)
-        runs = set(_runs_of(words, every))
+        words = split_words(text)
+        runs = set(word_runs(words, every))
         if " ".join(words) in same:
             exact.append(index)
         elif runs and len(runs & known) >= COPIED_RUNS * len(runs):
@@ -113,8 +113,8 @@ def groups(texts: Sequence[str]) -> list[int]:
 
     Texts are in one group where they are equal or near duplicates, directly or through others.
     """
-    split = [_words_of(text) for text in texts]
-    runs = [set(_runs_of(words, 1)) for words in split]
+    split = [split_words(text) for text in texts]
+    runs = [set(word_runs(words, 1)) for words in split]
     holders: dict[int, list[int]] = defaultdict(list)  # run -> the texts that have it
     first: dict[str, int] = {}  # text -> the first that equals it
     union = _Union(len(texts))
@@ -149,11 +149,12 @@ class _Union:
         self._above[max(a, b)] = min(a, b)
 
 
-def _words_of(text: str) -> list[str]:
+def split_words(text: str) -> list[str]:
+    """The words of a text, in small letters and without punctuation."""
     return WORD.findall(text.lower())
 
 
-def _runs_of(words: list[str], every: int) -> Iterator[int]:
+def word_runs(words: list[str], every: int) -> Iterator[int]:
     """Hashes of the runs of RUN_WORDS words, of them one in `every`."""
     for start in range(len(words) - RUN_WORDS + 1):
         value = zlib.crc32(" ".join(words[start : start + RUN_WORDS]).encode())

@@ -22,12 +22,18 @@ def file_record(path: Path) -> JsonObject:
         "bytes": path.stat().st_size,
         "tier": importance.tier,
         "calibration": None if calibration is None else calibration.describe(),
-        "info": importance.info,
+        "info": _without_traces(importance.info),
         "weights": {
             name: {"shape": list(entry.shape), "norm": float(entry.norm())}
             for name, entry in importance.entries.items()
         },
     }
+
+
+def _without_traces(info: JsonObject) -> JsonObject:
+    """What a file says, without the hashes of its text, which nobody reads."""
+    data = {key: value for key, value in info.get("data", {}).items() if key != "traces"}
+    return {**info, "data": data} if "data" in info else info
 
 
 def inspected_file(options: InspectOptions, _: object) -> JsonObject:

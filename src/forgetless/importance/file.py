@@ -54,6 +54,7 @@ from forgetless.importance.file_checks import (
     check_factors,
     check_info,
     check_parts,
+    check_traces,
     checked_calibration,
 )
 from forgetless.importance.kept_answers import PREFIX, KeptAnswers, read_answers
@@ -120,6 +121,7 @@ def load(path: str | Path) -> Stored:
     """
     info, tensors = _read_file(Path(path))
     check_info(path, info)
+    check_traces(path, info)
     shared = info.pop("shared_in_cov", {})
     coded = info.pop("coded", {})
     calibration = info.pop("calibration", None)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from forgetless.data.traces import read_traces
 from forgetless.errors import FileError
 from forgetless.files.measured_json import DIVERGENCE
 from forgetless.importance.calibration import PLAUSIBLE, Calibration, MeasuredUpdate
@@ -80,6 +81,15 @@ def check_info(path: str | Path, info: Mapping[str, Any]) -> None:
                 f"{path}: '{what}' in the metadata is not what forgetless writes there; the file "
                 "is damaged, record again"
             )
+
+
+def check_traces(path: str | Path, info: Mapping[str, Any]) -> None:
+    """Raise FileError where the hashes of the recorded text are none."""
+    if "traces" in info.get("data", {}):
+        try:
+            read_traces(info["data"]["traces"])
+        except ValueError as error:
+            raise FileError(f"{path}: {error}; the file is damaged, record again") from None
 
 
 def _is_number(value: Any) -> bool:

@@ -81,6 +81,14 @@ class TextSource:
     documents: int
     tokens: int
     sha256: str  # over the documents' content
+    traces: JsonObject | None = None  # by which its documents are known again (data/traces.py)
+
+    def info(self) -> JsonObject:
+        """As plain data; `traces` only where there are any."""
+        plain = dataclasses.asdict(self)
+        if self.traces is None:
+            del plain["traces"]
+        return plain
 
 
 @dataclass(frozen=True)
@@ -97,7 +105,7 @@ class Origin:
         rate = self.data.tokens / self.seconds if self.data else None
         return {
             "model": dataclasses.asdict(self.model),
-            "data": dataclasses.asdict(self.data) if self.data else {},
+            "data": self.data.info() if self.data else {},
             "timings": {"train_seconds": self.seconds, "tokens_per_second": rate},
             "versions": to_json(self.environment),
         }

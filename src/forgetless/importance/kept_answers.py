@@ -33,6 +33,8 @@ WHOLE = ("ids", "lengths", "starts", "tokens")
 REAL = ("log_probs", "rest", "said")
 # A log-probability may be above 0 by rounding.
 ROUNDING = 1e-4
+# How far the probabilities at a place may be from 1 together: a thousand of them round less.
+NOT_ONE = 1e-2
 RECORD_AGAIN = "the file is damaged, record again"
 
 
@@ -132,3 +134,9 @@ def _check_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
         raise FileError(
             f"{path}: answers/tokens and answers/log_probs differ in shape; {RECORD_AGAIN}"
         )
+    if len(tensors["rest"]) == len(tensors["log_probs"]):
+        together = tensors["log_probs"].exp().sum(1) + tensors["rest"].exp()
+        if float((together - 1).abs().max()) > NOT_ONE:
+            raise FileError(
+                f"{path}: the probabilities of the kept answers do not add up to 1; {RECORD_AGAIN}"
+            )

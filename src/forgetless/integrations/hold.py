@@ -88,6 +88,7 @@ def hold(
     offload: bool = False,
     budget: str | None = None,
     general: str | None = None,
+    allow_recorded_text: bool = False,
 ) -> HeldModel:
     """Hold `trainer.model` while it trains; returns what holds it (held.py).
 
@@ -101,7 +102,8 @@ def hold(
     With `budget` ("1%" of perplexity on the text `general`, or "0.01nats") the strength is
     controlled while training, and after `trainer.train()` its `finish()` scales the update, checks
     it and reports (docs/budget.md). Without `general` the rise is predicted by the
-    importance's calibration, and the verdict is `predicted`.
+    importance's calibration, and the verdict is `predicted`. Text that importance was recorded on
+    is refused, unless with `allow_recorded_text`.
 
     In several processes every one calls `hold` and keeps its shard of the importance
     (docs/scaling.md). Raises ValueError where importance does not fit the model, the text cannot
@@ -113,7 +115,9 @@ def hold(
     holding = Holding(layers=layers, anchor=anchor, names=names, offload=offload)
     before = list(trainer.callback_handler.callbacks)
     if budget is not None:
-        keeper = of_trainer(trainer, budget, general, loaded, names)
+        keeper = of_trainer(
+            trainer, budget, general, loaded, names, recorded_text=allow_recorded_text
+        )
         pulling = keeper.bind(trainer, loaded, holding, start=strength).held
         assert pulling is not None  # nothing but a pull holds here
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from forgetless.options.model import DTYPES, ModelOptions, TextOptions
+from forgetless.options.model import DTYPES, BudgetOptions, ModelOptions, TextOptions
 from forgetless.options.option import MEASURED, RUNNING, option, same
 from forgetless.options.tune import TuneOptions
 
@@ -103,7 +103,7 @@ class EvalOptions(TextOptions, ModelOptions):
 
 
 @dataclass(frozen=True)
-class ShrinkOptions(TextOptions, ModelOptions):
+class ShrinkOptions(BudgetOptions, TextOptions, ModelOptions):
     """Options of `forgetless shrink`: a finished adapter made to keep a forgetting budget."""
 
     model: str = option(

@@ -81,6 +81,20 @@ class AdapterOptions:
 
 
 @dataclass(frozen=True)
+class BudgetOptions:
+    """What a budget may be kept on."""
+
+    allow_recorded_text: bool = option(
+        False,
+        "keep --budget also on a --general text that the importance was recorded on, where its "
+        "interval promises too much (docs/budget.md)",
+        group="budget",
+        decides=RUNNING,
+        later=True,
+    )
+
+
+@dataclass(frozen=True)
 class TextOptions:
     """General text: documents or chats that stand for what the model must not lose.
 

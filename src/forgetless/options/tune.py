@@ -8,7 +8,7 @@ from typing import Any
 from forgetless.options.holding import HOLDING
 from forgetless.options.method_settings import MethodSettings
 from forgetless.options.methods import METHODS
-from forgetless.options.model import AdapterOptions, ModelOptions, TextOptions
+from forgetless.options.model import AdapterOptions, BudgetOptions, ModelOptions, TextOptions
 from forgetless.options.option import MEASURED, RUNNING, option, same
 from forgetless.options.record import PRESETS, RecordOptions
 
@@ -19,7 +19,7 @@ REPORTERS = ("none", "tensorboard", "wandb", "trackio", "mlflow", "swanlab")
 
 
 @dataclass(frozen=True)
-class TuneOptions(AdapterOptions, TextOptions, ModelOptions):
+class TuneOptions(AdapterOptions, BudgetOptions, TextOptions, ModelOptions):
     """Options of `forgetless tune`: fine-tune on domain data while holding what the model knows."""
 
     data: str = option(

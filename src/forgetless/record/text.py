@@ -14,9 +14,11 @@ from typing import Any
 from torch import nn
 
 from forgetless.data.documents import Document, fingerprint_rows, load_documents
+from forgetless.data.domain import document_texts
 from forgetless.data.encoding import Encoded, encode_documents
 from forgetless.data.own_text import own_text, read_text
 from forgetless.data.selftext import as_documents
+from forgetless.data.traces import traces_of
 from forgetless.evaluate.own_answers import OWN_WORDS, default_kind, own_answers
 from forgetless.importance.info import TextSource
 from forgetless.importance.kept_answers import KeptAnswers, keep
@@ -71,6 +73,7 @@ def general_text(options: RecordOptions, model: nn.Module, tokenizer: Any) -> Re
         documents=len(documents),
         tokens=sum(len(ids) for ids, _ in pieces),
         sha256=hash_of(documents),
+        traces=traces_of(document_texts(documents)).plain(),
     )
     return RecordingText(pieces, source, kept_apart)
 

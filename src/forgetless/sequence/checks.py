@@ -18,7 +18,12 @@ import yaml
 
 from forgetless.budget.baseline import check_held_out
 from forgetless.budget.open import check_budget
-from forgetless.data.documents import fingerprint_documents, fingerprint_rows, load_documents
+from forgetless.data.documents import (
+    Document,
+    fingerprint_documents,
+    fingerprint_rows,
+    load_documents,
+)
 from forgetless.data.domain import load_training_data, row_text
 from forgetless.data.own_text import read_text
 from forgetless.data.tasks import find_task
@@ -26,6 +31,8 @@ from forgetless.errors import OptionError
 from forgetless.files.atomic import discard, write_json, write_text
 from forgetless.files.hub import importance_path
 from forgetless.files.outputs import RESOLVED, claim, local_inputs, ours_in
+from forgetless.importance.importance import Importance
+from forgetless.importance.recorded_on import check_recorded_text
 from forgetless.methods.table import chosen
 from forgetless.model import distributed
 from forgetless.options.holding import AUTO
@@ -246,6 +253,13 @@ def _remove_earlier_run(out: Path, domains: tuple[Domain, ...]) -> None:
             discard(path)
 
 
+def _check_general_text(options: TuneOptions, documents: list[Document]) -> None:
+    """Refuse a budget on general text that the importance was recorded on."""
+    if options.importance and options.importance != AUTO:
+        importance = Importance.load(importance_path(options.importance))
+        check_recorded_text(options, importance, documents)
+
+
 def _check_rows(
     options: TuneOptions, before: tuple[Domain, ...], domains: tuple[Domain, ...], out: Path
 ) -> dict[str, str]:
@@ -276,6 +290,7 @@ def _check_rows(
             limit=options.limit,
         )
         given["general text"] = fingerprint_documents(documents)
+        _check_general_text(options, documents)
     file = importance_path(options.importance) if options.importance else None
     given |= hashes_of_files(options, file)
     if options.resume:

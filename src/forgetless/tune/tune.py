@@ -29,6 +29,7 @@ from forgetless.evaluate.own_answers import has_template
 from forgetless.files.lock import only_writer
 from forgetless.files.schema import plain_of
 from forgetless.files.untrusted import JsonObject
+from forgetless.importance.recorded_on import check_recorded_text
 from forgetless.model import distributed
 from forgetless.model.loading import load_tokenizer
 from forgetless.model.stages import Earlier
@@ -83,6 +84,7 @@ def tune(options: TuneOptions, *, earlier: Earlier | None = None) -> JsonObject:
         hashes = {**inputs.hashes, **hashes_of_files(options, file)}
         if options.resume:
             check_inputs(hashes, out)
+        check_recorded_text(options, importance, inputs.held_out.general)
         base = load_base(options, tokenizer, importance, file)
         options = with_strength(options, base.importance)
         rows = encode_inputs(options, inputs, base.model, tokenizer)
