@@ -4,6 +4,7 @@ import pytest
 from scipy.stats import binomtest
 
 from forgetless.data.prompts.prompts import from_rows, load_prompts
+from forgetless.errors import FileError
 from forgetless.evaluate.behaviour_change import (
     compared_behaviours,
     mcnemar,
@@ -163,3 +164,35 @@ def test_changes_are_paired_and_have_intervals():
 def test_mcnemar_is_the_exact_binomial_test(lost, gained):
     expected = binomtest(lost, lost + gained).pvalue if lost + gained else 1.0
     assert mcnemar(lost, gained) == pytest.approx(min(1.0, expected))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"language": ["de"]},
+        {"expects": ["json"]},
+        {"expects": {"max_words": "3"}},
+        {"expects": {"json": 5}},
+        {"expects": {"json": [["a"]]}},
+        {"expects": {"answer": 12}},
+        {"expects": {"lines_start": None}},
+        {"expects": {"no_call": "yes"}},
+    ],
+)
+def test_what_no_answer_can_be_judged_by_is_refused(row):
+    with pytest.raises(FileError, match=r"prompts\.jsonl, row 1: '(language|expects)"):
+        from_rows([{"prompt": "one ?", **row}], "prompts.jsonl")
+
+
+def test_answers_and_schemas_of_any_form_are_judged():
+    deep = ["[" * 9000, '{"a":' * 9000, "-" * 9000 + "1", "(" * 9000, "1.2.3"]
+    tools = [{"function": "f"}, {"function": {"name": "g", "parameters": [1]}}, {"name": "g"}]
+    tools.append({"name": "f", "parameters": {"required": [["a"]], "properties": None}})
+    wanted = {"json": ["a"], "code": "python", "answer": "1.2.3", "call": "f", "no_call": True}
+    for kind in ("json", "system", "tools"):
+        row = {"prompt": "one ?", "kind": kind, "tools": tools, "expects": wanted}
+        [prompt] = from_rows([row], "prompts.jsonl")
+        calls = ['{"name": "f", "arguments": {}}', '{"name": "g", "arguments": "[["}']
+        for text in (*deep, *calls):
+            for behaviour in BEHAVIOURS:
+                behaviour.judge(prompt, Said(text, True, 9))

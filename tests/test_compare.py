@@ -817,7 +817,7 @@ def test_two_processes_give_what_one_gives_also_where_one_is_killed(
     assert run(path, done, "--part", "validation") == 0
     killer = threading.Thread(target=kill_one, daemon=True)
     killer.start()
-    assert run(path, tmp_path / "two", "--part", "validation", "--jobs", "2") == 0
+    assert run(path, tmp_path / "two", "--part", "validation", "--jobs", "2") == 1
     killer.join()
     failed = [
         r

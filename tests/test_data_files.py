@@ -4,11 +4,17 @@ import bz2
 import gzip
 import json
 import lzma
+from pathlib import Path
 
 import pytest
 
 from forgetless.data.documents import load_documents, load_rows
+from forgetless.data.domain import load_training_data
 from forgetless.data.stored_datasets import hub_rows
+from forgetless.data.tasks import task_specs
+from forgetless.errors import OptionError
+from forgetless.files.outputs import local_paths
+from forgetless.options.option import several
 
 ROWS = [{"text": "the cat"}, {"text": "sat on"}, {"text": "the mat"}]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
@@ -129,3 +135,26 @@ def test_hub_data_of_which_a_part_is_asked_for_is_streamed(monkeypatch, caplog):
     assert "split 'train' has 70000 rows, of which the first 2 are read" in caplog.text
     assert hub_rows("wiki/text", "train") == ROWS
     assert asked == [("wiki/text", "raw", "train", True), ("wiki/text", None, "train", False)]
+
+
+def test_paths_may_have_commas_and_equals_signs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for place in ("lang=en/train.jsonl", "a,b.jsonl", "c, d,e.jsonl", "plain.jsonl"):
+        Path(place).parent.mkdir(exist_ok=True)
+        Path(place).write_text('{"text": "one two three"}\n')
+    assert len(load_training_data("lang=en/train.jsonl")) == 1
+    assert several("lang=en/train.jsonl,a,b.jsonl, plain.jsonl,gone,x") == [
+        "lang=en/train.jsonl",
+        "a,b.jsonl",
+        "plain.jsonl",
+        "gone",
+        "x",
+    ]
+    assert several("c, d,e.jsonl") == ["c, d,e.jsonl"]
+    assert several("") == several(None) == several(",") == []
+    assert task_specs("sciq=a,b.jsonl,piqa") == ["sciq=a,b.jsonl", "piqa"]
+    with pytest.raises(OptionError, match=r"unknown task 'lang'; .* no file 'lang=de/gone\.jsonl'"):
+        load_training_data("lang=de/gone.jsonl")
+    # What is read is known where an output might be written over it.
+    both = local_paths({"plain.jsonl,a,b.jsonl": "--data ", "sciq=c, d,e.jsonl": ""})
+    assert {place.name for place in both.values()} == {"plain.jsonl", "a,b.jsonl", "c, d,e.jsonl"}

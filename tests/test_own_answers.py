@@ -81,6 +81,25 @@ def test_answers_are_sampled_once_and_an_interrupted_sampling_goes_on(
     assert sampled == [20, 11, 10]
 
 
+def test_a_cache_that_somebody_changed_is_made_whole(chat_model, chat_tokenizer, cache, caplog):
+    """What no answer of this model can be is sampled again, to the same answer."""
+    wanted = OwnText("chat", answers=10, length=8)
+    answers = own_answers(chat_model, chat_tokenizer, wanted, "check")
+    [path] = (cache / "answers").glob("*.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    words = chat_model.get_input_embeddings().weight.shape[0]
+    rows[0]["ids"][-1] = words  # no token of this model
+    rows[1]["ids"] += [1] * 9  # longer than was asked for
+    del rows[2]["start"]
+    rows[3] = [1]
+    lines = [json.dumps(row).encode() for row in rows]
+    lines[4] = b"\xff no text"
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    assert own_answers(chat_model, chat_tokenizer, wanted, "check") == answers
+    assert "3 of 10 lines hold no answer" in caplog.text
+    assert sorted(read_lines(path), key=repr) == sorted(answers, key=repr)
+
+
 def test_a_larger_number_holds_the_smaller_and_another_model_says_something_else(
     chat_model, chat_tokenizer, cache
 ):
@@ -252,6 +271,7 @@ def test_answers_kept_in_the_importance_file_hold_without_a_text_and_without_the
         ("answers/tokens", lambda tensor: -tensor),
         ("answers/log_probs", lambda tensor: -tensor),
         ("answers/rest", lambda tensor: tensor[:, None]),
+        ("answers/log_probs", lambda tensor: tensor * 0),
         ("answers/said", None),
         ("answers/lengths", lambda tensor: tensor.float()),
     ],

@@ -15,7 +15,14 @@ from forgetless.data.prompts.prompts import (
     prompt_ids,
     supported,
 )
-from forgetless.data.selftext import bare_openings, chat_openings, read_lines, sample, write_lines
+from forgetless.data.selftext import (
+    Answer,
+    bare_openings,
+    chat_openings,
+    read_lines,
+    sample,
+    write_lines,
+)
 
 LANGUAGES = {"de", "fr", "es", "it", "pt", "nl", "pl", "sv", "tr", "ru", "uk", "zh", "ja", "ko"}
 # Refuses system turns, as Gemma's template does, and knows neither tools nor thinking.
@@ -155,6 +162,33 @@ def test_answers_are_written_as_lines_and_a_line_cut_off_is_left_out(tiny, tmp_p
     assert read_lines(path) == answers
     path.write_text(write_lines(answers)[:-9])
     assert read_lines(path) == answers[:-1] and read_lines(tmp_path / "none") == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"",
+        b"[]",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"prompt": "a"}',
+        b'{"prompt": "a", "kind": "b", "ids": [1, -2], "start": 1, "ended": true}',
+        b'{"prompt": "a", "kind": "b", "ids": [1, 2.5], "start": 1, "ended": true}',
+        b'{"prompt": "a", "kind": "b", "ids": [1, true], "start": 1, "ended": true}',
+        b'{"prompt": "a", "kind": "b", "ids": "12", "start": 1, "ended": true}',
+        b'{"prompt": "a", "kind": "b", "ids": [1, 2], "start": 3, "ended": true}',
+        b'{"prompt": "a", "kind": "b", "ids": [1, 2], "start": 0, "ended": true}',
+        b'{"prompt": 1, "kind": "b", "ids": [1, 2], "start": 1, "ended": true}',
+        b'{"prompt": "a", "kind": "b", "ids": [1, 2], "start": 1, "ended": 1}',
+        b'{"prompt": "a", "kind": "b", "ids": [1, 2], "start": 1, "ended": true, "more": 1}',
+    ],
+)
+def test_lines_that_hold_no_answer_are_left_out(line, tmp_path, caplog):
+    good = Answer("a", "b", (1, 2), 1, True)
+    path = tmp_path / "answers.jsonl"
+    path.write_bytes(line + b"\n" + write_lines([good]).encode())
+    assert read_lines(path) == [good]
+    assert "1 of 2 lines hold no answer" in caplog.text
 
 
 def test_a_model_in_16_bit_is_asked_in_32_on_a_cpu_and_stays_as_it_is(tiny, tokenizer):

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from forgetless.errors import OptionError, printable
-from forgetless.files.run_json import EXPLODED
+from forgetless.files.run_json import EXPLODED, FAILED
 from forgetless.options.command_line import program_parser, verb_parser
 from forgetless.options.completion import completion
 from forgetless.options.option import read_yaml
@@ -119,11 +119,13 @@ def _speaks() -> bool:
 
 def exit_code(result: Any) -> int:
     """3 where the result does not say that the budget was met, also where it was only predicted;
-    1 where the loss exploded.
+    1 where the loss exploded, and where a run of a comparison failed.
     """
     if not isinstance(result, dict):
         return 0
     if any(EXPLODED in entry for entry in result.get("log") or []):
+        return 1
+    if any(run.get("status") == FAILED for run in result.get("runs") or []):
         return 1
     if result.get("gate"):
         return 0 if result["gate"]["passed"] else 3

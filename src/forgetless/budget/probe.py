@@ -30,6 +30,7 @@ from transformers.trainer_callback import ExportableState
 
 from forgetless.budget.controller import Controller, ControllerState
 from forgetless.budget.held import Grip
+from forgetless.errors import FileError
 from forgetless.evaluate.paired import PairedText
 from forgetless.evaluate.paired_answers import PairedAnswers
 from forgetless.files.budget_json import ControllerLook, ProbeCosts
@@ -231,11 +232,21 @@ class Probe(TrainerCallback, ExportableState):
                 "the checkpoint holds no state of a budget, so it was made without --budget; "
                 "start again with --overwrite"
             )
-        self.cursor = int(stored["attributes"]["cursor"])
-        self.controller.restore(ControllerState.of(stored["attributes"]["controller"]))
-        for guard, kept in zip(self.guards, stored["attributes"].get("guards", []), strict=True):
-            guard.cursor, guard.nats = int(kept["cursor"]), np.array(kept["nats"])
-        if self.grip.divergence is not None:
-            seen = stored["attributes"].get("divergence", [])
-            self.grip.divergence.term.last.extend((nats, tokens) for nats, tokens in seen)
+        try:
+            self._go_on_from(stored["attributes"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise FileError(
+                "the checkpoint's state of the budget is not what forgetless writes there "
+                f"({type(error).__name__}: {error}); remove the checkpoint to go on from the one "
+                "before it, or start again with --overwrite"
+            ) from error
         self.grip.set(self.controller.strength())
+
+    def _go_on_from(self, stored: JsonObject) -> None:
+        self.cursor = int(stored["cursor"])
+        self.controller.restore(ControllerState.of(stored["controller"]))
+        for guard, kept in zip(self.guards, stored.get("guards", []), strict=True):
+            guard.cursor, guard.nats = int(kept["cursor"]), np.array(kept["nats"], dtype=float)
+        if self.grip.divergence is not None:
+            seen = stored.get("divergence", [])
+            self.grip.divergence.term.last.extend((nats, tokens) for nats, tokens in seen)

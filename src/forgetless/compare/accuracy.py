@@ -30,8 +30,8 @@ from forgetless.compare.job import Job
 from forgetless.compare.processes import in_processes
 from forgetless.data.tasks import load_task
 from forgetless.evaluate.accuracy import answers
-from forgetless.files.atomic import read_json
 from forgetless.files.campaign_json import Accuracies, TaskAccuracy
+from forgetless.files.compare_json import TrialRun
 from forgetless.files.schema import read_record, write_record
 from forgetless.model.adapter_files import load_tuned
 from forgetless.model.loading import load_tokenizer
@@ -96,7 +96,7 @@ def _is_waiting(asked: _Asked) -> bool:
     job = asked.job
     if job.trial.part != job.experiment.last_part or not asked.wanted:
         return False
-    if read_json(job.folder / "run.json")["status"] != "done":
+    if read_record(job.folder / "run.json", TrialRun).status != "done":
         return False
     return _known(job.folder / "accuracy.json", job.experiment, asked.wanted) is None
 

@@ -20,7 +20,6 @@ from forgetless.compare.parts import PARTS
 from forgetless.data.documents import Document, load_documents
 from forgetless.data.domain import load_training_data
 from forgetless.evaluate.losses import completion_loss, general_loss
-from forgetless.files.atomic import read_json
 from forgetless.files.campaign_json import BaseMeasured, PartLosses
 from forgetless.files.measured_json import Loss
 from forgetless.files.provenance import environment, sha256_file
@@ -85,8 +84,10 @@ def measure_base(experiment: Experiment, files: Mapping[str, str], out: Path) ->
         own = [name for name in experiment.general if experiment.own(name)]
         mark["own"] = {name: held_by_text(experiment, files, name, "test") for name in own}
     path = out / "base.json"
-    if path.exists() and read_json(path)["made_from"] == json.loads(json.dumps(mark)):
-        return read_record(path, BaseMeasured)
+    if path.exists():
+        before = read_record(path, BaseMeasured)
+        if before.made_from == json.loads(json.dumps(mark)):
+            return before
     options = resolve(ModelOptions, experiment.model)
     model, tokenizer = load_to_train(options), load_tokenizer(options)
     losses = {}

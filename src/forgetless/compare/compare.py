@@ -43,11 +43,12 @@ from forgetless.compare.sequences import Campaign, run_sequences
 from forgetless.compare.summary import ended, summarise
 from forgetless.compare.trial import run, was_killed
 from forgetless.compare.verdict import progress_line
-from forgetless.files.atomic import read_json, write_text
+from forgetless.files.atomic import write_text
 from forgetless.files.campaign_json import BaseMeasured
 from forgetless.files.compare_json import Comparison, TrialRun
 from forgetless.files.lock import only_writer
 from forgetless.files.outputs import RESOLVED, claim, local_paths
+from forgetless.files.run_json import FAILED
 from forgetless.files.schema import plain_of, read_record
 from forgetless.files.untrusted import JsonObject
 from forgetless.model.fingerprint import files_fingerprint
@@ -86,6 +87,8 @@ def compare(options: CompareOptions) -> JsonObject:
     summary = run_experiment(experiment, Path(options.out), part=options.part, jobs=options.jobs)
     print("\n".join(map(str, summary.verdict)))
     check_any_done(summary)
+    if failed := sum(run.status == FAILED for run in summary.runs):
+        logger.warning("%d runs failed; the same command tries them again", failed)
     return plain_of(summary)
 
 
@@ -172,8 +175,8 @@ def _to_test(experiment: Experiment, out: Path) -> int:
     """
     seeds = experiment.seeds.get("test", [])
     every = len(experiment.methods) * len(experiment.domains) * len(seeds)
-    runs = [read_json(path) for path in out.glob("runs/*/run.json")]
-    return max(0, every - sum(run["part"] == "test" and run["status"] in ENDED for run in runs))
+    runs = [read_record(path, TrialRun) for path in out.glob("runs/*/run.json")]
+    return max(0, every - sum(run.part == "test" and run.status in ENDED for run in runs))
 
 
 def _campaign(

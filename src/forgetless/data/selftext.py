@@ -22,9 +22,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,11 @@ from transformers import DynamicCache
 
 from forgetless.data.documents import Document, TokenDocument
 from forgetless.data.prompts.prompts import Prompt, prompt_ids
-from forgetless.errors import OptionError
+from forgetless.errors import OptionError, printable
 from forgetless.files.room import free_memory
+from forgetless.files.untrusted import load_json
+
+logger = logging.getLogger("forgetless")
 
 # Rows of a batch. A step reads all weights once, whatever the rows: on the real model one thread
 # made 8, 34 and 81 tokens a second with 1, 8 and 32 rows, in f32.
@@ -266,12 +270,41 @@ def write_lines(answers: Iterable[Answer]) -> str:
 
 
 def read_lines(path: Path) -> list[Answer]:
-    """The whole lines of a file of answers; a last line that was cut off is left out."""
+    """The whole lines of a file of answers.
+
+    A last line that was cut off is left out, and so is one that holds no answer, as where somebody
+    has changed the file: it is sampled again, with the same random numbers.
+    """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    answers = []
-    for line in lines:
-        row = json.loads(line)
-        answers.append(Answer(**{**row, "ids": tuple(row["ids"])}))
+    lines = path.read_bytes().split(b"\n")[:-1]
+    answers = [answer for answer in map(_answer_in, lines) if answer is not None]
+    if len(answers) < len(lines):
+        logger.warning(
+            "%s: %d of %d lines hold no answer, and are left out",
+            printable(path),
+            len(lines) - len(answers),
+            len(lines),
+        )
     return answers
+
+
+def _answer_in(line: bytes) -> Answer | None:
+    """The answer in a line; None where it holds none."""
+    try:
+        row = load_json(line.decode())
+    except ValueError:
+        return None
+    if not isinstance(row, dict) or set(row) != {field.name for field in fields(Answer)}:
+        return None
+    ids, start = row["ids"], row["start"]
+    if not isinstance(ids, list) or not all(map(_is_place, [start, *ids])):
+        return None
+    named = isinstance(row["prompt"], str) and isinstance(row["kind"], str)
+    if not named or not isinstance(row["ended"], bool) or not 0 < start <= len(ids):
+        return None
+    return Answer(**{**row, "ids": tuple(ids)})
+
+
+def _is_place(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -12,12 +12,14 @@ reads rows of a prompt, its choices (a list) and the number of the right one (go
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from forgetless.data.documents import Row, load_rows
 from forgetless.errors import FileError, OptionError, brief, nearest
+from forgetless.options.option import several
 
 
 @dataclass(frozen=True)
@@ -119,15 +121,18 @@ CHAT_TASKS = ("ifeval", "arc_easy", "arc_challenge", "winogrande", "gsm8k")
 
 
 def find_task(spec: str) -> tuple[Task, str | None] | None:
-    """'sciq' or 'sciq=train.jsonl' -> (task, file or None); None where it names no task of ours.
+    """'sciq' or 'sciq=train.jsonl' -> (task, file or None); None where it names no task of ours, as
+    a file in whose path is a '='.
 
     Raises OptionError where a file is given for a task that is not ours.
     """
     name, _, file = spec.partition("=")
     if name in TASKS:
         return TASKS[name], file or None
-    if file:
-        raise OptionError(f"unknown task '{name}'; {nearest(name, TASKS)}")
+    if file and not os.path.exists(os.path.expanduser(spec)):
+        raise OptionError(
+            f"unknown task '{name}'; {nearest(name, TASKS)} There is no file '{spec}' either"
+        )
     return None
 
 
@@ -137,7 +142,7 @@ def task_specs(specs: str | None) -> list[str]:
     'chat' stands for CHAT_TASKS, 'chat=FOLDER' for the same from FOLDER/<name>.jsonl.
     """
     every: list[str] = []
-    for part in filter(None, (each.strip() for each in (specs or "").split(","))):
+    for part in several(specs):
         name, _, folder = part.partition("=")
         if name == "chat":
             every += [f"{task}={folder}/{task}.jsonl" if folder else task for task in CHAT_TASKS]

@@ -82,6 +82,10 @@ def obeys_system(prompt: Prompt, said: Said) -> bool | None:
     return all(results) if results else None
 
 
+# What readers of JSON and of Python raise for what a model may say, as a thousand brackets.
+UNREADABLE = (ValueError, RecursionError, MemoryError)
+
+
 def _words(text: str) -> list[str]:
     return re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", text)
 
@@ -118,7 +122,7 @@ def _object_with(text: str, keys: Iterable[str]) -> bool:
     candidate = blocks[0] if len(blocks) == 1 else text
     try:
         value = json.loads(candidate)
-    except ValueError:
+    except UNREADABLE:
         return False
     return isinstance(value, dict) and set(keys) <= set(value)
 
@@ -130,7 +134,7 @@ def code_parses(prompt: Prompt, said: Said) -> bool | None:
     blocks = re.findall(r"```(?:python|py)?\s*\n(.*?)(?:```|\Z)", said.text, re.DOTALL)
     try:
         tree = ast.parse(blocks[0] if blocks else said.text)
-    except (SyntaxError, ValueError):
+    except (SyntaxError, *UNREADABLE):
         return False
     return bool(tree.body)
 
@@ -141,7 +145,7 @@ def calculates(prompt: Prompt, said: Said) -> bool | None:
     if wanted is None:
         return None
     text = _after_thinking(said.text).replace("**", "")
-    if re.fullmatch(r"[\d.]+", wanted):
+    if re.fullmatch(r"\d+(\.\d+)?", wanted):
         numbers = re.findall(r"-?\d+(?:,\d{3})*(?:\.\d+)?", text)
         return bool(numbers) and float(numbers[-1].replace(",", "")) == float(wanted)
     return re.search(rf"(?<![\w:/]){re.escape(wanted)}(?![\w:/])", text, re.IGNORECASE) is not None
@@ -158,13 +162,15 @@ def _calls(text: str) -> list[Mapping[str, Any]]:
         except ValueError:
             place = text.find("{", place + 1)
             continue
+        except (RecursionError, MemoryError):  # and so at each of the brackets that follow
+            break
         inner = value.get("function", value) if isinstance(value, dict) else {}
         if isinstance(inner, dict) and isinstance(inner.get("name"), str):
             arguments = inner.get("arguments", inner.get("parameters"))
             if isinstance(arguments, str):
                 try:
                     arguments = json.loads(arguments)
-                except ValueError:
+                except UNREADABLE:
                     arguments = None
             calls.append({"name": inner["name"], "arguments": arguments})
         place = text.find("{", end)
@@ -176,16 +182,30 @@ def calls_tool(prompt: Prompt, said: Said) -> bool | None:
     wanted = prompt.expects.get("call")
     if wanted is None:
         return None
-    functions = [tool.get("function", tool) for tool in prompt.tools]
-    schemas = {each.get("name"): each.get("parameters", {}) for each in functions}
+    schema = _parameters_of(prompt, wanted)
+    required, known = (_names(schema.get(key)) for key in ("required", "properties"))
     for call in _calls(said.text):
         arguments = call["arguments"]
-        if call["name"] == wanted and isinstance(arguments, dict):
-            schema = schemas.get(wanted, {})
-            complete = set(schema.get("required", ())) <= set(arguments)
-            if complete and set(arguments) <= set(schema.get("properties", ())):
-                return True
+        if call["name"] != wanted or not isinstance(arguments, dict):
+            continue
+        if required <= set(arguments) <= known:
+            return True
     return False
+
+
+def _parameters_of(prompt: Prompt, name: str) -> Mapping[str, Any]:
+    """The parameters of the last tool of a name, as its schema has them; somebody else wrote it."""
+    schema: Any = {}
+    for tool in prompt.tools:
+        function = tool.get("function", tool)
+        if isinstance(function, Mapping) and function.get("name") == name:
+            schema = function.get("parameters", {})
+    return schema if isinstance(schema, Mapping) else {}
+
+
+def _names(value: Any) -> set[str]:
+    """The names in a list, or of a mapping's keys."""
+    return {str(name) for name in value} if isinstance(value, (list, tuple, Mapping)) else set()
 
 
 def calls_needlessly(prompt: Prompt, said: Said) -> bool | None:

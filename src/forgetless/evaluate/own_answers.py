@@ -182,7 +182,7 @@ def cached_answers(
             if sampling:
                 _complete(path, model, tokenizer, openings, length, what)
     distributed.barrier()
-    answers = _by_opening(read_lines(path))
+    answers = _by_opening(_kept_lines(path, model, length))
     missing = sum((opening.id, opening.ids) not in answers for opening in openings)
     if missing:
         raise OptionError(
@@ -204,6 +204,16 @@ def _answers_file(model: nn.Module, tokenizer: Any, length: int) -> Path:
     return cached_file("answers", made_of, ".jsonl")
 
 
+def _kept_lines(path: Path, model: nn.Module, length: int) -> list[Answer]:
+    """The answers in the cache that this model can have given: of its tokens, and no longer."""
+    words = next(model.get_input_embeddings().parameters()).shape[0]  # type: ignore[operator]
+    return [
+        answer
+        for answer in read_lines(path)
+        if max(answer.ids) < words and len(answer.scored) <= length
+    ]
+
+
 def sampling_seconds(
     model: nn.Module, tokenizer: Any, openings: Sequence[Opening], length: int
 ) -> float:
@@ -211,7 +221,8 @@ def sampling_seconds(
 
     Costs a few forward passes.
     """
-    there = _by_opening(read_lines(_answers_file(model, tokenizer, length)))
+    path = _answers_file(model, tokenizer, length)
+    there = _by_opening(_kept_lines(path, model, length))
     missing = sum((opening.id, opening.ids) not in there for opening in openings)
     return seconds_to_sample(model, missing, length) if missing else 0.0
 
@@ -230,7 +241,7 @@ def _complete(
     what: str,
 ) -> None:
     """Sample what the file lacks, and add it batch by batch."""
-    known = read_lines(path)
+    known = _kept_lines(path, model, length)
     there = _by_opening(known)
     missing = [opening for opening in openings if (opening.id, opening.ids) not in there]
     if not missing:

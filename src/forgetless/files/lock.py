@@ -36,7 +36,7 @@ from filelock import FileLock, Timeout
 
 from forgetless.files.atomic import clear_temporaries, machine, room_for
 from forgetless.files.outputs import ours_in
-from forgetless.files.room import check_output_file, check_output_folder
+from forgetless.files.room import check_length_of_name, check_output_file, check_output_folder
 
 logger = logging.getLogger("forgetless")
 # What flock says on file systems and platforms without it.
@@ -74,6 +74,9 @@ def only_writer(
     Raises ValueError where nothing can be written there, and where another process is at it.
     """
     path = Path(path)
+    if becomes_folder:
+        check_output_folder(path.parent)
+        check_length_of_name(path)
     (check_output_folder if folder or becomes_folder else check_output_file)(path)
     if not first_process():
         yield

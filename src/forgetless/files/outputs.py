@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import stat
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ MARK = ".forgetless.json"
 # The options of a run, or the experiment of a comparison, as they were filled up: valid as --config
 # and as EXPERIMENT. No file that people write by hand is called so.
 RESOLVED = "resolved.yaml"
+# Commas that the name of an input may have, where several names stand in one value.
+MOST_COMMAS = 8
 # What an output must not be: how an input is given on the command line -> where it lies.
 ReadPlaces = Mapping[str, Path]
 
@@ -55,11 +57,22 @@ def local_paths(given: Mapping[str, str]) -> dict[str, Path]:
     """
     there = {}
     for value, flag in given.items():
-        for text in (value, *value.split(",")):
+        for text in _stretches_of(value):
             for name in (text.strip(), text.strip().partition("=")[2]):
                 if name and (path := Path(name).expanduser()).exists():
                     there[f"{flag}'{name}'"] = path.resolve()
     return there
+
+
+def _stretches_of(value: str) -> Iterator[str]:
+    """What a value may name: all of it, and each stretch between two commas, since the name of a
+    file may have commas itself.
+    """
+    yield value
+    parts = value.split(",")
+    for first in range(len(parts)):
+        for last in range(first + 1, min(len(parts), first + MOST_COMMAS) + 1):
+            yield ",".join(parts[first:last])
 
 
 def claim(folder: str | Path, verb: str, names: Collection[str], inputs: ReadPlaces) -> None:

@@ -10,6 +10,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
+# Bytes that the names of what stands beside an output are longer than its own, at most: those of
+# its lock (.NAME.lock) and of the states of a recording (NAME.state.17).
+BESIDE = 12
+
 
 def check_output_folder(path: str | Path) -> None:
     """Make the folder and try to write into it.
@@ -34,11 +38,30 @@ def check_output_file(path: str | Path) -> None:
     Raises ValueError before any long work where that fails.
     """
     path = Path(path)
+    check_output_folder(path.parent)
+    check_length_of_name(path)
     if path.is_dir():
         raise ValueError(
             f"'{path}' is a folder, expected the name of a file to write; give another --out"
         )
-    check_output_folder(path.parent)
+
+
+def check_length_of_name(path: Path) -> None:
+    """Raise ValueError where the names of what stands beside an output would be too long."""
+    longest, length = _longest_name(path.parent), len(os.fsencode(path.name))
+    if longest is not None and length > longest - BESIDE:
+        raise ValueError(
+            f"the name of '{path}' has {length} bytes, expected at most {longest - BESIDE}, since "
+            "files with a longer name stand beside it; give another --out"
+        )
+
+
+def _longest_name(folder: Path) -> int | None:
+    """Bytes that a name in a folder may have; None where the system does not say."""
+    try:
+        return os.pathconf(folder, "PC_NAME_MAX")
+    except (AttributeError, OSError, ValueError):
+        return None
 
 
 def check_free_space(path: str | Path, needed: int) -> None:

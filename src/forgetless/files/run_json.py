@@ -26,6 +26,8 @@ from forgetless.files.untrusted import JsonObject
 LogEntry = JsonObject
 # The key in the last entry of a log that says that the loss exploded.
 EXPLODED = "loss_exploded"
+# The status of a run of a comparison that failed, and is tried again the next time.
+FAILED = "failed"
 # What every verb measures, in this order.
 MEASURED_KEYS = ("before", "after", "forgetting", "learning", "general")
 # What `tune` and `eval` say of a chat model's answers, after that.

@@ -29,6 +29,7 @@ from forgetless.methods.method import Setup
 from forgetless.model.adapters import adapter_inputs
 from forgetless.model.targets import target_weights
 from forgetless.model.weights import LowRankWeight, wider
+from forgetless.options.option import several
 from forgetless.options.tune import TuneOptions
 
 
@@ -101,7 +102,7 @@ def o_lora(setup: Setup, model: nn.Module) -> Orthogonality | None:
 
 def _folders(earlier: str) -> list[Path]:
     """The adapter folders that --earlier names. Raises OptionError where one is none."""
-    folders = [Path(part.strip()) for part in earlier.split(",") if part.strip()]
+    folders = [Path(folder) for folder in several(earlier)]
     for folder in folders:
         if not (folder / "adapter_config.json").is_file():
             raise OptionError(

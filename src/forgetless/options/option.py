@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import field
@@ -162,13 +163,27 @@ def _converted(spec: dataclasses.Field, value: Any) -> Any:
 def several(spec: str | None) -> list[str]:
     """The values of an option that may be given several times.
 
-    A file whose name has commas is one value.
+    Commas divide them, but not in the name of a file or folder that is there, as a value or behind
+    the name of a task (sciq=a,b.jsonl).
     """
     if not spec:
         return []
-    if "," not in spec or Path(spec).exists():
+    if "," not in spec or os.path.exists(spec):
         return [spec]
-    return [part.strip() for part in spec.split(",") if part.strip()]
+    parts = spec.split(",")
+    values = []
+    while parts:
+        tried = (n for n in range(len(parts), 1, -1) if _is_there(",".join(parts[:n])))
+        count = next(tried, 1)
+        values.append(",".join(parts[:count]).strip())
+        parts = parts[count:]
+    return [value for value in values if value]
+
+
+def _is_there(value: str) -> bool:
+    """Whether a value, or what stands behind its name, is a file or folder of this machine."""
+    places = (value.strip(), value.strip().partition("=")[2])
+    return any(place and os.path.exists(os.path.expanduser(place)) for place in places)
 
 
 def read_yaml(path: str | Path) -> JsonObject:

@@ -22,10 +22,12 @@ from pathlib import Path
 
 from forgetless.data.documents import Row
 from forgetless.data.domain import load_training_data
-from forgetless.data.tasks import find_task, load_task
+from forgetless.data.tasks import TASKS, find_task, load_task
 from forgetless.errors import OptionError
 from forgetless.files.atomic import read_json, write_text
-from forgetless.files.untrusted import JsonObject
+from forgetless.files.run_json import Run
+from forgetless.files.schema import from_json, read_record
+from forgetless.files.untrusted import JsonObject, check_mapping
 from forgetless.options.holding import AUTO
 from forgetless.options.option import several
 from forgetless.options.tune import TuneOptions
@@ -46,6 +48,17 @@ class Domain:
     held: str
     held_split: str | None = None
     split: str | None = None
+
+
+@dataclass(frozen=True)
+class OptionsThen:
+    """What is read of the options of a run that --after names, as its run.json says them."""
+
+    data: str
+    data_split: str | None = None
+    eval_data: str | None = None
+    eval_split: str | None = None
+    importance: str | None = None
 
 
 def named(options: TuneOptions, out: Path, *, taken: Sequence[str] = ()) -> tuple[Domain, ...]:
@@ -79,18 +92,20 @@ def earlier_of(options: TuneOptions) -> tuple[tuple[Domain, ...], str, str | Non
     """
     folder = Path(options.after or "")
     _check_finished(folder)
-    run = read_json(folder / "run.json")
-    _check_gone_on_from(folder, run["configuration"], options.model)
-    if "sequence" in run:
-        domains = tuple(Domain(**held) for held in run["sequence"]["held"].values())
+    place = folder / "run.json"
+    run = read_record(place, Run)
+    _check_gone_on_from(folder, run.configuration, options.model)
+    then = from_json(run.configuration, OptionsThen, f"{place}.configuration")
+    if run.sequence is not None:
+        held = from_json(run.sequence.held, dict[str, Domain], f"{place}.sequence.held")
+        domains = tuple(held.values())
     else:
-        domains = (_domain_of_run(folder, run["configuration"]),)
+        domains = (_domain_of_run(folder, then),)
     # The file is of a sequence; in the folder of a single run, an earlier one has left it.
     file = folder / "importance.safetensors"
-    of_sequence = "sequence" in run and file.is_file()
-    importance = str(file) if of_sequence else run["configuration"]["importance"]
-    if importance == AUTO:
-        importance = run["importance"]["file"]
+    importance = str(file) if run.sequence is not None and file.is_file() else then.importance
+    if importance == AUTO and run.importance is not None:
+        importance = None if run.importance.file is None else str(run.importance.file)
     return domains, str(folder / "final"), importance
 
 
@@ -113,25 +128,25 @@ def _check_gone_on_from(folder: Path, then: JsonObject, model: str) -> None:
             f"--after '{folder}' was not written by forgetless tune, so it does not say which "
             "data must not be lost; give the folder of a run of tune"
         )
-    kind = read_json(folder / "final" / "adapter_config.json").get("peft_type")
+    config = folder / "final" / "adapter_config.json"
+    kind = check_mapping(read_json(config), str(config)).get("peft_type")
     if kind != "LORA":
         raise ValueError(
             f"--after '{folder}': its adapter is of type {kind}, expected LORA, since the "
             "updates are added up as one; tune with a LoRA method"
         )
-    same_place = Path(str(then["model"])).resolve() == Path(model).resolve()
-    if not same_place and then["model"] != model:
+    name = str(then.get("model"))
+    if Path(name).resolve() != Path(model).resolve() and name != model:
         raise OptionError(
-            f"--after '{folder}' was tuned on '{then['model']}', found MODEL '{model}'; "
-            "give the same"
+            f"--after '{folder}' was tuned on '{name}', found MODEL '{model}'; give the same"
         )
 
 
-def _domain_of_run(folder: Path, then: JsonObject) -> Domain:
+def _domain_of_run(folder: Path, then: OptionsThen) -> Domain:
     """The domain of a run on one domain; `then` are its options."""
-    name, train, split = _short(then["data"]), then["data"], then["data_split"]
-    if then["eval_data"]:
-        return Domain(name, train, then["eval_data"], held_split=then["eval_split"], split=split)
+    name, train, split = _short(then.data), then.data, then.data_split
+    if then.eval_data:
+        return Domain(name, train, then.eval_data, held_split=then.eval_split, split=split)
     logger.warning(
         "%s had no --eval-data: its domain is measured and held on rows that it was trained on",
         folder,
@@ -190,7 +205,7 @@ def _write_rows(spec: str, start: Path, part: str, lines: Sequence[str], anew: b
 def _short(spec: str) -> str:
     """A name for people: that of the task, or of the file without its ending."""
     name, mark, _ = spec.partition("=")
-    return name if mark else Path(spec).stem
+    return name if mark and name in TASKS else Path(spec).stem
 
 
 def _free(name: str, used: Sequence[str]) -> str:

@@ -20,6 +20,7 @@ from forgetless.errors import OptionError
 from forgetless.files.atomic import discard, read_json, write_json, write_text
 from forgetless.files.outputs import RESOLVED, claim, local_inputs
 from forgetless.files.provenance import sha256_file
+from forgetless.files.untrusted import check_mapping
 from forgetless.methods.replay_text import OWN_TEXT
 from forgetless.model import distributed
 from forgetless.model.fingerprint import files_fingerprint
@@ -91,7 +92,8 @@ def check_inputs(hashes: Mapping[str, str], out: Path) -> None:
 
     `hashes` are compared with those in INPUTS, which lies beside RESOLVED.
     """
-    then = read_json(out / INPUTS) if (out / INPUTS).is_file() else {}
+    path = out / INPUTS
+    then = check_mapping(read_json(path), str(path)) if path.is_file() else {}
     changed = sorted(name for name, digest in hashes.items() if then.get(name, digest) != digest)
     if changed:
         raise ValueError(
@@ -132,9 +134,12 @@ def begin(options: TuneOptions, hashes: Mapping[str, str], out: Path) -> None:
 
 def last_checkpoint(out: Path) -> str | None:
     """The newest checkpoint that was written to its end; None where there is none."""
-    folders = [path for path in (out / "checkpoints").glob("checkpoint-*") if _is_whole(path)]
-    newest = max(folders, key=lambda path: int(path.name.split("-")[-1]), default=None)
-    return None if newest is None else str(newest)
+    steps = {}
+    for path in (out / "checkpoints").glob("checkpoint-*"):
+        step = path.name.rpartition("-")[2]
+        if step.isdecimal() and _is_whole(path):
+            steps[int(step)] = path
+    return str(steps[max(steps)]) if steps else None
 
 
 def clear_checkpoints(folder: Path) -> None:

@@ -15,6 +15,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,10 @@ from transformers import (
     TrainingArguments,
 )
 
+from forgetless.errors import FileError
+from forgetless.files.run_json import LogEntry
+from forgetless.files.schema import read_record
+from forgetless.files.untrusted import JsonObject
 from forgetless.model import distributed, shards
 from forgetless.model.linear import unwrapped
 from forgetless.model.loading import context_length
@@ -176,6 +181,29 @@ def _config(options: TuneOptions, base: nn.Module, *, evaluates: bool) -> Any:
     return config
 
 
+@dataclass(frozen=True)
+class _StoredState:
+    """What a checkpoint must say for training to go on from it."""
+
+    global_step: int
+    max_steps: int
+    log_history: list[LogEntry] = field(default_factory=list)
+    stateful_callbacks: JsonObject = field(default_factory=dict)
+
+
+def _checkpoint_state(checkpoint: Path) -> TrainerState:
+    """The state of the trainer in a checkpoint. Raises FileError where it is none."""
+    path = checkpoint / "trainer_state.json"
+    try:
+        read_record(path, _StoredState)
+        return TrainerState.load_from_json(str(path))
+    except (TypeError, ValueError) as error:
+        raise FileError(
+            f"{error}; remove {checkpoint} to go on from the checkpoint before it, or start again "
+            "with --overwrite"
+        ) from None
+
+
 def train_from(trainer: Any, checkpoint: str | None) -> float:
     """Train, from `checkpoint` where there is one; returns the seconds that it took.
 
@@ -183,7 +211,7 @@ def train_from(trainer: Any, checkpoint: str | None) -> float:
     """
     started = time.perf_counter()
     if checkpoint is not None:
-        state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        state = _checkpoint_state(Path(checkpoint))
         last = trainer.args.max_steps if trainer.args.max_steps > 0 else state.max_steps
         if state.global_step >= last:
             trainer._load_from_checkpoint(checkpoint)

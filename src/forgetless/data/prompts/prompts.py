@@ -29,7 +29,7 @@ from typing import Any
 
 from forgetless.data.forms import common_form
 from forgetless.data.turns import tools_of
-from forgetless.errors import FileError
+from forgetless.errors import FileError, brief
 from forgetless.files.provenance import sha256_text
 
 # Where our own prompts lie.
@@ -38,6 +38,16 @@ FOLDER = Path(__file__).parent
 # training and a quarter afterwards.
 DEALT = ("record", "control", "record", "check")
 OWN = "own"  # the kind of a user's prompts that name none
+
+# What `expects` may hold where evaluate/behaviours.py reads it; more is let through.
+KINDS_OF_EXPECTS: dict[str, type] = {
+    **dict.fromkeys(("language", "code", "answer", "call"), str),
+    **dict.fromkeys(("starts_with", "ends_with", "contains", "lacks", "lines_start"), str),
+    **dict.fromkeys(("uppercase", "lowercase", "no_call"), bool),
+    "max_words": int,
+    "json": list,
+}
+KINDS_IN_WORDS = {str: "text", bool: "true or false", int: "a whole number"}
 
 
 @dataclass(frozen=True)
@@ -92,13 +102,40 @@ def from_rows(rows: Iterable[Mapping[str, Any]], place: str, *, kind: str = OWN)
                     messages=messages,
                     tools=tuple(tools_of(row.get("tools"), where) or ()),
                     thinking=thinking,
-                    language=row.get("language"),
-                    expects=row.get("expects") or {},
+                    language=_language(row, where),
+                    expects=_expects(row, where),
                 )
             )
     if not prompts:
         raise FileError(f"{place}: expected prompts, found no row")
     return prompts
+
+
+def _language(row: Mapping[str, Any], place: str) -> str | None:
+    language = row.get("language")
+    if language is None or isinstance(language, str):
+        return language
+    raise FileError(f"{place}: 'language' holds {brief(language)}, expected a code such as de")
+
+
+def _expects(row: Mapping[str, Any], place: str) -> Mapping[str, Any]:
+    """What a good answer looks like. Raises FileError for what no behaviour is judged by."""
+    expects = row.get("expects") or {}
+    if not isinstance(expects, Mapping):
+        raise FileError(f"{place}: 'expects' holds {brief(expects)}, expected a mapping")
+    for name, kind in KINDS_OF_EXPECTS.items():
+        value = expects.get(name)
+        fits = name not in expects or isinstance(value, kind)
+        if kind is list and isinstance(value, list):
+            fits = all(isinstance(each, str) for each in value)
+        if not fits:
+            what = (
+                f"a list of text, such as {{'{name}': ['a']}}"
+                if kind is list
+                else KINDS_IN_WORDS[kind]
+            )
+            raise FileError(f"{place}: 'expects.{name}' holds {brief(value)}, expected {what}")
+    return expects
 
 
 def _turns(row: Mapping[str, Any], place: str) -> tuple[Mapping[str, Any], ...]:
