@@ -13,27 +13,16 @@ import random
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import mutate
+from chat_targets import CHAT_TARGETS
+from target import Target
 
 Mutation = Callable[[bytes, random.Random], bytes]
-
-
-@dataclass(frozen=True)
-class Target:
-    """`seeds`: name -> bytes of a valid file; `change`: a mutation; `use`: reads a file of that
-    name and yields the lines it would show.
-    """
-
-    seeds: dict[str, bytes]
-    change: Callable[[str, bytes, random.Random], bytes]
-    use: Callable[[Path], list[str]]
-    rare: tuple[str, ...] = ()  # seeds that take long: in one case of fifty of their share
 
 
 def importance(folder: Path) -> Target:
@@ -541,4 +530,5 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "data": data,
     "adapter": adapter,
     "report": report,
+    **CHAT_TARGETS,
 }

@@ -7,16 +7,22 @@ import json
 import os
 import random
 import threading
+from typing import ClassVar
 
 import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from forgetless.cli import main
+from forgetless.data.selftext import Answer
+from forgetless.evaluate.divergence import stored_base
 from forgetless.importance.entries import DenseEntry
 from forgetless.importance.importance import Importance
 from forgetless.integrations.hold import hold
-from forgetless.model.adapters import add_adapter
+from forgetless.methods import kl
+from forgetless.methods.callback import add_term
+from forgetless.methods.kl import KL
+from forgetless.model.adapters import add_adapter, bare
 from forgetless.model.linear import base_shapes
 from forgetless.penalty.callback import PenaltyCallback
 from forgetless.penalty.pull import Penalty
@@ -70,8 +76,20 @@ def trainer_of(model, batch, folder, steps, *callbacks, **given):
     return Trainer(model=model, args=arguments, train_dataset=rows, callbacks=list(callbacks))
 
 
+def kept_answers(model, batch, stored=True):
+    """The divergence from the base on some sequences, of which an importance file keeps what the
+    base made of them.
+    """
+    rows = [row.tolist() for row in batch]
+    text = [(row, [False] * 4 + [True] * (len(row) - 4)) for row in rows]
+    answers = [Answer(str(n), "k", tuple(row), 4, True) for n, row in enumerate(rows)]
+    with bare(model) as base:
+        known = stored_base(base, answers)
+    return KL(model, text, weight=0.5, stored=known if stored else None)
+
+
 @pytest.mark.parametrize("steps", [120, pytest.param(20_000, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("what", ["penalty", "recorder"])
+@pytest.mark.parametrize("what", ["penalty", "recorder", "kept answers"])
 def test_memory_does_not_grow_with_the_steps(tiny, batch, tmp_path, capsys, what, steps):
     model = add_adapter(tiny(), names="q_proj,v_proj", rank=2, alpha=2)
     watch = Watch({steps // 4, steps // 2, steps})
@@ -79,6 +97,8 @@ def test_memory_does_not_grow_with_the_steps(tiny, batch, tmp_path, capsys, what
     recorder = PathIntegral(model)
     if what == "penalty":
         hold(trainer, dense(model), strength=0.1)
+    elif what == "kept answers":
+        add_term(trainer, kept_answers(model, batch))
     else:
         trainer.add_callback(RecorderCallback(recorder))
     trainer.train()
@@ -90,11 +110,11 @@ def test_memory_does_not_grow_with_the_steps(tiny, batch, tmp_path, capsys, what
         # weight and step would take 1.4 MB
     ):
         assert resident[-1] - resident[1] < 1.2e6
-    assert (
-        (len([entry for entry in trainer.state.log_history if "energy" in entry]) > 0)
-        if what == "penalty"
-        else recorder.steps == steps
-    )
+    logged = {"penalty": "energy", "kept answers": "kl"}
+    if what == "recorder":
+        assert recorder.steps == steps
+    else:
+        assert any(logged[what] in entry for entry in trainer.state.log_history)
 
 
 @pytest.mark.parametrize("end", ["close", "exception", "training"])
@@ -158,6 +178,81 @@ def test_nothing_is_left_on_model_and_optimizer(tiny, batch, tmp_path, capsys, e
         getattr(p, "_backward_hooks", None) or getattr(p, "_post_accumulate_grad_hooks", None)
         for p in model.parameters()
     )
+
+
+@pytest.mark.parametrize("at", ["forward", "gradient", "backward"])
+@pytest.mark.parametrize("kind", ["kept", "base under the adapter", "copies"])
+def test_a_term_that_fails_leaves_the_model_as_it_was(tiny, batch, monkeypatch, kind, at):
+    """Whatever fails: adapters are on, trained values are in place, modes and hooks are as before,
+    and the next step adds what it would have added.
+    """
+    model = tiny() if kind == "copies" else add_adapter(tiny(), names="q_proj", rank=2, alpha=2)
+    term = kept_answers(model, batch, stored=kind == "kept")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05)
+    model.train()
+
+    def state():
+        modes = [module.training for module in model.modules()]
+        hooks = [
+            len(found)
+            for module in model.modules()
+            for found in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+        ]
+        values = [parameter.detach().clone() for parameter in model.parameters()]
+        return modes, hooks, values, model(input_ids=batch).logits.detach()
+
+    def added():
+        model.zero_grad()
+        term.add(0)
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    before, expected = state(), added()
+
+    def fails(*arguments, **more):
+        raise RuntimeError("no room")
+
+    places = {
+        "forward": (kl, "scored_logits"),
+        "gradient": (kl, "stored_gradient" if kind == "kept" else "kl_gradient"),
+        "backward": (torch.Tensor, "backward"),
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr(*places[at], fails)
+        with pytest.raises(RuntimeError, match="no room"):
+            term.add(0)
+    after = state()
+    assert after[:2] == before[:2]
+    torch.testing.assert_close(after[2:], before[2:], rtol=0, atol=0)
+    torch.testing.assert_close(added(), expected, rtol=0, atol=0)
+
+
+def test_a_trainer_may_be_used_twice(tiny, batch, tmp_path, capsys):
+    """The second training pulls once a step, as the first did, and leaves as little behind."""
+    model = add_adapter(tiny(), names="q_proj,v_proj", rank=2, alpha=2)
+
+    class Hooks(TrainerCallback):
+        found: ClassVar[list] = []
+
+        def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+            inner = getattr(optimizer, "optimizer", optimizer)
+            self.found.append(len(inner._optimizer_step_pre_hooks))
+
+    trainer = trainer_of(model, batch, tmp_path, 3, Hooks())
+    held = hold(trainer, dense(model), strength=0.1)
+    term = add_term(trainer, kept_answers(model, batch)).term
+    steps = []
+    add = term.add
+    term.add = lambda step, scale: steps.append(step) or add(step, scale=scale)
+    for _ in range(2):
+        trainer.train()
+        inner = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+        left = len(inner._optimizer_step_pre_hooks)
+        assert left == Hooks.found[-1] - 1
+    assert len(Hooks.found) == 6 and len(set(Hooks.found)) == 1
+    assert steps == [0, 1, 2] * 2 and held.penalty.energy() > 0
 
 
 def still_open():
