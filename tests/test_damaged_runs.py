@@ -3,15 +3,19 @@ checkpoint, inputs.json. Each is refused in one sentence that names the place.
 """
 
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from forgetless.budget.controller import Controller
 from forgetless.budget.probe import Probe
-from forgetless.cli import exit_code
+from forgetless.cli import exit_code, main
 from forgetless.errors import FileError, OptionError
 from forgetless.files.lock import only_writer
+from forgetless.importance.entries import DenseEntry
+from forgetless.importance.importance import Importance
 from forgetless.options.tune import TuneOptions
 from forgetless.options.verbs import resolve
 from forgetless.sequence.domains import earlier_of
@@ -140,6 +144,15 @@ def test_names_that_leave_no_room_for_what_stands_beside_them_are_refused(length
         else:
             with pytest.raises(ValueError, match="expected at most 243"), only_writer(path, **kind):
                 pytest.fail("started")
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_closed_standard_streams_are_no_failure(stream, tmp_path, monkeypatch):
+    Importance({"a.weight": DenseEntry(torch.ones(2, 2))}).save(tmp_path / "i.safetensors")
+    monkeypatch.setattr(sys, stream, None)
+    assert main(["inspect", str(tmp_path / "i.safetensors")]) == 0
+    assert main(["inspect", str(tmp_path / "gone.safetensors")]) == 1
+    getattr(sys, stream).close()
 
 
 def test_a_comparison_with_failed_runs_does_not_end_as_done():

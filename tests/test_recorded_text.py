@@ -98,7 +98,9 @@ def test_whatever_measures_by_an_importance_file_asks_for_its_text(recorded, tmp
     with pytest.raises(OptionError, match="recorded on 60 of the 60"):
         check_recorded_text(given, importance, documents)  # as shrink and tune ask
     trainer = SimpleNamespace(
-        processing_class=SimpleNamespace(batch_decode=None), train_dataset=None
+        processing_class=SimpleNamespace(batch_decode=None),
+        train_dataset=None,
+        callback_handler=SimpleNamespace(callbacks=[]),
     )
     with pytest.raises(OptionError, match="recorded on 60 of the 60"):
         hold(trainer, importance, budget="1%", general=str(text))

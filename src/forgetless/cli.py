@@ -34,6 +34,7 @@ from forgetless.report.terminal import say, write_message
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
+    _open_closed_streams()
     words = list(sys.argv[1:] if arguments is None else arguments)
     name = next((word for word in words if not word.startswith("-")), None)
     if name is None or words[0] == "--completion":
@@ -60,6 +61,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except Exception as error:
         return _failed(name, error, debug=debug)
+
+
+def _open_closed_streams() -> None:
+    """Standard output or error that was closed (`>&-`) goes nowhere: what is printed would be an
+    error, or end up in the file that is opened next.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (to the very end)
+            setattr(sys, name, nowhere)
 
 
 @dataclass(frozen=True)

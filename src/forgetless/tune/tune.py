@@ -65,9 +65,8 @@ from forgetless.tune.trainer import make_trainer, train_from
 def tune(options: TuneOptions, *, earlier: Earlier | None = None) -> JsonObject:
     """Fine-tune as `options` say; writes `options.out` and returns what is in its run.json.
 
-    With `earlier` the model stands on the updates of a sequence's earlier steps
-    (sequence/sequence.py), and the adapter is relative to it. Raises ValueError or OptionError
-    before training starts.
+    With `earlier` the model stands on a sequence's earlier steps (sequence/sequence.py), and the
+    adapter is relative to it. Raises ValueError or OptionError before training starts.
     """
     distributed.start(options.device)
     methods = check_tuning(options)
