@@ -32,7 +32,7 @@ from forgetless.files.untrusted import JsonObject
 # ten of a document of 300 words.
 MOST_HASHES = 1 << 15
 # Bytes of a document's hash and of a run's, both stored with the lowest byte first.
-STORED = {"documents": np.dtype("<u8"), "runs": np.dtype("<u4")}
+STORED: dict[str, np.dtype[Any]] = {"documents": np.dtype("<u8"), "runs": np.dtype("<u4")}
 
 
 @dataclass(frozen=True)
