@@ -150,6 +150,12 @@ def test_paths_may_have_commas_and_equals_signs(tmp_path, monkeypatch):
         "gone",
         "x",
     ]
+    assert several("plain.jsonl,sciq=plain.jsonl,piqa=a,b.jsonl,x=gone") == [
+        "plain.jsonl",
+        "sciq=plain.jsonl",
+        "piqa=a,b.jsonl",
+        "x=gone",
+    ]
     assert several("c, d,e.jsonl") == ["c, d,e.jsonl"]
     assert several("") == several(None) == several(",") == []
     assert task_specs("sciq=a,b.jsonl,piqa") == ["sciq=a,b.jsonl", "piqa"]

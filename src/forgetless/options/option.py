@@ -182,7 +182,8 @@ def several(spec: str | None) -> list[str]:
 
 def _is_there(value: str) -> bool:
     """Whether a value, or what stands behind its name, is a file or folder of this machine."""
-    places = (value.strip(), value.strip().partition("=")[2])
+    name, _, behind = value.strip().partition("=")
+    places = (value.strip(), "" if "," in name else behind)
     return any(place and os.path.exists(os.path.expanduser(place)) for place in places)
 
 
