@@ -10,9 +10,9 @@ import shutil
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from conftest import PLAIN, save_tiny, tiny_model, words_tokenizer
+from conftest import CONFIGS, PLAIN, SMALL, save_tiny, tiny_model, words_tokenizer
 from forgetless.cli import main
 from forgetless.model.adapter_files import with_adapter
 from forgetless.tune.merge import merge
@@ -43,10 +43,6 @@ def adapter_on(folder, out, *, model=None, **config):
 @pytest.fixture
 def tied_folder(tmp_path):
     """A tiny model with tied embeddings, and its tokenizer."""
-    from transformers import LlamaConfig
-
-    from conftest import SMALL
-
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL, tie_word_embeddings=True))
     model.save_pretrained(tmp_path / "tied")
@@ -109,8 +105,6 @@ def test_a_run_stands_for_what_it_made_and_another_base_can_be_named(
 
 
 def test_another_model_than_the_adapters_is_refused(model_folder, tmp_path):
-    from conftest import CONFIGS
-
     adapter_on(model_folder, tmp_path / "adapter")
     other = AutoModelForCausalLM.from_config(CONFIGS["gpt2"])
     other.save_pretrained(tmp_path / "gpt2")

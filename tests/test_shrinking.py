@@ -327,3 +327,26 @@ def test_tune_with_a_budget_keeps_the_way_that_learns_more(
     assert report["learning"]["nats"] == max(point["learning"] for point in report["each"].values())
     assert report["way"] == max(report["each"], key=lambda way: report["each"][way]["learning"])
     assert "each way within this budget" in capsys.readouterr().out
+
+
+def test_adapters_of_other_kinds_are_scaled_along_their_path(tiny, model_folder, tmp_path, capsys):
+    """OFT by its generators: the result is an adapter of its kind."""
+    from peft import OFTConfig, PeftModel, get_peft_model
+
+    torch.manual_seed(0)
+    model = get_peft_model(tiny(), OFTConfig(target_modules=["q_proj"], oft_block_size=4, r=0))
+    for name, parameter in model.named_parameters():
+        if "oft_R" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(tmp_path / "theirs")
+    (tmp_path / "wide.jsonl").write_text(documents(8))
+    words = ["shrink", tmp_path / "theirs", "--model", model_folder, "--device", "cpu"]
+    words += ["--general", tmp_path / "wide.jsonl", "--mu", "1", "--out", tmp_path / "out"]
+    assert run(words) == 2
+    assert run(words, "--method", "scale") == 0
+    saved = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert saved["forgetting"]["nats"] != 0
+    small, all_of_it = tensors(tmp_path / "out" / "final"), tensors(tmp_path / "theirs")
+    for name, tensor in all_of_it.items():
+        torch.testing.assert_close(small[name], 0.5 * tensor)
+    assert PeftModel.from_pretrained(tiny(), tmp_path / "out" / "final") is not None

@@ -10,6 +10,7 @@ For example:
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from forgetless.errors import FileError
 from forgetless.model.base_values import base_biases, named_biases
 from forgetless.model.linear import is_conv1d, linear_layers, matching, unwrapped, warn_of_experts
 from forgetless.options.model import AdapterOptions
+
+logger = logging.getLogger("forgetless")
 
 
 @contextlib.contextmanager
@@ -125,16 +128,55 @@ def add_adapter(
     from peft import LoraConfig, get_peft_model
 
     modules, conv1d = peft_targets(model, names)
-    config = LoraConfig(
+    settings: dict[str, Any] = dict(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
         use_rslora=rslora,
-        target_modules=modules,
         task_type="CAUSAL_LM",
         fan_in_fan_out=conv1d,
     )
-    return get_peft_model(model, config)
+    adapted: Any = get_peft_model(model, LoraConfig(**settings, target_modules=modules))
+    if not _has_adapted_experts(adapted):
+        return adapted
+    kept = _without_names_of_experts(adapted, modules)
+    base = without_adapter(adapted)
+    forget_adapters(base)
+    return get_peft_model(base, LoraConfig(**settings, target_modules=kept))
+
+
+def _has_adapted_experts(model: nn.Module) -> bool:
+    """Whether an adapter is on the fused experts of a mixture."""
+    return any(type(module).__name__ == "ParamWrapper" for module in model.modules())
+
+
+def _without_names_of_experts(adapted: nn.Module, modules: list[str]) -> list[str]:
+    """The names of layers that PEFT does not take for those of experts.
+
+    Of some mixtures (DeepSeek, Qwen 3 Next) it takes 'gate_proj' and the like for what the experts'
+    layers were called in earlier versions of transformers, adapts the fused experts, and leaves the
+    layers of that name (shared experts, dense blocks) alone. Raises ValueError where nothing else
+    was asked for.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    done = [
+        path for path, module in unwrapped(adapted).named_modules() if isinstance(module, LoraLayer)
+    ]
+    kept = [name for name in modules if any(f".{path}".endswith(f".{name}") for path in done)]
+    left = sorted(set(modules) - set(kept))
+    if not kept:
+        raise ValueError(
+            f"PEFT takes {', '.join(left)} for layers of this model's experts, which are fused; "
+            "tune its attention, as --targets q_proj,k_proj,v_proj,o_proj or what its layers are "
+            "called"
+        )
+    logger.warning(
+        "%s: left out, since PEFT takes these names for those of the fused experts; such layers "
+        "are neither trained nor held",
+        ", ".join(left),
+    )
+    return kept
 
 
 def adapter_inputs(folder: str | Path) -> dict[str, Tensor]:
