@@ -16,6 +16,7 @@ from forgetless.data.encoding import collate
 from forgetless.model.adapters import add_adapter
 from forgetless.model.linear import matching
 from forgetless.model.targets import target_weights
+from forgetless.record import record as recording_verb
 from forgetless.record.fisher import Fisher
 from forgetless.record.watching import every_token
 
@@ -132,6 +133,17 @@ def test_layers_that_no_text_reaches_are_left_out(caplog):
     recorder = Fisher(sees_images())
     recorder.observe(torch.randint(3, 48, (2, 8)))
     assert len(recorder.finish()) == 14
+
+
+def test_experts_are_refused_before_any_text_is_read(tmp_path, text_file, capsys, monkeypatch):
+    """All text was read, or sampled for minutes, and then the targets refused."""
+    made("MixtralConfig", **SMALL, num_local_experts=2).save_pretrained(tmp_path / "mixture")
+    words_tokenizer().save_pretrained(tmp_path / "mixture")
+    monkeypatch.setattr(recording_verb, "general_text", lambda *given: pytest.fail("text was read"))
+    words = ["record", str(tmp_path / "mixture"), "--general", str(text_file), "--targets"]
+    words += ["gate_up_proj", "--out", str(tmp_path / "i.safetensors"), "--device", "cpu"]
+    assert main(words) == 1
+    assert "fused expert tensors of mixture models" in capsys.readouterr().err
 
 
 HYBRID = dict(

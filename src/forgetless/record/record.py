@@ -25,6 +25,7 @@ from forgetless.files.outputs import check_new_file, local_inputs
 from forgetless.importance.file import is_importance
 from forgetless.importance.importance import Importance, push_importance
 from forgetless.model import distributed
+from forgetless.model.linear import matching
 from forgetless.model.loading import load_tokenizer, seed_and_threads
 from forgetless.model.precision import load_to_train
 from forgetless.options.record import RecordOptions
@@ -65,6 +66,7 @@ def _into_file(options: RecordOptions) -> Importance:
         state = recording_state.load_state(options)
         seed_and_threads(options)
         model = load_to_train(options)
+        matching(model, options.targets)  # refused before any text is read or sampled
         text = general_text(options, model, tokenizer)
         if isinstance(state, CalibratedState):
             importance = written_before(options, text, state)
