@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -352,3 +353,23 @@ def test_llamafactory_takes_callbacks():
     from llamafactory.train.tuner import run_exp
 
     assert "callbacks" in inspect.signature(run_exp).parameters
+
+
+def test_the_plugin_for_ms_swift_holds(recorded, tiny, batch, tmp_path, monkeypatch):
+    """The block of the page, with a stand-in for the map of callbacks that ms-swift calls."""
+    page = (ROOT / "docs" / "integrations.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    [plugin] = [block for block in blocks if "callbacks_map" in block]
+    assert len([line for line in plugin.splitlines() if line.strip()]) <= 10
+    swift, callbacks = types.ModuleType("swift"), types.ModuleType("swift.callbacks")
+    callbacks.callbacks_map = {}
+    monkeypatch.setitem(sys.modules, "swift", swift)
+    monkeypatch.setitem(sys.modules, "swift.callbacks", callbacks)
+    monkeypatch.setenv("FORGETLESS_IMPORTANCE", str(recorded))
+    exec(compile(plugin, "hold_plugin.py", "exec"), {})
+    model = add_adapter(tiny(), names="q_proj,v_proj", rank=2, alpha=4)
+    trainer = trainer_of(model, batch, tmp_path)
+    trainer.add_callback(callbacks.callbacks_map["forgetless"](trainer.args, trainer))
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert all(entry.keys() >= NUMBERS for entry in logged) and logged[-1]["energy"] > 0
