@@ -300,6 +300,28 @@ def fully_sharded(model, offload=False):
     return fully_shard(model, **policy)
 
 
+def sharded_by_accelerate(model):
+    """`model` as accelerate's own FSDP2 prepares it, which a trainer on a CPU would not be given:
+    accelerate takes DDP there.
+    """
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        cpu_ram_efficient_loading=False,
+    )
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin),
+        mixed_precision="no",
+        is_main_process=distributed.first(),
+        device=torch.device("cpu"),
+    )
+    return fsdp2_prepare_model(accelerator, model)
+
+
 def stepped(tier, full, when=None, optimizer=torch.optim.SGD):
     """Parameters after three steps with the pull, energy, and pull and gradient norms; under FSDP2
     made before or after sharding, or offloaded.
@@ -312,8 +334,10 @@ def stepped(tier, full, when=None, optimizer=torch.optim.SGD):
     found, mark = importance(tier), fingerprint(model)
     found = Importance(found.entries, {}, {**found.info, "model": {"fingerprint": mark}})
     settings = dict(strength=3.0, layers=forgetless.layers.ScaleFree(), shard=when is not None)
-    penalty = None if when in ("after", "offloaded") else Penalty(model, found, **settings)
-    if when is not None:
+    penalty = Penalty(model, found, **settings) if when in (None, "before", "accelerate") else None
+    if when == "accelerate":
+        sharded_by_accelerate(model)
+    elif when is not None:
         fully_sharded(model, offload=when == "offloaded")
     penalty = penalty or Penalty(model, found, **settings)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -404,6 +428,8 @@ FSDP2 = [
     ("u4", True, "before"),
     ("u8", False, "offloaded"),
     ("f32", True, "offloaded"),
+    ("u8", False, "accelerate"),
+    ("kronecker", False, "accelerate"),
 ]
 
 
