@@ -150,7 +150,7 @@ def _resting(model: Any) -> Iterator[tuple[Tensor, Tensor]]:
 def _of_layer(layer: Any) -> Iterator[tuple[Tensor, Tensor]]:
     """The parameters of one adapted layer, of its active adapters."""
     for name, value in AT_REST.items():
-        held = getattr(layer, name, None)
+        held: Any = getattr(layer, name, None)
         for adapter in layer.active_adapters if held is not None else ():
             if adapter not in held:
                 continue

@@ -65,7 +65,7 @@ def _swapped_biases(base: nn.Module) -> list[tuple[Tensor, Tensor]]:
     """(bias, what an adapter made of it), each now as the base had it; of adapters that train
     biases of the base, which no switch of PEFT's takes back.
     """
-    trained = []
+    trained: list[tuple[Tensor, Tensor]] = []
     before = base_biases(base)
     if before:
         for name, parameter in named_biases(base):

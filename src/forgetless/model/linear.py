@@ -133,7 +133,7 @@ def is_outside_text(model: Any, path: str) -> bool:
     """Whether a layer lies outside of the text model: in a vision or audio tower, or in what turns
     their output into tokens. Text alone never reaches it.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not hasattr(config, "get_text_config") or config.get_text_config() is config:
         return False
     decoder = model.get_decoder()
