@@ -330,7 +330,6 @@ def report(folder: Path) -> Target:
     from forgetless.report.contents import load_contents
     from forgetless.report.markdown import markdown
 
-    pages.plotly = lambda: ""  # 5 MB in every page
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     from comparisons import comparison
 

@@ -360,3 +360,62 @@ def test_a_non_finite_loss_names_the_step_and_keeps_what_was_saved(
 def test_debug_shows_the_traceback(capsys):
     assert main(["--debug", "inspect", "none.safetensors"]) == 1
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_not_what_is_expected_ends_with_1_for_every_verb(
+    fails, model_folder, text_file, tmp_path
+):
+    """`chat` and --earlier gave 2, as if an option were misspelt."""
+    none = tmp_path / "none"
+    fails(["chat", none, "--prompt", "Hello"], 1, "is not a run (expected run.json and final/")
+    fails(["merge", none, "--out", tmp_path / "m"], 1, "is not an adapter folder")
+    shrink = ["shrink", none, "--importance", none, "--mu", "1", "--out", tmp_path / "s"]
+    fails(shrink, 1, "none")
+    fails(["inspect", none], 1, "none")
+    fails(["report", none], 1, "does not exist")
+    fails(["compare", none, "--out", tmp_path / "c"], 1, "none")
+    fails(["eval", model_folder, "--general", text_file, "--adapter", none], 1, "none")
+    fails(["check", model_folder, none, "--budget", "1%", "--general", text_file], 1, "none")
+    tune = ["tune", model_folder, "--data", text_file, "--out", tmp_path / "run", "--general"]
+    o_lora = ["--method", "o-lora", "--earlier", none]
+    fails([*tune, "none", *o_lora], 1, "is not an adapter folder")
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_finished_recording_is_replaced_when_that_is_asked_for(
+    fails, model_folder, text_file, tmp_path
+):
+    out = tmp_path / "i.safetensors"
+    words = ["record", model_folder, "--general", text_file, "--documents", "4", "--out", out]
+    assert main([str(word) for word in words]) == 0
+    first = out.read_bytes()
+    for more in ([], ["--resume"]):
+        fails([*words, *more], 1, "holds a finished recording; give another --out, or --overwrite")
+    assert out.read_bytes() == first
+    assert main([str(word) for word in [*words, "--overwrite"]]) == 0
+
+
+def test_a_refused_budget_leaves_nothing_in_the_way(fails, model_folder, text_file, tmp_path):
+    """The corrected command was refused, since the folder held a run that had begun."""
+    words = ["tune", model_folder, "--data", text_file, "--out", tmp_path / "run", "--max-steps"]
+    words += ["2", "--batch-size", "2", "--length", "32", "--device", "cpu", "--method", "plain"]
+    short = [*words, "--budget", "1%", "--general", text_file]
+    fails(short, 1, "is too short to show a budget of 1%")
+    fails([*words, "--budget", "much"], 2, "--budget expects a rise")
+    assert main([str(word) for word in [*words, "--general", "none"]]) == 0
+
+
+def test_a_rate_at_which_the_loss_explodes_does_not_end_well(model_folder, text_file, tmp_path):
+    words = ["tune", str(model_folder), "--data", str(text_file), "--out", str(tmp_path / "run")]
+    words += [
+        "--method",
+        "plain",
+        "--general",
+        "none",
+        "--learning-rate",
+        "50",
+        "--max-steps",
+        "30",
+    ]
+    words += ["--batch-size", "2", "--length", "32", "--device", "cpu", "--log-steps", "5"]
+    assert main(words) == 1

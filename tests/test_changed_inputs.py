@@ -82,7 +82,8 @@ def test_tune_does_not_go_on_with_other_files(
     interrupt_after(monkeypatch, 1)
     assert main(words) == 130
     kept = file.read_bytes()
-    assert main([*record, str(text_file), "--estimator", "fisher", "--documents", "9"]) == 0
+    again = [*record, str(text_file), "--estimator", "fisher", "--documents", "9", "--overwrite"]
+    assert main(again) == 0
     assert main([*words, "--resume"]) == 1
     assert "changed are the importance file" in capsys.readouterr().err
     file.write_bytes(kept)

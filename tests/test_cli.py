@@ -189,6 +189,7 @@ def test_every_bound_is_kept_with_every_preset(verb):
 def test_what_an_option_decides():
     """An interrupted run may change what only says how it runs, and what it is measured on."""
     assert set(deciding(TuneOptions, RUNNING)) == {
+        "against_plain",
         "allow_recorded_text",
         "device",
         "eval_steps",
@@ -219,6 +220,7 @@ def test_what_an_option_decides():
         "groups",
         "offload",
         "out",
+        "overwrite",
         "private",
         "push_to_hub",
         "resume",

@@ -269,3 +269,13 @@ def test_a_later_domain_goes_on_from_a_held_run_with_its_answers(tuned, tmp_path
     run, _ = tuned("second", "--after", str(first), "--method", "hold,kl", "--replay", "kept")
     assert run["method"] == ["hold", "kl"]
     assert Importance.load(run["importance"]["file"]).answers is not None
+
+
+def test_a_run_against_plain_has_both_and_the_report_shows_them(tuned, chats, capsys):
+    run, out = tuned("both", "--against-plain", "--eval-data", chats)
+    plain = json.loads((out / "plain" / "run.json").read_text())
+    assert run["method"] == ["hold", "kl"] and plain["importance"] is None
+    assert plain["configuration"]["max_steps"] == run["configuration"]["max_steps"] == 3
+    assert plain["before"] == run["before"]
+    assert main(["report", str(out)]) == 0
+    assert "of what plain fine-tuning" in (out / "report.html").read_text()

@@ -38,6 +38,7 @@ def recorded(model_folder, text_file, tmp_path):
             "4",
             "--device",
             "cpu",
+            "--overwrite",
             *flags,
         ]
         assert main(words) == 0

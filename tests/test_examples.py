@@ -5,6 +5,7 @@ do the blocks of README and examples/README.
 import json
 import random
 import re
+import shlex
 
 import pytest
 import torch
@@ -335,3 +336,40 @@ def test_every_shell_line_of_the_readmes_is_valid(path):
     assert len([line for line in lines if line.startswith("forgetless ")]) >= 3
     for line in lines:
         check_shell(line)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument")
+@pytest.mark.parametrize("name", ["chat_model", "trainer"])
+def test_notebooks_run_from_top_to_bottom(name, chat_folder, tmp_path, monkeypatch):
+    """Each cell in its turn; a line that begins with ! is a command, with names of Python in
+    braces, as notebooks have it.
+    """
+    turns = lambda at: [
+        {"role": "user", "content": f"the cat {at} ?"},
+        {"role": "assistant", "content": f"the dog {at}"},
+    ]
+    rows = [json.dumps({"messages": turns(at)}) for at in "abcd" * 4]
+    (tmp_path / "chats.jsonl").write_text("\n".join(rows))
+    small = "--answers 12 --answer-length 8 --device cpu"
+    more = "--max-steps 3 --batch-size 2 --accumulation 1 --length 64 --rank 2"
+    given = {"MODEL": chat_folder, "DATA": str(tmp_path / "chats.jsonl"), "STEPS": "2"}
+    for key, value in {**given, "RECORD": small, "OPTIONS": f"{small} {more}"}.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.chdir(tmp_path)
+    notebook = read_json(EXAMPLES / f"{name}.ipynb")
+    assert notebook["nbformat"] == 4 and len(notebook["cells"]) > 6
+    known: dict[str, object] = {}
+    for cell in notebook["cells"]:
+        lines = "".join(cell["source"]).splitlines()
+        if cell["cell_type"] != "code":
+            continue
+        assert not cell["outputs"], "committed without what it printed"
+        if lines[0].startswith("!"):
+            for line in lines:
+                words = shlex.split(line[1:].format(**known))
+                assert words[0] == "forgetless" and main(words[1:]) == 0, line
+        else:
+            exec("\n".join(lines), known)
+    made = "merged/model.safetensors" if name == "chat_model" else "sft/adapter_model.safetensors"
+    assert (tmp_path / made).is_file()

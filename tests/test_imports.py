@@ -43,9 +43,9 @@ KNOW_PEFT = {"model", "methods/adapters.py"}
 PEFT_WORDS = ("lora_A", "peft_config", "get_base_layer")
 # Distributions whose import name is another one.
 IMPORTED_AS = {"pyyaml": "yaml", "lm-eval": "lm_eval"}
-# Declared, but not imported: bitsandbytes is loaded by transformers, plotly's script is read as
-# data, and the rest are reporters that transformers loads.
-NOT_IMPORTED = {"bitsandbytes", "plotly", "tensorboard", "wandb", "trackio"}
+# Declared, but not imported: bitsandbytes is loaded by transformers, the rest are reporters that
+# it loads.
+NOT_IMPORTED = {"bitsandbytes", "tensorboard", "wandb", "trackio"}
 # Imported, but not declared: what loads the plugin of Axolotl is Axolotl, which brings pydantic;
 # pytorch_lightning is the older name of lightning.
 BROUGHT_BY_THE_HOST = {"axolotl", "pydantic", "pytorch_lightning"}

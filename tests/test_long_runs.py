@@ -317,7 +317,7 @@ def test_threads_and_files_are_closed_behind_every_verb(model_folder, text_file,
                 "--epochs",
                 "1",
             ],
-            ["record", model, "--general", general, "--out", importance],
+            ["record", model, "--general", general, "--out", importance, "--overwrite"],
             [
                 "tune",
                 model,

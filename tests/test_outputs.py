@@ -189,8 +189,8 @@ def test_an_input_or_a_foreign_file_is_not_written_over(project, capsys):
     )
     assert contents(project) == before
     Path("i.safetensors").touch()  # as mktemp makes it
-    for _ in range(2):  # our own may be written over
-        assert main([*record, "--out", "i.safetensors", "--quiet"]) == 0
+    for more in ([], ["--overwrite"]):  # our own may be written over
+        assert main([*record, "--out", "i.safetensors", "--quiet", *more]) == 0
     convert = ("convert", "i.safetensors", "--tier", "bf16", "--out")
     refused(capsys, 2, "lies where this run writes", *convert, "i.safetensors")
     refused(capsys, 1, "did not write", *convert, "data/two.jsonl")

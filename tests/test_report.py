@@ -20,14 +20,15 @@ from forgetless.files.schema import from_json
 from forgetless.report import numbers, sequence_tables, tables
 from forgetless.report.budget import budget_table
 from forgetless.report.budget_figures import control, trade_off
+from forgetless.report.cards import extended
 from forgetless.report.contents import completed, load_contents
 from forgetless.report.frontier_figures import equal_learning, frontier
 from forgetless.report.importance_figure import heat_map
 from forgetless.report.markdown import markdown
-from forgetless.report.page import as_json, page
+from forgetless.report.page import as_json, page, project_links
 from forgetless.report.palette import ACCENT, DARK, HUES, LIGHT, NEUTRAL, looks
 from forgetless.report.summary import headlines, hidden_at_first
-from forgetless.report.training_figures import movement_figure
+from forgetless.report.training_figures import movement_figure, training_curves
 
 HOSTILE = (
     "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'`{{7*7}}|_x_ <!-- "
@@ -92,7 +93,7 @@ import sys
 from forgetless.cli import main
 assert main(["report", {str(folder)!r}]) == 0
 assert main(["report", {str(folder)!r}, "--format", "markdown"]) == 0
-assert not {{"torch", "transformers", "peft", "numpy", "plotly"}} & set(sys.modules)
+assert not {{"torch", "transformers", "peft", "numpy"}} & set(sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -107,7 +108,8 @@ def test_the_page_names_no_other_place_and_its_policy_lets_its_own_scripts_alone
         for name, value in attrs.items()
         if name in ("src", "href", "action")
     ]
-    assert places and all(place.startswith(("#", "data:")) for place in places)
+    ours = {address for _, address in project_links()}
+    assert places and all(place.startswith(("#", "data:")) or place in ours for place in places)
     assert not [name for _, attrs in tags for name in attrs if name.startswith("on")]
     policy = next(
         attrs["content"]
@@ -179,11 +181,11 @@ def test_no_text_of_data_or_models_can_act_in_the_page():
     seen = json.dumps([texts(figure) for figure in drawn])
     assert (
         "<img" not in seen and "<script" not in seen and "&lt;/script" in seen
-    )  # Plotly reads HTML of its own
+    )  # charts.js reads <b> and <br>
 
 
 def texts(value, key=""):
-    """Every text of a figure that Plotly shows: not the names by which page.js finds methods."""
+    """Every text of a figure that is shown: not the names by which page.js finds methods."""
     if isinstance(value, dict):
         return [
             texts(inner, name)
@@ -686,10 +688,10 @@ def test_a_missing_folder_is_said(tmp_path, capsys):
     )
 
 
-def test_without_plotly_markdown_still_works(folder, monkeypatch, capsys):
-    monkeypatch.setattr("forgetless.report.page.find_spec", lambda name: None)
-    assert main(["report", str(folder)]) == 1 and "pip install plotly" in capsys.readouterr().err
-    assert not (folder / "report.html").exists()
+def test_pages_are_small_enough_to_be_sent(folder, capsys):
+    """The page of a comparison of 21 methods has less than the 1.5 MB that a mail takes easily."""
+    assert len(page(completed(comparison())).encode()) < 1_000_000
+    assert len(page(completed(comparison(many=True))).encode()) < 1_500_000
     assert (
         main(["report", str(folder), "--format", "markdown", "--out", str(folder / "report.md")])
         == 0
@@ -757,3 +759,94 @@ def test_importance_of_other_units_is_drawn_on_one_scale(folder):
         for figure in drawn
     ]
     assert x[0] == pytest.approx(x[1])
+
+
+PLAIN_RUN = {
+    **RUN,
+    "method": [],
+    "learning": {"nats": 1.25, "standard_error": 0.01},
+    "forgetting": {"nats": 0.4, "standard_error": 0.01},
+}
+
+
+def run_folder(path, run):
+    path.mkdir()
+    (path / "run.json").write_text(json.dumps(run))
+    return path
+
+
+def test_a_run_is_shown_against_plain_with_what_both_say(tmp_path, capsys):
+    run, plain = run_folder(tmp_path / "run", RUN), run_folder(tmp_path / "plain", PLAIN_RUN)
+    asked = {"prompt": "Name a herb.", "before": "Mint.", "messages": [{"role": "system"}]}
+    for name, said in (("run", "Sage."), ("plain", "Ans. B. Sage")):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({**asked, "after": said}) + "\n")
+    pairs = f"{tmp_path / 'run.jsonl'},{tmp_path / 'plain.jsonl'}"
+    words_given = ["--against-plain", str(plain), "--conversations", pairs]
+    assert main(["report", str(run), *words_given]) == 0
+    shown = words((run / "report.html").read_text())
+    assert "88 % of what plain fine-tuning learned 1.100 ± 0.010 of 1.250 ± 0.010" in shown
+    assert "14 % of what plain fine-tuning lost 0.056 ± 0.002 of 0.400 ± 0.010" in shown
+    assert "before Mint. after plain Ans. B. Sage after this run Sage." in shown
+    capsys.readouterr()
+    assert main(["report", str(plain), "--against-plain", str(run)]) == 1
+    assert "expected a run of tune --method plain, found 'hold'" in capsys.readouterr().err
+    other = {**PLAIN_RUN, "after": {**RUN["after"], "domain": None}}
+    (plain / "run.json").write_text(json.dumps(other))
+    assert main(["report", str(run), "--against-plain", str(plain)]) == 1
+    assert "was measured on other held-out rows" in capsys.readouterr().err
+
+
+def test_a_run_starts_with_its_budget_and_behaviours_in_words(tmp_path):
+    judged = {"prompts": 50, "low": -0.4, "high": -0.2, "before": 0.9, "after": 0.6}
+    same = {**judged, "low": -0.1, "high": 0.1}
+    run = {
+        **RUN,
+        "verdict": "met",
+        "budget": kept_budget(),
+        "behaviours": [
+            {"name": "json", "counts": "parse as JSON", "better": "higher", **same},
+            {"name": "ends", "counts": "end by themselves", "better": "higher", **judged},
+        ],
+    }
+    made = load_contents(run_folder(tmp_path / "run", run))
+    said = [f"{each.number} {each.phrase}" for each in headlines(made, None)]
+    assert said[-1] == "met the budget of 1%"
+    assert "end by themselves: 90.0 % of answers before, 60.0 % after (worse)." in made.verdict
+    assert made.verdict[-1] == "The other 1 behaviours did not change beyond the noise."
+
+
+def test_one_logged_point_is_a_mark_and_one_seed_has_no_whiskers(tmp_path):
+    run = run_folder(tmp_path / "run", {**RUN, "log": RUN["log"][:1]})
+    made = load_contents(run)
+    drawn = training_curves(made, looks(made.methods), "herbs-test")
+    assert {trace["mode"] for trace in drawn["traces"]} == {"markers"}
+    alone = comparison()
+    for methods in alone["frontier"]["sciq"].values():
+        for each in methods.values():
+            each["points"] = [{**point, "seeds": 1} for point in each["points"]]
+    for rows in alone["equal_learning"]["sciq"].values():
+        for row in rows:
+            row["seeds"] = 1
+    made = completed(alone)
+    look = looks(made.methods)
+    bars = equal_learning(made, look, "sciq", "wiki", 0.5)["traces"]
+    lines = [t for t in frontier(made, look, "sciq", "wiki")["traces"] if "error_x" in t]
+    assert lines and not any(t["error_x"]["array"][0] for t in [*bars, *lines])
+
+
+def test_a_card_asks_for_nothing_and_keeps_what_people_wrote():
+    template = (
+        "---\nlibrary_name: peft\n---\n\n# Model Card for Model ID\n\n<!-- Provide a summary. -->\n"
+        "\n## Model Details\n\n- **License:** [More Information Needed]\n"
+        "- **Shared by:** the herbalists\n\n## Uses\n\n### Direct Use\n\n"
+        "[More Information Needed]\n"
+        "\n## Environmental Impact\n\nCarbon emissions can be estimated using it.\n\n### Framework "
+        "versions\n\n- PEFT 0.21.2\n"
+    )
+    card = extended(template, {"tags": ["forgetless"], "base_model": "a/herbs-1B"}, "## Kept\n")
+    assert "[More Information Needed]" not in card and "<!-- Provide" not in card
+    assert "# herbs-1B, fine-tuned\n\n<!-- forgetless -->\n## Kept" in card
+    assert "## Model Details\n\n- **Shared by:** the herbalists" in card
+    assert "## Uses" not in card and "### Framework versions\n\n- PEFT 0.21.2" in card
+    mine = "# Mine\n\n## Uses\n\nCarbon emissions can be estimated using it.\n"
+    assert "can be estimated" in extended(mine, {"tags": ["forgetless"]}, "## Kept\n")

@@ -47,6 +47,7 @@ def recorded(model_folder, text_file, tmp_path):
             "accumulation": 2,
             "learning_rate": 1e-2,
             "save_steps": 1,
+            "overwrite": True,
             **given,
         }
         return record(resolve(RecordOptions, options))

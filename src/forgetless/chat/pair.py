@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from forgetless.errors import FileError, OptionError
+from forgetless.errors import FileError
 from forgetless.files.run_json import Run
 from forgetless.files.schema import read_record
 from forgetless.model.adapter_files import CONFIG, checked_adapter, tuned_folder, with_adapter
@@ -61,7 +61,7 @@ class Speaker:
 def find_source(options: ChatOptions) -> Source:
     """What RUN, or MODEL with --adapter or --tuned, names; nothing is loaded.
 
-    Raises FileError or OptionError where there are no two models to compare.
+    Raises FileError where there are no two models to compare.
     """
     folder = Path(options.model).expanduser()
     if options.adapter:
@@ -79,7 +79,7 @@ def find_source(options: ChatOptions) -> Source:
         return _of_run(options, folder)
     if (folder / CONFIG).is_file():
         return Source(_on_its_base(options, folder), adapter=str(folder))
-    raise OptionError(
+    raise FileError(
         f"'{options.model}' is not a run (expected run.json and final/ in it), so there is nothing "
         "to compare it with: give the --out folder of tune, or a base model with --adapter DIR or "
         "--tuned DIR"

@@ -23,6 +23,7 @@ OURS = {
     "out",
     "resume",
     "overwrite",
+    "against_plain",
     "push_to_hub",
     "private",
     *deciding(TuneOptions, MEASURED),

@@ -54,8 +54,10 @@ def read(path: str | Path) -> Experiment:
     """The experiment in a YAML file.
 
     Raises OptionError for unknown keys, missing parts, wrong options, and an unequal number of
-    trials.
+    trials, FileError where there is no such file.
     """
+    if not Path(path).is_file():
+        raise FileError(f"experiment '{path}' does not exist")
     try:
         return _read(path)
     except FileError as error:

@@ -6,7 +6,7 @@ of these runs, which is a `TrialRun`.
     trial = read_record("out/runs/ID/run.json", TrialRun)
 
 Losses, forgetting and learning are in nats per token, times in seconds, sizes in bytes; accuracies
-are from 0 to 1. A *level* is a fraction of what plain fine-tuning learns. The last seven keys, from
+are from 0 to 1. A *level* is a fraction of what plain fine-tuning learns. The last keys, from
 `kind` on, are of a report's own making, where it shows a single run as a comparison of one.
 """
 
@@ -297,6 +297,15 @@ class Measure:
     standard_error: float | None = None
 
 
+@dataclass(frozen=True)
+class PlainRun:
+    """What plain fine-tuning on the same data learned and lost, beside a single run."""
+
+    name: Text
+    learning: Change | None = None
+    forgetting: Change | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
     """A whole comparison. What is not there is empty, so that a report leaves it out."""
@@ -334,3 +343,4 @@ class Comparison:
     behaviours: list[BehaviourChange] = field(default_factory=list, metadata=LEFT_OUT)
     not_judged: list[Text] = field(default_factory=list, metadata=LEFT_OUT)
     divergence_by_kind: list[KindDivergence] = field(default_factory=list, metadata=LEFT_OUT)
+    plain: PlainRun | None = field(default=None, metadata=LEFT_OUT)

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from forgetless.errors import OptionError
+from forgetless.errors import FileError
 from forgetless.methods.method import Setup
 from forgetless.model.adapters import adapter_inputs
 from forgetless.model.targets import target_weights
@@ -101,11 +101,11 @@ def o_lora(setup: Setup, model: nn.Module) -> Orthogonality | None:
 
 
 def _folders(earlier: str) -> list[Path]:
-    """The adapter folders that --earlier names. Raises OptionError where one is none."""
+    """The adapter folders that --earlier names. Raises FileError where one is none."""
     folders = [Path(folder) for folder in several(earlier)]
     for folder in folders:
         if not (folder / "adapter_config.json").is_file():
-            raise OptionError(
+            raise FileError(
                 f"--earlier: '{folder}' is not an adapter folder, expected adapter_config.json "
                 "in it; give the final/ folders of earlier runs"
             )

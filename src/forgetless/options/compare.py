@@ -57,6 +57,21 @@ class ReportOptions:
         metavar="DIR",
         reads=True,
     )
+    against_plain: str | None = option(
+        None,
+        "for a run: folder of a run of --method plain on the same data, to be shown against",
+        group="data",
+        metavar="DIR",
+        reads=True,
+    )
+    conversations: str | None = option(
+        None,
+        "for a run: pairs of answers that forgetless chat --prompts wrote of it, and after a "
+        "comma those of the plain one",
+        group="data",
+        metavar="FILE",
+        reads=True,
+    )
     format: str = option(
         "html",
         "html: one self-contained page; markdown: for a model card or a pull request",

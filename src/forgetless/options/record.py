@@ -135,6 +135,9 @@ class RecordOptions(AdapterOptions, TextOptions, ModelOptions):
         decides=RUNNING,
     )
     resume: bool = option(False, "go on from the last saved state", group="output", decides=RUNNING)
+    overwrite: bool = option(
+        False, "replace a finished file in --out", group="output", decides=RUNNING, later=True
+    )
     push_to_hub: str | None = option(
         None,
         "also upload the file, with a model card, to this Hub repository",

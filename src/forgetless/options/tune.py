@@ -270,6 +270,13 @@ class TuneOptions(AdapterOptions, BudgetOptions, TextOptions, ModelOptions):
         at_least=1,
         decides=MEASURED,
     )
+    against_plain: bool = option(
+        False,
+        "also make a run of --method plain in DIR/plain, which the report shows beside this one",
+        group="output",
+        decides=RUNNING,
+        later=True,
+    )
     save_steps: int = option(
         200,
         "checkpoint every so many steps",

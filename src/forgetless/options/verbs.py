@@ -118,7 +118,11 @@ def _check_recorded(given: Given) -> None:
 def _tuned_by(options: TuneOptions) -> str:
     """Several domains are learned in turn."""
     if options.after or len(several(options.data)) > 1:
+        if options.against_plain:
+            raise OptionError("--against-plain is for one domain, found several, or --after")
         return "forgetless.sequence.sequence:tune_in_turn"
+    if options.against_plain:
+        return "forgetless.tune.with_plain:tune_with_plain"
     return "forgetless.tune.tune:tune"
 
 

@@ -33,6 +33,7 @@ from forgetless.record.cached import default_recording, recorded_for
 from forgetless.record.checks import check_record_options, decided_by_tune
 from forgetless.record.record import record
 from forgetless.record.recording import record_on
+from forgetless.record.state import check_unfinished
 from forgetless.record.text import general_text, with_general
 
 # A text from Python: a file, data set, 'chat' or 'self', or the documents themselves: plain text,
@@ -89,6 +90,7 @@ def _of_loaded(options: RecordOptions, model: nn.Module, tokenizer: Any) -> Impo
         if not options.out:
             return recorded_for(default_recording(options, tokenizer), base, tokenizer)[0]
         check_new_file(options.out, is_importance, local_inputs(options))
+        check_unfinished(options)
         with only_writer(options.out, folder=False):
             options = with_general(options, tokenizer)
             text = general_text(options, base, tokenizer)

@@ -51,6 +51,7 @@ def record(options: RecordOptions) -> Importance:
     if options.out:
         check_new_file(options.out, is_importance, local_inputs(options))
         recording_state.check_place(options)
+        recording_state.check_unfinished(options)
     repository = _repository(options)
     importance = _into_file(options) if options.out else _into_cache(options)
     if repository:

@@ -97,6 +97,16 @@ def check_place(options: RecordOptions) -> None:
     check_new_file(place(options), is_state, local_inputs(options))
 
 
+def check_unfinished(options: RecordOptions) -> None:
+    """Raise ValueError where a finished recording would be lost: hours of work on a large model."""
+    going_on = options.resume and place(options).exists()
+    out = Path(options.out)
+    if out.is_file() and out.stat().st_size > 0 and not (options.overwrite or going_on):
+        raise ValueError(
+            f"'{options.out}' holds a finished recording; give another --out, or --overwrite"
+        )
+
+
 def write(options: RecordOptions, state: State) -> None:
     """Save `state`, whole or not at all."""
     held = dict(vars(state))

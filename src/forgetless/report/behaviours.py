@@ -34,10 +34,11 @@ CHANGED = {"other": "changed"}
 
 def behaviour_table(behaviours: Sequence[BehaviourChange]) -> Table:
     """A row per behaviour."""
-    return table_of(BEHAVIOUR_COLUMNS, [_cells(each) for each in behaviours])
+    return table_of(BEHAVIOUR_COLUMNS, [behaviour_cells(each) for each in behaviours])
 
 
-def _cells(each: BehaviourChange) -> list[Cell]:
+def behaviour_cells(each: BehaviourChange) -> list[Cell]:
+    """The cells of one behaviour, in the order of BEHAVIOUR_COLUMNS."""
     show = shown_tokens if each.unit == IN_TOKENS else numbers.accuracy
     interval = ""
     if each.low is not None and each.high is not None:

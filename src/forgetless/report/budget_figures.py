@@ -82,7 +82,6 @@ def _way(points: Sequence[CurvePoint], name: str, colour: str, symbol: str) -> T
         "meta": None,
         "line": {"color": colour, "width": 1.75},
         "marker": {"color": colour, "symbol": symbol, "size": 8},
-        "hoverinfo": "text",
         "error_x": {
             "type": "data",
             "symmetric": False,
@@ -199,7 +198,6 @@ def _look_trace(
         "yaxis": yaxis,
         "line": {"color": colour, "width": 1.75},
         "marker": {"color": colour, "size": 7, "symbol": "diamond"},
-        "hoverinfo": "text",
         "hovertext": [f"step {step:g}: {name} {y:.3g}" for step, y in known],
     }
 

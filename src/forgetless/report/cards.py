@@ -33,6 +33,20 @@ END = "<!-- /forgetless -->"
 SECTION = re.compile(rf"^{BEGIN}\n.*?^{END}$\n?", re.DOTALL | re.MULTILINE)
 # The title that a card begins with.
 TITLE = re.compile(r"\s*# [^\n]*\n")
+# What PEFT's template of a card holds where nobody has written anything.
+UNWRITTEN = "[More Information Needed]"
+# A comment of that template, which stands on a line of its own.
+COMMENT = re.compile(r"^\s*<!--(?! /?forgetless).*-->\s*$")
+# The title of that template, and what stands in it whoever made the model, by how lines begin.
+UNTITLED = "# Model Card for Model ID"
+BOILERPLATE = (
+    "Use the code below to get started",
+    "Users (both direct and downstream) should be made aware",
+    "Carbon emissions can be estimated using",
+    "**BibTeX:**",
+    "**APA:**",
+    "## Model Card Contact",
+)
 
 
 def extended(existing: str, front: FrontMatter, section: str) -> str:
@@ -50,6 +64,7 @@ def extended(existing: str, front: FrontMatter, section: str) -> str:
     merged = {**head, **front, "tags": list(dict.fromkeys([*tags, *front["tags"]]))}
     known = {key: value for key, value in merged.items() if value not in (None, [], "")}
     shown = ModelCardData(**known).to_yaml(original_order=sorted(known))
+    body = _without_unwritten(body, known.get("base_model"))
     return f"---\n{shown}\n---\n\n{_with_section(body, section.strip())}\n"
 
 
@@ -64,6 +79,40 @@ def _front_and_body(card: str) -> tuple[FrontMatter, str]:
     except (ValueError, TypeError, yaml.YAMLError):
         return {}, card
     return known.data.to_dict(), known.text.lstrip()
+
+
+def _without_unwritten(body: str, base: str | None) -> str:
+    """A card's text without what PEFT's template asks for and nobody has written: the lines, and
+    the headings below which nothing else stands. Of other cards nothing is taken away.
+    """
+    if UNWRITTEN not in body:
+        return body
+    named = f"# {base.rpartition('/')[2]}, fine-tuned" if base else "# A fine-tuned model"
+    kept: list[str] = []
+    for line in body.replace(UNTITLED, named, 1).splitlines():
+        unwritten = UNWRITTEN in line or line.lstrip().startswith(BOILERPLATE)
+        if unwritten or COMMENT.match(line):
+            continue
+        if _heading_depth(line):
+            _drop_empty_headings(kept, _heading_depth(line))
+        kept.append(line)
+    _drop_empty_headings(kept, 1)
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(kept)).strip()
+
+
+def _heading_depth(line: str) -> int:
+    """How deep a heading is; 0 for any other line."""
+    match = re.match(r"(#+) ", line)
+    return len(match.group(1)) if match else 0
+
+
+def _drop_empty_headings(lines: list[str], level: int) -> None:
+    """Take away the headings at the end, from this level down, that nothing stands below; the
+    title stays.
+    """
+    while lines and (not lines[-1].strip() or _heading_depth(lines[-1]) >= max(level, 2)):
+        lines.pop()
+    lines.append("")
 
 
 def _tags(head: FrontMatter) -> list[Any]:

@@ -24,6 +24,19 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Headline:
+    """One number, what it says, where it was measured, and whether the difference is beyond the
+    noise, in words.
+    """
+
+    number: str
+    phrase: str
+    detail: str
+    place: str
+    noise: str = ""
+
+
+@dataclass(frozen=True)
 class Column:
     """A column; its standard errors, where it has some, are a column of their own in CSV."""
 

@@ -1,9 +1,10 @@
-"""What all figures share. A figure is traces and a layout for Plotly: plain dicts, drawn by
-page.js, which brings the theme's colours and the method toggles.
+"""What all figures share. A figure is traces and a layout: plain dicts, with the names that Plotly
+gave them, drawn by charts.js; page.js brings the theme's colours and the method toggles.
 
-A trace carries `meta`, the method it belongs to (None: always shown), and its colours as
-"light|dark" pairs that page.js resolves. Text from data and models is escaped here, since Plotly
-reads a small HTML of its own. Every text that appears on hovering is made here, never by a
+A trace carries `meta`, the method it belongs to (None: always shown), `head`, which stands above
+each of its `hovertext` (a large comparison would repeat it ten thousand times), and its colours as
+"light|dark" pairs that page.js resolves. Text from data and models is escaped here, since
+charts.js reads <b> and <br> in what appears on hovering, all of which is made here, never by a
 template.
 """
 
@@ -27,7 +28,7 @@ DOTTED = {"width": 1, "dash": "dot"}
 
 
 def safe(value: Any, limit: int = 90) -> str:
-    """Text that Plotly shows as it is, cut to `limit` characters."""
+    """Text that a figure shows as it is, cut to `limit` characters."""
     words = " ".join(str(value).split())
     return html.escape(words if len(words) <= limit else words[: limit - 1] + "…", quote=False)
 

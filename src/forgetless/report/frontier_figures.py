@@ -82,9 +82,7 @@ def _base_model() -> Trace:
         "mode": "markers",
         "x": [0],
         "y": [0],
-        "hoverinfo": "text",
         "hovertext": ["base model"],
-        "cliponaxis": False,
         "marker": cross,
         "meta": None,
     }
@@ -148,8 +146,8 @@ def _of_method(
     line = [point for point, flag in zip(points, best, strict=True) if flag]
     if line:
         errors = {
-            "error_x": _whiskers([point.forgetting_error for point in line], look),
-            "error_y": _whiskers([point.learning_error for point in line], look),
+            "error_x": _whiskers(line, [point.forgetting_error for point in line], look),
+            "error_y": _whiskers(line, [point.learning_error for point in line], look),
         }
         yield _points_trace(line, name, shown, look, runs, on=True) | errors
 
@@ -174,14 +172,18 @@ def _points_trace(
         "y": [point.learning for point in points],
         "opacity": 1.0 if on else 0.35,
         "hovertext": [_frontier_hover(point, shown, runs.get(point.run), on) for point in points],
-        "hoverinfo": "text",
         "line": {"color": pair(look), "width": 3 if strong else 1.75, "dash": look.dash},
         "marker": {"color": pair(look), "symbol": look.symbol, "size": 9 if strong else 8},
     }
 
 
-def _whiskers(values: Sequence[float | None], look: Look) -> FigurePart:
-    array = [value or 0 for value in values]
+def _whiskers(
+    points: Sequence[FrontierPoint], errors: Sequence[float | None], look: Look
+) -> FigurePart:
+    """Standard errors over seeds; a point of one seed has none."""
+    array = [
+        0 if point.seeds == 1 else error or 0 for point, error in zip(points, errors, strict=True)
+    ]
     return {"type": "data", "array": array, "thickness": 1, "width": 0, "color": pair(look)}
 
 
@@ -228,13 +230,12 @@ def equal_learning(
             "xaxis": axis(f"{lost}, nats per token", rangemode="tozero"),
             "yaxis": {"type": "category", "autorange": "reversed", "showgrid": False},
             "annotations": [_bar_note(row, name) for row, name in zip(rows, names, strict=True)],
-            "barmode": "overlay",
         },
     }
 
 
 def _bar(row: EqualLearning, shown: str, colour: str) -> Trace:
-    error = row.standard_error or 0
+    error = 0 if row.seeds == 1 else row.standard_error or 0
     return {
         "type": "bar",
         "orientation": "h",
@@ -244,7 +245,6 @@ def _bar(row: EqualLearning, shown: str, colour: str) -> Trace:
         "name": shown,
         "width": 0.62,
         "marker": {"color": colour},
-        "hoverinfo": "text",
         "hovertext": [f"<b>{shown}</b><br>{_bar_words(row)}"],
         "error_x": {"type": "data", "array": [error], "thickness": 1.5, "width": 4},
     }

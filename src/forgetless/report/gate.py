@@ -28,7 +28,7 @@ from forgetless.report.budget import LOUD
 from forgetless.report.cells import Cell, Table, table_of, text_cell
 from forgetless.report.numbers import perplexity_percent
 
-GATE_COLUMNS = ("", "before", "change", "95 % interval", "bound", "verdict")
+GATE_COLUMNS = ("", "verdict", "change", "95 % interval", "bound", "before")
 # The option that gives more of what is counted.
 GIVEN_BY = {
     "answers": "--answers",
@@ -56,14 +56,14 @@ def gate_row(each: JudgedBound, *, loud: bool = False) -> list[Cell]:
     verdict = LOUD.get(str(each.verdict), "") if loud else str(each.verdict)
     return [
         text_cell(each.name),
-        Cell(numbers.MISSING if each.before is None else _level(each)(each.before), each.before),
+        Cell(verdict),
         Cell(
             numbers.MISSING if each.change is None else _signed_change(each, each.change),
             each.change,
         ),
         Cell(interval),
         text_cell(each.bound),
-        Cell(verdict),
+        Cell(numbers.MISSING if each.before is None else _level(each)(each.before), each.before),
     ]
 
 

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from forgetless.files.compare_json import ImportanceFile, WeightImportance
 from forgetless.report.drawing import GREY_COLOURS, Figure, FigurePart, Trace, axis, safe
 
-# Made for colour-blind eyes too.
-HEAT = "Cividis"
 Weights = Sequence[WeightImportance]
 
 
@@ -64,22 +62,8 @@ def _heat(
         "hovertext": [
             [_cell_words(at, kind, cells.get((at, kind), [])) for kind in kinds] for at in layers
         ],
-        "hoverinfo": "text",
-        "xgap": 2,
-        "ygap": 2,
-        "colorscale": HEAT,
         "meta": None,
-        "colorbar": {
-            "title": {"text": "log10 of norm", "side": "top"},
-            "thickness": 10,
-            "outlinewidth": 0,
-            "orientation": "h",
-            "x": 0,
-            "xanchor": "left",
-            "y": 1.02,
-            "yanchor": "bottom",
-            "len": 0.72,
-        },
+        "colorbar": {"title": {"text": "log10 of norm"}},
     }
 
 
@@ -92,7 +76,6 @@ def _coefficients(layers: Sequence[str], means: Sequence[float | None]) -> Trace
         "y": list(layers),
         "xaxis": "x2",
         "meta": None,
-        "hoverinfo": "text",
         "width": 0.7,
         "marker": {"color": GREY_COLOURS},
         "hovertext": [

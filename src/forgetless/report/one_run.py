@@ -27,6 +27,7 @@ from forgetless.files.schema import GENERAL
 from forgetless.report import numbers
 from forgetless.report.budget import kept_in_words
 from forgetless.report.gate import gate_sentences
+from forgetless.report.run_headlines import behaviour_sentences
 
 # The options of a run that stand beside it in a table.
 SHOWN_SETTINGS = ("learning_rate", "strength", "rank")
@@ -79,8 +80,8 @@ def _trial(run: Run, name: str, domain: str, text: str) -> TrialRun:
     options = run.configuration
     point = TrialPoint(
         scale=options.get("scale") or 1.0,
-        learning=_change(run.learning),
-        forgetting={text: _change(run.forgetting)},
+        learning=change_of(run.learning),
+        forgetting={text: change_of(run.forgetting)},
     )
     return TrialRun(
         id=name,
@@ -101,7 +102,8 @@ def _trial(run: Run, name: str, domain: str, text: str) -> TrialRun:
     )
 
 
-def _change(interval: Interval | None) -> Change | None:
+def change_of(interval: Interval | None) -> Change | None:
+    """A change without its interval."""
     return None if interval is None else Change(interval.nats, interval.standard_error)
 
 
@@ -217,6 +219,7 @@ def run_sentences(run: Run, domain: str, text: str) -> Iterator[str]:
             yield f"On {text} the loss rose by {lost} nats per token."
     if isinstance(run.verdict, str):
         yield kept_in_words(run)
+    yield from behaviour_sentences(run.behaviours or [])
 
 
 def _learning_sentence(learning: Interval | None, domain: str) -> str:

@@ -1,7 +1,6 @@
 "use strict";
 (() => {
-  const Plotly = globalThis.Plotly;
-  const { figures, hidden } = JSON.parse(document.getElementById("data").textContent);
+  const { figures, hidden, paths } = JSON.parse(document.getElementById("data").textContent);
   const all = (selector, root = document) => [...root.querySelectorAll(selector)];
   const state = { axis: "near", hidden: new Set(hidden), touched: false };
   const isHidden = (name, method) => state.hidden.has(method) && (state.touched || name !== "equal"); // bars don't tangle: at first they show every method
@@ -12,7 +11,8 @@
   let printing = false;
   const dark = () => !printing && (document.documentElement.dataset.theme ? document.documentElement.dataset.theme === "dark" : system.matches);
   const colour = (pair) => (typeof pair === "string" && pair.includes("|") ? pair.split("|")[dark() ? 1 : 0] : pair);
-  const INK = "#16191d|#e8ebee", SOFT = "#56606a|#a3afba", LINE = "#e3e6e9|#2d3338", GROUND = "#ffffff|#14171a", RAISED = "#ffffff|#23282d";
+  const INK = "#16191d|#e8ebee", SOFT = "#56606a|#a3afba", LINE = "#e3e6e9|#2d3338", GROUND = "#ffffff|#14171a";
+  const HEAT = ["#e6edf4|#1f262d", "#5a9bd0|#2a6ea8", "#06335c|#cfe8ff"]; // from what matters little to what matters most
 
   // --- figures
   const KEYS = { frontier: ["domain", "text"], equal: ["domain", "text", "share"], trade: [], control: [], curves: ["domain"], movement: ["domain"], heat: ["importance"] };
@@ -24,48 +24,31 @@
     if (value && typeof value === "object") return Object.fromEntries(Object.entries(value).map(([key, inner]) => [key, coloured(inner)]));
     return colour(value);
   };
-  const drawn = (name, trace) => ({
-    ...trace, visible: !isHidden(name, trace.meta),
-    ...(trace.marker && { marker: coloured(trace.marker) }), ...(trace.line && { line: coloured(trace.line) }),
-    ...(trace.error_x && { error_x: { color: colour(INK), ...coloured(trace.error_x) } }), ...(trace.error_y && { error_y: coloured(trace.error_y) }),
-    ...(trace.colorbar && { colorbar: { ...trace.colorbar, tickfont: { color: colour(SOFT) }, title: { ...trace.colorbar.title, font: { color: colour(SOFT) } } } }),
-  });
+  const drawn = (trace) => ({ ...trace, ...Object.fromEntries(["marker", "line", "error_x", "error_y"].filter((key) => trace[key]).map((key) => [key, coloured(trace[key])])) });
 
-  function layoutOf(name, figure, width) {
-    const narrow = width < 560, layout = structuredClone(figure.layout);
-    for (const key of Object.keys(layout).filter((one) => /^[xy]axis/.test(one))) {
-      layout[key] = { gridcolor: colour(LINE), zerolinecolor: colour(LINE), linecolor: colour(LINE), automargin: true, tickfont: { color: colour(SOFT) }, ...layout[key] };
-      if (layout[key].title) layout[key].title = { ...layout[key].title, font: { color: colour(SOFT), size: narrow ? 11 : 13 }, standoff: 10 };
-      if (layout[key].type === "log") Object.assign(layout[key], { exponentformat: "power", dtick: "D2" });
-    }
-    for (const shape of layout.shapes || []) shape.line.color = colour(SOFT);
-    layout.annotations = (layout.annotations || []).filter((note) => !isHidden(name, note.name))
-      .map((note) => ({ ...note, font: { size: narrow ? 10 : 12, color: colour(name === "equal" ? INK : SOFT) } }));
+  function layoutOf(name, figure) { // with what was chosen: the scale of the frontier, the bars that are shown
+    const layout = structuredClone(figure.layout);
+    layout.annotations = (layout.annotations || []).filter((note) => !isHidden(name, note.name));
     if (name === "frontier" && state.axis === "near") layout.xaxis.range = figure.near;
-    if (name === "frontier" && state.axis === "log") layout.xaxis = { ...layout.xaxis, type: "log", rangemode: "normal", exponentformat: "none" };
+    if (name === "frontier" && state.axis === "log") layout.xaxis = { ...layout.xaxis, type: "log", rangemode: "normal" };
     if (figure.order) layout.yaxis.categoryarray = figure.order.filter(([method]) => !isHidden(name, method)).map(([, label]) => label);
-    const height = figure.height + (figure.per || 0) * (figure.order ? layout.yaxis.categoryarray.length : 0);
-    return {
-      ...layout, height, width, showlegend: false, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", hovermode: "closest",
-      font: { family: getComputedStyle(document.body).fontFamily, size: narrow ? 11 : 13, color: colour(INK) },
-      modebar: { bgcolor: "rgba(0,0,0,0)", color: colour(SOFT), activecolor: colour(INK) },
-      margin: { l: narrow ? 44 : 60, r: name === "equal" ? (narrow ? 70 : 140) : 16, t: name === "heat" ? 70 : 14, b: 48 },
-      hoverlabel: { bgcolor: colour(RAISED), bordercolor: colour(LINE), align: "left", font: { color: colour(INK), size: 13 } },
-    };
+    return layout;
   }
 
   function draw(name) {
     const target = document.querySelector(`[data-figure="${name}"]`), found = view(name), empty = document.querySelector(`[data-empty="${name}"]`);
-    if (!target) return undefined;
-    target.hidden = !found;
-    empty.hidden = Boolean(found);
-    if (!found) return undefined;
-    const config = { displaylogo: false, displayModeBar: "hover", modeBarButtons: [["toImage", "resetScale2d"]], doubleClick: "reset",
-      toImageButtonOptions: { format: "svg", filename: `forgetless-${name}` } };
-    const width = printing ? 680 : target.clientWidth;
-    return Plotly.react(target, found.figure.traces.map((trace) => drawn(name, trace)), layoutOf(name, found.figure, width), config);
+    if (!target) return;
+    const traces = found ? found.figure.traces.filter((trace) => !isHidden(name, trace.meta)) : [];
+    target.hidden = !traces.length;
+    empty.hidden = Boolean(traces.length);
+    if (!traces.length) return;
+    const figure = found.figure, layout = layoutOf(name, figure), width = printing ? 680 : Math.max(240, target.clientWidth);
+    const height = figure.height + (figure.per || 0) * (figure.order ? layout.yaxis.categoryarray.length : 0);
+    target.chart = { layout, traces }; // for whoever looks into the page
+    Charts.draw(target, { name, layout, width, height, paths, loud: name === "equal", narrow: width < 560, traces: traces.map(drawn), family: getComputedStyle(document.body).fontFamily,
+      colours: { ink: colour(INK), soft: colour(SOFT), line: colour(LINE), ground: colour(GROUND), heat: HEAT.map(colour) } });
   }
-  const drawAll = () => Promise.all(Object.keys(figures).map(draw));
+  const drawAll = () => Object.keys(figures).forEach(draw);
 
   // --- what is chosen
   function show() {
@@ -78,7 +61,7 @@
     const button = document.getElementById("theme");
     button.textContent = dark() ? "Light" : "Dark";
     button.setAttribute("aria-label", dark() ? "Use the light theme" : "Use the dark theme");
-    return drawAll();
+    drawAll();
   }
   document.addEventListener("click", (event) => {
     const button = event.target.closest("button");
@@ -150,5 +133,6 @@
   addEventListener("beforeprint", () => { printing = true; for (const one of all("details")) one.open = true; drawAll(); });
   addEventListener("afterprint", () => { printing = false; drawAll(); });
   system.addEventListener("change", show);
-  show().then(() => { document.documentElement.dataset.ready = "yes"; });
+  show();
+  document.documentElement.dataset.ready = "yes";
 })();

@@ -2,10 +2,10 @@
 
     write_report(load_contents("out/lab"), "report.html")     # or: forgetless report out/lab
 
-Styles, script and Plotly's own script are written into it. Jinja escapes all text; what scripts
-read is JSON in which no tag can begin; a Content-Security-Policy forbids every request and every
-script but those whose hash it names. The file has 5 MB, nearly all of it Plotly, which a
-page without a figure lacks.
+Styles and scripts are written into it; charts.js draws the figures as SVG. Jinja escapes all text;
+what scripts read is JSON in which no tag can begin; a Content-Security-Policy forbids every request
+and every script but those whose hash it names. The page of a run has some 100 kB. (Plotly's own
+script had 4.8 MB, and no package on PyPI brings its smaller bundles.)
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import replace
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,13 @@ from forgetless.files.compare_json import Comparison
 from forgetless.files.lock import only_writer
 from forgetless.files.outputs import check_new_file
 from forgetless.options.compare import ReportOptions
+from forgetless.options.option import several
 from forgetless.report import numbers
+from forgetless.report.against_plain import (
+    against_plain,
+    plain_beside,
+    with_conversations,
+)
 from forgetless.report.contents import label, load_contents, recorded_text
 from forgetless.report.markdown import markdown
 from forgetless.report.page_parts import (
@@ -55,6 +61,10 @@ def report(options: ReportOptions) -> None:
     """
     folder = Path(options.folder)
     contents = load_contents(folder)
+    if plain := options.against_plain or plain_beside(folder, contents):
+        contents = against_plain(contents, folder, Path(plain))
+    if options.conversations:
+        contents = with_conversations(contents, several(options.conversations))
     if options.title:
         contents = replace(contents, title=options.title)
     if options.format == "markdown" and not options.out:
@@ -90,8 +100,8 @@ def page(contents: Comparison) -> str:
     text = recorded_text(contents)
     drawn = figures(contents)
     hidden = hidden_at_first(contents, text)
-    needed = [plotly()] if any(drawn.values()) else []
-    scripts = [*needed, (HERE / "page.js").read_text(encoding="utf-8")]
+    drawing = ["charts.js"] if any(drawn.values()) else []
+    scripts = [(HERE / name).read_text(encoding="utf-8") for name in (*drawing, "page.js")]
     return (
         _templates()
         .get_template("page.html.jinja")
@@ -110,10 +120,11 @@ def page(contents: Comparison) -> str:
             experiment=experiment_text(contents.experiment),
             environment=environment_pairs(contents),
             policy=policy(scripts),
+            links=project_links(),
             style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
             scripts=[Markup(script) for script in scripts],
             hidden=hidden,
-            data=Markup(as_json({"figures": _rounded(drawn), "hidden": hidden})),
+            data=Markup(as_json({"figures": _rounded(drawn), "hidden": hidden, "paths": PATHS})),
         )
     )
 
@@ -138,26 +149,19 @@ def _templates() -> jinja2.Environment:
     return environment
 
 
-def plotly() -> str:
-    """Plotly's script as its package brings it, without importing the package.
-
-    Raises ValueError where it is not installed.
-    """
-    spec = find_spec("plotly")
-    if spec is None or not spec.submodule_search_locations:
-        raise ValueError(
-            "the report's figures need plotly, which is not installed; run: pip install plotly, "
-            "or give --format markdown"
-        )
-    folder = Path(next(iter(spec.submodule_search_locations)))
-    script = (folder / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
-    assert "</script" not in script
-    return script.replace("\r", "")  # as HTML reads it, so that its hash is right
+def project_links() -> list[tuple[str, str]]:
+    """(name, address) of what the installed package says of itself: paper, homepage, repository."""
+    try:
+        known = metadata("forgetless").get_all("Project-URL") or []
+    except PackageNotFoundError:
+        return []
+    pairs = (str(entry).partition(",") for entry in known)
+    return [(name.strip(), address.strip()) for name, _, address in pairs]
 
 
 def policy(scripts: Iterable[str]) -> str:
     """A Content-Security-Policy under which the page can load nothing and run only these scripts;
-    Plotly sets styles and exports pictures.
+    charts are measured by styles, and saved.
     """
     hashes = " ".join(
         f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"

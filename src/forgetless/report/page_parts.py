@@ -35,9 +35,9 @@ from forgetless.report.training_figures import movement_figure, training_curves
 # Whose words a sample shows first, and what stands above them.
 SPOKEN = {
     "base": "before",
-    "after": "after",
     "plain": "after plain",
     "hold": "after holding",
+    "after": "after",
 }
 
 
@@ -154,12 +154,19 @@ def shown_sample(contents: Comparison, sample: Sample) -> ShownSample:
     outputs = [
         ShownOutput(
             name=name,
-            title=SPOKEN.get(name) or f"after {label(contents, name)}",
+            title=_title(contents, sample, name),
             text=str(sample.outputs[name] or "").strip(),
         )
         for name in dict.fromkeys(order)
     ]
     return ShownSample(sample.domain, sample.prompt, sample.reference, outputs)
+
+
+def _title(contents: Comparison, sample: Sample, name: str) -> str:
+    """What stands above what one model says."""
+    if name == "after" and "plain" in sample.outputs:
+        return "after this run"
+    return SPOKEN.get(name) or f"after {label(contents, name)}"
 
 
 def environment_pairs(contents: Comparison) -> JsonObject:

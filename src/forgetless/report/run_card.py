@@ -5,9 +5,10 @@ makes it again.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from forgetless.files.behaviours_json import BehaviourChange
 from forgetless.files.hub import hub_name, shareable
 from forgetless.files.measured_json import Interval, Loss, Measured, Scores
 from forgetless.files.run_json import Environment, Run
@@ -15,6 +16,7 @@ from forgetless.options.methods import budget_pulls
 from forgetless.options.option import RUNNING, as_dict, deciding
 from forgetless.options.verbs import VERBS, resolve
 from forgetless.report import numbers
+from forgetless.report.behaviours import behaviour_cells
 from forgetless.report.budget import in_one_line
 from forgetless.report.card_words import (
     FrontMatter,
@@ -114,6 +116,7 @@ def _measured_table(run: Run) -> list[str]:
         *_general(before.general, after.general, run.general or run.forgetting),
         *_domain(before.domain, after.domain, run.learning),
         *_tasks(before, after),
+        *_judged_rows(run.behaviours or []),
     ]
     if not rows:
         return []
@@ -164,6 +167,15 @@ def _tasks(before: Measured, after: Measured) -> Iterator[CardRow]:
                 numbers.accuracy(now, last.get("acc_stderr")),
                 f"{100 * (now - then):+.1f} %",
             )
+
+
+def _judged_rows(behaviours: Sequence[BehaviourChange]) -> Iterator[CardRow]:
+    """How many answers do what users notice; a change beyond the noise says which way it is."""
+    for each in behaviours:
+        counts, _, before, after, change, _, verdict, _ = (
+            cell.shown for cell in behaviour_cells(each)
+        )
+        yield plain(counts), before, after, f"{change} ({verdict})" if verdict else change
 
 
 def _loss_in_words(loss: Loss) -> str:

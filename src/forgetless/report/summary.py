@@ -4,30 +4,16 @@ text.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from forgetless.files.compare_json import Comparison, EqualLearning
-from forgetless.files.gate_json import MET
-from forgetless.files.measured_json import Change
 from forgetless.report import numbers
+from forgetless.report.cells import Headline
 from forgetless.report.contents import diverges, label
+from forgetless.report.run_headlines import run_headlines
 
 # Lines that a figure can hold without a tangle.
 FEW = 9
-
-
-@dataclass(frozen=True)
-class Headline:
-    """One number, what it says, where it was measured, and whether the difference is beyond the
-    noise, in words.
-    """
-
-    number: str
-    phrase: str
-    detail: str
-    place: str
-    noise: str = ""
 
 
 def headlines(contents: Comparison, text: str | None) -> list[Headline]:
@@ -35,7 +21,7 @@ def headlines(contents: Comparison, text: str | None) -> list[Headline]:
     lost.
     """
     if contents.kind == "run":
-        return list(_run_headlines(contents))
+        return list(run_headlines(contents))
     if text is None:
         return []
     each = (_of_domain(contents, domain.name, text) for domain in contents.domains)
@@ -177,45 +163,3 @@ def _beyond_noise(contents: Comparison, where: tuple[str, str], best: EqualLearn
             known = {True: "beyond the noise", False: "within the noise"}
             return "noise not measured" if row.beyond_noise is None else known[row.beyond_noise]
     return "noise not measured"
-
-
-def _run_headlines(contents: Comparison) -> Iterator[Headline]:
-    if contents.gate is not None:
-        bounds = contents.gate.bounds
-        yield Headline(
-            f"{contents.gate.count(MET)} of {len(bounds)}",
-            "bound met" if len(bounds) == 1 else "bounds met",
-            f"{contents.gate.verdict}, {'passed' if contents.gate.passed else 'not passed'}",
-            str(contents.gate.tuned),
-        )
-        return
-    point = contents.runs[0].points[0]
-    text, domain = contents.texts[0].name, contents.domains[0].name
-    learning = point.learning or Change()
-    yield Headline(
-        numbers.nats(learning.nats),
-        "nats per token learned",
-        f"fall of the loss on held-out text, {_how_sure(learning)}",
-        domain,
-    )
-    forgetting = point.forgetting[text] or Change()
-    yield Headline(
-        numbers.nats(forgetting.nats),
-        "nats per token forgotten",
-        f"{_of_what(contents)}, {_how_sure(forgetting)}",
-        text,
-    )
-
-
-def _of_what(contents: Comparison) -> str:
-    """What forgetting is, on the page of a single run."""
-    own = any(str(measure.name).startswith("divergence") for measure in contents.measures)
-    return "divergence from the base on its own answers" if own else "rise of the general loss"
-
-
-def _how_sure(change: Change) -> str:
-    if change.nats is None:
-        return "not measured"
-    if change.standard_error is None:
-        return "one document"
-    return f"standard error {change.standard_error:.3f}"

@@ -69,7 +69,7 @@ def training_curves(contents: Comparison, looks: Looks, domain: str) -> Figure |
 
 
 def _axis_number(panel: int) -> str:
-    """How Plotly counts axes: y, y2, y3."""
+    """How figures count axes: y, y2, y3."""
     return str(panel) if panel > 1 else ""
 
 
@@ -92,10 +92,9 @@ def _curve(
     if not entries:
         return
     look, shown = looks[run.method], safe(label(contents, run.method))
-    about = f"<b>{shown}</b>, seed {run.seed}"
     yield {
         "type": "scatter",
-        "mode": "lines",
+        "mode": "lines" if len(entries) > 1 else "markers",
         "x": [step for step, _ in entries],
         "y": [value for _, value in entries],
         "meta": run.method,
@@ -103,9 +102,10 @@ def _curve(
         "xaxis": "x",
         "yaxis": f"y{_axis_number(panel)}",
         "line": {"color": pair(look), "width": 1.75, "dash": look.dash},
+        "marker": {"color": pair(look), "symbol": look.symbol, "size": 8},
         "opacity": 0.85,
-        "hoverinfo": "text",
-        "hovertext": [f"{about}<br>step {step:g}: {key} {value:.4g}" for step, value in entries],
+        "head": f"<b>{shown}</b>, seed {run.seed}",
+        "hovertext": [f"step {step:g}: {key} {value:.4g}" for step, value in entries],
     }
 
 
@@ -132,7 +132,7 @@ def movement_figure(contents: Comparison, looks: Looks, domain: str) -> Figure |
     }
     traces: dict[str, Trace] = {}
     for run in shown_runs(contents, domain):
-        points = list(_weight_marks(run, safe(label(contents, run.method)), norms))
+        points = list(_weight_marks(run, norms))
         if points and run.method not in traces:
             traces[run.method] = _marks(contents, looks, run, points)
     if not traces:
@@ -150,14 +150,14 @@ def movement_figure(contents: Comparison, looks: Looks, domain: str) -> Figure |
 Mark = tuple[float, float, str]  # importance, movement, what is said on hovering
 
 
-def _weight_marks(run: TrialRun, shown: str, norms: dict[Any, float | None]) -> Iterator[Mark]:
+def _weight_marks(run: TrialRun, norms: dict[Any, float | None]) -> Iterator[Mark]:
     for weight in run.moved or []:
         importance = _importance_of(weight, norms)
         if importance > 0 and weight.movement and weight.movement > 0:
             yield (
                 importance,
                 float(weight.movement),
-                f"<b>{shown}</b><br>{safe(weight.weight)}<br>"
+                f"{safe(weight.weight)}<br>"
                 f"moved {weight.movement:.4g}, importance {importance:.4g}",
             )
 
@@ -178,8 +178,8 @@ def _marks(contents: Comparison, looks: Looks, run: TrialRun, points: Sequence[M
         "mode": "markers",
         "x": [importance / mean for importance, _, _ in points],
         "y": [moved for _, moved, _ in points],
+        "head": f"<b>{safe(label(contents, run.method))}</b>",
         "hovertext": [said for _, _, said in points],
-        "hoverinfo": "text",
         "meta": run.method,
         "name": safe(label(contents, run.method)),
         "opacity": 0.85,

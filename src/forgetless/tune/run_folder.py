@@ -42,12 +42,20 @@ def check_folder(options: TuneOptions, out: Path) -> None:
         check_resumed(options, out)
     if (out / "run.json").exists() and not (options.overwrite or options.resume):
         raise ValueError(f"'{out}' holds a finished run; give another --out, or --overwrite")
-    if (out / "checkpoints").exists() and not (options.resume or options.overwrite):
+    if _has_begun_to_train(out) and not (options.resume or options.overwrite):
         raise ValueError(
             f"'{out}' holds checkpoints of an unfinished run; go on with --resume, or start "
             "again with --overwrite"
         )
     distributed.barrier()  # before anything is written, every process has looked
+
+
+def _has_begun_to_train(out: Path) -> bool:
+    """Whether a run left checkpoints. The trainer makes their folder before a budget is looked at,
+    so that an empty one is of a command that was refused.
+    """
+    checkpoints = out / "checkpoints"
+    return checkpoints.exists() and not (checkpoints.is_dir() and not any(checkpoints.iterdir()))
 
 
 def _names_to_write(options: TuneOptions) -> list[str]:
