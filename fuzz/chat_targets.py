@@ -44,11 +44,19 @@ ANSWER = {"prompt": "a", "kind": "facts", "ids": [1, 2, 3, 4], "start": 2, "ende
 SAID = ['{"a": 1, "b": 2}', '<tool_call>{"name": "weather"}</tool_call>', "12", "def f(): 1"]
 
 
+def changed(data: Any, rng: random.Random) -> Any:
+    """Plain data with a few changes; as it was where they nest deeper than Python copies."""
+    try:
+        return mutate.tree(data, rng)
+    except RecursionError:
+        return data
+
+
 def as_lines(rows: list[Any], rng: random.Random) -> bytes:
     """Rows as JSON lines, with a few changes."""
-    changed = mutate.tree(rows, rng)
-    changed = changed if isinstance(changed, list) else [changed]
-    return b"\n".join(mutate.as_json(row, rng) for row in changed) + b"\n"
+    made = changed(rows, rng)
+    made = made if isinstance(made, list) else [made]
+    return b"\n".join(mutate.as_json(row, rng) for row in made) + b"\n"
 
 
 def of_rows(rows: list[Any]) -> Callable[[str, bytes, random.Random], bytes]:
@@ -65,7 +73,7 @@ def of_tree(data: Any) -> Callable[[str, bytes, random.Random], bytes]:
 
     def change(_: str, stored: bytes, rng: random.Random) -> bytes:
         if rng.random() < 0.9:
-            return mutate.as_json(mutate.tree(data, rng), rng)
+            return mutate.as_json(changed(data, rng), rng)
         return mutate.raw(stored, rng)
 
     return change
