@@ -97,6 +97,7 @@ def prompts(_: Path) -> Target:
     from forgetless.data.documents import load_rows
     from forgetless.data.prompts.prompts import from_rows, parted, supported
     from forgetless.data.selftext import chat_openings
+    from forgetless.errors import printable
     from forgetless.evaluate.behaviours import Said, rules_for
 
     speaker = tokenizer()
@@ -110,7 +111,7 @@ def prompts(_: Path) -> Target:
             for rule in rules_for(prompt).values():
                 for text in SAID:
                     rule.judge(prompt, Said(text, True, 8))
-        return [*left_out, *(prompt.kind for prompt in given)]
+        return [printable(reason) for reason in left_out]  # as what is logged is shown
 
     seeds = {"prompts.jsonl": "\n".join(map(json.dumps, PROMPTS)).encode()}
     return Target(seeds, of_rows(PROMPTS), use)
