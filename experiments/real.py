@@ -172,15 +172,18 @@ class Campaign:
         return read_record(folder / "run.json", Run)
 
     def judged(self, arm: str, seed: int) -> Run:
-        """Behaviours and tasks of a trained arm, beside those of the bare base."""
+        """Behaviours of a trained arm beside those of the bare base; with tasks also those, and the
+        loss on web text, which together take an hour on one core.
+        """
         folder = self.out / f"{arm}-{seed}-judged"
         if not (folder / "run.json").exists():
             self.run(arm, seed)
+            web = f",{self.shared / 'data/general/test.jsonl'}" if self.tasks else ""
             options = EvalOptions(
                 model=self.model,
                 dtype=self.dtype,
                 adapter=str(self.out / f"{arm}-{seed}" / "final"),
-                general=f"chat,{self.shared / 'data/general/test.jsonl'}",
+                general=f"chat{web}",
                 answers=self.answers,
                 behaviours=JUDGED_PROMPTS,
                 tasks=",".join(
@@ -328,7 +331,7 @@ def main(words: Sequence[str] | None = None) -> None:
     # Processors without bf16 arithmetic are six times faster in float32.
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--judge", nargs="*", default=[], help="arms whose behaviour is judged")
-    parser.add_argument("--tasks", nargs="*", default=TASKS, help="of --judge")
+    parser.add_argument("--tasks", nargs="*", default=TASKS, help="of --judge; none: behaviours")
     parser.add_argument("--table", action="store_true", help="run nothing")
     given = parser.parse_args(words)
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -19,7 +19,7 @@ from forgetless.errors import FileError, brief
 from forgetless.files.compare_json import Comparison, PlainRun, Sample
 from forgetless.files.measured_json import Loss, Measured
 from forgetless.files.run_json import Run
-from forgetless.files.schema import read_record
+from forgetless.files.schema import Text, read_record
 from forgetless.report.one_run import change_of
 
 # Letters of an answer that are shown.
@@ -99,7 +99,9 @@ def with_conversations(contents: Comparison, files: Sequence[str]) -> Comparison
         outputs = {"base": row["before"], "after": row["after"]}
         if _prompt_of_pair(row) in plain:
             outputs["plain"] = plain[_prompt_of_pair(row)]
-        shown = {name: str(said)[:LONGEST_ANSWER] for name, said in outputs.items()}
+        shown: dict[str, Text | None] = {
+            name: str(said)[:LONGEST_ANSWER] for name, said in outputs.items()
+        }
         samples.append(Sample(None, _prompt_of_pair(row), outputs=shown))
     return replace(contents, samples=[*samples, *contents.samples])
 

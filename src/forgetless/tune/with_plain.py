@@ -24,7 +24,16 @@ logger = logging.getLogger("forgetless")
 # The folder of the plain run, in that of the run that it stands beside.
 PLAIN_BELOW = "plain"
 # What holds a model, beside the options of single methods; and what the second run must not do.
-HOLDING_OPTIONS = ("preset", "method", "importance", "strength", "budget", "layers", "per", "tau")
+HOLDING_OPTIONS: tuple[str, ...] = (
+    "preset",
+    "method",
+    "importance",
+    "strength",
+    "budget",
+    "layers",
+    "per",
+    "tau",
+)
 HOLDING_OPTIONS += ("anchor", "offload_importance", "replay", "replay_documents", "scale")
 OF_THE_FIRST = ("against_plain", "push_to_hub", "private", "resume")
 
