@@ -109,7 +109,8 @@ def test_the_report_shows_conversations_and_behaviours(chat_folder, never_ends, 
         assert "In its own words" in shown and "at random" in shown and "largest change" in shown
         assert "the answer ends by itself" in shown and "worse" in shown
         assert "the template has no thinking switch" in shown
-        assert shown.index("In its own words") < shown.index("the answer ends by itself")
+    # What changed is said in words first; then come conversations, then the table of behaviours.
+    assert html.index("the answer ends by itself") < html.index("In its own words")
     assert run.conversations[0].after.split()[0] in text
     assert html.index('id="samples"') < html.index('id="behaviours"') < html.index('id="measures"')
     # A run without behaviours has neither section.
@@ -186,7 +187,8 @@ def test_what_cannot_be_compared_is_refused(chat_folder, chat_tokenizer, domain,
     for path in (tmp_path / "chat").iterdir():
         if "token" not in path.name and "template" not in path.name:
             (tmp_path / "bare" / path.name).write_bytes(path.read_bytes())
-    assert "no chat template" in refusal("eval", str(tmp_path / "bare"), "--tuned", chat_folder)
+    bare = str(tmp_path / "bare")
+    assert "no chat template" in refusal("eval", bare, "--tuned", bare)
 
 
 def test_every_rule_gets_prompts_and_a_larger_number_holds_the_smaller():

@@ -215,6 +215,7 @@ def test_the_budgets_example_runs_on_a_tiny_model(model_folder, tmp_path):
             *small,
             "--budget",
             "5%",
+            "--allow-recorded-text",
             *SHORT,
         ]
     )

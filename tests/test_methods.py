@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from conftest import interrupt_after, unheld
 from forgetless.demo.world import MODEL_FOLDER, build, documents
-from forgetless.errors import OptionError
+from forgetless.errors import FileError, OptionError
 from forgetless.evaluate.evaluate import evaluate
 from forgetless.methods import orthogonal, terms
 from forgetless.methods.callback import TermCallback
@@ -404,13 +404,18 @@ def test_replay_mixes_in_its_share(tiny, share):
             {"method": "o-lora,lora-fa", "earlier": "nowhere"},
             "o-lora and lora-fa cannot be combined: it freezes A",
         ),
-        ({"method": "o-lora", "earlier": "nowhere"}, "'nowhere' is not an adapter folder"),
         ({"method": "plain,kl", "replay": "TEXT"}, "plain is tuning without a method"),
     ],
 )
 def test_wrong_methods_and_needs_are_refused_before_training(world, given, expected):
     with pytest.raises(OptionError, match=expected):
         world("run", **given)
+    assert not (world.folder / "run" / "checkpoints").exists()
+
+
+def test_an_earlier_adapter_that_is_none_is_refused_before_training(world):
+    with pytest.raises(FileError, match="'nowhere' is not an adapter folder"):
+        world("run", method="o-lora", earlier="nowhere")
     assert not (world.folder / "run" / "checkpoints").exists()
 
 

@@ -250,7 +250,6 @@ def test_answers_kept_in_the_importance_file_hold_without_a_text_and_without_the
     for words, expected in (
         ([*tuning, "--replay", "kept"], "needs --importance FILE, made with record --keep-answers"),
         ([*tuning, "--replay", "chat", "--importance", file], "is used by --method kl where it"),
-        ([*stored[:-2], "--method", "kl,replay"], "--method kl does; found kl, replay"),
     ):
         assert main([*words, "--out", str(tmp_path / "no")]) == 2
         assert expected in capsys.readouterr().err

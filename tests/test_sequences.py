@@ -101,6 +101,7 @@ def importance(model_folder, general, tmp_path):
             "out": str(path),
             "batch_size": 8,
             "cov_rank": 4,
+            "overwrite": True,
             **given,
         }
         record(resolve(RecordOptions, options))
@@ -416,6 +417,7 @@ def test_a_budget_covers_general_text_and_every_earlier_domain(
         importance(),
         "--budget",
         "4%",
+        "--allow-recorded-text",
         "--max-steps",
         "10",
         "--out",
@@ -608,6 +610,7 @@ def test_the_example_runs_on_a_tiny_model(words, domains, importance, tmp_path):
         importance(),
         "--budget",
         "5%",
+        "--allow-recorded-text",
         "--out",
         tmp_path / "run",
     )

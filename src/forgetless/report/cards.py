@@ -90,12 +90,11 @@ def _without_unwritten(body: str, base: str | None) -> str:
     named = f"# {base.rpartition('/')[2]}, fine-tuned" if base else "# A fine-tuned model"
     kept: list[str] = []
     for line in body.replace(UNTITLED, named, 1).splitlines():
-        unwritten = UNWRITTEN in line or line.lstrip().startswith(BOILERPLATE)
-        if unwritten or COMMENT.match(line):
-            continue
         if _heading_depth(line):
             _drop_empty_headings(kept, _heading_depth(line))
-        kept.append(line)
+        unwritten = UNWRITTEN in line or line.lstrip().startswith(BOILERPLATE)
+        if not unwritten and not COMMENT.match(line):
+            kept.append(line)
     _drop_empty_headings(kept, 1)
     return re.sub(r"\n{3,}", "\n\n", "\n".join(kept)).strip()
 
