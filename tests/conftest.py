@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import importlib.metadata
+import logging
 import multiprocessing.forkserver
 import os
 import runpy
@@ -204,6 +205,12 @@ def unheld(given):
     held = {"--importance", "--method", "--after"} & set(words)
     plain = [] if held else ["--method", "plain"]
     return [*words, *plain, *([] if "--general" in words else ["--general", "none"])]
+
+
+@pytest.fixture(autouse=True)
+def speaking():
+    """Every test begins as a command without --quiet does, whatever the one before it asked for."""
+    logging.getLogger("forgetless").setLevel(logging.INFO)
 
 
 @pytest.fixture
