@@ -657,7 +657,7 @@ def resumed(folder, text_file, estimator):
 
     recording_state.write = stop
     with pytest.raises(KeyboardInterrupt):
-        recording.record(resolve(RecordOptions, given))
+        recording.record(resolve(RecordOptions, {**given, "overwrite": True}))
     recording_state.write = write
     # a launch ends with all of its processes: none is still writing when the next one clears up
     distributed.barrier()
