@@ -30,6 +30,7 @@ import torch
 from measure import Row, append, clock, row
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from forgetless.data.traces import traces_of
 from forgetless.importance.importance import Importance
 from forgetless.model.adapters import add_adapter
 from forgetless.options.plan import PlanOptions
@@ -111,7 +112,11 @@ def recorded(model: Path, out: Path) -> dict[str, float]:
         recorder.observe(torch.randint(4096, (TOKENS // LENGTH, LENGTH)))
         spent.append(clock() - start)
     peak = resident("VmHWM") - before
-    recorder.finish().save(out)
+    importance = recorder.finish()
+    # As `record` says what text it was; this one has no words, so others of usual number.
+    texts = [" ".join(f"{n}x{word}" for word in range(192)) for n in range(4 * TOKENS // 256)]
+    data = {"source": "random", "sha256": "0" * 64, "traces": traces_of(texts).plain()}
+    Importance(importance.entries, {}, {**importance.info, "data": data}).save(out)
     return {"seconds": sum(spent[1:]), "bytes": peak}
 
 

@@ -11,6 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from forgetless.cli import main
+from forgetless.data.traces import planned_characters, traces_of
 from forgetless.importance.importance import convert
 from forgetless.importance.sizes import (
     Planned,
@@ -62,7 +63,9 @@ def small(tokenizer, tmp_path):
 @pytest.mark.parametrize("estimator", ["kronecker", "fisher", "path", "activation"])
 def test_files_are_as_large_as_planned(estimator, small, text_file, tmp_path, capsys):
     given = ["--cov-rank", "24"] if estimator == "kronecker" else []
-    sizes = planned(capsys, small, "--estimator", estimator, *given)["files"]
+    # The text has 300 words, each of them a token of the test's tokenizer.
+    text = ["--general-tokens", len(text_file.read_text().split()) - 24]
+    sizes = planned(capsys, small, "--estimator", estimator, *text, *given)["files"]
     file = tmp_path / "i.safetensors"
     assert (
         main(
@@ -110,6 +113,14 @@ def test_files_are_as_large_as_planned(estimator, small, text_file, tmp_path, ca
             == 0
         )
         assert sizes["kronecker"] == pytest.approx(whole.stat().st_size, rel=0.01)
+
+
+@pytest.mark.parametrize("documents", [30, 400])
+def test_hashes_of_a_text_are_as_long_as_planned(documents):
+    """Of documents as long as planned; of the larger text not every run of words is kept."""
+    texts = [" ".join(f"{document}x{word}" for word in range(192)) for document in range(documents)]
+    found = {name: len(text) for name, text in traces_of(texts).plain().items()}
+    assert planned_characters(256 * documents) == pytest.approx(found, rel=0.001)
 
 
 @pytest.mark.parametrize("kind", KINDS)

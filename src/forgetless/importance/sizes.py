@@ -24,6 +24,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from forgetless.data.traces import planned_characters
 from forgetless.files.provenance import environment
 from forgetless.files.schema import to_json
 from forgetless.importance import codec
@@ -90,10 +91,16 @@ def bytes_of_tensors(weights: list[Planned], tier: str) -> int:
 
 
 def bytes_of_file(
-    weights: list[Planned], tier: str, *, estimator: str, anchor_rank: int | None = None
+    weights: list[Planned],
+    tier: str,
+    *,
+    estimator: str,
+    anchor_rank: int | None = None,
+    general_tokens: int = 0,
 ) -> int:
     """Bytes of the importance file: numbers, the header that names them and what the metadata say;
-    `anchor_rank`: with the recorded adapter.
+    `anchor_rank`: with the recorded adapter, `general_tokens`: of the text that is recorded on, by
+    hashes of which the file knows it.
     """
     header: dict[str, object] = {}
     end = 0
@@ -113,12 +120,16 @@ def bytes_of_file(
                 "data_offsets": [start, end],
             }
     header["__metadata__"] = {
-        "forgetless": json.dumps(_metadata(weights, tier, estimator), sort_keys=True)
+        "forgetless": json.dumps(
+            _metadata(weights, tier, estimator, general_tokens), sort_keys=True
+        )
     }
     return 8 + -(-len(json.dumps(header, separators=(",", ":"))) // 8) * 8 + end
 
 
-def _metadata(weights: list[Planned], tier: str, estimator: str) -> dict[str, object]:
+def _metadata(
+    weights: list[Planned], tier: str, estimator: str, general_tokens: int
+) -> dict[str, object]:
     """As much as `record` says about where importance came from."""
     names = [weight.name for weight in weights]
     kind = parse_tier(tier)[0]
@@ -149,11 +160,17 @@ def _metadata(weights: list[Planned], tier: str, estimator: str) -> dict[str, ob
             else {}
         ),
         "model": {"name": "owner/name-of-a-model", "revision": None, "fingerprint": HASH},
-        "data": {"source": "general-text.jsonl", "sha256": HASH},
+        "data": {} if ESTIMATORS[estimator].constant else _text_recorded_on(general_tokens),
         "settings": {"text": "x" * 500},
         "timings": {"train_seconds": ANY, "tokens_per_second": ANY},
         "versions": to_json(environment("cpu")),
     }
+
+
+def _text_recorded_on(tokens: int) -> dict[str, object]:
+    """As much as `record` says about a text of so many tokens."""
+    traces = {name: "x" * length for name, length in planned_characters(tokens).items()}
+    return {"source": "general-text.jsonl", "sha256": HASH, "traces": traces}
 
 
 def pull_operations(weight: Planned, tier: str, *, rank: int, full: bool) -> float:

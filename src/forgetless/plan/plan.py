@@ -83,7 +83,13 @@ def plan(options: PlanOptions) -> JsonObject:
     sketch = sketched(options)
     anchor = options.rank if estimator.trains else None
     files = {
-        name: bytes_of_file(sketch.weights, name, estimator=options.estimator, anchor_rank=anchor)
+        name: bytes_of_file(
+            sketch.weights,
+            name,
+            estimator=options.estimator,
+            anchor_rank=anchor,
+            general_tokens=options.general_tokens,
+        )
         for name in dict.fromkeys([tier, *tiers])
     }
     rate = rates(options, sketch, tier)
