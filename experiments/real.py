@@ -184,6 +184,8 @@ class Campaign:
                 dtype=self.dtype,
                 adapter=str(self.out / f"{arm}-{seed}" / "final"),
                 general=f"chat{web}",
+                # By the form of its answers it is judged whether others have taken it on.
+                data=str(self.shared / "data/chat/medical-test.jsonl"),
                 answers=self.answers,
                 behaviours=JUDGED_PROMPTS,
                 tasks=",".join(
