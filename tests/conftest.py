@@ -207,6 +207,14 @@ def unheld(given):
     return [*words, *plain, *([] if "--general" in words else ["--general", "none"])]
 
 
+@torch.no_grad()
+def move_adapter(adapted):
+    """Move all that an adapter trains a little, at random."""
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.add_(0.05 * torch.randn_like(parameter))
+
+
 @pytest.fixture(autouse=True)
 def speaking():
     """Every test begins as a command without --quiet does, whatever the one before it asked for."""

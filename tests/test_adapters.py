@@ -21,7 +21,7 @@ from peft import (
 )
 from transformers import AutoModelForCausalLM, MixtralConfig
 
-from conftest import SMALL, tiny_model
+from conftest import SMALL, move_adapter, tiny_model
 from forgetless.evaluate.evaluate import evaluate
 from forgetless.importance.controls import uniform
 from forgetless.model.adapter_files import checked_adapter, with_adapter
@@ -110,10 +110,7 @@ def trained(config, kind, folder):
     """An adapter that was moved a little, saved to a folder; what base and adapter say."""
     torch.manual_seed(1)
     adapted = get_peft_model(model_of(kind), config)
-    with torch.no_grad():
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn_like(parameter))
+    move_adapter(adapted)
     adapted.save_pretrained(folder)
     return said_by(adapted)
 

@@ -322,13 +322,13 @@ def test_everything_is_read_once(words, domain, general, tmp_path, monkeypatch):
     """One reading serves all measurements, the budget's parts, the search for training rows and the
     hashes.
     """
-    read, original = [], documents._file_rows
+    read, original = [], documents.file_rows
 
     def counted(path):
         read.append(path.name)
         return original(path)
 
-    monkeypatch.setattr(documents, "_file_rows", counted)
+    monkeypatch.setattr(documents, "file_rows", counted)
     held = tmp_path / "held.jsonl"
     held.write_text(domain.read_text())
     replay = tmp_path / "replay.jsonl"

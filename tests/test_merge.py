@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from conftest import CONFIGS, PLAIN, SMALL, save_tiny, tiny_model, words_tokenizer
+from conftest import CONFIGS, PLAIN, SMALL, move_adapter, save_tiny, tiny_model, words_tokenizer
 from forgetless.cli import main
 from forgetless.model.adapter_files import with_adapter
 from forgetless.tune.merge import merge
@@ -32,10 +32,7 @@ def adapter_on(folder, out, *, model=None, **config):
     adapted = get_peft_model(
         base, LoraConfig(r=2, task_type="CAUSAL_LM", **{"target_modules": ["q_proj"], **config})
     )
-    with torch.no_grad():
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn_like(parameter))
+    move_adapter(adapted)
     adapted.save_pretrained(out)
     return said_by(adapted)
 

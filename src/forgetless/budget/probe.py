@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from forgetless.budget.controller import Controller, ControllerState
@@ -36,7 +36,7 @@ from forgetless.evaluate.paired_answers import PairedAnswers
 from forgetless.files.budget_json import ControllerLook, ProbeCosts
 from forgetless.files.untrusted import JsonObject
 from forgetless.model import distributed
-from forgetless.penalty.callback import write_logs
+from forgetless.penalty.callback import LoggingCallback
 
 logger = logging.getLogger("forgetless")
 # Tokens that are probed, as a fraction of those that are trained: see above what they cost.
@@ -96,7 +96,7 @@ class Rolling:
         return self.part.rise_without_interval(self.nats)
 
 
-class Probe(TrainerCallback, ExportableState):
+class Probe(LoggingCallback, ExportableState):
     """Sets how hard the model is held from what the general loss does, and logs budget/rise with
     budget/strength and budget/kl_weight.
     """
@@ -175,20 +175,11 @@ class Probe(TrainerCallback, ExportableState):
                 100 * self.seconds / self.total_seconds,
             )
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if logs is None or "loss" not in logs:
-            return
+    def logged(self) -> dict[str, float]:
         mine = self.grip.logs()
         if self.controller.rise is not None:
             mine["budget/rise"] = self.controller.rise
-        write_logs(mine, logs, state)
+        return mine
 
     def state(self) -> JsonObject:
         """What a checkpoint holds."""

@@ -81,7 +81,7 @@ def load_rows(spec: str, *, split: str = "train", limit: int | None = None) -> l
     if path.is_dir():
         rows = folder_rows(path, split, limit)
     elif kind_of(path) in FORMATS or path.exists():
-        rows = _file_rows(path)
+        rows = file_rows(path)
     else:
         rows = hub_rows(spec, split, limit)
     if not rows:
@@ -89,7 +89,8 @@ def load_rows(spec: str, *, split: str = "train", limit: int | None = None) -> l
     return rows
 
 
-def _file_rows(path: Path) -> list[Row]:
+def file_rows(path: Path) -> list[Row]:
+    """Rows of a local file. Raises FileError naming file and line where one is broken."""
     if not path.is_file():
         raise FileError(
             f"'{path}' is not a file; expected {', '.join(FORMATS)} or the name of a Hub dataset"

@@ -52,15 +52,19 @@ class Overlap:
     near: list[int]
     documents: int
 
+    @property
+    def first(self) -> int | None:
+        """The number of the first such document, counted from 1; None where nothing overlaps."""
+        return next((place + 1 for place in (*self.exact, *self.near)), None)
+
     def describe(self) -> str | None:
         """The overlap as people read it; None where nothing overlaps."""
-        if not self.exact and not self.near:
+        if self.first is None:
             return None
-        first = (self.exact or self.near)[0] + 1
         return (
             f"the general text overlaps the training data: {len(self.exact)} of {self.documents} "
             f"documents are in it word for word and {len(self.near)} "
-            f"nearly (first: document {first}); what is measured on them says nothing of "
+            f"nearly (first: document {self.first}); what is measured on them says nothing of "
             "forgetting. Use other general text, or remove them"
         )
 

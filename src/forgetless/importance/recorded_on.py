@@ -75,11 +75,10 @@ def recorded_on(info: Mapping[str, Any], documents: Sequence[Document]) -> Overl
 
 def _overlap_in_words(found: Overlap) -> str | None:
     """The overlap as people read it; None where nothing overlaps."""
-    if not found.exact and not found.near:
+    if found.first is None:
         return None
-    first = (found.exact or found.near)[0] + 1
     return (
         f"importance was recorded on {len(found.exact)} of the {found.documents} general documents "
-        f"that are measured, and nearly on {len(found.near)} (first: document {first}), which "
-        "says too little of what is forgotten"
+        f"that are measured, and nearly on {len(found.near)} (first: document {found.first}), "
+        "which says too little of what is forgotten"
     )

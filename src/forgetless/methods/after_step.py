@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from forgetless.errors import OptionError
 from forgetless.importance.entries import KroneckerEntry
@@ -27,7 +27,7 @@ from forgetless.model.optimizer_step import unwrapped_optimizer, will_skip
 from forgetless.model.targets import target_weights
 from forgetless.model.weights import FullWeight, LowRankWeight, TargetWeight, wider
 from forgetless.options.tune import TuneOptions
-from forgetless.penalty.callback import write_logs
+from forgetless.penalty.callback import LoggingCallback
 from forgetless.penalty.fit import check_fit
 from forgetless.penalty.layers import LayerRule, Uniform
 from forgetless.penalty.proximal import Sides, filtered, sides_of
@@ -114,7 +114,7 @@ class AfterStep:
         return {"energy": self.energy()}
 
 
-class AfterStepCallback(TrainerCallback):
+class AfterStepCallback(LoggingCallback):
     """Lets an `AfterStep` act after each step of a trainer's optimizer, and logs its energy."""
 
     def __init__(self, held: AfterStep):
@@ -139,16 +139,8 @@ class AfterStepCallback(TrainerCallback):
             self._handle.remove()
         self._handle = None
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if logs is not None and "loss" in logs:
-            write_logs(self.held.logs(), logs, state)
+    def logged(self) -> dict[str, float]:
+        return self.held.logs()
 
 
 def add_after_step(trainer: Any, held: AfterStep) -> AfterStepCallback:

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from forgetless.model import engine
-from forgetless.penalty.callback import write_logs
+from forgetless.penalty.callback import LoggingCallback
 
 
-class TermCallback(TrainerCallback):
+class TermCallback(LoggingCallback):
     """Adds a term's gradient once per optimizer step, before that of the data, and logs what the
     term says.
 
@@ -46,16 +46,9 @@ class TermCallback(TrainerCallback):
         with accelerator.no_sync(self.trainer.model_wrapped):
             self.term.add(state.global_step, scale=scale)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if logs is not None and "loss" in logs:
-            write_logs(self.term.logs(), logs, state)
+    def logged(self) -> dict[str, float]:
+        numbers: dict[str, float] = self.term.logs()
+        return numbers
 
 
 def add_term(trainer: Any, term: Any) -> TermCallback:

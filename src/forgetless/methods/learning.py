@@ -16,19 +16,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from forgetless.methods.base_of import BaseOf
 from forgetless.methods.objectives import Objective, Summed, summed
 from forgetless.model import engine
 from forgetless.model.head import logits_at
-from forgetless.penalty.callback import write_logs
+from forgetless.penalty.callback import LoggingCallback
 
 # Inputs of a trainer's batch that a forward pass for logits does not get.
 NOT_FOR_LOGITS = ("labels", "use_cache")
 
 
-class LearnsBy(TrainerCallback):
+class LearnsBy(LoggingCallback):
     """The loss of a trainer by an objective, and what it was since the last log."""
 
     def __init__(self, trainer: Any, objective: Objective, usual: Callable[..., Any]):
@@ -83,23 +82,17 @@ class LearnsBy(TrainerCallback):
         mask = inputs.get("attention_mask")
         self._tokens += int(inputs["labels"].numel() if mask is None else mask.sum())
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if logs is None or "loss" not in logs or not self._scored:
-            return
+    def logged(self) -> dict[str, float]:
+        """Means since the last log."""
+        if not self._scored:
+            return {}
         numbers = {
             "cross_entropy": self._cross_entropy / self._scored,
             "token_weight": self._weight / self._scored,
             "num_tokens": float(self._tokens * self.trainer.accelerator.num_processes),
         }
         self._cross_entropy, self._weight, self._scored = 0.0, 0.0, 0
-        write_logs(numbers, logs, state)
+        return numbers
 
 
 def learn_by(trainer: Any, objective: Objective) -> LearnsBy:

@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from forgetless.methods.method import Setup
-from forgetless.model.adapters import rotation_generators
+from forgetless.model.adapter_path import AdapterPath
 from forgetless.model.linear import matching
 from forgetless.model.precision import load_to_train
+from forgetless.model.targets import adapter_types
 from forgetless.model.update import Update
 
 
@@ -32,9 +33,6 @@ def wise(setup: Setup, model: nn.Module) -> dict[str, float]:
             start = base[path].weight.to(module.weight.device)
             module.weight.copy_(torch.lerp(start, module.weight, o.scale))
         return {"scale": o.scale}
-    generators = rotation_generators(model)
-    for generator in generators:
-        generator.mul_(o.scale)
-    if not generators:
-        Update(model).scale(o.scale)
+    update = AdapterPath(model) if adapter_types(model) == "OFT" else Update(model)
+    update.scale(o.scale)
     return {"scale": o.scale}

@@ -218,21 +218,6 @@ def active_lora_layers(model: nn.Module) -> Iterator[tuple[Any, str]]:
                     yield module, adapter
 
 
-def rotation_generators(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters of which OFT's rotations are made, the upper triangles of the skew-symmetric Q
-    of each block; none where the adapter is of another kind.
-    """
-    from peft.tuners.oft import OFTLayer
-
-    return [
-        module.oft_R[adapter].weight
-        for module in unwrapped(model).modules()
-        if isinstance(module, OFTLayer)
-        for adapter in module.active_adapters
-        if adapter in module.oft_R
-    ]
-
-
 def has_adapter(model: nn.Module) -> bool:
     """Whether PEFT has put an adapter around a model, of any kind."""
     return hasattr(model, "peft_config")

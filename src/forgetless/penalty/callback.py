@@ -46,7 +46,36 @@ def check_gradients(args: TrainingArguments, state: TrainerState, model: nn.Modu
         )
 
 
-class PenaltyCallback(TrainerCallback):
+def write_logs(numbers: dict[str, float], logs: dict[str, Any], state: TrainerState) -> None:
+    """Write numbers of ours into what reporters get, and into the trainer's history; where the
+    trainer has a number of that name ("kl" of GRPO), ours is "forgetless/kl".
+    """
+    numbers = {f"forgetless/{name}" if name in logs else name: numbers[name] for name in numbers}
+    logs.update(numbers)
+    if state.log_history:
+        state.log_history[-1].update(numbers)
+
+
+class LoggingCallback(TrainerCallback):
+    """A callback with numbers of its own beside each loss that the trainer logs."""
+
+    def logged(self) -> dict[str, float]:
+        """What there is to log now, by name."""
+        raise NotImplementedError
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is not None and "loss" in logs:
+            write_logs(self.logged(), logs, state)
+
+
+class PenaltyCallback(LoggingCallback):
     """Attaches a penalty to the trainer's optimizer, and logs what it does.
 
     The log gets energy, norm of the pull and its ratio to the gradient's. Training stops with
@@ -80,17 +109,8 @@ class PenaltyCallback(TrainerCallback):
     ) -> None:
         self.close()
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if logs is None or "loss" not in logs:
-            return
-        write_logs(self.penalty.logs(), logs, state)
+    def logged(self) -> dict[str, float]:
+        return self.penalty.logs()
 
     def finish(self) -> JsonObject:
         """After training with a budget: scale the update to what keeps it, and check it.
@@ -111,16 +131,6 @@ class PenaltyCallback(TrainerCallback):
         if self._attachment is not None:
             self._attachment.close()
         self._attachment = None
-
-
-def write_logs(numbers: dict[str, float], logs: dict[str, Any], state: TrainerState) -> None:
-    """Write numbers of ours into what reporters get, and into the trainer's history; where the
-    trainer has a number of that name ("kl" of GRPO), ours is "forgetless/kl".
-    """
-    numbers = {f"forgetless/{name}" if name in logs else name: numbers[name] for name in numbers}
-    logs.update(numbers)
-    if state.log_history:
-        state.log_history[-1].update(numbers)
 
 
 def add_penalty(trainer: Any, penalty: Penalty) -> PenaltyCallback:

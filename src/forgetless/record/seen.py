@@ -1,15 +1,11 @@
-"""What one pass of an observing recorder has seen, in this process and in all of them together.
+"""How much text one pass of an observing recorder has seen, in this process and in all of them.
 
-For example:
-
-    seen = Seen()                        # an observing recorder counts what it is shown
-    seen.of_all_processes(device)        # the counts of all processes
-    add_up_sums(sums, names, device)     # and their sums, in place
+seen = Seen()                        # an observing recorder counts what it is shown
+seen.of_all_processes(device)        # the counts of all processes
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,20 +53,3 @@ class Seen:
         )
         tokens, positions, sequences = (int(number) for number in counted[:3])
         return Seen(tokens, positions, sequences, counted[3])
-
-
-def add_up_sums(sums: dict[str, Tensor], names: Sequence[str], device: torch.device) -> None:
-    """Add up the sums of some weights over all processes, together, in place and one weight at a
-    time; a process that saw nothing of a weight gets the others' sum.
-    """
-    kinds: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    mine = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in sums.items()}
-    for theirs in distributed.collect(mine):
-        kinds.update(theirs)
-    for name in names:
-        if name not in kinds:
-            continue
-        if name not in sums:
-            shape, dtype = kinds[name]
-            sums[name] = torch.zeros(shape, dtype=dtype, device=device)
-        distributed.add_up(sums[name])

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from forgetless.importance.covariance import AnyCovariance, Covariance
 from forgetless.model import distributed
-from forgetless.record.seen import add_up_sums
 from forgetless.record.tracked import Tracked
 
 # Covariances of at least this width are tracked. Below it the whole matrix is as quick.
@@ -58,17 +57,35 @@ class Sums(dict[str, Tensor]):
             self[name] = tensor.to(devices[name]).clone()
 
     def add_up(self, names: Sequence[str], device: torch.device) -> None:
-        add_up_sums(self, names, device)
+        """In place and one weight at a time; a process that saw nothing of a weight gets the
+        others' sum.
+        """
+        kinds: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        mine = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in self.items()}
+        for theirs in distributed.collect(mine):
+            kinds.update(theirs)
+        for name in names:
+            if name not in kinds:
+                continue
+            if name not in self:
+                shape, dtype = kinds[name]
+                self[name] = torch.zeros(shape, dtype=dtype, device=device)
+            distributed.add_up(self[name])
 
 
-def is_tracked(n: int, rank: int | None) -> bool:
-    """Whether a covariance (n, n) that will be cut to a rank is tracked and not summed whole."""
-    return rank is not None and n >= max(TRACKED_FROM, WIDER_BY * rank)
+def tracked_directions(n: int, rank: int | None) -> int | None:
+    """Along how many directions a covariance (n, n) that will be cut to `rank` is tracked; None
+    where it is summed whole.
+    """
+    if rank is None or n < max(TRACKED_FROM, WIDER_BY * rank):
+        return None
+    return WIDTH_BY_RANK * rank
 
 
 def summed_numbers(n: int, rank: int | None) -> int:
     """How many numbers the sum of a covariance (n, n) is."""
-    return 2 * n * WIDTH_BY_RANK * rank if rank is not None and is_tracked(n, rank) else n * n
+    directions = tracked_directions(n, rank)
+    return n * n if directions is None else 2 * n * directions
 
 
 class CovarianceSums:
@@ -93,15 +110,21 @@ class CovarianceSums:
 
     def add(self, name: str, rows: Tensor) -> None:
         """Add rows (tokens, n)."""
-        n = rows.shape[1]
-        if self.rank is not None and name not in self.whole and is_tracked(n, self.rank):
-            if name not in self.tracked:
-                self.tracked[name] = Tracked.start(rows, WIDTH_BY_RANK * self.rank)
+        if name not in self:
+            self._begin(name, rows)
+        if name in self.tracked:
             self.tracked[name].add(rows)
-            return
-        if name not in self.whole:
+        else:
+            self.whole[name].addmm_(rows.T, rows)
+
+    def _begin(self, name: str, rows: Tensor) -> None:
+        """Nothing yet, for rows (tokens, n) like these."""
+        n = rows.shape[1]
+        directions = tracked_directions(n, self.rank)
+        if directions is None:
             self.whole[name] = torch.zeros(n, n, dtype=rows.dtype, device=rows.device)
-        self.whole[name].addmm_(rows.T, rows)
+        else:
+            self.tracked[name] = Tracked.start(rows, directions)
 
     def covariance(self, name: str, count: float) -> AnyCovariance:
         """The sum divided by `count`: whole, or cut to the rank where it was tracked."""
@@ -120,17 +143,19 @@ class CovarianceSums:
 
     def restore(self, state: Mapping[str, Tensor], devices: Mapping[str, torch.device]) -> None:
         parts: dict[str, dict[str, Tensor]] = {}
+        whole: dict[str, Tensor] = {}
         for key, tensor in state.items():
             name, separator, part = key.partition("|")
             if separator:
                 parts.setdefault(name, {})[part] = tensor
             else:
-                self.whole[name] = tensor.to(devices[name]).clone()
+                whole[name] = tensor
+        self.whole.restore(whole, devices)
         for name, tensors in parts.items():
             self.tracked[name] = Tracked.of(tensors, devices[name])
 
     def add_up(self, names: Sequence[str], device: torch.device) -> None:
-        add_up_sums(self.whole, names, device)
+        self.whole.add_up(names, device)
         for name in names:
             parts = distributed.collect(self._on_cpu(name))
             seen = [Tracked.of(part, device) for part in parts if part]

@@ -9,12 +9,12 @@ The two runs must have been measured on the same text. Conversations come from w
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from forgetless.data.documents import file_rows
 from forgetless.errors import FileError, brief
 from forgetless.files.compare_json import Comparison, PlainRun, Sample
 from forgetless.files.measured_json import Loss, Measured
@@ -108,12 +108,9 @@ def with_conversations(contents: Comparison, files: Sequence[str]) -> Comparison
 
 def _pairs_in(path: Path) -> list[dict[str, Any]]:
     """The rows of a file of pairs. Raises FileError for anything else."""
-    try:
-        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise FileError(f"{path}: expected pairs of answers, found {brief(error)}") from error
+    rows = file_rows(path)
     for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or not {"prompt", "before", "after"} <= set(row):
+        if not {"prompt", "before", "after"} <= set(row):
             raise FileError(
                 f"{path}, row {number}: expected prompt, before and after, found {brief(row)}; "
                 "make the file with forgetless chat RUN --prompts FILE --out PAIRS.jsonl"
