@@ -119,6 +119,9 @@ def prompts(_: Path) -> Target:
 
 def chats(_: Path) -> Target:
     """Chats with tools, calls and settings of the template, encoded to be trained on."""
+    # Imported by the first chat that is encoded; torch.distributed, which it brings, loads libc.
+    import trl.chat_template_utils  # noqa: F401
+
     from forgetless.data.domain import encode_rows, load_training_data
 
     call = {"function": {"name": "weather", "arguments": {"city": "Bern"}}}
